@@ -1,0 +1,227 @@
+package subnet
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// Claim is what a node wants its lease to say, and the subnets that it had before.
+type Claim struct {
+	Attrs
+	Remembered addr.Per[netip.Prefix]
+	// Keep says that pods live in the remembered subnets: they are not given up because the network config changed.
+	Keep bool
+}
+
+// Decision is what a node has to do to the store so that its claim stands there: nothing, or one guarded write.
+type Decision struct {
+	Lease Lease  // what the node holds then
+	Key   string // of the lease
+
+	Write    bool  // false: the store says so already
+	Expect   int64 // the revision that Key has to be at; 0: it is a new key, guarded by Unchanged
+	LeaseID  int64 // the etcd lease that Key hangs on and goes on hanging on; 0 for a new one or a reservation
+	Reserved bool  // the key is a reservation, and stays one
+
+	// Unchanged is a prefix of key names under which nothing may have come or changed since the table ("" is all of them).
+	// It keeps two nodes from taking subnets that overlap under two different keys.
+	Unchanged string
+
+	Drop []Entry // leases of this very node that it can't use any more: they go in the same write
+}
+
+// ConflictError says that another node holds what only this one should: nothing is taken from it, and a person has to decide.
+type ConflictError struct {
+	Holder Entry
+	What   string // what both have
+	Advice string
+}
+
+func (e *ConflictError) Error() string {
+	return fmt.Sprintf("%s is also that of node %q (id %q), which holds the lease %s: %s",
+		e.What, e.Holder.NodeName, e.Holder.NodeID, e.Holder.Key, e.Advice)
+}
+
+// ErrNoConfig says that there is no network config in the store (yet).
+var ErrNoConfig = errors.New("there is no network config")
+
+// ErrMoved says that the network config no longer has room for the subnet in use.
+var ErrMoved = errors.New("does not fit the network config any more, which was changed: pods keep their addresses until overlayd is restarted, " +
+	"then the node gets another subnet")
+
+// Decide says how a claim is made good, given the table. attempt counts the races that were lost so far. In this order: the
+// lease that carries my identity; the subnets remembered, where they are free; a lease with my public IP and nobody's identity
+// (one that flannel wrote, or a reservation for this node); a new one.
+func Decide(t Table, c Claim, attempt int) (Decision, error) {
+	if t.ConfigErr != nil {
+		return Decision{}, t.ConfigErr
+	}
+	if len(t.Config.Families()) == 0 {
+		return Decision{}, ErrNoConfig
+	}
+	if c.Keep && !t.Config.Fits(c.Remembered) {
+		return Decision{}, fmt.Errorf("%s %w", FormatKey(c.Remembered), ErrMoved)
+	}
+	mine, drop := ownEntries(t, c)
+	if mine != nil {
+		if mine.PublicIP == c.PublicIP && mine.NodeName == c.NodeName { // it stays mine, whatever others came to say since
+			return update(*mine, c, drop), nil
+		}
+		if err := conflict(t, c); err != nil {
+			return Decision{}, err
+		}
+		return update(*mine, c, drop), nil
+	}
+	if err := conflict(t, c); err != nil {
+		return Decision{}, err
+	}
+	others := without(t.Entries, drop)
+	before := c.Remembered
+	if before == (addr.Per[netip.Prefix]{}) && len(drop) > 0 {
+		before = drop[0].Subnets
+	}
+	if e := adoptable(t, c); e != nil && !allFree(t.Config, before, others) {
+		return update(*e, c, drop), nil
+	}
+	ch, err := pick(t.Config, others, before, c.Identity, attempt)
+	if err != nil {
+		return Decision{}, err
+	}
+	return create(c, ch, drop), nil
+}
+
+// update keeps a key as it is, with the etcd lease on it, and brings its value up to date.
+func update(e Entry, c Claim, drop []Entry) Decision {
+	return Decision{
+		Lease: Lease{e.Subnets, c.Attrs}, Key: e.Key,
+		Write: e.Attrs != c.Attrs || len(drop) > 0, Expect: e.Revision, LeaseID: e.LeaseID, Reserved: e.Reserved(),
+		Drop: drop,
+	}
+}
+
+func create(c Claim, ch choice, drop []Entry) Decision {
+	d := Decision{Lease: Lease{ch.subnets, c.Attrs}, Key: FormatKey(ch.subnets), Write: true, Drop: drop}
+	if ch.paired {
+		d.Unchanged, _, _ = strings.Cut(d.Key, "&") // whoever has the first family's subnet has the other's
+	}
+	return d
+}
+
+// ownEntries finds the lease to go on with among those that carry my identity, and the ones to give up: a network config that
+// changed leaves the old subnet behind.
+func ownEntries(t Table, c Claim) (keep *Entry, drop []Entry) {
+	var own []Entry
+	for _, e := range t.Entries {
+		if e.belongsTo(c) {
+			own = append(own, e)
+		}
+	}
+	slices.SortFunc(own, func(a, b Entry) int { // the one in use first, then the oldest
+		return cmp.Or(-cmp.Compare(b2i(a.Subnets == c.Remembered), b2i(b.Subnets == c.Remembered)), cmp.Compare(a.Created, b.Created))
+	})
+	for i := range own {
+		switch {
+		case keep == nil && own[i].Err == nil && t.Config.Fits(own[i].Subnets):
+			keep = &own[i]
+		case !own[i].Reserved(): // what an operator reserved is the operator's to remove
+			drop = append(drop, own[i])
+		}
+	}
+	return keep, drop
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// belongsTo: the same machine, unless both its name and its address are others (then it is a clone with a copied machine-id).
+func (e Entry) belongsTo(c Claim) bool {
+	return e.NodeID != "" && e.NodeID == c.NodeID && (e.NodeName == c.NodeName || e.samePublicIP(c.Attrs))
+}
+
+// adoptable finds a lease or reservation that was made for this node by somebody who didn't know its identity.
+func adoptable(t Table, c Claim) *Entry {
+	for i, e := range t.Entries {
+		forMe := e.NodeID == "" && (e.NodeName == c.NodeName || e.NodeName == "" && e.samePublicIP(c.Attrs))
+		if forMe && !e.Blank() && e.Err == nil && t.Config.Fits(e.Subnets) {
+			return &t.Entries[i]
+		}
+	}
+	return nil
+}
+
+func conflict(t Table, c Claim) error {
+	for _, e := range t.Entries {
+		if e.belongsTo(c) || e.Identity == (Identity{}) {
+			continue
+		}
+		if e.NodeName == c.NodeName && e.NodeID != "" {
+			return &ConflictError{e, fmt.Sprintf("the node name %q", c.NodeName),
+				"give one of the two another --node-name; if that machine was replaced by this one, delete its key"}
+		}
+		if e.NodeName != c.NodeName && e.samePublicIP(c.Attrs) {
+			return &ConflictError{e, fmt.Sprintf("the public IP %s", c.publicIPs()),
+				"give one of the two another address or --public-ip; if that node is gone, delete its key"}
+		}
+	}
+	return nil
+}
+
+// samePublicIP reports whether both have the same address in a family that both have.
+func (a Attrs) samePublicIP(b Attrs) bool {
+	for _, f := range addr.Families() {
+		if x := a.PublicIP.Get(f); x.IsValid() && x == b.PublicIP.Get(f) {
+			return true
+		}
+	}
+	return false
+}
+
+func (a Attrs) publicIPs() string {
+	switch {
+	case !a.PublicIP.V6.IsValid():
+		return a.PublicIP.V4.String()
+	case !a.PublicIP.V4.IsValid():
+		return a.PublicIP.V6.String()
+	}
+	return a.PublicIP.V4.String() + " or " + a.PublicIP.V6.String()
+}
+
+// Fits reports whether subnets are such as this network leases: one of each family in use, of the right length.
+func (c Config) Fits(s addr.Per[netip.Prefix]) bool {
+	for _, f := range addr.Families() {
+		p, sn := c.Pools.Get(f), s.Get(f)
+		if p.On() != sn.IsValid() || p.On() && !p.fits(sn) {
+			return false
+		}
+	}
+	return len(c.Families()) > 0
+}
+
+// allFree reports whether a node can have all of these subnets.
+func allFree(c Config, s addr.Per[netip.Prefix], taken []Entry) bool {
+	if !c.Fits(s) {
+		return false
+	}
+	for _, f := range c.Families() {
+		if !free(s.Get(f), taken) {
+			return false
+		}
+	}
+	return true
+}
+
+func without(all, drop []Entry) []Entry {
+	return slices.DeleteFunc(slices.Clone(all), func(e Entry) bool {
+		return slices.ContainsFunc(drop, func(d Entry) bool { return d.Key == e.Key })
+	})
+}

@@ -1,0 +1,406 @@
+// Package subnet is the model of the cluster network: its configuration, the leases by which nodes hold their pod
+// subnets, how a node chooses one, and which leases of others it believes. All of it is pure: values in, values out;
+// the store is somebody else's (package subnet/etcd).
+package subnet
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// BackendType names the way in which packets get from node to node.
+type BackendType string
+
+// The backends that a network config may ask for.
+const (
+	VXLAN  BackendType = "vxlan"
+	HostGW BackendType = "host-gw"
+)
+
+const (
+	defaultVNI  = 1
+	defaultPort = 8472 // Linux's own default (drivers/net/vxlan), which flannel uses too; IANA's is 4789
+	maxVNI      = 1<<24 - 1
+	minMTU4     = 576  // RFC 791: what every IPv4 host must take
+	minMTU6     = 1280 // RFC 8200 §5
+	maxMTU      = 65535
+
+	maxConfigSize = 64 << 10
+)
+
+// Backend is the checked "Backend" part of the network config.
+type Backend struct {
+	Type          BackendType
+	VNI           uint32 // 1 to 2^24-1 (RFC 7348 §5)
+	Port          uint16 // UDP destination port on the underlay
+	GBP           bool   // group based policy bits in the VXLAN header
+	Learning      bool   // let the device learn where MACs are
+	DirectRouting bool   // plain routes to the peers that need no gateway
+	MTU           int    // of the overlay; 0: from the underlay
+}
+
+// Pool is one family's part of the network, and which subnets of it may be leased. The zero Pool is a family not in use.
+type Pool struct {
+	Network   netip.Prefix
+	SubnetLen int
+	Min, Max  netip.Addr // first address of the first and of the last subnet
+}
+
+// Config is the checked network config: what `PREFIX/config` says, with flannel's keys and defaults.
+type Config struct {
+	Pools   addr.Per[Pool]
+	Backend Backend
+}
+
+// Families lists the families that the network uses.
+func (c Config) Families() []addr.Family {
+	var fs []addr.Family
+	for _, f := range addr.Families() {
+		if c.Pools.Get(f).On() {
+			fs = append(fs, f)
+		}
+	}
+	return fs
+}
+
+// Contains reports whether an address lies inside the cluster network.
+func (c Config) Contains(a netip.Addr) bool {
+	p := c.Pools.Get(addr.FamilyOf(a))
+	return p.On() && p.Network.Contains(a)
+}
+
+// On reports whether the family is in use.
+func (p Pool) On() bool { return p.Network.IsValid() }
+
+// familyKeys are the names that the config has for one family's settings, and the bounds that flannel sets on them.
+type familyKeys struct {
+	family                         addr.Family
+	enable, network, len, min, max string
+	enabled                        bool // when `enable` is absent
+	defaultLen, maxLen             int
+}
+
+func configKeys() [2]familyKeys {
+	return [2]familyKeys{
+		{addr.IPv4, "EnableIPv4", "Network", "SubnetLen", "SubnetMin", "SubnetMax", true, 24, 30},
+		{addr.IPv6, "EnableIPv6", "IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax", false, 64, 126},
+	}
+}
+
+// ParseConfig reads a network config. An error names the JSON path and what was expected there; all errors are reported at
+// once. Keys that it doesn't know are left alone (see UnknownKeys).
+func ParseConfig(data []byte) (Config, error) {
+	if len(data) > maxConfigSize {
+		return Config{}, fmt.Errorf("network config: %d bytes, expected at most %d", len(data), maxConfigSize)
+	}
+	o, err := parseObject("", data)
+	if err != nil {
+		return Config{}, fmt.Errorf("network config: %w", err)
+	}
+	var c Config
+	for _, k := range configKeys() {
+		c.Pools.Set(k.family, parsePool(o, k))
+	}
+	if len(c.Families()) == 0 && o.ok() {
+		o.fail("EnableIPv4", "one of EnableIPv4 and EnableIPv6 to be true")
+	}
+	c.Backend = parseBackend(o, c.Pools.V6.On())
+	if !o.ok() {
+		return Config{}, fmt.Errorf("network config: %w", joined(*o.errs...))
+	}
+	return c, nil
+}
+
+// UnknownKeys lists the paths of a config's keys that mean nothing here, for a warning: most often a slip of the pen.
+func UnknownKeys(data []byte) []string {
+	o, err := parseObject("", data)
+	if err != nil {
+		return nil
+	}
+	known := []string{"Backend"}
+	for _, k := range configKeys() {
+		known = append(known, k.enable, k.network, k.len, k.min, k.max)
+	}
+	out := o.unknown(known)
+	return append(out, o.object("Backend").unknown([]string{"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU"})...)
+}
+
+func parsePool(o *object, k familyKeys) Pool {
+	if !o.bool(k.enable, k.enabled) {
+		return Pool{}
+	}
+	network := o.prefix(k.network, k.family)
+	if !network.IsValid() {
+		return Pool{}
+	}
+	if special(network) {
+		o.fail(k.network, "a unicast network that is not loopback, link-local or unspecified")
+		return Pool{}
+	}
+	// Four subnets at least: the first is left out by default, and one node alone makes no network.
+	deflt := max(k.defaultLen, network.Bits()+2)
+	if deflt > k.maxLen {
+		o.fail(k.network, fmt.Sprintf("a prefix of at most /%d", k.maxLen-2))
+		return Pool{}
+	}
+	p := Pool{Network: network, SubnetLen: o.int(k.len, deflt, network.Bits()+2, k.maxLen)}
+	if p.SubnetLen == 0 { // flannel's "not set"
+		p.SubnetLen = deflt
+	}
+	all := Pool{Network: network, SubnetLen: p.SubnetLen, Min: network.Addr(), Max: p.floor(addr.Last(network))}
+	// The first subnet is left out: its first address is the network's own, which older stacks take for a broadcast.
+	p.Min = o.subnetAddr(k.min, all.Subnet(1).Addr(), p)
+	p.Max = o.subnetAddr(k.max, all.Max, p)
+	if p.Min.IsValid() && p.Max.IsValid() && p.Max.Less(p.Min) {
+		o.fail(k.max, fmt.Sprintf("an address not below %s (%s)", k.min, p.Min))
+	}
+	return p
+}
+
+func parseBackend(o *object, ipv6 bool) Backend {
+	b := o.object("Backend")
+	types := fmt.Sprintf("%q or %q", VXLAN, HostGW)
+	minMTU := minMTU4
+	if ipv6 {
+		minMTU = minMTU6
+	}
+	out := Backend{
+		Type:          BackendType(strings.ToLower(b.string("Type", string(VXLAN), types))), // flannel's is in any letter case
+		VNI:           uint32(b.int("VNI", defaultVNI, 1, maxVNI)),
+		Port:          uint16(b.int("Port", defaultPort, 1, math.MaxUint16)),
+		GBP:           b.bool("GBP", false),
+		Learning:      b.bool("Learning", false),
+		DirectRouting: b.bool("DirectRouting", false),
+		MTU:           b.int("MTU", 0, minMTU, maxMTU),
+	}
+	if out.Port == 0 {
+		out.Port = defaultPort
+	}
+	if out.VNI == 0 {
+		b.fail("VNI", fmt.Sprintf("a number from 1 to %d", maxVNI))
+	}
+	if out.Type != VXLAN && out.Type != HostGW {
+		b.fail("Type", types)
+	}
+	return out
+}
+
+// special reports whether a network overlaps what no pod can have.
+func special(p netip.Prefix) bool {
+	for _, s := range []string{"0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/16", "fe80::/10", "ff00::/8"} {
+		if netip.MustParsePrefix(s).Overlaps(p) {
+			return true
+		}
+	}
+	return false
+}
+
+// object is one JSON object that is being read: it remembers its path and gathers what is wrong in a list that it shares
+// with the objects inside it.
+type object struct {
+	path   string
+	fields []field // as they stand in the text
+	errs   *[]error
+}
+
+type field struct {
+	key string
+	raw json.RawMessage
+}
+
+func parseObject(path string, data []byte) (*object, error) {
+	o := &object{path: path, errs: new([]error)}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	if err := o.read(dec); err != nil {
+		return nil, fmt.Errorf("%sexpected a JSON object, found %s", path, excerpt(data))
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return nil, fmt.Errorf("%sexpected one JSON object, found more behind it", path)
+	}
+	return o, nil
+}
+
+func (o *object) read(dec *json.Decoder) error {
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return errors.Join(err, errors.New("not an object"))
+	}
+	for dec.More() {
+		key, err := dec.Token()
+		if err != nil {
+			return err
+		}
+		f := field{key: key.(string)} // the decoder takes nothing else for a key
+		if err := dec.Decode(&f.raw); err != nil {
+			return err
+		}
+		o.fields = append(o.fields, f)
+	}
+	_, err := dec.Token() // the closing brace
+	return err
+}
+
+func (o *object) ok() bool { return len(*o.errs) == 0 }
+
+func (o *object) fail(key, expected string) {
+	found := "nothing"
+	if raw, ok := o.get(key); ok {
+		found = excerpt(raw)
+	}
+	*o.errs = append(*o.errs, fmt.Errorf("%s%s: expected %s, found %s", o.path, key, expected, found))
+}
+
+// get finds a key as encoding/json would: letter case does not matter, null counts as absent, and the last one counts.
+func (o *object) get(key string) (raw json.RawMessage, ok bool) {
+	for _, f := range o.fields {
+		if strings.EqualFold(f.key, key) && string(f.raw) != "null" {
+			raw, ok = f.raw, true
+		}
+	}
+	return raw, ok
+}
+
+func (o *object) unknown(known []string) []string {
+	var out []string
+next:
+	for _, f := range o.fields {
+		for _, n := range known {
+			if strings.EqualFold(n, f.key) {
+				continue next
+			}
+		}
+		out = append(out, o.path+f.key)
+	}
+	return out
+}
+
+func (o *object) object(key string) *object {
+	empty := &object{path: o.path + key + ".", errs: o.errs}
+	raw, ok := o.get(key)
+	if !ok {
+		return empty
+	}
+	sub, err := parseObject(empty.path, raw)
+	if err != nil {
+		o.fail(key, "a JSON object")
+		return empty
+	}
+	sub.errs = o.errs
+	return sub
+}
+
+func (o *object) bool(key string, deflt bool) bool {
+	raw, ok := o.get(key)
+	if !ok {
+		return deflt
+	}
+	var v bool
+	if json.Unmarshal(raw, &v) != nil {
+		o.fail(key, "true or false")
+	}
+	return v
+}
+
+func (o *object) string(key, deflt, expected string) string {
+	raw, ok := o.get(key)
+	if !ok {
+		return deflt
+	}
+	var v string
+	if json.Unmarshal(raw, &v) != nil {
+		o.fail(key, expected)
+		return deflt
+	}
+	return v
+}
+
+// int reads a number between lo and hi; 0 passes too, since flannel takes it for "not set".
+func (o *object) int(key string, deflt, lo, hi int) int {
+	raw, ok := o.get(key)
+	if !ok {
+		return deflt
+	}
+	var v int
+	if json.Unmarshal(raw, &v) != nil || v != 0 && (v < lo || v > hi) {
+		o.fail(key, fmt.Sprintf("a number from %d to %d", lo, hi))
+		return deflt
+	}
+	return v
+}
+
+func (o *object) prefix(key string, f addr.Family) netip.Prefix {
+	want := fmt.Sprintf("an %s network such as %s", f, map[addr.Family]string{addr.IPv4: "10.244.0.0/16", addr.IPv6: "fd00:10:244::/48"}[f])
+	before := len(*o.errs)
+	p, err := netip.ParsePrefix(o.string(key, "", want))
+	switch {
+	case len(*o.errs) > before:
+		return netip.Prefix{}
+	case err != nil || p.Addr().Is4() != (f == addr.IPv4) || p.Addr().Is4In6():
+		o.fail(key, want)
+		return netip.Prefix{}
+	}
+	return p.Masked() // flannel drops host bits too
+}
+
+// subnetAddr reads the first address of a subnet of the pool. The unspecified address is flannel's "not set".
+func (o *object) subnetAddr(key string, deflt netip.Addr, p Pool) netip.Addr {
+	want := fmt.Sprintf("the first address of a /%d inside %s", p.SubnetLen, p.Network)
+	s := o.string(key, "", want)
+	if s == "" {
+		return deflt
+	}
+	a, err := netip.ParseAddr(s)
+	if err == nil && a.IsUnspecified() && a.BitLen() == deflt.BitLen() {
+		return deflt
+	}
+	if err != nil || !p.Network.Contains(a) || p.floor(a) != a {
+		o.fail(key, want)
+		return netip.Addr{}
+	}
+	return a
+}
+
+// faults is several errors that read as one line, for logs and terminals; errors.Is and errors.As look into each.
+type faults []error
+
+// joined is nil where none of the errors is one.
+func joined(errs ...error) error {
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	if len(errs) == 0 {
+		return nil
+	}
+	return faults(errs)
+}
+
+func (f faults) Error() string {
+	texts := make([]string, len(f))
+	for i, err := range f {
+		texts[i] = err.Error()
+	}
+	return strings.Join(texts, "; ")
+}
+
+func (f faults) Unwrap() []error { return f }
+
+// excerpt shows a piece of bad input on one line.
+func excerpt(raw []byte) string {
+	const most = 40
+	if len(bytes.TrimSpace(raw)) == 0 {
+		return "nothing"
+	}
+	if len(raw) > most {
+		return fmt.Sprintf("%.*q…", most, raw)
+	}
+	if json.Valid(raw) && !bytes.ContainsFunc(raw, unprintable) {
+		return string(raw)
+	}
+	return fmt.Sprintf("%q", raw)
+}

@@ -1,0 +1,73 @@
+package etcd
+
+import (
+	"context"
+	"time"
+)
+
+// Everything here is a pure function of its arguments; rnd is a number in [0, 1), where a node's own chance comes in.
+
+const (
+	backoffMin = 200 * time.Millisecond
+	backoffMax = 15 * time.Second
+
+	probeEvery    = time.Minute
+	claimAgain    = 10 * time.Second
+	firstRenewal  = 30 * time.Second
+	publishEvery  = 10 * time.Millisecond
+	raceDelayUnit = 10 * time.Millisecond
+)
+
+// backoff is how long to wait after the attempt-th failure in a row (from 0): between one half and the whole of a time that
+// doubles up to a maximum.
+func backoff(attempt int, rnd float64) time.Duration {
+	d := backoffMax
+	if attempt < 16 {
+		d = min(d, backoffMin<<attempt)
+	}
+	return d/2 + scale(d/2, rnd)
+}
+
+// raceDelay is how long to wait after the attempt-th lost race in a row (from 1). The loser knows what changed and can go on at
+// once; what it waits for is that not all losers do so together.
+func raceDelay(attempt int, rnd float64) time.Duration {
+	return scale(raceDelayUnit<<min(max(attempt-1, 0), 6), rnd)
+}
+
+// around is d give or take a quarter.
+func around(d time.Duration, rnd float64) time.Duration { return d*3/4 + scale(d/2, rnd) }
+
+// renewal is when to renew an etcd lease whose TTL is known and which is fresh: within the second quarter of it. Two renewals may
+// fail before it's late.
+func renewal(ttl time.Duration, rnd float64) time.Duration { return ttl/4 + scale(ttl/4, rnd) }
+
+// unknownRenewal is when to renew an etcd lease that was found on a key. How long it still has is not known (to ask would be a
+// request as well), so it can't wait; but neither must a thousand nodes that start together ask together.
+func unknownRenewal(ttl time.Duration, rnd float64) time.Duration {
+	return scale(min(ttl/4, firstRenewal), rnd)
+}
+
+func scale(d time.Duration, rnd float64) time.Duration { return time.Duration(float64(d) * rnd) }
+
+// sleep waits for d, for wake, or for the end of ctx. A negative d is for ever.
+func sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) {
+	var timeout <-chan time.Time
+	if d >= 0 {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		timeout = t.C
+	}
+	select {
+	case <-ctx.Done():
+	case <-wake:
+	case <-timeout:
+	}
+}
+
+// poke wakes up who waits on a channel of size 1; a poke that was not yet noticed counts for both.
+func poke(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

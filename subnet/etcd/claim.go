@@ -1,0 +1,352 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+const forever = time.Duration(-1)
+
+// claimer makes the claim good. What it knows besides the shared state is only of use while it tries.
+type claimer struct {
+	*Manager
+	attempt  int   // races lost in a row
+	failures int   // other failures in a row
+	spare    grant // an etcd lease that no key hangs on yet
+}
+
+// grant is an etcd lease that was granted to this node.
+type grant struct {
+	id      int64
+	expires time.Time
+}
+
+// claimLoop is level-triggered: whenever the table or the claim changes, it asks anew what there is to do.
+func (m *Manager) claimLoop(ctx context.Context) {
+	c := &claimer{Manager: m}
+	for ctx.Err() == nil {
+		sleep(ctx, c.settle(ctx), m.wakeClaim)
+	}
+	c.giveBackSpare(context.WithoutCancel(ctx))
+}
+
+// settle does what there is to do at the moment, and says how long to wait before looking again if nobody wakes us up.
+func (c *claimer) settle(ctx context.Context) time.Duration {
+	table, claim, ok := c.situation()
+	if !ok {
+		return forever
+	}
+	// Before the claim: what a node claims may depend on the config.
+	if errors.Is(table.ConfigErr, subnet.ErrNoConfig) && c.opts.InitConfig != nil {
+		if err := c.initConfig(ctx, table); err != nil {
+			return c.retry(ctx, err)
+		}
+		return 0
+	}
+	if claim == nil {
+		return forever
+	}
+	d, err := subnet.Decide(table, *claim, c.attempt)
+	switch {
+	case err != nil:
+		c.attempt, c.failures = 0, 0
+		c.refuse(err)
+		c.giveBackSpare(ctx)
+		return around(claimAgain, chance())
+	case !d.Write:
+		c.attempt, c.failures = 0, 0
+		c.hold(d, c.expiryOf(d.LeaseID))
+		c.giveBackSpare(ctx)
+		return forever
+	}
+	won, err := c.write(ctx, table, d)
+	switch {
+	case err != nil:
+		return c.retry(ctx, err)
+	case won:
+		c.attempt, c.failures = 0, 0
+		return forever
+	}
+	c.attempt++
+	return raceDelay(c.attempt, chance())
+}
+
+// situation is what Decide needs. The subnets held last are what this node remembers, whatever the caller does: a key that was
+// lost comes back with the same ones.
+func (c *claimer) situation() (t subnet.Table, claim *subnet.Claim, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.synced || c.relist {
+		return subnet.Table{}, nil, false
+	}
+	if c.claim.wanted == nil {
+		return c.view.table(), nil, true
+	}
+	c.claim.decided = *c.claim.wanted
+	claim = new(c.claim.decided)
+	if c.claim.before != (addr.Per[netip.Prefix]{}) {
+		claim.Remembered = c.claim.before
+	}
+	return c.view.table(), claim, true
+}
+
+// retry is how long to wait after a failure to reach the store, or its refusal to do as asked.
+func (c *claimer) retry(ctx context.Context, err error) time.Duration {
+	if errors.Is(err, rpctypes.ErrPermissionDenied) || errors.Is(err, rpctypes.ErrNoSpace) {
+		c.refuse(err) // it can be reached, but doesn't let us
+	} else if !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		c.fails(ctx, partRequests, err)
+	}
+	poke(c.wakeProbe)
+	c.failures++
+	return backoff(c.failures-1, chance())
+}
+
+// write executes a decision as one transaction that succeeds only if what it was decided under still holds.
+func (c *claimer) write(ctx context.Context, t subnet.Table, d subnet.Decision) (won bool, err error) {
+	cli, err := c.conn.get(ctx)
+	if err != nil {
+		return false, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
+	defer cancel()
+	lease := d.LeaseID
+	if d.Expect == 0 {
+		if lease, err = c.granted(ctx, cli); err != nil {
+			return false, c.conn.failed(cli, err)
+		}
+	}
+	value := subnet.FormatValue(d.Lease.Attrs)
+	resp, err := cli.Txn(ctx).
+		If(c.keys.guards(t, d)...).
+		Then(c.keys.writes(d, value, lease)...).
+		Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
+		Commit()
+	if err != nil {
+		if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+			c.spare = grant{}
+		}
+		return false, c.conn.failed(cli, err)
+	}
+	c.works(partRequests)
+	if !resp.Succeeded {
+		c.learn(resp, t)
+		return false, nil
+	}
+	if resp.Header.GetRevision() <= t.Revision { // a write makes a new revision: this is not the store that the table is of
+		poke(c.wakeProbe)
+	}
+	c.took(d, value, lease, resp.Header.GetRevision())
+	return true, nil
+}
+
+// guards are the conditions of a decision's transaction. A range compare holds if it holds for every key of the range, and for an
+// empty range as if there were one key with all revisions 0 (etcd: applyCompare in server/etcdserver/txn).
+func (k keys) guards(t subnet.Table, d subnet.Decision) []clientv3.Cmp {
+	cmps := []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(k.config), "=", t.ConfigRevision)}
+	if d.Expect != 0 {
+		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(k.subnets+d.Key), "=", d.Expect))
+	} else {
+		cmps = append(cmps,
+			clientv3.Compare(clientv3.CreateRevision(k.subnets+d.Key), "=", 0),
+			clientv3.Compare(clientv3.ModRevision(k.subnets+d.Unchanged), "<", t.Revision+1).WithPrefix())
+		if dualStack(d) && d.Unchanged != "" {
+			cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(k.unpaired), "<", t.Revision+1))
+		}
+	}
+	for _, e := range d.Drop {
+		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(k.subnets+e.Key), "=", e.Revision))
+	}
+	return cmps
+}
+
+func (k keys) writes(d subnet.Decision, value []byte, lease int64) []clientv3.Op {
+	// WithLease(0) is a key without an etcd lease: a reservation stays one.
+	ops := []clientv3.Op{clientv3.OpPut(k.subnets+d.Key, string(value), clientv3.WithLease(clientv3.LeaseID(lease)))}
+	if d.Expect == 0 && dualStack(d) && d.Unchanged == "" {
+		ops = append(ops, clientv3.OpPut(k.unpaired, d.Key))
+	}
+	for _, e := range d.Drop {
+		ops = append(ops, clientv3.OpDelete(k.subnets+e.Key))
+	}
+	return ops
+}
+
+func dualStack(d subnet.Decision) bool { return strings.Contains(d.Key, "&") }
+
+// learn takes in what the transaction found instead of what it was decided under. If it found nothing, a key was deleted: the
+// watch will tell; and if it doesn't, the view is not of this store.
+func (c *claimer) learn(resp *clientv3.TxnResponse, t subnet.Table) {
+	var found []*mvccpb.KeyValue
+	for _, r := range resp.Responses {
+		found = append(found, r.GetResponseRange().GetKvs()...)
+	}
+	c.update(func() bool { return c.view.merge(found, resp.Header.GetRevision()) })
+	if len(found) == 0 && (resp.Header.GetRevision() < t.Revision || c.attempt >= 3) {
+		poke(c.wakeProbe)
+	}
+}
+
+// took takes note of a write that succeeded.
+func (c *claimer) took(d subnet.Decision, value []byte, lease, revision int64) {
+	put := &mvccpb.KeyValue{
+		Key: []byte(c.keys.subnets + d.Key), Value: value, Lease: lease, ModRevision: revision, CreateRevision: revision,
+	}
+	var dropped []string
+	for _, e := range d.Drop {
+		dropped = append(dropped, e.Key)
+	}
+	c.mu.Lock()
+	if e, ok := c.view.entry(d.Key); ok {
+		put.CreateRevision = e.Created
+	}
+	c.view.wrote(put, dropped, revision)
+	c.mu.Unlock()
+
+	expires := c.expiryOf(lease)
+	if lease == c.spare.id && lease != 0 {
+		expires, c.spare = c.spare.expires, grant{}
+	}
+	d.LeaseID = lease
+	c.log.Info("lease written", zap.String("key", d.Key), zap.Int64("revision", revision), zap.Int("dropped", len(dropped)))
+	c.hold(d, expires)
+}
+
+// hold says that the store says what was claimed.
+func (c *claimer) hold(d subnet.Decision, expires time.Time) {
+	held := holding{d.Lease, d.Key, d.LeaseID, expires}
+	c.update(func() bool {
+		s := &c.claim
+		same := s.held == held && s.err == nil
+		s.held, s.before, s.err, s.said = held, d.Lease.Subnets, nil, ""
+		return !same
+	})
+	if c.spare.id == d.LeaseID {
+		c.spare = grant{} // it came through although the answer was lost
+	}
+	poke(c.wakeKeep)
+}
+
+// expiryOf is when the etcd lease ends, as far as that is known.
+func (c *claimer) expiryOf(id int64) time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case id != 0 && c.spare.id == id:
+		return c.spare.expires
+	case id != 0 && c.claim.held.leaseID == id:
+		return c.claim.held.expires
+	}
+	return time.Time{}
+}
+
+// refuse says why the store does not say what was claimed.
+func (c *claimer) refuse(err error) {
+	c.update(func() bool {
+		s := &c.claim
+		changed := text(s.err) != text(err)
+		s.err = err
+		if changed && s.said != text(err) {
+			s.said = text(err)
+			c.log.Warn("no lease as it should be", zap.Error(err))
+		}
+		return changed
+	})
+}
+
+// checkHeld looks whether the lease is still there, after the view has changed. m.mu is held.
+func (m *Manager) checkHeld() {
+	s := &m.claim
+	if s.held.key == "" {
+		return
+	}
+	e, ok := m.view.entry(s.held.key)
+	if !ok || e.Identity != s.held.lease.Identity {
+		m.log.Warn("the lease is no longer in the store", zap.String("key", s.held.key))
+		s.held = holding{}
+		poke(m.wakeKeep)
+		return
+	}
+	if e.LeaseID != s.held.leaseID {
+		s.held.leaseID, s.held.expires = e.LeaseID, time.Time{}
+		poke(m.wakeKeep)
+	}
+	s.held.lease = e.Lease
+}
+
+// granted is an etcd lease for a new key: the one left from a lost race if there is one, else a new one.
+func (c *claimer) granted(ctx context.Context, cli *clientv3.Client) (int64, error) {
+	if c.spare.id != 0 && time.Until(c.spare.expires) > c.opts.LeaseTTL/2 {
+		return c.spare.id, nil
+	}
+	asked := time.Now()
+	resp, err := cli.Grant(ctx, int64(c.opts.LeaseTTL/time.Second))
+	if err != nil {
+		return 0, err
+	}
+	c.spare = grant{int64(resp.ID), asked.Add(time.Duration(resp.TTL) * time.Second)}
+	return c.spare.id, nil
+}
+
+// giveBackSpare revokes a granted etcd lease that came to no use. If that fails, it ends by itself.
+func (c *claimer) giveBackSpare(ctx context.Context) {
+	id := c.spare.id
+	cli := c.conn.current()
+	if id == 0 || cli == nil || c.inUse(id) {
+		return
+	}
+	c.spare = grant{}
+	ctx, cancel := context.WithTimeout(ctx, min(c.opts.RequestTimeout, time.Second))
+	defer cancel()
+	_, _ = cli.Revoke(ctx, clientv3.LeaseID(id))
+}
+
+// inUse reports whether a key hangs on an etcd lease: to revoke that would delete the key.
+func (c *claimer) inUse(id int64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.view.table().Entries {
+		if e.LeaseID == id {
+			return true
+		}
+	}
+	return false
+}
+
+// initConfig puts the config that was given for the case that there is none, unless somebody else did first.
+func (c *claimer) initConfig(ctx context.Context, t subnet.Table) error {
+	cli, err := c.conn.get(ctx)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
+	defer cancel()
+	resp, err := cli.Txn(ctx).
+		If(clientv3.Compare(clientv3.CreateRevision(c.keys.config), "=", 0)).
+		Then(clientv3.OpPut(c.keys.config, string(c.opts.InitConfig))).
+		Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
+		Commit()
+	if err != nil {
+		return c.conn.failed(cli, err)
+	}
+	if !resp.Succeeded {
+		c.learn(resp, t)
+		return nil
+	}
+	c.log.Info("put the network config, since there was none", zap.String("key", c.keys.config))
+	rev := resp.Header.GetRevision()
+	put := &mvccpb.KeyValue{Key: []byte(c.keys.config), Value: c.opts.InitConfig, ModRevision: rev, CreateRevision: rev}
+	c.update(func() bool { c.view.wrote(put, nil, rev); return true })
+	return nil
+}

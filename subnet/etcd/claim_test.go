@@ -1,0 +1,392 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/subnet/etcd/etcdtest"
+)
+
+func prefixes(v4, v6 string) (p addr.Per[netip.Prefix]) {
+	if v4 != "" {
+		p.V4 = netip.MustParsePrefix(v4)
+	}
+	if v6 != "" {
+		p.V6 = netip.MustParsePrefix(v6)
+	}
+	return p
+}
+
+// putLease writes a key as another program would, on an etcd lease of its own.
+func putLease(t *testing.T, s *etcdtest.Server, key, value string) clientv3.LeaseID {
+	t.Helper()
+	cli := s.Client()
+	g := must[*clientv3.LeaseGrantResponse](t)(cli.Grant(ctxFor(t), 600))
+	must[*clientv3.PutResponse](t)(cli.Put(ctxFor(t), prefix+"/subnets/"+key, value, clientv3.WithLease(g.ID)))
+	return g.ID
+}
+
+func flannel(ip string) string {
+	return fmt.Sprintf(`{"PublicIP":%q,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:11:22:33:44:55"}}`, ip)
+}
+
+func TestOrderOfAcquisition(t *testing.T) {
+	t.Parallel()
+	t.Run("remembered", func(t *testing.T) {
+		t.Parallel()
+		s := store(t)
+		putLease(t, s, "10.244.9.0-24", flannel("192.168.0.1")) // it has my public IP, but what is remembered comes first
+		n := start(t, options(s))
+		c := claim(1)
+		c.Remembered = prefixes("10.244.77.0/24", "")
+		n.m.Claim(c)
+		if got := n.untilHeld().Lease.Subnets; got != c.Remembered {
+			t.Errorf("got %v", got)
+		}
+	})
+	t.Run("flannel's", func(t *testing.T) {
+		t.Parallel()
+		s := store(t)
+		id := putLease(t, s, "10.244.9.0-24", flannel("192.168.0.1"))
+		n, snap := join(t, s, 1)
+		if want := prefixes("10.244.9.0/24", ""); snap.Lease.Subnets != want {
+			t.Errorf("got %v", snap.Lease.Subnets)
+		}
+		if _, lease, _ := get(t, s.Client(), subnetKey(snap)); lease != int64(id) {
+			t.Errorf("the key hangs on %d now, it was %d", lease, id)
+		}
+		if r := n.m.Requests(); r["LeaseGrant"] != 0 {
+			t.Errorf("requests: %v", r)
+		}
+	})
+	t.Run("mine before all", func(t *testing.T) {
+		t.Parallel()
+		s := store(t)
+		putLease(t, s, "10.244.9.0-24", string(subnet.FormatValue(claim(1).Attrs)))
+		n := start(t, options(s))
+		c := claim(1)
+		c.Remembered = prefixes("10.244.77.0/24", "")
+		n.m.Claim(c)
+		if got := n.untilHeld().Lease.Subnets; got != prefixes("10.244.9.0/24", "") {
+			t.Errorf("got %v", got)
+		}
+	})
+}
+
+func TestPublicIPChanges(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	n, before := join(t, s, 1)
+	cli := s.Client()
+	_, lease, _ := get(t, cli, subnetKey(before))
+	c := claim(1)
+	c.PublicIP.V4 = netip.MustParseAddr("172.16.0.9")
+	n.m.Claim(c)
+	after := n.until("the new address", func(s subnet.Snapshot) bool { return held(s) && s.Lease.PublicIP == c.PublicIP })
+	if after.Lease.Subnets != before.Lease.Subnets || after.Expires != before.Expires || after.Claimed != c {
+		t.Errorf("before %+v, after %+v", before.Lease, after.Lease)
+	}
+	if value, now, _ := get(t, cli, subnetKey(after)); now != lease || !strings.Contains(value, "172.16.0.9") {
+		t.Errorf("the store has %s on lease %d, it was %d", value, now, lease)
+	}
+}
+
+func TestConflict(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	_, first := join(t, s, 1)
+	for what, change := range map[string]func(*subnet.Claim){
+		"the public IP": func(c *subnet.Claim) { c.PublicIP = claim(1).PublicIP },
+		"the node name": func(c *subnet.Claim) { c.NodeName = claim(1).NodeName },
+	} {
+		t.Run(what, func(t *testing.T) {
+			n := start(t, options(s))
+			c := claim(2)
+			change(&c)
+			n.m.Claim(c)
+			snap := n.until("a conflict", func(s subnet.Snapshot) bool { return s.ClaimErr != nil })
+			var conflict *subnet.ConflictError
+			if !errors.As(snap.ClaimErr, &conflict) || conflict.Holder.Lease != first.Lease || snap.Held() {
+				t.Fatalf("got %v", snap.ClaimErr)
+			}
+			if !strings.HasPrefix(conflict.Error(), what) {
+				t.Errorf("it says %q", conflict)
+			}
+			n.m.Claim(claim(2)) // the operator did as advised
+			n.untilHeld()
+			n.stop()
+			must[[]subnet.Entry](t)(n.m.Release(ctxFor(t), claim(2).Identity))
+			if got := n.said("no lease as it should be"); got != 1 {
+				t.Errorf("logged %d times", got)
+			}
+		})
+	}
+}
+
+func TestReservations(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	s.Put(prefix+"/config", `{"Network":"10.244.0.0/22","SubnetLen":24,"SubnetMin":"10.244.0.0"}`)
+	s.Put(prefix+"/subnets/10.244.0.0-23", "")                                         // for nobody
+	s.Put(prefix+"/subnets/10.244.2.0-24", string(subnet.FormatValue(claim(1).Attrs))) // for node 1
+	n, snap := join(t, s, 1)
+	if snap.Lease.Subnets != prefixes("10.244.2.0/24", "") || !snap.Expires.IsZero() {
+		t.Errorf("node 1 got %v until %s", snap.Lease.Subnets, snap.Expires)
+	}
+	c := claim(1)
+	c.PublicIP.V4 = netip.MustParseAddr("172.16.0.9")
+	n.m.Claim(c)
+	n.until("the new address", func(s subnet.Snapshot) bool { return s.Lease.PublicIP == c.PublicIP })
+	if _, lease, _ := get(t, s.Client(), subnetKey(snap)); lease != 0 {
+		t.Error("the reservation hangs on an etcd lease now")
+	}
+	if _, snap := join(t, s, 2); snap.Lease.Subnets != prefixes("10.244.3.0/24", "") {
+		t.Errorf("node 2 got %v", snap.Lease.Subnets)
+	}
+	last := start(t, options(s))
+	last.m.Claim(claim(3))
+	full := last.until("a full pool", func(s subnet.Snapshot) bool { return s.ClaimErr != nil })
+	var e *subnet.PoolFullError
+	if !errors.As(full.ClaimErr, &e) {
+		t.Errorf("node 3 got %v", full.ClaimErr)
+	}
+	n.stop()
+	if released := must[[]subnet.Entry](t)(n.m.Release(ctxFor(t), c.Identity)); len(released) != 0 {
+		t.Errorf("released %v", released)
+	}
+}
+
+func TestInitConfig(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	var nodes []*node
+	for i := range 10 {
+		o := options(s)
+		o.InitConfig = fmt.Appendf(nil, `{"Network":"10.%d.0.0/16"}`, 100+i)
+		n := start(t, o)
+		n.m.Claim(claim(i))
+		nodes = append(nodes, n)
+	}
+	first := nodes[0].untilHeld().Table.Config
+	for _, n := range nodes[1:] {
+		if got := n.untilHeld().Table.Config; got != first {
+			t.Errorf("one has %v, another %v", first, got)
+		}
+	}
+	resp := must[*clientv3.GetResponse](t)(s.Client().Get(ctxFor(t), prefix+"/config"))
+	if resp.Kvs[0].Version != 1 {
+		t.Errorf("the config was written %d times", resp.Kvs[0].Version)
+	}
+	o := options(s)
+	o.InitConfig = []byte(`{"Network":"10.9.0.0/16"}`)
+	late := start(t, o)
+	late.m.Claim(claim(99))
+	if got := late.untilHeld().Table.Config; got != first {
+		t.Errorf("it was written over: %v", got)
+	}
+}
+
+// race starts n managers at once, and returns them when each has a lease.
+func race(t *testing.T, s *etcdtest.Server, n int, makeClaim func(int) subnet.Claim) []*node {
+	t.Helper()
+	nodes := make([]*node, n)
+	for i := range nodes {
+		nodes[i] = start(t, options(s))
+		nodes[i].m.Claim(makeClaim(i))
+	}
+	var wg sync.WaitGroup
+	for _, n := range nodes {
+		wg.Go(func() { n.wait(held) })
+	}
+	wg.Wait()
+	var requests int64
+	for _, n := range nodes {
+		n.untilHeld()
+		requests += n.sum()
+	}
+	t.Logf("%.1f requests each", float64(requests)/float64(n))
+	return nodes
+}
+
+// wait is until without a complaint, for goroutines.
+func (n *node) wait(fits func(subnet.Snapshot) bool) {
+	deadline := time.After(patience)
+	for s, news := n.state(); !fits(s); s, news = n.state() {
+		select {
+		case <-news:
+		case <-deadline:
+			return
+		}
+	}
+}
+
+// neverOverlapping replays the whole history of the store, and fails if there was a moment with two leases that overlap.
+func neverOverlapping(t *testing.T, s *etcdtest.Server) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	now := map[string]addr.Per[netip.Prefix]{}
+	end := s.Revision()
+	for resp := range s.Client().Watch(ctx, prefix+"/", clientv3.WithPrefix(), clientv3.WithRev(1), clientv3.WithProgressNotify()) {
+		if resp.Err() != nil {
+			t.Fatal(resp.Err())
+		}
+		for _, ev := range resp.Events {
+			apply(t, now, ev)
+		}
+		if n := len(resp.Events); n > 0 && resp.Events[n-1].Kv.ModRevision >= end {
+			return
+		}
+	}
+	t.Fatal("the history did not come to its end")
+}
+
+func apply(t *testing.T, now map[string]addr.Per[netip.Prefix], ev *clientv3.Event) {
+	t.Helper()
+	key, ok := strings.CutPrefix(string(ev.Kv.Key), prefix+"/subnets/")
+	if !ok {
+		return
+	}
+	if ev.Type == mvccpb.Event_DELETE {
+		delete(now, key)
+		return
+	}
+	mine := must[addr.Per[netip.Prefix]](t)(subnet.ParseKey(key))
+	for other, sn := range now {
+		if other != key && (sn.V4.IsValid() && sn.V4.Overlaps(mine.V4) || sn.V6.IsValid() && sn.V6.Overlaps(mine.V6)) {
+			t.Errorf("revision %d: %s overlaps %s", ev.Kv.ModRevision, key, other)
+		}
+	}
+	if !ev.IsCreate() {
+		t.Errorf("revision %d: %s was written over", ev.Kv.ModRevision, key)
+	}
+	now[key] = mine
+}
+
+func TestSixtyFourAtOnce(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	s.Put(prefix+"/config", `{"Network":"10.244.0.0/18","SubnetLen":24,"SubnetMin":"10.244.0.0"}`)
+	race(t, s, 64, claim)
+	late := start(t, options(s))
+	late.m.Claim(claim(64))
+	snap := late.until("a full pool", func(s subnet.Snapshot) bool { return s.ClaimErr != nil })
+	var full *subnet.PoolFullError
+	if !errors.As(snap.ClaimErr, &full) || full.Size != 64 || full.Leases != 64 {
+		t.Errorf("the 65th got %v", snap.ClaimErr)
+	}
+	neverOverlapping(t, s)
+}
+
+// The IPv6 pool has more subnets than the IPv4 one, and some of them are reserved for IPv6 alone, so that there are leases whose
+// two subnets have different indices.
+func TestDualStackRace(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	s.Put(prefix+"/config", `{"Network":"10.244.0.0/19","SubnetLen":24,"SubnetMin":"10.244.0.0","EnableIPv6":true,
+		"IPv6Network":"fd00:10::/57","IPv6SubnetLen":64,"IPv6SubnetMin":"fd00:10::"}`)
+	for i := range 8 {
+		s.Put(fmt.Sprintf("%s/subnets/fd00:10:0:%x::-64", prefix, 4*i+1), "")
+	}
+	race(t, s, 32, func(i int) subnet.Claim {
+		c := dual(claim(i), i)
+		if i%4 == 1 { // these have had an IPv4 subnet whose IPv6 counterpart is not to be had
+			c.Remembered = prefixes(fmt.Sprintf("10.244.%d.0/24", i), fmt.Sprintf("fd00:10:0:%x::/64", i))
+		}
+		return c
+	})
+	neverOverlapping(t, s)
+}
+
+func TestConfigChangesDuringRace(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	var nodes []*node
+	for i := range 24 {
+		n := start(t, options(s))
+		n.m.Claim(claim(i))
+		nodes = append(nodes, n)
+		if i == 12 {
+			s.Put(prefix+"/config", `{"Network":"10.99.0.0/16"}`)
+		}
+	}
+	seen := map[netip.Prefix]bool{}
+	for _, n := range nodes {
+		snap := n.until("a lease in the new network", func(s subnet.Snapshot) bool {
+			return held(s) && s.Table.Config.Contains(s.Lease.Subnets.V4.Addr()) && s.Table.Config.Contains(netip.MustParseAddr("10.99.0.1"))
+		})
+		if seen[snap.Lease.Subnets.V4] {
+			t.Errorf("%s was leased twice", snap.Lease.Subnets.V4)
+		}
+		seen[snap.Lease.Subnets.V4] = true
+	}
+	nodes[0].until("the old leases to be gone", func(s subnet.Snapshot) bool { return len(s.Table.Entries) == 24 })
+	neverOverlapping(t, s)
+}
+
+func TestConfigErrors(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	n := start(t, options(s))
+	n.m.Claim(claim(1))
+	n.until("no config", func(s subnet.Snapshot) bool {
+		return errors.Is(s.ClaimErr, subnet.ErrNoConfig) && errors.Is(s.Table.ConfigErr, subnet.ErrNoConfig)
+	})
+	s.Put(prefix+"/config", config)
+	first := n.untilHeld()
+	s.Put(prefix+"/config", `{"Network":"nonsense"}`)
+	n.until("a broken config", func(s subnet.Snapshot) bool {
+		return s.Table.ConfigErr != nil && s.Table.Config == subnet.Config{} && s.Lease == first.Lease && s.ClaimErr != nil
+	})
+	must[*clientv3.DeleteResponse](t)(s.Client().Delete(ctxFor(t), prefix+"/config"))
+	n.until("no config", func(s subnet.Snapshot) bool {
+		return errors.Is(s.ClaimErr, subnet.ErrNoConfig) && s.Lease == first.Lease
+	})
+	s.Put(prefix+"/config", config)
+	if again := n.untilHeld(); again.Lease != first.Lease {
+		t.Errorf("it had %v and has %v", first.Lease, again.Lease)
+	}
+}
+
+func TestListExpiriesRelease(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	s.Put(prefix+"/subnets/10.244.8.0-24", "")
+	s.Put(prefix+"/something/else", "ignored")
+	n, snap := join(t, s, 1)
+	join(t, s, 2)
+	o := must[*Manager](t)(New(options(s), n.m.log))
+	defer o.Close()
+	table := must[subnet.Table](t)(o.List(ctxFor(t)))
+	if len(table.Entries) != 3 || table.ConfigErr != nil {
+		t.Fatalf("got %+v", table)
+	}
+	left := must[map[int64]time.Duration](t)(o.Expiries(ctxFor(t), table))
+	if len(left) != 2 {
+		t.Errorf("got %v", left)
+	}
+	for id, d := range left {
+		if d < 50*time.Second || d > time.Minute {
+			t.Errorf("lease %d has %s left", id, d)
+		}
+	}
+	n.stop()
+	released := must[[]subnet.Entry](t)(o.Release(ctxFor(t), claim(1).Identity))
+	if len(released) != 1 || released[0].Subnets != snap.Lease.Subnets {
+		t.Errorf("released %v", released)
+	}
+	if table := must[subnet.Table](t)(o.List(ctxFor(t))); len(table.Entries) != 2 {
+		t.Errorf("left over: %v", table.Entries)
+	}
+}

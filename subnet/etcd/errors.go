@@ -1,0 +1,127 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// storeError is a failure of a request to the store, in plain words; what the client said stays reachable by errors.As.
+type storeError struct {
+	reason string
+	err    error
+}
+
+func (e *storeError) Error() string { return "etcd: " + e.reason }
+func (e *storeError) Unwrap() error { return e.err }
+
+// explain puts the errors that an operator meets into words that say what to look at.
+func explain(err error, o Options) error {
+	if err == nil {
+		return nil
+	}
+	if s := (*storeError)(nil); errors.As(err, &s) {
+		return err
+	}
+	return &storeError{reason(err, o), rpctypes.Error(err)}
+}
+
+func reason(err error, o Options) string {
+	text := message(err)
+	if r := authReason(err, o); r != "" {
+		return r
+	}
+	if r := connReason(text, o); r != "" {
+		return r
+	}
+	switch {
+	case errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded:
+		return fmt.Sprintf("no answer from %s within %s", where(o), o.RequestTimeout.Round(time.Millisecond))
+	case errors.Is(rpctypes.Error(err), rpctypes.ErrNoLeader):
+		return "the etcd cluster has no leader"
+	}
+	return text
+}
+
+// authReason is about who we are.
+func authReason(err error, o Options) string {
+	known := rpctypes.Error(err)
+	switch {
+	case errors.Is(known, rpctypes.ErrAuthFailed):
+		return fmt.Sprintf("wrong user name or password for user %q (--etcd-username, --etcd-password, --etcd-password-file)", o.Username)
+	case errors.Is(known, rpctypes.ErrUserEmpty):
+		return "the store wants a user name and password, and there are none (--etcd-username, --etcd-password)"
+	case errors.Is(known, rpctypes.ErrPermissionDenied) || strings.Contains(err.Error(), rpctypes.ErrPermissionDenied.Error()):
+		return fmt.Sprintf("permission denied for %s: it needs to read and write %s/", user(o), o.Prefix)
+	}
+	return ""
+}
+
+// connReason is about getting there.
+func connReason(text string, o Options) string {
+	for _, k := range []struct{ has, means string }{
+		{"certificate signed by unknown authority", "the server's certificate is signed by an unknown authority (--etcd-cafile)"},
+		{"certificate has expired or is not yet valid", "the server's certificate has expired or is not valid yet"},
+		{"x509: certificate is valid for", "the server's certificate is for another name than that in --etcd-endpoints"},
+		{"x509: cannot validate certificate for", "the server's certificate does not name the address in --etcd-endpoints"},
+		{"tls: certificate required", "the server wants a client certificate (--etcd-certfile, --etcd-keyfile)"},
+		{"tls: bad certificate", "the server refuses the client certificate (--etcd-certfile)"},
+		{"tls: expired certificate", "the client certificate has expired (--etcd-certfile)"},
+		{"tls: unknown certificate authority", "the server doesn't know who signed the client certificate (--etcd-certfile)"},
+		{"first record does not look like a TLS handshake", "the server does not speak TLS (http:// in --etcd-endpoints?)"},
+		{"error reading server preface: EOF", "the server closed the connection at once: it speaks TLS (https:// in --etcd-endpoints?), or it is no etcd"},
+		{"connection refused", "connection refused by " + where(o)},
+		{"no such host", "the name in --etcd-endpoints can't be resolved: no such host"},
+		{"no route to host", "no route to " + where(o)},
+		{"network is unreachable", "the network of " + where(o) + " is unreachable"},
+	} {
+		if strings.Contains(text, k.has) {
+			return k.means
+		}
+	}
+	return ""
+}
+
+func where(o Options) string { return strings.Join(o.Endpoints, ", ") }
+
+func user(o Options) string {
+	switch {
+	case o.Username != "":
+		return fmt.Sprintf("user %q", o.Username)
+	case o.CertFile != "":
+		return "the user that the client certificate names"
+	}
+	return "a client without a user name"
+}
+
+// message is an error's text without gRPC's wrapping.
+func message(err error) string {
+	text := err.Error()
+	for strings.HasPrefix(text, "rpc error: code = ") {
+		_, rest, ok := strings.Cut(text, " desc = ")
+		if !ok {
+			break
+		}
+		text = rest
+	}
+	return text
+}
+
+// cancelled is the error for a reason that the server gave when it ended a watch.
+func cancelled(reason string) error {
+	err := errors.New(message(errors.New(reason)))
+	return rpctypes.Error(err)
+}
+
+// refused reports whether the store does not accept who we are, so that a new client with freshly read credentials is due.
+func refused(err error) bool {
+	known := rpctypes.Error(err)
+	return errors.Is(known, rpctypes.ErrAuthFailed) || errors.Is(known, rpctypes.ErrInvalidAuthToken) ||
+		errors.Is(known, rpctypes.ErrUserEmpty)
+}

@@ -1,0 +1,253 @@
+// Package etcdtest runs a real etcd inside a test: one member on the loopback, with switches for what goes wrong with stores.
+package etcdtest
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+)
+
+const patience = 20 * time.Second
+
+// Server is one etcd.
+type Server struct {
+	t    testing.TB
+	opts options
+	dir  string
+	url  url.URL
+	etcd *embed.Etcd
+}
+
+type options struct {
+	dir        string
+	certs      *Certs
+	clientCert bool
+	tokenTTL   uint
+}
+
+// Option changes how a Server is started.
+type Option func(*options)
+
+// Dir keeps the data in a directory of the caller's.
+func Dir(dir string) Option { return func(o *options) { o.dir = dir } }
+
+// TLS has the server speak TLS with the certificate of c.
+func TLS(c *Certs) Option { return func(o *options) { o.certs = c } }
+
+// ClientCert has the server ask for a client certificate by the CA of TLS.
+func ClientCert() Option { return func(o *options) { o.clientCert = true } }
+
+// TokenTTL is how many seconds a login lasts, where EnableAuth is used.
+func TokenTTL(seconds uint) Option { return func(o *options) { o.tokenTTL = seconds } }
+
+// Start runs a server until the end of the test.
+func Start(t testing.TB, opts ...Option) *Server {
+	t.Helper()
+	s := &Server{t: t}
+	for _, f := range opts {
+		f(&s.opts)
+	}
+	s.dir = s.opts.dir
+	if s.dir == "" {
+		s.dir = filepath.Join(t.TempDir(), "etcd")
+	}
+	s.url = url.URL{Scheme: "http", Host: freePort(t)}
+	if s.opts.certs != nil {
+		s.url.Scheme = "https"
+	}
+	t.Cleanup(s.Stop)
+	s.Restart()
+	return s
+}
+
+// Endpoint is the server's URL. It stays the same over restarts.
+func (s *Server) Endpoint() string { return s.url.String() }
+
+// Addr is HOST:PORT of the endpoint.
+func (s *Server) Addr() string { return s.url.Host }
+
+// Restart starts the server, after stopping it if it runs.
+func (s *Server) Restart() {
+	s.t.Helper()
+	s.Stop()
+	deadline := time.Now().Add(patience)
+	for {
+		err := s.start()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("etcd on %s: %v", s.url.Host, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func (s *Server) start() error {
+	etcd, err := embed.StartEtcd(s.config())
+	if err != nil {
+		return err
+	}
+	select {
+	case <-etcd.Server.ReadyNotify():
+		s.etcd = etcd
+		return nil
+	case err = <-etcd.Err():
+	case <-time.After(patience):
+		err = errors.New("it does not become ready")
+	}
+	etcd.Close()
+	return err
+}
+
+func (s *Server) config() *embed.Config {
+	peer := url.URL{Scheme: "http", Host: "127.0.0.1:0"}
+	c := embed.NewConfig()
+	c.Dir = s.dir
+	c.UnsafeNoFsync = true
+	c.TickMs, c.ElectionMs = 20, 200
+	c.ListenClientUrls, c.AdvertiseClientUrls = []url.URL{s.url}, []url.URL{s.url}
+	c.ListenPeerUrls, c.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
+	c.InitialCluster = c.InitialClusterFromName(c.Name)
+	c.BcryptCost = 4
+	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	if s.opts.tokenTTL != 0 {
+		c.AuthTokenTTL = s.opts.tokenTTL
+	}
+	if k := s.opts.certs; k != nil {
+		c.ClientTLSInfo = transport.TLSInfo{CertFile: k.ServerCert, KeyFile: k.ServerKey, TrustedCAFile: k.CA, ClientCertAuth: s.opts.clientCert}
+	}
+	return c
+}
+
+// Stop ends the server; its data stay.
+func (s *Server) Stop() {
+	if s.etcd != nil {
+		s.etcd.Close()
+		s.etcd = nil
+	}
+}
+
+// Wipe stops the server and removes its data, as if the disk were lost. Restart brings up an empty one.
+func (s *Server) Wipe() {
+	s.t.Helper()
+	s.Stop()
+	s.must(os.RemoveAll(s.dir))
+}
+
+// Backup stops the server, copies its data and starts it again. The function returned puts them back, with a stop and a start.
+func (s *Server) Backup() (restore func()) {
+	s.t.Helper()
+	s.Stop()
+	copied := filepath.Join(s.t.TempDir(), "backup")
+	s.must(os.CopyFS(copied, os.DirFS(s.dir)))
+	s.Restart()
+	return func() {
+		s.t.Helper()
+		s.Wipe()
+		s.must(os.CopyFS(s.dir, os.DirFS(copied)))
+		s.Restart()
+	}
+}
+
+// Client makes a client of the server, closed at the end of the test. opts change its configuration.
+func (s *Server) Client(opts ...func(*clientv3.Config)) *clientv3.Client {
+	s.t.Helper()
+	c := clientv3.Config{Endpoints: []string{s.Endpoint()}, Logger: zap.NewNop(), DialTimeout: patience}
+	if k := s.opts.certs; k != nil {
+		pair, err := tls.LoadX509KeyPair(k.ClientCert, k.ClientKey)
+		s.must(err)
+		c.TLS = &tls.Config{RootCAs: k.pool(s.t), Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
+	}
+	for _, f := range opts {
+		f(&c)
+	}
+	cli, err := clientv3.New(c)
+	s.must(err)
+	s.t.Cleanup(func() { _ = cli.Close() })
+	return cli
+}
+
+// As makes a client log in.
+func As(user, password string) func(*clientv3.Config) {
+	return func(c *clientv3.Config) { c.Username, c.Password = user, password }
+}
+
+// EnableAuth turns authentication on, with the user root (password "root") and the given one, who may do all below prefix.
+func (s *Server) EnableAuth(user, password, prefix string) {
+	s.t.Helper()
+	cli := s.Client()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	role := "role-of-" + user
+	end := clientv3.GetPrefixRangeEnd(prefix)
+	steps := []func() error{
+		func() error { _, err := cli.UserAdd(ctx, "root", "root"); return err },
+		func() error { _, err := cli.UserGrantRole(ctx, "root", "root"); return err },
+		func() error { _, err := cli.RoleAdd(ctx, role); return err },
+		func() error {
+			_, err := cli.RoleGrantPermission(ctx, role, prefix, end, clientv3.PermissionType(clientv3.PermReadWrite))
+			return err
+		},
+		func() error { _, err := cli.UserAdd(ctx, user, password); return err },
+		func() error { _, err := cli.UserGrantRole(ctx, user, role); return err },
+		func() error { _, err := cli.AuthEnable(ctx); return err },
+	}
+	if _, err := cli.RoleAdd(ctx, "root"); err != nil && !strings.Contains(err.Error(), "already exists") {
+		s.t.Fatal(err)
+	}
+	for _, step := range steps {
+		s.must(step())
+	}
+}
+
+// Put writes a key without an etcd lease, and returns the revision.
+func (s *Server) Put(key, value string) int64 {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	cli := s.Client()
+	defer cli.Close()
+	resp, err := cli.Put(ctx, key, value)
+	s.must(err)
+	return resp.Header.Revision
+}
+
+// Revision is the store's revision.
+func (s *Server) Revision() int64 { return s.etcd.Server.KV().Rev() }
+
+func (s *Server) must(err error) {
+	s.t.Helper()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// freePort finds a port below those that the kernel gives out by itself, so that it is still free after a restart.
+func freePort(t testing.TB) string {
+	t.Helper()
+	for range 100 {
+		addr := fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(12000))
+		l, err := net.Listen("tcp", addr)
+		if err == nil {
+			_ = l.Close()
+			return addr
+		}
+	}
+	t.Fatal("no free port")
+	return ""
+}

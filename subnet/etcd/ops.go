@@ -1,0 +1,131 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/overlayd/overlayd/subnet"
+)
+
+const (
+	askAtOnce    = 16 // requests for a TTL that are under way at the same time
+	releaseTries = 5
+)
+
+// List reads the table once. It is for the operator's commands, and works without Run.
+func (m *Manager) List(ctx context.Context) (subnet.Table, error) {
+	cli, err := m.conn.get(ctx)
+	if err != nil {
+		return subnet.Table{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
+	defer cancel()
+	resp, err := cli.Get(ctx, m.keys.all, clientv3.WithPrefix())
+	if err != nil {
+		return subnet.Table{}, m.conn.failed(cli, err)
+	}
+	v := newView(m.opts.Prefix)
+	v.reset(resp.Kvs, resp.Header)
+	return v.table(), nil
+}
+
+// Expiries asks how long each etcd lease of the table still has, by its id; one that has ended is not in the answer. It is one
+// request for each: for the eyes of an operator, not for the daemon.
+func (m *Manager) Expiries(ctx context.Context, t subnet.Table) (map[int64]time.Duration, error) {
+	cli, err := m.conn.get(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var mu sync.Mutex
+	out := map[int64]time.Duration{}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(askAtOnce)
+	for id := range leaseIDs(t) {
+		g.Go(func() error {
+			left, err := m.timeToLive(ctx, cli, id)
+			if err == nil && left >= 0 {
+				mu.Lock()
+				defer mu.Unlock()
+				out[id] = left
+			}
+			return err
+		})
+	}
+	return out, g.Wait()
+}
+
+func leaseIDs(t subnet.Table) map[int64]bool {
+	ids := map[int64]bool{}
+	for _, e := range t.Entries {
+		if !e.Reserved() {
+			ids[e.LeaseID] = true
+		}
+	}
+	return ids
+}
+
+// timeToLive is negative for a lease that has ended.
+func (m *Manager) timeToLive(ctx context.Context, cli *clientv3.Client, id int64) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
+	defer cancel()
+	resp, err := cli.TimeToLive(ctx, clientv3.LeaseID(id))
+	if err != nil {
+		return 0, m.conn.failed(cli, err)
+	}
+	return time.Duration(resp.TTL) * time.Second, nil
+}
+
+// Release deletes the leases that carry exactly this identity, and says which. Reservations stay. It is for taking a node out of
+// service: the node's daemon has to be stopped before, or it registers again.
+func (m *Manager) Release(ctx context.Context, id subnet.Identity) ([]subnet.Entry, error) {
+	if id.NodeID == "" {
+		return nil, errors.New("--node-id: expected the id of the node whose lease is to be released")
+	}
+	for range releaseTries {
+		t, err := m.List(ctx)
+		if err != nil {
+			return nil, err
+		}
+		var own []subnet.Entry
+		for _, e := range t.Entries {
+			if e.Identity == id && !e.Reserved() {
+				own = append(own, e)
+			}
+		}
+		done, err := m.remove(ctx, own)
+		if done || err != nil {
+			return own, err
+		}
+	}
+	return nil, fmt.Errorf("the lease of node %q changed %d times while it was being released: is its daemon running?", id.NodeName, releaseTries)
+}
+
+// remove deletes entries in one transaction, if none of them has changed.
+func (m *Manager) remove(ctx context.Context, es []subnet.Entry) (bool, error) {
+	if len(es) == 0 {
+		return true, nil
+	}
+	cli, err := m.conn.get(ctx)
+	if err != nil {
+		return false, err
+	}
+	var guards []clientv3.Cmp
+	var deletes []clientv3.Op
+	for _, e := range es {
+		guards = append(guards, clientv3.Compare(clientv3.ModRevision(m.keys.subnets+e.Key), "=", e.Revision))
+		deletes = append(deletes, clientv3.OpDelete(m.keys.subnets+e.Key))
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
+	defer cancel()
+	resp, err := cli.Txn(ctx).If(guards...).Then(deletes...).Commit()
+	if err != nil {
+		return false, m.conn.failed(cli, err)
+	}
+	return resp.Succeeded, nil
+}

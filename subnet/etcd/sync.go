@@ -1,0 +1,220 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// errRelist ends a watch whose view has to be read again as a whole. It is no fault of the store.
+var errRelist = errors.New("the table has to be read again")
+
+// syncLoop keeps the view equal to the store: one read of everything, then a watch from there; and again, when that breaks.
+func (m *Manager) syncLoop(ctx context.Context) {
+	for attempt := 0; ctx.Err() == nil; attempt++ {
+		watched, err := m.syncOnce(ctx)
+		switch {
+		case watched: // it worked until now: worth another try before it is called a fault
+			attempt = 0
+		case !errors.Is(err, errRelist):
+			m.fails(ctx, partTable, err)
+		}
+		m.conn.wait(ctx, backoff(attempt, chance()))
+	}
+}
+
+// syncOnce reports whether it came to watch, and why that ended.
+func (m *Manager) syncOnce(ctx context.Context) (watched bool, err error) {
+	cli, err := m.conn.get(ctx)
+	if err != nil {
+		return false, err
+	}
+	if err := m.catchUp(ctx, cli); err != nil {
+		return false, err
+	}
+	m.works(partRequests)
+	watched, err = m.watch(ctx, cli)
+	if err != nil && !errors.Is(err, errRelist) {
+		err = m.conn.failed(cli, err)
+	}
+	m.update(func() bool { m.synced = false; return false })
+	return watched, err
+}
+
+// catchUp makes the view one that a watch can go on from. After a mere interruption it is that already, so that a store which
+// comes back isn't asked for the whole table by all nodes at once; but first it has to be sure that it is the same store.
+func (m *Manager) catchUp(ctx context.Context, cli *clientv3.Client) error {
+	m.mu.Lock()
+	list := m.relist || m.view.watched == 0
+	m.mu.Unlock()
+	if !list {
+		err := m.probe(ctx, cli)
+		if !errors.Is(err, errRelist) {
+			return err
+		}
+	}
+	return m.list(ctx, cli)
+}
+
+// list reads everything at one revision.
+func (m *Manager) list(ctx context.Context, cli *clientv3.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
+	defer cancel()
+	resp, err := cli.Get(ctx, m.keys.all, clientv3.WithPrefix())
+	if err != nil {
+		return m.conn.failed(cli, err)
+	}
+	m.update(func() bool {
+		m.view.reset(resp.Kvs, resp.Header)
+		m.relist = false
+		m.checkHeld()
+		return true
+	})
+	return nil
+}
+
+// watch follows the store from where the view is, until something breaks. It works on the gRPC stream itself: clientv3's watcher
+// reconnects behind its caller's back, and goes on waiting for ever on a store whose revisions start anew.
+func (m *Manager) watch(ctx context.Context, cli *clientv3.Client) (watched bool, err error) {
+	// Without a leader a member hears of nothing: then the stream shall end.
+	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	defer cancel()
+	stream, err := pb.NewWatchClient(cli.ActiveConnection()).Watch(ctx)
+	if err != nil {
+		return false, err
+	}
+	if err := stream.Send(m.watchRequest()); err != nil {
+		return false, err
+	}
+	var recvErr error
+	responses := make(chan *pb.WatchResponse, 64)
+	go func() {
+		defer close(responses)
+		recvErr = receive(ctx, stream, responses)
+	}()
+	defer func() { // the goroutine has ended when the channel is closed
+		cancel()
+		for range responses {
+		}
+	}()
+	if err := m.watchCreated(ctx, cli, responses, &recvErr); err != nil {
+		return false, err
+	}
+	m.update(func() bool { m.synced = true; return false })
+	m.works(partTable)
+	poke(m.wakeClaim)
+	return true, m.follow(ctx, responses, &recvErr)
+}
+
+func (m *Manager) watchRequest() *pb.WatchRequest {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
+		Key:           []byte(m.keys.all),
+		RangeEnd:      []byte(clientv3.GetPrefixRangeEnd(m.keys.all)),
+		StartRevision: m.view.watched + 1,
+		// Now and then the store tells its revision while nothing changes, so that an interrupted watch can go on from there
+		// although the store has compacted what was long ago.
+		ProgressNotify: true,
+	}}}
+}
+
+func receive(ctx context.Context, stream pb.Watch_WatchClient, to chan<- *pb.WatchResponse) error {
+	for {
+		r, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		select {
+		case to <- r:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// watchCreated waits for the store's word that the watch is there. A revision below ours means that the member lags behind, or
+// that the store is another one now, whose revision may be long in reaching ours: a probe tells.
+func (m *Manager) watchCreated(ctx context.Context, cli *clientv3.Client, responses <-chan *pb.WatchResponse, recvErr *error) error {
+	timeout := time.NewTimer(m.opts.RequestTimeout)
+	defer timeout.Stop()
+	select {
+	case r, ok := <-responses:
+		if !ok {
+			return *recvErr
+		}
+		if _, err := m.take(r); err != nil {
+			return err
+		}
+		m.mu.Lock()
+		behind := r.GetHeader().GetRevision() < m.view.watched
+		m.mu.Unlock()
+		if behind {
+			return m.probe(ctx, cli)
+		}
+		return nil
+	case <-timeout.C:
+		return context.DeadlineExceeded
+	}
+}
+
+// follow takes in what the watch tells. The first news goes out at once; a burst behind it is gathered into few snapshots.
+func (m *Manager) follow(ctx context.Context, responses <-chan *pb.WatchResponse, recvErr *error) error {
+	var last time.Time
+	var due <-chan time.Time
+	for {
+		select {
+		case r, ok := <-responses:
+			if !ok {
+				return *recvErr
+			}
+			changed, err := m.take(r)
+			if err != nil {
+				return err
+			}
+			if changed && due == nil {
+				due = time.After(max(0, publishEvery-time.Since(last)))
+			}
+		case <-due:
+			due, last = nil, time.Now()
+			m.update(func() bool { m.checkHeld(); return true })
+			poke(m.wakeClaim)
+		case <-m.wakeSync:
+			if m.mustRelist() {
+				return errRelist
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (m *Manager) mustRelist() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.relist
+}
+
+// take brings one message of the watch into the view.
+func (m *Manager) take(r *pb.WatchResponse) (changed bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case r.GetHeader().GetClusterId() != m.view.cluster:
+		m.relist = true
+		return false, errRelist
+	case r.CompactRevision != 0: // what came since the view is no longer to be had one by one
+		m.relist = true
+		return false, errRelist
+	case r.Canceled:
+		return false, cancelled(r.CancelReason)
+	case len(r.Events) > 0:
+		return m.view.events(r.Events), nil
+	case !r.Created:
+		m.view.progress(r.GetHeader().GetRevision())
+	}
+	return false, nil
+}

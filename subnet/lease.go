@@ -1,0 +1,253 @@
+package subnet
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"unicode"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// Lease is a node's hold on its pod subnets, with what the others must know to reach it.
+type Lease struct {
+	Subnets addr.Per[netip.Prefix]
+	Attrs
+}
+
+// Attrs is what a node says of itself in its lease.
+type Attrs struct {
+	PublicIP      addr.Per[netip.Addr] // its address on the underlay
+	PublicIPLocal bool                 // PublicIP is configured on the node itself, not on a NAT before it
+	Backend       BackendType
+	VTEP          addr.Per[VTEP] // where Backend is vxlan
+	Identity
+}
+
+// Identity is what makes a node the same node after a restart, whatever its addresses are.
+type Identity struct {
+	NodeName string // by default the host name
+	NodeID   string // by default /etc/machine-id
+}
+
+// Check refuses names that a lease could not carry.
+func (id Identity) Check() error {
+	return errors.Join(checkName("NodeName", id.NodeName), checkName("NodeID", id.NodeID))
+}
+
+// VTEP is a node's end of the VXLAN tunnels of one family.
+type VTEP struct {
+	VNI uint32
+	MAC addr.MAC
+}
+
+// Gateway is the first address of the lease's subnet: the one that its VXLAN device carries and that routes to it go through.
+func (l Lease) Gateway(f addr.Family) netip.Addr { return l.Subnets.Get(f).Addr() }
+
+// Name is what to call the node in a message: its name, or its subnet where it has none (a lease that flannel wrote).
+func (l Lease) Name() string {
+	if l.NodeName != "" {
+		return l.NodeName
+	}
+	return FormatKey(l.Subnets)
+}
+
+// Entry is one key of the store's lease table, as it was found there.
+type Entry struct {
+	Lease
+	Key string // without the prefix: "10.244.5.0-24"
+
+	Revision int64 // of the store, at the key's last change
+	Created  int64 // of the store, when the key came to be: of two that overlap, the older one holds
+	LeaseID  int64 // the etcd lease that the key hangs on; 0: none, the key is a reservation
+
+	// Err says why no lease can be read from the key and its value. Subnets is then still what the key takes up, as far as
+	// that could be told, so that nobody is given the same addresses.
+	Err error
+}
+
+// Reserved reports whether the entry is a reservation: it stays without being renewed.
+func (e Entry) Reserved() bool { return e.LeaseID == 0 }
+
+// Blank reports whether the entry is a reservation for nobody in particular: it only keeps its subnet from being leased.
+func (e Entry) Blank() bool {
+	return e.Reserved() && e.Err == nil && e.Attrs == Attrs{}
+}
+
+// ErrBlank is why a lease with an empty value is refused; a reservation may be empty.
+var ErrBlank = errors.New("the value is empty")
+
+const (
+	maxValueSize = 16 << 10
+	maxNameLen   = 253 // RFC 1035 §2.3.4; machine-id(5) has 32
+)
+
+// FormatKey is the name of the key under PREFIX/subnets/ that holds these subnets.
+func FormatKey(s addr.Per[netip.Prefix]) string {
+	var parts []string
+	for _, f := range addr.Families() {
+		if p := s.Get(f); p.IsValid() {
+			parts = append(parts, fmt.Sprintf("%s-%d", p.Addr(), p.Bits()))
+		}
+	}
+	return strings.Join(parts, "&")
+}
+
+// ParseKey reads the name of a key. With an error, it still returns the subnets that it could make out.
+func ParseKey(key string) (addr.Per[netip.Prefix], error) {
+	var out addr.Per[netip.Prefix]
+	bad := len(key) > maxNameLen
+	for i, part := range strings.SplitN(key, "&", 3) {
+		at := strings.LastIndexByte(part, '-')
+		if at < 0 || i > 1 {
+			bad = true
+			break
+		}
+		p, err := netip.ParsePrefix(part[:at] + "/" + part[at+1:])
+		if err != nil || p.Addr().Is4In6() {
+			bad = true
+			continue
+		}
+		f := addr.FamilyOf(p.Addr())
+		bad = bad || out.Get(f).IsValid()
+		out.Set(f, p.Masked())
+	}
+	if bad || FormatKey(out) != key {
+		return out, fmt.Errorf("the key %.80q is not of the form ADDRESS-LENGTH or IPV4-LENGTH&IPV6-LENGTH with no host bits set", key)
+	}
+	return out, nil
+}
+
+// wireLease is the value as it stands in the store, in flannel's layout plus our own last three.
+type wireLease struct {
+	PublicIP      string          `json:",omitempty"`
+	PublicIPv6    string          `json:",omitempty"`
+	BackendType   BackendType     `json:",omitempty"`
+	BackendData   json.RawMessage `json:",omitempty"`
+	BackendV6Data json.RawMessage `json:",omitempty"`
+	NodeName      string          `json:",omitempty"`
+	NodeID        string          `json:",omitempty"`
+	PublicIPLocal bool            `json:",omitempty"`
+}
+
+type wireVTEP struct {
+	VNI     uint32
+	VtepMAC string
+}
+
+// FormatValue is the value that says a; equal attributes give equal bytes.
+func FormatValue(a Attrs) []byte {
+	w := wireLease{
+		BackendType: a.Backend, NodeName: a.NodeName, NodeID: a.NodeID, PublicIPLocal: a.PublicIPLocal,
+		BackendData: formatVTEP(a.VTEP.V4), BackendV6Data: formatVTEP(a.VTEP.V6),
+	}
+	if a.PublicIP.V4.IsValid() {
+		w.PublicIP = a.PublicIP.V4.String()
+	}
+	if a.PublicIP.V6.IsValid() {
+		w.PublicIPv6 = a.PublicIP.V6.String()
+	}
+	return mustJSON(w)
+}
+
+func formatVTEP(v VTEP) json.RawMessage {
+	if v == (VTEP{}) {
+		return nil
+	}
+	return mustJSON(wireVTEP{v.VNI, v.MAC.String()})
+}
+
+func mustJSON(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil { // the types above hold nothing that JSON cannot say
+		panic(err)
+	}
+	return b
+}
+
+// ParseValue reads a lease's value. A value without content gives ErrBlank.
+func ParseValue(data []byte) (Attrs, error) {
+	if len(data) > maxValueSize {
+		return Attrs{}, fmt.Errorf("the value has %d bytes, more than %d", len(data), maxValueSize)
+	}
+	if s := strings.TrimSpace(string(data)); s == "" || s == "{}" || s == "null" {
+		return Attrs{}, ErrBlank
+	}
+	var w wireLease
+	if err := json.Unmarshal(data, &w); err != nil {
+		return Attrs{}, fmt.Errorf("the value is not a lease: %.200s", err)
+	}
+	a := Attrs{PublicIPLocal: w.PublicIPLocal, Backend: w.BackendType, Identity: Identity{w.NodeName, w.NodeID}}
+	err := joined(
+		checkName("NodeName", w.NodeName), checkName("NodeID", w.NodeID), checkName("BackendType", string(w.BackendType)),
+		parsePublicIP(&a.PublicIP, addr.IPv4, "PublicIP", w.PublicIP),
+		parsePublicIP(&a.PublicIP, addr.IPv6, "PublicIPv6", w.PublicIPv6),
+	)
+	if w.BackendType == VXLAN { // another backend's data are its own affair
+		err = joined(err,
+			parseVTEP(&a.VTEP, addr.IPv4, "BackendData", w.BackendData),
+			parseVTEP(&a.VTEP, addr.IPv6, "BackendV6Data", w.BackendV6Data))
+	}
+	return a, err
+}
+
+// checkName refuses what could not be printed on a terminal as it is.
+func checkName(field, s string) error {
+	if len(s) > maxNameLen || strings.ContainsFunc(s, unprintable) {
+		return fmt.Errorf("%s: %.40q is longer than %d bytes or has characters that cannot be printed", field, s, maxNameLen)
+	}
+	return nil
+}
+
+func unprintable(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }
+
+func parsePublicIP(out *addr.Per[netip.Addr], f addr.Family, field, s string) error {
+	if s == "" {
+		return nil
+	}
+	a, err := netip.ParseAddr(s)
+	if err != nil || addr.FamilyOf(a) != f || a.Zone() != "" || a.Is4In6() {
+		return fmt.Errorf("%s: %.40q is not an %s address", field, s, f)
+	}
+	if a.IsUnspecified() { // flannel's way to say "none"
+		return nil
+	}
+	out.Set(f, a)
+	return nil
+}
+
+func parseVTEP(out *addr.Per[VTEP], f addr.Family, field string, raw json.RawMessage) error {
+	if len(raw) == 0 || string(raw) == "null" {
+		return nil
+	}
+	var w wireVTEP
+	if err := json.Unmarshal(raw, &w); err != nil {
+		return fmt.Errorf("%s: not the data of a VXLAN lease: %.200s", field, err)
+	}
+	if w.VtepMAC == "" && w.VNI == 0 {
+		return nil
+	}
+	m, err := addr.ParseMAC(w.VtepMAC)
+	if err != nil {
+		return fmt.Errorf("%s.VtepMAC: %w", field, err)
+	}
+	out.Set(f, VTEP{w.VNI, m})
+	return nil
+}
+
+// ParseEntry reads one key and its value; what is wrong with them is the entry's Err.
+func ParseEntry(key string, value []byte, revision, created, leaseID int64) Entry {
+	e := Entry{Key: key, Revision: revision, Created: created, LeaseID: leaseID}
+	e.Subnets, e.Err = ParseKey(key)
+	a, err := ParseValue(value)
+	if errors.Is(err, ErrBlank) && e.Reserved() {
+		return e
+	}
+	if err == nil {
+		e.Attrs = a
+	}
+	e.Err = joined(e.Err, err)
+	return e
+}

@@ -1,0 +1,34 @@
+package subnet
+
+import (
+	"context"
+	"time"
+)
+
+// Manager is a node's side of the store: it brings the table in, and this node's claim out.
+type Manager interface {
+	// Run does the work until ctx ends, and returns ctx's error. No fault of the store ends it.
+	Run(ctx context.Context) error
+	// Updates delivers the newest snapshot. A slow reader misses those in between, never the last one.
+	Updates() <-chan Snapshot
+	// Claim says what this node's lease is to be from now on. It does not wait; what came of it is in the snapshots.
+	Claim(c Claim)
+}
+
+// Snapshot is what is known of the store at one moment. It is always whole.
+type Snapshot struct {
+	Table Table // the newest that was read; its Revision is 0 until there is one
+
+	Claimed Claim     // the claim that Lease and ClaimErr are about
+	Lease   Lease     // what this node holds; the zero Lease while it holds nothing
+	Expires time.Time // when Lease ends if it can't be renewed; zero for a reservation
+	// ClaimErr is why the store does not say what was claimed: a conflict, a full pool, no valid config.
+	ClaimErr error
+
+	// Err is why the store can't be reached at the moment; Table is then as old as Since.
+	Err   error
+	Since time.Time
+}
+
+// Held reports whether this node holds a lease.
+func (s Snapshot) Held() bool { return s.Lease != Lease{} }

@@ -1,0 +1,196 @@
+package subnet
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// Table is everything under the prefix in the store, as of one revision. It is a value: nobody changes one that was handed on.
+type Table struct {
+	Revision       int64
+	Config         Config
+	ConfigErr      error // why there is no valid Config at this revision
+	ConfigRevision int64 // of the config key's last change; 0 where there is none
+	Entries        []Entry
+}
+
+// Refusal is a lease that is not believed, and why.
+type Refusal struct {
+	Key    string
+	Node   string
+	Reason string
+}
+
+// Peers sorts out which leases of others to act on. What makes no sense, or would take what is mine or another's, is refused
+// with its reason and holds nobody else back. Both lists are in the order of the subnets.
+func (t Table) Peers(c Config, self Lease) (peers []Lease, refused []Refusal) {
+	j := judge{config: c, self: self, macs: map[addr.MAC]string{}, ips: map[netip.Addr]string{}}
+	refuse := func(e Entry, reason string) {
+		refused = append(refused, Refusal{Key: e.Key, Node: e.NodeName, Reason: reason})
+	}
+	// Oldest first: of two that claim the same, the one that came first holds it.
+	byAge := make([]Entry, 0, len(t.Entries))
+	for _, e := range t.Entries {
+		if e.Blank() || e.Err == nil && e.Subnets == self.Subnets {
+			continue
+		}
+		if reason := j.alone(&e.Lease, e.Err); reason != "" {
+			refuse(e, reason)
+			continue
+		}
+		byAge = append(byAge, e)
+	}
+	slices.SortFunc(byAge, func(a, b Entry) int { // one transaction may have made several
+		return cmp.Or(cmp.Compare(a.Created, b.Created), cmp.Compare(a.Key, b.Key))
+	})
+	crossed := overlapping(byAge)
+	var held []Entry // of those that overlap another, the accepted ones
+	for i, e := range byAge {
+		if crossed[i] {
+			if at := slices.IndexFunc(held, func(h Entry) bool { return h.overlaps(e.Lease) }); at >= 0 {
+				refuse(e, fmt.Sprintf("its subnet overlaps %s of %s, which is older", held[at].Key, held[at].Name()))
+				continue
+			}
+		}
+		if reason := j.among(e.Lease); reason != "" {
+			refuse(e, reason)
+			continue
+		}
+		if crossed[i] {
+			held = append(held, e)
+		}
+		peers = append(peers, e.Lease)
+	}
+	slices.SortFunc(peers, func(a, b Lease) int { return compareSubnets(a.Subnets, b.Subnets) })
+	slices.SortFunc(refused, func(a, b Refusal) int { return cmp.Compare(a.Key, b.Key) })
+	return peers, refused
+}
+
+func (l Lease) overlaps(o Lease) bool {
+	return overlap(l.Subnets.V4, o.Subnets.V4) || overlap(l.Subnets.V6, o.Subnets.V6)
+}
+
+// overlap is false where one of the two is not in use.
+func overlap(a, b netip.Prefix) bool { return a.IsValid() && b.IsValid() && a.Overlaps(b) }
+
+func compareSubnets(a, b addr.Per[netip.Prefix]) int {
+	return cmp.Or(addr.ComparePrefix(a.V4, b.V4), addr.ComparePrefix(a.V6, b.V6))
+}
+
+// overlapping marks the entries whose subnet overlaps that of another one, in either family.
+func overlapping(es []Entry) []bool {
+	crossed := make([]bool, len(es))
+	order := make([]int, 0, len(es))
+	for _, f := range addr.Families() {
+		order = order[:0]
+		for i := range es {
+			if es[i].Subnets.Get(f).IsValid() {
+				order = append(order, i)
+			}
+		}
+		slices.SortFunc(order, func(a, b int) int { return addr.ComparePrefix(es[a].Subnets.Get(f), es[b].Subnets.Get(f)) })
+		// Prefixes are disjoint or nested, and a containing one sorts before what it contains: looking back at the widest
+		// one that is still open is enough.
+		open := -1
+		for _, i := range order {
+			if open >= 0 && es[open].Subnets.Get(f).Overlaps(es[i].Subnets.Get(f)) {
+				crossed[open], crossed[i] = true, true
+				continue
+			}
+			open = i
+		}
+	}
+	return crossed
+}
+
+// judge finds what is wrong with a lease.
+type judge struct {
+	config Config
+	self   Lease
+	macs   map[addr.MAC]string // of the peers accepted so far, with their names
+	ips    map[netip.Addr]string
+}
+
+// alone looks at a lease by itself and against my own. Subnets of families that the network does not use are dropped from it.
+func (j judge) alone(l *Lease, err error) string {
+	if err != nil {
+		return err.Error()
+	}
+	if l.Backend != j.config.Backend.Type {
+		return fmt.Sprintf("its backend is %q, this network's is %q", l.Backend, j.config.Backend.Type)
+	}
+	used := 0
+	for _, f := range addr.Families() {
+		p := j.config.Pools.Get(f)
+		if !p.On() || !l.Subnets.Get(f).IsValid() {
+			l.Subnets.Set(f, netip.Prefix{})
+			continue
+		}
+		used++
+		if reason := j.family(*l, f, p); reason != "" {
+			return reason
+		}
+	}
+	if used == 0 {
+		return "it has no subnet in a family that this network uses"
+	}
+	return ""
+}
+
+func (j judge) family(l Lease, f addr.Family, p Pool) string {
+	sn, ip, mine := l.Subnets.Get(f), l.PublicIP.Get(f), j.self.PublicIP.Get(f)
+	switch {
+	case sn.Bits() < p.Network.Bits() || !p.Network.Contains(sn.Addr()):
+		return fmt.Sprintf("its subnet %s is outside the network %s", sn, p.Network)
+	case overlap(sn, j.self.Subnets.Get(f)):
+		return fmt.Sprintf("its subnet %s overlaps this node's own %s", sn, j.self.Subnets.Get(f))
+	case !ip.IsValid():
+		return fmt.Sprintf("it has no public %s address", f)
+	case ip == mine:
+		return fmt.Sprintf("its public IP %s is this node's own: two nodes with one address, or a lease that this node left behind", ip)
+	case p.Network.Contains(ip):
+		return fmt.Sprintf("its public IP %s is inside the overlay network %s", ip, p.Network)
+	case !ip.IsGlobalUnicast() || ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return fmt.Sprintf("its public IP %s is not a unicast address that a packet could be sent to", ip)
+	}
+	if j.config.Backend.Type != VXLAN {
+		return ""
+	}
+	switch v := l.VTEP.Get(f); {
+	case v.MAC.IsZero():
+		return fmt.Sprintf("it has no %s VtepMAC", f)
+	case v.MAC.IsGroup():
+		return fmt.Sprintf("its VtepMAC %s is a group address", v.MAC)
+	case v.MAC == j.self.VTEP.Get(f).MAC:
+		return fmt.Sprintf("its VtepMAC %s is this node's own", v.MAC)
+	case v.VNI != j.config.Backend.VNI:
+		return fmt.Sprintf("its VNI is %d, this network's is %d", v.VNI, j.config.Backend.VNI)
+	}
+	return ""
+}
+
+// among takes note of a peer's addresses, unless another peer has one of them: one MAC or address can't lead to two nodes.
+func (j judge) among(l Lease) string {
+	for _, f := range addr.Families() {
+		if !l.Subnets.Get(f).IsValid() {
+			continue
+		}
+		if by, taken := j.ips[l.PublicIP.Get(f)]; taken {
+			return fmt.Sprintf("its public IP %s is that of %s, whose lease is older", l.PublicIP.Get(f), by)
+		}
+		if by, taken := j.macs[l.VTEP.Get(f).MAC]; taken && j.config.Backend.Type == VXLAN {
+			return fmt.Sprintf("its VtepMAC %s is that of %s, whose lease is older", l.VTEP.Get(f).MAC, by)
+		}
+	}
+	for _, f := range addr.Families() {
+		if l.Subnets.Get(f).IsValid() {
+			j.ips[l.PublicIP.Get(f)] = l.Name()
+			j.macs[l.VTEP.Get(f).MAC] = l.Name()
+		}
+	}
+	return ""
+}
