@@ -1,0 +1,398 @@
+package masquerade
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/nstest"
+)
+
+func TestDriftIsSeenAndRepaired(t *testing.T) {
+	t.Parallel()
+	const jump = "-m comment --comment overlayd -j OVERLAYD-POSTRTG"
+	cases := []struct {
+		name   string
+		damage []string // iptables command lines
+		want   []DriftKind
+	}{
+		{"jump missing", []string{"-t nat -D POSTROUTING " + jump}, []DriftKind{JumpMissing}},
+		{"jump not first", []string{"-t nat -I POSTROUTING 1 -p tcp --dport 9999 -j ACCEPT"}, []DriftKind{JumpMisplaced}},
+		{"jump twice", []string{"-t nat -I POSTROUTING 1 " + jump}, []DriftKind{JumpRepeated}},
+		{"jump twice, apart", []string{"-t nat -A POSTROUTING -j OVERLAYD-POSTRTG"}, []DriftKind{JumpRepeated}},
+		{"jump under a condition", []string{"-t nat -R POSTROUTING 1 -p udp -j OVERLAYD-POSTRTG"}, []DriftKind{JumpChanged}},
+		{"jump as goto", []string{"-t nat -R POSTROUTING 1 -g OVERLAYD-POSTRTG"}, []DriftKind{JumpChanged}},
+		{"rule deleted", []string{"-t nat -D OVERLAYD-POSTRTG 3"}, []DriftKind{RulesChanged}},
+		{"rule changed", []string{"-t filter -R OVERLAYD-FWD 1 -p udp -j DROP"}, []DriftKind{RulesChanged}},
+		{"rules reordered", []string{"-t nat -I OVERLAYD-POSTRTG 1 -j MASQUERADE", "-t nat -D OVERLAYD-POSTRTG 2"}, []DriftKind{RulesChanged}},
+		{"foreign rule at the end", []string{"-t nat -A OVERLAYD-POSTRTG -p udp -j RETURN"}, []DriftKind{RulesChanged}},
+		{"rule twice", []string{"-t filter -A OVERLAYD-FWD -p udp -j ACCEPT", "-t filter -A OVERLAYD-FWD -p udp -j ACCEPT"}, []DriftKind{RulesChanged}},
+		{"chain flushed", []string{"-t nat -F OVERLAYD-POSTRTG"}, []DriftKind{RulesChanged}},
+		{"table flushed", []string{"-t nat -F"}, []DriftKind{RulesChanged, JumpMissing}},
+		{"chain missing", []string{"-t nat -F", "-t nat -X"}, []DriftKind{ChainMissing, JumpMissing}},
+		{"chain missing in filter", []string{"-t filter -F", "-t filter -X"}, []DriftKind{ChainMissing, JumpMissing}},
+		{"all gone", []string{"-t nat -F", "-t nat -X", "-t filter -F", "-t filter -X"},
+			[]DriftKind{ChainMissing, ChainMissing, JumpMissing, JumpMissing}},
+	}
+	eachVariant(t, func(t *testing.T, r *rig) {
+		first, restores := r.ensure(both()...)
+		if len(first) != 8 || restores != 2 {
+			t.Errorf("first: %d restores, %v", restores, first)
+		}
+		intact := r.saved()
+		r.quiet(both()...)
+		for _, f := range addr.Families() {
+			for _, c := range cases {
+				for _, line := range c.damage {
+					r.iptables(f, line)
+				}
+				drifts, restores := r.ensure(both()...)
+				if diff := cmp.Diff(c.want, kindsOf(drifts)); diff != "" || restores != 1 {
+					t.Errorf("%s, %s: %d restores, %v", f, c.name, restores, drifts)
+				}
+				for _, d := range drifts {
+					if d.Family != f {
+						t.Errorf("%s, %s: %s", f, c.name, d)
+					}
+				}
+				r.quiet(both()...)
+				// What somebody put into the hook's chain is theirs, and stays.
+				if c.name == "jump not first" {
+					r.iptables(f, "-t nat -D POSTROUTING -p tcp --dport 9999 -j ACCEPT")
+				}
+				if diff := cmp.Diff(intact, r.saved()); diff != "" {
+					t.Errorf("%s, %s: repaired to something else:\n%s", f, c.name, diff)
+				}
+			}
+		}
+		r.restart()
+		if drifts, restores := r.ensure(both()...); len(drifts) != 0 || restores != 0 {
+			t.Errorf("after a restart: %d restores, %v", restores, drifts)
+		}
+	})
+}
+
+// `nft flush ruleset` takes tables and base chains away; a rule made with nft in our chain makes it unreadable.
+func TestDamageByNft(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, nstest.New(t), VariantNFT)
+	r.ensure(both()...)
+	intact := r.saved()
+	for _, damage := range []string{"flush ruleset", "add rule ip nat OVERLAYD-POSTRTG ct expiration 10 accept", "delete table ip6 nat"} {
+		r.ns.Exec(append([]string{"nft"}, strings.Fields(damage)...)...)
+		if drifts, _ := r.ensure(both()...); len(drifts) == 0 {
+			t.Errorf("%s: not seen", damage)
+		}
+		r.quiet(both()...)
+		if diff := cmp.Diff(intact, r.saved()); diff != "" {
+			t.Errorf("%s:\n%s", damage, diff)
+		}
+	}
+}
+
+func TestChangedWishes(t *testing.T) {
+	t.Parallel()
+	eachVariant(t, func(t *testing.T, r *rig) {
+		r.iptables(addr.IPv4, "-t nat -A POSTROUTING -p tcp -j ACCEPT")
+		r.ensure(both()...)
+		for _, change := range []func(*Input){
+			func(in *Input) { in.Tunnel = "overlay.7" },
+			func(in *Input) { in.Node = netip.Addr{} },
+			func(in *Input) {
+				in.Exclude = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
+			},
+		} {
+			in4, in6 := wanted(addr.IPv4), wanted(addr.IPv6)
+			change(&in4)
+			change(&in6)
+			drifts, restores := r.ensure(Rules(in4), Rules(in6))
+			if !slices.Equal(kindsOf(drifts), []DriftKind{RulesChanged, RulesChanged}) || restores != 2 {
+				t.Errorf("%d restores, %v", restores, drifts)
+			}
+			r.quiet(Rules(in4), Rules(in6))
+		}
+		noNAT := wanted(addr.IPv4)
+		noNAT.Masquerade = false
+		drifts, restores := r.ensure(Rules(noNAT)) // and IPv6 not at all
+		if kinds := kindsOf(drifts); !slices.Equal(kinds, []DriftKind{Leftover, Leftover, Leftover}) || restores != 2 {
+			t.Errorf("%d restores, %v", restores, drifts)
+		}
+		left := r.saved()
+		if strings.Contains(left, "POSTRTG") || strings.Count(left, "-j OVERLAYD-FWD") != 1 || !strings.Contains(left, "-A POSTROUTING -p tcp -j ACCEPT") {
+			t.Errorf("left:\n%s", left)
+		}
+		r.ensure(Rules(noNAT)) // sees that they are gone, and then
+		r.quiet(Rules(noNAT))  // looks no more
+		r.ensure(both()...)
+		r.quiet(both()...)
+	})
+}
+
+// legacyTables lists the tables of iptables-legacy that exist in the namespace.
+func (r *rig) legacyTables() string {
+	return r.ns.Exec("cat", "/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
+}
+
+func TestRemoveTakesOnlyWhatIsOurs(t *testing.T) {
+	t.Parallel()
+	eachVariant(t, func(t *testing.T, r *rig) {
+		for _, f := range addr.Families() {
+			for _, line := range []string{
+				"-t nat -N KUBE-POSTROUTING", "-t nat -A POSTROUTING -j KUBE-POSTROUTING", "-t nat -A KUBE-POSTROUTING -p udp -j MASQUERADE",
+				"-t filter -N OVERLAYD-OTHER", "-t filter -A FORWARD -j OVERLAYD-OTHER", "-t filter -P FORWARD DROP",
+			} {
+				r.iptables(f, line)
+			}
+		}
+		before := r.saved()
+		r.ensure(both()...)
+		r.iptables(addr.IPv4, "-t nat -A POSTROUTING -p udp -j OVERLAYD-POSTRTG")
+		for range 2 {
+			r.ns.Do(func() {
+				if err := r.d.Remove(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+			if diff := cmp.Diff(before, r.saved()); diff != "" {
+				t.Error(diff)
+			}
+		}
+		if drifts, _ := r.ensure(both()...); len(drifts) != 8 {
+			t.Errorf("after Remove: %v", drifts)
+		}
+		if tables := r.legacyTables(); r.variant == VariantNFT && tables != "" {
+			t.Errorf("legacy tables made: %s", tables)
+		}
+	})
+}
+
+func TestLeftoversOfTheOtherVariant(t *testing.T) {
+	t.Parallel()
+	eachVariant(t, func(t *testing.T, r *rig) {
+		other := newRig(t, r.ns, map[Variant]Variant{VariantNFT: VariantLegacy, VariantLegacy: VariantNFT}[r.variant])
+		other.iptables(addr.IPv4, "-t nat -A POSTROUTING -p tcp -j ACCEPT")
+		other.iptables(addr.IPv6, "-t nat -A POSTROUTING -p tcp -j ACCEPT")
+		before := other.saved()
+		other.ensure(both()...)
+		r.ensure(both()...)
+		if diff := cmp.Diff(before, other.saved()); diff != "" {
+			t.Errorf("Ensure left:\n%s", diff)
+		}
+		r.quiet(both()...)
+		other.ensure(both()...) // somebody started the old daemon again
+		r.ns.Do(func() {
+			if err := r.d.Remove(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+		if diff := cmp.Diff(before, other.saved()); diff != "" {
+			t.Errorf("Remove left:\n%s", diff)
+		}
+	})
+}
+
+func TestRemoveNamesWhatStillUsesTheChain(t *testing.T) {
+	t.Parallel()
+	eachVariant(t, func(t *testing.T, r *rig) {
+		r.ensure(both()...)
+		r.iptables(addr.IPv4, "-t filter -A INPUT -j OVERLAYD-FWD")
+		var err error
+		r.ns.Do(func() { err = r.d.Remove(t.Context()) })
+		if err == nil || !strings.Contains(err.Error(), "restore") || strings.Contains(err.Error(), "\n") {
+			t.Errorf("got %v", err)
+		}
+		if strings.Contains(r.ns.Exec(command(addr.IPv6, r.variant), "-t", "nat", "-S"), "OVERLAYD") {
+			t.Error("IPv6 was held back")
+		}
+	})
+}
+
+// An iptables that prints rules in its own way costs one restore, not one at every look.
+func TestAnotherWayToPrint(t *testing.T) {
+	t.Parallel()
+	eachVariant(t, func(t *testing.T, r *rig) {
+		otherWay := strings.NewReplacer("-m mark --mark 0x4000/0x4000 -m comment", "-m comment", "--random-fully", "random", `"`, "", "! -d", "-d !")
+		r.d.run = r.counted(func(ctx context.Context, stdin, name string, args ...string) (string, error) {
+			out, err := execRun(ctx, stdin, name, args...)
+			if slices.Contains(args, "-S") {
+				out = otherWay.Replace(out)
+			}
+			return out, err
+		})
+		if _, restores := r.ensure(both()...); restores != 2 {
+			t.Errorf("%d restores", restores)
+		}
+		r.quiet(both()...)
+		r.iptables(addr.IPv4, "-t nat -D OVERLAYD-POSTRTG 2")
+		if drifts, _ := r.ensure(both()...); !slices.Equal(kindsOf(drifts), []DriftKind{RulesChanged}) {
+			t.Errorf("drift among odd prints: %v", drifts)
+		}
+		r.quiet(both()...)
+	})
+}
+
+// A rule that another program slips in right behind a restore must not be remembered as ours.
+func TestWritingRace(t *testing.T) {
+	t.Parallel()
+	eachVariant(t, func(t *testing.T, r *rig) {
+		raced := false
+		r.d.run = r.counted(func(ctx context.Context, stdin, name string, args ...string) (string, error) {
+			out, err := execRun(ctx, stdin, name, args...)
+			if strings.HasSuffix(name, "-restore") && !raced {
+				raced = true
+				r.iptables(addr.IPv4, "-t nat -I OVERLAYD-POSTRTG 1 -j RETURN")
+			}
+			return out, err
+		})
+		if _, _, err := r.tryEnsure(both()...); err == nil || !strings.Contains(err.Error(), "OVERLAYD-POSTRTG") {
+			t.Errorf("got %v", err)
+		}
+		if drifts, _ := r.ensure(both()...); !slices.Contains(kindsOf(drifts), RulesChanged) {
+			t.Errorf("got %v", drifts)
+		}
+		r.quiet(both()...)
+	})
+}
+
+func TestMissingSet(t *testing.T) {
+	t.Parallel()
+	eachVariant(t, func(t *testing.T, r *rig) {
+		before := r.saved()
+		_, _, err := r.tryEnsure(Rules(fullInput(addr.IPv4)), Rules(wanted(addr.IPv6)))
+		if !errors.Is(err, ErrSet) {
+			t.Fatalf("got %v", err)
+		}
+		for _, part := range []string{"IPv4", command(addr.IPv4, r.variant) + "-restore", "overlayd-nodes4 doesn't exist", "-A OVERLAYD-POSTRTG"} {
+			if !strings.Contains(err.Error(), part) {
+				t.Errorf("no %q in %q", part, err)
+			}
+		}
+		if strings.Contains(err.Error(), "\n") {
+			t.Errorf("more than one line: %q", err)
+		}
+		after := r.saved()
+		if strings.Contains(after, "10.244.0.0") || !strings.Contains(after, "fd00:10:244::/48") || !strings.Contains(after, before[:20]) {
+			t.Errorf("half a change in IPv4, or none in IPv6:\n%s", after)
+		}
+	})
+}
+
+func TestLock(t *testing.T) {
+	t.Parallel()
+	lock := filepath.Join(t.TempDir(), "lock")
+	held, err := os.Create(lock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = held.Close() }()
+	if err := syscall.Flock(int(held.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	locked := func(wait time.Duration) *rig {
+		r := newRig(t, nstest.New(t), VariantLegacy)
+		r.d.wait = wait
+		r.d.run = func(ctx context.Context, stdin, name string, args ...string) (string, error) {
+			return execRun(ctx, stdin, "env", append([]string{"XTABLES_LOCKFILE=" + lock, name}, args...)...)
+		}
+		return r
+	}
+	t.Run("bounded", func(t *testing.T) {
+		r, start := locked(time.Second), time.Now()
+		_, _, err := r.tryEnsure(both()...)
+		if err == nil || !strings.Contains(err.Error(), "xtables lock") {
+			t.Errorf("got %v", err)
+		}
+		if took := time.Since(start); took < time.Second || took > 10*time.Second {
+			t.Errorf("took %s", took)
+		}
+	})
+	t.Run("cancelled", func(t *testing.T) {
+		r, start := locked(time.Minute), time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		var err error
+		r.ns.Do(func() { _, err = r.d.Ensure(ctx, both()) })
+		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second {
+			t.Errorf("after %s: %v", time.Since(start), err)
+		}
+	})
+}
+
+// Not in parallel: it changes PATH.
+func TestMissingPrograms(t *testing.T) {
+	ns := nstest.New(t)
+	r := newRig(t, ns, VariantDefault)
+	real, err := exec.LookPath("iptables-nft")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if real, err = filepath.EvalSymlinks(real); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	t.Setenv("PATH", dir)
+	if _, _, err := r.tryEnsure(Rules(wanted(addr.IPv4))); !errors.Is(err, exec.ErrNotFound) {
+		t.Errorf("no iptables at all: %v", err)
+	}
+	if _, _, err := r.tryEnsure(); err != nil {
+		t.Errorf("nothing wanted: %v", err)
+	}
+	ns.Do(func() { err = r.d.Remove(t.Context()) })
+	if err != nil {
+		t.Errorf("nothing to remove with: %v", err)
+	}
+	for _, name := range []string{"iptables", "iptables-restore"} {
+		if err := os.Symlink(real, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, restores, err := r.tryEnsure(Rules(wanted(addr.IPv4))); err != nil || restores != 1 {
+		t.Errorf("installed since: %d restores, %v", restores, err)
+	}
+	r.quiet(Rules(wanted(addr.IPv4)))
+	if _, _, err := r.tryEnsure(both()...); !errors.Is(err, exec.ErrNotFound) || !strings.Contains(err.Error(), "ip6tables") {
+		t.Errorf("IPv6 without ip6tables: %v", err)
+	}
+}
+
+func TestWrongRulesets(t *testing.T) {
+	t.Parallel()
+	good := Rules(wanted(addr.IPv4))
+	d := NewIPTables(VariantNFT, 0)
+	d.run = func(context.Context, string, string, ...string) (string, error) {
+		t.Error("a command was run")
+		return "", nil
+	}
+	for name, bad := range map[string][]Ruleset{
+		"twice a family": {good, good},
+		"no family":      {{Chains: good.Chains}},
+		"foreign chain":  {{Family: addr.IPv4, Chains: []Chain{{Place: Place{NAT, PostRouting, "POSTROUTING"}}}}},
+		"twice a chain":  {{Family: addr.IPv4, Chains: append(good.Chains, good.Chains...)}},
+	} {
+		if _, err := d.Ensure(t.Context(), bad); err == nil {
+			t.Errorf("%s was taken", name)
+		}
+	}
+}
+
+func TestParseVariant(t *testing.T) {
+	for _, s := range []string{"", "nft", "legacy"} {
+		if v, err := ParseVariant(s); err != nil || string(v) != s {
+			t.Errorf("%q: %v, %v", s, v, err)
+		}
+	}
+	if _, err := ParseVariant("iptables"); err == nil {
+		t.Error("took nonsense")
+	}
+}

@@ -1,0 +1,174 @@
+package masquerade
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// This file is the pure half of the iptables driver: rules as iptables prints them, what differs, and the text for
+// iptables-restore that puts it right.
+
+// jumpComment marks the rule in the hook's chain as ours for whoever reads the firewall.
+const jumpComment = "overlayd"
+
+// render writes the rules of a chain exactly as `iptables -S` prints them.
+func render(c Chain, randomFully bool) []string {
+	lines := make([]string, len(c.Rules))
+	for i, r := range c.Rules {
+		lines[i] = renderRule(c.Name, r, randomFully)
+	}
+	return lines
+}
+
+func renderRule(chain string, r Rule, randomFully bool) string {
+	words := []string{"-A", chain}
+	words = append(words, renderPrefix("-s", r.Src, false)...)
+	words = append(words, renderPrefix("-d", r.Dst, r.DstNot)...)
+	if r.OutDevice != "" {
+		words = append(words, "-o", r.OutDevice)
+	}
+	if r.Mark.Mask != 0 {
+		words = append(words, "-m", "mark", "--mark", fmt.Sprintf("0x%x/0x%x", r.Mark.Value, r.Mark.Mask))
+	}
+	if r.DstSet != "" {
+		words = append(words, "-m", "set", "--match-set", r.DstSet, "dst")
+	}
+	words = append(words, "-m", "comment", "--comment", quote(r.Comment), "-j", target(r.Verdict))
+	if r.Verdict == Masquerade && randomFully {
+		words = append(words, "--random-fully")
+	}
+	return strings.Join(words, " ")
+}
+
+// renderPrefix leaves out the prefix of all addresses, as iptables does.
+func renderPrefix(flag string, p netip.Prefix, not bool) []string {
+	switch {
+	case !p.IsValid() || p.Bits() == 0 && !not:
+		return nil
+	case not:
+		return []string{"!", flag, p.String()}
+	}
+	return []string{flag, p.String()}
+}
+
+func target(v Verdict) string {
+	return map[Verdict]string{Return: "RETURN", Masquerade: "MASQUERADE", Accept: "ACCEPT"}[v]
+}
+
+func quote(s string) string {
+	plain := func(r rune) bool {
+		return r == '-' || r == '_' || r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z'
+	}
+	if s != "" && !strings.ContainsFunc(s, func(r rune) bool { return !plain(r) }) {
+		return s
+	}
+	return `"` + strings.NewReplacer(`"`, `\"`, `\`, `\\`, `'`, `\'`).Replace(s) + `"`
+}
+
+func renderJump(p Place) string {
+	return fmt.Sprintf("-A %s -m comment --comment %s -j %s", p.Hook, jumpComment, p.Name)
+}
+
+// text is a chain of ours together with its call, as iptables prints them.
+type text struct {
+	jump  string
+	rules []string
+}
+
+func (a text) equal(b text) bool { return a.jump == b.jump && slices.Equal(a.rules, b.rules) }
+
+// alike tells whether printed may be another iptables's way to write rendered: the same number of rules, each with its
+// verdict and its comment at its place. It keeps a rule that somebody slipped in during a repair from passing as ours.
+func alike(rendered, printed text) bool {
+	if len(rendered.rules) != len(printed.rules) || printed.jump == "" {
+		return false
+	}
+	for i, line := range rendered.rules {
+		_, tail, _ := strings.Cut(line, " --comment ")
+		comment, verdict, _ := strings.Cut(tail, " -j ")
+		verdict, _, _ = strings.Cut(verdict, " ")
+		got := printed.rules[i]
+		if !strings.Contains(got, strings.Trim(comment, `"`)) || !strings.Contains(got+" ", " -j "+verdict+" ") {
+			return false
+		}
+	}
+	return true
+}
+
+// found is what stands in the firewall at one of our places.
+type found struct {
+	exists bool
+	rules  []string // of our chain
+	hook   []string // of the chain that has to call it
+}
+
+// jumps are the rules in the hook's chain that call our chain, under whatever condition.
+func (s found) jumps(p Place) []string {
+	var calls []string
+	for _, line := range s.hook {
+		if strings.HasSuffix(line, " -j "+p.Name) || strings.HasSuffix(line, " -g "+p.Name) {
+			calls = append(calls, line)
+		}
+	}
+	return calls
+}
+
+// text is what was found, in the form in which it is compared. The jump is empty unless it is the one and first.
+func (s found) text(p Place) text {
+	t := text{rules: s.rules}
+	if calls := s.jumps(p); len(calls) == 1 && calls[0] == s.hook[0] {
+		t.jump = calls[0]
+	}
+	return t
+}
+
+// differences compares what was found with what is wanted.
+func differences(p Place, s found, want text) []DriftKind {
+	var kinds []DriftKind
+	switch {
+	case !s.exists:
+		kinds = append(kinds, ChainMissing)
+	case !slices.Equal(s.rules, want.rules):
+		kinds = append(kinds, RulesChanged)
+	}
+	calls := s.jumps(p)
+	switch {
+	case len(calls) == 0:
+		kinds = append(kinds, JumpMissing)
+	case len(calls) > 1:
+		kinds = append(kinds, JumpRepeated)
+	case calls[0] != s.hook[0]:
+		kinds = append(kinds, JumpMisplaced)
+	case calls[0] != want.jump:
+		kinds = append(kinds, JumpChanged)
+	}
+	return kinds
+}
+
+// replaceText is the input for `iptables-restore --noflush` that replaces our chain and its calls in one transaction.
+func replaceText(p Place, s found, want text) string {
+	lines := deleteJumps(p, s)
+	lines = append(lines, ":"+p.Name+" - [0:0]") // creates the chain, or empties it
+	lines = append(lines, want.rules...)
+	lines = append(lines, strings.Replace(want.jump, "-A "+string(p.Hook), "-I "+string(p.Hook)+" 1", 1))
+	return section(p.Table, lines)
+}
+
+// removeText is the input for `iptables-restore --noflush` that takes out our chain and its calls.
+func removeText(p Place, s found) string {
+	return section(p.Table, append(deleteJumps(p, s), "-F "+p.Name, "-X "+p.Name))
+}
+
+func deleteJumps(p Place, s found) []string {
+	var lines []string
+	for _, call := range s.jumps(p) {
+		lines = append(lines, "-D"+strings.TrimPrefix(call, "-A"))
+	}
+	return lines
+}
+
+func section(t Table, lines []string) string {
+	return "*" + string(t) + "\n" + strings.Join(lines, "\n") + "\nCOMMIT\n"
+}

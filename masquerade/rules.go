@@ -1,0 +1,188 @@
+// Package masquerade decides which packets of the pod network get the node's address on their way out, and puts the
+// rules for it into the node's firewall.
+//
+// Rules is the decision: pure, for both IP families the same, and without a word about a particular firewall. A Driver
+// makes the firewall equal to it.
+package masquerade
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// Table is the part of the firewall that a chain belongs to.
+type Table string
+
+// The tables in which there are chains of ours.
+const (
+	NAT    Table = "nat"
+	Filter Table = "filter"
+)
+
+// Hook is the place in the kernel's packet path from which a chain of ours is called, before all others there.
+type Hook string
+
+// The hooks from which chains of ours are called.
+const (
+	PostRouting Hook = "POSTROUTING"
+	Forward     Hook = "FORWARD"
+)
+
+// Place says where a chain stands: its table, the hook that calls it, and its name.
+type Place struct {
+	Table Table
+	Hook  Hook
+	Name  string
+}
+
+// Places lists every chain that can be ours; whoever tidies up looks at these and at nothing else.
+func Places() [2]Place { return [2]Place{postRouting(), forward()} }
+
+func postRouting() Place { return Place{NAT, PostRouting, "OVERLAYD-POSTRTG"} }
+func forward() Place     { return Place{Filter, Forward, "OVERLAYD-FWD"} }
+
+// Verdict is what becomes of a packet that a rule matches.
+type Verdict uint8
+
+// The verdicts. The zero Verdict is none of them.
+const (
+	// Return ends our chain and lets the hook's other rules decide; it is not an accept, so that the rules of
+	// kube-proxy, of the portmap plugin and of the operator keep their say.
+	Return Verdict = iota + 1
+	// Masquerade gives the packet's connection the address of the device that it leaves by.
+	Masquerade
+	// Accept ends the hook for the packet.
+	Accept
+)
+
+// Mark matches a packet mark under a mask. A zero mask matches everything.
+type Mark struct{ Value, Mask uint32 }
+
+// Rule is one row of a chain: all its matches together, and a verdict. A zero match matches everything. It is comparable.
+type Rule struct {
+	Mark      Mark
+	Src, Dst  netip.Prefix
+	DstNot    bool   // Dst is meant the other way: everything but it
+	DstSet    string // the destination is a member of this set of addresses (see Sets)
+	OutDevice string
+	Verdict   Verdict
+	Comment   string // why; letters, digits, spaces and hyphens, so that every firewall takes it as it is
+}
+
+// Chain is a chain of ours with all its rules, in order.
+type Chain struct {
+	Place
+	Rules []Rule
+}
+
+// Ruleset is all that is wanted in the firewall for one family. One without chains means: nothing of ours.
+type Ruleset struct {
+	Family addr.Family
+	Chains []Chain
+}
+
+// Input is all that the decision rests on, for one family.
+type Input struct {
+	// Network is the whole pod network, Subnet this node's part of it.
+	Network, Subnet netip.Prefix
+	// Node is the address that the peers know this node by, if it is configured on this node; invalid otherwise. The
+	// answers of pods to this address come back through the network, to any other address of the node they may not.
+	Node netip.Addr
+	// Tunnel is the name of the VXLAN device, or empty when there is none.
+	Tunnel string
+	// DirectNodes says that the set NodeSet exists: the addresses of the peers that are reached without the tunnel.
+	DirectNodes bool
+	// Exclude lists destinations that see the pods' own addresses. Those of the other family are passed over.
+	Exclude []netip.Prefix
+	// Masquerade and Forward say which of the two chains is wanted.
+	Masquerade, Forward bool
+}
+
+// Family is the family that the input is about.
+func (in Input) Family() addr.Family { return addr.FamilyOf(in.Network.Addr()) }
+
+// NodeSet is the name of the set with the addresses of those peers that are reached without the tunnel.
+func NodeSet(f addr.Family) string {
+	if f == addr.IPv4 {
+		return "overlayd-nodes4"
+	}
+	return "overlayd-nodes6"
+}
+
+// Rules decides what this node's firewall has to hold for the family of in.Network, which must be valid.
+func Rules(in Input) Ruleset {
+	in.Network, in.Subnet = in.Network.Masked(), in.Subnet.Masked()
+	rs := Ruleset{Family: in.Family()}
+	if in.Masquerade {
+		rs.Chains = append(rs.Chains, Chain{postRouting(), postRoutingRules(in, rs.Family)})
+	}
+	if in.Forward {
+		rs.Chains = append(rs.Chains, Chain{forward(), forwardRules(in.Network)})
+	}
+	return rs
+}
+
+// postRoutingRules is the order that matters: who is left alone comes before who is masqueraded. The kernel asks only
+// for the first packet of a connection; answers follow it whatever stands here.
+func postRoutingRules(in Input, f addr.Family) []Rule {
+	net := in.Network
+	rules := []Rule{
+		{Mark: Mark{0x4000, 0x4000}, Verdict: Return, Comment: "kube-proxy masquerades this itself"},
+		{Src: net, Dst: net, Verdict: Return, Comment: "pod to pod"},
+	}
+	rules = append(rules, nodeRules(in, f)...)
+	for _, p := range excluded(in.Exclude, f) {
+		rules = append(rules, Rule{Src: net, Dst: p, Verdict: Return, Comment: "excluded by the operator"})
+	}
+	rules = append(rules, Rule{Src: net, Dst: multicast(f), DstNot: true, Verdict: Masquerade, Comment: "pod to the world"})
+	if in.Subnet.IsValid() {
+		rules = append(rules, Rule{Dst: in.Subnet, Verdict: Return, Comment: "the world to a pod of this node"})
+	}
+	return append(rules,
+		Rule{Dst: net, Verdict: Masquerade, Comment: "the world to a pod elsewhere, whose answer must come back here"},
+	)
+}
+
+// nodeRules keep the real addresses between pods and the nodes' own addresses. What leaves through the tunnel for
+// somebody outside of the network goes to a peer node: nothing else is routed there.
+func nodeRules(in Input, f addr.Family) []Rule {
+	var rules []Rule
+	if in.Tunnel != "" {
+		rules = append(rules, Rule{Src: in.Network, OutDevice: in.Tunnel, Verdict: Return, Comment: "pod to a node by the tunnel"})
+	}
+	if in.DirectNodes {
+		rules = append(rules, Rule{Src: in.Network, DstSet: NodeSet(f), Verdict: Return, Comment: "pod to a node directly"})
+	}
+	if in.Node.IsValid() {
+		rules = append(rules, Rule{Src: addr.Host(in.Node), Dst: in.Network, Verdict: Return, Comment: "this node to a pod"})
+	}
+	return rules
+}
+
+func forwardRules(net netip.Prefix) []Rule {
+	return []Rule{
+		{Src: net, Verdict: Accept, Comment: "from a pod"},
+		{Dst: net, Verdict: Accept, Comment: "to a pod"},
+	}
+}
+
+// excluded picks one family out of the operator's list, sorted, so that another order of the flags changes nothing.
+func excluded(list []netip.Prefix, f addr.Family) []netip.Prefix {
+	var own []netip.Prefix
+	for _, p := range list {
+		if p.IsValid() && addr.FamilyOf(p.Addr()) == f {
+			own = append(own, p.Masked())
+		}
+	}
+	slices.SortFunc(own, addr.ComparePrefix)
+	return slices.Compact(own)
+}
+
+func multicast(f addr.Family) netip.Prefix {
+	if f == addr.IPv4 {
+		return netip.PrefixFrom(netip.AddrFrom4([4]byte{224}), 4)
+	}
+	return netip.PrefixFrom(netip.AddrFrom16([16]byte{0xff}), 8)
+}

@@ -1,0 +1,236 @@
+package netstate
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// conn is one rtnetlink socket, kept open. It serves one goroutine.
+type conn struct {
+	fd  int
+	seq uint32
+	buf []byte
+}
+
+const (
+	// batchSize bounds the requests of one send. The kernel works through a send before it returns, and queues an answer for
+	// each request that failed: they must fit into the receive buffer.
+	batchSize = 256
+	// recvBuffer holds the answers to a batch, and some of a dump. It is forced where we may (CAP_NET_ADMIN).
+	recvBuffer = 4 << 20
+	// recvTimeout bounds the wait for an answer. The kernel answers within milliseconds, or the answer was lost.
+	recvTimeout = 10 * time.Second
+	// dumpTries is how often an interrupted dump is started again.
+	dumpTries = 8
+)
+
+// errInterrupted says that the kernel's state changed while it was dumped: what came is not to be believed.
+var errInterrupted = errors.New("the kernel's state kept changing while it was read")
+
+// dial opens a socket in the network namespace of the calling thread.
+func dial() (*conn, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	c := &conn{fd: fd, buf: make([]byte, 256<<10)}
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		c.close()
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	// Each of these is a help that an older kernel may lack: a text with an error, short answers, filtered dumps.
+	for _, opt := range []int{unix.NETLINK_EXT_ACK, unix.NETLINK_CAP_ACK, unix.NETLINK_GET_STRICT_CHK} {
+		_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, opt, 1)
+	}
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, recvBuffer) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, recvBuffer)
+	}
+	tv := unix.NsecToTimeval(int64(recvTimeout))
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
+		c.close()
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	return c, nil
+}
+
+func (c *conn) close() { _ = unix.Close(c.fd) }
+
+// do sends many requests with few system calls, and returns one error (or nil) for each.
+func (c *conn) do(reqs []*nl.NetlinkRequest) []error {
+	errs := make([]error, len(reqs))
+	for at := 0; at < len(reqs); at += batchSize {
+		end := min(at+batchSize, len(reqs))
+		if err := c.batch(reqs[at:end], errs[at:end]); err != nil {
+			for i := at; i < len(reqs); i++ {
+				if errs[i] == nil {
+					errs[i] = err
+				}
+			}
+			return errs
+		}
+	}
+	return errs
+}
+
+// batch sends one batch. Only the last request asks for an acknowledgement: the kernel reports failures without being asked.
+func (c *conn) batch(reqs []*nl.NetlinkRequest, errs []error) error {
+	first := c.seq + 1
+	var out []byte
+	for i, r := range reqs {
+		c.seq++
+		r.Seq = c.seq
+		if i == len(reqs)-1 {
+			r.Flags |= unix.NLM_F_ACK
+		}
+		b := r.Serialize()
+		out = append(out, b...)
+		for len(out)%unix.NLMSG_ALIGNTO != 0 {
+			out = append(out, 0)
+		}
+	}
+	last := c.seq
+	if err := c.send(out); err != nil {
+		return err
+	}
+	return c.receive(func(h unix.NlMsghdr, body []byte) (bool, error) {
+		if h.Type != unix.NLMSG_ERROR || h.Seq < first || h.Seq > last {
+			return false, nil // an answer to a request that was given up
+		}
+		errs[h.Seq-first] = ackError(h, body)
+		return h.Seq == last, nil
+	})
+}
+
+// dump asks for all objects of a kind; each is called with every message's type and body, and must not keep the body.
+// After errInterrupted it has seen parts of several attempts, so reset is called before each.
+func (c *conn) dump(typ uint16, header nl.NetlinkRequestData, attrs []*nl.RtAttr, reset func(), each func(body []byte)) error {
+	for range dumpTries {
+		reset()
+		req := nl.NewNetlinkRequest(int(typ), unix.NLM_F_DUMP)
+		req.AddData(header)
+		for _, a := range attrs {
+			req.AddData(a)
+		}
+		c.seq++
+		req.Seq = c.seq
+		if err := c.send(req.Serialize()); err != nil {
+			return err
+		}
+		interrupted := false
+		err := c.receive(func(h unix.NlMsghdr, body []byte) (bool, error) {
+			if h.Seq != req.Seq {
+				return false, nil
+			}
+			interrupted = interrupted || h.Flags&unix.NLM_F_DUMP_INTR != 0
+			switch h.Type {
+			case unix.NLMSG_DONE:
+				return true, doneError(body)
+			case unix.NLMSG_ERROR:
+				return true, ackError(h, body)
+			}
+			each(body)
+			return false, nil
+		})
+		if err != nil {
+			return err
+		}
+		if !interrupted {
+			return nil
+		}
+	}
+	return errInterrupted
+}
+
+func (c *conn) send(b []byte) error {
+	if err := unix.Sendto(c.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return fmt.Errorf("netlink send: %w", err)
+	}
+	return nil
+}
+
+// receive hands over messages until done says that it was the last.
+func (c *conn) receive(each func(h unix.NlMsghdr, body []byte) (done bool, err error)) error {
+	for {
+		n, from, err := unix.Recvfrom(c.fd, c.buf, unix.MSG_TRUNC)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, unix.EAGAIN):
+			return fmt.Errorf("the kernel did not answer within %v", recvTimeout)
+		case err != nil:
+			return fmt.Errorf("netlink receive: %w", err)
+		case n > len(c.buf):
+			return fmt.Errorf("netlink message of %d bytes is longer than %d", n, len(c.buf))
+		}
+		if sa, ok := from.(*unix.SockaddrNetlink); !ok || sa.Pid != 0 {
+			continue // not from the kernel
+		}
+		for b := c.buf[:n]; len(b) >= unix.NLMSG_HDRLEN; {
+			h := unix.NlMsghdr{
+				Len: binary.NativeEndian.Uint32(b), Type: binary.NativeEndian.Uint16(b[4:]),
+				Flags: binary.NativeEndian.Uint16(b[6:]), Seq: binary.NativeEndian.Uint32(b[8:]),
+			}
+			if h.Len < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
+				return fmt.Errorf("netlink message says it has %d of %d bytes", h.Len, len(b))
+			}
+			done, err := each(h, b[unix.NLMSG_HDRLEN:h.Len])
+			if done || err != nil {
+				return err
+			}
+			b = b[min(int(h.Len+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1), len(b)):]
+		}
+	}
+}
+
+// ackError reads an NLMSG_ERROR: an errno, and the kernel's own words if it has any (NLMSGERR_ATTR_MSG, uapi/linux/netlink.h).
+func ackError(h unix.NlMsghdr, body []byte) error {
+	if len(body) < 4+unix.NLMSG_HDRLEN {
+		return errors.New("netlink acknowledgement is too short")
+	}
+	errno := int32(binary.NativeEndian.Uint32(body))
+	if errno == 0 {
+		return nil
+	}
+	err := unix.Errno(-errno)
+	if h.Flags&unix.NLM_F_ACK_TLVS == 0 {
+		return err
+	}
+	rest := body[4+unix.NLMSG_HDRLEN:]
+	if h.Flags&unix.NLM_F_CAPPED == 0 { // the request itself stands before the attributes
+		skip := int(binary.NativeEndian.Uint32(body[4:])) - unix.NLMSG_HDRLEN
+		if skip = (skip + 3) &^ 3; skip < 0 || skip > len(rest) {
+			return err
+		}
+		rest = rest[skip:]
+	}
+	return withText(err, rest)
+}
+
+// doneError reads the end of a dump, which may carry an errno too.
+func doneError(body []byte) error {
+	if len(body) < 4 {
+		return nil
+	}
+	if errno := int32(binary.NativeEndian.Uint32(body)); errno != 0 {
+		return withText(unix.Errno(-errno), body[4:])
+	}
+	return nil
+}
+
+func withText(err unix.Errno, attrs []byte) error {
+	text := ""
+	eachAttr(attrs, func(typ uint16, data []byte) {
+		if typ == unix.NLMSGERR_ATTR_MSG {
+			text = cString(data)
+		}
+	})
+	if text == "" {
+		return err
+	}
+	return fmt.Errorf("%w (%s)", err, text)
+}

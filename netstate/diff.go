@@ -1,0 +1,144 @@
+package netstate
+
+import "fmt"
+
+// Op is what is to be done with an object.
+type Op uint8
+
+// The operations. Replace is an Add of an object whose key is there with another content.
+const (
+	Add Op = iota + 1
+	Replace
+	Delete
+)
+
+func (o Op) String() string {
+	return map[Op]string{Add: "add", Replace: "replace", Delete: "delete"}[o]
+}
+
+// Object is any of the values that a State is made of.
+type Object interface {
+	fmt.Stringer
+	kind() kind
+}
+
+// Change is one step from one state to another.
+type Change struct {
+	Op  Op
+	Obj Object // what there is to be, or, for a Delete, what is to go
+	Old Object // for a Replace: what is there
+}
+
+func (c Change) String() string { return c.Op.String() + " " + c.Obj.String() }
+
+// Kind names the sort of object that the change is about: "route", "fdb" and so on.
+func (c Change) Kind() string { return string(c.Obj.kind()) }
+
+type kind string
+
+const (
+	kindLink      kind = "device"
+	kindSysctl    kind = "sysctl"
+	kindAddress   kind = "address"
+	kindNeighbour kind = "neighbour"
+	kindFDB       kind = "fdb"
+	kindRoute     kind = "route"
+	kindRule      kind = "rule"
+)
+
+func (Link) kind() kind      { return kindLink }
+func (Sysctl) kind() kind    { return kindSysctl }
+func (Address) kind() kind   { return kindAddress }
+func (Neighbour) kind() kind { return kindNeighbour }
+func (FDBEntry) kind() kind  { return kindFDB }
+func (Route) kind() kind     { return kindRoute }
+func (Rule) kind() kind      { return kindRule }
+
+type object[T any] interface {
+	comparable
+	Object
+	Compare(T) int
+}
+
+// Diff lists the changes that make actual equal to desired, in an order that can be carried out: what others need comes first,
+// and nothing is deleted before all that is new is there. Only a device that can't be changed into what is wanted has to go first;
+// then everything on it counts as gone.
+func Diff(actual, desired State) []Change {
+	var doomed, gone changes
+	links := diff(actual.Links, desired.Links, &gone)
+	for i, c := range links {
+		if c.Op == Replace && c.Old.(Link).VXLAN != c.Obj.(Link).VXLAN {
+			doomed = append(doomed, Change{Op: Delete, Obj: c.Old})
+			links[i] = Change{Op: Add, Obj: c.Obj}
+			actual = actual.withoutLink(c.Old.(Link).Name)
+		}
+	}
+	var obsolete [5]changes
+	steps := []changes{
+		doomed,
+		links,
+		diff(actual.Sysctls, desired.Sysctls, new(changes)), // a setting that is no longer wanted stays as it is
+		diff(actual.Addresses, desired.Addresses, &obsolete[4]),
+		diff(actual.Neighbours, desired.Neighbours, &obsolete[3]),
+		diff(actual.FDB, desired.FDB, &obsolete[2]),
+		diff(actual.Routes, desired.Routes, &obsolete[1]),
+		diff(actual.Rules, desired.Rules, &obsolete[0]),
+	}
+	steps = append(append(steps, obsolete[:]...), gone)
+	var out []Change
+	for _, s := range steps {
+		out = append(out, s...)
+	}
+	return out
+}
+
+type changes []Change
+
+// diff walks two sorted lists side by side.
+func diff[T object[T]](actual, desired []T, obsolete *changes) changes {
+	var out changes
+	for len(actual) > 0 || len(desired) > 0 {
+		var c int
+		switch {
+		case len(actual) == 0:
+			c = 1
+		case len(desired) == 0:
+			c = -1
+		default:
+			c = actual[0].Compare(desired[0])
+		}
+		switch {
+		case c < 0:
+			*obsolete = append(*obsolete, Change{Op: Delete, Obj: actual[0]})
+			actual = actual[1:]
+		case c > 0:
+			out = append(out, Change{Op: Add, Obj: desired[0]})
+			desired = desired[1:]
+		default:
+			if actual[0] != desired[0] {
+				out = append(out, Change{Op: Replace, Obj: desired[0], Old: actual[0]})
+			}
+			actual, desired = actual[1:], desired[1:]
+		}
+	}
+	return out
+}
+
+// withoutLink is the state without everything that goes when a device goes. Rules and settings are not on a device.
+func (s State) withoutLink(name string) State {
+	s.Addresses = reject(s.Addresses, func(a Address) bool { return a.Link == name })
+	s.Neighbours = reject(s.Neighbours, func(n Neighbour) bool { return n.Link == name })
+	s.FDB = reject(s.FDB, func(e FDBEntry) bool { return e.Link == name })
+	s.Routes = reject(s.Routes, func(r Route) bool { return r.Link == name })
+	return s
+}
+
+func reject[T any](s []T, match func(T) bool) []T {
+	var out []T
+	for _, x := range s {
+		if !match(x) {
+			out = append(out, x)
+		}
+	}
+	return out
+}

@@ -1,0 +1,177 @@
+package netstate
+
+import (
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/nstest"
+)
+
+func openIPSets(t *testing.T, ns *nstest.NS) *IPSets {
+	t.Helper()
+	var s *IPSets
+	var err error
+	ns.Do(func() { s, err = NewIPSets() })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+func ipsetAddrs(list ...string) []netip.Addr {
+	var out []netip.Addr
+	for _, s := range list {
+		out = append(out, netip.MustParseAddr(s))
+	}
+	return out
+}
+
+func TestIPSetFollowsTheMembers(t *testing.T) {
+	t.Parallel()
+	ns := nstest.New(t)
+	s := openIPSets(t, ns)
+	for f, all := range map[addr.Family][]netip.Addr{
+		addr.IPv4: ipsetAddrs("192.0.2.1", "192.0.2.2", "10.0.0.1", "192.0.2.9"),
+		addr.IPv6: ipsetAddrs("2001:db8::1", "2001:db8::2", "fd00::1", "2001:db8::9"),
+	} {
+		name := "nodes-" + f.String()
+		for i, step := range []struct {
+			members []netip.Addr
+			changed int
+		}{
+			{nil, 1}, {nil, 0}, {all[:3], 3}, {all[:3], 0}, {append(all[:1:1], all[0], all[1]), 1}, {all[2:], 4}, {all, 2}, {nil, 4},
+		} {
+			changed, err := s.Ensure(name, f, step.members)
+			if err != nil || changed != step.changed {
+				t.Errorf("%s step %d: %d changes, %v; want %d", f, i, changed, err, step.changed)
+			}
+			out := ns.Exec("ipset", "list", name)
+			_, got, _ := strings.Cut(out, "Members:\n")
+			for _, a := range all {
+				want := false
+				for _, m := range step.members {
+					want = want || m == a
+				}
+				if strings.Contains("\n"+got, "\n"+a.String()+"\n") != want {
+					t.Errorf("%s step %d: %s wanted %v:\n%s", f, i, a, want, out)
+				}
+			}
+		}
+		ns.Exec("ipset", "add", name, all[3].String())
+		if changed, err := s.Ensure(name, f, all[:1]); err != nil || changed != 2 {
+			t.Errorf("%s: a foreign member: %d changes, %v", f, changed, err)
+		}
+	}
+}
+
+func TestIPSetRemove(t *testing.T) {
+	t.Parallel()
+	ns := nstest.New(t)
+	s := openIPSets(t, ns)
+	if err := s.Remove("nodes"); err != nil {
+		t.Errorf("nothing there: %v", err)
+	}
+	if _, err := s.Ensure("nodes", addr.IPv4, nil); err != nil {
+		t.Fatal(err)
+	}
+	rule := []string{"FORWARD", "-m", "set", "--match-set", "nodes", "dst", "-j", "ACCEPT"}
+	ns.Exec(append([]string{"iptables-nft", "-A"}, rule...)...)
+	if err := s.Remove("nodes"); err == nil || !strings.Contains(err.Error(), "nodes") {
+		t.Errorf("in use: %v", err)
+	}
+	ns.Exec(append([]string{"iptables-nft", "-D"}, rule...)...)
+	if err := s.Remove("nodes"); err != nil {
+		t.Error(err)
+	}
+	if out := ns.Exec("ipset", "list", "-name"); out != "" {
+		t.Errorf("left: %s", out)
+	}
+}
+
+func TestIPSetOfAnotherType(t *testing.T) {
+	t.Parallel()
+	ns := nstest.New(t)
+	s := openIPSets(t, ns)
+	for name, create := range map[string]string{
+		"net": "hash:net family inet", "six": "hash:ip family inet6", "fading": "hash:ip timeout 30", "map": "bitmap:ip range 10.0.0.0/24",
+	} {
+		ns.Exec(append([]string{"ipset", "create", name}, strings.Fields(create)...)...)
+		_, err := s.Ensure(name, addr.IPv4, ipsetAddrs("192.0.2.1"))
+		if !errors.Is(err, ErrIPSetType) || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: %v", create, err)
+		}
+		if strings.Contains(ns.Exec("ipset", "list", name), "192.0.2.1") {
+			t.Errorf("%s: the foreign set was changed", create)
+		}
+	}
+}
+
+func TestIPSetRefusesOtherAddresses(t *testing.T) {
+	t.Parallel()
+	ns := nstest.New(t)
+	s := openIPSets(t, ns)
+	for f, bad := range map[addr.Family]netip.Addr{addr.IPv4: netip.MustParseAddr("::1"), addr.IPv6: netip.MustParseAddr("::ffff:1.2.3.4")} {
+		for _, a := range []netip.Addr{bad, {}} {
+			if _, err := s.Ensure("nodes", f, []netip.Addr{a}); err == nil {
+				t.Errorf("%s took %s", f, a)
+			}
+		}
+	}
+	if out := ns.Exec("ipset", "list", "-name"); out != "" {
+		t.Errorf("made although refused: %s", out)
+	}
+}
+
+// A hundred thousand is more than the kernel's default bound of 65536.
+func TestIPSetGrows(t *testing.T) {
+	t.Parallel()
+	ns := nstest.New(t)
+	s := openIPSets(t, ns)
+	members := make([]netip.Addr, 0, 100_000)
+	for a := netip.MustParseAddr("10.0.0.0"); len(members) < cap(members); a = a.Next() {
+		members = append(members, a)
+	}
+	for _, want := range []int{len(members) + 1, 0} {
+		if changed, err := s.Ensure("nodes", addr.IPv4, members); err != nil || changed != want {
+			t.Fatalf("%d changes, %v; want %d", changed, err, want)
+		}
+	}
+}
+
+func TestIPSetFull(t *testing.T) {
+	t.Parallel()
+	ns := nstest.New(t)
+	s := openIPSets(t, ns)
+	ns.Exec("ipset", "create", "nodes", "hash:ip", "maxelem", "2")
+	changed, err := s.Ensure("nodes", addr.IPv4, ipsetAddrs("192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"))
+	if changed != 2 || err == nil || !strings.Contains(err.Error(), "add 192.0.2.3") || !strings.Contains(err.Error(), "1 more") {
+		t.Errorf("%d changes, %v", changed, err)
+	}
+}
+
+func TestIPSetErrors(t *testing.T) {
+	t.Parallel()
+	noErrno := errors.New("message out of sequence")
+	var err error = noErrno
+	if e := guard(func() error { _ = err.(unix.Errno); return nil }); e == nil {
+		t.Error("the library's panic is lost")
+	}
+	if e := guard(func() error { return noErrno }); !errors.Is(e, noErrno) {
+		t.Errorf("got %v", e)
+	}
+	for err, want := range map[error]bool{
+		unix.EINVAL: true, unix.EPROTONOSUPPORT: true, nl.IPSetError(nl.IPSET_ERR_FIND_TYPE): true,
+		unix.EPERM: false, unix.ENOENT: false, nl.IPSetError(nl.IPSET_ERR_BUSY): false,
+	} {
+		if got := unsupported(err); errors.Is(got, ErrIPSetUnsupported) != want || !errors.Is(got, err) {
+			t.Errorf("%v: %v", err, got)
+		}
+	}
+}

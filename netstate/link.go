@@ -1,0 +1,130 @@
+package netstate
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// vxlanOf reads the part of a VXLAN device that can't be changed.
+func vxlanOf(v *netlink.Vxlan, names map[int]string) VXLAN {
+	local, _ := netip.AddrFromSlice(v.SrcAddr)
+	return VXLAN{
+		VNI: uint32(v.VxlanId), Port: uint16(v.Port), Local: local.Unmap(), Underlay: names[v.VtepDevIndex],
+		Learning: v.Learning, GBP: v.GBP,
+	}
+}
+
+func (k *Kernel) applyLink(c Change, l Link) error {
+	switch c.Op {
+	case Add:
+		return k.addLink(l)
+	case Replace:
+		return k.changeLink(l, c.Old.(Link))
+	default:
+		return k.deleteLink(l.Name)
+	}
+}
+
+const addrGenModeNone = 1 // IN6_ADDR_GEN_MODE_NONE, uapi/linux/if_link.h
+
+// addLink makes a device and brings it up. It goes up last, so that nothing is sent from it before it is what it should be.
+func (k *Kernel) addLink(l Link) error {
+	underlay, err := k.linkIndex(l.VXLAN.Underlay)
+	if err != nil {
+		return err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU, attrs.HardwareAddr = l.Name, l.MTU, net.HardwareAddr(l.MAC[:])
+	v := &netlink.Vxlan{
+		LinkAttrs: attrs, VxlanId: int(l.VXLAN.VNI), VtepDevIndex: int(underlay), SrcAddr: l.VXLAN.Local.AsSlice(),
+		Port: int(l.VXLAN.Port), Learning: l.VXLAN.Learning, GBP: l.VXLAN.GBP,
+	}
+	if err := k.links.LinkAdd(v); err != nil {
+		return explainAdd(err, l, k.linksOrNone())
+	}
+	k.index[l.Name] = v.Index
+	if v.Index == 0 {
+		made, err := k.links.LinkByName(l.Name)
+		if err != nil {
+			return err
+		}
+		v.Index, k.index[l.Name] = made.Attrs().Index, made.Attrs().Index
+	}
+	// Neither a router advertisement nor an address of its own making may change how the device routes.
+	if err := k.links.LinkSetIP6AddrGenMode(v, addrGenModeNone); err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) {
+		return fmt.Errorf("addrgenmode none: %w", err)
+	}
+	if err := writeSysctl(AcceptRA(l.Name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return k.links.LinkSetUp(v)
+}
+
+// AcceptRA is the setting by which a device takes no router advertisements.
+func AcceptRA(link string) Sysctl { return Sysctl{"net/ipv6/conf/" + link + "/accept_ra", "0"} }
+
+// changeLink puts right what can be changed on a device that exists.
+func (k *Kernel) changeLink(want, have Link) error {
+	index, err := k.linkIndex(want.Name)
+	if err != nil {
+		return err
+	}
+	dev := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: int(index)}}
+	if want.MAC != have.MAC {
+		err = errors.Join(err, k.links.LinkSetHardwareAddr(dev, net.HardwareAddr(want.MAC[:])))
+	}
+	if want.MTU != have.MTU {
+		err = errors.Join(err, k.links.LinkSetMTU(dev, want.MTU))
+	}
+	if have.Down {
+		err = errors.Join(err, k.links.LinkSetUp(dev))
+	}
+	return err
+}
+
+func (k *Kernel) deleteLink(name string) error {
+	index, err := k.linkIndex(name)
+	if err != nil {
+		return err
+	}
+	err = k.links.LinkDel(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: int(index)}})
+	if err == nil || errors.Is(err, unix.ENODEV) {
+		delete(k.index, name)
+		return nil
+	}
+	return err
+}
+
+func (k *Kernel) linksOrNone() []netlink.Link {
+	all, err := k.linkList()
+	if err != nil {
+		return nil
+	}
+	return all
+}
+
+// explainAdd says what stands in the way of a new device: the kernel only says "exists".
+func explainAdd(err error, l Link, all []netlink.Link) error {
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("%w: this kernel has no VXLAN (is the module vxlan there?)", err)
+	}
+	if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EADDRINUSE) {
+		return err
+	}
+	for _, other := range all {
+		if other.Attrs().Name == l.Name {
+			return fmt.Errorf("%w: a %s device of this name that is not ours is in the way; rename or delete it (ip link delete %s)", err, other.Type(), l.Name)
+		}
+		if v, ok := other.(*netlink.Vxlan); ok && v.VxlanId == int(l.VXLAN.VNI) && v.Port == int(l.VXLAN.Port) {
+			return fmt.Errorf("%w: the VXLAN device %s has VNI %d on UDP port %d already; delete it (ip link delete %s), or set another Backend.VNI or Backend.Port",
+				err, v.Name, v.VxlanId, v.Port, v.Name)
+		}
+	}
+	return fmt.Errorf("%w: UDP port %d is taken by another program", err, l.VXLAN.Port)
+}

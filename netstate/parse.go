@@ -1,0 +1,158 @@
+package netstate
+
+import (
+	"bytes"
+	"encoding/binary"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// The dumps of routes, neighbours and FDB entries are read by hand: they are the only ones that grow with the number of
+// peers, and a parser that builds no tree takes a quarter of the time.
+
+const attrTypeMask = 0x3fff // NLA_TYPE_MASK, uapi/linux/netlink.h
+
+// eachAttr walks rtattrs (struct rtattr, uapi/linux/rtnetlink.h).
+func eachAttr(b []byte, f func(typ uint16, data []byte)) {
+	for len(b) >= unix.SizeofRtAttr {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < unix.SizeofRtAttr || n > len(b) {
+			return
+		}
+		f(binary.NativeEndian.Uint16(b[2:])&attrTypeMask, b[unix.SizeofRtAttr:n])
+		b = b[min((n+3)&^3, len(b)):]
+	}
+}
+
+func cString(b []byte) string {
+	s, _, _ := bytes.Cut(b, []byte{0})
+	return string(s)
+}
+
+func ipOf(b []byte) netip.Addr {
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+func u32(b []byte) uint32 {
+	if len(b) < 4 {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(b)
+}
+
+func macOf(b []byte) addr.MAC {
+	if len(b) != len(addr.MAC{}) {
+		return addr.MAC{}
+	}
+	return addr.MAC(b)
+}
+
+// rawRoute is a route as the kernel says it; links are still numbers.
+type rawRoute struct {
+	Route
+	protocol, kind uint8
+	oif            uint32
+}
+
+// parseRoute reads an RTM_NEWROUTE body (struct rtmsg and its attributes).
+func parseRoute(b []byte) (rawRoute, bool) {
+	if len(b) < unix.SizeofRtMsg {
+		return rawRoute{}, false
+	}
+	family, dstLen := b[0], int(b[1])
+	r := rawRoute{protocol: b[5], kind: b[7]}
+	r.Table = uint32(b[4])
+	r.OnLink = binary.NativeEndian.Uint32(b[8:])&unix.RTNH_F_ONLINK != 0
+	dst := netip.IPv4Unspecified()
+	if family == unix.AF_INET6 {
+		dst = netip.IPv6Unspecified()
+	}
+	eachAttr(b[unix.SizeofRtMsg:], func(typ uint16, data []byte) {
+		switch typ {
+		case unix.RTA_DST:
+			dst = ipOf(data)
+		case unix.RTA_GATEWAY:
+			r.Via = ipOf(data)
+		case unix.RTA_OIF:
+			r.oif = u32(data)
+		case unix.RTA_PRIORITY:
+			r.Metric = u32(data)
+		case unix.RTA_TABLE:
+			r.Table = u32(data)
+		}
+	})
+	r.Dst = netip.PrefixFrom(dst, dstLen)
+	return r, r.Dst.IsValid()
+}
+
+// parseNeighbour reads an RTM_NEWNEIGH body (struct ndmsg) of an ARP or NDP entry.
+func parseNeighbour(b []byte) (n Neighbour, ifindex uint32, ok bool) {
+	ifindex, state, attrs, ok := neighHeader(b)
+	if !ok || state&unix.NUD_PERMANENT == 0 {
+		return n, ifindex, false
+	}
+	eachAttr(attrs, func(typ uint16, data []byte) {
+		switch typ {
+		case unix.NDA_DST:
+			n.IP = ipOf(data)
+		case unix.NDA_LLADDR:
+			n.MAC = macOf(data)
+		}
+	})
+	return n, ifindex, n.IP.IsValid()
+}
+
+// parseFDB reads an RTM_NEWNEIGH body of an FDB entry.
+func parseFDB(b []byte) (e FDBEntry, ifindex uint32, ok bool) {
+	ifindex, state, attrs, ok := neighHeader(b)
+	if !ok || state&unix.NUD_PERMANENT == 0 { // what the device learned is its own
+		return e, ifindex, false
+	}
+	eachAttr(attrs, func(typ uint16, data []byte) {
+		switch typ {
+		case unix.NDA_DST:
+			e.Dst = ipOf(data)
+		case unix.NDA_LLADDR:
+			e.MAC = macOf(data)
+		}
+	})
+	return e, ifindex, e.Dst.IsValid()
+}
+
+func neighHeader(b []byte) (ifindex uint32, state uint16, attrs []byte, ok bool) {
+	if len(b) < unix.SizeofNdMsg {
+		return 0, 0, nil, false
+	}
+	return u32(b[4:]), binary.NativeEndian.Uint16(b[8:]), b[unix.SizeofNdMsg:], true
+}
+
+// parseRule reads an RTM_NEWRULE body (struct fib_rule_hdr, uapi/linux/fib_rules.h).
+func parseRule(b []byte) (r Rule, protocol uint8, ok bool) {
+	const actionToTable = 1 // FR_ACT_TO_TBL
+	if len(b) < unix.SizeofRtMsg || b[7] != actionToTable {
+		return r, 0, false
+	}
+	srcLen := int(b[2])
+	r.Table = uint32(b[4])
+	var src netip.Addr
+	eachAttr(b[unix.SizeofRtMsg:], func(typ uint16, data []byte) {
+		switch typ {
+		case unix.FRA_SRC:
+			src = ipOf(data)
+		case unix.FRA_PRIORITY:
+			r.Priority = u32(data)
+		case unix.FRA_TABLE:
+			r.Table = u32(data)
+		case unix.FRA_PROTOCOL:
+			if len(data) > 0 {
+				protocol = data[0]
+			}
+		}
+	})
+	r.From = netip.PrefixFrom(src, srcLen)
+	return r, protocol, true
+}

@@ -1,0 +1,207 @@
+// Package netstate is the kernel's network state as comparable values: what a node has, what it should have, and the
+// changes that lead from the one to the other. It knows devices, addresses and routes, and nothing of leases.
+package netstate
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// State is the part of the kernel's network state that is ours. As a wish it says what there must be, and nothing else of ours;
+// as an observation it says what is there. The slices are in the order of their Compare methods and hold no two objects with one key.
+type State struct {
+	Links      []Link
+	Sysctls    []Sysctl
+	Addresses  []Address
+	Neighbours []Neighbour
+	FDB        []FDBEntry
+	Routes     []Route
+	Rules      []Rule
+}
+
+// Link is a VXLAN device that is up. Name is its key.
+type Link struct {
+	Name  string
+	VXLAN VXLAN
+	MAC   addr.MAC
+	MTU   int
+	Down  bool // only observed, never wished for
+}
+
+// VXLAN is what of a device can't be changed once it exists.
+type VXLAN struct {
+	VNI      uint32
+	Port     uint16     // UDP, on the underlay
+	Local    netip.Addr // source address of the tunnels
+	Underlay string     // the device that they leave by; "" is one that is gone
+	Learning bool
+	GBP      bool
+}
+
+// Sysctl is one kernel setting. Path, its key, is below /proc/sys: "net/ipv4/ip_forward". A setting is never removed, only no longer kept.
+type Sysctl struct{ Path, Value string }
+
+// Address is an address on a link of ours. Both fields are its key.
+type Address struct {
+	Link   string
+	Prefix netip.Prefix
+}
+
+// Neighbour is a permanent ARP or NDP entry on a link of ours, keyed by link and address.
+type Neighbour struct {
+	Link string
+	IP   netip.Addr
+	MAC  addr.MAC
+}
+
+// FDBEntry is a permanent forwarding entry of a VXLAN device: frames to MAC go to the VTEP at Dst. Keyed by link and MAC.
+type FDBEntry struct {
+	Link string
+	MAC  addr.MAC
+	Dst  netip.Addr
+}
+
+// Route is a unicast route with our protocol number. Table, Dst and Metric are its key.
+type Route struct {
+	Table  uint32 // MainTable, or one of our own
+	Dst    netip.Prefix
+	Metric uint32
+	Via    netip.Addr // the zero Addr: none, on-link
+	Link   string
+	OnLink bool // take Via for reachable on Link, whatever the addresses there say
+}
+
+// Rule is a routing rule with our protocol number: packets from a source look into a table. All fields are its key.
+type Rule struct {
+	Priority uint32
+	From     netip.Prefix
+	Table    uint32
+}
+
+// Routing tables and the mark of our own (iproute2's rt_tables and rt_protos; 118 is taken by nobody there).
+const (
+	MainTable = 254
+	OwnTable  = 118
+	Protocol  = 118
+)
+
+// Compare orders links by key.
+func (l Link) Compare(o Link) int { return cmp.Compare(l.Name, o.Name) }
+
+// Compare orders settings by key.
+func (s Sysctl) Compare(o Sysctl) int { return cmp.Compare(s.Path, o.Path) }
+
+// Compare orders addresses by key.
+func (a Address) Compare(o Address) int {
+	return cmp.Or(cmp.Compare(a.Link, o.Link), addr.ComparePrefix(a.Prefix, o.Prefix))
+}
+
+// Compare orders neighbours by key.
+func (n Neighbour) Compare(o Neighbour) int {
+	return cmp.Or(cmp.Compare(n.Link, o.Link), n.IP.Compare(o.IP))
+}
+
+// Compare orders FDB entries by key.
+func (e FDBEntry) Compare(o FDBEntry) int {
+	return cmp.Or(cmp.Compare(e.Link, o.Link), e.MAC.Compare(o.MAC))
+}
+
+// Compare orders routes by key.
+func (r Route) Compare(o Route) int {
+	return cmp.Or(cmp.Compare(r.Table, o.Table), addr.ComparePrefix(r.Dst, o.Dst), cmp.Compare(r.Metric, o.Metric))
+}
+
+// Compare orders rules by key.
+func (r Rule) Compare(o Rule) int {
+	return cmp.Or(cmp.Compare(r.Priority, o.Priority), addr.ComparePrefix(r.From, o.From), cmp.Compare(r.Table, o.Table))
+}
+
+func (l Link) String() string {
+	s := fmt.Sprintf("device %s vxlan id %d dstport %d local %s dev %s", l.Name, l.VXLAN.VNI, l.VXLAN.Port, l.VXLAN.Local, l.VXLAN.Underlay)
+	for _, flag := range []struct {
+		on   bool
+		name string
+	}{{l.VXLAN.Learning, " learning"}, {l.VXLAN.GBP, " gbp"}, {l.Down, " down"}} {
+		if flag.on {
+			s += flag.name
+		}
+	}
+	return fmt.Sprintf("%s address %s mtu %d", s, l.MAC, l.MTU)
+}
+
+func (s Sysctl) String() string  { return fmt.Sprintf("sysctl %s=%s", s.Path, s.Value) }
+func (a Address) String() string { return fmt.Sprintf("address %s dev %s", a.Prefix, a.Link) }
+func (n Neighbour) String() string {
+	return fmt.Sprintf("neighbour %s lladdr %s dev %s", n.IP, n.MAC, n.Link)
+}
+func (e FDBEntry) String() string { return fmt.Sprintf("fdb %s dst %s dev %s", e.MAC, e.Dst, e.Link) }
+
+func (r Route) String() string {
+	s := fmt.Sprintf("route %s", r.Dst)
+	if r.Via.IsValid() {
+		s += fmt.Sprintf(" via %s", r.Via)
+	}
+	s += fmt.Sprintf(" dev %s", r.Link)
+	if r.OnLink {
+		s += " onlink"
+	}
+	if r.Table != MainTable {
+		s += fmt.Sprintf(" table %d", r.Table)
+	}
+	return s + fmt.Sprintf(" metric %d", r.Metric)
+}
+
+func (r Rule) String() string {
+	return fmt.Sprintf("rule %d from %s lookup %d", r.Priority, r.From, r.Table)
+}
+
+// Metric is the metric that the routes to a destination get, from 1 to 1023. The kernel finds the shared part of a route
+// (fib_info) in a hash table by device and metric but not by gateway, so a thousand routes that differ in the gateway alone
+// make one long chain; spread over the metrics, adding one costs the same at any number. Depends on the destination only, so
+// that a route that changes its gateway is replaced in place.
+func Metric(dst netip.Prefix) uint32 {
+	const prime = 16777619 // of 32-bit FNV-1a
+	h := uint32(2166136261)
+	for _, b := range dst.Addr().AsSlice() {
+		h = (h ^ uint32(b)) * prime
+	}
+	h ^= h >> 15
+	return 1 + h%1023
+}
+
+// Sort brings the slices into order, which is what Diff wants.
+func (s *State) Sort() {
+	sortByKey(s.Links)
+	sortByKey(s.Sysctls)
+	sortByKey(s.Addresses)
+	sortByKey(s.Neighbours)
+	sortByKey(s.FDB)
+	sortByKey(s.Routes)
+	sortByKey(s.Rules)
+}
+
+func sortByKey[T object[T]](s []T) {
+	if !slices.IsSortedFunc(s, T.Compare) {
+		slices.SortFunc(s, T.Compare)
+	}
+}
+
+// Merge puts the objects of several states into one.
+func Merge(states ...State) State {
+	var out State
+	for _, s := range states {
+		out.Links = append(out.Links, s.Links...)
+		out.Sysctls = append(out.Sysctls, s.Sysctls...)
+		out.Addresses = append(out.Addresses, s.Addresses...)
+		out.Neighbours = append(out.Neighbours, s.Neighbours...)
+		out.FDB = append(out.FDB, s.FDB...)
+		out.Routes = append(out.Routes, s.Routes...)
+		out.Rules = append(out.Rules, s.Rules...)
+	}
+	out.Sort()
+	return out
+}
