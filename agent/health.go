@@ -1,0 +1,109 @@
+package agent
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// condition names one thing that must hold for the node to be ready, or that may be worse than it should be.
+type condition string
+
+const (
+	condUnderlay  condition = "underlay"      // a device leads to the other nodes
+	condConfig    condition = "config"        // the network config is valid, and the lease fits it
+	condLease     condition = "lease"         // this node holds its lease
+	condStore     condition = "etcd"          // etcd answers
+	condKernel    condition = "kernel"        // the kernel state is the planned one
+	condFirewall  condition = "firewall"      // the rules are in place
+	condSubnetEnv condition = "subnet-file"   // subnet.env is written
+	condNodeSet   condition = "node-set"      // pods and nodes on one network see each other untranslated
+	condStateDir  condition = "state-dir"     // what has to be remembered is
+	condPlan      condition = "plan"          // nothing in the plan is known not to work
+	condPeers     condition = "refused-lease" // all leases of others make sense
+)
+
+// needed are the conditions without which a node is not ready. The others degrade it: pods still talk.
+func needed() []condition {
+	return []condition{condUnderlay, condLease, condKernel, condFirewall, condSubnetEnv}
+}
+
+// Problem is a condition that does not hold.
+type Problem struct {
+	Name   string    `json:"name"`
+	Reason string    `json:"reason"`
+	Since  time.Time `json:"since"`
+	Fatal  bool      `json:"fatal"` // the node is not ready because of it
+}
+
+// health is the one place that knows what is wrong on this node, since when and why. A problem is logged when it comes, when its
+// reason changes, and when it goes.
+type health struct {
+	mu       sync.Mutex
+	log      *zap.Logger
+	now      func() time.Time
+	problems map[condition]Problem
+	beat     time.Time // when the loop last came round
+}
+
+// newHealth starts with everything that is needed missing: ready is what has been seen to be so.
+func newHealth(log *zap.Logger, now func() time.Time) *health {
+	h := &health{log: log, now: now, problems: map[condition]Problem{}}
+	for _, c := range needed() {
+		h.problems[c] = Problem{Name: string(c), Reason: "not there yet, overlayd is starting", Since: now(), Fatal: true}
+	}
+	h.beat = now()
+	return h
+}
+
+// set notes that a condition holds (no error) or why it does not.
+func (h *health) set(c condition, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	old, was := h.problems[c]
+	if err == nil {
+		if was {
+			delete(h.problems, c)
+			h.log.Info("ok: "+string(c), zap.Duration("after", h.now().Sub(old.Since).Round(time.Millisecond)))
+		}
+		return
+	}
+	if was && old.Reason == err.Error() {
+		return
+	}
+	p := Problem{Name: string(c), Reason: err.Error(), Since: h.now(), Fatal: slices.Contains(needed(), c)}
+	if was {
+		p.Since = old.Since
+	}
+	h.problems[c] = p
+	h.log.Warn("problem: "+string(c), zap.Error(err))
+}
+
+// list returns what is wrong, the longest-standing first.
+func (h *health) list() []Problem {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var out []Problem
+	for _, p := range h.problems {
+		out = append(out, p)
+	}
+	slices.SortFunc(out, func(a, b Problem) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Name, b.Name)) })
+	return out
+}
+
+// alive notes that the loop came round.
+func (h *health) alive() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.beat = h.now()
+}
+
+// lastBeat is when the loop last came round.
+func (h *health) lastBeat() time.Time {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.beat
+}

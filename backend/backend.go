@@ -1,0 +1,129 @@
+// Package backend turns leases into the kernel state that a node must have. Each backend is a pure function: no I/O, no
+// clock, no memory of what was before.
+package backend
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+// Backend is one way in which packets get from node to node.
+type Backend interface {
+	// VTEPs is what the node's lease must say of its tunnel ends, before anything exists.
+	VTEPs(c subnet.Config, id subnet.Identity) addr.Per[subnet.VTEP]
+	// Plan is the kernel state for a lease and its peers, in the order that netstate wants.
+	Plan(in Input) Plan
+}
+
+// Underlay is how a node reaches the others in one family: the device, and its own address there. It is the zero value where
+// the family is not in use.
+type Underlay struct {
+	Device string
+	Addr   netip.Addr
+	MTU    int
+}
+
+// Input is all that a plan is made from.
+type Input struct {
+	Config   subnet.Config
+	Self     subnet.Lease
+	Peers    []subnet.Lease // that were believed, see subnet.Table.Peers
+	Underlay addr.Per[Underlay]
+	Host     netstate.Host
+}
+
+// Plan is what a backend wants of the node.
+type Plan struct {
+	State netstate.State
+	MTU   int // for pods: what gets through in every family
+
+	Tunnel addr.Per[string] // the tunnel device, where there is one
+	// DirectNodes are the peers' own addresses that are reached without a tunnel, and that pods may talk to untranslated.
+	DirectNodes addr.Per[[]netip.Addr]
+
+	Ways     []Way // one for each peer and family, in the order of the peers
+	Problems []string
+}
+
+// Way is how a peer is reached in one family.
+type Way struct {
+	Peer   *subnet.Lease
+	Family addr.Family
+	Kind   WayKind
+	Reason string // where it is Unreachable
+}
+
+// WayKind says what becomes of packets to a peer's pods.
+type WayKind string
+
+// The kinds of ways.
+const (
+	Tunnel      WayKind = "tunnel"      // encapsulated
+	Direct      WayKind = "direct"      // routed as they are
+	Unreachable WayKind = "unreachable" // no route is made
+)
+
+// OnLink finds the route by which the host reaches a peer without a gateway, or says why there is none.
+func OnLink(h netstate.Host, peer netip.Addr) (netstate.HostRoute, error) {
+	r, ok := h.Route(peer)
+	switch {
+	case !ok:
+		return r, fmt.Errorf("this node has no route to %s", peer)
+	case r.Via.IsValid():
+		return r, fmt.Errorf("%s is behind the gateway %s (%s), not on a network of this node", peer, r.Via, r.Link)
+	case r.Link == "":
+		return r, fmt.Errorf("this node's route to %s has no single device", peer)
+	}
+	return r, nil
+}
+
+// DirectRoute is the route to a peer's subnet by way of the peer's own address.
+func DirectRoute(sn netip.Prefix, peer netip.Addr, by netstate.HostRoute) netstate.Route {
+	return netstate.Route{Table: netstate.MainTable, Dst: sn, Metric: netstate.Metric(sn), Via: peer, Link: by.Link}
+}
+
+// Add notes how a peer is reached.
+func (p *Plan) Add(peer *subnet.Lease, f addr.Family, kind WayKind, reason error) {
+	w := Way{Peer: peer, Family: f, Kind: kind}
+	if reason != nil {
+		w.Reason = reason.Error()
+	}
+	p.Ways = append(p.Ways, w)
+}
+
+// AddDirect plans the plain route to a peer that is on a network of this node.
+func (p *Plan) AddDirect(peer *subnet.Lease, f addr.Family, by netstate.HostRoute) {
+	ip := peer.PublicIP.Get(f)
+	p.State.Routes = append(p.State.Routes, DirectRoute(peer.Subnets.Get(f), ip, by))
+	if peer.PublicIPLocal {
+		p.DirectNodes.Set(f, append(p.DirectNodes.Get(f), ip))
+	}
+	p.Add(peer, f, Direct, nil)
+}
+
+// Each calls do for each family in use and each peer that has a subnet in it. A peer whose address this node itself has is
+// left out, and noted as unreachable: packets to it would never leave.
+func (p *Plan) Each(in Input, f addr.Family, do func(peer *subnet.Lease)) {
+	for i := range in.Peers {
+		peer := &in.Peers[i]
+		if !peer.Subnets.Get(f).IsValid() {
+			continue
+		}
+		if ip := peer.PublicIP.Get(f); in.Host.Has(ip) {
+			p.Add(peer, f, Unreachable, fmt.Errorf("its public IP %s is configured on this node", ip))
+			continue
+		}
+		do(peer)
+	}
+}
+
+// LimitMTU lowers the pods' MTU to what gets through in one more family.
+func (p *Plan) LimitMTU(mtu int) {
+	if p.MTU == 0 || mtu < p.MTU {
+		p.MTU = mtu
+	}
+}

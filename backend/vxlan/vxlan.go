@@ -1,0 +1,143 @@
+// Package vxlan plans the VXLAN overlay (RFC 7348): one device in each family, with a static forwarding entry, a static neighbour
+// and a route for every peer. Nothing is learned and nothing is flooded: what the leases say is all that there is.
+//
+// A packet to a pod of a peer takes three steps, each of them an entry here: the route sends it to the peer's first address on
+// the device; the neighbour entry gives that address the peer's VTEP MAC; the FDB entry sends frames for that MAC to the
+// peer's address on the underlay.
+package vxlan
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+const (
+	// RulePriority is where the rule for packets from this node's pods stands: behind the local table, before the main one.
+	RulePriority = 11800
+
+	maxDeviceName = 15 // IFNAMSIZ - 1, uapi/linux/if.h
+	minIPv6MTU    = 1280
+)
+
+// overhead is what encapsulation takes from the underlay's MTU: the inner Ethernet header (14 bytes), VXLAN (8), UDP (8), and
+// the outer IPv4 (20) or IPv6 (40) header.
+func overhead(f addr.Family) int {
+	if f == addr.IPv4 {
+		return 50
+	}
+	return 70
+}
+
+// DeviceName is the name of the device in one family. A VNI too long for the usual name gets a shorter one.
+func DeviceName(f addr.Family, vni uint32) string {
+	usual, short := "overlay.", "ovl."
+	if f == addr.IPv6 {
+		usual, short = "overlay-v6.", "ovl6."
+	}
+	number := strconv.FormatUint(uint64(vni), 10)
+	if len(usual)+len(number) > maxDeviceName {
+		return short + number
+	}
+	return usual + number
+}
+
+// Owns reports whether a VXLAN device of this name is one of ours, of whatever VNI.
+func Owns(name string) bool {
+	_, number, ok := strings.Cut(name, ".")
+	vni, err := strconv.ParseUint(number, 10, 24)
+	return ok && err == nil &&
+		(name == DeviceName(addr.IPv4, uint32(vni)) || name == DeviceName(addr.IPv6, uint32(vni)))
+}
+
+// Backend is the VXLAN backend.
+type Backend struct{}
+
+// VTEPs gives each family a MAC that follows from the node's identity: a device that was deleted and made anew is the one that
+// the lease announced.
+func (Backend) VTEPs(c subnet.Config, id subnet.Identity) addr.Per[subnet.VTEP] {
+	var out addr.Per[subnet.VTEP]
+	for _, f := range c.Families() {
+		out.Set(f, subnet.VTEP{VNI: c.Backend.VNI, MAC: mac(id, f, c.Backend.VNI)})
+	}
+	return out
+}
+
+func mac(id subnet.Identity, f addr.Family, vni uint32) addr.MAC {
+	sum := sha256.Sum256([]byte(fmt.Sprintf("%s\x00%s\x00%d\x00%d", id.NodeID, id.NodeName, f, vni)))
+	m := addr.MAC(sum[:6])
+	m[0] = m[0]&^0x01 | 0x02 // unicast, locally administered (IEEE 802-2014 §8.2)
+	return m
+}
+
+// Plan has a device and a rule in each family, and for each peer either the three entries of a tunnel or, with DirectRouting and
+// where no gateway is between, a plain route.
+func (Backend) Plan(in backend.Input) backend.Plan {
+	var p backend.Plan
+	for _, f := range in.Config.Families() {
+		planFamily(&p, in, f)
+	}
+	p.State.Sort()
+	return p
+}
+
+func planFamily(p *backend.Plan, in backend.Input, f addr.Family) {
+	dev := planDevice(p, in, f)
+	p.Each(in, f, func(peer *subnet.Lease) {
+		if in.Config.Backend.DirectRouting {
+			if by, err := backend.OnLink(in.Host, peer.PublicIP.Get(f)); err == nil {
+				p.AddDirect(peer, f, by)
+				return
+			}
+		}
+		planTunnel(p, dev, peer, f)
+	})
+}
+
+func planDevice(p *backend.Plan, in backend.Input, f addr.Family) string {
+	under, b := in.Underlay.Get(f), in.Config.Backend
+	dev := DeviceName(f, b.VNI)
+	mtu := under.MTU - overhead(f)
+	if b.MTU != 0 {
+		mtu = b.MTU
+	}
+	if mtu < minIPv6MTU && f == addr.IPv6 {
+		p.Problems = append(p.Problems, fmt.Sprintf("%s: an MTU of %d is left over the underlay's %d, IPv6 needs %d", dev, mtu, under.MTU, minIPv6MTU))
+	}
+	p.LimitMTU(mtu)
+	p.Tunnel.Set(f, dev)
+	s := &p.State
+	s.Links = append(s.Links, netstate.Link{
+		Name: dev, MAC: in.Self.VTEP.Get(f).MAC, MTU: mtu,
+		VXLAN: netstate.VXLAN{VNI: b.VNI, Port: b.Port, Local: under.Addr, Underlay: under.Device, Learning: b.Learning, GBP: b.GBP},
+	})
+	if in.Host.IPv6 {
+		s.Sysctls = append(s.Sysctls, netstate.AcceptRA(dev))
+	}
+	s.Addresses = append(s.Addresses, netstate.Address{Link: dev, Prefix: addr.Host(in.Self.Gateway(f))})
+	s.Rules = append(s.Rules, netstate.Rule{Priority: RulePriority, From: in.Self.Subnets.Get(f), Table: netstate.OwnTable})
+	return dev
+}
+
+func planTunnel(p *backend.Plan, dev string, peer *subnet.Lease, f addr.Family) {
+	sn, gw, mac, ip := peer.Subnets.Get(f), peer.Gateway(f), peer.VTEP.Get(f).MAC, peer.PublicIP.Get(f)
+	s := &p.State
+	s.FDB = append(s.FDB, netstate.FDBEntry{Link: dev, MAC: mac, Dst: ip})
+	s.Neighbours = append(s.Neighbours, netstate.Neighbour{Link: dev, IP: gw, MAC: mac})
+	route := netstate.Route{Table: netstate.MainTable, Dst: sn, Metric: netstate.Metric(sn), Via: gw, Link: dev, OnLink: true}
+	s.Routes = append(s.Routes, route)
+	if peer.PublicIPLocal {
+		// Pods reach the peer node itself the way that its answers come, through the tunnel. Nothing but this one address is
+		// steered: whatever else a lease might claim, it can't draw the traffic of another host.
+		route.Table, route.Dst = netstate.OwnTable, addr.Host(ip)
+		route.Metric = netstate.Metric(route.Dst)
+		s.Routes = append(s.Routes, route)
+	}
+	p.Add(peer, f, backend.Tunnel, nil)
+}

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/agent"
+	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/masquerade"
+	"github.com/overlayd/overlayd/netstate"
+)
+
+func cleanupCommand(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use: "cleanup", Args: noArgs,
+		Short: "Remove all that overlayd made on this node, and nothing else",
+		Long: `Remove all that overlayd made on this node: devices, routes, rules, firewall chains, address sets, the subnet file and
+what it remembers. The daemon must be stopped. The lease in etcd stays until it expires; settings such as ip_forward stay.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := needPrivileges(); err != nil {
+				return err
+			}
+			unlock, err := agent.Lock(f.stateDir)
+			if errors.Is(err, agent.ErrRunning) {
+				return fmt.Errorf("%w: stop it first", err)
+			}
+			if err == nil {
+				defer unlock()
+			}
+			out := cmd.OutOrStdout()
+			return errors.Join(
+				cleanKernel(out),
+				cleanFirewall(cmd, *f),
+				cleanFiles(out, f.subnetFile, agent.LeaseFile(f.stateDir), filepath.Join(f.stateDir, "lock")),
+			)
+		},
+	}
+}
+
+// cleanKernel makes the empty state the kernel's.
+func cleanKernel(out io.Writer) error {
+	k, err := netstate.Open(vxlan.Owns)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	res, err := k.Reconcile(netstate.State{})
+	for _, c := range res.Done {
+		_, _ = fmt.Fprintln(out, c)
+	}
+	for _, f := range res.Failed {
+		err = errors.Join(err, f)
+	}
+	return err
+}
+
+func cleanFirewall(cmd *cobra.Command, f flags) error {
+	variant, err := f.variant()
+	if err != nil {
+		return err
+	}
+	err = masquerade.NewIPTables(variant, iptablesWait).Remove(cmd.Context())
+	sets := newSets()
+	for _, family := range addr.Families() {
+		err = errors.Join(err, sets.Remove(masquerade.NodeSet(family)))
+	}
+	return err
+}
+
+func cleanFiles(out io.Writer, paths ...string) error {
+	var errs []error
+	for _, p := range paths {
+		switch err := os.Remove(p); {
+		case err == nil:
+			_, _ = fmt.Fprintln(out, "delete file", p)
+		case !errors.Is(err, os.ErrNotExist):
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/agent"
+	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/masquerade"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet/etcd"
+)
+
+// iptablesWait bounds how long one run of iptables waits for its lock.
+const iptablesWait = 10 * time.Second
+
+// daemon runs until ctx ends. All that an operator can have got wrong is found before anything is touched.
+func daemon(ctx context.Context, f flags) error {
+	opts, err := f.agentOptions()
+	if err != nil {
+		return err
+	}
+	storeOpts, err := f.storeOptions()
+	if err != nil {
+		return err
+	}
+	variant, err := f.variant()
+	if err != nil {
+		return err
+	}
+	log, err := f.logger()
+	if err != nil {
+		return err
+	}
+	store, err := etcd.New(storeOpts, log)
+	if err != nil {
+		return usageError{err}
+	}
+	defer store.Close()
+	if err := needPrivileges(); err != nil {
+		return err
+	}
+	unlock, err := agent.Lock(opts.StateDir)
+	if errors.Is(err, agent.ErrRunning) {
+		return err
+	}
+	if err != nil { // a full or read-only disk is no reason to leave pods without a network
+		log.Warn("problem: state-dir", zap.Error(err))
+	} else {
+		defer unlock()
+	}
+	listener, err := f.listen()
+	if err != nil {
+		return err
+	}
+	kernel, err := netstate.Open(vxlan.Owns)
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+
+	log.Info("overlayd starts", zap.String("version", version), zap.String("node", opts.Identity.NodeName), zap.String("id", opts.Identity.NodeID),
+		zap.Strings("etcd", storeOpts.Endpoints), zap.String("prefix", storeOpts.Prefix))
+	err = agent.New(opts, agent.Parts{
+		Store: store, Kernel: kernel, Health: listener, Log: log,
+		Firewall: masquerade.NewIPTables(variant, iptablesWait), Sets: newSets(),
+	}).Run(ctx)
+	if ctx.Err() != nil {
+		log.Info("overlayd stops; the data plane stays as it is")
+		return nil
+	}
+	return err
+}
+
+// needPrivileges says in one line what the kernel would say in many.
+func needPrivileges() error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return fmt.Errorf("reading this process's capabilities: %w", err)
+	}
+	for _, c := range []struct {
+		bit  uint
+		name string
+	}{{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"}, {unix.CAP_NET_RAW, "CAP_NET_RAW"}} {
+		if data[c.bit/32].Effective&(1<<(c.bit%32)) == 0 {
+			return fmt.Errorf("%s is missing: run overlayd as root, or give it CAP_NET_ADMIN and CAP_NET_RAW", c.name)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,276 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/agent"
+	"github.com/overlayd/overlayd/masquerade"
+	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/subnet/etcd"
+)
+
+const (
+	defaultStateDir   = "/var/lib/overlayd"
+	defaultSubnetFile = "/run/overlayd/subnet.env"
+	machineIDFile     = "/etc/machine-id"
+)
+
+// flags is everything that an operator can set, as it was typed.
+type flags struct {
+	store      etcd.Options
+	initConfig string
+
+	nodeName, nodeID     string
+	subnetFile, stateDir string
+
+	ifaces, ifaceRegexes []string
+	ifaceCanReach        string
+	publicIP, publicIPv6 string
+	ipMasq, forwardRules bool
+	ipForward            bool
+	masqExclude          []string
+	iptables             string
+	iptablesResync       seconds
+	healthzIP            string
+	healthzPort          int
+	logLevel, logFormat  string
+}
+
+func (f *flags) addStore(s *pflag.FlagSet) {
+	s.StringSliceVar(&f.store.Endpoints, "etcd-endpoints", []string{"http://127.0.0.1:2379"}, "etcd `URLs`, separated by commas")
+	s.StringVar(&f.store.Prefix, "etcd-prefix", etcd.DefaultPrefix, "the `key` under which the network lives in etcd")
+	s.StringVar(&f.store.CertFile, "etcd-certfile", "", "client certificate `file` (PEM); read again when it changes")
+	s.StringVar(&f.store.KeyFile, "etcd-keyfile", "", "client key `file` (PEM); read again when it changes")
+	s.StringVar(&f.store.CAFile, "etcd-cafile", "", "`file` with the CAs that vouch for etcd (PEM); read again when it changes")
+	s.StringVar(&f.store.Username, "etcd-username", "", "etcd user `name`")
+	s.StringVar(&f.store.Password, "etcd-password", "", "etcd `password`; everybody on the node can read a command line: prefer --etcd-password-file")
+	s.StringVar(&f.store.PasswordFile, "etcd-password-file", "", "`file` with the etcd password; read again when etcd refuses it")
+}
+
+func (f *flags) addNode(s *pflag.FlagSet) {
+	s.StringVar(&f.nodeName, "node-name", "", "`name` of this node, unique in the network (default: the host name)")
+	s.StringVar(&f.nodeID, "node-id", "", "`ID` of this machine, unique and lasting (default: the content of "+machineIDFile+")")
+	s.StringVar(&f.subnetFile, "subnet-file", defaultSubnetFile, "`file` that tells CNI plugins the subnet and MTU")
+	s.StringVar(&f.stateDir, "state-dir", defaultStateDir, "`directory` in which the node remembers its subnet")
+	s.StringVar(&f.iptables, "iptables-variant", "", "`variant` of iptables: nft or legacy (default: what the command iptables is)")
+}
+
+func (f *flags) addDaemon(s *pflag.FlagSet) {
+	s.StringVar(&f.initConfig, "init-config", "", "JSON `file` that is put into etcd as the network config when there is none")
+	s.DurationVar(&f.store.LeaseTTL, "lease-ttl", etcd.DefaultLeaseTTL, "how long a lease outlives its node")
+	s.StringSliceVar(&f.ifaces, "iface", nil, "`device or address` that leads to the other nodes; several: the first that fits (default: the device with the default route)")
+	s.StringSliceVar(&f.ifaceRegexes, "iface-regex", nil, "`pattern` for the device's name or address; used where --iface is not set")
+	s.StringVar(&f.ifaceCanReach, "iface-can-reach", "", "take the device that leads to this `address`")
+	s.StringVar(&f.publicIP, "public-ip", "", "IPv4 `address` that the others reach this node at, where it is not the device's own")
+	s.StringVar(&f.publicIPv6, "public-ipv6", "", "the same for IPv6")
+	s.BoolVar(&f.ipMasq, "ip-masq", true, "masquerade what leaves the pod network")
+	s.StringSliceVar(&f.masqExclude, "ip-masq-exclude", nil, "`network` (CIDR) that sees the pods' own addresses; repeatable")
+	s.BoolVar(&f.forwardRules, "iptables-forward-rules", true, "accept the pod network's packets in the FORWARD chain")
+	s.BoolVar(&f.ipForward, "ip-forward", true, "switch on forwarding in the kernel for the families in use")
+	f.iptablesResync = seconds(10 * time.Second)
+	s.Var(&f.iptablesResync, "iptables-resync", "how often the firewall rules are looked at; a number is in seconds")
+	s.StringVar(&f.healthzIP, "healthz-ip", "127.0.0.1", "`address` for /healthz and /readyz")
+	s.IntVar(&f.healthzPort, "healthz-port", 8471, "`port` for /healthz and /readyz; 0 turns them off")
+	s.StringVar(&f.logLevel, "log-level", "info", "`level` from which on to log: debug, info, warn, error")
+	s.StringVar(&f.logFormat, "log-format", "console", "`form` of the log: console or json")
+}
+
+// seconds is a duration that may also be given as flannel's plain number.
+type seconds time.Duration
+
+func (s *seconds) String() string { return time.Duration(*s).String() }
+func (*seconds) Type() string     { return "duration" }
+
+func (s *seconds) Set(text string) error {
+	if n, err := strconv.Atoi(text); err == nil {
+		*s = seconds(time.Duration(n) * time.Second)
+		return nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		return errors.New("expected a duration such as 10s")
+	}
+	*s = seconds(d)
+	return nil
+}
+
+// envName is the variable that sets a flag: OVERLAYD_ETCD_ENDPOINTS for --etcd-endpoints.
+func envName(flag string) string {
+	return "OVERLAYD_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// fromEnvironment sets from the environment what the command line does not.
+func fromEnvironment(s *pflag.FlagSet, lookup func(string) (string, bool)) error {
+	var errs []error
+	s.VisitAll(func(f *pflag.Flag) {
+		v, ok := lookup(envName(f.Name))
+		if !ok || f.Changed || f.Name == "help" {
+			return
+		}
+		if err := s.Set(f.Name, v); err != nil {
+			shown := fmt.Sprintf("%q", v)
+			if strings.Contains(f.Name, "password") {
+				shown = "its value"
+			}
+			errs = append(errs, fmt.Errorf("%s: %s is not valid for --%s: %w", envName(f.Name), shown, f.Name, errors.Unwrap(err)))
+		}
+	})
+	if len(errs) > 0 {
+		return usageError{errors.Join(errs...)}
+	}
+	return nil
+}
+
+// identity is who this node is.
+func (f flags) identity() (subnet.Identity, error) {
+	id := subnet.Identity{NodeName: f.nodeName, NodeID: f.nodeID}
+	if id.NodeName == "" {
+		name, err := os.Hostname()
+		if err != nil || name == "" {
+			return id, usageError{errors.New("--node-name: this machine has no host name, set one")}
+		}
+		id.NodeName = name
+	}
+	if id.NodeID == "" {
+		raw, err := os.ReadFile(machineIDFile)
+		id.NodeID = strings.TrimSpace(string(raw))
+		if err != nil || id.NodeID == "" || id.NodeID == "uninitialized" {
+			return id, usageError{fmt.Errorf("--node-id: this machine has none in %s, set one that is unique and lasting", machineIDFile)}
+		}
+	}
+	if err := id.Check(); err != nil {
+		return id, usageError{fmt.Errorf("--node-name, --node-id: %w", err)}
+	}
+	return id, nil
+}
+
+// agentOptions checks all that concerns the node.
+func (f flags) agentOptions() (agent.Options, error) {
+	id, err := f.identity()
+	if err != nil {
+		return agent.Options{}, err
+	}
+	o := agent.Options{
+		Identity: id, SubnetFile: f.subnetFile, StateDir: f.stateDir, IPMasq: f.ipMasq, ForwardRules: f.forwardRules,
+		IPForward: f.ipForward, IPTablesResync: time.Duration(f.iptablesResync),
+	}
+	var errs []error
+	o.Interface, err = f.interfaceOptions()
+	errs = append(errs, err)
+	for _, s := range f.masqExclude {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("--ip-masq-exclude: expected a network such as 192.0.2.0/24, found %q", s))
+			continue
+		}
+		o.MasqExclude = append(o.MasqExclude, p.Masked())
+	}
+	if err := errors.Join(append(errs, o.Validate())...); err != nil {
+		return o, usageError{err}
+	}
+	return o, nil
+}
+
+func (f flags) interfaceOptions() (agent.InterfaceOptions, error) {
+	o := agent.InterfaceOptions{Names: f.ifaces}
+	var errs []error
+	for _, s := range f.ifaceRegexes {
+		re, err := regexp.Compile(s)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("--iface-regex: expected a regular expression, found %q: %w", s, err))
+			continue
+		}
+		o.Regexes = append(o.Regexes, re)
+	}
+	parse := func(flag, text string, families ...addr.Family) netip.Addr {
+		if text == "" {
+			return netip.Addr{}
+		}
+		a, err := netip.ParseAddr(text)
+		for _, f := range families {
+			if err == nil && addr.FamilyOf(a) == f && !a.Is4In6() && !a.IsUnspecified() {
+				return a
+			}
+		}
+		errs = append(errs, fmt.Errorf("%s: expected an address of %v, found %q", flag, families, text))
+		return netip.Addr{}
+	}
+	o.CanReach = parse("--iface-can-reach", f.ifaceCanReach, addr.IPv4, addr.IPv6)
+	o.PublicIP.V4 = parse("--public-ip", f.publicIP, addr.IPv4)
+	o.PublicIP.V6 = parse("--public-ipv6", f.publicIPv6, addr.IPv6)
+	return o, errors.Join(errs...)
+}
+
+// storeOptions completes the options of the store.
+func (f flags) storeOptions() (etcd.Options, error) {
+	o := f.store
+	if f.initConfig == "" {
+		return o, nil
+	}
+	raw, err := os.ReadFile(f.initConfig)
+	if err != nil {
+		return o, usageError{fmt.Errorf("--init-config: %w", err)}
+	}
+	if _, err := subnet.ParseConfig(raw); err != nil {
+		return o, usageError{fmt.Errorf("--init-config: %s: %w", f.initConfig, err)}
+	}
+	o.InitConfig = raw
+	return o, nil
+}
+
+func (f flags) variant() (masquerade.Variant, error) {
+	v, err := masquerade.ParseVariant(f.iptables)
+	if err != nil {
+		return v, usageError{fmt.Errorf("--iptables-variant: %w", err)}
+	}
+	return v, nil
+}
+
+// listen opens the address for the health checks; nil where they are turned off.
+func (f flags) listen() (net.Listener, error) {
+	if f.healthzPort == 0 {
+		return nil, nil
+	}
+	ip, err := netip.ParseAddr(f.healthzIP)
+	if err != nil || f.healthzPort < 0 || f.healthzPort > 65535 {
+		return nil, usageError{fmt.Errorf("--healthz-ip, --healthz-port: expected an address and a port, found %q and %d", f.healthzIP, f.healthzPort)}
+	}
+	l, err := net.Listen("tcp", netip.AddrPortFrom(ip, uint16(f.healthzPort)).String())
+	if err != nil {
+		return nil, fmt.Errorf("--healthz-ip, --healthz-port: %w", err)
+	}
+	return l, nil
+}
+
+func (f flags) logger() (*zap.Logger, error) {
+	level, err := zapcore.ParseLevel(f.logLevel)
+	if err != nil {
+		return nil, usageError{fmt.Errorf("--log-level: expected debug, info, warn or error, found %q", f.logLevel)}
+	}
+	c := zap.NewProductionConfig()
+	c.Level = zap.NewAtomicLevelAt(level)
+	c.Sampling, c.DisableCaller, c.DisableStacktrace = nil, true, true
+	c.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
+	c.EncoderConfig.EncodeDuration = zapcore.StringDurationEncoder
+	switch f.logFormat {
+	case "json":
+	case "console":
+		c.Encoding = "console"
+	default:
+		return nil, usageError{fmt.Errorf("--log-format: expected console or json, found %q", f.logFormat)}
+	}
+	return c.Build()
+}

@@ -1,0 +1,155 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/subnet/etcd"
+)
+
+// leaseRow is one line of `overlayd leases`, and one element of its JSON.
+type leaseRow struct {
+	Subnets     []netip.Prefix `json:"subnets"`
+	Node        string         `json:"node,omitempty"`
+	NodeID      string         `json:"nodeID,omitempty"`
+	PublicIPs   []netip.Addr   `json:"publicIPs,omitempty"`
+	Backend     string         `json:"backend,omitempty"`
+	VtepMACs    []string       `json:"vtepMACs,omitempty"`
+	Expires     *time.Time     `json:"expires,omitempty"` // absent: a reservation
+	Reservation bool           `json:"reservation"`
+	Mine        bool           `json:"mine"`
+	Key         string         `json:"key"`
+	Error       string         `json:"error,omitempty"` // why it is of no use
+}
+
+func leasesCommand(f *flags) *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use: "leases", Short: "List the subnet leases in etcd", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "table" && output != "json" {
+				return usageError{fmt.Errorf("--output: expected table or json, found %q", output)}
+			}
+			rows, err := listLeases(cmd.Context(), *f)
+			if err != nil {
+				return err
+			}
+			if output == "json" {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				return enc.Encode(rows)
+			}
+			return printLeases(cmd.OutOrStdout(), rows, time.Now())
+		},
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "table", "`form` of the list: table or json")
+	return cmd
+}
+
+func listLeases(ctx context.Context, f flags) ([]leaseRow, error) {
+	store, err := etcd.New(f.store, zap.NewNop())
+	if err != nil {
+		return nil, usageError{err}
+	}
+	defer store.Close()
+	table, err := store.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	expiries, err := store.Expiries(ctx, table)
+	if err != nil {
+		return nil, err
+	}
+	id, idErr := f.identity() // who can't be told owns none of them
+	rows := make([]leaseRow, 0, len(table.Entries))
+	for _, e := range table.Entries {
+		r := rowOf(e)
+		r.Mine = idErr == nil && e.Identity == id
+		if t, ok := expiries[e.LeaseID]; ok {
+			r.Expires = new(time.Now().Add(t).Round(time.Second))
+		}
+		rows = append(rows, r)
+	}
+	return rows, nil
+}
+
+func rowOf(e subnet.Entry) leaseRow {
+	r := leaseRow{Node: e.NodeName, NodeID: e.NodeID, Backend: string(e.Backend), Reservation: e.Reserved(), Key: e.Key}
+	for _, f := range addr.Families() {
+		if p := e.Subnets.Get(f); p.IsValid() {
+			r.Subnets = append(r.Subnets, p)
+		}
+		if ip := e.PublicIP.Get(f); ip.IsValid() {
+			r.PublicIPs = append(r.PublicIPs, ip)
+		}
+		if v := e.VTEP.Get(f); v != (subnet.VTEP{}) {
+			r.VtepMACs = append(r.VtepMACs, v.MAC.String())
+		}
+	}
+	if e.Err != nil {
+		r.Error = strings.ReplaceAll(e.Err.Error(), "\n", "; ")
+	}
+	return r
+}
+
+func printLeases(out io.Writer, rows []leaseRow, now time.Time) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	_, _ = fmt.Fprintln(w, "SUBNET\tNODE\tPUBLIC IP\tBACKEND\tVTEP MAC\tEXPIRES IN\tWHOSE")
+	for _, r := range rows {
+		name := fmt.Sprintf("%.64q", r.Key) // a key that can't be read is shown as it is, but harmless to a terminal
+		if r.Error == "" {
+			name = join(r.Subnets)
+		}
+		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
+			name, dash(r.Node), dash(join(r.PublicIPs)), dash(r.Backend), dash(join(r.VtepMACs)), r.expiry(now), r.whose())
+	}
+	return w.Flush()
+}
+
+func (r leaseRow) expiry(now time.Time) string {
+	switch {
+	case r.Reservation:
+		return "never"
+	case r.Expires == nil:
+		return "now"
+	}
+	return r.Expires.Sub(now).Round(time.Second).String()
+}
+
+func (r leaseRow) whose() string {
+	switch {
+	case r.Error != "":
+		return "unusable: " + r.Error
+	case r.Mine:
+		return "mine"
+	case r.Node == "" && len(r.PublicIPs) == 0:
+		return "reserved"
+	}
+	return "other"
+}
+
+func join[T any](list []T) string {
+	parts := make([]string, 0, len(list))
+	for _, x := range list {
+		parts = append(parts, fmt.Sprint(x))
+	}
+	return strings.Join(parts, ",")
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

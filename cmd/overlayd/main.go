@@ -1,0 +1,89 @@
+// Command overlayd is the daemon that joins a node to the overlay network, and the commands by which operators look at it.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+// version is set by the linker: -X main.version=v1.2.3.
+var version = "dev"
+
+func main() { os.Exit(run()) }
+
+// Exit statuses.
+const (
+	exitFailure = 1
+	exitUsage   = 2 // something that the operator gave is wrong
+)
+
+func run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer stop()
+	err := root().ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintln(os.Stderr, "overlayd:", strings.TrimSuffix(line, "\n"))
+	}
+	if errors.As(err, new(usageError)) {
+		return exitUsage
+	}
+	return exitFailure
+}
+
+// usageError marks what the operator can mend by giving something else.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+func root() *cobra.Command {
+	var f flags
+	cmd := &cobra.Command{
+		Use:   "overlayd",
+		Short: "overlayd joins this node to the cluster's pod network",
+		Long: `overlayd leases a pod subnet for this node from etcd, programs the way to the subnets of all other nodes
+(VXLAN or direct routes), and masquerades what leaves the network. Without a subcommand it runs as the daemon.
+
+Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ETCD_ENDPOINTS.`,
+		Args:          noArgs,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			return fromEnvironment(cmd.Flags(), os.LookupEnv)
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return daemon(cmd.Context(), f) },
+	}
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	f.addStore(cmd.PersistentFlags())
+	f.addNode(cmd.PersistentFlags())
+	f.addDaemon(cmd.Flags())
+	cmd.AddCommand(leasesCommand(&f), cleanupCommand(&f), versionCommand())
+	cmd.CompletionOptions.DisableDefaultCmd = true
+	return cmd
+}
+
+func noArgs(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usageError{fmt.Errorf("%q is not a command of overlayd; see overlayd --help", args[0])}
+	}
+	return nil
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), "overlayd", version)
+			return err
+		},
+	}
+}
