@@ -1,0 +1,285 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// CheckOptions say how patient a check is.
+type CheckOptions struct {
+	// Settle is how long, from the start of the check, what does not work yet is tried again: a node may be ready a
+	// moment before it knows its last peer. Default 10 s.
+	Settle time.Duration
+	// Parallel bounds the cells that are checked at once. Default 16.
+	Parallel int
+}
+
+func (o CheckOptions) defaults() CheckOptions {
+	setDefault(&o.Settle, 10*time.Second)
+	setDefault(&o.Parallel, 16)
+	return o
+}
+
+const (
+	pingWait   = time.Second           // for one reply
+	retryPause = 50 * time.Millisecond // between two tries
+)
+
+// Check runs the whole matrix. A cell that fails is in the report; an error means that there is none.
+func (l *Lab) Check(ctx context.Context, o CheckOptions) (Report, error) {
+	o = o.defaults()
+	endpoints, err := l.Endpoints()
+	if err != nil {
+		return Report{}, err
+	}
+	leases, err := l.Leases()
+	if err != nil {
+		return Report{}, err
+	}
+	stop, err := l.serve(ctx, append(endpoints, l.internetEndpoint()))
+	if err != nil {
+		return Report{}, err
+	}
+	defer stop()
+	settled, cancel := context.WithTimeout(ctx, o.Settle)
+	defer cancel()
+	c := checker{families: l.topology.Options.Stack.Families(), parallel: o.Parallel, settled: settled}
+	paths, err := c.paths(ctx, l.topology, endpoints)
+	if err != nil {
+		return Report{}, err
+	}
+	cells := c.cells(ctx, endpoints, l.internetEndpoint())
+	if ctx.Err() != nil {
+		return Report{}, fmt.Errorf("check: %w", context.Cause(ctx))
+	}
+	return newReport(l.topology, leases, append(cells, paths...)), nil
+}
+
+// Leases lists what every node got.
+func (l *Lab) Leases() ([]Lease, error) {
+	var out []Lease
+	for _, n := range l.nodes {
+		lease, err := n.Lease()
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, lease)
+	}
+	return out, nil
+}
+
+// serve starts a TCP server on every address of every endpoint.
+func (l *Lab) serve(ctx context.Context, endpoints []Endpoint) (stop func(), err error) {
+	var servers []*tcpServer
+	stop = func() {
+		for _, s := range servers {
+			s.close()
+		}
+	}
+	for _, e := range endpoints {
+		for _, f := range l.topology.Options.Stack.Families() {
+			s, err := serveTCP(ctx, e.Machine, e.Addr.Get(f))
+			if err != nil {
+				stop()
+				return nil, err
+			}
+			servers = append(servers, s)
+		}
+	}
+	return stop, nil
+}
+
+// checker runs checks, some at a time.
+type checker struct {
+	families []addr.Family
+	parallel int
+	settled  context.Context // while it lasts, what fails is tried again
+}
+
+// route is the way from one endpoint to another in one family.
+type route struct {
+	from, to Endpoint
+	family   addr.Family
+}
+
+func (r route) outcome(check CheckName, err error) Outcome {
+	o := Outcome{
+		Check: check, From: r.from.Name, To: r.to.Name, Family: r.family,
+		FromAddr: r.from.Addr.Get(r.family), ToAddr: r.to.Addr.Get(r.family),
+	}
+	if err != nil {
+		o.Err = strings.ReplaceAll(err.Error(), "\n", "; ") // joined errors stand on lines of their own
+	}
+	return o
+}
+
+// untried counts as failed: nobody saw it work.
+func (r route) untried(check CheckName) Outcome {
+	o := r.outcome(check, errors.New("not tried, as the ping failed"))
+	o.Untried = true
+	return o
+}
+
+// each runs f for every route, some at a time, and returns the outcomes in the routes' order.
+func (c checker) each(ctx context.Context, routes []route, f func(context.Context, route) []Outcome) []Outcome {
+	results := make([][]Outcome, len(routes))
+	var g errgroup.Group
+	g.SetLimit(c.parallel)
+	for i, r := range routes {
+		g.Go(func() error {
+			if ctx.Err() == nil {
+				results[i] = f(ctx, r)
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // f reports failures in its outcomes
+	var out []Outcome
+	for _, r := range results {
+		out = append(out, r...)
+	}
+	return out
+}
+
+// again calls f until it succeeds or the time to settle is over, and twice at least.
+func (c checker) again(ctx context.Context, f func() error) error {
+	for try := 1; ; try++ {
+		err := f()
+		if err == nil || ctx.Err() != nil || try > 1 && c.settled.Err() != nil {
+			return err
+		}
+		time.Sleep(retryPause)
+	}
+}
+
+// cells checks the matrix: pod to pod, node to pod, pod to node, and pod to the internet.
+func (c checker) cells(ctx context.Context, endpoints []Endpoint, internet Endpoint) []Outcome {
+	var routes []route
+	for _, f := range c.families {
+		for _, from := range endpoints {
+			for _, to := range endpoints {
+				if from.Name != to.Name && (from.Kind == KindPod || to.Kind == KindPod) {
+					routes = append(routes, route{from, to, f})
+				}
+			}
+			if from.Kind == KindPod {
+				routes = append(routes, route{from, internet, f})
+			}
+		}
+	}
+	return c.each(ctx, routes, c.cell)
+}
+
+func (c checker) cell(ctx context.Context, r route) []Outcome {
+	if r.to.Kind == KindInternet {
+		return []Outcome{r.outcome(CheckInternet, c.again(ctx, func() error { return r.reachInternet(ctx) }))}
+	}
+	if err := c.again(ctx, func() error { return r.ping(ctx, 0) }); err != nil {
+		return []Outcome{r.outcome(CheckPing, err), r.untried(CheckTCP), r.untried(CheckMTU)}
+	}
+	return []Outcome{
+		r.outcome(CheckPing, nil),
+		r.outcome(CheckTCP, r.transfer(ctx)),
+		r.outcome(CheckMTU, c.again(ctx, func() error { return r.ping(ctx, r.from.MTU) })),
+	}
+}
+
+// ping sends one echo request: a small one, or one that fills the MTU and must not be fragmented.
+func (r route) ping(ctx context.Context, mtu int) error {
+	p := Ping{To: r.to.Addr.Get(r.family), MTU: mtu, DF: mtu > 0, Wait: pingWait}
+	if _, err := r.from.Ping(ctx, p); err != nil {
+		if mtu > 0 {
+			return fmt.Errorf("packet of %d bytes with DF: %w", mtu, err)
+		}
+		return err
+	}
+	return nil
+}
+
+func (r route) transfer(ctx context.Context) error {
+	to := r.to.Addr.Get(r.family)
+	t, err := sendTCP(ctx, r.from.Machine, to)
+	if err != nil {
+		return err
+	}
+	own := r.from.Addr.Get(r.family)
+	return errors.Join(t.noNAT(to),
+		unless(r.from.Kind != KindPod || t.local.Addr() == own, "the pod sends from %s instead of %s", t.local.Addr(), own))
+}
+
+func (r route) reachInternet(ctx context.Context) error {
+	to := r.to.Addr.Get(r.family)
+	t, err := sendTCP(ctx, r.from.Machine, to)
+	if err != nil {
+		return err
+	}
+	return t.masqueraded(r.from.Node.Addr(r.family), to)
+}
+
+// paths finds out how packets cross the underlay between every two nodes, and whether that is what the options ask for.
+func (c checker) paths(ctx context.Context, t Topology, endpoints []Endpoint) ([]Outcome, error) {
+	taps := map[string]*tap{}
+	defer func() {
+		for _, t := range taps {
+			t.close()
+		}
+	}()
+	for _, e := range endpoints {
+		if e.Kind != KindNode {
+			continue
+		}
+		tap, err := openTap(e.Machine)
+		if err != nil {
+			return nil, err
+		}
+		taps[e.Name] = tap
+	}
+	return c.each(ctx, c.pathRoutes(endpoints), func(ctx context.Context, r route) []Outcome {
+		return []Outcome{c.path(ctx, r, taps[r.from.Node.Name], t.ExpectedPath(r.from.Node.spec, r.to.Node.spec))}
+	}), nil
+}
+
+// pathRoutes are the ways between the first pods of each two nodes, and between such a pod and the other node.
+func (c checker) pathRoutes(endpoints []Endpoint) []route {
+	var ends []Endpoint
+	for i, e := range endpoints {
+		if e.Kind == KindNode || endpoints[i-1].Kind == KindNode {
+			ends = append(ends, e)
+		}
+	}
+	var routes []route
+	for _, f := range c.families {
+		for _, from := range ends {
+			for _, to := range ends {
+				if from.Node != to.Node && (from.Kind == KindPod || to.Kind == KindPod) {
+					routes = append(routes, route{from, to, f})
+				}
+			}
+		}
+	}
+	return routes
+}
+
+func (c checker) path(ctx context.Context, r route, tap *tap, want Path) Outcome {
+	var seen sighting
+	err := c.again(ctx, func() error {
+		p := Ping{To: r.to.Addr.Get(r.family), Wait: pingWait, token: newToken()}
+		_, err := r.from.Ping(ctx, p)
+		if err != nil {
+			seen = tap.sighting(p.token)
+			return fmt.Errorf("%w (on the wire: %s)", err, seen)
+		}
+		seen = tap.wait(ctx, p.token)
+		return unless(seen == sighting{want, want}, "went %s instead of %s", seen, want)
+	})
+	o := r.outcome(CheckPath, err)
+	o.Path = seen.String()
+	return o
+}

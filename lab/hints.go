@@ -1,0 +1,65 @@
+package lab
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// Hints are commands that show a newcomer around in this lab; command is how overlay-lab was called.
+func (l *Lab) Hints(command string) string {
+	o := l.topology.Options
+	name := ""
+	if o.Name != "lab" {
+		name = " --name " + o.Name
+	}
+	lab := func(rest string) string { return command + name + " " + rest }
+	first := l.nodes[0]
+	rows := []string{
+		"# the leases, as they stand in etcd",
+		lab(fmt.Sprintf("exec etcd -- etcdctl --endpoints %s get --prefix /overlayd/network/subnets", quote(l.etcd.urls[0]))),
+		"# the first node's routes to the other nodes' subnets",
+	}
+	for _, f := range o.Stack.Families() {
+		rows = append(rows, fmt.Sprintf("ip -n %s -%d route show proto %d", first.NS, uint8(f), routeProtocol))
+	}
+	if o.Backend == VXLAN {
+		for _, f := range o.Stack.Families() {
+			rows = append(rows, vxlanHints(first.NS, f)...)
+		}
+	}
+	rows = append(rows,
+		"# a shell in a pod, the daemon's log, how all are doing, and the end",
+		lab(fmt.Sprintf("exec %s -- bash", first.spec.Pods[0].Name)),
+		"less "+first.Log(), lab("status"), lab("check"), lab("down"))
+	var b strings.Builder
+	fmt.Fprintf(&b, "The lab %q is up. Look around:\n\n", o.Name)
+	for _, r := range rows {
+		b.WriteString("  " + r + "\n")
+	}
+	return b.String()
+}
+
+// routeProtocol marks overlayd's routes.
+const routeProtocol = 118
+
+func vxlanHints(ns string, f addr.Family) []string {
+	device := fmt.Sprintf("overlay.%d", vni)
+	if f == addr.IPv6 {
+		device = fmt.Sprintf("overlay-v6.%d", vni)
+	}
+	return []string{
+		"# the other nodes' VTEPs: their MAC by address, their node by MAC",
+		fmt.Sprintf("ip -n %s neigh show dev %s", ns, device),
+		fmt.Sprintf("bridge -n %s fdb show dev %s", ns, device),
+	}
+}
+
+// quote keeps the brackets of an IPv6 address from the shell.
+func quote(url string) string {
+	if strings.Contains(url, "[") {
+		return "'" + url + "'"
+	}
+	return url
+}

@@ -1,0 +1,138 @@
+// Package labtest lets tests have a lab. A package that uses it hands its TestMain to [Main].
+package labtest
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/lab"
+)
+
+// Main is what TestMain does, and gives the exit status:
+//
+//	func TestMain(m *testing.M) { os.Exit(labtest.Main(m)) }
+//
+// The lab starts its etcd by starting the running executable again, which in a test is the test binary; Main makes that
+// one serve etcd.
+func Main(m *testing.M) int {
+	if len(os.Args) < 2 || os.Args[1] != lab.EtcdCommand {
+		return m.Run()
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	if err := lab.EtcdMain(ctx, os.Args[2:]); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// RequireRoot fails a test that has no root, so that a run without it is never mistaken for a good one; it skips where
+// OVERLAYD_SKIP_ROOT_TESTS=1 says that this is meant.
+func RequireRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("OVERLAYD_SKIP_ROOT_TESTS") == "1" {
+		t.Skip("needs root; OVERLAYD_SKIP_ROOT_TESTS=1 skips it")
+	}
+	t.Fatal("needs root, for network namespaces; OVERLAYD_SKIP_ROOT_TESTS=1 skips it")
+}
+
+// BuildOverlayd builds the daemon for one test and returns its path.
+func BuildOverlayd(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "overlayd")
+	cmd := exec.Command("go", "build", "-o", path, "github.com/overlayd/overlayd/cmd/overlayd")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build overlayd: %v\n%s", err, out)
+	}
+	return path
+}
+
+// Name makes up the name of a lab that no other test uses.
+func Name() string {
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return fmt.Sprintf("t%d-%x", os.Getpid(), b)
+}
+
+// Up brings a lab up for one test and takes it down at its end. What the options leave open is filled in: a name of its
+// own, and an overlayd built from this tree. When the test has failed, the ends of all logs are shown.
+func Up(t testing.TB, o lab.Options) *lab.Lab {
+	t.Helper()
+	RequireRoot(t)
+	if o.Name == "" {
+		o.Name = Name()
+	}
+	if o.Overlayd == "" {
+		o.Overlayd = BuildOverlayd(t)
+	}
+	if o.Progress == nil {
+		o.Progress = func(line string) { t.Log(line) }
+	}
+	t.Cleanup(func() { takeDown(t, o.Name) })
+	l, err := lab.Up(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { showLogs(t, l) })
+	return l
+}
+
+func takeDown(t testing.TB, name string) {
+	if err := lab.Down(context.Background(), name); err != nil {
+		t.Errorf("take the lab down: %v", err)
+	}
+	left, err := lab.Leftovers(name)
+	if err != nil {
+		t.Errorf("look for leftovers: %v", err)
+	}
+	if len(left) > 0 {
+		t.Errorf("the lab left behind: %s", strings.Join(left, ", "))
+	}
+}
+
+const logTail = 4 << 10
+
+func showLogs(t testing.TB, l *lab.Lab) {
+	if !t.Failed() {
+		return
+	}
+	logs := []string{l.Etcd().Log()}
+	for _, n := range l.Nodes() {
+		logs = append(logs, n.Log())
+	}
+	for _, path := range logs {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Logf("%v", err)
+			continue
+		}
+		t.Logf("the end of %s:\n%s", path, b[max(0, len(b)-logTail):])
+	}
+}
+
+// Check runs the matrix and fails the test with every cell that failed.
+func Check(t testing.TB, l *lab.Lab) lab.Report {
+	t.Helper()
+	report, err := l.Check(t.Context(), lab.CheckOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report.Failed > 0 {
+		t.Errorf("the matrix:\n%s", report.Text())
+	}
+	return report
+}

@@ -1,0 +1,57 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"os/exec"
+	"strings"
+	"time"
+)
+
+// Machine is anything in the lab with a namespace of its own: a node, a pod, the router, the internet host, etcd.
+type Machine struct {
+	Name string // "n1", "n1-p1", "router"
+	NS   string // "lab-n1"
+}
+
+// Do runs f on a thread inside the machine's namespace: sockets that f opens belong to the machine and can be used from
+// anywhere afterwards. Goroutines started by f do not run there.
+func (m Machine) Do(f func() error) error { return inNS(m.NS, f) }
+
+// Run runs a command on the machine and returns what it printed; an error carries it, too.
+func (m Machine) Run(ctx context.Context, name string, args ...string) (string, error) {
+	var out bytes.Buffer
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, time.Second
+	if err := m.Do(cmd.Start); err != nil {
+		return "", fmt.Errorf("on %s: start %s: %w", m.Name, name, err)
+	}
+	if err := cmd.Wait(); err != nil {
+		return out.String(), fmt.Errorf("on %s: %s: %w: %s", m.Name, strings.Join(cmd.Args, " "), err, strings.TrimSpace(out.String()))
+	}
+	return out.String(), nil
+}
+
+// DialContext connects from the machine. The address must be a literal one: names would be looked up elsewhere.
+func (m Machine) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	var conn net.Conn
+	err := m.Do(func() (err error) {
+		conn, err = new(net.Dialer).DialContext(ctx, network, address)
+		return err
+	})
+	return conn, err
+}
+
+// Listen opens a TCP listener on the machine.
+func (m Machine) Listen(ctx context.Context, address string) (net.Listener, error) {
+	var l net.Listener
+	err := m.Do(func() (err error) {
+		var lc net.ListenConfig
+		lc.SetMultipathTCP(false)
+		l, err = lc.Listen(ctx, "tcp", address)
+		return err
+	})
+	return l, err
+}

@@ -1,0 +1,136 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// nsDir is where `ip netns` looks for namespaces.
+const nsDir = "/run/netns"
+
+func nsPath(ns string) string { return filepath.Join(nsDir, ns) }
+
+// onThread runs f on an OS thread whose network namespace it may change. The thread is never the process's first one: that
+// one's namespace is what /proc/PID/ns/net shows, and must stay. f says by its first result whether it has put
+// the thread back as it was; where not, the thread ends with the goroutine.
+func onThread(f func() (restored bool, err error)) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// While this goroutine holds the first thread, the next one gets another.
+			done <- onThread(f)
+			runtime.UnlockOSThread()
+			return
+		}
+		restored, err := f()
+		if restored {
+			runtime.UnlockOSThread()
+		}
+		done <- err
+	}()
+	return <-done
+}
+
+// inNS runs f inside the named namespace. Sockets and processes that f makes stay there; goroutines that f starts do not
+// run there.
+func inNS(ns string, f func() error) error {
+	return onThread(func() (bool, error) {
+		home, err := netns.Get()
+		if err != nil {
+			return true, fmt.Errorf("open this thread's namespace: %w", err)
+		}
+		defer home.Close()
+		if err := enterNS(ns); err != nil {
+			return true, err
+		}
+		err = f()
+		return netns.Set(home) == nil, err
+	})
+}
+
+// enterNS moves the calling thread, which must be locked, into the named namespace.
+func enterNS(ns string) error {
+	h, err := netns.GetFromName(ns)
+	if err != nil {
+		return fmt.Errorf("open namespace %s: %w", ns, err)
+	}
+	defer h.Close()
+	if err := netns.Set(h); err != nil {
+		return fmt.Errorf("enter namespace %s: %w", ns, err)
+	}
+	return nil
+}
+
+// createNS makes a namespace that `ip netns` shows.
+func createNS(ns string) error {
+	return onThread(func() (bool, error) {
+		home, err := netns.Get()
+		if err != nil {
+			return true, fmt.Errorf("open this thread's namespace: %w", err)
+		}
+		defer home.Close()
+		h, err := netns.NewNamed(ns)
+		if err != nil {
+			return netns.Set(home) == nil, fmt.Errorf("create namespace %s: %w", ns, err)
+		}
+		h.Close()
+		return netns.Set(home) == nil, nil
+	})
+}
+
+// deleteNS removes the name; the kernel frees the namespace once its last process and socket are gone. What is not there
+// is no error, and neither is a name with nothing mounted on it (left by a crash between the two steps of creation).
+func deleteNS(ns string) error {
+	err := unix.Unmount(nsPath(ns), unix.MNT_DETACH)
+	if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unmount namespace %s: %w", ns, err)
+	}
+	if err := os.Remove(nsPath(ns)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("delete namespace %s: %w", ns, err)
+	}
+	return nil
+}
+
+// nsID identifies a network namespace as the kernel does.
+type nsID struct{ dev, ino uint64 }
+
+// idOf reads the identity of a namespace file: one in /run/netns or /proc/PID/ns/net.
+func idOf(path string) (nsID, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return nsID{}, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return nsID{dev: uint64(st.Dev), ino: st.Ino}, nil
+}
+
+// labNamespaces lists the namespaces on this machine that belong to the named lab, whatever its options were. Only names
+// that a lab makes count: "lab" must not lay hands on "lab-2-n1", which is the namespace of a lab called "lab-2".
+func labNamespaces(lab string) ([]string, error) {
+	entries, err := os.ReadDir(nsDir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list namespaces: %w", err)
+	}
+	ours := namespacePattern(lab)
+	var out []string
+	for _, e := range entries {
+		if ours.MatchString(e.Name()) {
+			out = append(out, e.Name())
+		}
+	}
+	return out, nil
+}
+
+func namespacePattern(lab string) *regexp.Regexp {
+	return regexp.MustCompile(`^` + regexp.QuoteMeta(lab) + `-(n\d+(-p\d+)?|seg\d+|router|internet|etcd)$`)
+}

@@ -1,0 +1,160 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// Backend is how the nodes carry pods' packets to each other.
+type Backend string
+
+// The two backends of overlayd.
+const (
+	VXLAN  Backend = "vxlan"
+	HostGW Backend = "host-gw"
+)
+
+// Stack says which IP families the lab uses, in the pod network and in the underlay alike.
+type Stack string
+
+// The three stacks.
+const (
+	StackIPv4 Stack = "ipv4"
+	StackDual Stack = "dual"
+	StackIPv6 Stack = "ipv6"
+)
+
+// Families lists the families of a stack, IPv4 first.
+func (s Stack) Families() []addr.Family {
+	switch s {
+	case StackDual:
+		return []addr.Family{addr.IPv4, addr.IPv6}
+	case StackIPv6:
+		return []addr.Family{addr.IPv6}
+	default:
+		return []addr.Family{addr.IPv4}
+	}
+}
+
+// Limits that keep every address inside its block and the machine usable.
+const (
+	maxNodes = 200
+	maxPods  = 100
+)
+
+// Options is all there is to know about a lab before it exists.
+type Options struct {
+	Name     string  `json:"name"`
+	Nodes    int     `json:"nodes"`
+	Pods     int     `json:"pods"`
+	Segments int     `json:"segments"` // 0: 2 for VXLAN, 1 for host-gw
+	Backend  Backend `json:"backend"`
+	Direct   bool    `json:"direct"` // DirectRouting
+	Stack    Stack   `json:"stack"`
+
+	// Overlayd is the daemon's binary, Self the overlay-lab binary that is started again to serve etcd. By default Self
+	// is the running executable and Overlayd stands next to it.
+	Overlayd string `json:"overlayd"`
+	Self     string `json:"self"`
+	// OverlaydArgs are given to every daemon after the lab's own arguments.
+	OverlaydArgs []string `json:"overlaydArgs,omitempty"`
+
+	// ReadyTimeout bounds each wait for etcd and for the nodes to become ready.
+	ReadyTimeout time.Duration `json:"readyTimeout"`
+	// Progress, where set, is told in one line what happens.
+	Progress func(string) `json:"-"`
+}
+
+// Defaults fills in what was left open.
+func (o Options) Defaults() (Options, error) {
+	setDefault(&o.Name, "lab")
+	setDefault(&o.Nodes, 3)
+	setDefault(&o.Pods, 2)
+	setDefault(&o.Backend, VXLAN)
+	setDefault(&o.Stack, StackIPv4)
+	setDefault(&o.ReadyTimeout, 45*time.Second)
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	if o.Segments == 0 {
+		o.Segments = defaultSegments(o.Backend)
+	}
+	return o.defaultBinaries()
+}
+
+func (o Options) defaultBinaries() (Options, error) {
+	if o.Self == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return o, fmt.Errorf("find the path of this executable: %w", err)
+		}
+		o.Self = self
+	}
+	setDefault(&o.Overlayd, filepath.Join(filepath.Dir(o.Self), "overlayd"))
+	for _, p := range []*string{&o.Self, &o.Overlayd} {
+		abs, err := filepath.Abs(*p) // the processes run in another directory
+		if err != nil {
+			return o, fmt.Errorf("find the absolute path of %s: %w", *p, err)
+		}
+		*p = abs
+	}
+	return o, nil
+}
+
+func setDefault[T comparable](v *T, to T) {
+	var zero T
+	if *v == zero {
+		*v = to
+	}
+}
+
+func defaultSegments(b Backend) int {
+	if b == HostGW {
+		return 1 // host-gw has no way across a router
+	}
+	return 2
+}
+
+var validName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
+
+// Validate says all that is wrong with the options at once.
+func (o Options) Validate() error {
+	return errors.Join(
+		unless(validName.MatchString(o.Name), "--name %q: want a lower-case letter, then at most 31 of a-z, 0-9 and -", o.Name),
+		unless(1 <= o.Nodes && o.Nodes <= maxNodes, "--nodes %d: want 1 to %d", o.Nodes, maxNodes),
+		unless(1 <= o.Pods && o.Pods <= maxPods, "--pods %d: want 1 to %d", o.Pods, maxPods),
+		unless(o.Segments == 1 || o.Segments == 2, "--segments %d: want 1 or 2", o.Segments),
+		unless(o.Backend == VXLAN || o.Backend == HostGW, "--backend %q: want %s or %s", o.Backend, VXLAN, HostGW),
+		unless(o.Backend != HostGW || o.Segments == 1, "--segments %d: the host-gw backend needs all nodes on 1 segment", o.Segments),
+		unless(o.Backend != HostGW || !o.Direct, "--direct: belongs to the vxlan backend, host-gw is always direct"),
+		unless(o.Stack == StackIPv4 || o.Stack == StackDual || o.Stack == StackIPv6,
+			"--stack %q: want %s, %s or %s", o.Stack, StackIPv4, StackDual, StackIPv6),
+	)
+}
+
+func unless(ok bool, format string, args ...any) error {
+	if ok {
+		return nil
+	}
+	return fmt.Errorf(format, args...)
+}
+
+// checkBinaries finds a missing binary before anything is built up.
+func (o Options) checkBinaries() error {
+	for _, p := range []string{o.Overlayd, o.Self} {
+		info, err := os.Stat(p)
+		if err != nil {
+			return fmt.Errorf("find the binary: %w", err)
+		}
+		if info.IsDir() || info.Mode()&0o111 == 0 {
+			return fmt.Errorf("binary %s: not an executable file", p)
+		}
+	}
+	return nil
+}

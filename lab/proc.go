@@ -1,0 +1,197 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// stopTimeout bounds how long a process may take to end after a signal that ends it.
+const stopTimeout = 15 * time.Second
+
+// Process is a background process of the lab: a daemon on a node, or etcd. It is known by its pid file, so that it can be
+// started by one command and stopped by another, and by its namespace, so that a pid which now belongs to
+// somebody else is never signalled. Its methods are not for several goroutines at once.
+type Process struct {
+	name string // "n1", "etcd"
+	ns   string
+	dir  string // of log and pid file
+	argv func() []string
+}
+
+// Log is the path of the file that holds all the process has ever printed.
+func (p *Process) Log() string { return filepath.Join(p.dir, p.name+".log") }
+
+func (p *Process) pidFile() string { return filepath.Join(p.dir, p.name+".pid") }
+
+// Start starts the process in its namespace, in a session of its own, so that it outlives the one who started it. One
+// that runs already is an error.
+func (p *Process) Start() error {
+	if p.Running() {
+		return fmt.Errorf("start %s: it runs already, with pid %d", p.name, p.PID())
+	}
+	log, err := os.OpenFile(p.Log(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return fmt.Errorf("start %s: open its log: %w", p.name, err)
+	}
+	defer log.Close()
+	argv := p.argv()
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, "/"
+	cmd.Env = append(os.Environ(), insideEnv+"="+p.name)
+	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := inNS(p.ns, cmd.Start); err != nil {
+		return fmt.Errorf("start %s: %w", p.name, err)
+	}
+	if err := os.WriteFile(p.pidFile(), []byte(strconv.Itoa(cmd.Process.Pid)+"\n"), 0o644); err != nil {
+		return fmt.Errorf("start %s: write its pid file: %w", p.name, err)
+	}
+	return cmd.Process.Release() // reap takes the place of Wait
+}
+
+// insideEnv is set for every process of a lab.
+const insideEnv = "OVERLAY_LAB_PROCESS"
+
+// PID reads the pid file; 0 where there is none.
+func (p *Process) PID() int {
+	b, err := os.ReadFile(p.pidFile())
+	if err != nil {
+		return 0
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0
+	}
+	return pid
+}
+
+// Running reports whether the process lives. A stopped (paused) one does.
+func (p *Process) Running() bool {
+	pid := p.PID()
+	if pid == 0 {
+		return false
+	}
+	reap(pid)
+	return livesIn(pid, p.ns)
+}
+
+// reap collects the exit status of a child that ended. What is not our child (started by an earlier command) is left to
+// init.
+func reap(pid int) { _, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) }
+
+// livesIn reports whether a pid is of a process in the named namespace; one that has ended has no namespace any more,
+// even while it is a zombie.
+func livesIn(pid int, ns string) bool {
+	want, err := idOf(nsPath(ns))
+	if err != nil {
+		return false
+	}
+	got, err := idOf(fmt.Sprintf("/proc/%d/ns/net", pid))
+	return err == nil && got == want
+}
+
+// Signal sends a signal to the process, provided that it still is the process that the lab started.
+func (p *Process) Signal(sig unix.Signal) error {
+	pid := p.PID()
+	err := signalIf(pid, sig, func() bool { return livesIn(pid, p.ns) })
+	if err != nil {
+		return fmt.Errorf("send %s to %s: %w", unix.SignalName(sig), p.name, err)
+	}
+	return nil
+}
+
+// errNotOurs says that a pid is not, or no longer, of a process of the lab.
+var errNotOurs = errors.New("no such process in the lab")
+
+// signalIf sends the signal through a pidfd that was opened before the check, so that the process which was checked is the
+// one that gets it.
+func signalIf(pid int, sig unix.Signal, ours func() bool) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return errNotOurs
+	}
+	if err != nil {
+		return fmt.Errorf("open pid %d: %w", pid, err)
+	}
+	defer unix.Close(fd)
+	if !ours() {
+		return errNotOurs
+	}
+	if err := unix.PidfdSendSignal(fd, sig, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("signal pid %d: %w", pid, err)
+	}
+	return nil
+}
+
+// Stop ends the process with SIGTERM, as systemd or an operator would, and waits. One that does not run is no error.
+func (p *Process) Stop(ctx context.Context) error { return p.end(ctx, unix.SIGTERM) }
+
+// Kill ends the process with SIGKILL and waits. One that does not run is no error.
+func (p *Process) Kill(ctx context.Context) error { return p.end(ctx, unix.SIGKILL) }
+
+func (p *Process) end(ctx context.Context, sig unix.Signal) error {
+	if err := p.Signal(sig); err != nil && !errors.Is(err, errNotOurs) {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	defer cancel()
+	err := poll(ctx, 5*time.Millisecond, func() error {
+		if p.Running() {
+			return fmt.Errorf("%s still runs after %s", p.name, unix.SignalName(sig))
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := os.Remove(p.pidFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove the pid file of %s: %w", p.name, err)
+	}
+	return nil
+}
+
+// Pause stops the process in its tracks (SIGSTOP): its sockets stay open and nobody answers.
+func (p *Process) Pause() error { return p.Signal(unix.SIGSTOP) }
+
+// Resume lets a paused process go on.
+func (p *Process) Resume() error { return p.Signal(unix.SIGCONT) }
+
+// tail is the end of the log, for an error message.
+func (p *Process) tail(lines int) string {
+	b, err := os.ReadFile(p.Log())
+	if err != nil {
+		return err.Error()
+	}
+	all := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// poll calls f until it returns nil, and gives its last error when the context ends first.
+func poll(ctx context.Context, every time.Duration, f func() error) error {
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	for {
+		err := f()
+		if err == nil || errors.As(err, new(fatal)) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w (%w)", err, context.Cause(ctx))
+		case <-ticker.C:
+		}
+	}
+}
+
+// fatal is an error that waiting does not mend.
+type fatal struct{ error }
+
+func (f fatal) Unwrap() error { return f.error }
