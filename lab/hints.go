@@ -50,7 +50,7 @@ func vxlanHints(ns string, f addr.Family) []string {
 		device = fmt.Sprintf("overlay-v6.%d", vni)
 	}
 	return []string{
-		"# the other nodes' VTEPs: their MAC by address, their node by MAC",
+		fmt.Sprintf("# the other nodes' VTEPs over %s: the MAC of each, and the node behind each MAC", f),
 		fmt.Sprintf("ip -n %s neigh show dev %s", ns, device),
 		fmt.Sprintf("bridge -n %s fdb show dev %s", ns, device),
 	}

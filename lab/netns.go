@@ -108,7 +108,7 @@ func idOf(path string) (nsID, error) {
 	if err := unix.Stat(path, &st); err != nil {
 		return nsID{}, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return nsID{dev: uint64(st.Dev), ino: st.Ino}, nil
+	return nsID{dev: st.Dev, ino: st.Ino}, nil
 }
 
 // labNamespaces lists the namespaces on this machine that belong to the named lab, whatever its options were. Only names

@@ -147,14 +147,13 @@ func unless(ok bool, format string, args ...any) error {
 
 // checkBinaries finds a missing binary before anything is built up.
 func (o Options) checkBinaries() error {
-	for _, p := range []string{o.Overlayd, o.Self} {
-		info, err := os.Stat(p)
-		if err != nil {
-			return fmt.Errorf("find the binary: %w", err)
-		}
-		if info.IsDir() || info.Mode()&0o111 == 0 {
-			return fmt.Errorf("binary %s: not an executable file", p)
-		}
+	return errors.Join(checkBinary("--overlayd", o.Overlayd), checkBinary("overlay-lab's own binary", o.Self))
+}
+
+func checkBinary(what, path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
 	}
-	return nil
+	return unless(info.Mode().IsRegular() && info.Mode()&0o111 != 0, "%s: %s is not an executable file", what, path)
 }

@@ -28,6 +28,8 @@ func newRoot() *cobra.Command {
 		Use:           "overlay-lab",
 		Short:         "A whole overlayd cluster on one machine, in network namespaces",
 		SilenceErrors: true, SilenceUsage: true,
+		Args:              noArgs, // an unknown command ends here
+		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return f.prepare(cmd) },
 	}
 	root.PersistentFlags().StringVar(&f.lab.Name, "name", "lab", "name of the lab; labs of different names do not touch each other")
@@ -41,7 +43,7 @@ func (f *flags) prepare(cmd *cobra.Command) error {
 	if f.output != "" && f.output != "json" && f.output != "text" {
 		return usageError{fmt.Errorf("-o %q: want text or json", f.output)}
 	}
-	if os.Geteuid() != 0 && cmd.Name() != "help" && cmd.Name() != "completion" {
+	if os.Geteuid() != 0 && cmd.HasParent() && cmd.Name() != "help" && cmd.Parent().Name() != "completion" {
 		return usageError{errors.New("it makes network namespaces: run it as root")}
 	}
 	return nil
