@@ -25,7 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SkipEnv, set to 1, lets a developer without root skip what needs it. Without it such a test fails: a skipped test
+// SkipEnv set to 1 lets a developer without root skip what needs it. Without it such a test fails: a skipped test
 // looks like a passed one, and nobody notices that the kernel was never asked.
 const SkipEnv = "OVERLAYD_SKIP_ROOT_TESTS"
 

@@ -1,0 +1,49 @@
+# overlayd: build, try out, test. `make help` lists the targets. The network ones need root.
+
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+FUZZTIME ?= 3s
+
+# For `make demo`.
+NODES   ?= 3
+PODS    ?= 2
+BACKEND ?= vxlan
+STACK   ?= ipv4
+DIRECT  ?=
+KEEP    ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test fuzz lint check clean deps
+
+help: ## show this
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+build: ## bin/overlayd and bin/overlay-lab, static
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+demo: deps build ## a whole network on this machine: NODES=3 PODS=2 BACKEND=vxlan|host-gw DIRECT=1 STACK=ipv4|dual|ipv6 KEEP=1
+	bin/overlay-lab demo --nodes $(NODES) --pods $(PODS) --backend $(BACKEND) --stack $(STACK) $(if $(DIRECT),--direct) $(if $(KEEP),--keep)
+
+test: deps ## everything, with the race detector, on the real kernel, etcd and iptables
+	$(GO) vet ./...
+	$(GO) test -race -timeout 10m ./...
+	$(MAKE) --no-print-directory fuzz
+
+fuzz: ## every fuzz target for FUZZTIME
+	GO='$(GO)' FUZZTIME='$(FUZZTIME)' hack/fuzz
+
+lint: bin/golangci-lint ## golangci-lint, with the rules on who may import whom
+	bin/golangci-lint run ./...
+	bin/golangci-lint fmt --diff ./...
+
+bin/golangci-lint: tools/go.mod tools/go.sum
+	$(GO) build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+check: lint test demo ## what CI runs
+
+clean: ## remove what was built
+	rm -rf bin
+
+deps: # Debian packages that the tests and the lab use
+	@hack/deps
