@@ -167,8 +167,11 @@ func (a *Agent) learn() {
 	a.health.set(condStore, a.snap.Err)
 	a.health.set(condLease, a.leaseProblem())
 	if a.snap.Held() && a.snap.Lease.Subnets != a.lease.Subnets {
-		a.log.Info("lease held", zap.String("subnet", subnet.FormatKey(a.snap.Lease.Subnets)),
-			zap.String("before", subnet.FormatKey(a.lease.Subnets)), zap.Time("expires", a.snap.Expires))
+		fields := []zap.Field{zap.String("subnet", subnet.FormatKey(a.snap.Lease.Subnets))}
+		if a.lease != (subnet.Lease{}) {
+			fields = append(fields, zap.String("instead_of", subnet.FormatKey(a.lease.Subnets)))
+		}
+		a.log.Info("lease held", fields...)
 		a.lease = a.snap.Lease
 	}
 	switch {
@@ -210,7 +213,7 @@ func (a *Agent) leaseProblem() error {
 	case !a.snap.Held() && a.snap.Err != nil:
 		return fmt.Errorf("no lease is held: %w", a.snap.Err)
 	case !a.snap.Held():
-		return errors.New("no lease is held yet")
+		return errStarting
 	}
 	return nil
 }

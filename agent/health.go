@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -49,11 +50,14 @@ type health struct {
 	beat     time.Time // when the loop last came round
 }
 
+// errStarting is what is wrong with everything in the first moments. It is not worth a line in the log.
+var errStarting = errors.New("not there yet, overlayd is starting")
+
 // newHealth starts with everything that is needed missing: ready is what has been seen to be so.
 func newHealth(log *zap.Logger, now func() time.Time) *health {
 	h := &health{log: log, now: now, problems: map[condition]Problem{}}
 	for _, c := range needed() {
-		h.problems[c] = Problem{Name: string(c), Reason: "not there yet, overlayd is starting", Since: now(), Fatal: true}
+		h.problems[c] = Problem{Name: string(c), Reason: errStarting.Error(), Since: now(), Fatal: true}
 	}
 	h.beat = now()
 	return h

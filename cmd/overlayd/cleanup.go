@@ -37,7 +37,8 @@ what it remembers. The daemon must be stopped. The lease in etcd stays until it 
 			return errors.Join(
 				cleanKernel(out),
 				cleanFirewall(cmd, *f),
-				cleanFiles(out, f.subnetFile, agent.LeaseFile(f.stateDir), filepath.Join(f.stateDir, "lock")),
+				cleanFiles(out, f.subnetFile, agent.LeaseFile(f.stateDir)),
+				cleanFiles(io.Discard, filepath.Join(f.stateDir, "lock")), // which this very command made, too
 			)
 		},
 	}

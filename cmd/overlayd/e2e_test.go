@@ -1,0 +1,426 @@
+package main_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/lab/labtest"
+)
+
+func TestMain(m *testing.M) { os.Exit(labtest.Main(m)) }
+
+// state is what the kernel of a node has, as the system's own tools say it.
+func state(t *testing.T, n *lab.Node) string {
+	t.Helper()
+	var out strings.Builder
+	for _, c := range []string{
+		"ip -d link show type vxlan", "ip address show", "ip route show table all", "ip -6 route show table all", "ip rule", "ip -6 rule",
+		"ip neigh show nud permanent", "ip -6 neigh show nud permanent", "iptables-save", "ip6tables-save",
+	} {
+		text, err := n.Run(t.Context(), "sh", "-c", c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&out, "# %s\n%s", c, text)
+	}
+	// Only VXLAN has forwarding entries with a destination; those of the pods' bridge come and go.
+	text, err := n.Run(t.Context(), "sh", "-c", "bridge fdb show | grep ' dst ' | sort")
+	if err != nil && !strings.Contains(err.Error(), "exit status 1") {
+		t.Fatal(err)
+	}
+	return stable(out.String() + text)
+}
+
+// stable leaves out what changes by itself: counters, times and dates.
+func stable(s string) string {
+	var out []string
+	for line := range strings.Lines(s) {
+		if strings.HasPrefix(line, "#") && !strings.HasPrefix(line, "# ip") {
+			continue
+		}
+		if i := strings.Index(line, "["); strings.HasPrefix(line, ":") && i > 0 {
+			line = line[:i] + "\n"
+		}
+		out = append(out, line)
+	}
+	return strings.Join(out, "")
+}
+
+// revision is the store's, which grows with every write.
+func revision(t *testing.T, l *lab.Lab) int64 {
+	t.Helper()
+	m, err := l.Machine("etcd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := m.Run(t.Context(), "etcdctl", "--endpoints", l.Etcd().URLs()[0], "get", "no-such-key", "-w", "json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc struct{ Header struct{ Revision int64 } }
+	if err := json.Unmarshal([]byte(out), &doc); err != nil || doc.Header.Revision == 0 {
+		t.Fatalf("etcdctl printed %q: %v", out, err)
+	}
+	return doc.Header.Revision
+}
+
+// watchKernel writes down what changes in a node's kernel until stop is called. The neighbours of the pods' bridge are not ours.
+func watchKernel(t *testing.T, n *lab.Node) (stop func() string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	var out strings.Builder
+	cmd := exec.CommandContext(ctx, "sh", "-c", "exec ip -o monitor link address route rule neigh")
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, time.Second
+	if err := n.Do(cmd.Start); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(200 * time.Millisecond) // it says nothing when it is ready
+	return func() string {
+		time.Sleep(200 * time.Millisecond)
+		cancel()
+		_ = cmd.Wait()
+		var ours []string
+		for line := range strings.Lines(out.String()) {
+			if strings.Contains(line, "overlay") || strings.Contains(line, "proto 118") || strings.Contains(line, "lookup 118") {
+				ours = append(ours, line)
+			}
+		}
+		return strings.Join(ours, "")
+	}
+}
+
+// Restarting a daemon loses no packet, writes nothing to etcd, and changes nothing in the kernel.
+func TestRestartChangesNothing(t *testing.T) {
+	t.Parallel()
+	overlayd := labtest.BuildOverlayd(t)
+	for _, o := range []lab.Options{
+		{Backend: lab.VXLAN, Stack: lab.StackDual},
+		{Backend: lab.VXLAN, Direct: true},
+		{Backend: lab.HostGW},
+	} {
+		o.Overlayd = overlayd
+		t.Run(fmt.Sprintf("%s direct=%v %s", o.Backend, o.Direct, o.Stack), func(t *testing.T) {
+			t.Parallel()
+			l := labtest.Up(t, o)
+			labtest.Check(t, l)
+			n2 := l.Node(2)
+			for name, stopIt := range map[string]func(context.Context) error{"stopped": n2.Stop, "killed": n2.Kill} {
+				streams := stream(t, l)
+				before, at := state(t, n2), revision(t, l)
+				stopMonitor := watchKernel(t, n2)
+				if err := stopIt(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				if err := n2.Start(); err != nil {
+					t.Fatal(err)
+				}
+				if err := n2.WaitReady(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(500 * time.Millisecond) // for what might come late
+				if events := stopMonitor(); events != "" {
+					t.Errorf("%s: the kernel was changed:\n%s", name, events)
+				}
+				if after := state(t, n2); after != before {
+					t.Errorf("%s: before:\n%s\nafter:\n%s", name, before, after)
+				}
+				if now := revision(t, l); now != at {
+					t.Errorf("%s: etcd went from revision %d to %d", name, at, now)
+				}
+				for what, s := range streams {
+					if st := s.Stop(); st.Lost > 0 || st.Sent < 50 {
+						t.Errorf("%s: %s: %d of %d pings lost, longest gap %v", name, what, st.Lost, st.Sent, st.Gap)
+					}
+				}
+			}
+		})
+	}
+}
+
+// stream pings every 10 ms between pods on different nodes, to and from the second node.
+func stream(t *testing.T, l *lab.Lab) map[string]*lab.PingStream {
+	t.Helper()
+	out := map[string]*lab.PingStream{}
+	for _, pair := range [][2]int{{1, 2}, {2, 3}, {3, 1}} {
+		from, err := l.PodEndpoint(pair[0], 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to, err := l.PodEndpoint(pair[1], 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range addr.Families() {
+			if !to.Addr.Get(f).IsValid() {
+				continue
+			}
+			s, err := from.Machine.StreamPing(t.Context(), to.Addr.Get(f), 10*time.Millisecond)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out[fmt.Sprintf("%s to %s %s", from.Machine.Name, to.Machine.Name, f)] = s
+		}
+	}
+	return out
+}
+
+// A second daemon on a node is refused, `leases` shows what there is, and `cleanup` leaves the node as it was.
+func TestOperatorCommands(t *testing.T) {
+	t.Parallel()
+	overlayd := labtest.BuildOverlayd(t)
+	l := labtest.Up(t, lab.Options{Backend: lab.VXLAN, Direct: true, Stack: lab.StackDual, Overlayd: overlayd, Nodes: 3})
+	n1 := l.Node(1)
+	common := []string{
+		"--etcd-endpoints", strings.Join(l.Etcd().URLs(), ","), "--node-name", n1.Name, "--node-id", n1.Spec().ID,
+		"--state-dir", n1.StateDir(), "--subnet-file", n1.SubnetFile(),
+	}
+	run := func(args ...string) (string, error) { return n1.Run(t.Context(), overlayd, append(args, common...)...) }
+
+	if out, err := run("--healthz-port", "0"); err == nil || !strings.Contains(out, "another overlayd is running") {
+		t.Errorf("a second daemon: %v\n%s", err, out)
+	}
+	if out, err := run("cleanup"); err == nil || !strings.Contains(out, "stop it first") {
+		t.Errorf("cleanup beside the daemon: %v\n%s", err, out)
+	}
+
+	out, err := run("leases")
+	if err != nil || strings.Count(out, "mine") != 1 || strings.Count(out, "other") != 2 {
+		t.Errorf("leases: %v\n%s", err, out)
+	}
+	out, err = run("leases", "-o", "json")
+	var rows []struct {
+		Subnets   []netip.Prefix
+		Node      string
+		PublicIPs []netip.Addr
+		Expires   time.Time
+		Mine      bool
+	}
+	if err != nil || json.Unmarshal([]byte(out), &rows) != nil || len(rows) != 3 {
+		t.Fatalf("leases -o json: %v\n%s", err, out)
+	}
+	for _, r := range rows {
+		if len(r.Subnets) != 2 || len(r.PublicIPs) != 2 || r.Mine != (r.Node == n1.Name) || time.Until(r.Expires) < 23*time.Hour {
+			t.Errorf("row %+v", r)
+		}
+	}
+
+	if err := n1.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := run("cleanup"); err != nil {
+		t.Fatalf("cleanup: %v\n%s", err, out)
+	}
+	left := state(t, n1)
+	for _, mark := range []string{"overlay.", "overlay-v6", "proto 118", "lookup 118", "OVERLAYD", "overlayd-nodes"} {
+		if strings.Contains(left, mark) {
+			t.Errorf("cleanup left %q:\n%s", mark, left)
+		}
+	}
+	for _, want := range []string{"default via", "cni0"} {
+		if !strings.Contains(left, want) {
+			t.Errorf("cleanup took %q away:\n%s", want, left)
+		}
+	}
+	if sets, err := n1.Run(t.Context(), "ipset", "list", "-n"); err != nil || sets != "" {
+		t.Errorf("address sets left: %v %q", err, sets)
+	}
+	for _, f := range []string{n1.SubnetFile(), filepath.Join(n1.StateDir(), "lease.json")} {
+		if _, err := os.Stat(f); !os.IsNotExist(err) {
+			t.Errorf("%s is still there: %v", f, err)
+		}
+	}
+	if out, err := run("cleanup"); err != nil || strings.TrimSpace(out) != "" {
+		t.Errorf("a second cleanup: %v\n%s", err, out)
+	}
+}
+
+// The daemon is one static file of at most 30 MB, and the etcd server is not in it.
+func TestBinary(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "overlayd")
+	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	info, err := os.Stat(path)
+	if err != nil || info.Size() > 30<<20 {
+		t.Errorf("%d bytes, %v", info.Size(), err)
+	}
+	// ldd says so of a static file, with exit status 1.
+	if out, _ := exec.CommandContext(t.Context(), "ldd", path).CombinedOutput(); !strings.Contains(string(out), "not a dynamic executable") {
+		t.Errorf("ldd: %s", out)
+	}
+	deps, err := exec.CommandContext(t.Context(), "go", "list", "-deps", ".").Output()
+	if err != nil || !strings.Contains(string(deps), "go.etcd.io/etcd/client/v3") {
+		t.Fatalf("go list: %v", err)
+	}
+	if strings.Contains(string(deps), "go.etcd.io/etcd/server") {
+		t.Error("the etcd server is linked into the daemon")
+	}
+	out, err := exec.CommandContext(t.Context(), path, "version").Output()
+	if err != nil || !strings.HasPrefix(string(out), "overlayd ") {
+		t.Errorf("version: %v %s", err, out)
+	}
+}
+
+// What the operator gave wrong is one line that names it, and exit status 2.
+func TestWrongOptions(t *testing.T) {
+	t.Parallel()
+	labtest.RequireRoot(t)
+	overlayd := labtest.BuildOverlayd(t)
+	dir := t.TempDir()
+	file := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	for _, tt := range []struct {
+		args []string
+		env  string
+		want string
+	}{
+		{[]string{"--no-such-flag"}, "", "--no-such-flag"},
+		{[]string{"nonsense"}, "", `"nonsense"`},
+		{[]string{"--etcd-endpoints", "ftp://x"}, "", "--etcd-endpoints"},
+		{[]string{"--etcd-endpoints", "https://127.0.0.1:1", "--etcd-cafile", dir + "/none"}, "", "--etcd-cafile"},
+		{[]string{"--public-ip", "fd00::1"}, "", "--public-ip: expected an address of"},
+		{[]string{"--iface-regex", "("}, "", "--iface-regex"},
+		{[]string{"--iface-can-reach", "moon"}, "", "--iface-can-reach"},
+		{[]string{"--ip-masq-exclude", "10.0.0.0"}, "", "--ip-masq-exclude"},
+		{[]string{"--iptables-resync", "0"}, "", "--iptables-resync"},
+		{[]string{"--iptables-variant", "ebtables"}, "", "--iptables-variant"},
+		{[]string{"--log-level", "loud"}, "", "--log-level"},
+		{[]string{"--log-format", "xml"}, "", "--log-format"},
+		{[]string{"--healthz-ip", "here"}, "", "--healthz-ip"},
+		{[]string{"--init-config", dir + "/none"}, "", "--init-config"},
+		{[]string{"--init-config", file("broken.json", `{"Network": "10.0.0.0/16"`)}, "", "expected a JSON object"},
+		{[]string{"--init-config", file("type.json", `{"Network": "10.0.0.0/16", "Backend": {"Type": "ipip"}}`)}, "", `Backend.Type: expected "vxlan" or "host-gw", found "ipip"`},
+		{nil, "OVERLAYD_IP_MASQ=perhaps", "OVERLAYD_IP_MASQ"},
+		{[]string{"leases", "-o", "xml"}, "", "--output"},
+	} {
+		cmd := exec.CommandContext(t.Context(), overlayd, append(tt.args, "--state-dir", dir)...)
+		cmd.Env = append(os.Environ(), tt.env)
+		out, err := cmd.CombinedOutput()
+		text := string(out)
+		if cmd.ProcessState.ExitCode() != 2 || strings.Count(text, "\n") != 1 || !strings.Contains(text, tt.want) {
+			t.Errorf("overlayd %s %s: %v\n%s", tt.env, strings.Join(tt.args, " "), err, text)
+		}
+	}
+}
+
+// Without privileges the daemon says so in one line.
+func TestNoPrivileges(t *testing.T) {
+	t.Parallel()
+	labtest.RequireRoot(t)
+	overlayd := labtest.BuildOverlayd(t)
+	cmd := exec.CommandContext(t.Context(), "setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin", overlayd, "--state-dir", t.TempDir(), "--healthz-port", "0")
+	out, err := cmd.CombinedOutput()
+	if err == nil || strings.Count(string(out), "\n") != 1 || !strings.Contains(string(out), "CAP_NET_ADMIN is missing") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// What can heal by itself is waited for: etcd that is not there yet, a config that is missing or wrong, an interface that is missing.
+func TestWaitsForWhatCanHeal(t *testing.T) {
+	t.Parallel()
+	l := labtest.Up(t, lab.Options{Backend: lab.VXLAN, Overlayd: labtest.BuildOverlayd(t), Nodes: 2, Pods: 1})
+	n1 := l.Node(1)
+	etcd, err := l.Machine("etcd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(config string) {
+		t.Helper()
+		if _, err := etcd.Run(t.Context(), "etcdctl", "--endpoints", l.Etcd().URLs()[0], "put", "/overlayd/network/config", config); err != nil {
+			t.Fatal(err)
+		}
+	}
+	good := `{"Network":"10.244.0.0/16"}`
+
+	put(`{"Network":"10.244.0.0/16","Backend":{"Type":"carrier-pigeon"}}`)
+	waitLog(t, n1, `Backend.Type: expected \"vxlan\" or \"host-gw\", found \"carrier-pigeon\"`)
+	labtest.Check(t, l) // a config that can't be used changes nothing
+	put(`{"Network":`)
+	waitLog(t, n1, "expected a JSON object")
+	put(good)
+	waitLog(t, n1, "ok: config")
+
+	stop(t, n1)
+	if err := n1.LinkDown(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n1.Start(); err != nil {
+		t.Fatal(err)
+	}
+	waitLog(t, n1, "refused|unreachable|no route|cannot be reached|not answer")
+	if err := n1.LinkUp(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n1.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	labtest.Check(t, l)
+}
+
+func stop(t *testing.T, n *lab.Node) {
+	t.Helper()
+	if err := n.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// waitLog waits for one of several texts in the log that a node wrote since its last start.
+func waitLog(t *testing.T, n *lab.Node, texts string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		b, err := os.ReadFile(n.Log())
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := max(strings.LastIndex(string(b), "overlayd starts"), 0)
+		for text := range strings.SplitSeq(texts, "|") {
+			if strings.Contains(string(b[at:]), text) {
+				return
+			}
+		}
+	}
+	t.Errorf("%s never logged %q", n.Name, texts)
+}
+
+// An unreachable etcd is one clear line, and the daemon goes on trying.
+func TestUnreachableEtcd(t *testing.T) {
+	t.Parallel()
+	labtest.RequireRoot(t)
+	overlayd := labtest.BuildOverlayd(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	endpoint := "http://" + l.Addr().String()
+	_ = l.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, overlayd, "--etcd-endpoints", endpoint, "--state-dir", t.TempDir(), "--subnet-file", t.TempDir()+"/subnet.env", "--healthz-port", "0")
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	out, err := cmd.CombinedOutput()
+	if cmd.ProcessState.ExitCode() != 0 {
+		t.Errorf("after SIGINT: %v\n%s", err, out)
+	}
+	if n := strings.Count(string(out), "connection refused"); n == 0 || n > 3 {
+		t.Errorf("the refused connection was named %d times:\n%s", n, out)
+	}
+}
