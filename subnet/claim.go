@@ -30,7 +30,8 @@ type Decision struct {
 	Reserved bool  // the key is a reservation, and stays one
 
 	// Unchanged is a prefix of key names under which nothing may have come or changed since the table ("" is all of them).
-	// It keeps two nodes from taking subnets that overlap under two different keys.
+	// It keeps two nodes from taking subnets that overlap under two different keys. A dual-stack lease that is guarded on all keys
+	// must also make those fail that were decided before it and are guarded on their own key alone.
 	Unchanged string
 
 	Drop []Entry // leases of this very node that it can't use any more: they go in the same write
@@ -89,6 +90,7 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 	if e := adoptable(t, c); e != nil && !allFree(t.Config, before, others) {
 		return update(*e, c, drop), nil
 	}
+	drop = append(drop, replaced(t, c)...)
 	ch, err := pick(t.Config, others, before, c.Identity, attempt)
 	if err != nil {
 		return Decision{}, err
@@ -151,12 +153,23 @@ func (e Entry) belongsTo(c Claim) bool {
 // adoptable finds a lease or reservation that was made for this node by somebody who didn't know its identity.
 func adoptable(t Table, c Claim) *Entry {
 	for i, e := range t.Entries {
-		forMe := e.NodeID == "" && (e.NodeName == c.NodeName || e.NodeName == "" && e.samePublicIP(c.Attrs))
-		if forMe && !e.Blank() && e.Err == nil && t.Config.Fits(e.Subnets) {
+		forMe := e.NodeID == "" && (e.NodeName == c.NodeName && c.NodeName != "" || e.NodeName == "" && e.samePublicIP(c.Attrs))
+		if forMe && e.Err == nil && t.Config.Fits(e.Subnets) {
 			return &t.Entries[i]
 		}
 	}
 	return nil
+}
+
+// replaced lists the leases without identity that have my public IP and that I take no part of: being older, they would make the
+// peers refuse mine.
+func replaced(t Table, c Claim) (out []Entry) {
+	for _, e := range t.Entries {
+		if e.Err == nil && e.Identity == (Identity{}) && !e.Reserved() && e.samePublicIP(c.Attrs) {
+			out = append(out, e)
+		}
+	}
+	return out
 }
 
 func conflict(t Table, c Claim) error {
@@ -165,12 +178,16 @@ func conflict(t Table, c Claim) error {
 			continue
 		}
 		if e.NodeName == c.NodeName && e.NodeID != "" {
-			return &ConflictError{e, fmt.Sprintf("the node name %q", c.NodeName),
-				"give one of the two another --node-name; if that machine was replaced by this one, delete its key"}
+			return &ConflictError{
+				e, fmt.Sprintf("the node name %q", c.NodeName),
+				"give one of the two another --node-name; if that machine was replaced by this one, delete its key",
+			}
 		}
 		if e.NodeName != c.NodeName && e.samePublicIP(c.Attrs) {
-			return &ConflictError{e, fmt.Sprintf("the public IP %s", c.publicIPs()),
-				"give one of the two another address or --public-ip; if that node is gone, delete its key"}
+			return &ConflictError{
+				e, fmt.Sprintf("the public IP %s", c.publicIPs()),
+				"give one of the two another address or --public-ip; if that node is gone, delete its key",
+			}
 		}
 	}
 	return nil

@@ -58,95 +58,169 @@ func TestDecide(t *testing.T) {
 		drop      string
 	}{
 		{name: "an empty store", config: net4, claim: me, key: anew, write: true, unchanged: anew},
-		{name: "remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24"},
-		{name: "remembered and free, outside SubnetMin to SubnetMax", config: `{"Network":"10.244.0.0/16","SubnetMin":"10.244.20.0"}`, claim: me, remembered: per("10.244.9.0/24"),
-			key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24"},
-		{name: "remembered, taken by another", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.9.0-24", other, 5, 50)}, key: anew, write: true, unchanged: anew},
-		{name: "remembered, inside a reservation", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.8.0-22", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew},
-		{name: "remembered, part of it reserved", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.9.77-32", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew},
+		{
+			name: "remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24",
+		},
+		{
+			name: "remembered and free, outside SubnetMin to SubnetMax", config: `{"Network":"10.244.0.0/16","SubnetMin":"10.244.20.0"}`, claim: me, remembered: per("10.244.9.0/24"),
+			key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24",
+		},
+		{
+			name: "remembered, taken by another", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			entries: []Entry{leaseAt("10.244.9.0-24", other, 5, 50)}, key: anew, write: true, unchanged: anew,
+		},
+		{
+			name: "remembered, inside a reservation", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			entries: []Entry{leaseAt("10.244.8.0-22", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew,
+		},
+		{
+			name: "remembered, part of it reserved", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			entries: []Entry{leaseAt("10.244.9.77-32", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew,
+		},
 		{name: "remembered, of another length", config: net4, claim: me, remembered: per("10.244.9.0/25"), key: anew, write: true, unchanged: anew},
 		{name: "remembered, of another network", config: net4, claim: me, remembered: per("10.245.9.0/24"), key: anew, write: true, unchanged: anew},
 
-		{name: "mine, unchanged", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)},
-			key: "10.244.5.0-24", expect: 5, lease: 50},
-		{name: "mine, whatever is remembered", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50},
-		{name: "mine, with a changed MAC", config: net4, claim: with(me, func(a *Attrs) { a.VTEP.V4.MAC[5] = 9 }),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50},
-		{name: "mine, with a changed public IP", config: net4, claim: with(me, func(a *Attrs) { a.PublicIP = ips("192.168.7.7") }),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50},
-		{name: "mine, renamed host", config: net4, claim: with(me, func(a *Attrs) { a.NodeName = "new" }),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50},
-		{name: "mine, though another one came with my public IP", config: net4, claim: me,
+		{
+			name: "mine, unchanged", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)},
+			key: "10.244.5.0-24", expect: 5, lease: 50,
+		},
+		{
+			name: "mine, whatever is remembered", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
+		},
+		{
+			name: "mine, with a changed MAC", config: net4, claim: with(me, func(a *Attrs) { a.VTEP.V4.MAC[5] = 9 }),
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+		},
+		{
+			name: "mine, with a changed public IP", config: net4, claim: with(me, func(a *Attrs) { a.PublicIP = ips("192.168.7.7") }),
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+		},
+		{
+			name: "mine, renamed host", config: net4, claim: with(me, func(a *Attrs) { a.NodeName = "new" }),
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+		},
+		{
+			name: "mine, though another one came with my public IP", config: net4, claim: me,
 			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("10.244.6.0-24", with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }), 6, 60)},
-			key:     "10.244.5.0-24", expect: 5, lease: 50},
-		{name: "a clone with my id, but another name and address", config: net4, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)}, key: anew, write: true, unchanged: anew},
-		{name: "mine, a reservation now", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 0)},
-			key: "10.244.5.0-24", expect: 5, reserved: true},
-		{name: "two of mine, the remembered one is kept", config: net4, claim: me, remembered: per("10.244.6.0/24"),
+			key:     "10.244.5.0-24", expect: 5, lease: 50,
+		},
+		{
+			name: "a clone with my id, but another name and address", config: net4, claim: me,
+			entries: []Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)}, key: anew, write: true, unchanged: anew,
+		},
+		{
+			name: "mine, a reservation now", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 0)},
+			key: "10.244.5.0-24", expect: 5, reserved: true,
+		},
+		{
+			name: "two of mine, the remembered one is kept", config: net4, claim: me, remembered: per("10.244.6.0/24"),
 			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("10.244.6.0-24", me, 6, 60)},
-			key:     "10.244.6.0-24", write: true, expect: 6, lease: 60, drop: "10.244.5.0-24"},
-		{name: "two of mine, else the older one", config: net4, claim: me,
+			key:     "10.244.6.0-24", write: true, expect: 6, lease: 60, drop: "10.244.5.0-24",
+		},
+		{
+			name: "two of mine, else the older one", config: net4, claim: me,
 			entries: []Entry{leaseAt("10.244.5.0-24", me, 6, 60), leaseAt("10.244.6.0-24", me, 5, 50)},
-			key:     "10.244.6.0-24", write: true, expect: 5, lease: 50, drop: "10.244.5.0-24"},
-		{name: "mine under a key with host bits is given up for the right one", config: net4, claim: me,
+			key:     "10.244.6.0-24", write: true, expect: 5, lease: 50, drop: "10.244.5.0-24",
+		},
+		{
+			name: "mine under a key with host bits is given up for the right one", config: net4, claim: me,
 			entries: []Entry{leaseAt("10.244.5.7-24", me, 5, 50)},
-			key:     "10.244.5.0-24", write: true, unchanged: "10.244.5.0-24", drop: "10.244.5.7-24"},
+			key:     "10.244.5.0-24", write: true, unchanged: "10.244.5.0-24", drop: "10.244.5.7-24",
+		},
 
-		{name: "mine, outside a changed network", config: `{"Network":"10.99.0.0/16"}`, claim: me, remembered: per("10.244.5.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24"},
-		{name: "mine, of another length", config: `{"Network":"10.244.0.0/16","SubnetLen":26}`, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24"},
-		{name: "mine is kept within a network that grew", config: `{"Network":"10.240.0.0/12"}`, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50},
-		{name: "my reservation outside a changed network stays where it is", config: `{"Network":"10.99.0.0/16"}`, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 0)}, key: anew, write: true, unchanged: anew},
-		{name: "IPv4 alone becomes dual: the subnet stays, and the other has the same number", config: netTwo, claim: dualMe,
+		{
+			name: "mine, outside a changed network", config: `{"Network":"10.99.0.0/16"}`, claim: me, remembered: per("10.244.5.0/24"),
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
+		},
+		{
+			name: "mine, of another length", config: `{"Network":"10.244.0.0/16","SubnetLen":26}`, claim: me,
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
+		},
+		{
+			name: "mine is kept within a network that grew", config: `{"Network":"10.240.0.0/12"}`, claim: me,
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
+		},
+		{
+			name: "my reservation outside a changed network stays where it is", config: `{"Network":"10.99.0.0/16"}`, claim: me,
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 0)}, key: anew, write: true, unchanged: anew,
+		},
+		{
+			name: "IPv4 alone becomes dual: the subnet stays, and the other has the same number", config: netTwo, claim: dualMe,
 			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)},
-			key:     "10.244.5.0-24&fd00:10:244:5::-64", write: true, unchanged: "10.244.5.0-24", drop: "10.244.5.0-24"},
-		{name: "IPv4 alone becomes dual: the number is taken in the other family", config: netTwo, claim: dualMe,
+			key:     "10.244.5.0-24&fd00:10:244:5::-64", write: true, unchanged: "10.244.5.0-24", drop: "10.244.5.0-24",
+		},
+		{
+			name: "IPv4 alone becomes dual: the number is taken in the other family", config: netTwo, claim: dualMe,
 			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("fd00:10:244:5::-64", Attrs{}, 4, 0)},
-			key:     "10.244.5.0-24&fd00:10:244:6::-64", write: true, unchanged: "", drop: "10.244.5.0-24"},
-		{name: "IPv4 alone becomes dual, only remembered", config: netTwo, claim: dualMe, remembered: per("10.244.5.0/24"),
-			key: "10.244.5.0-24&fd00:10:244:5::-64", write: true, unchanged: "10.244.5.0-24"},
-		{name: "dual becomes IPv6 alone: the subnet stays", config: net6, claim: with(dualMe, func(a *Attrs) { a.PublicIP.V4 = netip.Addr{} }),
+			key:     "10.244.5.0-24&fd00:10:244:6::-64", write: true, unchanged: "", drop: "10.244.5.0-24",
+		},
+		{
+			name: "IPv4 alone becomes dual, only remembered", config: netTwo, claim: dualMe, remembered: per("10.244.5.0/24"),
+			key: "10.244.5.0-24&fd00:10:244:5::-64", write: true, unchanged: "10.244.5.0-24",
+		},
+		{
+			name: "dual becomes IPv6 alone: the subnet stays", config: net6, claim: with(dualMe, func(a *Attrs) { a.PublicIP.V4 = netip.Addr{} }),
 			entries: []Entry{leaseAt("10.244.5.0-24&fd00:10:244:5::-64", dualMe, 5, 50)},
-			key:     "fd00:10:244:5::-64", write: true, unchanged: "fd00:10:244:5::-64", drop: "10.244.5.0-24&fd00:10:244:5::-64"},
-		{name: "remembered of both families, not a pair", config: netTwo, claim: dualMe, remembered: per("10.244.5.0/24", "fd00:10:244:7::/64"),
-			key: "10.244.5.0-24&fd00:10:244:7::-64", write: true, unchanged: ""},
-		{name: "pods live there: kept while it fits", config: net4, claim: me, remembered: per("10.244.5.0/24"), keep: true,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50},
+			key:     "fd00:10:244:5::-64", write: true, unchanged: "fd00:10:244:5::-64", drop: "10.244.5.0-24&fd00:10:244:5::-64",
+		},
+		{
+			name: "remembered of both families, not a pair", config: netTwo, claim: dualMe, remembered: per("10.244.5.0/24", "fd00:10:244:7::/64"),
+			key: "10.244.5.0-24&fd00:10:244:7::-64", write: true, unchanged: "",
+		},
+		{
+			name: "pods live there: kept while it fits", config: net4, claim: me, remembered: per("10.244.5.0/24"), keep: true,
+			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
+		},
 
-		{name: "flannel's, with its etcd lease", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)},
-			key: "10.244.5.0-24", write: true, expect: 5, lease: 50},
-		{name: "flannel's, remembered as well", config: net4, claim: me, remembered: per("10.244.5.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50},
-		{name: "flannel's, but another one is remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24"},
-		{name: "flannel's, where the remembered one is taken", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+		{
+			name: "flannel's, with its etcd lease", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)},
+			key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+		},
+		{
+			name: "flannel's, remembered as well", config: net4, claim: me, remembered: per("10.244.5.0/24"),
+			entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+		},
+		{
+			name: "flannel's, but another one is remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24", drop: "10.244.5.0-24",
+		},
+		{
+			name: "flannel's, where the remembered one is taken", config: net4, claim: me, remembered: per("10.244.9.0/24"),
 			entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.9.0-24", other, 6, 60)},
-			key:     "10.244.5.0-24", write: true, expect: 5, lease: 50},
-		{name: "flannel's of another node", config: net4, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", with(flannel, func(a *Attrs) { a.PublicIP = other.PublicIP }), 5, 50)}, key: anew, write: true, unchanged: anew},
-		{name: "flannel's outside the network", config: net4, claim: me, entries: []Entry{leaseAt("10.99.5.0-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew},
+			key:     "10.244.5.0-24", write: true, expect: 5, lease: 50,
+		},
+		{
+			name: "flannel's of another node", config: net4, claim: me,
+			entries: []Entry{leaseAt("10.244.5.0-24", with(flannel, func(a *Attrs) { a.PublicIP = other.PublicIP }), 5, 50)}, key: anew, write: true, unchanged: anew,
+		},
+		{name: "flannel's outside the network", config: net4, claim: me, entries: []Entry{leaseAt("10.99.5.0-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.99.5.0-24"},
+		{name: "flannel's of another length", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-25", flannel, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-25"},
+		{name: "my address reserved in another length", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-25", Attrs{PublicIP: me.PublicIP}, 5, 0)}, key: anew, write: true, unchanged: anew},
 		{name: "flannel's under a key that is not canonical", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.7-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew},
-		{name: "flannel's IPv6 lease", config: net6, claim: attrs("me", "2001:db8::1"),
+		{
+			name: "flannel's IPv6 lease", config: net6, claim: attrs("me", "2001:db8::1"),
 			entries: []Entry{leaseAt("fd00:10:244:5::-64", with(attrs("", "2001:db8::1"), func(a *Attrs) { a.PublicIPLocal = false }), 5, 50)},
-			key:     "fd00:10:244:5::-64", write: true, expect: 5, lease: 50},
+			key:     "fd00:10:244:5::-64", write: true, expect: 5, lease: 50,
+		},
 
-		{name: "a reservation for my name", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", forMe, 5, 0)},
-			key: "10.244.5.0-24", write: true, expect: 5, reserved: true},
-		{name: "a reservation for my address", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)},
-			key: "10.244.5.0-24", write: true, expect: 5, reserved: true},
-		{name: "a reservation for another name", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", Attrs{Identity: Identity{NodeName: "other"}}, 5, 0)},
-			key: anew, write: true, unchanged: anew},
-		{name: "a blank reservation", config: net4, claim: me, entries: []Entry{ParseEntry("10.244.5.0-24", nil, 5, 5, 0)}, remembered: per("10.244.5.0/24"),
-			key: anew, write: true, unchanged: anew},
+		{
+			name: "a reservation for my name", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", forMe, 5, 0)},
+			key: "10.244.5.0-24", write: true, expect: 5, reserved: true,
+		},
+		{
+			name: "a reservation for my address", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)},
+			key: "10.244.5.0-24", write: true, expect: 5, reserved: true,
+		},
+		{
+			name: "a reservation for another name", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", Attrs{Identity: Identity{NodeName: "other"}}, 5, 0)},
+			key: anew, write: true, unchanged: anew,
+		},
+		{
+			name: "a blank reservation", config: net4, claim: me, entries: []Entry{ParseEntry("10.244.5.0-24", nil, 5, 5, 0)}, remembered: per("10.244.5.0/24"),
+			key: anew, write: true, unchanged: anew,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			table := Table{Revision: 9, ConfigRevision: 1, Config: mustConfig(t, tt.config), Entries: tt.entries}
@@ -181,7 +255,8 @@ func checkSettled(t *testing.T, table Table, claim Claim, d Decision) {
 	if d.Reserved {
 		e.LeaseID = 0
 	}
-	table.Revision, table.Entries = 10, append(es, e)
+	es = append(es, e)
+	table.Revision, table.Entries = 10, es
 	again, err := Decide(table, claim, 3)
 	if err != nil || again.Write || again.Key != d.Key || again.Expect != 10 {
 		t.Errorf("the decision after %+v is %+v, %v, want nothing to do", d, again, err)
@@ -203,22 +278,42 @@ func TestDecideErrors(t *testing.T) {
 		{"no config", Table{ConfigErr: ErrNoConfig}, Claim{Attrs: me}, "no network config", ErrNoConfig},
 		{"a table that was never filled", Table{}, Claim{Attrs: me}, "no network config", ErrNoConfig},
 		{"a broken config", Table{ConfigErr: broken, Config: mustConfig(t, net4), Entries: mineAnd(other)}, Claim{Attrs: me}, "broken", broken},
-		{"my name, another id", Table{Entries: lease(with(other, func(a *Attrs) { a.NodeName = "me" }))}, Claim{Attrs: me},
-			`the node name "me" is also that of node "me" (id "other-id"), which holds the lease 10.244.5.0-24: give one of the two another --node-name`, nil},
-		{"my name, another id, and my address: a replaced machine", Table{Entries: lease(with(me, func(a *Attrs) { a.NodeID = "old-id" }))}, Claim{Attrs: me},
-			`(id "old-id"), which holds the lease 10.244.5.0-24: give one of the two another --node-name; if that machine was replaced by this one, delete its key`, nil},
-		{"my address, another identity", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }))}, Claim{Attrs: me},
-			`the public IP 192.168.1.1 is also that of node "other" (id "other-id"), which holds the lease 10.244.5.0-24: give one of the two another address or --public-ip`, nil},
+		{
+			"my name, another id",
+			Table{Entries: lease(with(other, func(a *Attrs) { a.NodeName = "me" }))},
+			Claim{Attrs: me},
+			`the node name "me" is also that of node "me" (id "other-id"), which holds the lease 10.244.5.0-24: give one of the two another --node-name`, nil,
+		},
+		{
+			"my name, another id, and my address: a replaced machine",
+			Table{Entries: lease(with(me, func(a *Attrs) { a.NodeID = "old-id" }))},
+			Claim{Attrs: me},
+			`(id "old-id"), which holds the lease 10.244.5.0-24: give one of the two another --node-name; if that machine was replaced by this one, delete its key`, nil,
+		},
+		{
+			"my address, another identity",
+			Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }))},
+			Claim{Attrs: me},
+			`the public IP 192.168.1.1 is also that of node "other" (id "other-id"), which holds the lease 10.244.5.0-24: give one of the two another address or --public-ip`, nil,
+		},
 		{"my address, another name without id", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP, a.NodeID = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
 		{"my address, another id without name", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP, a.NodeName = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
 		{"my address reserved for another", Table{Entries: []Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP, Identity: Identity{NodeName: "other"}}, 5, 0)}}, Claim{Attrs: me}, "the public IP", nil},
 		{"remembered does not help", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }))}, Claim{Attrs: me, Remembered: per("10.244.9.0/24")}, "the public IP", nil},
 		{"my new address is another's", Table{Entries: mineAnd(other)}, Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP = other.PublicIP })}, "the public IP 192.168.1.2", nil},
-		{"my new IPv6 address is another's", Table{Entries: mineAnd(with(other, func(a *Attrs) { a.PublicIP.V6 = netip.MustParseAddr("2001:db8::2") }))},
-			Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP.V6 = netip.MustParseAddr("2001:db8::2") })}, "the public IP 192.168.1.1 or 2001:db8::2", nil},
+		{
+			"my new IPv6 address is another's",
+			Table{Entries: mineAnd(with(other, func(a *Attrs) { a.PublicIP.V6 = netip.MustParseAddr("2001:db8::2") }))},
+			Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP.V6 = netip.MustParseAddr("2001:db8::2") })},
+			"the public IP 192.168.1.1 or 2001:db8::2", nil,
+		},
 		{"my new name is another's", Table{Entries: mineAnd(other)}, Claim{Attrs: with(me, func(a *Attrs) { a.NodeName = "other" })}, `the node name "other"`, nil},
-		{"pods live outside the network", Table{Config: mustConfig(t, `{"Network":"10.99.0.0/16"}`), Entries: mineAnd(other)},
-			Claim{Attrs: me, Remembered: per("10.244.6.0/24"), Keep: true}, "10.244.6.0-24 does not fit the network config any more", ErrMoved},
+		{
+			"pods live outside the network",
+			Table{Config: mustConfig(t, `{"Network":"10.99.0.0/16"}`), Entries: mineAnd(other)},
+			Claim{Attrs: me, Remembered: per("10.244.6.0/24"), Keep: true},
+			"10.244.6.0-24 does not fit the network config any more", ErrMoved,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.table.Entries != nil && tt.table.Config == (Config{}) {

@@ -47,8 +47,10 @@ func TestParseConfig(t *testing.T) {
 		{"escaped key", `{"\u004eetwork":"10.3.0.0/16"}`, only4(v4)},
 		{"host bits are dropped", `{"Network":"10.3.4.5/16"}`, only4(v4)},
 		{"IPv6 settings of a family that is off", `{"Network":"10.3.0.0/16","IPv6Network":"nonsense","IPv6SubnetLen":999}`, only4(v4)},
-		{"bounds", `{"Network":"10.3.0.0/16","SubnetLen":28,"SubnetMin":"10.3.5.0","SubnetMax":"10.3.8.0"}`,
-			only4(pool("10.3.0.0/16", 28, "10.3.5.0", "10.3.8.0"))},
+		{
+			"bounds", `{"Network":"10.3.0.0/16","SubnetLen":28,"SubnetMin":"10.3.5.0","SubnetMax":"10.3.8.0"}`,
+			only4(pool("10.3.0.0/16", 28, "10.3.5.0", "10.3.8.0")),
+		},
 		{"the first subnet on demand", `{"Network":"10.3.0.0/16","SubnetMin":"10.3.0.0"}`, only4(pool("10.3.0.0/16", 24, "10.3.0.0", "10.3.255.0"))},
 		{"a pool of one", `{"Network":"10.3.0.0/16","SubnetMin":"10.3.7.0","SubnetMax":"10.3.7.0"}`, only4(pool("10.3.0.0/16", 24, "10.3.7.0", "10.3.7.0"))},
 		{"largest that has /24 subnets", `{"Network":"10.3.4.0/22"}`, only4(pool("10.3.4.0/22", 24, "10.3.5.0", "10.3.7.0"))},
@@ -60,25 +62,41 @@ func TestParseConfig(t *testing.T) {
 
 		{"IPv6 alone", `{"enableIPv6":true,"ipv6Network":"fc00::/48","enableIPv4":false}`, only6(v6)},
 		{"IPv6 alone, IPv4 settings there but off", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/48","Network":""}`, only6(v6)},
-		{"IPv6 bounds", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/48","IPv6SubnetMin":"fc00:0:0:1::","IPv6SubnetMax":"fc00:0:0:f::","IPv6SubnetLen":124}`,
-			only6(pool("fc00::/48", 124, "fc00:0:0:1::", "fc00:0:0:f::"))},
-		{"IPv6 largest that has /64 subnets", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/62"}`,
-			only6(pool("fc00::/62", 64, "fc00:0:0:1::", "fc00:0:0:3::"))},
-		{"IPv6 four parts of a small network", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/63"}`,
-			only6(pool("fc00::/63", 65, "fc00::8000:0:0:0", "fc00:0:0:1:8000::"))},
-		{"IPv6 smallest network", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/124"}`,
-			only6(pool("fc00::/124", 126, "fc00::4", "fc00::c"))},
-		{"dual", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48"}`,
-			Config{Pools: addr.Per[Pool]{V4: v4, V6: v6}, Backend: vxlan}},
+		{
+			"IPv6 bounds", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/48","IPv6SubnetMin":"fc00:0:0:1::","IPv6SubnetMax":"fc00:0:0:f::","IPv6SubnetLen":124}`,
+			only6(pool("fc00::/48", 124, "fc00:0:0:1::", "fc00:0:0:f::")),
+		},
+		{
+			"IPv6 largest that has /64 subnets", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/62"}`,
+			only6(pool("fc00::/62", 64, "fc00:0:0:1::", "fc00:0:0:3::")),
+		},
+		{
+			"IPv6 four parts of a small network", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/63"}`,
+			only6(pool("fc00::/63", 65, "fc00::8000:0:0:0", "fc00:0:0:1:8000::")),
+		},
+		{
+			"IPv6 smallest network", `{"EnableIPv6":true,"EnableIPv4":false,"IPv6Network":"fc00::/124"}`,
+			only6(pool("fc00::/124", 126, "fc00::4", "fc00::c")),
+		},
+		{
+			"dual", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48"}`,
+			Config{Pools: addr.Per[Pool]{V4: v4, V6: v6}, Backend: vxlan},
+		},
 
-		{"host-gw", `{"Network":"10.3.0.0/16","Backend":{"Type":"host-gw"}}`,
-			Config{addr.Per[Pool]{V4: v4}, with(func(b *Backend) { b.Type = HostGW })}},
+		{
+			"host-gw", `{"Network":"10.3.0.0/16","Backend":{"Type":"host-gw"}}`,
+			Config{addr.Per[Pool]{V4: v4}, with(func(b *Backend) { b.Type = HostGW })},
+		},
 		{"type in other letter case", `{"Network":"10.3.0.0/16","Backend":{"Type":"VXLAN"}}`, only4(v4)},
-		{"every backend option", `{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","VNI":16777215,"Port":65535,"GBP":true,"Learning":true,"DirectRouting":true,"MTU":1400}}`,
-			Config{addr.Per[Pool]{V4: v4}, Backend{VXLAN, 16777215, 65535, true, true, true, 1400}}},
+		{
+			"every backend option", `{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","VNI":16777215,"Port":65535,"GBP":true,"Learning":true,"DirectRouting":true,"MTU":1400}}`,
+			Config{addr.Per[Pool]{V4: v4}, Backend{VXLAN, 16777215, 65535, true, true, true, 1400}},
+		},
 		{"smallest MTU", `{"Network":"10.3.0.0/16","Backend":{"MTU":576}}`, Config{addr.Per[Pool]{V4: v4}, with(func(b *Backend) { b.MTU = 576 })}},
-		{"smallest MTU with IPv6", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"MTU":1280}}`,
-			Config{addr.Per[Pool]{V4: v4, V6: v6}, with(func(b *Backend) { b.MTU = 1280 })}},
+		{
+			"smallest MTU with IPv6", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"MTU":1280}}`,
+			Config{addr.Per[Pool]{V4: v4, V6: v6}, with(func(b *Backend) { b.MTU = 1280 })},
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := ParseConfig([]byte(tt.json))
@@ -177,8 +195,10 @@ func TestParseConfigErrors(t *testing.T) {
 		{`{"Network":"10.3.0.0/16","Backend":{"MTU":575}}`, []string{"Backend.MTU: expected a number from 576 to 65535, found 575"}},
 		{`{` + v6 + `"IPv6Network":"fc00::/48","Backend":{"MTU":1279}}`, []string{"Backend.MTU: expected a number from 1280 to 65535, found 1279"}},
 
-		{`{"Network":"x","EnableIPv6":true,"IPv6Network":"y","Backend":{"Type":"z","VNI":-1}}`,
-			[]string{`Network: expected an IPv4`, `IPv6Network: expected an IPv6`, `Backend.Type: expected`, `Backend.VNI: expected`}},
+		{
+			`{"Network":"x","EnableIPv6":true,"IPv6Network":"y","Backend":{"Type":"z","VNI":-1}}`,
+			[]string{`Network: expected an IPv4`, `IPv6Network: expected an IPv6`, `Backend.Type: expected`, `Backend.VNI: expected`},
+		},
 		{"{\"Network\":\"\u009b2J\u2028x\"}", []string{`found "\"\u009b2J\u2028x\""`}},
 		{`{"Network":"` + strings.Repeat("x", 5000) + `"}`, []string{"Network: expected an IPv4 network"}},
 	} {
@@ -236,7 +256,7 @@ func TestUnknownKeys(t *testing.T) {
 		want []string
 	}{
 		{`{"Network":"10.3.0.0/16","subnetlen":24,"backend":{"type":"vxlan","Vni":1}}`, nil},
-		{`{"Netwrok":"10.3.0.0/16","Backend":{"VIN":1,"Type":"vxlan"},"EnableIPv6":true}`, []string{"Backend.VIN", "Netwrok"}},
+		{`{"NetwerkX":"10.3.0.0/16","Backend":{"VIN":1,"Type":"vxlan"},"EnableIPv6":true}`, []string{"Backend.VIN", "NetwerkX"}},
 		{`{"Backend":"vxlan","x":1}`, []string{"x"}},
 		{`nonsense`, nil},
 	} {

@@ -98,10 +98,9 @@ func freeSubnets(p Pool, taken []Entry) []netip.Prefix {
 	for i := range p.Size() {
 		sn, isFree := p.Subnet(i), true
 		for _, e := range taken {
-			for _, f := range addr.Families() {
-				if x := e.Subnets.Get(f); x.IsValid() && x.Overlaps(sn) {
-					isFree = false
-				}
+			if x := e.Subnets.Get(addr.FamilyOf(sn.Addr())); x.IsValid() && x.Overlaps(sn) {
+				isFree = false
+				break
 			}
 		}
 		if isFree {
@@ -121,4 +120,9 @@ func keys(es []Entry) string {
 
 func nodeIdentity(i int) Identity {
 	return Identity{NodeName: fmt.Sprintf("node-%d", i), NodeID: fmt.Sprintf("%032x", i)}
+}
+
+func (l Lease) overlaps(o Lease) bool {
+	both := func(a, b netip.Prefix) bool { return a.IsValid() && b.IsValid() && a.Overlaps(b) }
+	return both(l.Subnets.V4, o.Subnets.V4) || both(l.Subnets.V6, o.Subnets.V6)
 }

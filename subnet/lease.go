@@ -71,9 +71,10 @@ type Entry struct {
 // Reserved reports whether the entry is a reservation: it stays without being renewed.
 func (e Entry) Reserved() bool { return e.LeaseID == 0 }
 
-// Blank reports whether the entry is a reservation for nobody in particular: it only keeps its subnet from being leased.
+// Blank reports whether the entry is a reservation that no node has taken up: it only keeps its subnet from being leased. It may
+// name the node that it waits for.
 func (e Entry) Blank() bool {
-	return e.Reserved() && e.Err == nil && e.Attrs == Attrs{}
+	return e.Reserved() && e.Err == nil && e.Attrs == Attrs{Identity: Identity{NodeName: e.NodeName}}
 }
 
 // ErrBlank is why a lease with an empty value is refused; a reservation may be empty.
@@ -162,7 +163,7 @@ func formatVTEP(v VTEP) json.RawMessage {
 func mustJSON(v any) []byte {
 	b, err := json.Marshal(v)
 	if err != nil { // the types above hold nothing that JSON cannot say
-		panic(err)
+		panic(err) //nolint:forbidigo // it can't happen
 	}
 	return b
 }
@@ -177,7 +178,7 @@ func ParseValue(data []byte) (Attrs, error) {
 	}
 	var w wireLease
 	if err := json.Unmarshal(data, &w); err != nil {
-		return Attrs{}, fmt.Errorf("the value is not a lease: %.200s", err)
+		return Attrs{}, fmt.Errorf("the value is not a lease: %.200s", err.Error())
 	}
 	a := Attrs{PublicIPLocal: w.PublicIPLocal, Backend: w.BackendType, Identity: Identity{w.NodeName, w.NodeID}}
 	err := joined(
@@ -209,7 +210,7 @@ func parsePublicIP(out *addr.Per[netip.Addr], f addr.Family, field, s string) er
 	}
 	a, err := netip.ParseAddr(s)
 	if err != nil || addr.FamilyOf(a) != f || a.Zone() != "" || a.Is4In6() {
-		return fmt.Errorf("%s: %.40q is not an %s address", field, s, f)
+		return fmt.Errorf("%s: %.40q is not an %s address", field, s, f.String())
 	}
 	if a.IsUnspecified() { // flannel's way to say "none"
 		return nil
@@ -224,7 +225,7 @@ func parseVTEP(out *addr.Per[VTEP], f addr.Family, field string, raw json.RawMes
 	}
 	var w wireVTEP
 	if err := json.Unmarshal(raw, &w); err != nil {
-		return fmt.Errorf("%s: not the data of a VXLAN lease: %.200s", field, err)
+		return fmt.Errorf("%s: not the data of a VXLAN lease: %.200s", field, err.Error())
 	}
 	if w.VtepMAC == "" && w.VNI == 0 {
 		return nil

@@ -41,7 +41,7 @@ func TestPickIsUniform(t *testing.T) {
 			p := c.Pools.Get(c.Families()[0])
 			n := int(p.Size())
 			count := make([]float64, n)
-			const each = 100
+			const each = 50
 			for i := range n * each {
 				ch, err := pick(c, nil, addr.Per[netip.Prefix]{}, name(i), 0)
 				if err != nil {
@@ -116,7 +116,7 @@ func TestPickAgainstEnumeration(t *testing.T) {
 			c := mustConfig(t, config)
 			r := newRand(t, uint64(100+seed))
 			full := 0
-			for i := range 4000 {
+			for i := range 1000 {
 				taken := randomEntries(r, c, 30)
 				before := addr.Per[netip.Prefix]{}
 				for _, f := range addr.Families() {
@@ -131,8 +131,8 @@ func TestPickAgainstEnumeration(t *testing.T) {
 					full++
 				}
 			}
-			if full < 20 || full > 3500 {
-				t.Errorf("%d of 4000 pools were full: the test tests too little", full)
+			if full < 10 || full > 900 {
+				t.Errorf("%d of 1000 pools were full: the test tests too little", full)
 			}
 		})
 	}
@@ -198,8 +198,9 @@ func checkNoPair(c Config, taken []Entry) error {
 }
 
 func checkFirstFree(p Pool, taken []Entry, got netip.Prefix, start uint64) error {
+	free := freeSubnets(p, taken)
 	for i := range p.Size() {
-		if sn := p.Subnet((start%p.Size() + i) % p.Size()); slices.Contains(freeSubnets(p, taken), sn) {
+		if sn := p.Subnet((start%p.Size() + i) % p.Size()); slices.Contains(free, sn) {
 			if sn != got {
 				return fmt.Errorf("chose %v, the first free one is %v", got, sn)
 			}

@@ -17,14 +17,10 @@ import (
 type simStore struct {
 	rev, configRev int64
 	config         Config
-	keys           map[string]simRecord
+	keys           map[string]Entry
+	listed         Table // what table returned last
 	unpaired       int64 // revision of the last dual-stack lease that was not a pair (see Decision.Unchanged)
 	lastLease      int64
-}
-
-type simRecord struct {
-	value                    []byte
-	created, modified, lease int64
 }
 
 func (s *simStore) setConfig(c Config) {
@@ -34,12 +30,16 @@ func (s *simStore) setConfig(c Config) {
 
 func (s *simStore) put(key string, value []byte, lease int64) {
 	s.rev++
-	r, ok := s.keys[key]
-	if !ok {
-		r.created = s.rev
+	created := s.rev
+	if before, ok := s.keys[key]; ok {
+		created = before.Created
 	}
-	r.value, r.modified, r.lease = value, s.rev, lease
-	s.keys[key] = r
+	s.keys[key] = ParseEntry(key, value, s.rev, created, lease)
+}
+
+func (s *simStore) remove(key string) {
+	s.rev++
+	delete(s.keys, key)
 }
 
 func (s *simStore) newLease() int64 {
@@ -48,12 +48,14 @@ func (s *simStore) newLease() int64 {
 }
 
 func (s *simStore) table() Table {
-	t := Table{Revision: s.rev, Config: s.config, ConfigRevision: s.configRev}
-	for _, k := range slices.Sorted(maps.Keys(s.keys)) {
-		r := s.keys[k]
-		t.Entries = append(t.Entries, ParseEntry(k, r.value, r.modified, r.created, r.lease))
+	if s.listed.Revision == s.rev {
+		return s.listed
 	}
-	return t
+	s.listed = Table{Revision: s.rev, Config: s.config, ConfigRevision: s.configRev}
+	for _, k := range slices.Sorted(maps.Keys(s.keys)) {
+		s.listed.Entries = append(s.listed.Entries, s.keys[k])
+	}
+	return s.listed
 }
 
 // commit is the transaction that a decision stands for; false where a guard fails.
@@ -61,11 +63,11 @@ func (s *simStore) commit(t Table, d Decision) bool {
 	if s.configRev != t.ConfigRevision {
 		return false
 	}
-	if d.Expect != 0 && s.keys[d.Key].modified != d.Expect {
+	if d.Expect != 0 && s.keys[d.Key].Revision != d.Expect {
 		return false
 	}
 	for k, r := range s.keys {
-		if d.Expect == 0 && strings.HasPrefix(k, d.Unchanged) && r.modified > t.Revision {
+		if d.Expect == 0 && strings.HasPrefix(k, d.Unchanged) && r.Revision > t.Revision {
 			return false
 		}
 	}
@@ -73,7 +75,7 @@ func (s *simStore) commit(t Table, d Decision) bool {
 		return false
 	}
 	for _, e := range d.Drop {
-		if s.keys[e.Key].modified != e.Revision {
+		if s.keys[e.Key].Revision != e.Revision {
 			return false
 		}
 	}
@@ -112,7 +114,7 @@ type sim struct {
 }
 
 func newSim(t *testing.T, seed uint64, nodes int, configs ...string) *sim {
-	s := &sim{t: t, r: newRand(t, seed), store: simStore{keys: map[string]simRecord{}}}
+	s := &sim{t: t, r: rand.New(rand.NewPCG(seed, seed)), store: simStore{keys: map[string]Entry{}}}
 	for _, c := range configs {
 		s.configs = append(s.configs, mustConfig(t, c))
 	}
@@ -131,7 +133,14 @@ func newSim(t *testing.T, seed uint64, nodes int, configs ...string) *sim {
 // move gives a node a public IP that nobody had before.
 func (s *sim) move(n *simNode) {
 	x := s.store.newLease()
+	n.claim.VTEP = vteps(n.claim.NodeName)
 	n.claim.PublicIP = ips(fmt.Sprintf("192.168.%d.%d", x/250%250, x%250+1), fmt.Sprintf("2001:db8::%x", x))
+}
+
+func vteps(name string) addr.Per[VTEP] {
+	h := hash(Identity{NodeName: name}, 0)
+	m := addr.MAC{2, byte(h), byte(h >> 8), byte(h >> 16), byte(h >> 24), byte(h >> 32)}
+	return addr.Per[VTEP]{V4: VTEP{1, m}, V6: VTEP{1, m}}
 }
 
 func (s *sim) flannel(n *simNode) {
@@ -144,7 +153,7 @@ func (s *sim) flannel(n *simNode) {
 		}
 		sn.Set(f, candidates[s.r.IntN(len(candidates))])
 	}
-	s.store.put(FormatKey(sn), FormatValue(Attrs{PublicIP: n.claim.PublicIP, Backend: VXLAN}), s.store.newLease())
+	s.store.put(FormatKey(sn), FormatValue(Attrs{PublicIP: n.claim.PublicIP, Backend: VXLAN, VTEP: vteps("flannel on " + n.claim.NodeName)}), s.store.newLease())
 	if len(c.Families()) == 2 {
 		s.store.unpaired = s.store.rev
 	}
@@ -200,24 +209,27 @@ func (s *sim) event() {
 		s.move(n)
 	case 3:
 		n.decision, n.claim.NodeName = nil, fmt.Sprintf("renamed-%d", s.store.newLease())
+		n.claim.VTEP = vteps(n.claim.NodeName)
 	case 4: // an etcd lease ends
-		for k, r := range s.store.keys {
-			if r.lease != 0 && s.r.IntN(10) == 0 {
-				s.store.rev++
-				delete(s.store.keys, k)
+		for _, e := range s.store.table().Entries { // in order, so that a seed always tells the same story
+			if e.LeaseID != 0 && s.r.IntN(10) == 0 {
+				s.store.remove(e.Key)
 				break
 			}
 		}
-	case 5: // an operator reserves a subnet that is free, in the key's first family
+	case 5: // an operator reserves a subnet that is free, for somebody or for nobody
 		c := s.store.config
 		if free := freeSubnets(c.Pools.Get(c.Families()[0]), s.store.table().Entries); len(free) > 0 {
-			s.store.put(FormatKey(per(free[s.r.IntN(len(free))].String())), nil, 0)
+			var value []byte
+			if s.r.IntN(2) == 0 {
+				value = FormatValue(Attrs{Identity: Identity{NodeName: n.claim.NodeName}})
+			}
+			s.store.put(FormatKey(per(free[s.r.IntN(len(free))].String())), value, 0)
 		}
 	case 6: // or takes a reservation back
-		for k, r := range s.store.keys {
-			if r.lease == 0 {
-				s.store.rev++
-				delete(s.store.keys, k)
+		for _, e := range s.store.table().Entries {
+			if e.Reserved() {
+				s.store.remove(e.Key)
 				break
 			}
 		}
@@ -262,6 +274,9 @@ func (s *sim) checkSettled() {
 			if !now.Config.Fits(d.Lease.Subnets) || d.Lease.Attrs != n.claim.Attrs {
 				s.t.Fatalf("%v holds %+v", n.claim.Attrs, d.Lease)
 			}
+			if peers, refused := now.Peers(now.Config, Lease{}); !slices.Contains(peers, d.Lease) {
+				s.t.Fatalf("the others do not believe %v its %s: %+v", n.claim.Identity, d.Key, refused)
+			}
 		case errors.As(err, &full):
 			_, drop := ownEntries(now, n.claim)
 			if err := checkFull(now.Config, without(now.Entries, drop), err); err != nil {
@@ -304,9 +319,10 @@ func TestNodesNeverOverlap(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			lost := 0
-			for seed := range uint64(25) {
-				s := newSim(t, seed, 2+int(seed)%22, tt.configs...)
-				for range 300 {
+			for seed := range uint64(18) {
+				t.Logf("seed %d", seed) // shown when it fails, the last one is the one
+				s := newSim(t, seed, 2+int(seed*7)%23, tt.configs...)
+				for range 250 {
 					if s.r.IntN(6) == 0 {
 						s.event()
 					}

@@ -32,7 +32,7 @@ func (t Table) Peers(c Config, self Lease) (peers []Lease, refused []Refusal) {
 	refuse := func(e Entry, reason string) {
 		refused = append(refused, Refusal{Key: e.Key, Node: e.NodeName, Reason: reason})
 	}
-	// Oldest first: of two that claim the same, the one that came first holds it.
+	// Of two that claim the same, one that this network leases comes before a left-over of an older config, then the older one.
 	byAge := make([]Entry, 0, len(t.Entries))
 	for _, e := range t.Entries {
 		if e.Blank() || e.Err == nil && e.Subnets == self.Subnets {
@@ -45,33 +45,27 @@ func (t Table) Peers(c Config, self Lease) (peers []Lease, refused []Refusal) {
 		byAge = append(byAge, e)
 	}
 	slices.SortFunc(byAge, func(a, b Entry) int { // one transaction may have made several
-		return cmp.Or(cmp.Compare(a.Created, b.Created), cmp.Compare(a.Key, b.Key))
+		return cmp.Or(-cmp.Compare(b2i(c.Fits(a.Subnets)), b2i(c.Fits(b.Subnets))), cmp.Compare(a.Created, b.Created), cmp.Compare(a.Key, b.Key))
 	})
 	crossed := overlapping(byAge)
-	var held []Entry // of those that overlap another, the accepted ones
+	held := newHolders(byAge, crossed) // of those that overlap another, the accepted ones
 	for i, e := range byAge {
-		if crossed[i] {
-			if at := slices.IndexFunc(held, func(h Entry) bool { return h.overlaps(e.Lease) }); at >= 0 {
-				refuse(e, fmt.Sprintf("its subnet overlaps %s of %s, which is older", held[at].Key, held[at].Name()))
-				continue
-			}
+		if h := held.find(e.Lease); h != nil {
+			refuse(e, fmt.Sprintf("its subnet overlaps %s of %s, which holds it", h.Key, h.Name()))
+			continue
 		}
 		if reason := j.among(e.Lease); reason != "" {
 			refuse(e, reason)
 			continue
 		}
 		if crossed[i] {
-			held = append(held, e)
+			held.add(&byAge[i])
 		}
 		peers = append(peers, e.Lease)
 	}
 	slices.SortFunc(peers, func(a, b Lease) int { return compareSubnets(a.Subnets, b.Subnets) })
 	slices.SortFunc(refused, func(a, b Refusal) int { return cmp.Compare(a.Key, b.Key) })
 	return peers, refused
-}
-
-func (l Lease) overlaps(o Lease) bool {
-	return overlap(l.Subnets.V4, o.Subnets.V4) || overlap(l.Subnets.V6, o.Subnets.V6)
 }
 
 // overlap is false where one of the two is not in use.
@@ -105,6 +99,55 @@ func overlapping(es []Entry) []bool {
 		}
 	}
 	return crossed
+}
+
+// holders are leases that do not overlap each other. One lease around thousands of others must not make each of them look at all.
+type holders struct {
+	lengths addr.Per[[]int]
+	inside  map[netip.Prefix]*Entry // for prefixes of these lengths, the first lease that lies inside
+}
+
+func newHolders(es []Entry, crossed []bool) holders {
+	h := holders{inside: map[netip.Prefix]*Entry{}}
+	for i := range es {
+		for _, f := range addr.Families() {
+			sn, known := es[i].Subnets.Get(f), h.lengths.Get(f)
+			if crossed[i] && sn.IsValid() && !slices.Contains(known, sn.Bits()) {
+				h.lengths.Set(f, append(known, sn.Bits()))
+			}
+		}
+	}
+	return h
+}
+
+// find tells the holder that overlaps l: one inside it, or the one around it.
+func (h holders) find(l Lease) *Entry {
+	for _, f := range addr.Families() {
+		sn := l.Subnets.Get(f)
+		if e := h.inside[sn]; e != nil {
+			return e
+		}
+		for _, n := range h.lengths.Get(f) {
+			if n >= sn.Bits() {
+				continue
+			}
+			if e := h.inside[netip.PrefixFrom(sn.Addr(), n).Masked()]; e != nil && e.Subnets.Get(f).Bits() == n {
+				return e
+			}
+		}
+	}
+	return nil
+}
+
+func (h holders) add(e *Entry) {
+	for _, f := range addr.Families() {
+		sn := e.Subnets.Get(f)
+		for _, n := range h.lengths.Get(f) {
+			if p := netip.PrefixFrom(sn.Addr(), n).Masked(); n <= sn.Bits() && h.inside[p] == nil {
+				h.inside[p] = e
+			}
+		}
+	}
 }
 
 // judge finds what is wrong with a lease.
@@ -154,7 +197,7 @@ func (j judge) family(l Lease, f addr.Family, p Pool) string {
 		return fmt.Sprintf("its public IP %s is this node's own: two nodes with one address, or a lease that this node left behind", ip)
 	case p.Network.Contains(ip):
 		return fmt.Sprintf("its public IP %s is inside the overlay network %s", ip, p.Network)
-	case !ip.IsGlobalUnicast() || ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+	case !ip.IsGlobalUnicast() || reserved4(ip):
 		return fmt.Sprintf("its public IP %s is not a unicast address that a packet could be sent to", ip)
 	}
 	if j.config.Backend.Type != VXLAN {
@@ -173,6 +216,12 @@ func (j judge) family(l Lease, f addr.Family, p Pool) string {
 	return ""
 }
 
+// reserved4: 0.0.0.0/8 and 240.0.0.0/4 (RFC 1122 §3.2.1.3, RFC 1112 §4), the broadcast address among them.
+func reserved4(ip netip.Addr) bool {
+	first := ip.As16()[12]
+	return ip.Is4() && (first == 0 || first >= 240)
+}
+
 // among takes note of a peer's addresses, unless another peer has one of them: one MAC or address can't lead to two nodes.
 func (j judge) among(l Lease) string {
 	for _, f := range addr.Families() {
@@ -180,10 +229,10 @@ func (j judge) among(l Lease) string {
 			continue
 		}
 		if by, taken := j.ips[l.PublicIP.Get(f)]; taken {
-			return fmt.Sprintf("its public IP %s is that of %s, whose lease is older", l.PublicIP.Get(f), by)
+			return fmt.Sprintf("its public IP %s is that of %s, which holds it", l.PublicIP.Get(f), by)
 		}
 		if by, taken := j.macs[l.VTEP.Get(f).MAC]; taken && j.config.Backend.Type == VXLAN {
-			return fmt.Sprintf("its VtepMAC %s is that of %s, whose lease is older", l.VTEP.Get(f).MAC, by)
+			return fmt.Sprintf("its VtepMAC %s is that of %s, which holds it", l.VTEP.Get(f).MAC, by)
 		}
 	}
 	for _, f := range addr.Families() {

@@ -14,8 +14,10 @@ const (
 	probeEvery    = time.Minute
 	claimAgain    = 10 * time.Second
 	firstRenewal  = 30 * time.Second
-	publishEvery  = 10 * time.Millisecond
 	raceDelayUnit = 10 * time.Millisecond
+
+	paceMin = 10 * time.Millisecond
+	paceMax = 250 * time.Millisecond
 )
 
 // backoff is how long to wait after the attempt-th failure in a row (from 0): between one half and the whole of a time that
@@ -36,6 +38,10 @@ func raceDelay(attempt int, rnd float64) time.Duration {
 
 // around is d give or take a quarter.
 func around(d time.Duration, rnd float64) time.Duration { return d*3/4 + scale(d/2, rnd) }
+
+// pace is how long to gather changes before the next snapshot, given what the last one took: to hand them on may cost a tenth of
+// the time at most, however many come.
+func pace(cost time.Duration) time.Duration { return min(max(10*cost, paceMin), paceMax) }
 
 // renewal is when to renew an etcd lease whose TTL is known and which is fresh: within the second quarter of it. Two renewals may
 // fail before it's late.

@@ -49,10 +49,15 @@ func (c *claimer) settle(ctx context.Context) time.Duration {
 	}
 	// Before the claim: what a node claims may depend on the config.
 	if errors.Is(table.ConfigErr, subnet.ErrNoConfig) && c.opts.InitConfig != nil {
-		if err := c.initConfig(ctx, table); err != nil {
+		put, err := c.initConfig(ctx, table)
+		switch {
+		case err != nil:
 			return c.retry(ctx, err)
+		case put:
+			return 0
 		}
-		return 0
+		c.failures++
+		return raceDelay(c.failures, chance())
 	}
 	if claim == nil {
 		return forever
@@ -103,10 +108,11 @@ func (c *claimer) situation() (t subnet.Table, claim *subnet.Claim, ok bool) {
 
 // retry is how long to wait after a failure to reach the store, or its refusal to do as asked.
 func (c *claimer) retry(ctx context.Context, err error) time.Duration {
-	if errors.Is(err, rpctypes.ErrPermissionDenied) || errors.Is(err, rpctypes.ErrNoSpace) {
-		c.refuse(err) // it can be reached, but doesn't let us
-	} else if !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+	switch {
+	case unreachable(err):
 		c.fails(ctx, partRequests, err)
+	case !errors.Is(err, rpctypes.ErrLeaseNotFound): // no permission, no space, ...
+		c.refuse(err)
 	}
 	poke(c.wakeProbe)
 	c.failures++
@@ -193,7 +199,7 @@ func (c *claimer) learn(resp *clientv3.TxnResponse, t subnet.Table) {
 		found = append(found, r.GetResponseRange().GetKvs()...)
 	}
 	c.update(func() bool { return c.view.merge(found, resp.Header.GetRevision()) })
-	if len(found) == 0 && (resp.Header.GetRevision() < t.Revision || c.attempt >= 3) {
+	if len(found) == 0 && (resp.Header.GetRevision() < t.Revision || max(c.attempt, c.failures) >= 3) {
 		poke(c.wakeProbe)
 	}
 }
@@ -325,10 +331,10 @@ func (c *claimer) inUse(id int64) bool {
 }
 
 // initConfig puts the config that was given for the case that there is none, unless somebody else did first.
-func (c *claimer) initConfig(ctx context.Context, t subnet.Table) error {
+func (c *claimer) initConfig(ctx context.Context, t subnet.Table) (put bool, err error) {
 	cli, err := c.conn.get(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
 	defer cancel()
@@ -338,15 +344,15 @@ func (c *claimer) initConfig(ctx context.Context, t subnet.Table) error {
 		Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
 		Commit()
 	if err != nil {
-		return c.conn.failed(cli, err)
+		return false, c.conn.failed(cli, err)
 	}
 	if !resp.Succeeded {
 		c.learn(resp, t)
-		return nil
+		return false, nil
 	}
 	c.log.Info("put the network config, since there was none", zap.String("key", c.keys.config))
 	rev := resp.Header.GetRevision()
-	put := &mvccpb.KeyValue{Key: []byte(c.keys.config), Value: c.opts.InitConfig, ModRevision: rev, CreateRevision: rev}
-	c.update(func() bool { c.view.wrote(put, nil, rev); return true })
-	return nil
+	kv := &mvccpb.KeyValue{Key: []byte(c.keys.config), Value: c.opts.InitConfig, ModRevision: rev, CreateRevision: rev}
+	c.update(func() bool { c.view.wrote(kv, nil, rev); return true })
+	return true, nil
 }

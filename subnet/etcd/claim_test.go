@@ -390,3 +390,33 @@ func TestListExpiriesRelease(t *testing.T) {
 		t.Errorf("left over: %v", table.Entries)
 	}
 }
+
+// Two leases may share an IPv6 subnet under keys that have nothing in common: here an unpaired one is decided along with a pair.
+func TestPairAgainstUnpaired(t *testing.T) {
+	t.Parallel()
+	s := etcdtest.Start(t)
+	s.Put(prefix+"/config", `{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10::/48"}`)
+	o := must[*Manager](t)(New(options(s), nil))
+	defer o.Close()
+	table := must[subnet.Table](t)(o.List(ctxFor(t)))
+	decide := func(i int, v4, v6 string) subnet.Decision {
+		c := dual(claim(i), i)
+		c.Remembered = prefixes(v4, v6)
+		return must[subnet.Decision](t)(subnet.Decide(table, c, 0))
+	}
+	odd, pair := decide(1, "10.244.9.0/24", "fd00:10:0:5::/64"), decide(2, "10.244.5.0/24", "fd00:10:0:5::/64")
+	if odd.Unchanged != "" || pair.Unchanged == "" {
+		t.Fatalf("got %+v and %+v", odd, pair)
+	}
+	for _, order := range [][2]subnet.Decision{{odd, pair}, {pair, odd}} {
+		cli := s.Client()
+		commit := func(d subnet.Decision) bool {
+			return must[*clientv3.TxnResponse](t)(cli.Txn(ctxFor(t)).If(o.keys.guards(table, d)...).Then(o.keys.writes(d, []byte("x"), 0)...).Commit()).Succeeded
+		}
+		if first, second := commit(order[0]), commit(order[1]); !first || second {
+			t.Errorf("the first came through: %t, the second: %t", first, second)
+		}
+		must[*clientv3.DeleteResponse](t)(cli.Delete(ctxFor(t), prefix+"/subnets/", clientv3.WithPrefix()))
+		table = must[subnet.Table](t)(o.List(ctxFor(t)))
+	}
+}

@@ -75,8 +75,11 @@ func connReason(text string, o Options) string {
 		{"tls: expired certificate", "the client certificate has expired (--etcd-certfile)"},
 		{"tls: unknown certificate authority", "the server doesn't know who signed the client certificate (--etcd-certfile)"},
 		{"first record does not look like a TLS handshake", "the server does not speak TLS (http:// in --etcd-endpoints?)"},
+		{"authentication handshake failed: EOF", "the server ended the TLS handshake: most likely it does not speak TLS (http:// in --etcd-endpoints?)"},
 		{"error reading server preface: EOF", "the server closed the connection at once: it speaks TLS (https:// in --etcd-endpoints?), or it is no etcd"},
 		{"connection refused", "connection refused by " + where(o)},
+		{"broken pipe", where(o) + " closed the connection"},
+		{"connection reset by peer", where(o) + " closed the connection"},
 		{"no such host", "the name in --etcd-endpoints can't be resolved: no such host"},
 		{"no route to host", "no route to " + where(o)},
 		{"network is unreachable", "the network of " + where(o) + " is unreachable"},
@@ -124,4 +127,14 @@ func refused(err error) bool {
 	known := rpctypes.Error(err)
 	return errors.Is(known, rpctypes.ErrAuthFailed) || errors.Is(known, rpctypes.ErrInvalidAuthToken) ||
 		errors.Is(known, rpctypes.ErrUserEmpty)
+}
+
+// unreachable reports whether it is the way to the store that failed, and not the store that said no.
+func unreachable(err error) bool {
+	code := status.Code(err)
+	if e := (rpctypes.EtcdError{}); errors.As(err, &e) {
+		code = e.Code()
+	}
+	return code == codes.Unavailable || code == codes.DeadlineExceeded || code == codes.Canceled || refused(err) ||
+		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
 }

@@ -24,20 +24,20 @@ type health struct {
 	said  map[string]bool // the reasons that were logged since then
 }
 
-func (h *health) state() (error, time.Time) {
+func (h *health) state() (time.Time, error) {
 	for _, err := range h.errs {
 		if err != nil {
-			return err, h.since
+			return h.since, err
 		}
 	}
-	return nil, time.Time{}
+	return time.Time{}, nil
 }
 
 // set takes note of a failure (or, with nil, of a success), and reports whether the state is another one now.
 func (h *health) set(p part, err error, now time.Time) bool {
-	before, _ := h.state()
+	_, before := h.state()
 	h.errs[p] = err
-	after, _ := h.state()
+	_, after := h.state()
 	if before == nil && after != nil {
 		h.since, h.said = now, map[string]bool{}
 	}
@@ -74,7 +74,7 @@ func (m *Manager) report(p part, err error) {
 
 // say writes one line when the store goes away, another for each other reason that comes up meanwhile, and one when it is back.
 func (m *Manager) say(since time.Time) {
-	err, _ := m.health.state()
+	_, err := m.health.state()
 	if err == nil {
 		m.log.Info("etcd can be reached again", zap.Duration("after", time.Since(since).Round(time.Millisecond)))
 		return

@@ -31,7 +31,7 @@ type Manager struct {
 
 	mu     sync.Mutex // guards what follows
 	view   *view
-	synced bool // the watch is there, so that the view is as new as can be
+	synced bool // the view was found to be right, and no watch has ended since: it is safe to decide by it
 	relist bool // the view has to be read again as a whole
 	claim  claimState
 	health health
@@ -119,7 +119,7 @@ func (m *Manager) deliver() {
 		Table:   m.view.table(),
 		Claimed: m.claim.decided, Lease: m.claim.held.lease, Expires: m.claim.held.expires, ClaimErr: m.claim.err,
 	}
-	s.Err, s.Since = m.health.state()
+	s.Since, s.Err = m.health.state()
 	select {
 	case <-m.updates:
 	default:

@@ -1,8 +1,13 @@
 package etcd
 
 import (
+	"fmt"
+	"sync"
 	"testing"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -50,4 +55,39 @@ func TestRestart(t *testing.T) {
 		t.Errorf("it wrote: %v", r)
 	}
 	t.Logf("requests at a restart: %v", n.m.Requests())
+}
+
+// A burst of changes comes in few snapshots, the last of which has all of it.
+func TestBurst(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	m := must[*Manager](t)(New(options(s), zap.NewNop()))
+	ctx := ctxFor(t)
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = m.Run(ctx) })
+	for snap := range m.Updates() {
+		if reachable(snap) {
+			break
+		}
+	}
+	cli := s.Client()
+	const changes = 1000
+	for i := 0; i < changes; i += 100 {
+		var ops []clientv3.Op
+		for j := i; j < i+100; j++ {
+			ops = append(ops, clientv3.OpPut(fmt.Sprintf("%s/subnets/10.244.%d.%d-32", prefix, j/200, j%200), ""))
+		}
+		must[*clientv3.TxnResponse](t)(cli.Txn(ctx).Then(ops...).Commit())
+	}
+	began, snapshots := time.Now(), 0
+	for snap := range m.Updates() {
+		snapshots++
+		if len(snap.Table.Entries) == changes {
+			break
+		}
+	}
+	t.Logf("%d snapshots, all there %s after the last change", snapshots, time.Since(began))
+	if snapshots > 10 {
+		t.Errorf("%d snapshots", snapshots)
+	}
 }

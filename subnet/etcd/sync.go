@@ -36,12 +36,20 @@ func (m *Manager) syncOnce(ctx context.Context) (watched bool, err error) {
 		return false, err
 	}
 	m.works(partRequests)
+	m.setSynced(true)
+	poke(m.wakeClaim)
 	watched, err = m.watch(ctx, cli)
+	m.setSynced(false)
 	if err != nil && !errors.Is(err, errRelist) {
 		err = m.conn.failed(cli, err)
 	}
-	m.update(func() bool { m.synced = false; return false })
 	return watched, err
+}
+
+func (m *Manager) setSynced(to bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.synced = to
 }
 
 // catchUp makes the view one that a watch can go on from. After a mere interruption it is that already, so that a store which
@@ -103,9 +111,7 @@ func (m *Manager) watch(ctx context.Context, cli *clientv3.Client) (watched bool
 	if err := m.watchCreated(ctx, cli, responses, &recvErr); err != nil {
 		return false, err
 	}
-	m.update(func() bool { m.synced = true; return false })
 	m.works(partTable)
-	poke(m.wakeClaim)
 	return true, m.follow(ctx, responses, &recvErr)
 }
 
@@ -163,7 +169,7 @@ func (m *Manager) watchCreated(ctx context.Context, cli *clientv3.Client, respon
 
 // follow takes in what the watch tells. The first news goes out at once; a burst behind it is gathered into few snapshots.
 func (m *Manager) follow(ctx context.Context, responses <-chan *pb.WatchResponse, recvErr *error) error {
-	var last time.Time
+	var next time.Time // before which no snapshot goes out
 	var due <-chan time.Time
 	for {
 		select {
@@ -176,12 +182,13 @@ func (m *Manager) follow(ctx context.Context, responses <-chan *pb.WatchResponse
 				return err
 			}
 			if changed && due == nil {
-				due = time.After(max(0, publishEvery-time.Since(last)))
+				due = time.After(max(0, time.Until(next)))
 			}
 		case <-due:
-			due, last = nil, time.Now()
+			began := time.Now()
 			m.update(func() bool { m.checkHeld(); return true })
 			poke(m.wakeClaim)
+			due, next = nil, time.Now().Add(pace(time.Since(began)))
 		case <-m.wakeSync:
 			if m.mustRelist() {
 				return errRelist

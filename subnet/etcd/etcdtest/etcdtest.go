@@ -19,6 +19,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 const patience = 20 * time.Second
@@ -30,6 +31,7 @@ type Server struct {
 	dir  string
 	url  url.URL
 	etcd *embed.Etcd
+	stop context.CancelFunc // ends the streams of clients
 }
 
 type options struct {
@@ -98,23 +100,26 @@ func (s *Server) Restart() {
 }
 
 func (s *Server) start() error {
-	etcd, err := embed.StartEtcd(s.config())
+	streams, stop := context.WithCancel(context.Background())
+	etcd, err := embed.StartEtcd(s.config(streams))
 	if err != nil {
+		stop()
 		return err
 	}
 	select {
 	case <-etcd.Server.ReadyNotify():
-		s.etcd = etcd
+		s.etcd, s.stop = etcd, stop
 		return nil
 	case err = <-etcd.Err():
 	case <-time.After(patience):
 		err = errors.New("it does not become ready")
 	}
+	stop()
 	etcd.Close()
 	return err
 }
 
-func (s *Server) config() *embed.Config {
+func (s *Server) config(streams context.Context) *embed.Config {
 	peer := url.URL{Scheme: "http", Host: "127.0.0.1:0"}
 	c := embed.NewConfig()
 	c.Dir = s.dir
@@ -124,19 +129,41 @@ func (s *Server) config() *embed.Config {
 	c.ListenPeerUrls, c.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
 	c.InitialCluster = c.InitialClusterFromName(c.Name)
 	c.BcryptCost = 4
+	c.GRPCAdditionalServerOptions = []grpc.ServerOption{grpc.ChainStreamInterceptor(endStreams(streams))}
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	if s.opts.tokenTTL != 0 {
 		c.AuthTokenTTL = s.opts.tokenTTL
 	}
 	if k := s.opts.certs; k != nil {
-		c.ClientTLSInfo = transport.TLSInfo{CertFile: k.ServerCert, KeyFile: k.ServerKey, TrustedCAFile: k.CA, ClientCertAuth: s.opts.clientCert}
+		c.ClientTLSInfo = transport.TLSInfo{CertFile: k.ServerCert, KeyFile: k.ServerKey}
+		if s.opts.clientCert { // a CA alone would already make etcd ask for one
+			c.ClientTLSInfo.TrustedCAFile, c.ClientTLSInfo.ClientCertAuth = k.CA, true
+		}
 	}
 	return c
 }
 
+// endStreams ends the streams of clients (watches, renewals) along with ctx: a server that stops waits for them for seconds.
+func endStreams(ctx context.Context) grpc.StreamServerInterceptor {
+	return func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+		own, cancel := context.WithCancel(ss.Context())
+		defer cancel()
+		defer context.AfterFunc(ctx, cancel)()
+		return next(srv, stream{ss, own})
+	}
+}
+
+type stream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s stream) Context() context.Context { return s.ctx }
+
 // Stop ends the server; its data stay.
 func (s *Server) Stop() {
 	if s.etcd != nil {
+		s.stop()
 		s.etcd.Close()
 		s.etcd = nil
 	}

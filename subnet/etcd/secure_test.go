@@ -1,0 +1,235 @@
+package etcd
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/subnet/etcd/etcdtest"
+)
+
+const secret = "pa55-w0rd"
+
+// says waits for a fault with a text, and makes certain that no secret is in any of what was said.
+func (n *node) says(text string) {
+	n.t.Helper()
+	n.until(text, func(s subnet.Snapshot) bool { return s.Err != nil && strings.Contains(s.Err.Error(), text) })
+	for _, l := range n.logs.All() {
+		if line := fmt.Sprint(l.Message, l.ContextMap()); strings.Contains(line, secret) || strings.Contains(line, "wrong-one") {
+			n.t.Errorf("a secret was logged: %s", line)
+		}
+	}
+}
+
+func TestCAAlone(t *testing.T) {
+	t.Parallel()
+	certs := etcdtest.NewCerts(t)
+	s := store(t, etcdtest.TLS(certs))
+	o := options(s)
+	o.CAFile = certs.CA
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	n.untilHeld()
+
+	for what, endpoint := range map[string]string{
+		"signed by an unknown authority":   s.Endpoint(),
+		"the server closed the connection": "http://" + s.Addr(),
+	} {
+		o := options(s)
+		o.Endpoints = []string{endpoint}
+		start(t, o).says(what)
+	}
+	plain := store(t)
+	o.Endpoints = []string{"https://" + plain.Addr()}
+	start(t, o).says("does not speak TLS")
+}
+
+func TestClientCertificate(t *testing.T) {
+	t.Parallel()
+	certs := etcdtest.NewCerts(t)
+	s := store(t, etcdtest.TLS(certs), etcdtest.ClientCert())
+	o := options(s)
+	o.CAFile = certs.CA
+	without := start(t, o)
+	without.says("client certificate")
+	o.CertFile, o.KeyFile = certs.ClientCert, certs.ClientKey
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	n.untilHeld()
+}
+
+func TestExpiredServerCertificate(t *testing.T) {
+	t.Parallel()
+	certs := etcdtest.NewCerts(t)
+	certs.Issue(t, certs.ServerCert, certs.ServerKey, "server", time.Now().Add(-time.Minute))
+	s := etcdtest.Start(t, etcdtest.TLS(certs))
+	o := options(s)
+	o.CAFile = certs.CA
+	n := start(t, o)
+	n.says("has expired")
+	certs.Issue(t, certs.ServerCert, certs.ServerKey, "server", time.Now().Add(time.Hour)) // etcd reads it at each handshake
+	n.until("the store", reachable)
+}
+
+// All of the PKI is replaced while the store is down; the manager has the same file names as before.
+func TestRotatedFiles(t *testing.T) {
+	t.Parallel()
+	certs := etcdtest.NewCerts(t)
+	s := store(t, etcdtest.TLS(certs), etcdtest.ClientCert())
+	o := options(s)
+	o.CAFile, o.CertFile, o.KeyFile = certs.CA, certs.ClientCert, certs.ClientKey
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	first := n.untilHeld()
+	s.Stop()
+	n.until("a fault", away)
+	certs.Renew(t)
+	s.Restart()
+	if again := n.untilHeld(); again.Lease != first.Lease {
+		t.Errorf("it held %v, and holds %v", first.Lease, again.Lease)
+	}
+}
+
+func TestUserAndPassword(t *testing.T) {
+	t.Parallel()
+	s := store(t, etcdtest.TokenTTL(1))
+	s.EnableAuth("overlayd", secret, prefix+"/")
+
+	start(t, options(s)).says("the store wants a user name and password")
+
+	wrong := options(s)
+	wrong.Username, wrong.Password = "overlayd", "wrong-one"
+	bad := start(t, wrong)
+	bad.says(`wrong user name or password for user "overlayd"`)
+
+	o := options(s)
+	o.Username, o.Password = "overlayd", secret
+	o.LeaseTTL = 2 * time.Second
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	first := n.untilHeld()
+	if got := n.sum(); got > 6 {
+		t.Errorf("%d requests at a fresh start: %v", got, n.m.Requests())
+	}
+	t.Logf("requests at a fresh start: %v", n.m.Requests())
+	time.Sleep(4 * time.Second) // tokens and the etcd lease would have ended
+	if now, _ := n.state(); !held(now) || now.Lease != first.Lease {
+		t.Errorf("it holds %v; ClaimErr %v, Err %v", now.Lease, now.ClaimErr, now.Err)
+	}
+	if n.said("etcd can't be reached; the network stays as it is") != 0 {
+		t.Error("it lost the store")
+	}
+
+	other := o
+	other.Prefix = "/elsewhere"
+	start(t, other).says(`permission denied for user "overlayd": it needs to read and write /elsewhere/`)
+	if got := bad.said("etcd can't be reached; the network stays as it is"); got != 1 {
+		t.Errorf("said %d times", got)
+	}
+}
+
+// The password is changed in the store and in the file while the manager runs: it notices when its login ends.
+func TestPasswordFile(t *testing.T) {
+	t.Parallel()
+	s := store(t, etcdtest.TokenTTL(1))
+	s.EnableAuth("overlayd", secret, prefix+"/")
+	file := filepath.Join(t.TempDir(), "password")
+	o := options(s)
+	o.Username, o.PasswordFile, o.LeaseTTL = "overlayd", file, 2*time.Second
+	write := func(p string) {
+		if err := os.WriteFile(file, []byte(p+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(secret)
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	n.untilHeld()
+	root := s.Client(etcdtest.As("root", "root"))
+	must[*clientv3.AuthUserChangePasswordResponse](t)(root.UserChangePassword(ctxFor(t), "overlayd", "another"))
+	n.says("wrong user name or password")
+	write("another")
+	n.untilHeld()
+}
+
+// Reading is allowed, writing is not: the store can be reached, and it's the claim that fails.
+func TestReadOnlyUser(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	s.EnableAuth("overlayd", secret, "/nothing/")
+	root := s.Client(etcdtest.As("root", "root"))
+	must[*clientv3.AuthRoleGrantPermissionResponse](t)(root.RoleGrantPermission(ctxFor(t), "role-of-overlayd", prefix+"/",
+		clientv3.GetPrefixRangeEnd(prefix+"/"), clientv3.PermissionType(clientv3.PermRead)))
+	o := options(s)
+	o.Username, o.Password = "overlayd", secret
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	n.until("a refusal", func(s subnet.Snapshot) bool {
+		return s.Err == nil && s.ClaimErr != nil && strings.Contains(s.ClaimErr.Error(), "permission denied")
+	})
+	must[*clientv3.AuthRoleGrantPermissionResponse](t)(root.RoleGrantPermission(ctxFor(t), "role-of-overlayd", prefix+"/",
+		clientv3.GetPrefixRangeEnd(prefix+"/"), clientv3.PermissionType(clientv3.PermReadWrite)))
+	n.untilHeld()
+}
+
+func TestOptions(t *testing.T) {
+	t.Parallel()
+	certs, others := etcdtest.NewCerts(t), etcdtest.NewCerts(t)
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		change func(*Options)
+		want   string
+	}{
+		{func(o *Options) { o.Endpoints = nil }, "--etcd-endpoints: expected at least one URL"},
+		{func(o *Options) { o.Endpoints = []string{"ftp://x"} }, `--etcd-endpoints: expected http://HOST:PORT or https://HOST:PORT, found "ftp://x"`},
+		{func(o *Options) { o.Endpoints = []string{"http://a:1/b"} }, "--etcd-endpoints: expected nothing behind the port"},
+		{func(o *Options) { o.Endpoints = []string{"http://me:" + secret + "@a:1"} }, "--etcd-endpoints: a user and password don't belong there"},
+		{func(o *Options) { o.Endpoints = []string{"http://me:" + secret + "@a:x"} }, "--etcd-endpoints: expected http"},
+		{func(o *Options) { o.Endpoints = []string{"http://a:1", "https://b:1"} }, "--etcd-endpoints: expected all http:// or all https://"},
+		{func(o *Options) { o.CAFile = certs.CA }, "--etcd-endpoints: http:// means no TLS"},
+		{func(o *Options) { o.Endpoints, o.CAFile = []string{"a:1"}, "/nowhere" }, "--etcd-cafile: open /nowhere"},
+		{func(o *Options) { o.Endpoints, o.CAFile = []string{"a:1"}, certs.ClientKey }, "has no PEM certificate in it"},
+		{func(o *Options) { o.Endpoints, o.CertFile = []string{"a:1"}, certs.ClientCert }, "--etcd-certfile and --etcd-keyfile: expected both"},
+		{func(o *Options) {
+			o.Endpoints, o.CertFile, o.KeyFile = []string{"a:1"}, certs.ClientCert, others.ClientKey
+		}, "--etcd-certfile and --etcd-keyfile: " + certs.ClientCert},
+		{func(o *Options) { o.Endpoints, o.CertFile, o.KeyFile = []string{"a:1"}, "/nowhere", "/nowhere" }, "--etcd-certfile: open /nowhere"},
+		{func(o *Options) { o.Password = secret }, "--etcd-username: expected a name"},
+		{func(o *Options) { o.Username = "x" }, "--etcd-password or --etcd-password-file: expected one"},
+		{func(o *Options) { o.Username, o.Password, o.PasswordFile = "x", secret, empty }, "--etcd-password and --etcd-password-file: expected one"},
+		{func(o *Options) { o.Username, o.PasswordFile = "x", "/nowhere" }, "--etcd-password-file: open /nowhere"},
+		{func(o *Options) { o.Username, o.PasswordFile = "x", empty }, "is empty"},
+		{func(o *Options) { o.LeaseTTL = time.Millisecond }, "--lease-ttl: expected at least 1s"},
+		{func(o *Options) { o.Prefix = "//" }, "--etcd-prefix: expected a path"},
+		{func(o *Options) { o.InitConfig = []byte("{}") }, "--init-config: network config: Network: expected"},
+	} {
+		o := Options{Endpoints: []string{"http://127.0.0.1:2379"}}
+		tt.change(&o)
+		_, err := New(o, nil)
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("got %v, want %q", err, tt.want)
+		}
+		if err != nil && strings.Contains(err.Error(), secret) {
+			t.Errorf("the password is in %q", err)
+		}
+	}
+	for in, want := range map[string]string{"a": "http://a:2379", "http://a:1/": "http://a:1", "https://[::1]": "https://[::1]:2379"} {
+		m, err := New(Options{Endpoints: []string{in}}, nil)
+		if err != nil || m.opts.Endpoints[0] != want {
+			t.Errorf("%s: got %v, %v", in, m, err)
+		}
+	}
+	m, err := New(Options{Endpoints: []string{"a:1"}, CAFile: certs.CA, Prefix: "coreos.com/network/"}, nil)
+	if err != nil || m.opts.Endpoints[0] != "https://a:1" || m.keys.config != "/coreos.com/network/config" {
+		t.Errorf("got %+v, %v", m, err)
+	}
+}
