@@ -156,9 +156,12 @@ func take(h netstate.Host, o InterfaceOptions, c subnet.Config, f addr.Family, c
 	case l.Loopback:
 		return backend.Underlay{}, fmt.Errorf("%s is the loopback device", l.Name)
 	}
-	var best netip.Addr
+	var best, inside netip.Addr
 	for _, a := range h.Addresses {
 		ip := a.Prefix.Addr()
+		if a.Link == l.Name && c.Contains(ip) && addr.FamilyOf(ip) == f {
+			inside = ip
+		}
 		usable := a.Link == l.Name && addr.FamilyOf(ip) == f && !a.Fleeting && ip.IsGlobalUnicast() && !c.Contains(ip)
 		if !usable || cand.addr.IsValid() && addr.FamilyOf(cand.addr) == f && ip != cand.addr {
 			continue
@@ -166,6 +169,10 @@ func take(h netstate.Host, o InterfaceOptions, c subnet.Config, f addr.Family, c
 		if !best.IsValid() || ip == o.PublicIP.Get(f) {
 			best = ip
 		}
+	}
+	if !best.IsValid() && inside.IsValid() {
+		return backend.Underlay{}, fmt.Errorf("%s has the address %s, which is inside the overlay network %s: the two must not overlap",
+			l.Name, inside, c.Pools.Get(f).Network)
 	}
 	if !best.IsValid() {
 		return backend.Underlay{}, fmt.Errorf("%s has no %s address to use", l.Name, f)

@@ -165,11 +165,11 @@ func stream(t *testing.T, l *lab.Lab) map[string]*lab.PingStream {
 			if !to.Addr.Get(f).IsValid() {
 				continue
 			}
-			s, err := from.Machine.StreamPing(t.Context(), to.Addr.Get(f), 10*time.Millisecond)
+			s, err := from.StreamPing(t.Context(), to.Addr.Get(f), 10*time.Millisecond)
 			if err != nil {
 				t.Fatal(err)
 			}
-			out[fmt.Sprintf("%s to %s %s", from.Machine.Name, to.Machine.Name, f)] = s
+			out[fmt.Sprintf("%s to %s %s", from.Name, to.Name, f)] = s
 		}
 	}
 	return out
@@ -422,5 +422,58 @@ func TestUnreachableEtcd(t *testing.T) {
 	}
 	if n := strings.Count(string(out), "connection refused"); n == 0 || n > 3 {
 		t.Errorf("the refused connection was named %d times:\n%s", n, out)
+	}
+}
+
+// Leases that make no sense are left out by name and hold nobody else back.
+func TestNonsenseLeases(t *testing.T) {
+	t.Parallel()
+	l := labtest.Up(t, lab.Options{Backend: lab.VXLAN, Overlayd: labtest.BuildOverlayd(t), Nodes: 3, Pods: 1})
+	etcd, err := l.Machine("etcd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(key, value string, more ...string) {
+		t.Helper()
+		args := append([]string{"--endpoints", l.Etcd().URLs()[0], "put", "/overlayd/network/subnets/" + key, "--", value}, more...)
+		if _, err := etcd.Run(t.Context(), "etcdctl", args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n1, n2 := l.Node(1), l.Node(2)
+	lease2, err := n2.Lease()
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := func(ip, mac string) string {
+		return fmt.Sprintf(`{"PublicIP":%q,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":%q},"PublicIPLocal":true}`, ip, mac)
+	}
+	before := state(t, n1)
+	for key, value := range map[string]string{
+		"10.244.300.0-24": good("172.31.1.99", "02:00:00:00:00:01"),
+		"10.244.200.7-24": good("172.31.1.99", "02:00:00:00:00:01"),
+		"172.31.1.0-24":   good("172.31.1.99", "02:00:00:00:00:02"), // the underlay itself
+		"0.0.0.0-0":       good("172.31.1.99", "02:00:00:00:00:03"),
+		"172.31.100.0-24": good("172.31.1.99", "02:00:00:00:00:04"), // etcd's network
+		"10.244.0.0-16":   good("172.31.1.99", "02:00:00:00:00:05"),
+		lease2.Subnets[0].Addr().String() + "-25": good("172.31.1.99", "02:00:00:00:00:06"), // in the subnet of n2
+		"10.244.3.0-24":  good(n1.Addr(addr.IPv4).String(), "02:00:00:00:00:07"),
+		"10.244.4.0-24":  good("10.244.9.9", "02:00:00:00:00:08"),
+		"10.244.5.0-24":  good("224.0.0.1", "02:00:00:00:00:09"),
+		"10.244.6.0-24":  good("255.255.255.255", "02:00:00:00:00:0a"),
+		"10.244.7.0-24":  good("127.0.0.1", "02:00:00:00:00:0b"),
+		"10.244.8.0-24":  good("0.0.0.0", "02:00:00:00:00:0c"),
+		"10.244.9.0-24":  good("172.31.1.99", "00:00:00:00:00:00"),
+		"10.244.10.0-24": good("172.31.1.99", "ff:ff:ff:ff:ff:ff"),
+		"10.244.11.0-24": strings.Replace(good("172.31.1.99", "02:00:00:00:00:0d"), `"VNI":1`, `"VNI":2`, 1),
+		"10.244.12.0-24": `{"PublicIP":`,
+		"10.244.13.0-24": `{"PublicIP":"172.31.1.99"}`,
+	} {
+		put(key, value)
+	}
+	waitLog(t, n1, "and 8 more") // of 18, ten are named
+	labtest.Check(t, l)
+	if after := state(t, n1); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
 }

@@ -1,0 +1,114 @@
+package agent
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+func TestSubnetEnv(t *testing.T) {
+	t.Parallel()
+	l := subnet.Lease{Subnets: addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24"), V6: netip.MustParsePrefix("fd00:10:244:5::/64")}}
+	const want = `FLANNEL_NETWORK=10.244.0.0/16
+FLANNEL_SUBNET=10.244.5.1/24
+FLANNEL_IPV6_NETWORK=fd00:10:244::/48
+FLANNEL_IPV6_SUBNET=fd00:10:244:5::1/64
+FLANNEL_MTU=1430
+FLANNEL_IPMASQ=true
+`
+	want2 := want + strings.ReplaceAll(want, "FLANNEL_", "OVERLAYD_")
+	if got := string(subnetEnv(config(t, dual), l, 1430, true)); got != want2 {
+		t.Errorf("got:\n%swant:\n%s", got, want2)
+	}
+	if got := string(subnetEnv(config(t, onlyV4), l, 1450, false)); strings.Contains(got, "IPV6") || !strings.Contains(got, "FLANNEL_IPMASQ=false\n") {
+		t.Errorf("IPv4 alone:\n%s", got)
+	}
+}
+
+func TestWriteIfChanged(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "new", "file")
+	for _, content := range []string{"one", "one", "two"} {
+		if err := writeIfChanged(path, []byte(content)); err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := os.ReadFile(path); string(got) != content {
+			t.Fatalf("got %q, want %q", got, content)
+		}
+	}
+	before, _ := os.Stat(path)
+	if err := writeIfChanged(path, []byte("two")); err != nil {
+		t.Fatal(err)
+	}
+	if after, _ := os.Stat(path); !os.SameFile(before, after) {
+		t.Error("an unchanged file was written anew")
+	}
+	left, _ := os.ReadDir(filepath.Dir(path))
+	if len(left) != 1 || before.Mode().Perm() != 0o644 {
+		t.Errorf("%d files in the directory, mode %v", len(left), before.Mode())
+	}
+}
+
+func TestStateDir(t *testing.T) {
+	t.Parallel()
+	d := stateDir(filepath.Join(t.TempDir(), "state"))
+	none := addr.Per[netip.Prefix]{}
+	if got, err := d.load(); got != none || err != nil {
+		t.Fatalf("a new node remembers %v, %v", got, err)
+	}
+	sn := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24"), V6: netip.MustParsePrefix("fd00::/64")}
+	if err := d.save(sn); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := d.load(); got != sn || err != nil {
+		t.Fatalf("got %v, %v, want %v", got, err, sn)
+	}
+	for _, garbage := range []string{"", "{", `{"Subnets":"10.244.5.7-24"}`, "\x00\xff", `{"Subnets":7}`} {
+		if err := os.WriteFile(d.leaseFile(), []byte(garbage), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := d.load(); got != none || err == nil || !strings.Contains(err.Error(), d.leaseFile()) {
+			t.Errorf("%q: got %v, %v, want an error that names the file", garbage, got, err)
+		}
+	}
+}
+
+func TestLock(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	unlock, err := Lock(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Lock(dir); !errors.Is(err, ErrRunning) {
+		t.Fatalf("a second lock: %v", err)
+	}
+	unlock()
+	unlock, err = Lock(dir)
+	if err != nil {
+		t.Fatalf("after it was given back: %v", err)
+	}
+	unlock()
+}
+
+func TestMailboxKeepsTheNewest(t *testing.T) {
+	t.Parallel()
+	m := newMailbox[int]()
+	for i := range 5 {
+		m.put(i)
+	}
+	if got := <-m; got != 4 {
+		t.Errorf("got %d", got)
+	}
+	select {
+	case v := <-m:
+		t.Errorf("%d was queued", v)
+	default:
+	}
+}
