@@ -42,8 +42,11 @@ func TestDriftIsSeenAndRepaired(t *testing.T) {
 		{"table flushed", []string{"-t nat -F"}, []DriftKind{RulesChanged, JumpMissing}},
 		{"chain missing", []string{"-t nat -F", "-t nat -X"}, []DriftKind{ChainMissing, JumpMissing}},
 		{"chain missing in filter", []string{"-t filter -F", "-t filter -X"}, []DriftKind{ChainMissing, JumpMissing}},
-		{"all gone", []string{"-t nat -F", "-t nat -X", "-t filter -F", "-t filter -X"},
-			[]DriftKind{ChainMissing, ChainMissing, JumpMissing, JumpMissing}},
+		{
+			"all gone",
+			[]string{"-t nat -F", "-t nat -X", "-t filter -F", "-t filter -X"},
+			[]DriftKind{ChainMissing, ChainMissing, JumpMissing, JumpMissing},
+		},
 	}
 	eachVariant(t, func(t *testing.T, r *rig) {
 		first, restores := r.ensure(both()...)
