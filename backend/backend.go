@@ -5,6 +5,7 @@ package backend
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/netstate"
@@ -105,9 +106,10 @@ func (p *Plan) AddDirect(peer *subnet.Lease, f addr.Family, by netstate.HostRout
 	p.Add(peer, f, Direct, nil)
 }
 
-// Each calls do for each family in use and each peer that has a subnet in it. A peer whose address this node itself has is
-// left out, and noted as unreachable: packets to it would never leave.
+// Each calls do for each peer that has a subnet in the family. Left out, and noted as unreachable, is a peer whose address this
+// node itself has, since packets to it would never leave, and one whose subnet covers a network that this node is on.
 func (p *Plan) Each(in Input, f addr.Family, do func(peer *subnet.Lease)) {
+	local := localNetworks(in, f)
 	for i := range in.Peers {
 		peer := &in.Peers[i]
 		if !peer.Subnets.Get(f).IsValid() {
@@ -117,8 +119,24 @@ func (p *Plan) Each(in Input, f addr.Family, do func(peer *subnet.Lease)) {
 			p.Add(peer, f, Unreachable, fmt.Errorf("its public IP %s is configured on this node", ip))
 			continue
 		}
+		if j := slices.IndexFunc(local, func(a netstate.HostAddress) bool { return a.Prefix.Overlaps(peer.Subnets.Get(f)) }); j >= 0 {
+			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet overlaps %s, a network of this node's device %s", local[j].Prefix.Masked(), local[j].Link))
+			continue
+		}
 		do(peer)
 	}
+}
+
+// localNetworks lists the networks that this node is on and that reach into the cluster network, but for its own subnet.
+func localNetworks(in Input, f addr.Family) []netstate.HostAddress {
+	network, own := in.Config.Pools.Get(f).Network, in.Self.Subnets.Get(f)
+	var out []netstate.HostAddress
+	for _, a := range in.Host.Addresses {
+		if a.Prefix.Overlaps(network) && !a.Prefix.Overlaps(own) && (!a.Tunnel || !a.Prefix.IsSingleIP()) {
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 // LimitMTU lowers the pods' MTU to what gets through in one more family.

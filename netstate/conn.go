@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -15,6 +16,8 @@ type conn struct {
 	fd  int
 	seq uint32
 	buf []byte
+
+	recv func(fd int, p []byte, flags int) (int, unix.Sockaddr, error) // unix.Recvfrom; a test puts faults in between
 }
 
 const (
@@ -38,7 +41,7 @@ func dial() (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
-	c := &conn{fd: fd, buf: make([]byte, 256<<10)}
+	c := &conn{fd: fd, buf: make([]byte, 256<<10), recv: unix.Recvfrom}
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		c.close()
 		return nil, fmt.Errorf("netlink socket: %w", err)
@@ -146,7 +149,11 @@ func (c *conn) dump(typ uint16, header nl.NetlinkRequestData, attrs []*nl.RtAttr
 	return errInterrupted
 }
 
+// send drops what may be left of an exchange that was given up: while a dump is not read to its end, the kernel begins no other.
 func (c *conn) send(b []byte) error {
+	for err := error(nil); err == nil || errors.Is(err, unix.ENOBUFS); {
+		_, _, err = c.recv(c.fd, c.buf, unix.MSG_DONTWAIT)
+	}
 	if err := unix.Sendto(c.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return fmt.Errorf("netlink send: %w", err)
 	}
@@ -156,12 +163,12 @@ func (c *conn) send(b []byte) error {
 // receive hands over messages until done says that it was the last.
 func (c *conn) receive(each func(h unix.NlMsghdr, body []byte) (done bool, err error)) error {
 	for {
-		n, from, err := unix.Recvfrom(c.fd, c.buf, unix.MSG_TRUNC)
+		n, from, err := c.recv(c.fd, c.buf, unix.MSG_TRUNC)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case errors.Is(err, unix.EAGAIN):
-			return fmt.Errorf("the kernel did not answer within %v", recvTimeout)
+			return fmt.Errorf("the kernel did not answer within %v: %w", recvTimeout, os.ErrDeadlineExceeded)
 		case err != nil:
 			return fmt.Errorf("netlink receive: %w", err)
 		case n > len(c.buf):

@@ -1,6 +1,9 @@
 package netstate
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // Op is what is to be done with an object.
 type Op uint8
@@ -30,6 +33,20 @@ type Change struct {
 }
 
 func (c Change) String() string { return c.Op.String() + " " + c.Obj.String() }
+
+// withoutSweep leaves out the deletions, but for that of a device in the place of another.
+func withoutSweep(all []Change) []Change {
+	made := map[string]bool{}
+	for _, c := range all {
+		if l, ok := c.Obj.(Link); ok && c.Op == Add {
+			made[l.Name] = true
+		}
+	}
+	return reject(all, func(c Change) bool {
+		l, ok := c.Obj.(Link)
+		return c.Op == Delete && (!ok || !made[l.Name])
+	})
+}
 
 // Kind names the sort of object that the change is about: "route", "fdb" and so on.
 func (c Change) Kind() string { return string(c.Obj.kind()) }
@@ -115,10 +132,21 @@ func diff[T object[T]](actual, desired []T, obsolete *changes) changes {
 			out = append(out, Change{Op: Add, Obj: desired[0]})
 			desired = desired[1:]
 		default:
-			if actual[0] != desired[0] {
-				out = append(out, Change{Op: Replace, Obj: desired[0], Old: actual[0]})
+			n := 1 // of what is there under this key: more than one if somebody appended a route to ours
+			for n < len(actual) && actual[n].Compare(desired[0]) == 0 {
+				n++
 			}
-			actual, desired = actual[1:], desired[1:]
+			same := actual[:n]
+			if !slices.Contains(same, desired[0]) {
+				out = append(out, Change{Op: Replace, Obj: desired[0], Old: same[0]})
+				same = same[1:]
+			}
+			for _, o := range same {
+				if o != desired[0] {
+					*obsolete = append(*obsolete, Change{Op: Delete, Obj: o})
+				}
+			}
+			actual, desired = actual[n:], desired[1:]
 		}
 	}
 	return out

@@ -35,6 +35,7 @@ type HostAddress struct {
 	Prefix netip.Prefix
 	// Fleeting is an address that may not stay or can't be used yet: temporary, deprecated, tentative, or failed in duplicate detection.
 	Fleeting bool
+	Tunnel   bool // it is on a device of ours
 }
 
 // HostRoute is a route of the main table.
@@ -43,6 +44,8 @@ type HostRoute struct {
 	Via    netip.Addr // the zero Addr: on-link
 	Link   string
 	Metric uint32
+	// Advertised is a route that came with a router advertisement.
+	Advertised bool
 }
 
 // Link finds a device by name.
@@ -70,6 +73,17 @@ func (h Host) Route(a netip.Addr) (HostRoute, bool) {
 		}
 	}
 	return HostRoute{}, false
+}
+
+// AdvertisedBy lists the devices by which routes are learned from router advertisements.
+func (h Host) AdvertisedBy() []string {
+	var out []string
+	for _, r := range h.Routes {
+		if r.Advertised && !slices.Contains(out, r.Link) {
+			out = append(out, r.Link)
+		}
+	}
+	return out
 }
 
 // Indexed prepares the look-ups. A Host that was put together by hand needs it too.

@@ -196,7 +196,7 @@ func guard(call func() error) (err error) {
 		case *runtime.TypeAssertionError:
 			err = fmt.Errorf("netlink: %w", r)
 		default:
-			panic(r)
+			panic(r) //nolint:forbidigo // not the one that was meant
 		}
 	}()
 	return call()

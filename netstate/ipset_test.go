@@ -159,8 +159,8 @@ func TestIPSetFull(t *testing.T) {
 func TestIPSetErrors(t *testing.T) {
 	t.Parallel()
 	noErrno := errors.New("message out of sequence")
-	var err error = noErrno
-	if e := guard(func() error { _ = err.(unix.Errno); return nil }); e == nil {
+	err := noErrno
+	if e := guard(func() error { _ = err.(unix.Errno); return nil }); e == nil { //nolint:errorlint // this is what the library does
 		t.Error("the library's panic is lost")
 	}
 	if e := guard(func() error { return noErrno }); !errors.Is(e, noErrno) {

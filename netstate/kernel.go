@@ -1,8 +1,10 @@
 package netstate
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -19,12 +21,14 @@ import (
 // Kernel is the network state of one network namespace: the one that the thread was in that opened it. It belongs to one
 // goroutine.
 type Kernel struct {
-	conn  *conn
-	links *netlink.Handle
-	owned func(name string) bool
+	conn    *conn
+	links   *netlink.Handle
+	monitor *monitor
+	owned   func(name string) bool
 
-	index map[string]int // of the links, by name, as of the last look
-	known *State         // what is in the kernel, so far as we know; nil: look
+	index map[string]int  // of the links, by name, as of the last look
+	cared map[uint32]bool // see expectation
+	known *State          // what is in the kernel, so far as we know; nil: look
 }
 
 // Open opens the kernel's state. owned tells by its name whether a VXLAN device is ours; what is on such a device is ours too.
@@ -38,13 +42,39 @@ func Open(owned func(name string) bool) (*Kernel, error) {
 		c.close()
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
-	return &Kernel{conn: c, links: h, owned: owned}, nil
+	m, err := newMonitor()
+	if err != nil {
+		c.close()
+		h.Close()
+		return nil, err
+	}
+	return &Kernel{conn: c, links: h, monitor: m, owned: owned}, nil
 }
 
 // Close gives the sockets back. The kernel's state stays as it is.
 func (k *Kernel) Close() {
 	k.conn.close()
 	k.links.Close()
+	_ = k.monitor.file.Close()
+}
+
+// Watch hears of changes in the kernel until ctx ends, in a goroutine of its own.
+func (k *Kernel) Watch(ctx context.Context) error { return k.monitor.run(ctx) }
+
+// Changed gives a value when something in the kernel is no longer as it was last reconciled, or changed in the rest of the host.
+// It is a hint to Observe, no more.
+func (k *Kernel) Changed() <-chan struct{} { return k.monitor.changed }
+
+// expect tells the monitor what is no surprise.
+func (k *Kernel) expect(desired State) {
+	e := &expectation{state: desired, names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.cared}
+	for name, i := range k.index {
+		e.names[uint32(i)] = name
+		if k.owned(name) {
+			e.index[uint32(i)] = name
+		}
+	}
+	k.monitor.expect.Store(e)
 }
 
 // Failure is a change that the kernel refused.
@@ -72,7 +102,12 @@ func (k *Kernel) Forget() { k.known = nil }
 
 // Reconcile makes the kernel's state the desired one. One object that the kernel refuses holds none of the others back. The error
 // says that the kernel could not be looked at: then nothing was changed.
-func (k *Kernel) Reconcile(desired State) (Result, error) {
+func (k *Kernel) Reconcile(desired State) (Result, error) { return k.reconcile(desired, true) }
+
+// AddMissing is Reconcile without removing what is not desired, for as long as the wish may not be complete.
+func (k *Kernel) AddMissing(desired State) (Result, error) { return k.reconcile(desired, false) }
+
+func (k *Kernel) reconcile(desired State, sweep bool) (Result, error) {
 	var res Result
 	for range rounds {
 		if k.known == nil {
@@ -82,8 +117,12 @@ func (k *Kernel) Reconcile(desired State) (Result, error) {
 			}
 			k.known = &actual
 		}
+		k.expect(desired)
 		k.known.Sysctls = readSysctls(desired.Sysctls)
 		changes := Diff(*k.known, desired)
+		if !sweep {
+			changes = withoutSweep(changes)
+		}
 		if len(changes) == 0 {
 			res.Failed = nil
 			break
@@ -93,7 +132,9 @@ func (k *Kernel) Reconcile(desired State) (Result, error) {
 		k.known = nil
 		touchedLinks := slices.ContainsFunc(done, func(c Change) bool { return c.Obj.kind() == kindLink })
 		if len(failed) == 0 && !touchedLinks {
-			k.known = new(desired)
+			if sweep {
+				k.known = new(desired)
+			}
 			break
 		}
 		if len(done) == 0 {
@@ -143,10 +184,11 @@ func (k *Kernel) apply(changes []Change) (done []Change, failed []Failure) {
 
 // isGone: deleting what is not there is no failure.
 func isGone(err error) bool {
-	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, errNoLink)
+	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, ErrNoLink)
 }
 
-var errNoLink = errors.New("there is no such device")
+// ErrNoLink is why nothing can be put on a device that could not be made.
+var ErrNoLink = errors.New("there is no such device")
 
 // Observe looks at the kernel: it returns the part of the host's network that is not ours, and remembers the part that is for the
 // next Reconcile.
@@ -178,6 +220,7 @@ func (k *Kernel) look() (State, Host, error) {
 		}
 	}
 	s.Sort()
+	k.cared = k.others(s, h)
 	return s, h.Indexed(), nil
 }
 
@@ -200,6 +243,8 @@ func (k *Kernel) observeLinks(s *State, h *Host) (map[int]string, error) {
 			if k.owned(a.Name) {
 				s.Links = append(s.Links, Link{Name: a.Name, VXLAN: hl.VXLAN, MAC: macOf(a.HardwareAddr), MTU: a.MTU, Down: !hl.Up})
 			}
+		} else if k.owned(a.Name) {
+			delete(k.index, a.Name) // somebody else's, in the way of ours: nothing is put on it
 		}
 		h.Links = append(h.Links, hl)
 	}
@@ -231,12 +276,33 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 		ip = ip.Unmap()
 		bits, _ := a.Mask.Size()
 		name, p := names[a.LinkIndex], netip.PrefixFrom(ip, bits)
-		h.Addresses = append(h.Addresses, HostAddress{Link: name, Prefix: p, Fleeting: a.Flags&fleeting != 0})
+		h.Addresses = append(h.Addresses, HostAddress{Link: name, Prefix: p, Fleeting: a.Flags&fleeting != 0, Tunnel: k.ours(s, name)})
 		if k.ours(s, name) && !ip.IsLinkLocalUnicast() {
 			s.Addresses = append(s.Addresses, Address{Link: name, Prefix: p})
 		}
 	}
 	return nil
+}
+
+// others lists the links by number that are not ours and carry an address or a route.
+func (k *Kernel) others(s State, h Host) map[uint32]bool {
+	out := map[uint32]bool{}
+	note := func(link string) {
+		if i, ok := k.index[link]; ok && !k.ours(&s, link) {
+			out[uint32(i)] = true
+		}
+	}
+	for _, a := range h.Addresses {
+		if !a.Prefix.Addr().IsLinkLocalUnicast() {
+			note(a.Link)
+		}
+	}
+	for _, r := range h.Routes {
+		if !r.Dst.Addr().IsLinkLocalUnicast() {
+			note(r.Link)
+		}
+	}
+	return out
 }
 
 // ours reports whether a link is one of those that were observed as ours.
@@ -261,7 +327,7 @@ func (k *Kernel) observeRoutes(names map[int]string, s *State, h *Host) error {
 			case r.protocol == Protocol:
 				s.Routes = append(s.Routes, r.Route)
 			case r.Table == MainTable:
-				h.Routes = append(h.Routes, HostRoute{Dst: r.Dst, Via: r.Via, Link: r.Link, Metric: r.Metric})
+				h.Routes = append(h.Routes, HostRoute{Dst: r.Dst, Via: r.Via, Link: r.Link, Metric: r.Metric, Advertised: r.protocol == unix.RTPROT_RA})
 			}
 		})
 		if err != nil && !noFamily(err) {
@@ -380,7 +446,7 @@ func (k *Kernel) linkIndex(name string) (uint32, error) {
 	if i, ok := k.index[name]; ok {
 		return uint32(i), nil
 	}
-	return 0, fmt.Errorf("%w as %s", errNoLink, name)
+	return 0, fmt.Errorf("%w as %s", ErrNoLink, name)
 }
 
 func (k *Kernel) addressRequest(op Op, a Address) (*nl.NetlinkRequest, error) {
@@ -391,7 +457,7 @@ func (k *Kernel) addressRequest(op Op, a Address) (*nl.NetlinkRequest, error) {
 	req := newRequest(op, unix.RTM_NEWADDR, unix.RTM_DELADDR)
 	msg := nl.NewIfAddrmsg(int(familyOf(a.Prefix.Addr())))
 	msg.Index, msg.Prefixlen = ifindex, uint8(a.Prefix.Bits())
-	msg.IfAddrmsg.Flags = unix.IFA_F_NODAD | unix.IFA_F_PERMANENT
+	msg.Flags = unix.IFA_F_NODAD | unix.IFA_F_PERMANENT
 	req.AddData(msg)
 	req.AddData(nl.NewRtAttr(unix.IFA_LOCAL, a.Prefix.Addr().AsSlice()))
 	req.AddData(nl.NewRtAttr(unix.IFA_ADDRESS, a.Prefix.Addr().AsSlice()))
@@ -437,6 +503,9 @@ func (k *Kernel) routeRequest(op Op, r Route) (*nl.NetlinkRequest, error) {
 	req.AddData(msg)
 	req.AddData(nl.NewRtAttr(unix.RTA_DST, r.Dst.Addr().AsSlice()))
 	req.AddData(nl.NewRtAttr(unix.RTA_PRIORITY, nl.Uint32Attr(r.Metric)))
+	if r.Table > math.MaxUint8 { // only one to be deleted
+		req.AddData(nl.NewRtAttr(unix.RTA_TABLE, nl.Uint32Attr(r.Table)))
+	}
 	if r.Via.IsValid() {
 		req.AddData(nl.NewRtAttr(unix.RTA_GATEWAY, r.Via.AsSlice()))
 	}
@@ -454,7 +523,12 @@ func ruleRequest(op Op, r Rule) *nl.NetlinkRequest {
 		Family: familyOf(r.From.Addr()), Src_len: uint8(r.From.Bits()), Table: uint8(r.Table), Type: actionToTable,
 	}
 	req.AddData(msg)
-	req.AddData(nl.NewRtAttr(unix.FRA_SRC, r.From.Addr().AsSlice()))
+	if r.From.Bits() > 0 {
+		req.AddData(nl.NewRtAttr(unix.FRA_SRC, r.From.Addr().AsSlice()))
+	}
+	if r.Table > math.MaxUint8 {
+		req.AddData(nl.NewRtAttr(unix.FRA_TABLE, nl.Uint32Attr(r.Table)))
+	}
 	req.AddData(nl.NewRtAttr(unix.FRA_PRIORITY, nl.Uint32Attr(r.Priority)))
 	req.AddData(nl.NewRtAttr(unix.FRA_PROTOCOL, []byte{Protocol}))
 	return req

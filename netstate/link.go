@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -60,10 +60,16 @@ func (k *Kernel) addLink(l Link) error {
 	if err := k.links.LinkSetIP6AddrGenMode(v, addrGenModeNone); err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) {
 		return fmt.Errorf("addrgenmode none: %w", err)
 	}
-	if err := writeSysctl(AcceptRA(l.Name)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+	_ = writeSysctl(AcceptRA(l.Name)) // as early as can be; whoever wishes for the setting hears of a failure
+	return k.setUp(v, l)
+}
+
+func (k *Kernel) setUp(dev netlink.Link, l Link) error {
+	err := k.links.LinkSetUp(dev)
+	if errors.Is(err, unix.EADDRINUSE) { // the kernel opens the UDP port only now
+		return explainAdd(err, l, k.linksOrNone())
 	}
-	return k.links.LinkSetUp(v)
+	return err
 }
 
 // AcceptRA is the setting by which a device takes no router advertisements.
@@ -83,7 +89,7 @@ func (k *Kernel) changeLink(want, have Link) error {
 		err = errors.Join(err, k.links.LinkSetMTU(dev, want.MTU))
 	}
 	if have.Down {
-		err = errors.Join(err, k.links.LinkSetUp(dev))
+		err = errors.Join(err, k.setUp(dev, want))
 	}
 	return err
 }
@@ -117,14 +123,29 @@ func explainAdd(err error, l Link, all []netlink.Link) error {
 	if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EADDRINUSE) {
 		return err
 	}
-	for _, other := range all {
-		if other.Attrs().Name == l.Name {
+	for _, other := range all { // first, because a name stands in the way of any device
+		if other.Attrs().Name == l.Name && errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("%w: a %s device of this name that is not ours is in the way; rename or delete it (ip link delete %s)", err, other.Type(), l.Name)
 		}
-		if v, ok := other.(*netlink.Vxlan); ok && v.VxlanId == int(l.VXLAN.VNI) && v.Port == int(l.VXLAN.Port) {
+	}
+	for _, other := range all {
+		v, ok := other.(*netlink.Vxlan)
+		if !ok || v.Name == l.Name || v.Port != int(l.VXLAN.Port) || overIPv6(v) != l.VXLAN.Local.Is6() {
+			continue
+		}
+		if v.VxlanId == int(l.VXLAN.VNI) {
 			return fmt.Errorf("%w: the VXLAN device %s has VNI %d on UDP port %d already; delete it (ip link delete %s), or set another Backend.VNI or Backend.Port",
 				err, v.Name, v.VxlanId, v.Port, v.Name)
 		}
+		if errors.Is(err, unix.EADDRINUSE) && v.RawFlags&unix.IFF_UP != 0 { // with the same settings, they would share the port
+			return fmt.Errorf("%w: the VXLAN device %s is on UDP port %d with other settings; delete it (ip link delete %s), or set another Backend.Port",
+				err, v.Name, v.Port, v.Name)
+		}
 	}
 	return fmt.Errorf("%w: UDP port %d is taken by another program", err, l.VXLAN.Port)
+}
+
+// overIPv6 tells the family of a device's underlay; the two don't get into each other's way.
+func overIPv6(v *netlink.Vxlan) bool {
+	return slices.ContainsFunc([]net.IP{v.SrcAddr, v.Group}, func(ip net.IP) bool { return len(ip) > 0 && ip.To4() == nil })
 }

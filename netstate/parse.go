@@ -77,6 +77,8 @@ func parseRoute(b []byte) (rawRoute, bool) {
 			dst = ipOf(data)
 		case unix.RTA_GATEWAY:
 			r.Via = ipOf(data)
+		case unix.RTA_VIA: // a gateway of the other family: struct rtvia is the family, then the address
+			r.Via = ipOf(data[min(2, len(data)):])
 		case unix.RTA_OIF:
 			r.oif = u32(data)
 		case unix.RTA_PRIORITY:
@@ -89,45 +91,38 @@ func parseRoute(b []byte) (rawRoute, bool) {
 	return r, r.Dst.IsValid()
 }
 
-// parseNeighbour reads an RTM_NEWNEIGH body (struct ndmsg) of an ARP or NDP entry.
-func parseNeighbour(b []byte) (n Neighbour, ifindex uint32, ok bool) {
-	ifindex, state, attrs, ok := neighHeader(b)
-	if !ok || state&unix.NUD_PERMANENT == 0 {
-		return n, ifindex, false
-	}
-	eachAttr(attrs, func(typ uint16, data []byte) {
-		switch typ {
-		case unix.NDA_DST:
-			n.IP = ipOf(data)
-		case unix.NDA_LLADDR:
-			n.MAC = macOf(data)
-		}
-	})
-	return n, ifindex, n.IP.IsValid()
+// parseNeighbour reads an RTM_NEWNEIGH body (struct ndmsg) of an ARP or NDP entry. Only permanent ones are set by somebody; the
+// others are the kernel's own findings.
+func parseNeighbour(b []byte) (n Neighbour, ifindex uint32, permanent bool) {
+	ip, mac, ifindex, permanent := parseNeigh(b)
+	return Neighbour{IP: ip, MAC: mac}, ifindex, permanent && ip.IsValid()
 }
 
-// parseFDB reads an RTM_NEWNEIGH body of an FDB entry.
-func parseFDB(b []byte) (e FDBEntry, ifindex uint32, ok bool) {
-	ifindex, state, attrs, ok := neighHeader(b)
-	if !ok || state&unix.NUD_PERMANENT == 0 { // what the device learned is its own
-		return e, ifindex, false
-	}
-	eachAttr(attrs, func(typ uint16, data []byte) {
-		switch typ {
-		case unix.NDA_DST:
-			e.Dst = ipOf(data)
-		case unix.NDA_LLADDR:
-			e.MAC = macOf(data)
-		}
-	})
-	return e, ifindex, e.Dst.IsValid()
+// parseFDB reads an RTM_NEWNEIGH body of an FDB entry. What is not permanent, the device has learned.
+func parseFDB(b []byte) (e FDBEntry, ifindex uint32, permanent bool) {
+	ip, mac, ifindex, permanent := parseNeigh(b)
+	return FDBEntry{MAC: mac, Dst: ip}, ifindex, permanent && ip.IsValid()
 }
 
-func neighHeader(b []byte) (ifindex uint32, state uint16, attrs []byte, ok bool) {
+func parseNeigh(b []byte) (ip netip.Addr, mac addr.MAC, ifindex uint32, permanent bool) {
 	if len(b) < unix.SizeofNdMsg {
-		return 0, 0, nil, false
+		return ip, mac, 0, false
 	}
-	return u32(b[4:]), binary.NativeEndian.Uint16(b[8:]), b[unix.SizeofNdMsg:], true
+	odd := false
+	eachAttr(b[unix.SizeofNdMsg:], func(typ uint16, data []byte) {
+		switch typ {
+		case unix.NDA_DST:
+			ip = ipOf(data)
+		case unix.NDA_LLADDR:
+			mac = macOf(data)
+		case unix.NDA_PORT, unix.NDA_VNI, unix.NDA_IFINDEX: // said of an FDB entry only where they are not the device's own
+			odd = true
+		}
+	})
+	if odd && ip.IsValid() {
+		ip = netip.IPv4Unspecified() // leads where no entry of ours does; for a deletion, it stands for any
+	}
+	return ip, mac, u32(b[4:]), binary.NativeEndian.Uint16(b[8:])&unix.NUD_PERMANENT != 0
 }
 
 // parseRule reads an RTM_NEWRULE body (struct fib_rule_hdr, uapi/linux/fib_rules.h).
@@ -138,7 +133,10 @@ func parseRule(b []byte) (r Rule, protocol uint8, ok bool) {
 	}
 	srcLen := int(b[2])
 	r.Table = uint32(b[4])
-	var src netip.Addr
+	src := netip.IPv4Unspecified()
+	if b[0] == unix.AF_INET6 {
+		src = netip.IPv6Unspecified()
+	}
 	eachAttr(b[unix.SizeofRtMsg:], func(typ uint16, data []byte) {
 		switch typ {
 		case unix.FRA_SRC:
@@ -154,5 +152,5 @@ func parseRule(b []byte) (r Rule, protocol uint8, ok bool) {
 		}
 	})
 	r.From = netip.PrefixFrom(src, srcLen)
-	return r, protocol, true
+	return r, protocol, r.From.IsValid()
 }

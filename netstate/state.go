@@ -92,8 +92,25 @@ const (
 // Compare orders links by key.
 func (l Link) Compare(o Link) int { return cmp.Compare(l.Name, o.Name) }
 
-// Compare orders settings by key.
-func (s Sysctl) Compare(o Sysctl) int { return cmp.Compare(s.Path, o.Path) }
+// Compare orders settings by key. Forwarding comes last: the moment it is switched on, the kernel drops what it has learned from
+// router advertisements on devices that were not told otherwise before.
+func (s Sysctl) Compare(o Sysctl) int {
+	rank := func(s Sysctl) int {
+		if s.Path == Forwarding(addr.IPv6).Path {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(rank(s)-rank(o), cmp.Compare(s.Path, o.Path))
+}
+
+// Forwarding is the setting by which a node passes packets on.
+func Forwarding(f addr.Family) Sysctl {
+	if f == addr.IPv4 {
+		return Sysctl{"net/ipv4/ip_forward", "1"}
+	}
+	return Sysctl{"net/ipv6/conf/all/forwarding", "1"}
+}
 
 // Compare orders addresses by key.
 func (a Address) Compare(o Address) int {
@@ -138,6 +155,7 @@ func (a Address) String() string { return fmt.Sprintf("address %s dev %s", a.Pre
 func (n Neighbour) String() string {
 	return fmt.Sprintf("neighbour %s lladdr %s dev %s", n.IP, n.MAC, n.Link)
 }
+
 func (e FDBEntry) String() string { return fmt.Sprintf("fdb %s dst %s dev %s", e.MAC, e.Dst, e.Link) }
 
 func (r Route) String() string {

@@ -117,7 +117,7 @@ func planDevice(p *backend.Plan, in backend.Input, f addr.Family) string {
 		Name: dev, MAC: in.Self.VTEP.Get(f).MAC, MTU: mtu,
 		VXLAN: netstate.VXLAN{VNI: b.VNI, Port: b.Port, Local: under.Addr, Underlay: under.Device, Learning: b.Learning, GBP: b.GBP},
 	})
-	if in.Host.IPv6 {
+	if in.Host.IPv6 && mtu >= minIPv6MTU { // below that, a device has no IPv6 (RFC 8200 §5), nor settings for it
 		s.Sysctls = append(s.Sysctls, netstate.AcceptRA(dev))
 	}
 	s.Addresses = append(s.Addresses, netstate.Address{Link: dev, Prefix: addr.Host(in.Self.Gateway(f))})

@@ -1,0 +1,279 @@
+package backend_test
+
+import (
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/backend/hostgw"
+	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+var update = flag.Bool("update", false, "write the plans down as they are now")
+
+const (
+	only4 = `"Network": "10.244.0.0/16"`
+	only6 = `"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48"`
+	dual  = only4 + `, "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48"`
+)
+
+// plans are the inputs of the golden files; in all of them the node and its peers are those of input.
+var plans = []struct {
+	name, network, backend string
+	change                 func(*backend.Input)
+}{
+	{"vxlan-v4", only4, `"Type": "vxlan"`, nil},
+	{"vxlan-v6", only6, `"Type": "vxlan"`, nil},
+	{"vxlan-dual", dual, `"Type": "vxlan"`, nil},
+	{"vxlan-direct-dual", dual, `"Type": "vxlan", "DirectRouting": true`, nil},
+	{"vxlan-settings", dual, `"Type": "vxlan", "VNI": 16777215, "Port": 4789, "GBP": true, "Learning": true, "MTU": 1300`, nil},
+	{"vxlan-mtu-too-small-for-v6", dual, `"Type": "vxlan"`, func(in *backend.Input) {
+		in.Underlay.V4.MTU, in.Underlay.V6.MTU, in.Peers = 1300, 1300, nil
+	}},
+	{"vxlan-no-ipv6-in-kernel", only4, `"Type": "vxlan"`, func(in *backend.Input) { in.Host.IPv6, in.Peers = false, nil }},
+	{"vxlan-direct-no-routes", dual, `"Type": "vxlan", "DirectRouting": true`, func(in *backend.Input) {
+		in.Host.Routes = nil
+		in.Host = in.Host.Indexed()
+	}},
+	{"hostgw-v4", only4, `"Type": "host-gw"`, nil},
+	{"hostgw-v6", only6, `"Type": "host-gw"`, nil},
+	{"hostgw-dual", dual, `"Type": "host-gw"`, nil},
+	{"hostgw-settings", dual, `"Type": "host-gw", "MTU": 1400`, func(in *backend.Input) { in.Peers = nil }},
+	{"hostgw-no-routes", only4, `"Type": "host-gw"`, func(in *backend.Input) {
+		in.Host.Routes = nil
+		in.Host = in.Host.Indexed()
+	}},
+}
+
+func config(t testing.TB, network, be string) subnet.Config {
+	t.Helper()
+	c, err := subnet.ParseConfig(fmt.Appendf(nil, `{%s, "Backend": {%s}}`, network, be))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func backendOf(c subnet.Config) backend.Backend {
+	if c.Backend.Type == subnet.HostGW {
+		return hostgw.Backend{}
+	}
+	return vxlan.Backend{}
+}
+
+// lease is that of node n, with an address on the underlay that ends in host; in the families that the network uses.
+func lease(c subnet.Config, name string, n int, v4, v6 string) subnet.Lease {
+	l := subnet.Lease{Attrs: subnet.Attrs{Backend: c.Backend.Type, Identity: subnet.Identity{NodeName: name, NodeID: "id-" + name}, PublicIPLocal: true}}
+	for _, f := range c.Families() {
+		sn, ip := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(n), 0}), 24), v4
+		if f == addr.IPv6 {
+			sn, ip = netip.MustParsePrefix(fmt.Sprintf("fd00:10:244:%x::/64", n)), v6
+		}
+		if ip != "" {
+			l.Subnets.Set(f, sn)
+			l.PublicIP.Set(f, netip.MustParseAddr(ip))
+		}
+	}
+	l.VTEP = backendOf(c).VTEPs(c, l.Identity)
+	return l
+}
+
+func input(c subnet.Config) backend.Input {
+	prefix, ip := netip.MustParsePrefix, netip.MustParseAddr
+	in := backend.Input{
+		Config: c,
+		Self:   lease(c, "self", 1, "192.0.2.1", "2001:db8::1"),
+		Peers: []subnet.Lease{
+			lease(c, "same-segment", 2, "192.0.2.2", "2001:db8::2"),
+			lease(c, "same-segment-behind-nat", 3, "192.0.2.3", "2001:db8::3"),
+			lease(c, "other-segment", 4, "198.51.100.4", "2001:db8:1::4"),
+			lease(c, "default-route-only", 5, "203.0.113.5", "2001:db8:2::5"),
+			lease(c, "two-ways", 6, "100.64.6.6", "2001:db8:3::6"),
+			lease(c, "address-of-this-node", 7, "192.0.2.77", "2001:db8::77"),
+		},
+		Host: netstate.Host{
+			IPv6:  true,
+			Links: []netstate.HostLink{{Index: 2, Name: "eth0", MTU: 1500, Up: true}},
+			Addresses: []netstate.HostAddress{
+				{Link: "eth0", Prefix: prefix("192.0.2.1/24")},
+				{Link: "eth0", Prefix: prefix("2001:db8::1/64")},
+				{Link: "eth1", Prefix: prefix("192.0.2.77/32")},
+				{Link: "eth1", Prefix: prefix("2001:db8::77/128")},
+			},
+			Routes: []netstate.HostRoute{
+				{Dst: prefix("0.0.0.0/0"), Via: ip("192.0.2.254"), Link: "eth0"},
+				{Dst: prefix("::/0"), Via: ip("2001:db8::fe"), Link: "eth0"},
+				{Dst: prefix("192.0.2.0/24"), Link: "eth0"},
+				{Dst: prefix("2001:db8::/64"), Link: "eth0"},
+				{Dst: prefix("192.0.2.0/24"), Via: ip("192.0.2.254"), Link: "eth0", Metric: 9},
+				{Dst: prefix("198.51.100.0/24"), Via: ip("192.0.2.253"), Link: "eth0"},
+				{Dst: prefix("2001:db8:1::/48"), Via: ip("2001:db8::fd"), Link: "eth0"},
+				{Dst: prefix("100.64.6.0/24")},
+				{Dst: prefix("2001:db8:3::/48")},
+			},
+		}.Indexed(),
+	}
+	in.Peers[1].PublicIPLocal = false
+	for _, f := range c.Families() {
+		in.Underlay.Set(f, backend.Underlay{Device: "eth0", Addr: in.Self.PublicIP.Get(f), MTU: 1500})
+	}
+	if len(c.Families()) == 2 {
+		in.Peers = append(in.Peers, lease(c, "v4-only", 8, "192.0.2.8", ""), lease(c, "v6-only", 9, "", "2001:db8::9"))
+		in.Peers[len(in.Peers)-2].NodeName = "" // as flannel writes it
+	}
+	return in
+}
+
+// render says all that is in a plan.
+func render(p backend.Plan) string {
+	var b strings.Builder
+	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	for _, c := range netstate.Diff(netstate.State{}, p.State) {
+		line("%s", c.Obj)
+	}
+	line("pods' MTU %d", p.MTU)
+	for _, f := range addr.Families() {
+		if p.Tunnel.Get(f) != "" || len(p.DirectNodes.Get(f)) > 0 {
+			line("%s: tunnel device %q, nodes reached directly %s", f, p.Tunnel.Get(f), p.DirectNodes.Get(f))
+		}
+	}
+	for _, w := range p.Ways {
+		line("%s", strings.TrimSpace(fmt.Sprintf("way to %s %s: %s %s", w.Peer.Name(), w.Family, w.Kind, w.Reason)))
+	}
+	for _, problem := range p.Problems {
+		line("problem: %s", problem)
+	}
+	return b.String()
+}
+
+func TestPlans(t *testing.T) {
+	t.Parallel()
+	for _, test := range plans {
+		t.Run(test.name, func(t *testing.T) {
+			in := input(config(t, test.network, test.backend))
+			if test.change != nil {
+				test.change(&in)
+			}
+			got := render(backendOf(in.Config).Plan(in))
+			file := filepath.Join("testdata", test.name+".txt")
+			if *update {
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("%s is another plan; got\n%s\nwant\n%s", file, got, want)
+			}
+		})
+	}
+}
+
+// randomInput has a random network, and peers with random addresses that are all different.
+func randomInput(t *testing.T, g *rand.Rand) backend.Input {
+	of := func(s ...string) string { return s[g.IntN(len(s))] }
+	c := config(t, of(only4, only6, dual), of(`"Type": "host-gw"`, `"Type": "vxlan"`, `"Type": "vxlan", "DirectRouting": true`, `"Type": "vxlan", "VNI": 123456, "MTU": 1400`))
+	in := input(c)
+	in.Peers = nil
+	for _, n := range g.Perm(254)[:g.IntN(40)] {
+		v4 := of("192.0.2.%d", "198.51.100.%d", "203.0.113.%d", "100.64.6.%d", "192.0.2.%d")
+		v6 := of("2001:db8::%x", "2001:db8:1::%x", "2001:db8:2::%x", "2001:db8:3::%x")
+		l := lease(c, fmt.Sprintf("node-%d", n+2), n+2, fmt.Sprintf(v4, n+2), fmt.Sprintf(v6, n+2))
+		if l.PublicIPLocal = g.IntN(2) == 0; g.IntN(8) == 0 && len(c.Families()) == 2 {
+			l.Subnets.V6, l.PublicIP.V6 = netip.Prefix{}, netip.Addr{}
+		}
+		in.Peers = append(in.Peers, l)
+	}
+	return in
+}
+
+func strictlySorted[T interface{ Compare(T) int }](s []T) bool {
+	for i := 1; i < len(s); i++ {
+		if s[i-1].Compare(s[i]) >= 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func TestPlanLaws(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(500) {
+		g := rand.New(rand.NewPCG(seed, 118))
+		in := randomInput(t, g)
+		p := backendOf(in.Config).Plan(in)
+		s := p.State
+		if !strictlySorted(s.Links) || !strictlySorted(s.Sysctls) || !strictlySorted(s.Addresses) || !strictlySorted(s.Neighbours) ||
+			!strictlySorted(s.FDB) || !strictlySorted(s.Routes) || !strictlySorted(s.Rules) {
+			t.Fatalf("seed %d: not in order, or two of one key:\n%s", seed, render(p))
+		}
+		checkWays(t, in, p)
+		checkRoutes(t, in, s.Routes)
+		shuffled := in
+		shuffled.Peers = slices.Clone(in.Peers)
+		g.Shuffle(len(in.Peers), func(i, j int) {
+			shuffled.Peers[i], shuffled.Peers[j] = shuffled.Peers[j], shuffled.Peers[i]
+		})
+		if other := backendOf(in.Config).Plan(shuffled); !reflect.DeepEqual(other.State, s) {
+			t.Errorf("the order of the peers changes the plan:\n%s\n%s", render(p), render(other))
+		}
+		if t.Failed() {
+			t.Fatalf("seed %d", seed)
+		}
+	}
+}
+
+// checkWays: each peer has exactly one way in each family, and a reason where it has none.
+func checkWays(t *testing.T, in backend.Input, p backend.Plan) {
+	t.Helper()
+	ways := map[string]int{}
+	for _, w := range p.Ways {
+		ways[fmt.Sprint(w.Peer.Subnets.Get(w.Family))]++
+		if (w.Kind == backend.Unreachable) != (w.Reason != "") {
+			t.Errorf("%s: %s %q", w.Peer.Name(), w.Kind, w.Reason)
+		}
+		routed := slices.ContainsFunc(p.State.Routes, func(r netstate.Route) bool { return r.Dst == w.Peer.Subnets.Get(w.Family) })
+		if routed != (w.Kind != backend.Unreachable) {
+			t.Errorf("%s is %s, but that there is a route is %v", w.Peer.Name(), w.Kind, routed)
+		}
+	}
+	for _, peer := range in.Peers {
+		for _, f := range in.Config.Families() {
+			sn := peer.Subnets.Get(f)
+			if sn.IsValid() && ways[sn.String()] != 1 {
+				t.Errorf("%s has %d ways", sn, ways[sn.String()])
+			}
+		}
+	}
+}
+
+// checkRoutes: nothing is routed but the peers' subnets and, in our own table, the addresses that peers say are their own.
+func checkRoutes(t *testing.T, in backend.Input, routes []netstate.Route) {
+	t.Helper()
+	for _, r := range routes {
+		owner := slices.IndexFunc(in.Peers, func(l subnet.Lease) bool {
+			f := addr.FamilyOf(r.Dst.Addr())
+			if r.Table == netstate.OwnTable {
+				return l.PublicIPLocal && r.Dst == addr.Host(l.PublicIP.Get(f)) && r.Via == l.Gateway(f)
+			}
+			return r.Table == netstate.MainTable && r.Dst == l.Subnets.Get(f) && (r.Via == l.PublicIP.Get(f) || r.Via == l.Gateway(f))
+		})
+		if owner < 0 || r.Metric < 1 || r.Metric > 1023 || r.Dst != r.Dst.Masked() {
+			t.Errorf("%s is nobody's", r)
+		}
+	}
+}

@@ -1,0 +1,256 @@
+package netstate
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// monitor hears of changes in the kernel and says that it is time to look. What it hears is never acted on: an event that was
+// missed, doubled or late does no harm. Events that only confirm what is wished for are passed over; those are our own doing.
+type monitor struct {
+	file    *os.File
+	changed chan struct{} // holds at most one wake
+	expect  atomic.Pointer[expectation]
+}
+
+// expectation is what there should be, as of the last Reconcile. It is not changed once it is handed over.
+type expectation struct {
+	state State
+	names map[uint32]string // of all links
+	index map[uint32]string // of our links alone
+	cared map[uint32]bool   // other links that carry an address or a route: what they are may matter
+}
+
+// monitorBuffer holds what comes while the reader is busy. An overrun is no harm: then everything is looked at.
+const monitorBuffer = 4 << 20
+
+func newMonitor() (*monitor, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("netlink socket: %w", err)
+	}
+	m := &monitor{file: os.NewFile(uintptr(fd), "rtnetlink"), changed: make(chan struct{}, 1)}
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, monitorBuffer) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, monitorBuffer)
+	}
+	err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+	for _, group := range []int{
+		unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE,
+		unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
+	} {
+		if err == nil {
+			err = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group)
+		}
+	}
+	if err != nil {
+		_ = m.file.Close()
+		return nil, fmt.Errorf("netlink socket for events: %w", err)
+	}
+	return m, nil
+}
+
+// run reads until ctx ends.
+func (m *monitor) run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { _ = m.file.SetReadDeadline(time.Unix(0, 0)) })
+	defer stop()
+	raw, err := m.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, 64<<10)
+	for ctx.Err() == nil {
+		var n int
+		var recvErr error
+		err := raw.Read(func(fd uintptr) bool {
+			n, _, recvErr = unix.Recvfrom(int(fd), buf, 0)
+			return !errors.Is(recvErr, unix.EAGAIN)
+		})
+		switch {
+		case err != nil && ctx.Err() != nil:
+		case err != nil:
+			return fmt.Errorf("netlink events: %w", err)
+		case errors.Is(recvErr, unix.EINTR):
+		case recvErr != nil: // an overrun, most likely: something was missed
+			m.wake()
+		case m.matters(buf[:n]):
+			m.wake()
+		}
+	}
+	return ctx.Err()
+}
+
+func (m *monitor) wake() {
+	select {
+	case m.changed <- struct{}{}:
+	default:
+	}
+}
+
+// matters reports whether one of the messages says something else than is expected.
+func (m *monitor) matters(b []byte) bool {
+	e := m.expect.Load()
+	for len(b) >= unix.NLMSG_HDRLEN {
+		size := int(binary.NativeEndian.Uint32(b))
+		if size < unix.NLMSG_HDRLEN || size > len(b) {
+			return true
+		}
+		if e == nil || e.contradicts(binary.NativeEndian.Uint16(b[4:]), b[unix.NLMSG_HDRLEN:size]) {
+			return true
+		}
+		b = b[min((size+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1), len(b)):]
+	}
+	return false
+}
+
+// contradicts judges one message.
+func (e *expectation) contradicts(typ uint16, body []byte) bool {
+	switch typ {
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		return e.route(typ == unix.RTM_NEWROUTE, body)
+	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
+		return e.neighbour(typ == unix.RTM_NEWNEIGH, body)
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		return e.address(typ == unix.RTM_NEWADDR, body)
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		return e.link(typ == unix.RTM_NEWLINK, body)
+	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
+		r, protocol, ok := parseRule(body)
+		return ok && protocol == Protocol && slices.Contains(e.state.Rules, r) != (typ == unix.RTM_NEWRULE)
+	case unix.RTM_NEWNETCONF: // a setting such as forwarding, or a device that came
+		return e.netconf(body)
+	}
+	return false
+}
+
+func (e *expectation) route(added bool, body []byte) bool {
+	r, ok := parseRoute(body)
+	if !ok || r.kind != unix.RTN_UNICAST {
+		return false
+	}
+	if r.protocol != Protocol { // one of the host's, from which decisions follow
+		return r.Table == MainTable && !r.Dst.Addr().IsLinkLocalUnicast() && !r.Dst.Addr().IsMulticast()
+	}
+	r.Link = e.names[r.oif] // a device that came since has none: it is ours, and just being filled
+	want, there := find(e.state.Routes, r.Route)
+	if added {
+		return !there || r.Link != "" && want != r.Route
+	}
+	return there && (r.Link == "" || want == r.Route)
+}
+
+func (e *expectation) neighbour(added bool, body []byte) bool {
+	if len(body) == 0 {
+		return false
+	}
+	if body[0] == unix.AF_BRIDGE {
+		f, ifindex, permanent := parseFDB(body)
+		name, ours := e.index[ifindex]
+		f.Link = name
+		want, there := find(e.state.FDB, f)
+		return ours && unexpected(added, permanent, there, want == f)
+	}
+	n, ifindex, permanent := parseNeighbour(body)
+	name, ours := e.index[ifindex]
+	n.Link = name
+	want, there := find(e.state.Neighbours, n)
+	return ours && unexpected(added, permanent, there, want == n)
+}
+
+// unexpected judges an entry that may be learned (not permanent): those come and go, unless they stand where one of ours should.
+func unexpected(added, permanent, there, equal bool) bool {
+	switch {
+	case !added:
+		return there
+	case there:
+		return !permanent || !equal
+	default:
+		return permanent
+	}
+}
+
+func (e *expectation) address(added bool, body []byte) bool {
+	if len(body) < unix.SizeofIfAddrmsg {
+		return false
+	}
+	bits, ifindex := int(body[1]), u32(body[4:])
+	var ip netip.Addr
+	eachAttr(body[unix.SizeofIfAddrmsg:], func(typ uint16, data []byte) {
+		if typ == unix.IFA_LOCAL || typ == unix.IFA_ADDRESS && !ip.IsValid() {
+			ip = ipOf(data)
+		}
+	})
+	if !ip.IsValid() || ip.IsLinkLocalUnicast() {
+		return false
+	}
+	name, ours := e.index[ifindex]
+	if !ours {
+		return true
+	}
+	_, there := find(e.state.Addresses, Address{Link: name, Prefix: netip.PrefixFrom(ip, bits)})
+	return there != added
+}
+
+func (e *expectation) link(added bool, body []byte) bool {
+	if len(body) < unix.SizeofIfInfomsg {
+		return false
+	}
+	if body[0] == unix.AF_BRIDGE { // about a bridge's port
+		return false
+	}
+	ifindex, flags := u32(body[4:]), u32(body[8:])
+	l := Link{Down: flags&unix.IFF_UP == 0}
+	eachAttr(body[unix.SizeofIfInfomsg:], func(typ uint16, data []byte) {
+		switch typ {
+		case unix.IFLA_IFNAME:
+			l.Name = cString(data)
+		case unix.IFLA_MTU:
+			l.MTU = int(u32(data))
+		case unix.IFLA_ADDRESS:
+			l.MAC = macOf(data)
+		}
+	})
+	want, named := find(e.state.Links, l)
+	_, ours := e.index[ifindex]
+	if !named && !ours {
+		return e.cared[ifindex]
+	}
+	if !added {
+		return named
+	}
+	want.VXLAN = VXLAN{} // the event would have to be read deeper for it, and it can't be changed but by a new device
+	return !ours || l != want
+}
+
+// netconf: only settings that are wished for matter, and those of all devices or of ours.
+func (e *expectation) netconf(body []byte) bool {
+	const attrIfindex, all = 1, -1 // NETCONFA_IFINDEX, NETCONFA_IFINDEX_ALL, uapi/linux/netconf.h
+	ifindex := int32(0)
+	if len(body) >= 4 {
+		eachAttr(body[4:], func(typ uint16, data []byte) {
+			if typ == attrIfindex {
+				ifindex = int32(u32(data))
+			}
+		})
+	}
+	_, ours := e.index[uint32(ifindex)]
+	return ifindex == all || ours
+}
+
+// find looks a key up in a sorted list.
+func find[T object[T]](list []T, key T) (T, bool) {
+	i, ok := slices.BinarySearchFunc(list, key, T.Compare)
+	if !ok {
+		var none T
+		return none, false
+	}
+	return list[i], true
+}

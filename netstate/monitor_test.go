@@ -1,0 +1,93 @@
+package netstate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+)
+
+// heard reports whether the monitor asks for a look within a moment.
+func heard(k *Kernel, within time.Duration) bool {
+	select {
+	case <-k.Changed():
+		return true
+	case <-time.After(within):
+		return false
+	}
+}
+
+// What somebody else does to our state, or to what decisions depend on, is heard of at once; what we do, or what is of no
+// concern, is not.
+func TestMonitor(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- n.k.Watch(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Watch returned %v", err)
+		}
+	}()
+	want := fullState()
+	route := want.Routes[slices.IndexFunc(want.Routes, func(r Route) bool { return r.Table == MainTable && r.Link == "overlay.1" })].Dst.String()
+	mac := want.FDB[slices.IndexFunc(want.FDB, func(e FDBEntry) bool { return e.Link == "overlay.1" })].MAC.String()
+	own := want.Addresses[slices.IndexFunc(want.Addresses, func(a Address) bool { return a.Link == "overlay.1" })].Prefix.String()
+	neigh := want.Neighbours[slices.IndexFunc(want.Neighbours, func(n Neighbour) bool { return n.Link == "overlay.1" })].IP.String()
+	settle := func() {
+		t.Helper()
+		for range 5 { // the device's own coming is heard of, too: once more and it is quiet
+			n.k.Forget()
+			n.converge(want)
+			if !heard(n.k, 200*time.Millisecond) {
+				return
+			}
+		}
+		t.Fatal("it never gets quiet")
+	}
+	settle()
+	for _, c := range []struct {
+		does    string
+		matters bool
+	}{
+		{"true", false},
+		{"ip route del " + route + " proto 118", true},
+		{"ip route flush proto 118", true},
+		{fmt.Sprintf("ip route replace %s via 192.0.2.2 dev eth0 proto 118 metric %d", route, Metric(netip.MustParsePrefix(route))), true},
+		{"ip neigh flush dev overlay.1 nud permanent", true},
+		{"ip neigh replace " + neigh + " lladdr 02:ff:00:00:00:01 dev overlay.1", true},
+		{"ip neigh add 10.244.77.7 lladdr 02:ff:00:00:00:01 dev overlay.1", true},
+		{"bridge fdb del " + mac + " dev overlay.1 self", true},
+		{"bridge fdb replace " + mac + " dev overlay.1 dst 192.0.2.77 self permanent", true},
+		{"ip addr del " + own + " dev overlay.1", true},
+		{"ip addr add 198.51.100.1/32 dev overlay.1", true},
+		{"ip link set overlay.1 mtu 1300", true},
+		{"ip link set overlay.1 down", true},
+		{"ip link set overlay.1 address 02:aa:00:00:00:01", true},
+		{"ip link del overlay.1", true},
+		{"ip rule flush proto 118; ip rule del priority 11800", true},
+		{"sysctl -qw net.ipv4.ip_forward=0", true},
+		{"ip addr add 192.0.2.99/24 dev eth0", true},
+		{"ip route add 203.0.113.0/24 via 192.0.2.2", true},
+		{"ip link set eth0 mtu 1480", true},
+		{"ip route add 203.0.113.0/24 via 192.0.2.3 table 77", false},
+		{"ip neigh replace 192.0.2.33 lladdr 02:00:00:00:33:33 dev eth0", false},
+		{"ip link add pod0 type veth peer name pod1; ip link set pod0 up; ip link set pod1 up", false},
+		{"ip rule add from 192.0.2.0/24 lookup 77", false},
+	} {
+		if c.does != "true" {
+			_, _ = n.Run("sh", "-c", c.does) // some say that there was nothing to flush
+		}
+		if got := heard(n.k, 300*time.Millisecond); got != c.matters {
+			t.Errorf("%s: heard %v, want %v", c.does, got, c.matters)
+		}
+		if c.matters {
+			settle()
+		}
+	}
+}
