@@ -11,11 +11,68 @@ import (
 
 // Table is everything under the prefix in the store, as of one revision. It is a value: nobody changes one that was handed on.
 type Table struct {
-	Revision       int64
+	Revision int64
+	// Epoch counts how often the store was found to be another one than before: emptied, or restored from a backup. What is
+	// missing in a new epoch was not removed by anybody.
+	Epoch          int
 	Config         Config
-	ConfigErr      error // why there is no valid Config at this revision
-	ConfigRevision int64 // of the config key's last change; 0 where there is none
+	ConfigJSON     string // what Config was read from
+	ConfigErr      error  // why there is no valid Config at this revision
+	ConfigRevision int64  // of the config key's last change; 0 where there is none
 	Entries        []Entry
+}
+
+// Retain lists the leases of an older table that are missing in this one without being contradicted by it: their node has not
+// come back with another lease, and nobody else holds any part of their subnets.
+func (t Table) Retain(old []Entry) []Entry {
+	keys := make(map[string]bool, len(t.Entries))
+	nodes := make(map[string]bool, len(t.Entries))
+	var held []netip.Prefix
+	for _, e := range t.Entries {
+		keys[e.Key] = true
+		nodes[e.NodeID] = true
+		for _, f := range addr.Families() {
+			if p := e.Subnets.Get(f); p.IsValid() {
+				held = append(held, p)
+			}
+		}
+	}
+	taken := newPrefixSet(held)
+	var out []Entry
+	for _, e := range old {
+		again := keys[e.Key] || e.NodeID != "" && nodes[e.NodeID]
+		if e.Err == nil && !e.Blank() && !again && !taken.overlaps(e.Subnets.V4) && !taken.overlaps(e.Subnets.V6) {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// prefixSet finds overlaps in the way of sorted, disjoint ranges of addresses.
+type prefixSet struct{ ranges []addrRange }
+
+type addrRange struct{ first, last netip.Addr }
+
+func newPrefixSet(ps []netip.Prefix) prefixSet {
+	ps = slices.Clone(ps)
+	slices.SortFunc(ps, addr.ComparePrefix)
+	var s prefixSet
+	for _, p := range ps {
+		// What overlaps the range before is inside it: prefixes are disjoint or nested, and the wider one sorts first.
+		if n := len(s.ranges); n == 0 || s.ranges[n-1].last.Less(p.Addr()) || s.ranges[n-1].last.Is4() != p.Addr().Is4() {
+			s.ranges = append(s.ranges, addrRange{p.Masked().Addr(), addr.Last(p)})
+		}
+	}
+	return s
+}
+
+func (s prefixSet) overlaps(p netip.Prefix) bool {
+	if !p.IsValid() {
+		return false
+	}
+	last := addr.Last(p)
+	i, _ := slices.BinarySearchFunc(s.ranges, p.Masked().Addr(), func(r addrRange, a netip.Addr) int { return r.last.Compare(a) })
+	return i < len(s.ranges) && s.ranges[i].first.Compare(last) <= 0 && s.ranges[i].first.Is4() == last.Is4()
 }
 
 // Refusal is a lease that is not believed, and why.
@@ -210,7 +267,7 @@ func (j judge) family(l Lease, f addr.Family, p Pool) string {
 		return fmt.Sprintf("its VtepMAC %s is a group address", v.MAC)
 	case v.MAC == j.self.VTEP.Get(f).MAC:
 		return fmt.Sprintf("its VtepMAC %s is this node's own", v.MAC)
-	case v.VNI != j.config.Backend.VNI:
+	case v.VNI != j.config.Backend.VNI && v.VNI != 0: // early versions of flannel did not say it
 		return fmt.Sprintf("its VNI is %d, this network's is %d", v.VNI, j.config.Backend.VNI)
 	}
 	return ""

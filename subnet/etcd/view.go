@@ -41,8 +41,12 @@ type view struct {
 	complete      int64 // every put up to here is in it; ≥ watched
 
 	config         subnet.Config
+	configJSON     string
 	configErr      error
 	configRevision int64
+
+	suspect bool // what the store says does not fit the view
+	epoch   int  // how often it was another store
 
 	entries []subnet.Entry    // by key; never changed, only replaced, since it was handed out
 	pending map[string]change // not yet in entries
@@ -61,7 +65,8 @@ func newView(prefix string) *view { return &view{keys: newKeys(prefix), pending:
 func (v *view) table() subnet.Table {
 	v.fold()
 	return subnet.Table{
-		Revision: v.complete, Config: v.config, ConfigErr: v.configErr, ConfigRevision: v.configRevision, Entries: v.entries,
+		Revision: v.complete, Epoch: v.epoch, Entries: v.entries,
+		Config: v.config, ConfigJSON: v.configJSON, ConfigErr: v.configErr, ConfigRevision: v.configRevision,
 	}
 }
 
@@ -70,9 +75,11 @@ func (v *view) table() subnet.Table {
 func (v *view) reset(kvs []*mvccpb.KeyValue, h *pb.ResponseHeader) {
 	v.fold()
 	known := v.entries
-	if v.otherStore(h) != nil {
+	if v.suspect || v.otherStore(h) != nil {
 		known, v.configRevision = nil, 0
+		v.epoch++
 	}
+	v.suspect = false
 	v.pending = map[string]change{}
 	entries := make([]subnet.Entry, 0, len(kvs))
 	var config *mvccpb.KeyValue
@@ -206,7 +213,7 @@ func (v *view) revisionOf(key string) int64 {
 }
 
 func (v *view) setConfig(kv *mvccpb.KeyValue) {
-	v.configRevision = kv.ModRevision
+	v.configRevision, v.configJSON = kv.ModRevision, string(kv.Value)
 	v.config, v.configErr = subnet.ParseConfig(kv.Value)
 	if v.configErr != nil {
 		v.config, v.configErr = subnet.Config{}, fmt.Errorf("%s: %w", v.keys.config, v.configErr)
@@ -214,7 +221,7 @@ func (v *view) setConfig(kv *mvccpb.KeyValue) {
 }
 
 func (v *view) noConfig() {
-	v.config, v.configRevision = subnet.Config{}, 0
+	v.config, v.configJSON, v.configRevision = subnet.Config{}, "", 0
 	v.configErr = fmt.Errorf("%w: the key %s does not exist", subnet.ErrNoConfig, v.keys.config)
 }
 
