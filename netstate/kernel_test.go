@@ -304,6 +304,26 @@ func TestForeignRouteToAnIPv6Gateway(t *testing.T) {
 	n.wantState(want)
 }
 
+// TestWayAroundAForeignRouteToAnIPv6Gateway: a route to the gateway alone makes the kernel take it.
+func TestWayAroundAForeignRouteToAnIPv6Gateway(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.sh("ip route add fd00::/16 dev eth0")
+	want := fullState()
+	for _, r := range want.Routes {
+		if r.OnLink && r.Via.Is6() && r.Table == MainTable {
+			want.Routes = append(want.Routes, Route{Table: MainTable, Dst: addr.Host(r.Via), Metric: r.Metric, Link: r.Link})
+		}
+	}
+	want.Sort()
+	n.converge(want)
+	n.wantState(want)
+	n.k.Forget()
+	if done := n.converge(want); len(done) > 0 {
+		t.Errorf("not at rest: %v", done)
+	}
+}
+
 func TestRefusedObjectsHoldNobodyBack(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)

@@ -96,7 +96,7 @@ func planFamily(p *backend.Plan, in backend.Input, f addr.Family) {
 				return
 			}
 		}
-		planTunnel(p, dev, peer, f)
+		planTunnel(p, in.Host, dev, peer, f)
 	})
 }
 
@@ -125,7 +125,7 @@ func planDevice(p *backend.Plan, in backend.Input, f addr.Family) string {
 	return dev
 }
 
-func planTunnel(p *backend.Plan, dev string, peer *subnet.Lease, f addr.Family) {
+func planTunnel(p *backend.Plan, h netstate.Host, dev string, peer *subnet.Lease, f addr.Family) {
 	sn, gw, mac, ip := peer.Subnets.Get(f), peer.Gateway(f), peer.VTEP.Get(f).MAC, peer.PublicIP.Get(f)
 	s := &p.State
 	s.FDB = append(s.FDB, netstate.FDBEntry{Link: dev, MAC: mac, Dst: ip})
@@ -138,6 +138,11 @@ func planTunnel(p *backend.Plan, dev string, peer *subnet.Lease, f addr.Family) 
 		route.Table, route.Dst = netstate.OwnTable, addr.Host(ip)
 		route.Metric = netstate.Metric(route.Dst)
 		s.Routes = append(s.Routes, route)
+	}
+	if by, ok := h.Route(gw); ok && f == addr.IPv6 && by.Dst.Bits() > 0 {
+		// The IPv6 stack refuses a gateway that a route of the host, but for the default one, looks for elsewhere (a site's fd00::/8, say),
+		// onlink or not. A route to the gateway alone comes before that one.
+		s.Routes = append(s.Routes, netstate.Route{Table: netstate.MainTable, Dst: addr.Host(gw), Metric: netstate.Metric(sn), Link: dev})
 	}
 	p.Add(peer, f, backend.Tunnel, nil)
 }

@@ -125,3 +125,25 @@ func manyPeers(n int) backend.Input {
 	}
 	return in
 }
+
+// A site's route that covers the pods' network would keep the IPv6 stack from taking a peer's gateway.
+func TestIPv6GatewayBesideASiteRoute(t *testing.T) {
+	t.Parallel()
+	c, err := subnet.ParseConfig([]byte(`{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/48"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	gw := netip.MustParseAddr("fd00:10:244:5::")
+	peer := subnet.Lease{Attrs: subnet.Attrs{Backend: subnet.VXLAN}}
+	peer.Subnets.V6, peer.PublicIP.V6 = netip.PrefixFrom(gw, 64), netip.MustParseAddr("2001:db8::5")
+	for _, tt := range []struct {
+		route string
+		want  int
+	}{{"::/0", 1}, {"fd00::/8", 2}} {
+		h := netstate.Host{Routes: []netstate.HostRoute{{Dst: netip.MustParsePrefix(tt.route), Link: "eth0"}}}.Indexed()
+		got := Backend{}.Plan(backend.Input{Config: c, Peers: []subnet.Lease{peer}, Host: h}).State.Routes
+		if len(got) != tt.want || got[len(got)-1].Dst != addr.Host(gw) && tt.want == 2 {
+			t.Errorf("beside %s: %v", tt.route, got)
+		}
+	}
+}

@@ -265,7 +265,7 @@ func (c *claimer) refuse(err error) {
 		s.err = err
 		if changed && s.said != text(err) {
 			s.said = text(err)
-			c.log.Warn("no lease as it should be", zap.Error(err))
+			c.log.Debug("no lease as it should be", zap.Error(err))
 		}
 		return changed
 	})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
 	"time"
 
@@ -33,6 +34,8 @@ func explain(err error, o Options) error {
 }
 
 func reason(err error, o Options) string {
+	// The port on our side is another one each time: the same fault would look like a new one.
+	localPort := regexp.MustCompile(`\S+:\d+->`)
 	text := message(err)
 	if r := authReason(err, o); r != "" {
 		return r
@@ -46,7 +49,7 @@ func reason(err error, o Options) string {
 	case errors.Is(rpctypes.Error(err), rpctypes.ErrNoLeader):
 		return "the etcd cluster has no leader"
 	}
-	return text
+	return localPort.ReplaceAllString(text, "")
 }
 
 // authReason is about who we are.
@@ -78,6 +81,11 @@ func connReason(text string, o Options) string {
 		{"authentication handshake failed: EOF", "the server ended the TLS handshake: most likely it does not speak TLS (http:// in --etcd-endpoints?)"},
 		{"error reading server preface: EOF", "the server closed the connection at once: it speaks TLS (https:// in --etcd-endpoints?), or it is no etcd"},
 		{"connection refused", "connection refused by " + where(o)},
+		{"keepalive ping failed", "no answer from " + where(o)},
+		{"use of closed network connection", "no answer from " + where(o)},
+		{"client connection is closing", "no answer from " + where(o)},
+		{"transport is closing", where(o) + " closed the connection"},
+		{"i/o timeout", "no answer from " + where(o)},
 		{"broken pipe", where(o) + " closed the connection"},
 		{"connection reset by peer", where(o) + " closed the connection"},
 		{"no such host", "the name in --etcd-endpoints can't be resolved: no such host"},

@@ -73,14 +73,15 @@ func (m *Manager) report(p part, err error) {
 }
 
 // say writes one line when the store goes away, another for each other reason that comes up meanwhile, and one when it is back.
+// They are for looking closer: the snapshots say the same, and who reads them tells the operator.
 func (m *Manager) say(since time.Time) {
 	_, err := m.health.state()
 	if err == nil {
-		m.log.Info("etcd can be reached again", zap.Duration("after", time.Since(since).Round(time.Millisecond)))
+		m.log.Debug("etcd can be reached again", zap.Duration("after", time.Since(since).Round(time.Millisecond)))
 		return
 	}
 	if s := (*storeError)(nil); errors.As(err, &s) && !m.health.said[s.reason] && len(m.health.said) < 10 {
 		m.health.said[s.reason] = true
-		m.log.Warn("etcd can't be reached; the network stays as it is", zap.String("reason", s.reason))
+		m.log.Debug("etcd can't be reached; the network stays as it is", zap.String("reason", s.reason))
 	}
 }
