@@ -8,12 +8,12 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/hostgw"
 	"github.com/overlayd/overlayd/backend/vxlan"
@@ -27,14 +27,24 @@ const (
 	auditEvery = time.Minute
 	// A round that did not reach its goal is tried again after firstRetry, then ever more slowly.
 	firstRetry, lastRetry = 500 * time.Millisecond, 30 * time.Second
-	// waitForInterface is how often to look for an interface while none fits.
+	// waitForInterface is how often to look for an interface while none fits; most often an event says so first.
 	waitForInterface = 2 * time.Second
+	// offlineAfter is how long to wait for etcd before starting from what is remembered.
+	offlineAfter = 3 * time.Second
+	// rememberEvery is how often what is known is written to the state directory at most.
+	rememberEvery = 30 * time.Second
 )
 
 // Kernel is the node's kernel state; netstate.Kernel is the real one.
 type Kernel interface {
+	// Observe looks at the kernel, and returns what of it is not ours.
 	Observe() (netstate.Host, error)
+	// Reconcile makes what is ours the desired state; AddMissing does so without removing anything.
 	Reconcile(desired netstate.State) (netstate.Result, error)
+	AddMissing(desired netstate.State) (netstate.Result, error)
+	// Watch fills Changed with hints that something changed, until ctx ends.
+	Watch(ctx context.Context) error
+	Changed() <-chan struct{}
 }
 
 // Parts are what an agent works with.
@@ -57,15 +67,25 @@ type Agent struct {
 	listener net.Listener
 	log      *zap.Logger
 	state    stateDir
+	started  time.Time
+	audit    time.Time // when to look at the kernel without any reason to
 
 	// What the loop knows. Each stays as it was while nothing better is known.
-	snap   subnet.Snapshot
-	host   netstate.Host
-	config *subnet.Config // the last valid one that the lease fits
-	choice *Choice
-	claim  subnet.Claim
-	lease  subnet.Lease
-	peers  peerLog
+	snap       subnet.Snapshot
+	kept       []subnet.Entry // leases that were lost with the store's data, and whose nodes may come back
+	keptUntil  time.Time
+	host       netstate.Host
+	config     *subnet.Config // the last valid one that the lease fits
+	choice     *Choice
+	claim      subnet.Claim
+	lease      subnet.Lease
+	programmed *netstate.State // what was last wished for
+	remembered memory          // what the state directory says
+	offline    subnet.Table    // made of it, while the store has not been read
+	saved      time.Time
+	savedAt    int64 // the table's revision
+	peers      peerLog
+	drift      driftLog
 }
 
 // New makes an agent of its parts.
@@ -77,18 +97,21 @@ func New(o Options, p Parts) *Agent {
 			driver: p.Firewall, sets: p.Sets, resync: o.IPTablesResync, health: h, log: p.Log, wishes: newMailbox[firewallWish](),
 		},
 		peers: peerLog{log: p.Log},
+		drift: driftLog{log: p.Log, now: time.Now, kinds: map[string]*driftCount{}},
 	}
 }
 
 // Run works until ctx ends. It leaves the data plane as it is: pods go on talking while there is no daemon.
 func (a *Agent) Run(ctx context.Context) error {
-	remembered, err := a.state.load()
+	var err error
+	a.remembered, err = a.state.load()
 	a.health.set(condStateDir, err) // a node that forgot its subnet still has its lease in etcd
-	a.claim.Remembered = remembered
+	a.claim.Remembered = a.remembered.subnets()
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.store.Run(ctx) })
 	g.Go(func() error { return a.firewall.run(ctx) })
+	g.Go(func() error { return a.kernel.Watch(ctx) })
 	if a.listener != nil {
 		g.Go(func() error { return a.health.serve(ctx, a.listener) })
 	}
@@ -96,40 +119,121 @@ func (a *Agent) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
+// loop goes round whenever there may be something to do, and at a period.
 func (a *Agent) loop(ctx context.Context) error {
+	a.started = time.Now()
 	look := true // at the kernel, instead of believing what was left there
 	retry := firstRetry
+	var pace throttle
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
+		if look {
+			a.audit = time.Now().Add(jitter(auditEvery))
+		}
 		err := a.round(look)
 		a.health.alive()
-		wait := jitter(auditEvery)
-		if err != nil {
-			wait = retry
-			retry = min(2*retry, lastRetry)
-			if errors.Is(err, errNoInterface) {
-				wait = waitForInterface
-			}
-		} else {
-			retry = firstRetry
+		var next time.Time
+		next, retry = a.next(err, retry)
+		timer.Reset(time.Until(next))
+		if look, err = a.wait(ctx, timer, next, &pace, err != nil); err != nil {
+			a.save(true)
+			return err
 		}
-		timer := time.NewTimer(wait)
+	}
+}
+
+// next is when to go round again if nothing happens, and how long to wait after the failure that may follow.
+func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) {
+	now := time.Now()
+	next := a.audit
+	switch {
+	case errors.Is(err, errNoInterface):
+		next = earlier(next, now.Add(waitForInterface))
+	case err != nil:
+		return now.Add(retry), min(2*retry, lastRetry)
+	}
+	if offline := a.started.Add(offlineAfter); !a.online() && now.Before(offline) {
+		next = earlier(next, offline)
+	}
+	return next, firstRetry
+}
+
+// wait returns when there may be something to do, and whether the kernel has to be looked at for it.
+func (a *Agent) wait(ctx context.Context, timer *time.Timer, next time.Time, pace *throttle, failed bool) (look bool, err error) {
+	heard := false // of a change in the kernel that it is too early to look at
+	for {
 		select {
 		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
-		case a.snap = <-a.store.Updates():
-			look = err != nil
+			return false, ctx.Err()
+		case s := <-a.store.Updates():
+			a.take(s)
+			if heard {
+				pace.looked(time.Now())
+			}
+			return failed || heard, nil
 		case <-timer.C:
-			look = true
+			if heard {
+				pace.looked(time.Now())
+			}
+			return true, nil
+		case <-a.kernel.Changed():
+			now := time.Now()
+			due := pace.due(now)
+			if !now.Before(due) {
+				pace.looked(now)
+				return true, nil
+			}
+			heard = true
+			timer.Reset(time.Until(earlier(next, due)))
 		}
-		timer.Stop()
 	}
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // jitter spreads what many nodes do at a period.
 func jitter(d time.Duration) time.Duration { return d*4/5 + rand.N(d*2/5) }
 
 var errNoInterface = errors.New("waiting for a network interface")
+
+// online reports whether the store has been read since the start.
+func (a *Agent) online() bool { return a.snap.Table.Revision != 0 }
+
+// take replaces what is known of the store. When its data was lost, the leases that are missing now are kept for a while: a table
+// that vanished is not a thousand removed nodes.
+func (a *Agent) take(s subnet.Snapshot) {
+	if s.Table.Epoch != a.snap.Table.Epoch && a.online() {
+		a.kept = s.Table.Retain(a.table().Entries)
+		a.keptUntil = time.Now().Add(a.opts.StalePeerGrace)
+		a.log.Warn("etcd has lost data or was restored from a backup: peers that are missing in it are kept for a while",
+			zap.Int("kept", len(a.kept)), zap.Duration("for", a.opts.StalePeerGrace))
+	}
+	a.snap = s
+}
+
+// table is the lease table to act on.
+func (a *Agent) table() subnet.Table {
+	t := a.snap.Table
+	switch {
+	case !a.online():
+		return a.offline
+	case len(a.kept) == 0:
+		return t
+	}
+	a.kept = t.Retain(a.kept)
+	if time.Now().After(a.keptUntil) {
+		a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(a.kept)))
+		a.kept = nil
+	}
+	t.Entries = slices.Concat(t.Entries, a.kept)
+	return t
+}
 
 // round goes once from what is known to what should be. An error means that it has to be tried again; it has been reported.
 func (a *Agent) round(look bool) error {
@@ -141,6 +245,7 @@ func (a *Agent) round(look bool) error {
 		}
 		a.host = host
 	}
+	a.drift.flush()
 	a.learn()
 	if a.config == nil {
 		return nil // the next snapshot brings it
@@ -159,32 +264,74 @@ func (a *Agent) round(look bool) error {
 	if a.lease == (subnet.Lease{}) {
 		return nil
 	}
-	return a.program(be)
+	err = a.program(be, look)
+	a.save(false)
+	return err
 }
 
-// learn takes from the newest snapshot what holds.
+// learn takes from the newest snapshot what holds, or from memory while there is none.
 func (a *Agent) learn() {
 	a.health.set(condStore, a.snap.Err)
-	a.health.set(condLease, a.leaseProblem())
-	if a.snap.Held() && a.snap.Lease.Subnets != a.lease.Subnets {
-		fields := []zap.Field{zap.String("subnet", subnet.FormatKey(a.snap.Lease.Subnets))}
-		if a.lease != (subnet.Lease{}) {
-			fields = append(fields, zap.String("instead_of", subnet.FormatKey(a.lease.Subnets)))
-		}
-		a.log.Info("lease held", fields...)
-		a.lease = a.snap.Lease
+	if !a.online() {
+		a.learnOffline()
+		return
 	}
+	a.health.set(condOffline, nil)
+	a.health.set(condLease, a.leaseProblem())
+	a.health.set(condClaim, a.claimProblem())
+	if a.snap.Held() && a.snap.Lease.Subnets != a.lease.Subnets {
+		a.hold(a.snap.Lease)
+	}
+	a.health.set(condMoved, a.state.movedProblem())
 	switch {
-	case a.snap.Table.Revision == 0:
-		return // nothing was read yet; the store's own error says why
 	case a.snap.Table.ConfigErr != nil:
 		a.health.set(condConfig, a.snap.Table.ConfigErr)
 	case a.lease != (subnet.Lease{}) && !a.snap.Table.Config.Fits(a.lease.Subnets):
 		a.health.set(condConfig, fmt.Errorf("%s %w", subnet.FormatKey(a.lease.Subnets), subnet.ErrMoved))
 	default:
 		a.health.set(condConfig, nil)
+		if a.config == nil || *a.config != a.snap.Table.Config {
+			a.health.set(condConfigKeys, unknownKeys(a.snap.Table.ConfigJSON))
+		}
 		a.config = new(a.snap.Table.Config)
 	}
+}
+
+// hold notes the lease that this node has from now on. Another one than before is a break for the pods that run: it has to be seen.
+func (a *Agent) hold(l subnet.Lease) {
+	now, before := subnet.FormatKey(l.Subnets), subnet.FormatKey(a.lease.Subnets)
+	if before == "" {
+		a.log.Info("lease held", zap.String("subnet", now))
+	} else {
+		a.log.Error("this node's subnet was lost to another node: pods that run have addresses that no longer lead here",
+			zap.String("subnet", now), zap.String("before", before))
+		a.health.set(condStateDir, a.state.noteMove(before, now))
+	}
+	a.lease = l
+}
+
+// learnOffline starts from what is remembered, once etcd has been away for a moment, if the subnet is still sure to be this node's.
+func (a *Agent) learnOffline() {
+	m := a.remembered
+	switch {
+	case a.lease != (subnet.Lease{}) || m.Subnets == "" || time.Since(a.started) < offlineAfter:
+		return
+	case !m.Expires.IsZero() && time.Now().After(m.Expires):
+		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the lease of %s that is remembered ended at %s, another node may have it", m.Subnets, m.Expires.Format(time.RFC3339)))
+		return
+	}
+	t, err := m.table()
+	if err == nil && !t.Config.Fits(m.subnets()) {
+		err = errors.New("the remembered subnet does not fit the remembered network config")
+	}
+	if err != nil {
+		a.health.set(condOffline, fmt.Errorf("waiting for etcd: %s: %w", a.state.leaseFile(), err))
+		return
+	}
+	a.log.Warn("etcd does not answer: starting from what is remembered", zap.String("subnet", m.Subnets), zap.Int("peers", len(t.Entries)))
+	a.health.set(condOffline, errors.New("etcd has not answered since the start: this node works with the leases that it remembers"))
+	a.health.set(condLease, nil)
+	a.config, a.lease, a.offline = &t.Config, subnet.Lease{Subnets: m.subnets()}, t
 }
 
 // announce claims a lease that says what the others need to know.
@@ -198,7 +345,6 @@ func (a *Agent) announce(be backend.Backend) {
 	}
 	if a.lease != (subnet.Lease{}) {
 		c.Remembered, c.Keep = a.lease.Subnets, true
-		a.health.set(condStateDir, a.state.save(a.lease.Subnets))
 	}
 	if c != a.claim {
 		a.claim = c
@@ -206,35 +352,57 @@ func (a *Agent) announce(be backend.Backend) {
 	}
 }
 
+// leaseProblem is why no lease is held, and claimProblem why the one that is held does not say what it should.
 func (a *Agent) leaseProblem() error {
 	switch {
+	case a.snap.Held():
+		return nil
 	case a.snap.ClaimErr != nil:
 		return a.snap.ClaimErr
-	case !a.snap.Held() && a.snap.Err != nil:
-		return fmt.Errorf("no lease is held: %w", a.snap.Err)
-	case !a.snap.Held():
-		return errStarting
+	case a.lease != (subnet.Lease{}):
+		return errors.New("the lease is gone from etcd, it is being acquired again")
 	}
-	return nil
+	return errStarting // if it is etcd that is away, that is said by itself
+}
+
+func (a *Agent) claimProblem() error {
+	if !a.snap.Held() || a.snap.Table.ConfigErr != nil || errors.Is(a.snap.ClaimErr, subnet.ErrMoved) { // said elsewhere
+		return nil
+	}
+	return a.snap.ClaimErr
 }
 
 // program makes the node what the lease and its peers ask for.
-func (a *Agent) program(be backend.Backend) error {
+func (a *Agent) program(be backend.Backend, looked bool) error {
 	// What the device must be follows from what is claimed, which may be newer than what the store says by now.
 	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
-	peers, refused := a.snap.Table.Peers(*a.config, self)
+	peers, refused := a.table().Peers(*a.config, self)
 	plan := be.Plan(backend.Input{Config: *a.config, Self: self, Peers: peers, Underlay: a.choice.Underlay, Host: a.host})
 	desired := netstate.Merge(plan.State, netstate.State{Sysctls: a.forwarding()})
 
 	a.peers.note(plan.Ways)
 	a.health.set(condPeers, refusals(refused))
 	a.health.set(condPlan, joined(plan.Problems))
+	a.health.set(condUnreachable, unreachable(plan.Ways))
+	a.health.set(condRoutes, shadowed(a.host, desired))
 	a.firewall.wishes.put(a.firewallWish(self, plan))
 
-	res, err := a.kernel.Reconcile(desired)
-	err = errors.Join(err, failures(res.Failed))
+	// Until the store has said what there is, nothing that is there may go.
+	reconcile := a.kernel.Reconcile
+	if !a.online() {
+		reconcile = a.kernel.AddMissing
+	}
+	res, err := reconcile(desired)
+	failed, minor := failures(res.Failed)
+	err = errors.Join(err, failed)
 	a.health.set(condKernel, err)
-	logChanges(a.log, res.Done)
+	a.health.set(condSettings, minor)
+	if looked && a.programmed != nil && len(netstate.Diff(*a.programmed, desired)) == 0 {
+		a.drift.note(res.Done)
+	} else {
+		logChanges(a.log, res.Done)
+	}
+	a.programmed = &desired
 
 	envErr := writeIfChanged(a.opts.SubnetFile, subnetEnv(*a.config, self, plan.MTU, a.opts.IPMasq))
 	if envErr != nil {
@@ -244,14 +412,44 @@ func (a *Agent) program(be backend.Backend) error {
 	return errors.Join(err, envErr)
 }
 
+// save writes down what a start without etcd needs: the own subnet at once, the rest now and then and at the end.
+func (a *Agent) save(last bool) {
+	if !a.online() || !a.snap.Held() {
+		return
+	}
+	m := a.remembered
+	m.Subnets = subnet.FormatKey(a.lease.Subnets)
+	stale := a.savedAt != a.snap.Table.Revision || !a.snap.Expires.Equal(a.remembered.Expires)
+	if stale && (last || time.Since(a.saved) > rememberEvery) {
+		m = remember(a.table(), a.lease.Subnets, a.snap.Expires)
+		if m.Config == nil {
+			m.Config = a.remembered.Config
+		}
+		a.saved, a.savedAt = time.Now(), a.snap.Table.Revision
+	}
+	if m.equal(a.remembered) {
+		return
+	}
+	err := a.state.save(m)
+	if err == nil {
+		a.remembered = m
+	}
+	a.health.set(condStateDir, err)
+}
+
 func (a *Agent) forwarding() []netstate.Sysctl {
 	if !a.opts.IPForward {
 		return nil
 	}
 	var out []netstate.Sysctl
 	for _, f := range a.config.Families() {
-		path := map[addr.Family]string{addr.IPv4: "net/ipv4/ip_forward", addr.IPv6: "net/ipv6/conf/all/forwarding"}[f]
-		out = append(out, netstate.Sysctl{Path: path, Value: "1"})
+		out = append(out, netstate.Forwarding(f))
+	}
+	if a.config.Pools.V6.On() {
+		// A node that forwards takes no router advertisements any more, unless it is told to: it would lose its own way out.
+		for _, link := range a.host.AdvertisedBy() {
+			out = append(out, netstate.Sysctl{Path: "net/ipv6/conf/" + link + "/accept_ra", Value: "2"})
+		}
 	}
 	return out
 }

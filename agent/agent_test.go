@@ -55,6 +55,8 @@ type fakeKernel struct {
 	err      error // of looking
 	refuse   func(netstate.Change) error
 	observed int
+	unswept  int // calls of AddMissing
+	changed  chan struct{}
 }
 
 func (k *fakeKernel) Observe() (netstate.Host, error) {
@@ -62,6 +64,16 @@ func (k *fakeKernel) Observe() (netstate.Host, error) {
 	defer k.mu.Unlock()
 	k.observed++
 	return k.host, k.err
+}
+
+func (k *fakeKernel) Watch(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+func (k *fakeKernel) Changed() <-chan struct{}        { return k.changed }
+
+func (k *fakeKernel) AddMissing(want netstate.State) (netstate.Result, error) {
+	k.mu.Lock()
+	k.unswept++
+	k.mu.Unlock()
+	return k.Reconcile(want) // in these tests there is nothing to be swept
 }
 
 func (k *fakeKernel) Reconcile(want netstate.State) (res netstate.Result, err error) {
@@ -91,15 +103,16 @@ type fakeFirewall struct {
 }
 
 func (f *fakeFirewall) Remove(context.Context) error { return nil }
+func (f *fakeFirewall) Notified() bool               { return false }
 
-func (f *fakeFirewall) Ensure(_ context.Context, want []masquerade.Ruleset) ([]masquerade.Drift, error) {
+func (f *fakeFirewall) Ensure(_ context.Context, want []masquerade.Ruleset) (masquerade.Result, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.runs++
 	if f.err == nil {
 		f.want = want
 	}
-	return nil, f.err
+	return masquerade.Result{}, f.err
 }
 
 type fakeSets struct {
@@ -125,26 +138,42 @@ type rig struct {
 	sets     *fakeSets
 	agent    *Agent
 	logs     *observer.ObservedLogs
+	stop     func()
 }
 
 func inRig(t *testing.T, test func(r *rig)) {
 	t.Helper()
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
-		core, logs := observer.New(zap.InfoLevel)
-		r := &rig{
-			t: t, dir: dir, logs: logs, store: &fakeStore{updates: newMailbox[subnet.Snapshot]()},
-			kernel: &fakeKernel{host: testHost()}, firewall: &fakeFirewall{}, sets: &fakeSets{},
-		}
-		r.agent = New(Options{
-			Identity:   subnet.Identity{NodeName: "self", NodeID: "id-self"},
-			SubnetFile: filepath.Join(dir, "subnet.env"), StateDir: filepath.Join(dir, "state"),
-			IPMasq: true, ForwardRules: true, IPForward: true, IPTablesResync: 10 * time.Second,
-		}, Parts{Store: r.store, Kernel: r.kernel, Firewall: r.firewall, Sets: r.sets, Log: zap.New(core)})
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error)
-		go func() { done <- r.agent.Run(ctx) }()
+		r := newAgent(&rig{t: t, dir: dir, kernel: &fakeKernel{host: testHost(), changed: make(chan struct{}, 1)}})
+		r.start()
+		defer r.stop()
 		test(r)
+	})
+}
+
+// newAgent makes one more agent for the same node: the same kernel and state directory, another store.
+func newAgent(of *rig) *rig {
+	core, logs := observer.New(zap.InfoLevel)
+	r := &rig{
+		t: of.t, dir: of.dir, logs: logs, store: &fakeStore{updates: newMailbox[subnet.Snapshot]()},
+		kernel: of.kernel, firewall: &fakeFirewall{}, sets: &fakeSets{},
+	}
+	r.agent = New(Options{
+		Identity:   subnet.Identity{NodeName: "self", NodeID: "id-self"},
+		SubnetFile: filepath.Join(r.dir, "subnet.env"), StateDir: filepath.Join(r.dir, "state"),
+		IPMasq: true, ForwardRules: true, IPForward: true, IPTablesResync: 10 * time.Second, StalePeerGrace: 10 * time.Minute,
+	}, Parts{Store: r.store, Kernel: r.kernel, Firewall: r.firewall, Sets: r.sets, Log: zap.New(core)})
+	return r
+}
+
+// start runs the agent; r.stop ends it.
+func (r *rig) start() {
+	t := r.t
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- r.agent.Run(ctx) }()
+	r.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; !errors.Is(err, context.Canceled) {
 			t.Errorf("Run returned %v", err)
@@ -172,7 +201,7 @@ func (r *rig) table(config string, entries ...subnet.Entry) {
 	r.t.Helper()
 	c, err := subnet.ParseConfig([]byte(config))
 	r.store.deliver(func(s *subnet.Snapshot) {
-		s.Table = subnet.Table{Revision: s.Table.Revision + 1, ConfigRevision: 1, Config: c, ConfigErr: err, Entries: entries}
+		s.Table = subnet.Table{Revision: s.Table.Revision + 1, Epoch: s.Table.Epoch, ConfigJSON: config, ConfigRevision: 1, Config: c, ConfigErr: err, Entries: entries}
 	})
 	synctest.Wait()
 }
@@ -192,7 +221,21 @@ func (r *rig) problem(c condition) string {
 	return ""
 }
 
-func (r *rig) routes() int { return len(r.kernel.state.Routes) }
+func (r *rig) routes() int { return len(r.state().Routes) }
+
+func (r *rig) state() netstate.State {
+	return locked(r.kernel, func(k *fakeKernel) netstate.State { return k.state })
+}
+
+func (r *rig) looks() int { return locked(r.kernel, func(k *fakeKernel) int { return k.observed }) }
+
+func (r *rig) unswept() int { return locked(r.kernel, func(k *fakeKernel) int { return k.unswept }) }
+
+func locked[T any](k *fakeKernel, get func(k *fakeKernel) T) T {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return get(k)
+}
 
 func (r *rig) logged(text string) int {
 	n := 0
@@ -214,8 +257,8 @@ func TestFromTableToKernel(t *testing.T) {
 		if got := r.agent.health.list(); len(got) > 0 {
 			t.Fatalf("problems: %v", got)
 		}
-		if len(r.kernel.state.Links) != 1 || r.routes() != 4 || len(r.kernel.state.FDB) != 2 { // two ways to each of two peers
-			t.Errorf("state %+v", r.kernel.state)
+		if len(r.state().Links) != 1 || r.routes() != 4 || len(r.state().FDB) != 2 { // two ways to each of two peers
+			t.Errorf("state %+v", r.state())
 		}
 		env, err := os.ReadFile(filepath.Join(r.dir, "subnet.env"))
 		if err != nil || !strings.Contains(string(env), "FLANNEL_MTU=1450\n") {
@@ -228,7 +271,7 @@ func TestFromTableToKernel(t *testing.T) {
 		if c.PublicIP.V4.String() != "192.0.2.10" || !c.PublicIPLocal || c.VTEP.V4.MAC.IsZero() || c.Backend != subnet.VXLAN || !c.Keep {
 			t.Errorf("claim %+v", c)
 		}
-		if mac := r.kernel.state.Links[0].MAC; mac != c.VTEP.V4.MAC {
+		if mac := r.state().Links[0].MAC; mac != c.VTEP.V4.MAC {
 			t.Errorf("the device has %s, the lease says %s", mac, c.VTEP.V4.MAC)
 		}
 	})
@@ -270,8 +313,8 @@ func TestRefusedChangeIsTriedAgain(t *testing.T) {
 		if n := r.logged("no buffer space"); n != 1 {
 			t.Errorf("the same failure was logged %d times", n)
 		}
-		if r.kernel.observed < 5 || r.kernel.observed > 20 {
-			t.Errorf("looked %d times in 3 minutes", r.kernel.observed)
+		if r.looks() < 5 || r.looks() > 20 {
+			t.Errorf("looked %d times in 3 minutes", r.looks())
 		}
 		r.change(func() { broken = false })
 		r.sleep(lastRetry)
@@ -284,13 +327,13 @@ func TestRefusedChangeIsTriedAgain(t *testing.T) {
 func TestConfigThatCannotBeUsedChangesNothing(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))
-		before := r.kernel.state
+		before := r.state()
 		for _, c := range []string{`{`, `{"Network":"10.244.0.0/16","Backend":{"Type":"ipip"}}`, `{"Network":"10.99.0.0/16"}`, dual} {
 			r.table(c, peer(1))
 			if r.problem(condConfig) == "" {
 				t.Errorf("%s: no problem is named", c)
 			}
-			if d := netstate.Diff(before, r.kernel.state); len(d) > 0 {
+			if d := netstate.Diff(before, r.state()); len(d) > 0 {
 				t.Errorf("%s: changes %v", c, d)
 			}
 		}
@@ -304,11 +347,11 @@ func TestConfigThatCannotBeUsedChangesNothing(t *testing.T) {
 func TestStoreAwayChangesNothing(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))
-		before := r.kernel.state
+		before := r.state()
 		r.store.deliver(func(s *subnet.Snapshot) { s.Err, s.Since = errors.New("connection refused"), time.Now() })
 		r.sleep(time.Hour)
-		if !strings.Contains(r.problem(condStore), "connection refused") || len(netstate.Diff(before, r.kernel.state)) > 0 {
-			t.Errorf("problem %q, changes %v", r.problem(condStore), netstate.Diff(before, r.kernel.state))
+		if !strings.Contains(r.problem(condStore), "connection refused") || len(netstate.Diff(before, r.state())) > 0 {
+			t.Errorf("problem %q, changes %v", r.problem(condStore), netstate.Diff(before, r.state()))
 		}
 		for _, p := range r.agent.health.list() {
 			if p.Fatal {
@@ -393,7 +436,7 @@ func TestPoolFullAndConflictAreNamed(t *testing.T) {
 		if p := r.problem(condLease); !strings.Contains(p, `"other"`) || !strings.Contains(p, "192.0.2.10") {
 			t.Errorf("problem %q", p)
 		}
-		if len(r.kernel.state.Links) > 0 {
+		if len(r.state().Links) > 0 {
 			t.Error("a node without a lease has programmed something")
 		}
 	})
@@ -424,6 +467,195 @@ func TestPeerLog(t *testing.T) {
 		r.table(onlyV4, many...)
 		if n := r.logs.Len() - before; n > 3 {
 			t.Errorf("100 peers make %d lines", n)
+		}
+	})
+}
+
+func TestDriftIsRepairedAtOnceAndCounted(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1), peer(2))
+		whole := r.state()
+		flush := func() {
+			r.change(func() { r.kernel.state.Routes = nil })
+			r.kernel.changed <- struct{}{}
+		}
+		flush()
+		synctest.Wait()
+		if d := netstate.Diff(r.state(), whole); len(d) > 0 {
+			t.Fatalf("not repaired at once: %v", d)
+		}
+		looks := r.looks()
+		for range 100 { // somebody keeps at it for 10 s
+			flush()
+			r.sleep(100 * time.Millisecond)
+		}
+		if n := r.looks() - looks; n < 15 || n > 40 {
+			t.Errorf("looked %d times in 10 s", n)
+		}
+		r.sleep(longestGap)
+		if d := netstate.Diff(r.state(), whole); len(d) > 0 {
+			t.Errorf("not repaired in the end: %v", d)
+		}
+		if n := r.logged("repaired what somebody else changed: route"); n != 1 {
+			t.Errorf("%d lines", n)
+		}
+		r.sleep(3 * time.Minute)
+		if n := r.logged("repaired what somebody else changed: route"); n != 2 {
+			t.Errorf("%d lines after a while, want the count of the rest", n)
+		}
+	})
+}
+
+func TestAuditIsNotPostponedBySnapshots(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1))
+		looks := r.looks()
+		for range 60 { // renewals and other nodes' changes come more often than the audit
+			r.sleep(10 * time.Second)
+			r.table(onlyV4, peer(1))
+		}
+		if n := r.looks() - looks; n < 7 || n > 14 {
+			t.Errorf("looked %d times in 10 minutes", n)
+		}
+	})
+}
+
+func TestStoreThatLostItsDataIsNotAThousandRemovedNodes(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1), peer(2), peer(3))
+		r.store.deliver(func(s *subnet.Snapshot) { s.Table.Epoch++; s.Table.Entries = nil })
+		synctest.Wait()
+		if r.routes() != 6 {
+			t.Fatalf("%d routes right after", r.routes())
+		}
+		other := peer(9)
+		other.Subnets, other.Key = peer(2).Subnets, peer(2).Key // n9 has taken the subnet of n2
+		r.table(onlyV4, peer(1), other)
+		if got := r.state().FDB; len(got) != 3 || slices.ContainsFunc(got, func(e netstate.FDBEntry) bool { return e.Dst == peer(2).PublicIP.V4 }) {
+			t.Errorf("FDB %v", got)
+		}
+		r.sleep(9 * time.Minute)
+		if r.routes() != 6 {
+			t.Errorf("%d routes within the grace time", r.routes())
+		}
+		r.sleep(3 * time.Minute)
+		if r.routes() != 4 || r.logged("given up") != 1 {
+			t.Errorf("%d routes after the grace time, said %d times", r.routes(), r.logged("given up"))
+		}
+	})
+}
+
+func TestRemovedPeersGoAtOnce(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1), peer(2))
+		r.table(onlyV4, peer(2))
+		if r.routes() != 2 {
+			t.Errorf("%d routes", r.routes())
+		}
+	})
+}
+
+func TestStartWithoutStore(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1), peer(2))
+		lease := r.agent.lease.Subnets
+		r.sleep(2 * rememberEvery)
+		m, err := r.agent.state.load()
+		if err != nil || len(m.Peers) != 2 || m.subnets() != lease {
+			t.Fatalf("remembered %+v, %v", m, err)
+		}
+		// The node comes up again: an empty kernel, and a store that does not answer.
+		r.stop()
+		again := newAgent(r)
+		r.change(func() { r.kernel.state = netstate.State{} })
+		again.start()
+		defer again.stop()
+		again.store.deliver(func(s *subnet.Snapshot) { s.Err, s.Since = errors.New("connection refused"), time.Now() })
+		r.sleep(offlineAfter / 2)
+		if again.routes() != 0 {
+			t.Error("started from memory before the store had a chance")
+		}
+		r.sleep(offlineAfter)
+		if again.routes() != 4 || again.agent.lease.Subnets != lease || again.problem(condOffline) == "" || again.unswept() == 0 {
+			t.Errorf("%d routes, lease %v, offline %q, %d rounds without sweeping", again.routes(), again.agent.lease.Subnets, again.problem(condOffline), again.unswept())
+		}
+		for _, p := range again.agent.health.list() {
+			if p.Fatal {
+				t.Errorf("not ready: %+v", p)
+			}
+		}
+		again.store.deliver(func(s *subnet.Snapshot) { s.Err = nil })
+		again.table(onlyV4, peer(2), peer(3))
+		if again.problem(condOffline) != "" || again.routes() != 4 || again.agent.lease.Subnets != lease {
+			t.Errorf("back online: %q, %d routes, lease %v", again.problem(condOffline), again.routes(), again.agent.lease.Subnets)
+		}
+	})
+}
+
+func TestNoStartFromAnEndedLease(t *testing.T) {
+	inRig(t, func(r *rig) {
+		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []subnet.Entry{peer(1)}}, peer(7).Subnets, time.Now().Add(-time.Minute))
+		r.stop()
+		again := newAgent(r)
+		if err := again.agent.state.save(m); err != nil {
+			t.Fatal(err)
+		}
+		again.start()
+		defer again.stop()
+		r.sleep(time.Minute)
+		if again.routes() != 0 || !strings.Contains(again.problem(condOffline), "another node may have it") {
+			t.Errorf("%d routes, %q", again.routes(), again.problem(condOffline))
+		}
+	})
+}
+
+func TestSubnetLostToAnotherNode(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1))
+		before := r.agent.lease.Subnets
+		thief := peer(8)
+		thief.Subnets, thief.Key = before, subnet.FormatKey(before)
+		r.store.deliver(func(s *subnet.Snapshot) {
+			s.Table.Entries = []subnet.Entry{peer(1), thief}
+			d, err := subnet.Decide(s.Table, s.Claimed, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.Lease = d.Lease
+		})
+		synctest.Wait()
+		if r.agent.lease.Subnets == before || r.logged("was lost to another node") != 1 {
+			t.Errorf("lease %v, said %d times", r.agent.lease.Subnets, r.logged("was lost to another node"))
+		}
+		if env, _ := os.ReadFile(filepath.Join(r.dir, "subnet.env")); !strings.Contains(string(env), r.agent.lease.Subnets.V4.Addr().Next().String()) {
+			t.Errorf("subnet.env still says %s", env)
+		}
+		r.sleep(time.Hour)
+		if r.problem(condMoved) == "" {
+			t.Error("nothing reminds of it")
+		}
+		if err := os.Remove(r.agent.state.movedFile()); err != nil {
+			t.Fatal(err)
+		}
+		r.sleep(2 * auditEvery)
+		if p := r.problem(condMoved); p != "" {
+			t.Errorf("after the operator agreed: %q", p)
+		}
+	})
+}
+
+func TestForeignRouteIsNamed(t *testing.T) {
+	inRig(t, func(r *rig) {
+		h := testHost()
+		h.Routes = append(h.Routes,
+			netstate.HostRoute{Dst: netip.MustParsePrefix("10.244.101.0/24"), Link: "docker0"},
+			netstate.HostRoute{Dst: netip.MustParsePrefix("10.244.102.128/25"), Link: "docker0", Metric: 5000},
+			netstate.HostRoute{Dst: netip.MustParsePrefix("10.244.103.0/24"), Link: "docker0", Metric: 5000})
+		r.change(func() { r.kernel.host = h.Indexed() })
+		r.table(onlyV4, peer(1), peer(2), peer(3))
+		p := r.problem(condRoutes)
+		if !strings.Contains(p, "10.244.101.0/24") || !strings.Contains(p, "10.244.102.128/25") || strings.Contains(p, "10.244.103.0/24") {
+			t.Errorf("problem %q", p)
 		}
 	})
 }

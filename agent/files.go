@@ -2,9 +2,9 @@ package agent
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -62,69 +62,42 @@ func subnetEnv(c subnet.Config, l subnet.Lease, mtu int, ipMasq bool) []byte {
 	return []byte(b.String())
 }
 
-// stateDir is what a node remembers across restarts.
-type stateDir string
-
-// memory is the content of the state directory's lease.json.
-type memory struct {
-	Subnets string // in the form of a lease's key
-}
-
-func (d stateDir) leaseFile() string { return filepath.Join(string(d), "lease.json") }
-
-// load returns the subnets that this node had last, if it remembers any.
-func (d stateDir) load() (addr.Per[netip.Prefix], error) {
-	raw, err := os.ReadFile(d.leaseFile())
-	if errors.Is(err, os.ErrNotExist) {
-		return addr.Per[netip.Prefix]{}, nil
-	}
-	if err != nil {
-		return addr.Per[netip.Prefix]{}, err
-	}
-	var m memory
-	if err := json.Unmarshal(raw, &m); err != nil {
-		return addr.Per[netip.Prefix]{}, fmt.Errorf("%s: %w", d.leaseFile(), err)
-	}
-	sn, err := subnet.ParseKey(m.Subnets)
-	if err != nil {
-		return addr.Per[netip.Prefix]{}, fmt.Errorf("%s: %w", d.leaseFile(), err)
-	}
-	return sn, nil
-}
-
-func (d stateDir) save(sn addr.Per[netip.Prefix]) error {
-	raw, err := json.Marshal(memory{Subnets: subnet.FormatKey(sn)})
-	if err != nil {
-		return err
-	}
-	return writeIfChanged(d.leaseFile(), append(raw, '\n'))
-}
-
 // ErrRunning says that another daemon works on this node.
 var ErrRunning = errors.New("another overlayd is running on this node")
 
-// Lock keeps a second daemon off the state directory until the returned function is called or the process ends.
-func Lock(dir string) (unlock func(), err error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
+// Lock keeps a second daemon off this network namespace, whatever container it is in, until the returned function is called or
+// the process ends. The lock is an abstract unix socket (unix(7)), of which each network namespace has its own.
+func Lock(name string) (unlock func(), err error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: "@" + name, Net: "unix"})
+	if err == nil {
+		return func() { _ = l.Close() }, nil
 	}
-	path := filepath.Join(dir, "lock")
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	if !errors.Is(err, unix.EADDRINUSE) {
+		return nil, fmt.Errorf("lock: %w", err)
+	}
+	holder, err := lockHolder(name)
+	if err != nil {
+		return nil, fmt.Errorf("lock: %w", err)
+	}
+	// Anybody can take the name. Who could not run the daemon can't keep it from running either.
+	if int(holder.Uid) != os.Geteuid() && holder.Uid != 0 {
+		return func() {}, nil
+	}
+	return nil, fmt.Errorf("%w: process %d", ErrRunning, holder.Pid)
+}
+
+func lockHolder(name string) (*unix.Ucred, error) {
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: "@" + name, Net: "unix"})
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		holder, _ := os.ReadFile(path)
-		_ = f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("%w (process %s holds %s)", ErrRunning, strings.TrimSpace(string(holder)), path)
-		}
-		return nil, fmt.Errorf("lock %s: %w", path, err)
+	defer func() { _ = c.Close() }()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
 	}
-	_ = f.Truncate(0)
-	_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	return func() { _ = f.Close() }, nil
+	var cred *unix.Ucred
+	var credErr error
+	err = raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	return cred, errors.Join(err, credErr)
 }
-
-// LeaseFile is where the state directory says which subnets the node had last.
-func LeaseFile(dir string) string { return stateDir(dir).leaseFile() }

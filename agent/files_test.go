@@ -2,11 +2,14 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/subnet"
@@ -58,22 +61,28 @@ func TestWriteIfChanged(t *testing.T) {
 func TestStateDir(t *testing.T) {
 	t.Parallel()
 	d := stateDir(filepath.Join(t.TempDir(), "state"))
-	none := addr.Per[netip.Prefix]{}
-	if got, err := d.load(); got != none || err != nil {
-		t.Fatalf("a new node remembers %v, %v", got, err)
+	if got, err := d.load(); !got.equal(memory{}) || err != nil {
+		t.Fatalf("a new node remembers %+v, %v", got, err)
 	}
-	sn := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24"), V6: netip.MustParsePrefix("fd00::/64")}
-	if err := d.save(sn); err != nil {
+	sn := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24")}
+	bad := subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)
+	want := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []subnet.Entry{peer(1), bad, peer(2)}}, sn, time.Now().Round(0))
+	if err := d.save(want); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := d.load(); got != sn || err != nil {
-		t.Fatalf("got %v, %v, want %v", got, err, sn)
+	got, err := d.load()
+	if err != nil || !got.equal(want) || got.subnets() != sn {
+		t.Fatalf("got %+v, %v, want %+v", got, err, want)
+	}
+	table, err := got.table()
+	if err != nil || table.Config != config(t, onlyV4) || len(table.Entries) != 2 || table.Entries[1].Attrs != peer(2).Attrs {
+		t.Errorf("table %+v, %v", table, err)
 	}
 	for _, garbage := range []string{"", "{", `{"Subnets":"10.244.5.7-24"}`, "\x00\xff", `{"Subnets":7}`} {
 		if err := os.WriteFile(d.leaseFile(), []byte(garbage), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := d.load(); got != none || err == nil || !strings.Contains(err.Error(), d.leaseFile()) {
+		if got, err := d.load(); !got.equal(memory{}) || err == nil || !strings.Contains(err.Error(), d.leaseFile()) {
 			t.Errorf("%q: got %v, %v, want an error that names the file", garbage, got, err)
 		}
 	}
@@ -81,16 +90,16 @@ func TestStateDir(t *testing.T) {
 
 func TestLock(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	unlock, err := Lock(dir)
+	name := fmt.Sprintf("overlayd-test-%d", os.Getpid())
+	unlock, err := Lock(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Lock(dir); !errors.Is(err, ErrRunning) {
+	if _, err := Lock(name); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
 		t.Fatalf("a second lock: %v", err)
 	}
 	unlock()
-	unlock, err = Lock(dir)
+	unlock, err = Lock(name)
 	if err != nil {
 		t.Fatalf("after it was given back: %v", err)
 	}

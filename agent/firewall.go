@@ -54,16 +54,10 @@ func (f *firewall) run(ctx context.Context) error {
 // ensure makes sets and rules the wished ones: a set before the rules that name it, and no longer than they do.
 func (f *firewall) ensure(ctx context.Context, w firewallWish) error {
 	setErr := f.ensureSets(&w)
-	drift, err := f.driver.Ensure(ctx, w.rulesets())
-	if errors.Is(err, masquerade.ErrSet) {
-		setErr = errors.Join(setErr, err)
-		w.withoutSets()
-		var more []masquerade.Drift
-		more, err = f.driver.Ensure(ctx, w.rulesets())
-		drift = append(drift, more...)
-	}
-	if len(drift) > 0 {
-		f.log.Info("firewall rules put in place", zap.Stringers("found", drift))
+	res, err := f.driver.Ensure(ctx, w.rulesets())
+	setErr = errors.Join(setErr, res.NoSets)
+	if len(res.Drifts) > 0 {
+		f.log.Info("firewall rules put in place", zap.Stringers("found", res.Drifts))
 	}
 	if setErr != nil {
 		// These packets then get the node's address: not what is promised, but they arrive.

@@ -14,17 +14,24 @@ import (
 type condition string
 
 const (
-	condUnderlay  condition = "underlay"      // a device leads to the other nodes
-	condConfig    condition = "config"        // the network config is valid, and the lease fits it
-	condLease     condition = "lease"         // this node holds its lease
-	condStore     condition = "etcd"          // etcd answers
-	condKernel    condition = "kernel"        // the kernel state is the planned one
-	condFirewall  condition = "firewall"      // the rules are in place
-	condSubnetEnv condition = "subnet-file"   // subnet.env is written
-	condNodeSet   condition = "node-set"      // pods and nodes on one network see each other untranslated
-	condStateDir  condition = "state-dir"     // what has to be remembered is
-	condPlan      condition = "plan"          // nothing in the plan is known not to work
-	condPeers     condition = "refused-lease" // all leases of others make sense
+	condUnderlay    condition = "underlay"      // a device leads to the other nodes
+	condConfig      condition = "config"        // the network config is valid, and the lease fits it
+	condLease       condition = "lease"         // this node holds its lease
+	condStore       condition = "etcd"          // etcd answers
+	condKernel      condition = "kernel"        // the kernel state is the planned one
+	condFirewall    condition = "firewall"      // the rules are in place
+	condSubnetEnv   condition = "subnet-file"   // subnet.env is written
+	condNodeSet     condition = "node-set"      // pods and nodes on one network see each other untranslated
+	condStateDir    condition = "state-dir"     // what has to be remembered is
+	condConfigKeys  condition = "config-keys"   // every key of the network config means something
+	condClaim       condition = "claim"         // the lease says what it should
+	condUnreachable condition = "unreachable"   // there is a way to every peer
+	condSettings    condition = "settings"      // the lesser settings of the kernel are as they should be
+	condOffline     condition = "offline"       // the leases are those of the store, not of memory
+	condMoved       condition = "subnet-moved"  // the pods that run have addresses of the subnet that this node holds
+	condRoutes      condition = "foreign-route" // nobody else's route comes before one of ours
+	condPlan        condition = "plan"          // nothing in the plan is known not to work
+	condPeers       condition = "refused-lease" // all leases of others make sense
 )
 
 // needed are the conditions without which a node is not ready. The others degrade it: pods still talk.

@@ -21,6 +21,9 @@ type Options struct {
 	ForwardRules   bool
 	IPForward      bool
 	IPTablesResync time.Duration
+
+	// StalePeerGrace is how long peers are kept whose leases vanished because etcd lost its data.
+	StalePeerGrace time.Duration
 }
 
 // Validate reports everything that is wrong with the options, by the names of their flags.

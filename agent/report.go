@@ -3,6 +3,8 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 
 	"go.uber.org/zap"
@@ -38,12 +40,62 @@ func refusals(refused []subnet.Refusal) error {
 	return joined(out)
 }
 
-func failures(failed []netstate.Failure) error {
+// shadowed finds routes of somebody else that packets to a peer's subnet would take before ours: for the same destination with
+// a better metric, or for a part of it.
+func shadowed(h netstate.Host, desired netstate.State) error {
+	ours := map[netip.Prefix]uint32{}
+	lengths := map[int]bool{}
+	for _, r := range desired.Routes {
+		if r.Table == netstate.MainTable {
+			ours[r.Dst] = r.Metric
+			lengths[r.Dst.Bits()] = true
+		}
+	}
 	var out []string
-	for _, f := range failed {
-		out = append(out, f.Error())
+	for _, r := range h.Routes {
+		for bits := range lengths {
+			p, err := r.Dst.Addr().Prefix(bits)
+			if metric, ok := ours[p]; err == nil && ok && bits <= r.Dst.Bits() && (bits < r.Dst.Bits() || r.Metric < metric) {
+				out = append(out, fmt.Sprintf("the route to %s by %s, metric %d, is not ours and comes before the way to the peer %s; remove it: ip route del %s dev %s metric %d",
+					r.Dst, r.Link, r.Metric, p, r.Dst, r.Link, r.Metric))
+			}
+		}
 	}
 	return joined(out)
+}
+
+// failures says which changes the kernel refused: those without which pods can't talk, and the minor ones. What only follows from
+// a device that could not be made is left out.
+func failures(failed []netstate.Failure) (major, minor error) {
+	var out, less []string
+	noLink := slices.ContainsFunc(failed, func(f netstate.Failure) bool { return f.Kind() == "device" })
+	for _, f := range failed {
+		s, setting := f.Obj.(netstate.Sysctl)
+		switch {
+		case setting && strings.HasSuffix(s.Path, "/accept_ra"):
+			less = append(less, f.Error())
+		case !noLink || f.Kind() == "device" || !errors.Is(f, netstate.ErrNoLink):
+			out = append(out, f.Error())
+		}
+	}
+	return joined(out), joined(less)
+}
+
+func unreachable(ways []backend.Way) error {
+	var out []string
+	for _, w := range ways {
+		if w.Kind == backend.Unreachable {
+			out = append(out, fmt.Sprintf("%s of node %s: %s", w.Peer.Subnets.Get(w.Family), w.Peer.Name(), w.Reason))
+		}
+	}
+	return joined(out)
+}
+
+func unknownKeys(config string) error {
+	if keys := subnet.UnknownKeys([]byte(config)); len(keys) > 0 {
+		return fmt.Errorf("the network config has keys that mean nothing here: %q", keys)
+	}
+	return nil
 }
 
 // logChanges says what was done to the kernel: a line for each change while they are few, a count by kind otherwise.
@@ -53,7 +105,9 @@ func logChanges(log *zap.Logger, done []netstate.Change) {
 	}
 	counts := map[string]int{}
 	for _, c := range done {
-		log.Debug("kernel changed", zap.Stringer("change", c))
+		if entry := log.Check(zap.DebugLevel, "kernel changed"); entry != nil {
+			entry.Write(zap.Stringer("change", c))
+		}
 		counts[c.Op.String()+" "+c.Kind()]++
 	}
 	log.Info("kernel state brought up to date", zap.Any("changes", counts))
@@ -71,8 +125,8 @@ func (p *peerLog) note(ways []backend.Way) {
 	for _, w := range ways {
 		key := fmt.Sprintf("%s %s", w.Peer.Name(), w.Peer.Subnets.Get(w.Family))
 		now[key] = fmt.Sprintf("%s to %s", w.Kind, w.Peer.PublicIP.Get(w.Family))
-		if w.Reason != "" {
-			now[key] += ": " + w.Reason
+		if w.Kind == backend.Unreachable {
+			now[key] = "unreachable: " + w.Reason
 		}
 		if old, ok := p.ways[key]; !ok {
 			lines = append(lines, fmt.Sprintf("new: %s, %s", key, now[key]))

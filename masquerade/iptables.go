@@ -48,11 +48,16 @@ const DefaultWait = 5 * time.Second
 //
 // A look costs two processes for each chain of ours: one for the chain and one for the hook's chain that calls it. What
 // differs is put right by one iptables-restore for each family. Whatever is found missing is found by looking, never by
-// remembering; remembered is only what saves needless looks at chains that nobody wants and nobody but us makes.
+// remembering; remembered is only what saves needless looks: at chains that nobody wants and nobody but us makes, and
+// with a Watch at anything while it has heard of no change. The rules of iptables-legacy change unheard.
 type IPTables struct {
 	variant Variant
 	wait    time.Duration
 	run     runner
+	sets    Sets // nil: the sets are somebody else's
+	memory  memory
+	nft     nftTool // for what the other driver left
+	guest   bool    // the other driver's helper: what else there is of ours is wanted
 
 	tools   addr.Per[*tool]
 	written map[site]writing
@@ -69,86 +74,109 @@ type site struct {
 // writing remembers how this iptables prints what we wrote, since versions differ in that.
 type writing struct{ rendered, printed text }
 
-// NewIPTables makes the driver; it starts no process and needs none of the programs until it is used. A wait of zero
-// means DefaultWait.
+// NewIPTables makes the driver, for rulesets without sets, or with sets that the caller keeps; it starts no process and
+// needs none of the programs until it is used. A wait of zero means DefaultWait.
 func NewIPTables(variant Variant, wait time.Duration) *IPTables {
 	if wait <= 0 {
 		wait = DefaultWait
 	}
-	return &IPTables{variant: variant, wait: wait, run: execRun, written: map[site]writing{}, gone: map[site]bool{}}
+	return &IPTables{
+		variant: variant, wait: wait, run: execRun, nft: newNFTTool(), written: map[site]writing{}, gone: map[site]bool{},
+	}
 }
 
 var _ Driver = (*IPTables)(nil)
 
 // Ensure implements Driver. When it has run for the first time, what an earlier daemon left behind in the tables of the
-// other variant is gone as well.
-func (d *IPTables) Ensure(ctx context.Context, want []Ruleset) ([]Drift, error) {
-	wanted, err := byFamily(want)
-	if err != nil {
-		return nil, err
-	}
-	var drifts []Drift
-	var errs []error
-	for _, f := range addr.Families() {
-		found, err := d.ensureFamily(ctx, f, wanted.Get(f))
-		drifts = append(drifts, found...)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s firewall: %w", f, err))
-		}
-	}
-	return drifts, errors.Join(errs...)
+// other variant and in nftables is gone as well.
+func (d *IPTables) Ensure(ctx context.Context, want []Ruleset) (Result, error) {
+	return d.memory.rounds(func() (Result, error) {
+		return eachFamily(want, func(rs Ruleset) (Result, error) { return d.ensureFamily(ctx, rs) })
+	})
 }
 
-// byFamily checks what the types cannot say: each family once, only chains that are ours, each once.
-func byFamily(want []Ruleset) (addr.Per[map[Place]Chain], error) {
-	var wanted addr.Per[map[Place]Chain]
-	ours := Places()
-	for _, rs := range want {
-		if !slices.Contains([]addr.Family{addr.IPv4, addr.IPv6}, rs.Family) || wanted.Get(rs.Family) != nil {
-			return wanted, fmt.Errorf("a ruleset of no family, or a second one of the same: %s", rs.Family)
-		}
-		chains := map[Place]Chain{}
-		for _, c := range rs.Chains {
-			if _, twice := chains[c.Place]; twice || !slices.Contains(ours[:], c.Place) {
-				return wanted, fmt.Errorf("%s: not one of our chains, or there twice: %v", rs.Family, c.Place)
-			}
-			chains[c.Place] = c
-		}
-		wanted.Set(rs.Family, chains)
+// Notified implements Driver.
+func (d *IPTables) Notified() bool { return d.memory.complete() }
+
+func (d *IPTables) ensureFamily(ctx context.Context, rs Ruleset) (res Result, err error) {
+	t, err := d.tool(ctx, rs.Family)
+	if len(rs.Chains) == 0 && errors.Is(err, exec.ErrNotFound) {
+		_, err := d.memory.look(rs, func() ([]Drift, error) { return nil, nil })
+		return res, err // a family not in use needs no program
 	}
-	return wanted, nil
+	if err != nil {
+		return res, err
+	}
+	if res.NoSets = d.fillSets(rs); res.NoSets != nil {
+		rs = rs.withoutSets()
+	}
+	res.Drifts, err = d.ensureRules(ctx, t, rs)
+	if errors.Is(err, ErrSet) {
+		res.NoSets, rs = err, rs.withoutSets()
+		res.Drifts, err = d.ensureRules(ctx, t, rs)
+	}
+	if err != nil {
+		return res, err
+	}
+	if err := d.sweep(ctx, t); err != nil {
+		return res, err
+	}
+	return res, d.dropSets(rs)
 }
 
-func (d *IPTables) ensureFamily(ctx context.Context, f addr.Family, want map[Place]Chain) ([]Drift, error) {
-	t, err := d.tool(ctx, f)
-	if len(want) == 0 && errors.Is(err, exec.ErrNotFound) {
-		return nil, nil // a family not in use needs no program
+// ensureRules is for a family whose sets are there.
+func (d *IPTables) ensureRules(ctx context.Context, t *tool, rs Ruleset) ([]Drift, error) {
+	repair := func() ([]Drift, error) { return d.repair(ctx, t, rs) }
+	if t.legacy {
+		d.memory.forget(t.family)
+		return repair()
 	}
-	if err != nil {
-		return nil, err
+	return d.memory.look(rs, repair)
+}
+
+// fillSets makes the sets that rules name. It is cheap, and needs to be: nothing tells of changes in them.
+func (d *IPTables) fillSets(rs Ruleset) error {
+	if d.sets == nil {
+		return nil
 	}
-	drifts, err := d.repair(ctx, t, want)
-	if err != nil {
-		return drifts, err
+	for _, s := range rs.Sets {
+		if _, err := d.sets.Ensure(s.Name, rs.Family, s.Members); err != nil {
+			return err
+		}
 	}
-	if d.swept.Get(f) {
-		return drifts, nil
+	return nil
+}
+
+// dropSets removes the set that no rule names any more.
+func (d *IPTables) dropSets(rs Ruleset) error {
+	if d.sets == nil || len(rs.Sets) > 0 {
+		return nil
 	}
-	// Last, so that the packets are never without rules.
-	if err := d.removeVariant(ctx, f, t.other()); err != nil {
-		return drifts, fmt.Errorf("leftovers in the other variant: %w", err)
+	return d.sets.Remove(NodeSet(rs.Family))
+}
+
+// sweep removes once what others of our drivers left, last, so that the packets are never without rules.
+func (d *IPTables) sweep(ctx context.Context, t *tool) error {
+	if d.guest || d.swept.Get(t.family) {
+		return nil
 	}
-	d.swept.Set(f, true)
-	return drifts, nil
+	if err := d.removeVariant(ctx, t.family, t.other()); err != nil {
+		return fmt.Errorf("leftovers in the other variant: %w", err)
+	}
+	if err := d.nft.remove(ctx, t.family); err != nil {
+		return fmt.Errorf("leftovers in nftables: %w", err)
+	}
+	d.swept.Set(t.family, true)
+	return nil
 }
 
 // repair looks at all our places of one family and puts right what differs, in one transaction.
-func (d *IPTables) repair(ctx context.Context, t *tool, want map[Place]Chain) ([]Drift, error) {
+func (d *IPTables) repair(ctx context.Context, t *tool, rs Ruleset) ([]Drift, error) {
 	var drifts []Drift
 	var restore strings.Builder
 	touched := map[Place]text{}
 	for _, p := range Places() {
-		c, wanted := want[p]
+		c, wanted := rs.chain(p)
 		kinds, sectionText, err := d.examine(ctx, t, p, c, wanted)
 		if err != nil {
 			return nil, err
@@ -220,20 +248,33 @@ func (d *IPTables) readBack(ctx context.Context, t *tool, touched map[Place]text
 	return nil
 }
 
-// Remove implements Driver, in the tables of both variants.
+// Remove implements Driver: in the tables of both variants, in nftables, and the sets.
 func (d *IPTables) Remove(ctx context.Context) error {
 	var errs []error
 	for _, f := range addr.Families() {
-		for _, v := range []Variant{VariantNFT, VariantLegacy} {
-			if err := d.removeVariant(ctx, f, v); err != nil {
-				errs = append(errs, fmt.Errorf("%s firewall: %w", f, err))
-			}
+		if err := d.removeFamily(ctx, f); err != nil {
+			errs = append(errs, fmt.Errorf("%s firewall: %w", f, err))
 		}
 	}
+	d.forget()
+	return errors.Join(errs...)
+}
+
+// forget makes the next look look at everything.
+func (d *IPTables) forget() {
 	clear(d.written)
 	clear(d.gone)
 	d.swept = addr.Per[bool]{}
-	return errors.Join(errs...)
+	d.memory.seen = addr.Per[sighting]{}
+}
+
+func (d *IPTables) removeFamily(ctx context.Context, f addr.Family) error {
+	return errors.Join(
+		d.removeVariant(ctx, f, VariantNFT),
+		d.removeVariant(ctx, f, VariantLegacy),
+		d.nft.remove(ctx, f),
+		d.dropSets(Ruleset{Family: f}),
+	)
 }
 
 // removeVariant takes our chains out of one variant's tables. Where its program is not installed nothing can be done,
@@ -366,13 +407,22 @@ func (d *IPTables) tool(ctx context.Context, f addr.Family) (*tool, error) {
 	return t, err
 }
 
-func (d *IPTables) variantTool(ctx context.Context, f addr.Family, v Variant) (*tool, error) {
-	name, proto := "iptables", goiptables.ProtocolIPv4
+// programName is what the program of a family and variant is called.
+func programName(f addr.Family, v Variant) string {
+	name := "iptables"
 	if f == addr.IPv6 {
-		name, proto = "ip6tables", goiptables.ProtocolIPv6
+		name = "ip6tables"
 	}
 	if v != VariantDefault {
 		name += "-" + string(v)
+	}
+	return name
+}
+
+func (d *IPTables) variantTool(ctx context.Context, f addr.Family, v Variant) (*tool, error) {
+	name, proto := programName(f, v), goiptables.ProtocolIPv4
+	if f == addr.IPv6 {
+		proto = goiptables.ProtocolIPv6
 	}
 	restore, err := exec.LookPath(name + "-restore")
 	if err != nil {

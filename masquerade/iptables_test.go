@@ -271,12 +271,13 @@ func TestWritingRace(t *testing.T) {
 func TestMissingSet(t *testing.T) {
 	t.Parallel()
 	eachVariant(t, func(t *testing.T, r *rig) {
-		before := r.saved()
-		_, _, err := r.tryEnsure(Rules(fullInput(addr.IPv4)), Rules(wanted(addr.IPv6)))
+		want := []Ruleset{Rules(fullInput(addr.IPv4)), Rules(wanted(addr.IPv6))}
+		r.ensure(want...)
+		err := r.noSets
 		if !errors.Is(err, ErrSet) {
 			t.Fatalf("got %v", err)
 		}
-		for _, part := range []string{"IPv4", command(addr.IPv4, r.variant) + "-restore", "overlayd-nodes4 doesn't exist", "-A OVERLAYD-POSTRTG"} {
+		for _, part := range []string{command(addr.IPv4, r.variant) + "-restore", "overlayd-nodes4 doesn't exist", "-A OVERLAYD-POSTRTG"} {
 			if !strings.Contains(err.Error(), part) {
 				t.Errorf("no %q in %q", part, err)
 			}
@@ -285,8 +286,18 @@ func TestMissingSet(t *testing.T) {
 			t.Errorf("more than one line: %q", err)
 		}
 		after := r.saved()
-		if strings.Contains(after, "10.244.0.0") || !strings.Contains(after, "fd00:10:244::/48") || !strings.Contains(after, before[:20]) {
-			t.Errorf("half a change in IPv4, or none in IPv6:\n%s", after)
+		if !strings.Contains(after, "10.244.0.0") || strings.Contains(after, "match-set") || !strings.Contains(after, "fd00:10:244::/48") {
+			t.Errorf("not all but the set:\n%s", after)
+		}
+		r.withSets()
+		r.ensure(want...)
+		if left := r.saved(); r.noSets != nil || !strings.Contains(left, "match-set overlayd-nodes4") {
+			t.Errorf("%v, with sets:\n%s", r.noSets, left)
+		}
+		r.quiet(want...)
+		r.ensure(both()...)
+		if sets := r.ns.Exec("ipset", "list", "-n"); sets != "" {
+			t.Errorf("sets that no rule names: %s", sets)
 		}
 	})
 }

@@ -7,17 +7,24 @@ import (
 	"strings"
 	"testing"
 
+	"sigs.k8s.io/knftables"
+
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/netstate"
 )
 
-// rig is a driver on the real iptables in a namespace of its own, whose every command is counted.
+// rig is a driver on the real iptables or nftables in a namespace of its own, whose every command is counted.
 type rig struct {
 	t       *testing.T
 	ns      *nstest.NS
-	variant Variant
+	variant Variant // of iptables
 	d       *IPTables
+	nft     *NFTables // instead of d, if not nil
+	sets    Sets
+	watch   *netstate.NFTablesWatch
 	calls   []string
+	noSets  error // of the last Ensure
 }
 
 // eachVariant runs a test on iptables-nft and on iptables-legacy, side by side.
@@ -36,10 +43,90 @@ func newRig(t *testing.T, ns *nstest.NS, v Variant) *rig {
 	return r
 }
 
+// newNFTRig is for the driver on nftables. The variant is that of the iptables beside it.
+func newNFTRig(t *testing.T, ns *nstest.NS, v Variant) *rig {
+	r := &rig{t: t, ns: ns, variant: v, nft: NewNFTables(0)}
+	r.restart()
+	return r
+}
+
+// withSets gives the rig the kernel's sets.
+func (r *rig) withSets() *rig {
+	r.t.Helper()
+	var sets *netstate.IPSets
+	var err error
+	r.ns.Do(func() { sets, err = netstate.NewIPSets() })
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(sets.Close)
+	r.sets = sets
+	r.restart()
+	return r
+}
+
+// withWatch lets the rig hear of changes.
+func (r *rig) withWatch() *rig {
+	r.t.Helper()
+	r.watch = watchIn(r.t, r.ns)
+	r.restart()
+	return r
+}
+
+func watchIn(t *testing.T, ns *nstest.NS) *netstate.NFTablesWatch {
+	t.Helper()
+	var watch *netstate.NFTablesWatch
+	var err error
+	ns.Do(func() {
+		watch, err = netstate.WatchNFTables(func(c netstate.NFTablesChange) bool { return Concerns(c.Table, c.Chain) })
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(watch.Close)
+	return watch
+}
+
 // restart gives the rig a driver that remembers nothing.
 func (r *rig) restart() {
+	run, tool := r.counted(execRun), newNFTTool()
+	tool.run, tool.open = run, r.countedNFT(tool.open)
+	var m memory
+	if r.watch != nil {
+		m.watch = r.watch
+	}
+	if r.nft != nil {
+		r.nft = NewNFTables(0)
+		r.nft.nft, r.nft.sets, r.nft.memory, r.nft.forward.run, r.nft.legacy.run = tool, r.sets, m, run, run
+		return
+	}
 	r.d = NewIPTables(r.variant, 0)
-	r.d.run = r.counted(execRun)
+	r.d.run, r.d.nft, r.d.sets, r.d.memory = run, tool, r.sets, m
+}
+
+func (r *rig) driver() Driver {
+	if r.nft != nil {
+		return r.nft
+	}
+	return r.d
+}
+
+// countedInterface counts transactions. (What knftables runs while it is made is not counted.)
+type countedInterface struct {
+	knftables.Interface
+	r *rig
+}
+
+func (c countedInterface) Run(ctx context.Context, tx *knftables.Transaction) error {
+	c.r.calls = append(c.r.calls, "nft -f - : "+tx.String())
+	return c.Interface.Run(ctx, tx)
+}
+
+func (r *rig) countedNFT(open func() (knftables.Interface, error)) func() (knftables.Interface, error) {
+	return func() (knftables.Interface, error) {
+		i, err := open()
+		return countedInterface{i, r}, err
+	}
 }
 
 func (r *rig) counted(run runner) runner {
@@ -49,7 +136,7 @@ func (r *rig) counted(run runner) runner {
 	}
 }
 
-// ensure runs the driver once and returns what it put right and how many restores that took.
+// ensure runs the driver once and returns what it put right and how many transactions that took.
 func (r *rig) ensure(want ...Ruleset) ([]Drift, int) {
 	r.t.Helper()
 	drifts, restores, err := r.tryEnsure(want...)
@@ -61,13 +148,15 @@ func (r *rig) ensure(want ...Ruleset) ([]Drift, int) {
 
 func (r *rig) tryEnsure(want ...Ruleset) (drifts []Drift, restores int, err error) {
 	r.calls = nil
-	r.ns.Do(func() { drifts, err = r.d.Ensure(r.t.Context(), want) })
+	var res Result
+	r.ns.Do(func() { res, err = r.driver().Ensure(r.t.Context(), want) })
 	for _, c := range r.calls {
-		if strings.Contains(c, "-restore ") {
+		if strings.Contains(c, "-restore ") || strings.HasPrefix(c, "nft -f ") {
 			restores++
 		}
 	}
-	return drifts, restores, err
+	r.noSets = res.NoSets
+	return res.Drifts, restores, err
 }
 
 // quiet checks that all is in place, and that to see it took nothing but the two listings for each of our chains.
@@ -86,6 +175,25 @@ func (r *rig) quiet(want ...Ruleset) {
 			r.t.Errorf("not a listing: %s", c)
 		}
 	}
+}
+
+// silent checks that all is in place, and that to see it took no process.
+func (r *rig) silent(want ...Ruleset) {
+	r.t.Helper()
+	drifts, _ := r.ensure(want...)
+	if len(drifts) != 0 || len(r.calls) != 0 {
+		r.t.Errorf("not silent: %v\n%s", drifts, strings.Join(r.calls, "\n"))
+	}
+}
+
+// remove runs the driver's Remove.
+func (r *rig) remove() {
+	r.t.Helper()
+	r.ns.Do(func() {
+		if err := r.driver().Remove(r.t.Context()); err != nil {
+			r.t.Error(err)
+		}
+	})
 }
 
 // command names the program of a family in the variant under test.

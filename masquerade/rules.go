@@ -65,7 +65,7 @@ type Rule struct {
 	Mark      Mark
 	Src, Dst  netip.Prefix
 	DstNot    bool   // Dst is meant the other way: everything but it
-	DstSet    string // the destination is a member of this set of addresses (see Sets)
+	DstSet    string // the destination is a member of this set of addresses, one of the Ruleset's
 	OutDevice string
 	Verdict   Verdict
 	Comment   string // why; letters, digits, spaces and hyphens, so that every firewall takes it as it is
@@ -77,10 +77,46 @@ type Chain struct {
 	Rules []Rule
 }
 
+// Set is a named set of addresses that rules look into.
+type Set struct {
+	Name    string
+	Members []netip.Addr // sorted, each once
+}
+
 // Ruleset is all that is wanted in the firewall for one family. One without chains means: nothing of ours.
 type Ruleset struct {
 	Family addr.Family
+	Sets   []Set
 	Chains []Chain
+}
+
+// chain is what is wanted at a place; a chain without rules where nothing is.
+func (rs Ruleset) chain(p Place) (Chain, bool) {
+	i := slices.IndexFunc(rs.Chains, func(c Chain) bool { return c.Place == p })
+	if i < 0 {
+		return Chain{Place: p}, false
+	}
+	return rs.Chains[i], true
+}
+
+// only is the ruleset with one place alone.
+func (rs Ruleset) only(p Place) Ruleset {
+	out := Ruleset{Family: rs.Family}
+	if c, ok := rs.chain(p); ok {
+		out.Chains = []Chain{c}
+	}
+	return out
+}
+
+// withoutSets leaves out the sets and the rules that look into one. What these exempted is then masqueraded: not what
+// is promised, but it arrives.
+func (rs Ruleset) withoutSets() Ruleset {
+	out := Ruleset{Family: rs.Family}
+	for _, c := range rs.Chains {
+		c.Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.DstSet != "" })
+		out.Chains = append(out.Chains, c)
+	}
+	return out
 }
 
 // Input is all that the decision rests on, for one family.
@@ -92,8 +128,9 @@ type Input struct {
 	Node netip.Addr
 	// Tunnel is the name of the VXLAN device, or empty when there is none.
 	Tunnel string
-	// DirectNodes says that the set NodeSet exists: the addresses of the peers that are reached without the tunnel.
+	// DirectNodes says that there may be peers that are reached without the tunnel, and Nodes are their addresses.
 	DirectNodes bool
+	Nodes       []netip.Addr
 	// Exclude lists destinations that see the pods' own addresses. Those of the other family are passed over.
 	Exclude []netip.Prefix
 	// Masquerade and Forward say which of the two chains is wanted.
@@ -117,6 +154,9 @@ func Rules(in Input) Ruleset {
 	rs := Ruleset{Family: in.Family()}
 	if in.Masquerade {
 		rs.Chains = append(rs.Chains, Chain{postRouting(), postRoutingRules(in, rs.Family)})
+		if in.DirectNodes {
+			rs.Sets = append(rs.Sets, Set{NodeSet(rs.Family), members(in.Nodes, rs.Family)})
+		}
 	}
 	if in.Forward {
 		rs.Chains = append(rs.Chains, Chain{forward(), forwardRules(in.Network)})
@@ -125,12 +165,13 @@ func Rules(in Input) Ruleset {
 }
 
 // postRoutingRules is the order that matters: who is left alone comes before who is masqueraded. The kernel asks only
-// for the first packet of a connection; answers follow it whatever stands here.
+// for the first packet of a connection; answers follow it whatever stands here. Of those left alone the most frequent
+// come first.
 func postRoutingRules(in Input, f addr.Family) []Rule {
 	net := in.Network
 	rules := []Rule{
-		{Mark: Mark{0x4000, 0x4000}, Verdict: Return, Comment: "kube-proxy masquerades this itself"},
 		{Src: net, Dst: net, Verdict: Return, Comment: "pod to pod"},
+		{Mark: Mark{0x4000, 0x4000}, Verdict: Return, Comment: "kube-proxy masquerades this itself"},
 	}
 	rules = append(rules, nodeRules(in, f)...)
 	for _, p := range excluded(in.Exclude, f) {
@@ -177,6 +218,13 @@ func excluded(list []netip.Prefix, f addr.Family) []netip.Prefix {
 		}
 	}
 	slices.SortFunc(own, addr.ComparePrefix)
+	return slices.Compact(own)
+}
+
+// members are the addresses of one family, sorted, so that another order changes nothing.
+func members(list []netip.Addr, f addr.Family) []netip.Addr {
+	own := slices.DeleteFunc(slices.Clone(list), func(a netip.Addr) bool { return !a.IsValid() || addr.FamilyOf(a) != f })
+	slices.SortFunc(own, netip.Addr.Compare)
 	return slices.Compact(own)
 }
 

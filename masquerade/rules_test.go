@@ -22,7 +22,11 @@ func fullInput(f addr.Family) Input {
 // The golden files are what `iptables -S` prints: TestGoldenIsWhatIptablesPrints holds them against the real program.
 func golden(t *testing.T, f addr.Family, got string) string {
 	t.Helper()
-	name := "testdata/" + f.String() + ".rules"
+	return goldenFile(t, "testdata/"+f.String()+".rules", got)
+}
+
+func goldenFile(t *testing.T, name, got string) string {
+	t.Helper()
 	if os.Getenv("OVERLAYD_UPDATE_GOLDEN") == "1" {
 		if err := os.WriteFile(name, []byte(got), 0o644); err != nil {
 			t.Fatal(err)
@@ -80,11 +84,6 @@ func TestGoldenIsWhatIptablesPrints(t *testing.T) {
 			}
 		}
 	})
-}
-
-func placeList() []Place {
-	p := Places()
-	return p[:]
 }
 
 func TestRulesFollowTheInput(t *testing.T) {

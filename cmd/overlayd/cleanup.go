@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -26,19 +25,19 @@ what it remembers. The daemon must be stopped. The lease in etcd stays until it 
 			if err := needPrivileges(); err != nil {
 				return err
 			}
-			unlock, err := agent.Lock(f.stateDir)
+			unlock, err := agent.Lock(lockName)
 			if errors.Is(err, agent.ErrRunning) {
 				return fmt.Errorf("%w: stop it first", err)
 			}
-			if err == nil {
-				defer unlock()
+			if err != nil {
+				return err
 			}
+			defer unlock()
 			out := cmd.OutOrStdout()
 			return errors.Join(
 				cleanKernel(out),
 				cleanFirewall(cmd, *f),
-				cleanFiles(out, f.subnetFile, agent.LeaseFile(f.stateDir)),
-				cleanFiles(io.Discard, filepath.Join(f.stateDir, "lock")), // which this very command made, too
+				cleanFiles(out, append(agent.Files(f.stateDir), f.subnetFile)...),
 			)
 		},
 	}

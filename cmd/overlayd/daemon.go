@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -15,6 +14,9 @@ import (
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet/etcd"
 )
+
+// lockName is the name that a daemon holds in its network namespace.
+const lockName = "overlayd"
 
 // iptablesWait bounds how long one run of iptables waits for its lock.
 const iptablesWait = 10 * time.Second
@@ -45,15 +47,11 @@ func daemon(ctx context.Context, f flags) error {
 	if err := needPrivileges(); err != nil {
 		return err
 	}
-	unlock, err := agent.Lock(opts.StateDir)
-	if errors.Is(err, agent.ErrRunning) {
+	unlock, err := agent.Lock(lockName)
+	if err != nil {
 		return err
 	}
-	if err != nil { // a full or read-only disk is no reason to leave pods without a network
-		log.Warn("problem: state-dir", zap.Error(err))
-	} else {
-		defer unlock()
-	}
+	defer unlock()
 	listener, err := f.listen()
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -43,7 +44,9 @@ type flags struct {
 	ipForward            bool
 	masqExclude          []string
 	iptables             string
+	leaseTTL             seconds
 	iptablesResync       seconds
+	stalePeerGrace       seconds
 	healthzIP            string
 	healthzPort          int
 	logLevel, logFormat  string
@@ -70,18 +73,21 @@ func (f *flags) addNode(s *pflag.FlagSet) {
 
 func (f *flags) addDaemon(s *pflag.FlagSet) {
 	s.StringVar(&f.initConfig, "init-config", "", "JSON `file` that is put into etcd as the network config when there is none")
-	s.DurationVar(&f.store.LeaseTTL, "lease-ttl", etcd.DefaultLeaseTTL, "how long a lease outlives its node")
+	f.leaseTTL = seconds(etcd.DefaultLeaseTTL)
+	s.Var(&f.leaseTTL, "lease-ttl", "how long a lease outlives its node")
 	s.StringSliceVar(&f.ifaces, "iface", nil, "`device or address` that leads to the other nodes; several: the first that fits (default: the device with the default route)")
 	s.StringSliceVar(&f.ifaceRegexes, "iface-regex", nil, "`pattern` for the device's name or address; used where --iface is not set")
 	s.StringVar(&f.ifaceCanReach, "iface-can-reach", "", "take the device that leads to this `address`")
 	s.StringVar(&f.publicIP, "public-ip", "", "IPv4 `address` that the others reach this node at, where it is not the device's own")
-	s.StringVar(&f.publicIPv6, "public-ipv6", "", "the same for IPv6")
+	s.StringVar(&f.publicIPv6, "public-ipv6", "", "IPv6 `address` that the others reach this node at, where it is not the device's own")
 	s.BoolVar(&f.ipMasq, "ip-masq", true, "masquerade what leaves the pod network")
 	s.StringSliceVar(&f.masqExclude, "ip-masq-exclude", nil, "`network` (CIDR) that sees the pods' own addresses; repeatable")
 	s.BoolVar(&f.forwardRules, "iptables-forward-rules", true, "accept the pod network's packets in the FORWARD chain")
 	s.BoolVar(&f.ipForward, "ip-forward", true, "switch on forwarding in the kernel for the families in use")
 	f.iptablesResync = seconds(10 * time.Second)
 	s.Var(&f.iptablesResync, "iptables-resync", "how often the firewall rules are looked at; a number is in seconds")
+	f.stalePeerGrace = seconds(10 * time.Minute)
+	s.Var(&f.stalePeerGrace, "stale-peer-grace", "how long to keep peers whose leases vanished because etcd lost its data")
 	s.StringVar(&f.healthzIP, "healthz-ip", "127.0.0.1", "`address` for /healthz and /readyz")
 	s.IntVar(&f.healthzPort, "healthz-port", 8471, "`port` for /healthz and /readyz; 0 turns them off")
 	s.StringVar(&f.logLevel, "log-level", "info", "`level` from which on to log: debug, info, warn, error")
@@ -165,7 +171,7 @@ func (f flags) agentOptions() (agent.Options, error) {
 	}
 	o := agent.Options{
 		Identity: id, SubnetFile: f.subnetFile, StateDir: f.stateDir, IPMasq: f.ipMasq, ForwardRules: f.forwardRules,
-		IPForward: f.ipForward, IPTablesResync: time.Duration(f.iptablesResync),
+		IPForward: f.ipForward, IPTablesResync: time.Duration(f.iptablesResync), StalePeerGrace: time.Duration(f.stalePeerGrace),
 	}
 	var errs []error
 	o.Interface, err = f.interfaceOptions()
@@ -195,28 +201,24 @@ func (f flags) interfaceOptions() (agent.InterfaceOptions, error) {
 		}
 		o.Regexes = append(o.Regexes, re)
 	}
-	parse := func(flag, text string, families ...addr.Family) netip.Addr {
-		if text == "" {
-			return netip.Addr{}
-		}
+	parse := func(flag, text, kind string, family ...addr.Family) netip.Addr {
 		a, err := netip.ParseAddr(text)
-		for _, f := range families {
-			if err == nil && addr.FamilyOf(a) == f && !a.Is4In6() && !a.IsUnspecified() {
-				return a
-			}
+		if text == "" || err == nil && slices.Contains(family, addr.FamilyOf(a)) && !a.Is4In6() && !a.IsUnspecified() && a.Zone() == "" {
+			return a
 		}
-		errs = append(errs, fmt.Errorf("%s: expected an address of %v, found %q", flag, families, text))
+		errs = append(errs, fmt.Errorf("%s: expected an %s address, found %q", flag, kind, text))
 		return netip.Addr{}
 	}
-	o.CanReach = parse("--iface-can-reach", f.ifaceCanReach, addr.IPv4, addr.IPv6)
-	o.PublicIP.V4 = parse("--public-ip", f.publicIP, addr.IPv4)
-	o.PublicIP.V6 = parse("--public-ipv6", f.publicIPv6, addr.IPv6)
+	o.CanReach = parse("--iface-can-reach", f.ifaceCanReach, "IP", addr.IPv4, addr.IPv6)
+	o.PublicIP.V4 = parse("--public-ip", f.publicIP, "IPv4", addr.IPv4)
+	o.PublicIP.V6 = parse("--public-ipv6", f.publicIPv6, "IPv6", addr.IPv6)
 	return o, errors.Join(errs...)
 }
 
 // storeOptions completes the options of the store.
 func (f flags) storeOptions() (etcd.Options, error) {
 	o := f.store
+	o.LeaseTTL = time.Duration(f.leaseTTL)
 	if f.initConfig == "" {
 		return o, nil
 	}

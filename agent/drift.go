@@ -1,0 +1,78 @@
+package agent
+
+import (
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/overlayd/overlayd/netstate"
+)
+
+// throttle spaces out how often the kernel is looked at because something changed there: at once after a quiet time, then ever
+// more slowly, so that somebody who keeps changing things costs little and is still undone within a second.
+type throttle struct {
+	gap  time.Duration
+	last time.Time // the last look
+}
+
+const (
+	firstGap, longestGap = 20 * time.Millisecond, 500 * time.Millisecond
+	quiet                = 2 * time.Second
+)
+
+// due is when to look because of a change that was heard of now.
+func (t *throttle) due(now time.Time) time.Time {
+	if now.Sub(t.last) > quiet {
+		t.gap = 0
+	}
+	return t.last.Add(t.gap)
+}
+
+// looked notes a look that a change asked for.
+func (t *throttle) looked(now time.Time) {
+	t.last = now
+	t.gap = min(max(2*t.gap, firstGap), longestGap)
+}
+
+// driftLog counts what was changed behind our back and put right, and says so once a minute for each kind of object.
+type driftLog struct {
+	log   *zap.Logger
+	now   func() time.Time
+	kinds map[string]*driftCount
+}
+
+type driftCount struct {
+	total, pending int
+	example        string
+	said           time.Time
+}
+
+const driftEvery = time.Minute
+
+func (d *driftLog) note(repaired []netstate.Change) {
+	for _, c := range repaired {
+		k := d.kinds[c.Kind()]
+		if k == nil {
+			k = &driftCount{}
+			d.kinds[c.Kind()] = k
+		}
+		k.total++
+		k.pending++
+		k.example = c.String()
+		if c.Old != nil {
+			k.example += ", found " + c.Old.String()
+		}
+	}
+	d.flush()
+}
+
+// flush says what has not been said yet and may be by now.
+func (d *driftLog) flush() {
+	for kind, k := range d.kinds {
+		if k.pending == 0 || !k.said.IsZero() && d.now().Sub(k.said) < driftEvery {
+			continue
+		}
+		d.log.Warn("repaired what somebody else changed: "+kind, zap.Int("count", k.pending), zap.Int("since_start", k.total), zap.String("last", k.example))
+		k.pending, k.said = 0, d.now()
+	}
+}

@@ -1,0 +1,130 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+// stateDir is where a node keeps what it has to know after a restart.
+type stateDir string
+
+// memory is the content of the state directory's lease.json: enough to bring the node's network up again while etcd is away.
+type memory struct {
+	Subnets string // this node's, in the form of a lease's key
+	// Expires is when the lease ends unless it was renewed since; until then nobody else can have the subnets. Zero: never.
+	Expires time.Time
+	Config  json.RawMessage `json:",omitempty"`
+	Peers   []memorizedPeer `json:",omitempty"`
+}
+
+type memorizedPeer struct {
+	Key   string
+	Value json.RawMessage
+}
+
+func (d stateDir) leaseFile() string { return filepath.Join(string(d), "lease.json") }
+func (d stateDir) movedFile() string { return filepath.Join(string(d), "subnet-changed") }
+
+// Files lists all that a daemon may leave in its state directory.
+func Files(dir string) []string {
+	return []string{stateDir(dir).leaseFile(), stateDir(dir).movedFile()}
+}
+
+// load returns what this node remembers; a new node remembers nothing. An error says that something could not be read; the
+// subnets may still have been.
+func (d stateDir) load() (memory, error) {
+	raw, err := os.ReadFile(d.leaseFile())
+	if errors.Is(err, os.ErrNotExist) {
+		return memory{}, nil
+	}
+	var m memory
+	if err == nil {
+		err = json.Unmarshal(raw, &m)
+	}
+	if err == nil {
+		_, err = subnet.ParseKey(m.Subnets)
+	}
+	if err != nil {
+		return memory{}, fmt.Errorf("%s: %w", d.leaseFile(), err)
+	}
+	return m, nil
+}
+
+func (d stateDir) save(m memory) error {
+	raw, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return writeIfChanged(d.leaseFile(), append(raw, '\n'))
+}
+
+// subnets are this node's own.
+func (m memory) subnets() addr.Per[netip.Prefix] {
+	sn, _ := subnet.ParseKey(m.Subnets) // load has looked at it
+	return sn
+}
+
+// remember puts the essence of a table into a memory.
+func remember(t subnet.Table, self addr.Per[netip.Prefix], expires time.Time) memory {
+	m := memory{Subnets: subnet.FormatKey(self), Expires: expires}
+	if t.ConfigErr == nil {
+		m.Config = json.RawMessage(t.ConfigJSON)
+	}
+	for _, e := range t.Entries {
+		if e.Err == nil && !e.Blank() && e.Subnets != self {
+			m.Peers = append(m.Peers, memorizedPeer{Key: e.Key, Value: subnet.FormatValue(e.Attrs)})
+		}
+	}
+	return m
+}
+
+// table makes of a memory what the store would say. It believes no more of it than of the store.
+func (m memory) table() (subnet.Table, error) {
+	if len(m.Config) == 0 {
+		return subnet.Table{}, errors.New("the network config is not remembered")
+	}
+	c, err := subnet.ParseConfig(m.Config)
+	if err != nil {
+		return subnet.Table{}, err
+	}
+	t := subnet.Table{Config: c, ConfigJSON: string(m.Config)}
+	for i, p := range m.Peers {
+		const someLease = 1 // not a reservation
+		t.Entries = append(t.Entries, subnet.ParseEntry(p.Key, p.Value, 0, int64(i), someLease))
+	}
+	return t, nil
+}
+
+// equal reports whether two memories say the same, but for a little progress of the lease.
+func (m memory) equal(o memory) bool {
+	const progress = 10 * time.Minute
+	return m.Subnets == o.Subnets && o.Expires.Sub(m.Expires).Abs() < progress && string(m.Config) == string(o.Config) &&
+		slices.EqualFunc(m.Peers, o.Peers, func(a, b memorizedPeer) bool { return a.Key == b.Key && string(a.Value) == string(b.Value) })
+}
+
+// noteMove leaves a note that the subnet changed under running pods. It stays until an operator has seen to them and removes it.
+func (d stateDir) noteMove(before, now string) error {
+	text := fmt.Sprintf("This node's subnet was %s and is %s: another node holds the old one. Pods made before have addresses that no longer\n"+
+		"lead here. Recreate them (and the pod bridge), then remove this file.\n", before, now)
+	return writeIfChanged(d.movedFile(), []byte(text))
+}
+
+// movedProblem is that note as a problem.
+func (d stateDir) movedProblem() error {
+	raw, err := os.ReadFile(d.movedFile())
+	if err != nil {
+		return nil //nolint:nilerr // no note, no problem
+	}
+	first, _, _ := strings.Cut(string(raw), ":")
+	return fmt.Errorf("%s: recreate the pods made before, then remove %s", first, d.movedFile())
+}
