@@ -1,0 +1,229 @@
+package netstate
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Observe looks at the kernel: it returns the part of the host's network that is not ours, and remembers the part that is for the
+// next Reconcile.
+func (k *Kernel) Observe() (Host, error) {
+	s, h, err := k.look()
+	if err != nil {
+		k.known = nil
+		return Host{}, err
+	}
+	k.known = &s
+	return h, nil
+}
+
+// look reads all but the settings: which of those matter is said by the wish.
+func (k *Kernel) look() (State, Host, error) {
+	var s State
+	var h Host
+	_, err := os.Stat("/proc/sys/net/ipv6")
+	h.IPv6 = err == nil
+	names, err := k.observeLinks(&s, &h)
+	if err != nil {
+		return s, h, fmt.Errorf("reading the devices: %w", err)
+	}
+	for what, read := range map[string]func(map[int]string, *State, *Host) error{
+		"addresses": k.observeAddresses, "routes": k.observeRoutes, "rules": k.observeRules, "neighbours": k.observeNeighbours,
+	} {
+		if err := read(names, &s, &h); err != nil {
+			return s, h, fmt.Errorf("reading the %s: %w", what, err)
+		}
+	}
+	s.Sort()
+	k.cared = k.others(s, h)
+	return s, h.Indexed(), nil
+}
+
+func (k *Kernel) observeLinks(s *State, h *Host) (map[int]string, error) {
+	all, err := k.linkList()
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[int]string, len(all))
+	k.index = make(map[string]int, len(all))
+	for _, l := range all {
+		names[l.Attrs().Index] = l.Attrs().Name
+		k.index[l.Attrs().Name] = l.Attrs().Index
+	}
+	for _, l := range all {
+		a := l.Attrs()
+		hl := HostLink{Index: a.Index, Name: a.Name, MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0, Loopback: a.RawFlags&unix.IFF_LOOPBACK != 0}
+		if v, ok := l.(*netlink.Vxlan); ok {
+			hl.VXLAN = vxlanOf(v, names)
+			if k.owned(a.Name) {
+				s.Links = append(s.Links, Link{Name: a.Name, VXLAN: hl.VXLAN, MAC: macOf(a.HardwareAddr), MTU: a.MTU, Down: !hl.Up})
+			}
+		} else if k.owned(a.Name) {
+			delete(k.index, a.Name) // somebody else's, in the way of ours: nothing is put on it
+		}
+		h.Links = append(h.Links, hl)
+	}
+	return names, nil
+}
+
+func (k *Kernel) linkList() ([]netlink.Link, error) {
+	for range dumpTries {
+		all, err := k.links.LinkList()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return all, err
+		}
+	}
+	return nil, errInterrupted
+}
+
+func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error {
+	const fleeting = unix.IFA_F_TEMPORARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+	var all []netlink.Addr
+	err := error(netlink.ErrDumpInterrupted)
+	for i := 0; i < dumpTries && errors.Is(err, netlink.ErrDumpInterrupted); i++ {
+		all, err = k.links.AddrList(nil, netlink.FAMILY_ALL)
+	}
+	if err != nil {
+		return err
+	}
+	for _, a := range all {
+		ip, _ := netip.AddrFromSlice(a.IP)
+		ip = ip.Unmap()
+		bits, _ := a.Mask.Size()
+		name, p := names[a.LinkIndex], netip.PrefixFrom(ip, bits)
+		h.Addresses = append(h.Addresses, HostAddress{Link: name, Prefix: p, Fleeting: a.Flags&fleeting != 0, Tunnel: k.ours(s, name)})
+		if k.ours(s, name) && !ip.IsLinkLocalUnicast() {
+			s.Addresses = append(s.Addresses, Address{Link: name, Prefix: p})
+		}
+	}
+	return nil
+}
+
+// others lists the links by number that are not ours and carry an address or a route.
+func (k *Kernel) others(s State, h Host) map[uint32]bool {
+	out := map[uint32]bool{}
+	note := func(link string) {
+		if i, ok := k.index[link]; ok && !k.ours(&s, link) {
+			out[uint32(i)] = true
+		}
+	}
+	for _, a := range h.Addresses {
+		if !a.Prefix.Addr().IsLinkLocalUnicast() {
+			note(a.Link)
+		}
+	}
+	for _, r := range h.Routes {
+		if !r.Dst.Addr().IsLinkLocalUnicast() {
+			note(r.Link)
+		}
+	}
+	return out
+}
+
+// ours reports whether a link is one of those that were observed as ours.
+func (k *Kernel) ours(s *State, name string) bool {
+	return slices.ContainsFunc(s.Links, func(l Link) bool { return l.Name == name })
+}
+
+func (k *Kernel) observeRoutes(names map[int]string, s *State, h *Host) error {
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		routes, host := len(s.Routes), len(h.Routes)
+		header := nl.NewRtMsg()
+		header.RtMsg = unix.RtMsg{Family: family}
+		err := k.conn.dump(unix.RTM_GETROUTE, header, nil, func() {
+			s.Routes, h.Routes = s.Routes[:routes], h.Routes[:host]
+		}, func(b []byte) {
+			r, ok := parseRoute(b)
+			if !ok || r.kind != unix.RTN_UNICAST {
+				return
+			}
+			r.Link = names[int(r.oif)]
+			switch {
+			case r.protocol == Protocol:
+				s.Routes = append(s.Routes, r.Route)
+			case r.Table == MainTable:
+				h.Routes = append(h.Routes, HostRoute{Dst: r.Dst, Via: r.Via, Link: r.Link, Metric: r.Metric, Advertised: r.protocol == unix.RTPROT_RA})
+			}
+		})
+		if err != nil && !noFamily(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *Kernel) observeRules(_ map[int]string, s *State, _ *Host) error {
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		before := len(s.Rules)
+		header := nl.NewRtMsg()
+		header.RtMsg = unix.RtMsg{Family: family}
+		err := k.conn.dump(unix.RTM_GETRULE, header, nil, func() { s.Rules = s.Rules[:before] }, func(b []byte) {
+			if r, protocol, ok := parseRule(b); ok && protocol == Protocol {
+				s.Rules = append(s.Rules, r)
+			}
+		})
+		if err != nil && !noFamily(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *Kernel) observeNeighbours(names map[int]string, s *State, _ *Host) error {
+	for _, l := range s.Links {
+		ifindex := uint32(k.index[l.Name])
+		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+			before := len(s.Neighbours)
+			filter := nl.NewRtAttr(unix.NDA_IFINDEX, nl.Uint32Attr(ifindex))
+			err := k.conn.dump(unix.RTM_GETNEIGH, &netlink.Ndmsg{Family: family}, []*nl.RtAttr{filter}, func() {
+				s.Neighbours = s.Neighbours[:before]
+			}, func(b []byte) {
+				if n, at, ok := parseNeighbour(b); ok && at == ifindex { // an older kernel does not filter
+					n.Link = names[int(at)]
+					s.Neighbours = append(s.Neighbours, n)
+				}
+			})
+			if err != nil && !noFamily(err) {
+				return err
+			}
+		}
+		before := len(s.FDB)
+		err := k.conn.dump(unix.RTM_GETNEIGH, &netlink.Ndmsg{Family: unix.AF_BRIDGE, Index: ifindex}, nil, func() {
+			s.FDB = s.FDB[:before]
+		}, func(b []byte) {
+			if e, at, ok := parseFDB(b); ok && at == ifindex {
+				e.Link = names[int(at)]
+				s.FDB = append(s.FDB, e)
+			}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// noFamily: a kernel started without IPv6 has no such tables, which is as good as empty ones.
+func noFamily(err error) bool {
+	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
+}
+
+// readSysctls reads the settings that are wished for; one that can't be read is missing.
+func readSysctls(wish []Sysctl) []Sysctl {
+	var out []Sysctl
+	for _, w := range wish {
+		if v, err := os.ReadFile(filepath.Join("/proc/sys", w.Path)); err == nil {
+			out = append(out, Sysctl{w.Path, strings.TrimSpace(string(v))})
+		}
+	}
+	return out
+}
