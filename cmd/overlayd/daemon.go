@@ -35,6 +35,10 @@ func daemon(ctx context.Context, f flags) error {
 	if err != nil {
 		return err
 	}
+	health, err := f.healthAddress()
+	if err != nil {
+		return err
+	}
 	log, err := f.logger()
 	if err != nil {
 		return err
@@ -52,7 +56,7 @@ func daemon(ctx context.Context, f flags) error {
 		return err
 	}
 	defer unlock()
-	listener, err := f.listen()
+	listener, err := listen(health)
 	if err != nil {
 		return err
 	}

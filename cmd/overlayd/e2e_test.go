@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/lab"
 	"github.com/overlayd/overlayd/lab/labtest"
 )
@@ -419,7 +420,8 @@ func TestUnreachableEtcd(t *testing.T) {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, overlayd, "--etcd-endpoints", endpoint, "--state-dir", t.TempDir(), "--subnet-file", t.TempDir()+"/subnet.env", "--healthz-port", "0")
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	out, err := cmd.CombinedOutput()
+	var out []byte
+	nstest.New(t).Do(func() { out, err = cmd.CombinedOutput() })
 	if cmd.ProcessState.ExitCode() != 0 {
 		t.Errorf("after SIGINT: %v\n%s", err, out)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -241,16 +242,24 @@ func (f flags) variant() (masquerade.Variant, error) {
 	return v, nil
 }
 
-// listen opens the address for the health checks; nil where they are turned off.
-func (f flags) listen() (net.Listener, error) {
+// healthAddress is where the health checks are served; not valid where they are turned off.
+func (f flags) healthAddress() (netip.AddrPort, error) {
+	ip, err := netip.ParseAddr(f.healthzIP)
 	if f.healthzPort == 0 {
+		return netip.AddrPort{}, nil
+	}
+	if err != nil || f.healthzPort < 0 || f.healthzPort > math.MaxUint16 {
+		return netip.AddrPort{}, usageError{fmt.Errorf("--healthz-ip, --healthz-port: expected an address and a port, found %q and %d", f.healthzIP, f.healthzPort)}
+	}
+	return netip.AddrPortFrom(ip, uint16(f.healthzPort)), nil
+}
+
+// listen opens that address; nil where there is none.
+func listen(a netip.AddrPort) (net.Listener, error) {
+	if !a.IsValid() {
 		return nil, nil
 	}
-	ip, err := netip.ParseAddr(f.healthzIP)
-	if err != nil || f.healthzPort < 0 || f.healthzPort > 65535 {
-		return nil, usageError{fmt.Errorf("--healthz-ip, --healthz-port: expected an address and a port, found %q and %d", f.healthzIP, f.healthzPort)}
-	}
-	l, err := net.Listen("tcp", netip.AddrPortFrom(ip, uint16(f.healthzPort)).String())
+	l, err := net.Listen("tcp", a.String())
 	if err != nil {
 		return nil, fmt.Errorf("--healthz-ip, --healthz-port: %w", err)
 	}
