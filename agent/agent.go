@@ -208,13 +208,27 @@ func (a *Agent) online() bool { return a.snap.Table.Revision != 0 }
 // take replaces what is known of the store. When its data was lost, the leases that are missing now are kept for a while: a table
 // that vanished is not a thousand removed nodes.
 func (a *Agent) take(s subnet.Snapshot) {
-	if s.Table.Epoch != a.snap.Table.Epoch && a.online() {
-		a.kept = s.Table.Retain(a.table().Entries)
+	if before := a.before(s.Table); before != nil {
+		a.kept = s.Table.Retain(before)
 		a.keptUntil = time.Now().Add(a.opts.StalePeerGrace)
 		a.log.Warn("etcd has lost data or was restored from a backup: peers that are missing in it are kept for a while",
 			zap.Int("kept", len(a.kept)), zap.Duration("for", a.opts.StalePeerGrace))
 	}
 	a.snap = s
+}
+
+// before is what was known of a store that has lost data since; nil if it has not.
+func (a *Agent) before(t subnet.Table) []subnet.Entry {
+	switch {
+	case a.online() && t.Epoch != a.snap.Table.Epoch:
+		return a.table().Entries
+	case !a.online() && t.Revision != 0 && t.Revision < a.remembered.Revision: // while this daemon was not running
+		old, err := a.remembered.table()
+		if err == nil {
+			return old.Entries
+		}
+	}
+	return nil
 }
 
 // table is the lease table to act on.

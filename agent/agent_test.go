@@ -592,6 +592,27 @@ func TestStartWithoutStore(t *testing.T) {
 	})
 }
 
+func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
+	inRig(t, func(r *rig) {
+		for range 5 {
+			r.table(onlyV4, peer(1), peer(2))
+		}
+		r.sleep(2 * rememberEvery)
+		r.stop()
+		again := newAgent(r)
+		again.start()
+		defer again.stop()
+		again.table(onlyV4, peer(2)) // at revision 1
+		if again.routes() != 4 || again.logged("etcd has lost data") != 1 {
+			t.Errorf("%d routes, said %d times", again.routes(), again.logged("etcd has lost data"))
+		}
+		again.sleep(20 * time.Minute)
+		if again.routes() != 2 {
+			t.Errorf("%d routes in the end", again.routes())
+		}
+	})
+}
+
 func TestNoStartFromAnEndedLease(t *testing.T) {
 	inRig(t, func(r *rig) {
 		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []subnet.Entry{peer(1)}}, peer(7).Subnets, time.Now().Add(-time.Minute))

@@ -23,8 +23,10 @@ type memory struct {
 	Subnets string // this node's, in the form of a lease's key
 	// Expires is when the lease ends unless it was renewed since; until then nobody else can have the subnets. Zero: never.
 	Expires time.Time
-	Config  json.RawMessage `json:",omitempty"`
-	Peers   []memorizedPeer `json:",omitempty"`
+	// Revision is the store's. One that is at an earlier one later has lost data.
+	Revision int64           `json:",omitempty"`
+	Config   json.RawMessage `json:",omitempty"`
+	Peers    []memorizedPeer `json:",omitempty"`
 }
 
 type memorizedPeer struct {
@@ -76,7 +78,7 @@ func (m memory) subnets() addr.Per[netip.Prefix] {
 
 // remember puts the essence of a table into a memory.
 func remember(t subnet.Table, self addr.Per[netip.Prefix], expires time.Time) memory {
-	m := memory{Subnets: subnet.FormatKey(self), Expires: expires}
+	m := memory{Subnets: subnet.FormatKey(self), Expires: expires, Revision: t.Revision}
 	if t.ConfigErr == nil {
 		m.Config = json.RawMessage(t.ConfigJSON)
 	}
@@ -108,7 +110,7 @@ func (m memory) table() (subnet.Table, error) {
 // equal reports whether two memories say the same, but for a little progress of the lease.
 func (m memory) equal(o memory) bool {
 	const progress = 10 * time.Minute
-	return m.Subnets == o.Subnets && o.Expires.Sub(m.Expires).Abs() < progress && string(m.Config) == string(o.Config) &&
+	return m.Subnets == o.Subnets && m.Revision == o.Revision && o.Expires.Sub(m.Expires).Abs() < progress && string(m.Config) == string(o.Config) &&
 		slices.EqualFunc(m.Peers, o.Peers, func(a, b memorizedPeer) bool { return a.Key == b.Key && string(a.Value) == string(b.Value) })
 }
 
