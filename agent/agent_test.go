@@ -680,3 +680,20 @@ func TestForeignRouteIsNamed(t *testing.T) {
 		}
 	})
 }
+
+// A node that forwards forgets what it learned from router advertisements, unless it was told otherwise before.
+func TestForwardingKeepsAdvertisedRoutes(t *testing.T) {
+	inRig(t, func(r *rig) {
+		h := testHost()
+		h.Routes = append(h.Routes, netstate.HostRoute{Dst: netip.MustParsePrefix("::/0"), Link: "eth0", Metric: 1024, Advertised: true})
+		r.change(func() { r.kernel.host = h.Indexed() })
+		r.table(dual)
+		at := func(path string) int {
+			return slices.IndexFunc(r.state().Sysctls, func(s netstate.Sysctl) bool { return s.Path == path })
+		}
+		if a, f := at("net/ipv6/conf/eth0/accept_ra"), at("net/ipv6/conf/all/forwarding"); a < 0 || a > f {
+			t.Errorf("settings %v", r.state().Sysctls)
+		}
+		r.table(onlyV4)
+	})
+}
