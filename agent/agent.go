@@ -52,9 +52,10 @@ type Parts struct {
 	Store    subnet.Manager
 	Kernel   Kernel
 	Firewall masquerade.Driver
-	Sets     masquerade.Sets
-	Health   net.Listener // for /healthz and /readyz; nil: none
-	Log      *zap.Logger
+	// FirewallChanged says that somebody changed the firewall; nil: nothing tells.
+	FirewallChanged <-chan struct{}
+	Health          net.Listener // for /healthz and /readyz; nil: none
+	Log             *zap.Logger
 }
 
 // Agent is the daemon of one node.
@@ -94,10 +95,11 @@ func New(o Options, p Parts) *Agent {
 	return &Agent{
 		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, log: p.Log, state: stateDir(o.StateDir),
 		firewall: &firewall{
-			driver: p.Firewall, sets: p.Sets, resync: o.IPTablesResync, health: h, log: p.Log, wishes: newMailbox[firewallWish](),
+			driver: p.Firewall, changed: p.FirewallChanged, resync: o.IPTablesResync, health: h, log: p.Log,
+			drift: newDriftLog(p.Log), wishes: newMailbox[[]masquerade.Input](),
 		},
 		peers: peerLog{log: p.Log},
-		drift: driftLog{log: p.Log, now: time.Now, kinds: map[string]*driftCount{}},
+		drift: newDriftLog(p.Log),
 	}
 }
 
@@ -468,21 +470,21 @@ func (a *Agent) forwarding() []netstate.Sysctl {
 	return out
 }
 
-func (a *Agent) firewallWish(self subnet.Lease, plan backend.Plan) firewallWish {
-	w := firewallWish{nodes: plan.DirectNodes}
+func (a *Agent) firewallWish(self subnet.Lease, plan backend.Plan) []masquerade.Input {
+	var inputs []masquerade.Input
 	b := a.config.Backend
 	for _, f := range a.config.Families() {
 		in := masquerade.Input{
 			Network: a.config.Pools.Get(f).Network, Subnet: self.Subnets.Get(f), Tunnel: plan.Tunnel.Get(f),
-			DirectNodes: a.opts.IPMasq && (b.Type == subnet.HostGW || b.DirectRouting),
-			Exclude:     a.opts.MasqExclude, Masquerade: a.opts.IPMasq, Forward: a.opts.ForwardRules,
+			DirectNodes: a.opts.IPMasq && (b.Type == subnet.HostGW || b.DirectRouting), Nodes: plan.DirectNodes.Get(f),
+			Exclude: a.opts.MasqExclude, Masquerade: a.opts.IPMasq, Forward: a.opts.ForwardRules,
 		}
 		if self.PublicIPLocal {
 			in.Node = self.PublicIP.Get(f)
 		}
-		w.inputs = append(w.inputs, in)
+		inputs = append(inputs, in)
 	}
-	return w
+	return inputs
 }
 
 func backendOf(t subnet.BackendType) backend.Backend {

@@ -17,7 +17,6 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
-	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
@@ -98,6 +97,7 @@ func (k *fakeKernel) Reconcile(want netstate.State) (res netstate.Result, err er
 type fakeFirewall struct {
 	mu   sync.Mutex
 	err  error
+	sets error // why it has no sets
 	want []masquerade.Ruleset
 	runs int
 }
@@ -112,20 +112,7 @@ func (f *fakeFirewall) Ensure(_ context.Context, want []masquerade.Ruleset) (mas
 	if f.err == nil {
 		f.want = want
 	}
-	return masquerade.Result{}, f.err
-}
-
-type fakeSets struct {
-	mu  sync.Mutex
-	err error
-}
-
-func (*fakeSets) Remove(string) error { return nil }
-
-func (s *fakeSets) Ensure(string, addr.Family, []netip.Addr) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return 0, s.err
+	return masquerade.Result{NoSets: f.sets}, f.err
 }
 
 // rig is an agent that runs in a bubble of its own time.
@@ -135,7 +122,6 @@ type rig struct {
 	store    *fakeStore
 	kernel   *fakeKernel
 	firewall *fakeFirewall
-	sets     *fakeSets
 	agent    *Agent
 	logs     *observer.ObservedLogs
 	stop     func()
@@ -157,13 +143,13 @@ func newAgent(of *rig) *rig {
 	core, logs := observer.New(zap.InfoLevel)
 	r := &rig{
 		t: of.t, dir: of.dir, logs: logs, store: &fakeStore{updates: newMailbox[subnet.Snapshot]()},
-		kernel: of.kernel, firewall: &fakeFirewall{}, sets: &fakeSets{},
+		kernel: of.kernel, firewall: &fakeFirewall{},
 	}
 	r.agent = New(Options{
 		Identity:   subnet.Identity{NodeName: "self", NodeID: "id-self"},
 		SubnetFile: filepath.Join(r.dir, "subnet.env"), StateDir: filepath.Join(r.dir, "state"),
 		IPMasq: true, ForwardRules: true, IPForward: true, IPTablesResync: 10 * time.Second, StalePeerGrace: 10 * time.Minute,
-	}, Parts{Store: r.store, Kernel: r.kernel, Firewall: r.firewall, Sets: r.sets, Log: zap.New(core)})
+	}, Parts{Store: r.store, Kernel: r.kernel, Firewall: r.firewall, Log: zap.New(core)})
 	return r
 }
 
@@ -183,7 +169,7 @@ func (r *rig) start() {
 
 // change changes what the fakes do.
 func (r *rig) change(f func()) {
-	for _, mu := range []*sync.Mutex{&r.kernel.mu, &r.firewall.mu, &r.sets.mu} {
+	for _, mu := range []*sync.Mutex{&r.kernel.mu, &r.firewall.mu} {
 		mu.Lock()
 		defer mu.Unlock()
 	}
@@ -402,7 +388,7 @@ func TestKernelThatCannotBeRead(t *testing.T) {
 func TestFirewall(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.change(func() { r.firewall.err = errors.New("another app is currently holding the xtables lock") })
-		r.change(func() { r.sets.err = errors.New("no ipset here") })
+		r.change(func() { r.firewall.sets = errors.New("no ipset here") })
 		r.table(`{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}`, peer(1))
 		if !strings.Contains(r.problem(condFirewall), "xtables lock") || r.routes() == 0 {
 			t.Errorf("problem %q, %d routes", r.problem(condFirewall), r.routes())
@@ -412,14 +398,10 @@ func TestFirewall(t *testing.T) {
 		if r.problem(condFirewall) != "" || !strings.Contains(r.problem(condNodeSet), "no ipset here") {
 			t.Errorf("problems %v", r.agent.health.list())
 		}
-		for _, rs := range r.firewall.want {
-			for _, c := range rs.Chains {
-				if slices.ContainsFunc(c.Rules, func(x masquerade.Rule) bool { return x.DstSet != "" }) {
-					t.Error("a rule names a set that is not there")
-				}
-			}
+		if sets := r.firewall.want[0].Sets; len(sets) != 1 || len(sets[0].Members) != 1 {
+			t.Errorf("sets %v", sets)
 		}
-		r.change(func() { r.sets.err = nil })
+		r.change(func() { r.firewall.sets = nil })
 		r.sleep(11 * time.Second)
 		if p := r.agent.health.list(); len(p) > 0 {
 			t.Errorf("problems %v", p)

@@ -49,21 +49,30 @@ type driftCount struct {
 
 const driftEvery = time.Minute
 
+func newDriftLog(log *zap.Logger) driftLog {
+	return driftLog{log: log, now: time.Now, kinds: map[string]*driftCount{}}
+}
+
 func (d *driftLog) note(repaired []netstate.Change) {
 	for _, c := range repaired {
-		k := d.kinds[c.Kind()]
-		if k == nil {
-			k = &driftCount{}
-			d.kinds[c.Kind()] = k
-		}
-		k.total++
-		k.pending++
-		k.example = c.String()
+		example := c.String()
 		if c.Old != nil {
-			k.example += ", found " + c.Old.String()
+			example += ", found " + c.Old.String()
 		}
+		d.count(c.Kind(), example)
 	}
 	d.flush()
+}
+
+func (d *driftLog) count(kind, example string) {
+	k := d.kinds[kind]
+	if k == nil {
+		k = &driftCount{}
+		d.kinds[kind] = k
+	}
+	k.total++
+	k.pending++
+	k.example = example
 }
 
 // flush says what has not been said yet and may be by now.

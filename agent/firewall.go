@@ -2,103 +2,92 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net/netip"
-	"slices"
+	"reflect"
 	"time"
 
 	"go.uber.org/zap"
 
-	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/masquerade"
 )
 
-// firewallWish is all that the firewall has to hold.
-type firewallWish struct {
-	inputs []masquerade.Input
-	nodes  addr.Per[[]netip.Addr] // members of the node sets
-}
-
 // firewall keeps the rules in place in a goroutine of its own: iptables may wait long for its lock, and routes must not wait with it.
 type firewall struct {
-	driver masquerade.Driver
-	sets   masquerade.Sets
-	resync time.Duration
-	health *health
-	log    *zap.Logger
-	wishes mailbox[firewallWish]
+	driver  masquerade.Driver
+	changed <-chan struct{} // hints that somebody changed the firewall; nil: nothing tells
+	resync  time.Duration
+	health  *health
+	log     *zap.Logger
+	drift   driftLog
+	wishes  mailbox[[]masquerade.Input]
 }
 
+// run looks whenever there is a reason to, and on a period: not everything is told of. Where everything is, a look at what
+// has not changed starts no process.
 func (f *firewall) run(ctx context.Context) error {
 	tick := time.NewTicker(f.resync)
 	defer tick.Stop()
-	var wish *firewallWish
+	var pace throttle
+	later := time.NewTimer(time.Hour)
+	defer later.Stop()
+	var wish, done []masquerade.Ruleset
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case w := <-f.wishes:
-			wish = &w
+			wish = rulesets(w)
 		case <-tick.C:
+		case <-later.C:
+			pace.looked(time.Now())
+		case <-f.changed:
+			now := time.Now()
+			if due := pace.due(now); now.Before(due) {
+				later.Reset(time.Until(due))
+				continue
+			}
+			pace.looked(now)
 		}
 		if wish == nil {
 			continue
 		}
-		if err := f.ensure(ctx, *wish); ctx.Err() == nil {
+		err := f.ensure(ctx, wish, reflect.DeepEqual(wish, done))
+		if ctx.Err() == nil {
 			f.health.set(condFirewall, err)
+		}
+		if done = nil; err == nil {
+			done = wish
 		}
 	}
 }
 
-// ensure makes sets and rules the wished ones: a set before the rules that name it, and no longer than they do.
-func (f *firewall) ensure(ctx context.Context, w firewallWish) error {
-	setErr := f.ensureSets(&w)
-	res, err := f.driver.Ensure(ctx, w.rulesets())
-	setErr = errors.Join(setErr, res.NoSets)
-	if len(res.Drifts) > 0 {
+// ensure makes the rules the wished ones. If they were so before, somebody else has changed what has to be put right.
+func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again bool) error {
+	res, err := f.driver.Ensure(ctx, wish)
+	if !again && len(res.Drifts) > 0 {
 		f.log.Info("firewall rules put in place", zap.Stringers("found", res.Drifts))
 	}
-	if setErr != nil {
-		// These packets then get the node's address: not what is promised, but they arrive.
-		setErr = fmt.Errorf("pods reach the nodes on their own network with a translated address: %w", setErr)
+	if again {
+		for _, d := range res.Drifts {
+			f.drift.count("firewall: "+d.Kind.String(), d.String())
+		}
+		f.drift.flush()
 	}
-	f.health.set(condNodeSet, setErr)
-	if err != nil {
+	if ctx.Err() != nil {
 		return err
 	}
-	for _, in := range w.inputs {
-		if !in.DirectNodes {
-			err = errors.Join(err, f.sets.Remove(masquerade.NodeSet(in.Family())))
-		}
+	noSets := res.NoSets
+	if noSets != nil {
+		noSets = fmt.Errorf("pods reach the nodes on their own network with a translated address: %w", noSets)
 	}
+	f.health.set(condNodeSet, noSets)
 	return err
 }
 
-// ensureSets fills the sets that rules will name; where that fails, the wish is changed to do without.
-func (f *firewall) ensureSets(w *firewallWish) error {
-	for _, in := range w.inputs {
-		if !in.DirectNodes {
-			continue
-		}
-		if _, err := f.sets.Ensure(masquerade.NodeSet(in.Family()), in.Family(), w.nodes.Get(in.Family())); err != nil {
-			w.withoutSets()
-			return err
-		}
-	}
-	return nil
-}
-
-func (w *firewallWish) withoutSets() {
-	w.inputs = slices.Clone(w.inputs)
-	for i := range w.inputs {
-		w.inputs[i].DirectNodes = false
-	}
-}
-
-func (w firewallWish) rulesets() []masquerade.Ruleset {
-	var out []masquerade.Ruleset
-	for _, in := range w.inputs {
+// rulesets is never nil: no inputs are a wish too.
+func rulesets(inputs []masquerade.Input) []masquerade.Ruleset {
+	out := []masquerade.Ruleset{}
+	for _, in := range inputs {
 		out = append(out, masquerade.Rules(in))
 	}
 	return out

@@ -8,7 +8,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/agent"
 	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/masquerade"
@@ -36,7 +35,7 @@ what it remembers. The daemon must be stopped. The lease in etcd stays until it 
 			out := cmd.OutOrStdout()
 			return errors.Join(
 				cleanKernel(out),
-				cleanFirewall(cmd, *f),
+				masquerade.Remove(cmd.Context(), iptablesWait, newSets()),
 				cleanFiles(out, append(agent.Files(f.stateDir), f.subnetFile)...),
 			)
 		},
@@ -56,19 +55,6 @@ func cleanKernel(out io.Writer) error {
 	}
 	for _, f := range res.Failed {
 		err = errors.Join(err, f)
-	}
-	return err
-}
-
-func cleanFirewall(cmd *cobra.Command, f flags) error {
-	variant, err := f.variant()
-	if err != nil {
-		return err
-	}
-	err = masquerade.NewIPTables(variant, iptablesWait).Remove(cmd.Context())
-	sets := newSets()
-	for _, family := range addr.Families() {
-		err = errors.Join(err, sets.Remove(masquerade.NodeSet(family)))
 	}
 	return err
 }

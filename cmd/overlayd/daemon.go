@@ -31,7 +31,7 @@ func daemon(ctx context.Context, f flags) error {
 	if err != nil {
 		return err
 	}
-	variant, err := f.variant()
+	fw, err := f.firewallOptions()
 	if err != nil {
 		return err
 	}
@@ -68,9 +68,19 @@ func daemon(ctx context.Context, f flags) error {
 
 	log.Info("overlayd starts", zap.String("version", version), zap.String("node", opts.Identity.NodeName), zap.String("id", opts.Identity.NodeID),
 		zap.Strings("etcd", storeOpts.Endpoints), zap.String("prefix", storeOpts.Prefix))
+	fw.Sets = newSets()
+	var changed <-chan struct{}
+	watch, err := netstate.WatchNFTables(func(c netstate.NFTablesChange) bool { return masquerade.Concerns(c.Table, c.Chain) })
+	if err != nil {
+		log.Warn("changes in the firewall are found only by looking now and then", zap.Error(err))
+	} else {
+		defer watch.Close()
+		fw.Watch, changed = watch, watch.Wakes()
+	}
+	driver, why := masquerade.New(ctx, fw)
+	log.Info("firewall chosen", zap.String("firewall", string(why.Kind)), zap.String("iptables_variant", string(why.Variant)), zap.String("reason", why.Reason))
 	err = agent.New(opts, agent.Parts{
-		Store: store, Kernel: kernel, Health: listener, Log: log,
-		Firewall: masquerade.NewIPTables(variant, iptablesWait), Sets: newSets(),
+		Store: store, Kernel: kernel, Health: listener, Log: log, Firewall: driver, FirewallChanged: changed,
 	}).Run(ctx)
 	if ctx.Err() != nil {
 		log.Info("overlayd stops; the data plane stays as it is")

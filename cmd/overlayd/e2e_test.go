@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -307,6 +308,7 @@ func TestWrongOptions(t *testing.T) {
 		{[]string{"--ip-masq-exclude", "10.0.0.0"}, "", "--ip-masq-exclude"},
 		{[]string{"--iptables-resync", "0"}, "", "--iptables-resync"},
 		{[]string{"--iptables-variant", "ebtables"}, "", "--iptables-variant"},
+		{[]string{"--firewall", "ebtables"}, "", "--firewall"},
 		{[]string{"--log-level", "loud"}, "", "--log-level"},
 		{[]string{"--log-format", "xml"}, "", "--log-format"},
 		{[]string{"--healthz-ip", "here"}, "", "--healthz-ip"},
@@ -453,28 +455,42 @@ func TestNonsenseLeases(t *testing.T) {
 	good := func(ip, mac string) string {
 		return fmt.Sprintf(`{"PublicIP":%q,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":%q},"PublicIPLocal":true}`, ip, mac)
 	}
+	// free gives a key that no node holds: the nodes' own are chosen by hash.
+	next := 2
+	free := func() string {
+		for {
+			next++
+			key := fmt.Sprintf("10.244.%d.0-24", next)
+			if !slices.ContainsFunc(l.Nodes(), func(n *lab.Node) bool {
+				lease, err := n.Lease()
+				return err != nil || strings.HasPrefix(key, lease.Subnets[0].Addr().String()+"-")
+			}) {
+				return key
+			}
+		}
+	}
 	before := state(t, n1)
-	for key, value := range map[string]string{
-		"10.244.300.0-24": good("172.31.1.99", "02:00:00:00:00:01"),
-		"10.244.200.7-24": good("172.31.1.99", "02:00:00:00:00:01"),
-		"172.31.1.0-24":   good("172.31.1.99", "02:00:00:00:00:02"), // the underlay itself
-		"0.0.0.0-0":       good("172.31.1.99", "02:00:00:00:00:03"),
-		"172.31.100.0-24": good("172.31.1.99", "02:00:00:00:00:04"), // etcd's network
-		"10.244.0.0-16":   good("172.31.1.99", "02:00:00:00:00:05"),
-		lease2.Subnets[0].Addr().String() + "-25": good("172.31.1.99", "02:00:00:00:00:06"), // in the subnet of n2
-		"10.244.3.0-24":  good(n1.Addr(addr.IPv4).String(), "02:00:00:00:00:07"),
-		"10.244.4.0-24":  good("10.244.9.9", "02:00:00:00:00:08"),
-		"10.244.5.0-24":  good("224.0.0.1", "02:00:00:00:00:09"),
-		"10.244.6.0-24":  good("255.255.255.255", "02:00:00:00:00:0a"),
-		"10.244.7.0-24":  good("127.0.0.1", "02:00:00:00:00:0b"),
-		"10.244.8.0-24":  good("0.0.0.0", "02:00:00:00:00:0c"),
-		"10.244.9.0-24":  good("172.31.1.99", "00:00:00:00:00:00"),
-		"10.244.10.0-24": good("172.31.1.99", "ff:ff:ff:ff:ff:ff"),
-		"10.244.11.0-24": strings.Replace(good("172.31.1.99", "02:00:00:00:00:0d"), `"VNI":1`, `"VNI":2`, 1),
-		"10.244.12.0-24": `{"PublicIP":`,
-		"10.244.13.0-24": `{"PublicIP":"172.31.1.99"}`,
+	for _, kv := range [][2]string{
+		{"10.244.300.0-24", good("172.31.1.99", "02:00:00:00:00:01")},
+		{strings.Replace(free(), ".0-24", ".7-24", 1), good("172.31.1.99", "02:00:00:00:00:01")},
+		{"172.31.1.0-24", good("172.31.1.99", "02:00:00:00:00:02")}, // the underlay itself
+		{"0.0.0.0-0", good("172.31.1.99", "02:00:00:00:00:03")},
+		{"172.31.100.0-24", good("172.31.1.99", "02:00:00:00:00:04")}, // etcd's network
+		{"10.244.0.0-16", good("172.31.1.99", "02:00:00:00:00:05")},
+		{lease2.Subnets[0].Addr().String() + "-25", good("172.31.1.99", "02:00:00:00:00:06")}, // in the subnet of n2
+		{free(), good(n1.Addr(addr.IPv4).String(), "02:00:00:00:00:07")},
+		{free(), good("10.244.9.9", "02:00:00:00:00:08")},
+		{free(), good("224.0.0.1", "02:00:00:00:00:09")},
+		{free(), good("255.255.255.255", "02:00:00:00:00:0a")},
+		{free(), good("127.0.0.1", "02:00:00:00:00:0b")},
+		{free(), good("0.0.0.0", "02:00:00:00:00:0c")},
+		{free(), good("172.31.1.99", "00:00:00:00:00:00")},
+		{free(), good("172.31.1.99", "ff:ff:ff:ff:ff:ff")},
+		{free(), strings.Replace(good("172.31.1.99", "02:00:00:00:00:0d"), `"VNI":1`, `"VNI":2`, 1)},
+		{free(), `{"PublicIP":`},
+		{free(), `{"PublicIP":"172.31.1.99"}`},
 	} {
-		put(key, value)
+		put(kv[0], kv[1])
 	}
 	waitLog(t, n1, "and 8 more") // of 18, ten are named
 	labtest.Check(t, l)

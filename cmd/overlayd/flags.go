@@ -44,7 +44,7 @@ type flags struct {
 	ipMasq, forwardRules bool
 	ipForward            bool
 	masqExclude          []string
-	iptables             string
+	firewall, iptables   string
 	leaseTTL             seconds
 	iptablesResync       seconds
 	stalePeerGrace       seconds
@@ -69,7 +69,8 @@ func (f *flags) addNode(s *pflag.FlagSet) {
 	s.StringVar(&f.nodeID, "node-id", "", "`ID` of this machine, unique and lasting (default: the content of "+machineIDFile+")")
 	s.StringVar(&f.subnetFile, "subnet-file", defaultSubnetFile, "`file` that tells CNI plugins the subnet and MTU")
 	s.StringVar(&f.stateDir, "state-dir", defaultStateDir, "`directory` in which the node remembers its subnet")
-	s.StringVar(&f.iptables, "iptables-variant", "", "`variant` of iptables: nft or legacy (default: what the command iptables is)")
+	s.StringVar(&f.firewall, "firewall", string(masquerade.KindAuto), "`what` holds the rules: auto (what the host and kube-proxy use), iptables or nftables")
+	s.StringVar(&f.iptables, "iptables-variant", "", "`variant` of iptables: nft or legacy (default: what the host uses)")
 }
 
 func (f *flags) addDaemon(s *pflag.FlagSet) {
@@ -234,12 +235,17 @@ func (f flags) storeOptions() (etcd.Options, error) {
 	return o, nil
 }
 
-func (f flags) variant() (masquerade.Variant, error) {
-	v, err := masquerade.ParseVariant(f.iptables)
+// firewallOptions checks what the operator says about the firewall.
+func (f flags) firewallOptions() (masquerade.Options, error) {
+	kind, err := masquerade.ParseKind(f.firewall)
 	if err != nil {
-		return v, usageError{fmt.Errorf("--iptables-variant: %w", err)}
+		return masquerade.Options{}, usageError{fmt.Errorf("--firewall: %w", err)}
 	}
-	return v, nil
+	variant, err := masquerade.ParseVariant(f.iptables)
+	if err != nil {
+		return masquerade.Options{}, usageError{fmt.Errorf("--iptables-variant: %w", err)}
+	}
+	return masquerade.Options{Kind: kind, Variant: variant, Wait: iptablesWait}, nil
 }
 
 // healthAddress is where the health checks are served; not valid where they are turned off.
