@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -73,8 +72,8 @@ type Agent struct {
 
 	// What the loop knows. Each stays as it was while nothing better is known.
 	snap       subnet.Snapshot
-	kept       []subnet.Entry // leases that were lost with the store's data, and whose nodes may come back
-	keptUntil  time.Time
+	linger     lingering
+	lostUntil  time.Time // peers that are missing because the store lost its data are kept until then
 	host       netstate.Host
 	config     *subnet.Config // the last valid one that the lease fits
 	choice     *Choice
@@ -155,6 +154,9 @@ func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) 
 	case err != nil:
 		return now.Add(retry), min(2*retry, lastRetry)
 	}
+	if end := a.linger.next(); !end.IsZero() {
+		next = earlier(next, end)
+	}
 	if offline := a.started.Add(offlineAfter); !a.online() && now.Before(offline) {
 		next = earlier(next, offline)
 	}
@@ -207,48 +209,45 @@ var errNoInterface = errors.New("waiting for a network interface")
 // online reports whether the store has been read since the start.
 func (a *Agent) online() bool { return a.snap.Table.Revision != 0 }
 
-// take replaces what is known of the store. When its data was lost, the leases that are missing now are kept for a while: a table
+// take replaces what is known of the store. When its data was lost, the peers that are missing now are kept for a while: a table
 // that vanished is not a thousand removed nodes.
 func (a *Agent) take(s subnet.Snapshot) {
-	if before := a.before(s.Table); before != nil {
-		a.kept = s.Table.Retain(before)
-		a.keptUntil = time.Now().Add(a.opts.StalePeerGrace)
+	lost := a.online() && s.Table.Epoch != a.snap.Table.Epoch
+	if !a.online() && s.Table.Revision != 0 && s.Table.Revision < a.remembered.Revision { // while this daemon was not running
+		lost = true
+		if old, err := a.remembered.table(); err == nil && len(a.linger.believed) == 0 {
+			self := subnet.Lease{Subnets: a.remembered.subnets(), Attrs: a.claim.Attrs}
+			a.linger.believed, _ = old.Peers(old.Config, self)
+		}
+	}
+	if lost {
+		a.lostUntil = time.Now().Add(a.opts.StalePeerGrace)
 		a.log.Warn("etcd has lost data or was restored from a backup: peers that are missing in it are kept for a while",
-			zap.Int("kept", len(a.kept)), zap.Duration("for", a.opts.StalePeerGrace))
+			zap.Duration("for", a.opts.StalePeerGrace))
 	}
 	a.snap = s
 }
 
-// before is what was known of a store that has lost data since; nil if it has not.
-func (a *Agent) before(t subnet.Table) []subnet.Entry {
-	switch {
-	case a.online() && t.Epoch != a.snap.Table.Epoch:
-		return a.table().Entries
-	case !a.online() && t.Revision != 0 && t.Revision < a.remembered.Revision: // while this daemon was not running
-		old, err := a.remembered.table()
-		if err == nil {
-			return old.Entries
-		}
-	}
-	return nil
-}
-
 // table is the lease table to act on.
 func (a *Agent) table() subnet.Table {
-	t := a.snap.Table
-	switch {
-	case !a.online():
+	if !a.online() {
 		return a.offline
-	case len(a.kept) == 0:
-		return t
 	}
-	a.kept = t.Retain(a.kept)
-	if time.Now().After(a.keptUntil) {
-		a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(a.kept)))
-		a.kept = nil
+	return a.snap.Table
+}
+
+// believe sorts out which peers to act on.
+func (a *Agent) believe(self subnet.Lease) []subnet.Lease {
+	peers, refused := a.table().Peers(*a.config, self)
+	a.health.set(condPeers, refusals(refused))
+	now := time.Now()
+	keep := max(lingerFor, a.lostUntil.Sub(now))
+	peers, given := a.linger.merge(*a.config, peers, self, now, keep)
+	if len(given) > 0 && !now.Before(a.lostUntil) && !a.lostUntil.IsZero() {
+		a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(given)))
+		a.lostUntil = time.Time{}
 	}
-	t.Entries = slices.Concat(t.Entries, a.kept)
-	return t
+	return peers
 }
 
 // round goes once from what is known to what should be. An error means that it has to be tried again; it has been reported.
@@ -392,12 +391,11 @@ func (a *Agent) claimProblem() error {
 func (a *Agent) program(be backend.Backend, looked bool) error {
 	// What the device must be follows from what is claimed, which may be newer than what the store says by now.
 	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
-	peers, refused := a.table().Peers(*a.config, self)
+	peers := a.believe(self)
 	plan := be.Plan(backend.Input{Config: *a.config, Self: self, Peers: peers, Underlay: a.choice.Underlay, Host: a.host})
 	desired := netstate.Merge(plan.State, netstate.State{Sysctls: a.forwarding()})
 
 	a.peers.note(plan.Ways)
-	a.health.set(condPeers, refusals(refused))
 	a.health.set(condPlan, joined(plan.Problems))
 	a.health.set(condUnreachable, unreachable(plan.Ways))
 	a.health.set(condRoutes, shadowed(a.host, desired))

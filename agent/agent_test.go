@@ -431,6 +431,7 @@ func TestPeerLog(t *testing.T) {
 		moved.PublicIP.V4 = netip.MustParseAddr("192.0.2.201")
 		r.table(onlyV4, moved, peer(2))
 		r.table(onlyV4, peer(2))
+		r.sleep(lingerFor + time.Second)
 		for _, want := range []string{
 			"peer new: n1 10.244.101.0/24, tunnel to 192.0.2.101",
 			"peer changed: n1 10.244.101.0/24, tunnel to 192.0.2.201 (was tunnel to 192.0.2.101)",
@@ -527,14 +528,48 @@ func TestStoreThatLostItsDataIsNotAThousandRemovedNodes(t *testing.T) {
 	})
 }
 
-func TestRemovedPeersGoAtOnce(t *testing.T) {
+// A lease that was deleted or spoiled by mistake is back in a moment: until then nothing is taken down. One that was removed for
+// good goes soon after.
+func TestRemovedPeersLingerAMoment(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1), peer(2))
+		whole := r.state()
+		spoiled := subnet.ParseEntry(peer(1).Key, []byte("{"), 9, 1, 1)
+		for _, now := range [][]subnet.Entry{{peer(2)}, {spoiled, peer(2)}, {peer(1), peer(2)}} {
+			r.table(onlyV4, now...)
+			if d := netstate.Diff(whole, r.state()); len(d) > 0 {
+				t.Fatalf("changes %v", d)
+			}
+			r.sleep(lingerFor / 4)
+		}
 		r.table(onlyV4, peer(2))
+		r.sleep(lingerFor + time.Second)
 		if r.routes() != 2 {
 			t.Errorf("%d routes", r.routes())
 		}
 	})
+}
+
+// What another node's lease says now leaves nothing to linger.
+func TestContradictedPeersGoAtOnce(t *testing.T) {
+	for name, change := range map[string]func(e *subnet.Entry){
+		"another node has the subnet":     func(e *subnet.Entry) { e.Subnets, e.Key = peer(1).Subnets, peer(1).Key },
+		"another node has the address":    func(e *subnet.Entry) { e.PublicIP = peer(1).PublicIP },
+		"another node has the MAC":        func(e *subnet.Entry) { e.VTEP = peer(1).VTEP },
+		"the node has another subnet now": func(e *subnet.Entry) { e.Identity = peer(1).Identity },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inRig(t, func(r *rig) {
+				r.table(onlyV4, peer(1), peer(2))
+				now := peer(3)
+				change(&now)
+				r.table(onlyV4, peer(2), now)
+				if r.routes() != 4 || len(r.state().FDB) != 2 {
+					t.Errorf("%d routes, FDB %v", r.routes(), r.state().FDB)
+				}
+			})
+		})
+	}
 }
 
 func TestStartWithoutStore(t *testing.T) {
@@ -568,6 +603,7 @@ func TestStartWithoutStore(t *testing.T) {
 		}
 		again.store.deliver(func(s *subnet.Snapshot) { s.Err = nil })
 		again.table(onlyV4, peer(2), peer(3))
+		r.sleep(lingerFor + time.Second)
 		if again.problem(condOffline) != "" || again.routes() != 4 || again.agent.lease.Subnets != lease {
 			t.Errorf("back online: %q, %d routes, lease %v", again.problem(condOffline), again.routes(), again.agent.lease.Subnets)
 		}

@@ -56,12 +56,19 @@ func shadowed(h netstate.Host, desired netstate.State) error {
 		for bits := range lengths {
 			p, err := r.Dst.Addr().Prefix(bits)
 			if metric, ok := ours[p]; err == nil && ok && bits <= r.Dst.Bits() && (bits < r.Dst.Bits() || r.Metric < metric) {
-				out = append(out, fmt.Sprintf("the route to %s by %s, metric %d, is not ours and comes before the way to the peer %s; remove it: ip route del %s dev %s metric %d",
-					r.Dst, r.Link, r.Metric, p, r.Dst, r.Link, r.Metric))
+				out = append(out, describe(r, p))
 			}
 		}
 	}
 	return joined(out)
+}
+
+func describe(r netstate.HostRoute, peer netip.Prefix) string {
+	what, how := fmt.Sprintf("the route to %s by %s", r.Dst, r.Link), fmt.Sprintf("%s dev %s", r.Dst, r.Link)
+	if r.Drops {
+		what, how = fmt.Sprintf("the route that drops packets to %s", r.Dst), r.Dst.String()
+	}
+	return fmt.Sprintf("%s, metric %d, is not ours and comes before the way to the peer %s; to remove it: ip route del %s metric %d", what, r.Metric, peer, how, r.Metric)
 }
 
 // failures says which changes the kernel refused: those without which pods can't talk, and the minor ones. What only follows from

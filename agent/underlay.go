@@ -92,7 +92,7 @@ func candidates(h netstate.Host, o InterfaceOptions, f addr.Family) ([]candidate
 	}
 	var routes []netstate.HostRoute
 	for _, r := range h.Routes {
-		if r.Dst.Bits() == 0 && addr.FamilyOf(r.Dst.Addr()) == f && r.Link != "" {
+		if r.Dst.Bits() == 0 && addr.FamilyOf(r.Dst.Addr()) == f && r.Link != "" && !r.Drops {
 			routes = append(routes, r)
 		}
 	}

@@ -74,6 +74,8 @@ func OnLink(h netstate.Host, peer netip.Addr) (netstate.HostRoute, error) {
 	switch {
 	case !ok:
 		return r, fmt.Errorf("this node has no route to %s", peer)
+	case r.Drops:
+		return r, fmt.Errorf("this node drops packets to %s (route to %s)", peer, r.Dst)
 	case r.Via.IsValid():
 		return r, fmt.Errorf("%s is behind the gateway %s (%s), not on a network of this node", peer, r.Via, r.Link)
 	case r.Link == "":

@@ -38,12 +38,14 @@ type HostAddress struct {
 	Tunnel   bool // it is on a device of ours
 }
 
-// HostRoute is a route of the main table.
+// HostRoute is a unicast route of the main table, or one that drops packets.
 type HostRoute struct {
 	Dst    netip.Prefix
 	Via    netip.Addr // the zero Addr: on-link
 	Link   string
 	Metric uint32
+	// Drops is a route that throws packets away: a blackhole, or one that answers "unreachable" or "prohibited".
+	Drops bool
 	// Advertised is a route that came with a router advertisement.
 	Advertised bool
 }

@@ -133,10 +133,10 @@ func (e *expectation) contradicts(typ uint16, body []byte) bool {
 
 func (e *expectation) route(added bool, body []byte) bool {
 	r, ok := parseRoute(body)
-	if !ok || r.kind != unix.RTN_UNICAST {
+	if !ok || r.kind != unix.RTN_UNICAST && !r.drops() {
 		return false
 	}
-	if r.protocol != Protocol { // one of the host's, from which decisions follow
+	if r.protocol != Protocol || r.drops() { // one of the host's, from which decisions follow
 		return r.Table == MainTable && !r.Dst.Addr().IsLinkLocalUnicast() && !r.Dst.Addr().IsMulticast()
 	}
 	r.Link = e.names[r.oif] // a device that came since has none: it is ours, and just being filled

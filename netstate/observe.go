@@ -143,15 +143,15 @@ func (k *Kernel) observeRoutes(names map[int]string, s *State, h *Host) error {
 			s.Routes, h.Routes = s.Routes[:routes], h.Routes[:host]
 		}, func(b []byte) {
 			r, ok := parseRoute(b)
-			if !ok || r.kind != unix.RTN_UNICAST {
+			if !ok || r.kind != unix.RTN_UNICAST && !r.drops() {
 				return
 			}
 			r.Link = names[int(r.oif)]
 			switch {
-			case r.protocol == Protocol:
+			case r.protocol == Protocol && !r.drops():
 				s.Routes = append(s.Routes, r.Route)
 			case r.Table == MainTable:
-				h.Routes = append(h.Routes, HostRoute{Dst: r.Dst, Via: r.Via, Link: r.Link, Metric: r.Metric, Advertised: r.protocol == unix.RTPROT_RA})
+				h.Routes = append(h.Routes, HostRoute{Dst: r.Dst, Via: r.Via, Link: r.Link, Metric: r.Metric, Drops: r.drops(), Advertised: r.protocol == unix.RTPROT_RA})
 			}
 		})
 		if err != nil && !noFamily(err) {

@@ -58,6 +58,11 @@ type rawRoute struct {
 	oif            uint32
 }
 
+// drops reports whether it is a route that throws packets away.
+func (r rawRoute) drops() bool {
+	return r.kind == unix.RTN_BLACKHOLE || r.kind == unix.RTN_UNREACHABLE || r.kind == unix.RTN_PROHIBIT
+}
+
 // parseRoute reads an RTM_NEWROUTE body (struct rtmsg and its attributes).
 func parseRoute(b []byte) (rawRoute, bool) {
 	if len(b) < unix.SizeofRtMsg {

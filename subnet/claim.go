@@ -82,6 +82,11 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 	if err := conflict(t, c); err != nil {
 		return Decision{}, err
 	}
+	if e := spoiled(t, c); e != nil {
+		d := update(*e, c, drop)
+		d.Write, d.Reserved = true, e.Blank() // a reservation that was made of my key is mine to take up
+		return d, nil
+	}
 	others := without(t.Entries, drop)
 	before := c.Remembered
 	if before == (addr.Per[netip.Prefix]{}) && len(drop) > 0 {
@@ -113,6 +118,24 @@ func create(c Claim, ch choice, drop []Entry) Decision {
 		d.Unchanged, _, _ = strings.Cut(d.Key, "&") // whoever has the first family's subnet has the other's
 	}
 	return d
+}
+
+// spoiled finds the key of the subnets that pods live in, if somebody wrote something over it that no other node's claim can be
+// read from.
+func spoiled(t Table, c Claim) *Entry {
+	if !c.Keep {
+		return nil
+	}
+	i := slices.IndexFunc(t.Entries, func(e Entry) bool { return e.Key == FormatKey(c.Remembered) })
+	if i < 0 {
+		return nil
+	}
+	e := &t.Entries[i]
+	nobodys := e.Identity == (Identity{}) && (e.PublicIP == (addr.Per[netip.Addr]{}) || e.samePublicIP(c.Attrs))
+	if e.Err == nil && !nobodys {
+		return nil
+	}
+	return e
 }
 
 // ownEntries finds the lease to go on with among those that carry my identity, and the ones to give up: a network config that

@@ -377,3 +377,39 @@ func TestDecideIsIndependentOfOrder(t *testing.T) {
 		}
 	}
 }
+
+// A key in use that somebody wrote nonsense over is taken back; one that another node claims is not.
+func TestSpoiledKeyIsTakenBack(t *testing.T) {
+	c := mustConfig(t, net4)
+	mine := Claim{Attrs: peer(1), Remembered: per("10.244.7.0/24"), Keep: true}
+	const key = "10.244.7.0-24"
+	for _, tt := range []struct {
+		value    string
+		lease    int64
+		keep     bool
+		reserved bool
+	}{
+		{`{"PublicIP":`, 0, true, false},
+		{`{"PublicIP":`, 9, true, false},
+		{`{"PublicIP":"x"}`, 9, true, false},
+		{`{}`, 0, true, true},
+		{`{"BackendType":"vxlan"}`, 9, true, false},
+		{string(FormatValue(peer(2))), 9, false, false},
+		{`{"PublicIP":"192.0.2.99","BackendType":"vxlan"}`, 9, false, false},
+		{`{"NodeName":"other"}`, 0, false, false},
+	} {
+		table := Table{Revision: 9, Config: c, ConfigRevision: 1, Entries: []Entry{ParseEntry(key, []byte(tt.value), 8, 3, tt.lease)}}
+		d, err := Decide(table, mine, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := d.Key == key; got != tt.keep || tt.keep && (!d.Write || d.Expect != 8 || d.Reserved != tt.reserved || d.LeaseID != tt.lease) {
+			t.Errorf("%s, lease %d: %+v", tt.value, tt.lease, d)
+		}
+		mine.Keep = false
+		if d, err := Decide(table, mine, 0); err != nil || d.Key == key && !tt.reserved && tt.lease == 0 {
+			t.Errorf("%s, not in use: %+v, %v", tt.value, d, err)
+		}
+		mine.Keep = true
+	}
+}

@@ -22,30 +22,41 @@ type Table struct {
 	Entries        []Entry
 }
 
-// Retain lists the leases of an older table that are missing in this one without being contradicted by it: their node has not
-// come back with another lease, and nobody else holds any part of their subnets.
-func (t Table) Retain(old []Entry) []Entry {
-	keys := make(map[string]bool, len(t.Entries))
-	nodes := make(map[string]bool, len(t.Entries))
+// Retain lists those of the leases believed before that are believed no longer, and that nothing contradicts: nobody else, this
+// node included, has any part of their subnets or one of their addresses, and their node has no other lease.
+func (c Config) Retain(before, now []Lease, self Lease) []Lease {
+	present := make(map[addr.Per[netip.Prefix]]bool, len(now))
+	for _, l := range now {
+		present[l.Subnets] = true
+	}
+	missing := slices.DeleteFunc(slices.Clone(before), func(l Lease) bool { return present[l.Subnets] })
+	if len(missing) == 0 {
+		return nil
+	}
+	nodes, ips, macs := map[string]bool{}, map[netip.Addr]bool{}, map[addr.MAC]bool{}
 	var held []netip.Prefix
-	for _, e := range t.Entries {
-		keys[e.Key] = true
-		nodes[e.NodeID] = true
+	for _, l := range append(slices.Clone(now), self) {
+		nodes[l.NodeID] = true
 		for _, f := range addr.Families() {
-			if p := e.Subnets.Get(f); p.IsValid() {
+			if p := l.Subnets.Get(f); p.IsValid() {
 				held = append(held, p)
+				ips[l.PublicIP.Get(f)], macs[l.VTEP.Get(f).MAC] = true, true
 			}
 		}
 	}
 	taken := newPrefixSet(held)
-	var out []Entry
-	for _, e := range old {
-		again := keys[e.Key] || e.NodeID != "" && nodes[e.NodeID]
-		if e.Err == nil && !e.Blank() && !again && !taken.overlaps(e.Subnets.V4) && !taken.overlaps(e.Subnets.V6) {
-			out = append(out, e)
+	return slices.DeleteFunc(missing, func(l Lease) bool {
+		if l.NodeID != "" && nodes[l.NodeID] || (judge{config: c, self: self}).alone(&l, nil) != "" { // the config may be another one now
+			return true
 		}
-	}
-	return out
+		for _, f := range addr.Families() {
+			sn, ip, mac := l.Subnets.Get(f), l.PublicIP.Get(f), l.VTEP.Get(f).MAC
+			if sn.IsValid() && (taken.overlaps(sn) || ips[ip] || !mac.IsZero() && macs[mac]) {
+				return true
+			}
+		}
+		return false
+	})
 }
 
 // prefixSet finds overlaps in the way of sorted, disjoint ranges of addresses.
@@ -120,7 +131,7 @@ func (t Table) Peers(c Config, self Lease) (peers []Lease, refused []Refusal) {
 		}
 		peers = append(peers, e.Lease)
 	}
-	slices.SortFunc(peers, func(a, b Lease) int { return compareSubnets(a.Subnets, b.Subnets) })
+	slices.SortFunc(peers, func(a, b Lease) int { return CompareSubnets(a.Subnets, b.Subnets) })
 	slices.SortFunc(refused, func(a, b Refusal) int { return cmp.Compare(a.Key, b.Key) })
 	return peers, refused
 }
@@ -128,7 +139,8 @@ func (t Table) Peers(c Config, self Lease) (peers []Lease, refused []Refusal) {
 // overlap is false where one of the two is not in use.
 func overlap(a, b netip.Prefix) bool { return a.IsValid() && b.IsValid() && a.Overlaps(b) }
 
-func compareSubnets(a, b addr.Per[netip.Prefix]) int {
+// CompareSubnets is the order of leases: by IPv4 subnet, then by IPv6 subnet.
+func CompareSubnets(a, b addr.Per[netip.Prefix]) int {
 	return cmp.Or(addr.ComparePrefix(a.V4, b.V4), addr.ComparePrefix(a.V6, b.V6))
 }
 

@@ -269,7 +269,7 @@ func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) 
 		}
 		held = append(held, l)
 	}
-	slices.SortFunc(held, func(a, b Lease) int { return compareSubnets(a.Subnets, b.Subnets) })
+	slices.SortFunc(held, func(a, b Lease) int { return CompareSubnets(a.Subnets, b.Subnets) })
 	for _, h := range held {
 		accepted = append(accepted, FormatKey(h.Subnets))
 	}

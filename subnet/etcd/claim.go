@@ -128,7 +128,7 @@ func (c *claimer) write(ctx context.Context, t subnet.Table, d subnet.Decision) 
 	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
 	defer cancel()
 	lease := d.LeaseID
-	if d.Expect == 0 {
+	if d.LeaseID == 0 && !d.Reserved {
 		if lease, err = c.granted(ctx, cli); err != nil {
 			return false, c.conn.failed(cli, err)
 		}

@@ -131,7 +131,7 @@ func (m *Manager) deliver() {
 func (m *Manager) distrust(why error) {
 	m.mu.Lock()
 	again := m.relist
-	m.relist, m.view.suspect = true, true
+	m.relist = true
 	m.mu.Unlock()
 	if !again {
 		m.log.Warn("reading the whole lease table again", zap.Error(why))

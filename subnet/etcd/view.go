@@ -45,8 +45,7 @@ type view struct {
 	configErr      error
 	configRevision int64
 
-	suspect bool // what the store says does not fit the view
-	epoch   int  // how often it was another store
+	epoch int // how often it was another store
 
 	entries []subnet.Entry    // by key; never changed, only replaced, since it was handed out
 	pending map[string]change // not yet in entries
@@ -75,11 +74,10 @@ func (v *view) table() subnet.Table {
 func (v *view) reset(kvs []*mvccpb.KeyValue, h *pb.ResponseHeader) {
 	v.fold()
 	known := v.entries
-	if v.suspect || v.otherStore(h) != nil {
+	if v.otherStore(h) != nil || v.otherHistory(kvs) {
 		known, v.configRevision = nil, 0
 		v.epoch++
 	}
-	v.suspect = false
 	v.pending = map[string]change{}
 	entries := make([]subnet.Entry, 0, len(kvs))
 	var config *mvccpb.KeyValue
@@ -114,6 +112,26 @@ func (v *view) otherStore(h *pb.ResponseHeader) error {
 		return fmt.Errorf("its raft term is %d, it was %d already", h.GetRaftTerm(), v.term)
 	}
 	return nil
+}
+
+// otherHistory reports whether a listing holds a key that was last changed before we stopped hearing of changes, and not as we
+// heard it: then the store has lost what we knew, and has grown anew. (That a key is gone proves nothing: it may have been removed
+// since.)
+func (v *view) otherHistory(kvs []*mvccpb.KeyValue) bool {
+	return v.cluster != 0 && slices.ContainsFunc(kvs, func(kv *mvccpb.KeyValue) bool {
+		if kv.ModRevision > v.watched {
+			return false
+		}
+		if string(kv.Key) == v.keys.config {
+			return kv.ModRevision != v.configRevision
+		}
+		key, ok := v.keys.subnet(kv.Key)
+		if !ok {
+			return false
+		}
+		i, found := find(v.entries, key)
+		return !found || v.entries[i].Revision != kv.ModRevision
+	})
 }
 
 func decode(key string, kv *mvccpb.KeyValue, known []subnet.Entry) subnet.Entry {

@@ -271,3 +271,32 @@ func TestReason(t *testing.T) {
 		t.Error("a watch that ends for an invalid token is a refusal")
 	}
 }
+
+// What was removed while nobody listened is no sign of another history; what changed before we stopped listening is.
+func TestEpoch(t *testing.T) {
+	a, b := "subnets/10.1.1.0-24", "subnets/10.1.2.0-24"
+	for name, tt := range map[string]struct {
+		now   []*mvccpb.KeyValue
+		at    int64
+		epoch int
+	}{
+		"nothing new":                       {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4), keyValue(b, "x", 5)}, 9, 0},
+		"a key was removed":                 {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4)}, 10, 0},
+		"all was removed":                   {nil, 12, 0},
+		"a key has changed":                 {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 11), keyValue(b, "x", 5)}, 11, 0},
+		"emptied":                           {nil, 1, 1},
+		"emptied, and has grown":            {[]*mvccpb.KeyValue{keyValue("config", config, 3), keyValue(a, "x", 40)}, 40, 1},
+		"emptied, and another has come":     {[]*mvccpb.KeyValue{keyValue("subnets/10.1.9.0-24", "x", 2)}, 40, 1},
+		"restored from before a's change":   {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 3), keyValue(b, "x", 5)}, 40, 1},
+		"restored, and something has grown": {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4), keyValue(b, "x", 8)}, 40, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := newView(prefix)
+			v.reset([]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4), keyValue(b, "x", 5)}, header(9))
+			v.reset(tt.now, header(tt.at))
+			if got := v.table().Epoch; got != tt.epoch {
+				t.Errorf("epoch %d, want %d", got, tt.epoch)
+			}
+		})
+	}
+}
