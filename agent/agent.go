@@ -73,6 +73,7 @@ type Agent struct {
 	// What the loop knows. Each stays as it was while nothing better is known.
 	snap       subnet.Snapshot
 	linger     lingering
+	lost       bool      // the store was just found to have lost data
 	lostUntil  time.Time // peers that are missing because the store lost its data are kept until then
 	host       netstate.Host
 	config     *subnet.Config // the last valid one that the lease fits
@@ -221,7 +222,7 @@ func (a *Agent) take(s subnet.Snapshot) {
 		}
 	}
 	if lost {
-		a.lostUntil = time.Now().Add(a.opts.StalePeerGrace)
+		a.lost, a.lostUntil = true, time.Now().Add(a.opts.StalePeerGrace)
 		a.log.Warn("etcd has lost data or was restored from a backup: peers that are missing in it are kept for a while",
 			zap.Duration("for", a.opts.StalePeerGrace))
 	}
@@ -240,8 +241,10 @@ func (a *Agent) table() subnet.Table {
 func (a *Agent) believe(self subnet.Lease) []subnet.Lease {
 	peers, refused := a.table().Peers(*a.config, self)
 	a.health.set(condPeers, refusals(refused))
-	now := time.Now()
-	keep := max(lingerFor, a.lostUntil.Sub(now))
+	now, keep := time.Now(), lingerFor
+	if a.lost { // what is missing now, nobody has removed; what goes missing later is removed as ever
+		keep, a.lost = max(lingerFor, a.lostUntil.Sub(now)), false
+	}
 	peers, given := a.linger.merge(*a.config, peers, self, now, keep)
 	if len(given) > 0 && !now.Before(a.lostUntil) && !a.lostUntil.IsZero() {
 		a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(given)))

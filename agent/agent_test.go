@@ -517,6 +517,12 @@ func TestStoreThatLostItsDataIsNotAThousandRemovedNodes(t *testing.T) {
 		if got := r.state().FDB; len(got) != 3 || slices.ContainsFunc(got, func(e netstate.FDBEntry) bool { return e.Dst == peer(2).PublicIP.V4 }) {
 			t.Errorf("FDB %v", got)
 		}
+		r.table(onlyV4, peer(1), other, peer(4))
+		r.table(onlyV4, peer(1), other) // this one was removed
+		r.sleep(lingerFor + time.Second)
+		if r.routes() != 6 {
+			t.Errorf("%d routes after one was removed", r.routes())
+		}
 		r.sleep(9 * time.Minute)
 		if r.routes() != 6 {
 			t.Errorf("%d routes within the grace time", r.routes())
