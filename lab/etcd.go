@@ -4,37 +4,62 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"net"
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"strconv"
 	"strings"
 
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 // EtcdCommand is the hidden subcommand of overlay-lab that runs [EtcdMain].
 const EtcdCommand = "etcd-serve"
 
-// Etcd is the lab's etcd: one real member, in a process and a namespace of its own. Its data stays while it is stopped.
+// Etcd is one real member of the lab's etcd, in a process of its own. Its data stays while it is stopped.
 type Etcd struct {
 	Machine
 	Process
-	urls []string
+	number int // from 1
+	urls   []string
 }
 
-func newEtcd(t Topology, dir string) *Etcd {
-	e := &Etcd{Machine: Machine{Name: t.Etcd.Name, NS: t.Etcd.NS}, urls: t.EtcdURLs()}
-	listen := append(loopbackURLs(t.Options.Stack), e.urls...)
-	e.Process = Process{name: e.Name, ns: e.NS, dir: dir, argv: func() []string {
-		return []string{t.Options.Self, EtcdCommand, "--data-dir", e.DataDir(), "--listen", strings.Join(listen, ",")}
+// newEtcd makes member number i, from 1. All members share a namespace and differ in their ports.
+func newEtcd(t Topology, dir string, i int) *Etcd {
+	name := t.Etcd.Name
+	if i > 1 {
+		name = fmt.Sprintf("%s-%d", name, i)
+	}
+	e := &Etcd{Machine: Machine{Name: t.Etcd.Name, NS: t.Etcd.NS}, number: i, urls: t.memberURLs(i)}
+	listen := append(loopbackURLs(t.Options.Stack, clientPort(i)), e.urls...)
+	e.Process = Process{name: name, ns: e.NS, dir: dir, argv: func() []string {
+		argv := []string{
+			t.Options.Self, EtcdCommand, "--data-dir", e.DataDir(), "--listen", strings.Join(listen, ","),
+			"--member", strconv.Itoa(i), "--members", strconv.Itoa(t.Options.EtcdMembers),
+		}
+		if t.Options.Secure {
+			s := secrets{dir}
+			argv = append(argv, "--cert", s.serverCert(), "--key", s.serverKey(), "--ca", s.ca())
+		}
+		return argv
 	}}
 	return e
 }
 
-func loopbackURLs(s Stack) []string {
-	urls := []string{fmt.Sprintf("http://127.0.0.1:%d", etcdPort)}
+func clientPort(member int) uint16 { return uint16(etcdPort + 10*(member-1)) }
+
+func peerURL(member int) string { return fmt.Sprintf("http://127.0.0.1:%d", clientPort(member)+1) }
+
+// loopbackURLs are for the lab itself: never with TLS.
+func loopbackURLs(s Stack, port uint16) []string {
+	urls := []string{fmt.Sprintf("http://127.0.0.1:%d", port)}
 	if s != StackIPv4 {
-		urls = append(urls, fmt.Sprintf("http://%s", netip.AddrPortFrom(netip.IPv6Loopback(), etcdPort)))
+		urls = append(urls, fmt.Sprintf("http://%s", netip.AddrPortFrom(netip.IPv6Loopback(), port)))
 	}
 	return urls
 }
@@ -42,8 +67,11 @@ func loopbackURLs(s Stack) []string {
 // URLs are the client URLs under which the nodes reach it.
 func (e *Etcd) URLs() []string { return e.urls }
 
+// LocalURL is the client URL, always without TLS, for use in etcd's own namespace.
+func (e *Etcd) LocalURL() string { return fmt.Sprintf("http://127.0.0.1:%d", clientPort(e.number)) }
+
 // DataDir holds its data. It may be copied, replaced or removed while etcd is stopped.
-func (e *Etcd) DataDir() string { return filepath.Join(e.dir, "etcd.data") }
+func (e *Etcd) DataDir() string { return filepath.Join(e.dir, e.name+".data") }
 
 // WaitReady waits until it answers that it is healthy, which it does once it has a leader.
 func (e *Etcd) WaitReady(ctx context.Context) error {
@@ -51,41 +79,67 @@ func (e *Etcd) WaitReady(ctx context.Context) error {
 		if !e.Running() {
 			return fatal{fmt.Errorf("etcd has ended; the end of %s:\n%s", e.Log(), e.tail(10))}
 		}
-		_, err := e.Get(ctx, e.urls[0]+"/health")
+		_, err := e.Get(ctx, e.LocalURL()+"/health")
 		return err
 	})
+}
+
+// EtcdClient is a client of the lab's etcd, of all its members that run, from etcd's own namespace.
+func (l *Lab) EtcdClient() (*clientv3.Client, error) {
+	c := clientv3.Config{DialTimeout: getTimeout, Logger: zap.NewNop(), DialOptions: l.DialEtcd()}
+	for _, e := range l.etcds {
+		c.Endpoints = append(c.Endpoints, e.LocalURL())
+	}
+	if l.topology.Options.Secure {
+		c.Username, c.Password = rootUser, rootPassword
+	}
+	cli, err := clientv3.New(c)
+	if err != nil {
+		return nil, fmt.Errorf("make a client of the lab's etcd: %w", err)
+	}
+	return cli, nil
+}
+
+// DialEtcd are the options of a client that connects from etcd's own namespace.
+func (l *Lab) DialEtcd() []grpc.DialOption {
+	return []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+		return l.Etcd().DialContext(ctx, "tcp", address)
+	})}
 }
 
 // EtcdMain is what the hidden subcommand does with its arguments: it serves etcd until the context ends.
 func EtcdMain(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet(EtcdCommand, flag.ContinueOnError)
-	dataDir := fs.String("data-dir", "", "where the data lies")
+	o := EtcdOptions{}
+	fs.StringVar(&o.DataDir, "data-dir", "", "where the data lies")
 	listen := fs.String("listen", "", "client URLs, separated by commas")
+	fs.IntVar(&o.Member, "member", 1, "the number of this member")
+	fs.IntVar(&o.Members, "members", 1, "how many members there are")
+	fs.StringVar(&o.CertFile, "cert", "", "certificate for https client URLs")
+	fs.StringVar(&o.KeyFile, "key", "", "its key")
+	fs.StringVar(&o.CAFile, "ca", "", "who vouches for clients")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	return ServeEtcd(ctx, *dataDir, strings.Split(*listen, ","))
+	o.ClientURLs = strings.Split(*listen, ",")
+	return ServeEtcd(ctx, o)
+}
+
+// EtcdOptions are what a member of the lab's etcd is told.
+type EtcdOptions struct {
+	DataDir                   string
+	ClientURLs                []string
+	Member, Members           int
+	CertFile, KeyFile, CAFile string // for https client URLs
 }
 
 // ServeEtcd runs one etcd member until the context ends. The lab's etcd may lose data when the machine crashes: nothing
 // in it outlives the lab.
-func ServeEtcd(ctx context.Context, dataDir string, clientURLs []string) error {
-	c := embed.NewConfig()
-	c.Name, c.Dir, c.UnsafeNoFsync = "lab", dataDir, true
-	c.LogLevel, c.LogOutputs = "warn", []string{"stderr"}
-	// A member alone has nobody to hear from: with short ticks it leads at once.
-	c.TickMs, c.ElectionMs = 20, 200
-	client, err := parseURLs(clientURLs)
+func ServeEtcd(ctx context.Context, o EtcdOptions) error {
+	c, err := o.config()
 	if err != nil {
 		return err
 	}
-	peer, err := parseURLs([]string{"http://127.0.0.1:2380"})
-	if err != nil {
-		return err
-	}
-	c.ListenClientUrls, c.AdvertiseClientUrls = client, client
-	c.ListenPeerUrls, c.AdvertisePeerUrls = peer, peer
-	c.InitialCluster = c.InitialClusterFromName(c.Name)
 	e, err := embed.StartEtcd(c)
 	if err != nil {
 		return fmt.Errorf("start etcd: %w", err)
@@ -98,6 +152,38 @@ func ServeEtcd(ctx context.Context, dataDir string, clientURLs []string) error {
 		return fmt.Errorf("serve etcd: %w", err)
 	}
 }
+
+func (o EtcdOptions) config() (*embed.Config, error) {
+	c := embed.NewConfig()
+	c.Name, c.Dir, c.UnsafeNoFsync = memberName(o.Member), o.DataDir, true
+	c.LogLevel, c.LogOutputs = "warn", []string{"stderr"}
+	// A member alone has nobody to hear from: with short ticks it leads at once.
+	c.TickMs, c.ElectionMs = 20, 200
+	if o.Members > 1 {
+		c.TickMs, c.ElectionMs = 100, 1000
+	}
+	client, err := parseURLs(o.ClientURLs)
+	if err != nil {
+		return nil, err
+	}
+	peer, err := parseURLs([]string{peerURL(o.Member)})
+	if err != nil {
+		return nil, err
+	}
+	c.ListenClientUrls, c.AdvertiseClientUrls = client, client
+	c.ListenPeerUrls, c.AdvertisePeerUrls = peer, peer
+	var cluster []string
+	for i := 1; i <= o.Members; i++ {
+		cluster = append(cluster, memberName(i)+"="+peerURL(i))
+	}
+	c.InitialCluster = strings.Join(cluster, ",")
+	if o.CertFile != "" {
+		c.ClientTLSInfo = transport.TLSInfo{CertFile: o.CertFile, KeyFile: o.KeyFile, TrustedCAFile: o.CAFile, ClientCertAuth: true}
+	}
+	return c, nil
+}
+
+func memberName(i int) string { return fmt.Sprintf("lab%d", i) }
 
 func parseURLs(in []string) ([]url.URL, error) {
 	var out []url.URL

@@ -23,12 +23,16 @@ type Lab struct {
 	topology Topology
 	dir      string
 	nodes    []*Node
-	etcd     *Etcd
+	etcd     *Etcd   // the first member
+	etcds    []*Etcd // all of them
 }
 
 func newLab(t Topology) *Lab {
 	l := &Lab{topology: t, dir: labDir(t.Options.Name)}
-	l.etcd = newEtcd(t, l.dir)
+	for i := 1; i <= max(1, t.Options.EtcdMembers); i++ {
+		l.etcds = append(l.etcds, newEtcd(t, l.dir, i))
+	}
+	l.etcd = l.etcds[0]
 	for _, spec := range t.Nodes {
 		l.nodes = append(l.nodes, newNode(t, spec, l.dir))
 	}
@@ -106,8 +110,11 @@ func (l *Lab) Node(i int) *Node { return l.nodes[i-1] }
 // Nodes are all nodes in order.
 func (l *Lab) Nodes() []*Node { return l.nodes }
 
-// Etcd is the lab's etcd.
+// Etcd is the lab's etcd, or its first member.
 func (l *Lab) Etcd() *Etcd { return l.etcd }
+
+// EtcdMembers are all members of the lab's etcd.
+func (l *Lab) EtcdMembers() []*Etcd { return l.etcds }
 
 // Router is the machine between the segments.
 func (l *Lab) Router() Machine { return Machine{l.topology.Router.Name, l.topology.Router.NS} }
@@ -175,12 +182,27 @@ func (l *Lab) writeFiles() error {
 }
 
 func (l *Lab) startEtcd(ctx context.Context) error {
-	if err := l.etcd.Start(); err != nil {
-		return err
+	if l.topology.Options.Secure {
+		if err := (secrets{l.dir}).make(l.topology.Etcd.addrs()); err != nil {
+			return err
+		}
+	}
+	for _, e := range l.etcds {
+		if err := e.Start(); err != nil {
+			return err
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, l.topology.Options.ReadyTimeout)
 	defer cancel()
-	return l.etcd.WaitReady(ctx)
+	for _, e := range l.etcds {
+		if err := e.WaitReady(ctx); err != nil {
+			return err
+		}
+	}
+	if l.topology.Options.Secure {
+		return l.enableAuth(ctx)
+	}
+	return nil
 }
 
 func (l *Lab) startNodes(context.Context) error {

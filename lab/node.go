@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -36,7 +37,7 @@ func newNode(t Topology, spec NodeSpec, dir string) *Node {
 		dir:     filepath.Join(dir, spec.Name),
 		segment: t.Switches[spec.Segment-1].NS,
 	}
-	n.Process = Process{name: spec.Name, ns: spec.NS, dir: dir, argv: func() []string {
+	n.Process = Process{name: spec.Name, ns: spec.NS, dir: dir, env: t.Options.OverlaydEnv, argv: func() []string {
 		return n.overlaydArgv(t.EtcdURLs(), filepath.Join(dir, networkFile))
 	}}
 	return n
@@ -53,8 +54,17 @@ func (n *Node) overlaydArgv(etcd []string, config string) []string {
 		"--healthz-port", strconv.Itoa(healthzPort),
 		"--init-config", config,
 	}
+	if n.options.Secure {
+		argv = append(argv, secrets{filepath.Dir(n.dir)}.overlaydArgs()...)
+	}
 	return append(argv, n.options.OverlaydArgs...)
 }
+
+// Use makes another file the node's overlayd from its next start on, as an upgrade does.
+func (n *Node) Use(overlayd string) { n.options.Overlayd = overlayd }
+
+// Argv is the command line of the node's overlayd.
+func (n *Node) Argv() []string { return n.argv() }
 
 // StateDir is overlayd's --state-dir.
 func (n *Node) StateDir() string { return filepath.Join(n.dir, "state") }
@@ -140,6 +150,96 @@ func (n *Node) LinkDown() error {
 
 // LinkUp brings the interface up again with its addresses and routes, as a host's network manager does.
 func (n *Node) LinkUp() error { return configureHost(n.spec.Host) }
+
+// RecreateLink deletes the node's interface, as a driver that is unloaded does; the returned function puts the same one
+// (with its MAC, addresses and routes) in again.
+func (n *Node) RecreateLink() (back func() error, err error) {
+	var mac net.HardwareAddr
+	err = withLinks(n.NS, func(nl *netlink.Handle) error {
+		link, err := nl.LinkByName(underlayLink)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", underlayLink, err)
+		}
+		mac = link.Attrs().HardwareAddr
+		return deleteLink(nl, underlayLink)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", n.Name, err)
+	}
+	return func() error {
+		if err := n.plugInto(n.segment, underlayLink, n.Name, mac); err != nil {
+			return err
+		}
+		return configureHost(n.spec.Host)
+	}, nil
+}
+
+// AddLink gives the node one more interface, in another segment, with the addresses that the node's own number has there.
+// It returns the gateways there. The node takes in what comes to it by the longer way.
+func (n *Node) AddLink(t Topology, name string, segment int) (at, via addr.Per[netip.Prefix], err error) {
+	if segment < 1 || segment > len(t.Switches) {
+		return at, via, fmt.Errorf("%s: there is no segment %d", n.Name, segment)
+	}
+	sw := t.Switches[segment-1]
+	if err := n.plugInto(sw.NS, name, n.Name+"-"+name, nil); err != nil {
+		return at, via, err
+	}
+	i := Interface{Name: name}
+	for _, f := range n.options.Stack.Families() {
+		own := n.Addr(f).AsSlice()
+		at.Set(f, hostAddr(segmentNet(segment)(f), lastOctet(own)))
+		via.Set(f, hostAddr(segmentNet(segment)(f), 1))
+		i.Addrs = append(i.Addrs, at.Get(f))
+	}
+	if err := configureInterface(n.NS, i); err != nil {
+		return at, via, fmt.Errorf("%s: %w", n.Name, err)
+	}
+	return at, via, inNS(n.NS, func() error { return sysctl("ipv4/conf/"+name+"/rp_filter", "2") })
+}
+
+// lastOctet reads the number of a host from its address; see hostAddr.
+func lastOctet(b []byte) int {
+	last := int(b[len(b)-1])
+	if len(b) == net.IPv4len {
+		return last
+	}
+	return int(b[len(b)-2])*100 + last>>4*10 + last&0xf
+}
+
+// RemoveLink takes an interface of the node away. One that is not there is no error.
+func (n *Node) RemoveLink(name string) error {
+	return withLinks(n.NS, func(nl *netlink.Handle) error { return deleteLink(nl, name) })
+}
+
+// plugInto makes a cable from the node to a switch.
+func (n *Node) plugInto(switchNS, name, port string, mac net.HardwareAddr) error {
+	if err := plugCable(Cable{Port{n.NS, name}, Port{switchNS, port}}); err != nil {
+		return fmt.Errorf("%s: plug in %s: %w", n.Name, name, err)
+	}
+	if mac != nil {
+		err := withLinks(n.NS, func(nl *netlink.Handle) error {
+			link, err := nl.LinkByName(name)
+			if err != nil {
+				return err
+			}
+			return nl.LinkSetHardwareAddr(link, mac)
+		})
+		if err != nil {
+			return fmt.Errorf("%s: set the address of %s: %w", n.Name, name, err)
+		}
+	}
+	return withLinks(switchNS, func(nl *netlink.Handle) error {
+		br, err := nl.LinkByName("br0")
+		if err != nil {
+			return fmt.Errorf("find br0: %w", err)
+		}
+		link, err := nl.LinkByName(port)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", port, err)
+		}
+		return plugIn(nl, link, br)
+	})
+}
 
 // makeDirs makes the directories that the daemon is given.
 func (n *Node) makeDirs() error {

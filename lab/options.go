@@ -62,8 +62,15 @@ type Options struct {
 	// is the running executable and Overlayd stands next to it.
 	Overlayd string `json:"overlayd"`
 	Self     string `json:"self"`
-	// OverlaydArgs are given to every daemon after the lab's own arguments.
+	// OverlaydArgs are given to every daemon after the lab's own arguments; OverlaydEnv ("NAME=value") is added to its
+	// environment.
 	OverlaydArgs []string `json:"overlaydArgs,omitempty"`
+	OverlaydEnv  []string `json:"overlaydEnv,omitempty"`
+
+	// EtcdMembers is the number of members of the lab's etcd, 1 or 3. Secure gives it TLS with client certificates, and users
+	// with passwords.
+	EtcdMembers int  `json:"etcdMembers,omitempty"`
+	Secure      bool `json:"secure,omitempty"`
 
 	// ReadyTimeout bounds each wait for etcd and for the nodes to become ready.
 	ReadyTimeout time.Duration `json:"readyTimeout"`
@@ -78,6 +85,7 @@ func (o Options) Defaults() (Options, error) {
 	setDefault(&o.Pods, 2)
 	setDefault(&o.Backend, VXLAN)
 	setDefault(&o.Stack, StackIPv4)
+	setDefault(&o.EtcdMembers, 1)
 	setDefault(&o.ReadyTimeout, 45*time.Second)
 	if o.Progress == nil {
 		o.Progress = func(string) {}
@@ -135,6 +143,7 @@ func (o Options) Validate() error {
 		unless(o.Backend != HostGW || !o.Direct, "--direct: belongs to the vxlan backend, host-gw is always direct"),
 		unless(o.Stack == StackIPv4 || o.Stack == StackDual || o.Stack == StackIPv6,
 			"--stack %q: want %s, %s or %s", o.Stack, StackIPv4, StackDual, StackIPv6),
+		unless(o.EtcdMembers == 1 || o.EtcdMembers == 3, "%d members of etcd: want 1 or 3", o.EtcdMembers),
 	)
 }
 

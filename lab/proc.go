@@ -25,6 +25,7 @@ type Process struct {
 	ns   string
 	dir  string // of log and pid file
 	argv func() []string
+	env  []string // beside the lab's own environment
 }
 
 // Log is the path of the file that holds all the process has ever printed.
@@ -46,7 +47,7 @@ func (p *Process) Start() error {
 	argv := p.argv()
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, "/"
-	cmd.Env = append(os.Environ(), insideEnv+"="+p.name)
+	cmd.Env = append(append(os.Environ(), p.env...), insideEnv+"="+p.name)
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	if err := inNS(p.ns, cmd.Start); err != nil {
 		return fmt.Errorf("start %s: %w", p.name, err)
@@ -164,7 +165,9 @@ func (p *Process) Pause() error { return p.Signal(unix.SIGSTOP) }
 // Resume lets a paused process go on.
 func (p *Process) Resume() error { return p.Signal(unix.SIGCONT) }
 
-// tail is the end of the log, for an error message.
+// Tail is the end of the log, for a message.
+func (p *Process) Tail(lines int) string { return p.tail(lines) }
+
 func (p *Process) tail(lines int) string {
 	b, err := os.ReadFile(p.Log())
 	if err != nil {

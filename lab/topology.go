@@ -211,11 +211,23 @@ func nodeID(lab, node string) string {
 	return hex.EncodeToString(sum[:16])
 }
 
-// EtcdURLs are the client URLs under which the nodes reach etcd, one per family.
+// EtcdURLs are the client URLs under which the nodes reach etcd, one per member and family.
 func (t Topology) EtcdURLs() []string {
 	var out []string
+	for i := 1; i <= max(1, t.Options.EtcdMembers); i++ {
+		out = append(out, t.memberURLs(i)...)
+	}
+	return out
+}
+
+func (t Topology) memberURLs(i int) []string {
+	scheme := "http"
+	if t.Options.Secure {
+		scheme = "https"
+	}
+	var out []string
 	for _, p := range t.Etcd.Interfaces[0].Addrs {
-		out = append(out, fmt.Sprintf("http://%s", netip.AddrPortFrom(p.Addr(), etcdPort)))
+		out = append(out, fmt.Sprintf("%s://%s", scheme, netip.AddrPortFrom(p.Addr(), clientPort(i))))
 	}
 	return out
 }
@@ -295,4 +307,15 @@ func (t Topology) NetworkConfig() ([]byte, error) {
 		c.EnableIPv6, c.IPv6Network, c.IPv6SubnetLen = true, "fd00:10:244::/48", 64
 	}
 	return json.MarshalIndent(c, "", "  ")
+}
+
+// addrs are all addresses of the host.
+func (h Host) addrs() []netip.Addr {
+	var out []netip.Addr
+	for _, i := range h.Interfaces {
+		for _, p := range i.Addrs {
+			out = append(out, p.Addr())
+		}
+	}
+	return out
 }

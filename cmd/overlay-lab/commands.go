@@ -34,7 +34,7 @@ func newRoot() *cobra.Command {
 	}
 	root.PersistentFlags().StringVar(&f.lab.Name, "name", "lab", "name of the lab; labs of different names do not touch each other")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(upCommand(f), downCommand(f), statusCommand(f), execCommand(f), checkCommand(f), demoCommand(f), etcdCommand())
+	root.AddCommand(upCommand(f), downCommand(f), statusCommand(f), execCommand(f), checkCommand(f), demoCommand(f), faultsCommand(f), soakCommand(f), etcdCommand())
 	return root
 }
 

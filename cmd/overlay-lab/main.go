@@ -29,7 +29,7 @@ func run() int {
 	switch {
 	case err == nil:
 		return 0
-	case errors.Is(err, errChecksFailed):
+	case errors.Is(err, errChecksFailed), errors.Is(err, errFaults), errors.Is(err, errSoak):
 		return exitFailed // the report has said it all
 	case errors.As(err, &usage):
 		fmt.Fprintln(os.Stderr, "overlay-lab:", err)

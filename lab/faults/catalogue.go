@@ -1,0 +1,8 @@
+package faults
+
+import "slices"
+
+// Catalogue lists all rows. In the short form, some waits are shorter.
+func Catalogue(short bool) []Fault {
+	return slices.Concat(kernel(), firewall(), underlayFaults(), etcdFaults(!short), boot(), daemon(), peers())
+}

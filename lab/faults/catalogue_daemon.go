@@ -1,0 +1,202 @@
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// comeBack is how long a daemon that starts may take until it is content.
+const comeBack = 5 * time.Second
+
+// boot are starts after which a node has to find back to what it was.
+func boot() []Fault {
+	rows := []Fault{
+		{
+			Name: "reboot with etcd away", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
+			Inject: Steps(stopDaemon, wipe, stopStore, startDaemon), Expect: All(KernelWhole, reaches),
+			Hold: 3 * time.Second, Keeps: KernelWhole, Restore: startStore,
+			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `(?i)remember|state directory|offline|without etcd`,
+		},
+		{
+			Name:   "reboot",
+			Inject: Steps(stopDaemon, wipe, startDaemon), Bound: Bound{Lost: Any, Repair: comeBack},
+		},
+		{
+			Name: "start with etcd away, nothing else lost", On: []string{OnVXLAN, OnHostGW, OnDual},
+			Inject: Steps(stopDaemon, stopStore, startDaemon), Hold: 6 * time.Second, Keeps: KernelWhole,
+			Restore: startStore, Bound: lossless(catchUp), Log: `(?i)problem: (etcd|offline)`,
+		},
+		{
+			Name: "peer removed while the daemon was down: swept after the start", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
+			Inject: Steps(ghostRemoved.appears, Until(ghostRemoved.routed, 3*time.Second), stopDaemon, ghostRemoved.goes, startDaemon),
+			Bound:  lossless(comeBack), Log: `(?i)brought up to date.*delete route|gone`,
+		},
+		{
+			Name: "peer removed while the daemon was down: not swept before the first table", On: []string{OnVXLAN, OnHostGW, OnDual},
+			Inject: Steps(ghostRestart.appears, Until(ghostRestart.routed, 3*time.Second), stopDaemon, ghostRestart.goes, stopStore, startDaemon),
+			Hold:   6 * time.Second, Keeps: ghostRestart.routedHere, Restore: startStore,
+			Bound: lossless(catchUp), Log: `(?i)brought up to date.*delete route|gone`,
+		},
+	}
+	return in(Boot, lossless(comeBack), rows)
+}
+
+// daemon is what happens to the daemon itself. In none of it a packet is lost.
+func daemon() []Fault {
+	rows := []Fault{
+		{
+			Name: "SIGKILL 20 times at random moments while peers change", On: []string{OnVXLAN, OnHostGW, OnDual},
+			Inject: killOften(20), Bound: Bound{Repair: comeBack, Lines: 20 * mostLines}, Log: `overlayd starts`,
+		},
+		{
+			Name: "SIGKILL", Short: true, Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
+			Inject: Steps(killDaemon, Wait(time.Second), startDaemon), Log: `overlayd starts`,
+		},
+		{
+			Name: "restart", Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
+			Inject: Steps(stopDaemon, startDaemon), Log: `overlayd stops`,
+		},
+		{
+			Name: "upgrade to another binary", Short: true, Inject: upgrade, Log: `overlayd starts`,
+		},
+		{
+			Name: "stopped in its tracks (SIGSTOP) for 5s", Soak: true,
+			Inject: func(_ context.Context, s *Site) error { return s.Victim.Pause() }, Hold: 5 * time.Second, Keeps: KernelWhole,
+			Restore: func(_ context.Context, s *Site) error { return s.Victim.Resume() },
+		},
+		{
+			Name: "a second daemon on the node", Short: true, Inject: secondDaemon, Log: ``,
+		},
+		{
+			Name: "killed after drift: repaired by the next one", On: []string{OnVXLAN, OnDual},
+			Inject: Steps(killDaemon, On(`ip $F neigh flush dev $DEV nud permanent; ip $F route flush proto 118`), startDaemon),
+			Bound:  Bound{Lost: Any, Repair: comeBack}, Log: `brought up to date|repaired`,
+		},
+		{
+			Name: "state directory read-only", Short: true,
+			Inject: Steps(stopDaemon, Once(`mount -t tmpfs -o size=64k none "$STATE_DIR"; mount -o remount,ro "$STATE_DIR"`), startDaemon, Afterwards(freeState)),
+			Expect: All(KernelWhole, LogSays(`problem: state-dir`)), Hold: 2 * time.Second, Restore: Undo, Log: `problem: state-dir`,
+		},
+		{
+			Name:   "state directory full",
+			Inject: Steps(stopDaemon, Once(`mount -t tmpfs -o size=8k none "$STATE_DIR"; head -c 100000 /dev/zero > "$STATE_DIR/full" 2>/dev/null || true`), startDaemon, Afterwards(freeState)),
+			Expect: All(KernelWhole, LogSays(`problem: state-dir`)), Hold: 2 * time.Second, Restore: Undo, Log: `problem: state-dir`,
+		},
+		{
+			Name:   "lease.json is nonsense",
+			Inject: Steps(stopDaemon, Once(`head -c 4096 /dev/urandom > "$STATE_DIR/lease.json"`), startDaemon), Log: `problem: state-dir`,
+		},
+		{
+			Name: "subnet.env deleted", Soak: true,
+			Inject: Once(`rm "$SUBNET_FILE"; cp /dev/null "$SUBNET_FILE"`),
+			Bound:  lossless(75 * time.Second), Log: ``,
+		},
+		{
+			Name: "clock jump", Skip: "the clock is the whole machine's; time namespaces shift only clocks that never jump",
+		},
+	}
+	return in(Daemon, lossless(comeBack), rows)
+}
+
+func stopDaemon(ctx context.Context, s *Site) error { return s.Victim.Stop(ctx) }
+func killDaemon(ctx context.Context, s *Site) error { return s.Victim.Kill(ctx) }
+func startDaemon(_ context.Context, s *Site) error  { return s.Victim.Start() }
+
+// wipe takes away what a reboot takes away, the pods aside: the state directory stays.
+func wipe(ctx context.Context, s *Site) error {
+	return Steps(
+		On(`[ $F = -6 ] || echo 0 > /proc/sys/net/ipv4/ip_forward; [ $F = -4 ] || echo 0 > /proc/sys/net/ipv6/conf/all/forwarding
+			ip link del $DEV 2>/dev/null || true
+			ip $F route flush proto 118 table all; while ip $F rule del lookup 118 2>/dev/null; do :; done`),
+		Once(`nft flush ruleset; $IPT -w -F; $IPT -w -t nat -F; $IPT -w -X; $IPT -w -t nat -X; ipset destroy; rm -f "$SUBNET_FILE"`),
+	)(ctx, s)
+}
+
+// killOften kills the daemon at random moments; between two kills a peer comes or goes, so that there is something to be done.
+func killOften(times int) Action {
+	return func(ctx context.Context, s *Site) error {
+		if err := ghostKilled.appears(ctx, s); err != nil {
+			return err
+		}
+		for i := range times {
+			change := ghostKilled.goes
+			if i%2 == 1 {
+				change = Put(func(s *Site) (string, string) { return ghostKilled.key(s), ghostKilled.value(s) })
+			}
+			if err := change(ctx, s); err != nil {
+				return err
+			}
+			if err := sleep(ctx, rand.N(300*time.Millisecond)); err != nil {
+				return err
+			}
+			if err := errors.Join(s.Victim.Kill(ctx), s.Victim.Start()); err != nil {
+				return err
+			}
+		}
+		return Undo(ctx, s)
+	}
+}
+
+// upgrade restarts the daemon from a copy of the binary.
+func upgrade(ctx context.Context, s *Site) error {
+	old := s.Victim.Argv()[0]
+	path := filepath.Join(s.Lab.Dir(), "overlayd-next")
+	if err := copyFile(old, path); err != nil {
+		return err
+	}
+	if err := s.Victim.Stop(ctx); err != nil {
+		return err
+	}
+	s.Victim.Use(path)
+	return s.Victim.Start()
+}
+
+func copyFile(from, to string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return fmt.Errorf("copy %s: %w", from, err)
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o755)
+	if err != nil {
+		return fmt.Errorf("copy %s: %w", from, err)
+	}
+	_, err = io.Copy(out, in)
+	if err := errors.Join(err, out.Close()); err != nil {
+		return fmt.Errorf("copy %s to %s: %w", from, to, err)
+	}
+	return nil
+}
+
+// secondDaemon starts the node's daemon once more, which must be refused in so many words.
+func secondDaemon(ctx context.Context, s *Site) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	argv := s.Victim.Argv()
+	out, err := s.Victim.Run(ctx, argv[0], append(argv[1:], "--healthz-port", "0")...)
+	if err == nil || !strings.Contains(out, "another overlayd is running") {
+		return fmt.Errorf("a second daemon was not refused: %w: %s", err, out)
+	}
+	return nil
+}
+
+// freeState takes the file system off the state directory and restarts the daemon.
+func freeState(ctx context.Context, s *Site) error {
+	if err := s.Victim.Stop(ctx); err != nil {
+		return err
+	}
+	err := unix.Unmount(s.Victim.StateDir(), unix.MNT_DETACH)
+	if err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("unmount %s: %w", s.Victim.StateDir(), err)
+	}
+	return s.Victim.Start()
+}

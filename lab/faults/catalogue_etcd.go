@@ -1,0 +1,357 @@
+package faults
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/overlayd/overlayd/lab"
+)
+
+// Ghosts of the catalogue; each row has one of its own.
+const (
+	ghostCompaction ghost = 60 + iota
+	ghostThief
+	ghostRemoved
+	ghostRestart
+	ghostSlow
+	ghostKilled
+)
+
+// catchUp is how long a node may take to be content again after etcd is back: its attempts are up to 15 s apart.
+const catchUp = 16 * time.Second
+
+// etcdFaults are what happens to the store. In none of them a packet is lost.
+func etcdFaults(long bool) []Fault {
+	away := 20 * time.Second
+	if long {
+		away = 2 * time.Minute
+	}
+	rows := []Fault{
+		{
+			Name: "stopped for " + away.String(), Short: true,
+			Inject: stopStore, Hold: away, Keeps: KernelWhole, Restore: startStore,
+			Log: `problem: etcd`,
+		},
+		{
+			Name: "stopped for 5s", On: []string{OnHostGW, OnDual}, Soak: true,
+			Inject: stopStore, Hold: 5 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `problem: etcd`,
+		},
+		{
+			Name: "hangs (SIGSTOP) for 20s", Soak: true,
+			Inject: pauseStore, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: resumeStore, Log: `problem: etcd`,
+		},
+		{
+			Name:   "slow: 300 ms in each direction, a peer comes meanwhile",
+			Inject: Steps(slowStore, Until(KernelWhole, 2*time.Second), ghostSlow.appears),
+			Expect: ghostSlow.routed, Hold: 2 * time.Second, Restore: Undo,
+		},
+		{
+			Name: "one of three members lost", On: []string{OnThree}, Short: true,
+			Inject: Steps(func(ctx context.Context, s *Site) error { return s.Lab.EtcdMembers()[0].Kill(ctx) },
+				Until(storeWorks, 10*time.Second), ghostSlow.appears),
+			Expect: ghostSlow.routed, Hold: 5 * time.Second,
+			Restore: Steps(ghostSlow.goes, startStore),
+		},
+		{
+			Name: "the member that leads is lost", On: []string{OnThree},
+			Inject: Steps(killLeader, Until(storeWorks, 10*time.Second), ghostSlow.appears),
+			Expect: ghostSlow.routed, Hold: 3 * time.Second,
+			Restore: Steps(ghostSlow.goes, startStore),
+		},
+		{
+			Name: "another leader", On: []string{OnThree},
+			Inject: moveLeader, Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
+		},
+		{
+			Name: "two of three members lost for 10s", On: []string{OnThree},
+			Inject: func(ctx context.Context, s *Site) error {
+				for _, e := range s.Lab.EtcdMembers()[1:] {
+					if err := e.Kill(ctx); err != nil {
+						return err
+					}
+				}
+				return nil
+			},
+			Hold: 10 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `problem: etcd`,
+		},
+		{
+			Name:   "compaction while the node is cut off",
+			Inject: Steps(cutOff, Wait(2*time.Second), ghostCompaction.appears, compact),
+			Hold:   18 * time.Second, Keeps: RoutesWholeOnVictim,
+			Restore: Steps(rejoin, Until(ghostCompaction.routedHere, catchUp+2*time.Second), ghostCompaction.goes),
+			Log:     `problem: etcd`,
+		},
+		{
+			Name:   "a connection that leads nowhere (packets dropped) for 20s",
+			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: Undo, Log: `problem: etcd`,
+		},
+		{
+			Name: "credentials refused and restored", On: []string{OnSecure}, Short: true,
+			// etcd forgets the tokens that it has given out when it starts anew.
+			Inject: Steps(setPassword("changed"), stopStore, startStore), Hold: 12 * time.Second, Keeps: KernelWhole,
+			Restore: setPassword(lab.EtcdPassword),
+			Log:     `problem: etcd.*(?i)(password|authenti|credential|user)`,
+		},
+		{
+			Name: "password replaced in etcd and then on disk", On: []string{OnSecure},
+			Inject:  Steps(setPassword("new"), Wait(3*time.Second), writePassword("new"), stopStore, startStore),
+			Hold:    2 * time.Second,
+			Restore: Steps(Until(Whole, catchUp), setPassword(lab.EtcdPassword), writePassword(lab.EtcdPassword)),
+		},
+		{
+			Name: "certificates replaced, those of the CA too", On: []string{OnSecure},
+			Inject: Steps(func(_ context.Context, s *Site) error { return s.Lab.ReplaceCertificates() }, stopStore, startStore),
+			Hold:   2 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
+		},
+		{
+			Name: "data lost: an empty store", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true, Soak: true,
+			Inject: emptyStore, Expect: registered, Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
+			Log: `etcd has lost data`,
+		},
+		{
+			Name: "data lost while a node is away: its peers keep it", On: []string{OnVXLAN},
+			Inject: Steps(func(ctx context.Context, s *Site) error { return s.Peer.Stop(ctx) }, emptyStore),
+			Hold:   5 * time.Second, Keeps: KernelWhole,
+			Restore: func(_ context.Context, s *Site) error { return s.Peer.Start() },
+			Log:     `etcd has lost data`,
+		},
+		{
+			Name: "restored from a snapshot that is older than the victim's lease", On: []string{OnVXLAN, OnDual},
+			Inject: Steps(olderStore,
+				// Every node has to be watching again: that is sure when it has heard of a peer that came.
+				ghostRestart.appears, Until(ghostRestart.routed, catchUp), ghostRestart.goes, Until(Whole, catchUp),
+				Store(advance(20)), Wait(time.Second), rollBack),
+			Expect: registered, Hold: 2 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
+			Log: `(?i)lost data|was restored`,
+		},
+		{
+			Name:   "restored from a snapshot with a node that is gone",
+			Inject: Steps(ghostRestart.appears, Until(ghostRestart.routed, 3*time.Second), copyStore, ghostRestart.goes, Until(Whole, catchUp), rollBack),
+			Expect: registered, Hold: 2 * time.Second,
+			Restore: Steps(ghostRestart.goes),
+		},
+		{
+			Name: "own key deleted", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true, Soak: true,
+			Inject: deleteOwnKey, Expect: registered, Restore: Wait(0),
+			Log: `(?i)lease|key`,
+		},
+		{
+			Name: "etcd lease revoked", On: []string{OnVXLAN, OnHostGW, OnDual}, Soak: true,
+			Inject: revoke, Expect: registered, Restore: Wait(0),
+			Log: `(?i)lease|key`,
+		},
+		{
+			Name: "own key overwritten with nonsense", On: []string{OnVXLAN},
+			Inject: overwriteOwnKey(func(*Site) string { return "{" }), Expect: registered, Restore: Wait(0),
+			Log: `(?i)lease|key`,
+		},
+		{
+			Name: "own key overwritten by another node: a new subnet", On: []string{OnVXLAN, OnDual}, Short: true,
+			Inject: overwriteOwnKey(ghostThief.value),
+			Expect: All(movedAway, LogSays(`\terror\t.*subnet`)), Hold: time.Second,
+			Restore: operatorAgrees, Ruins: true,
+			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `(?i)subnet was lost|lost to another`,
+		},
+	}
+	return in(Etcd, lossless(catchUp), rows)
+}
+
+// RoutesWholeOnVictim is RoutesWhole for the victim alone.
+func RoutesWholeOnVictim(ctx context.Context, s *Site) error {
+	now, err := observe(ctx, s.Victim, s.iptables)
+	if err != nil {
+		return err
+	}
+	if d := now.differs(s.plan[s.Victim.Name]); d != "" {
+		return fmt.Errorf("%s: %s", s.Victim.Name, d)
+	}
+	return nil
+}
+
+// Ports of the relay that slows etcd down.
+const (
+	storePort = 2379
+	slowPort  = 2378
+)
+
+// slowStore leads the nodes' connections through a relay.
+func slowStore(ctx context.Context, s *Site) error {
+	r, err := s.Lab.Etcd().StartRelay(ctx, slowPort, storePort, 300*time.Millisecond)
+	if err != nil {
+		return err
+	}
+	s.Defer(r.Close)
+	s.Defer(func() error {
+		return onStore(`iptables -t nat -F PREROUTING; iptables -F INPUT`)(context.WithoutCancel(ctx), s)
+	})
+	return onStore(fmt.Sprintf(`iptables -t nat -I PREROUTING -i eth0 -p tcp --dport %d -j REDIRECT --to-ports %d
+		iptables -I INPUT -i eth0 -p tcp --dport %d -j REJECT --reject-with tcp-reset`, storePort, slowPort, storePort))(ctx, s)
+}
+
+// blackHole drops what the nodes send to etcd.
+func blackHole(ctx context.Context, s *Site) error {
+	s.Defer(func() error { return onStore(`iptables -F INPUT`)(context.WithoutCancel(ctx), s) })
+	return onStore(`iptables -I INPUT -i eth0 -p tcp --dport 2379 -j DROP`)(ctx, s)
+}
+
+// cutOff ends the victim's connections to etcd and refuses new ones.
+func cutOff(ctx context.Context, s *Site) error {
+	s.Defer(func() error { return rejoin(context.WithoutCancel(ctx), s) })
+	return onStore(`iptables -I INPUT -p tcp -s $IP -j REJECT --reject-with tcp-reset; iptables -I OUTPUT -p tcp -d $IP -j REJECT --reject-with tcp-reset`)(ctx, s)
+}
+
+func rejoin(ctx context.Context, s *Site) error {
+	return onStore(`iptables -F INPUT; iptables -F OUTPUT`)(ctx, s)
+}
+
+func compact(ctx context.Context, s *Site) error {
+	return Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+		resp, err := cli.Put(ctx, "/elsewhere", "")
+		if err != nil {
+			return fmt.Errorf("go one revision on: %w", err)
+		}
+		if _, err := cli.Compact(ctx, resp.Header.Revision, clientv3.WithCompactPhysical()); err != nil {
+			return fmt.Errorf("compact: %w", err)
+		}
+		return nil
+	})(ctx, s)
+}
+
+// advance writes something that concerns nobody but that every node's watch tells of, so that the revision grows that they know.
+func advance(n int) func(context.Context, *Site, *clientv3.Client) error {
+	return func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+		for range n {
+			if _, err := cli.Put(ctx, prefix+"noise", ""); err != nil {
+				return fmt.Errorf("go on a revision: %w", err)
+			}
+		}
+		return nil
+	}
+}
+
+func storeWorks(ctx context.Context, s *Site) error {
+	return Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		_, err := cli.Put(ctx, "/elsewhere", "")
+		return err
+	})(ctx, s)
+}
+
+// leader is the number of the member that leads, from 0, and the IDs of all.
+func leader(ctx context.Context, s *Site, cli *clientv3.Client) (int, []uint64, error) {
+	at := -1
+	var ids []uint64
+	for i, e := range s.Lab.EtcdMembers() {
+		st, err := cli.Status(ctx, e.LocalURL())
+		if err != nil {
+			return 0, nil, fmt.Errorf("ask %s who leads: %w", e.LocalURL(), err)
+		}
+		ids = append(ids, st.Header.MemberId)
+		if st.Leader == st.Header.MemberId {
+			at = i
+		}
+	}
+	if at < 0 {
+		return 0, nil, fmt.Errorf("no member of etcd leads")
+	}
+	return at, ids, nil
+}
+
+func killLeader(ctx context.Context, s *Site) error {
+	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
+		at, _, err := leader(ctx, s, cli)
+		if err != nil {
+			return err
+		}
+		return s.Lab.EtcdMembers()[at].Kill(ctx)
+	})(ctx, s)
+}
+
+func moveLeader(ctx context.Context, s *Site) error {
+	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
+		at, ids, err := leader(ctx, s, cli)
+		if err != nil {
+			return err
+		}
+		direct, err := clientv3.New(clientv3.Config{Endpoints: []string{s.Lab.EtcdMembers()[at].LocalURL()}, DialOptions: s.Lab.DialEtcd(), DialTimeout: storeWait})
+		if err != nil {
+			return fmt.Errorf("reach the leader: %w", err)
+		}
+		defer direct.Close()
+		if _, err := direct.MoveLeader(ctx, ids[(at+1)%len(ids)]); err != nil {
+			return fmt.Errorf("move the leadership: %w", err)
+		}
+		return nil
+	})(ctx, s)
+}
+
+func setPassword(p string) Action {
+	return func(ctx context.Context, s *Site) error { return s.Lab.SetEtcdPassword(ctx, p) }
+}
+
+func writePassword(p string) Action {
+	return func(_ context.Context, s *Site) error { return s.Lab.WritePassword(p) }
+}
+
+func deleteOwnKey(ctx context.Context, s *Site) error {
+	l, err := s.leaseOf(ctx, s.Victim)
+	if err != nil {
+		return err
+	}
+	return Delete(func(*Site) string { return l.key })(ctx, s)
+}
+
+func revoke(ctx context.Context, s *Site) error {
+	l, err := s.leaseOf(ctx, s.Victim)
+	if err != nil {
+		return err
+	}
+	return Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+		if _, err := cli.Revoke(ctx, l.etcdLease); err != nil {
+			return fmt.Errorf("revoke the etcd lease of %s: %w", s.Victim.Name, err)
+		}
+		return nil
+	})(ctx, s)
+}
+
+func overwriteOwnKey(with func(*Site) string) Action {
+	return func(ctx context.Context, s *Site) error {
+		l, err := s.leaseOf(ctx, s.Victim)
+		if err != nil {
+			return err
+		}
+		return Put(func(s *Site) (string, string) { return l.key, with(s) })(ctx, s)
+	}
+}
+
+// movedAway holds when the victim has another subnet, in subnet.env and for its peers, is ready, and says that it is degraded.
+func movedAway(ctx context.Context, s *Site) error {
+	if subnetKept(ctx, s) == nil {
+		return fmt.Errorf("%s still has the subnet %v", s.Victim.Name, s.own.Gateway)
+	}
+	if err := registered(ctx, s); err != nil {
+		return err
+	}
+	text, err := s.Victim.Get(ctx, "http://127.0.0.1:8471/readyz")
+	if err != nil {
+		return err
+	}
+	return unless(strings.Contains(text, "degraded"), "/readyz does not say that it is degraded: %s", strings.TrimSpace(text))
+}
+
+// operatorAgrees does what the daemon asks for: the file goes, and it is no longer degraded.
+func operatorAgrees(ctx context.Context, s *Site) error {
+	if err := Once(`rm -v "$STATE_DIR/subnet-changed"`)(ctx, s); err != nil {
+		return fmt.Errorf("agree: %w", err)
+	}
+	if err := s.Victim.SetupPods(); err != nil {
+		return err
+	}
+	_, err := s.await(ctx, All(func(ctx context.Context, s *Site) error { return contentOne(ctx, s.Victim) }, reaches), time.Now(), 90*time.Second)
+	return err
+}

@@ -1,0 +1,116 @@
+package faults
+
+import "time"
+
+// kernel is the drift of what the daemon put into the kernel. The scripts run on the victim; what they name is in Site.variables.
+func kernel() []Fault {
+	rows := []Fault{
+		{
+			Name: "route deleted", On: everywhere(), Short: true, Soak: true,
+			Inject: On(`ip $F route del $PEER_SUBNET`), Log: `repaired.*: route`,
+		},
+		{
+			Name: "route through another gateway", On: everywhere(), Short: true,
+			Inject: On(`ip $F route show $PEER_SUBNET | sed 's/via [^ ]*/via '"$WRONG_GW"'/' | while read -r r; do ip $F route replace $r; done`),
+			Log:    `repaired.*: route`,
+		},
+		{
+			Name: "all routes flushed (ip route flush proto 118)", On: everywhere(), Short: true, Soak: true,
+			Inject: On(`ip $F route flush proto 118 table all`), Log: `repaired.*: route`,
+		},
+		{
+			Name: "policy table's route deleted", On: tunnelled(), Soak: true,
+			Inject: On(`ip $F route del $PEER_IP table 118`), Log: `repaired.*: route`,
+		},
+		{
+			Name: "rule deleted", On: tunnelled(), Soak: true,
+			Inject: On(`ip $F rule del from $SUBNET lookup 118`), Log: `repaired.*: rule`,
+		},
+		{
+			Name: "forwarding entry deleted", On: tunnelled(), Short: true, Soak: true,
+			Inject: On(`bridge fdb del $PEER_MAC dev $DEV`), Log: `repaired.*: fdb`,
+		},
+		{
+			Name: "forwarding entry to another node", On: tunnelled(), Soak: true,
+			Inject: On(`bridge fdb replace $PEER_MAC dev $DEV dst $TARGET_IP`), Log: `repaired.*: fdb`,
+		},
+		{
+			Name: "neighbour deleted", On: tunnelled(), Soak: true,
+			Inject: On(`ip $F neigh del $PEER_FIRST dev $DEV`), Log: `repaired.*: neighbour`,
+		},
+		{
+			Name: "neighbour with another MAC", On: tunnelled(),
+			Inject: On(`ip $F neigh replace $PEER_FIRST lladdr 02:00:00:00:00:99 nud permanent dev $DEV`), Log: `repaired.*: neighbour`,
+		},
+		{
+			Name: "neighbours flushed", On: tunnelled(), Soak: true,
+			Inject: On(`ip $F neigh flush dev $DEV nud permanent`), Log: `repaired.*: neighbour`,
+		},
+		{
+			Name: "device's address deleted", On: tunnelled(), Soak: true,
+			Inject: On(`ip $F address del $FIRST/$BITS dev $DEV`), Log: `repaired.*: address`,
+		},
+		{
+			Name: "device deleted", On: tunnelled(), Short: true, Soak: true,
+			Inject: On(`ip link del $DEV`), Log: `repaired.*: device`,
+		},
+		{
+			Name: "device set down", On: tunnelled(), Short: true, Soak: true,
+			Inject: On(`ip link set $DEV down`), Log: `repaired.*: device`,
+		},
+		{
+			Name: "device's MTU changed", On: tunnelled(), Soak: true,
+			Inject: On(`ip link set $DEV mtu 1300`), Log: `repaired.*: device`,
+		},
+		{
+			Name: "device's MAC changed", On: tunnelled(), Soak: true,
+			Inject: On(`ip link set $DEV address 02:00:00:00:00:98`), Log: `repaired.*: device`,
+		},
+		{
+			Name: "somebody deletes a route for 10 s", On: everywhere(), Short: true,
+			Inject: keepsDeleting(`ip $F route del $PEER_SUBNET`, `! ip $F route show proto 118 | grep -q "^$PEER_SUBNET "`).Do,
+			Bound:  Bound{Lost: Any, Repair: time.Second, Lines: 30}, Log: `repaired.*: route`,
+		},
+		{
+			Name: "somebody deletes the device for 10 s", On: tunnelled(),
+			Inject: keepsDeleting(`ip link del $DEV`, `! ip link show $DEV`).Do,
+			Bound:  Bound{Lost: Any, Repair: time.Second, Lines: 60}, Log: `repaired.*: device`,
+		},
+		foreignRoute("foreign route of a better metric over a peer's subnet", `$PEER_SUBNET via $GW dev eth0 metric 1`, everywhere()...),
+		foreignRoute("foreign route to a part of a peer's subnet", `${PEER_SUBNET%%/*}/$PART via $GW dev eth0`, everywhere()...),
+		foreignRoute("foreign blackhole over a peer's subnet", `blackhole $PEER_SUBNET metric 1`, OnVXLAN, OnDual),
+		{
+			Name: "forwarding switched off", On: everywhere(), Short: true, Soak: true,
+			Inject: On(`if [ $F = -4 ]; then echo 0 > /proc/sys/net/ipv4/ip_forward; else echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; fi`),
+			Log:    `repaired.*: sysctl`,
+		},
+	}
+	return in(Kernel, drift(), rows)
+}
+
+// foreignRoute is won (the planned state is back) or reported; either way it is named.
+func foreignRoute(name, route string, on ...string) Fault {
+	const part = `PART=$(( $BITS == 32 ? 25 : 65 )); `
+	return Fault{
+		Name: name, On: on,
+		Inject: Steps(On(part+`ip $F route add `+route),
+			Afterwards(On(part+`ip $F route del `+route+` 2>/dev/null || true`))),
+		Expect: LogNames(`PEER_FIRST`), Restore: Undo,
+		Log: `(?i)is not ours`,
+	}
+}
+
+func keepsDeleting(del, gone string) Deleter {
+	return Deleter{Delete: del + ` 2>/dev/null || true`, Gone: gone, For: 10 * time.Second, Within: time.Second, CPU: 3 * time.Second}
+}
+
+// in fills in what rows of an area have in common.
+func in(a Area, b Bound, rows []Fault) []Fault {
+	for i := range rows {
+		rows[i].Area = a
+		if rows[i].Bound == (Bound{}) {
+			rows[i].Bound = b
+		}
+	}
+	return rows
+}

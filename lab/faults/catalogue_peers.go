@@ -1,0 +1,189 @@
+package faults
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// nonsense is a lease that makes none: each is refused by name and changes nothing.
+type nonsense struct {
+	what       string
+	key, value func(*Site) string
+}
+
+// text is a part of a lease that is the same at all sites.
+func text(s string) func(*Site) string { return func(*Site) string { return s } }
+
+// fields is a lease like that of an honest peer, but for its public IP and MAC.
+func fields(ip, mac string) string {
+	return fmt.Sprintf(`{"PublicIP":%q,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":%q},"PublicIPLocal":true,"NodeName":"stranger"}`, ip, mac)
+}
+
+const (
+	strangerIP  = "172.31.1.99"
+	strangerMAC = "02:00:00:00:99:01"
+)
+
+// nonsenses lists them.
+func nonsenses() []nonsense {
+	honest := text(fields(strangerIP, strangerMAC))
+	key := text("10.244.3.0-24")
+	at := func(ip string) func(*Site) string { return text(fields(ip, strangerMAC)) }
+	with := func(mac string) func(*Site) string { return text(fields(strangerIP, mac)) }
+	return []nonsense{
+		{"an address that is none", text("10.244.300.0-24"), honest},
+		{"host bits set", text("10.244.200.7-24"), honest},
+		{"the underlay's own subnet", text("172.31.1.0-24"), honest},
+		{"a subnet around the underlay", text("172.16.0.0-12"), honest},
+		{"0.0.0.0/0", text("0.0.0.0-0"), honest},
+		{"etcd's network", text("172.31.100.0-24"), honest},
+		{"the whole pod network", text("10.244.0.0-16"), honest},
+		{"a part of a peer's subnet", func(s *Site) string { return inside(s, false) }, honest},
+		{"a part of the node's own subnet", func(s *Site) string { return inside(s, true) }, honest},
+		{"a subnet around several", text("10.244.0.0-17"), honest},
+		{"the node's own public IP", key, func(s *Site) string { return fields(s.Victim.Addr(addr.IPv4).String(), strangerMAC) }},
+		{"a peer's public IP", key, func(s *Site) string { return fields(s.Peer.Addr(addr.IPv4).String(), strangerMAC) }},
+		{"a public IP inside the pod network", key, at("10.244.9.9")},
+		{"a multicast public IP", key, at("224.0.0.1")},
+		{"the broadcast address", key, at("255.255.255.255")},
+		{"a loopback public IP", key, at("127.0.0.1")},
+		{"no public IP (0.0.0.0)", key, at("0.0.0.0")},
+		{"a zero MAC", key, with("00:00:00:00:00:00")},
+		{"the broadcast MAC", key, with("ff:ff:ff:ff:ff:ff")},
+		{"a MAC that is none", key, with("zz:00")},
+		{"another VNI", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"VNI":1`, `"VNI":2`, 1))},
+		{"another backend", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"vxlan"`, `"host-gw"`, 1))},
+		{"broken JSON", key, text(`{"PublicIP":`)},
+		{"no backend", key, text(`{"PublicIP":"172.31.1.99"}`)},
+		{"not an object", key, text(`[1, 2]`)},
+		{"a value of 1 MB", key, text(`{"PublicIP":"` + strings.Repeat("1", 1<<20) + `"}`)},
+		{"a key of 4 kB", text("10.244.3.0-24" + strings.Repeat("0", 4096)), honest},
+		{"a key with control characters", text("10.244.3.0-24\n\x1b[31m"), honest},
+	}
+}
+
+// inside is a key in the second half of a node's subnet.
+func inside(s *Site, own bool) string {
+	n := s.Peer
+	if own {
+		n = s.Victim
+	}
+	env, err := n.SubnetEnv()
+	if err != nil {
+		return "10.244.3.0-25"
+	}
+	b := env.Gateway.V4.Masked().Addr().As4()
+	b[3] = 128
+	return netip.AddrFrom4(b).String() + "-25"
+}
+
+// peers is what may stand in etcd.
+func peers() []Fault {
+	var rows []Fault
+	for i, n := range nonsenses() {
+		key := func(s *Site) string { return subnets + n.key(s) }
+		rows = append(rows, Fault{
+			Name: "lease: " + n.what, On: []string{OnVXLAN}, Short: i%8 == 0,
+			Inject: Steps(
+				Afterwards(Delete(key)),
+				Put(func(s *Site) (string, string) { return key(s), n.value(s) }),
+			),
+			Expect: All(RoutesWhole, refused), Hold: 300 * time.Millisecond, Keeps: KernelWhole,
+			Restore: Undo, Log: `problem: refused-lease`,
+		})
+	}
+	rows = append(rows,
+		Fault{
+			Name: "two leases for overlapping subnets: the older one holds", On: []string{OnVXLAN, OnHostGW},
+			Inject: Steps(
+				ghostKilled.appears, Until(ghostKilled.routed, 3*time.Second),
+				Afterwards(Delete(overlapKey)),
+				Put(func(s *Site) (string, string) { return overlapKey(s), ghostThief.value(s) })),
+			Expect: All(ghostKilled.routed, refused), Hold: time.Second, Keeps: All(ghostKilled.routed, notRouted(overlapKey)),
+			Restore: Undo, Log: `problem: refused-lease.*overlaps`,
+		},
+		Fault{
+			Name: "10,000 junk keys", On: []string{OnVXLAN}, Short: true,
+			Inject: Steps(
+				Afterwards(Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+					_, err := cli.Delete(ctx, subnets+"junk-", clientv3.WithPrefix())
+					return err
+				})),
+				Store(junk(10000))),
+			Expect: All(RoutesWhole, refused), Hold: 2 * time.Second, Keeps: RoutesWhole,
+			Restore: Undo, Log: `problem: refused-lease`, Bound: Bound{Repair: 5 * time.Second},
+		},
+		Fault{
+			Name: "10,000 keys for no subnet of the network", On: []string{OnVXLAN},
+			Inject: Steps(
+				Afterwards(Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+					_, err := cli.Delete(ctx, subnets+"11.", clientv3.WithPrefix())
+					return err
+				})),
+				Store(strangers(10000))),
+			Expect: All(RoutesWhole, refused), Hold: 2 * time.Second, Keeps: RoutesWhole,
+			Restore: Undo, Log: `problem: refused-lease`, Bound: Bound{Repair: 5 * time.Second},
+		},
+	)
+	return in(Peers, lossless(2*time.Second), rows)
+}
+
+// refused holds when the victim says that it leaves a lease out, and goes on.
+func refused(ctx context.Context, s *Site) error {
+	text, err := s.Victim.Get(ctx, "http://127.0.0.1:8471/readyz")
+	if err != nil {
+		return err
+	}
+	return unless(strings.Contains(text, "refused-lease"), "/readyz does not speak of a refused lease: %s", strings.TrimSpace(text))
+}
+
+// overlapKey is a part of a ghost's subnet.
+func overlapKey(s *Site) string {
+	b := ghostKilled.subnets(s).V4.Addr().As4()
+	b[3] = 128
+	return subnets + netip.AddrFrom4(b).String() + "-25"
+}
+
+func notRouted(key func(*Site) string) Check {
+	return func(ctx context.Context, s *Site) error {
+		sn := strings.Replace(strings.TrimPrefix(key(s), subnets), "-", "/", 1)
+		out, err := s.Victim.Run(ctx, "ip", "route", "show", sn)
+		if err != nil {
+			return err
+		}
+		return unless(out == "", "there is a route to %s: %s", sn, out)
+	}
+}
+
+// batch is how many keys one transaction may put.
+const batch = 100
+
+func junk(n int) func(context.Context, *Site, *clientv3.Client) error {
+	return manyKeys(n, func(i int) string { return fmt.Sprintf("junk-%d", i) }, "junk")
+}
+
+func strangers(n int) func(context.Context, *Site, *clientv3.Client) error {
+	return manyKeys(n, func(i int) string { return fmt.Sprintf("11.%d.%d.0-24", i/256, i%256) }, fields(strangerIP, strangerMAC))
+}
+
+func manyKeys(n int, key func(int) string, value string) func(context.Context, *Site, *clientv3.Client) error {
+	return func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+		for i := 0; i < n; i += batch {
+			var ops []clientv3.Op
+			for j := i; j < min(i+batch, n); j++ {
+				ops = append(ops, clientv3.OpPut(subnets+key(j), value))
+			}
+			if _, err := cli.Txn(ctx).Then(ops...).Commit(); err != nil {
+				return fmt.Errorf("put %d keys: %w", len(ops), err)
+			}
+		}
+		return nil
+	}
+}

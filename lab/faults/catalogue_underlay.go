@@ -1,0 +1,243 @@
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/lab"
+)
+
+// underlayFaults are what happens to the network below.
+func underlayFaults() []Fault {
+	rows := []Fault{
+		{
+			Name: "interface down and up", On: everywhere(), Short: true, Soak: true,
+			Inject: linkDown, Hold: 2 * time.Second, Keeps: keepsState, Restore: linkUp, Log: `underlay|interface|eth0`,
+		},
+		{
+			Name: "cable out and in", On: everywhere(), Soak: true,
+			Inject: func(_ context.Context, s *Site) error { return s.Victim.Unplug() },
+			Hold:   2 * time.Second, Keeps: keepsState,
+			Restore: func(_ context.Context, s *Site) error { return s.Victim.Plug() },
+		},
+		{
+			Name: "address replaced", On: everywhere(), Short: true,
+			Inject:  Steps(moveTo("99"), Afterwards(moveBack)),
+			Expect:  All(announces("99"), subnetKept, reaches),
+			Restore: Undo, Log: `(?i)interface chosen|underlay|address`,
+		},
+		{
+			Name: "MTU lowered", On: everywhere(), Short: true, Soak: true,
+			Inject:  Steps(Once(`ip link set eth0 mtu 1400`), Afterwards(Once(`ip link set eth0 mtu 1500`))),
+			Expect:  All(lowerMTU, reaches),
+			Restore: Undo, Log: `(?i)mtu|device`,
+		},
+		{
+			Name: "default route moved to another interface", On: tunnelled(), Short: true,
+			Inject:  Steps(secondInterface, On(`ip $F route replace default via $GW2 dev eth1`), Afterwards(On(`ip $F route replace default via $GW dev eth0`))),
+			Expect:  All(leavesBy("eth1"), subnetKept, reaches),
+			Restore: Undo, Log: `(?i)interface chosen.*eth1`,
+		},
+		{
+			Name: "second default route of a better metric", On: tunnelled(),
+			Inject: Steps(secondInterface, On(`ip $F route replace default via $GW dev eth0 metric 200; [ $F = -6 ] && ip $F route del default via $GW dev eth0 metric 1024 || ip $F route del default via $GW dev eth0 metric 0
+				ip $F route add default via $GW2 dev eth1 metric 100`),
+				Afterwards(On(`ip $F route del default metric 100; ip $F route replace default via $GW dev eth0; ip $F route del default metric 200`))),
+			Expect:  All(leavesBy("eth1"), subnetKept, reaches),
+			Restore: Undo, Log: `(?i)interface chosen.*eth1`,
+		},
+		{
+			Name: "interface deleted and made again", On: everywhere(), Short: true,
+			Inject: recreate, Hold: 2 * time.Second, Restore: Undo, Log: `underlay|interface|eth0`,
+		},
+		{
+			Name: "no interface fits for 5 s", On: everywhere(), Soak: true,
+			Inject: Steps(Once(`ip address flush dev eth0 scope global`), Afterwards(linkUp)),
+			Expect: LogSays(`no network interface|no IPv4 address|no IPv6 address`),
+			Hold:   5 * time.Second, Keeps: keepsState, Restore: Undo, Log: `no network interface`,
+		},
+	}
+	return in(Underlay, underlay(), rows)
+}
+
+func linkDown(_ context.Context, s *Site) error { return s.Victim.LinkDown() }
+func linkUp(_ context.Context, s *Site) error   { return s.Victim.LinkUp() }
+
+func recreate(_ context.Context, s *Site) error {
+	back, err := s.Victim.RecreateLink()
+	if err != nil {
+		return err
+	}
+	s.Defer(back)
+	return nil
+}
+
+// keepsState holds while the victim keeps what it has for its peers, although there is no underlay to it.
+func keepsState(ctx context.Context, s *Site) error {
+	if s.Setup == OnHostGW || s.Setup == OnDirect {
+		return nil // the kernel itself removes routes through an interface that is down
+	}
+	return Sees(`ip $F route show proto 118 | grep "^$PEER_SUBNET " && bridge fdb show dev $DEV | grep $PEER_MAC && grep SUBNET= "$SUBNET_FILE"`)(ctx, s)
+}
+
+// elsewhere is the victim's address with another last part.
+func elsewhere(s *Site, f addr.Family, last string) netip.Prefix {
+	own := s.Victim.Addr(f).String()
+	cut := strings.LastIndexAny(own, ".:")
+	a := netip.MustParseAddr(own[:cut+1] + last)
+	bits := 24
+	if f == addr.IPv6 {
+		bits = 64
+	}
+	return netip.PrefixFrom(a, bits)
+}
+
+// moveTo replaces the victim's addresses by others of the same network, as a DHCP server may.
+func moveTo(last string) Action {
+	return func(ctx context.Context, s *Site) error {
+		for _, f := range s.families {
+			to := elsewhere(s, f, last)
+			_, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+fmt.Sprintf(
+				`ip $F address del $IP/$NET_BITS dev eth0; ip $F address add %s dev eth0 %s; ip $F route replace default via $GW dev eth0`, to, nodad(f)))
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+func nodad(f addr.Family) string {
+	if f == addr.IPv6 {
+		return "nodad"
+	}
+	return ""
+}
+
+func moveBack(ctx context.Context, s *Site) error {
+	for _, f := range s.families {
+		if _, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+`ip $F address flush dev eth0 scope global`); err != nil {
+			return err
+		}
+	}
+	return s.Victim.LinkUp()
+}
+
+// announces holds when the victim's lease and its peers' entries have the new address, and the device sends from it.
+func announces(last string) Check {
+	return func(ctx context.Context, s *Site) error {
+		lease, err := s.leaseOf(ctx, s.Victim)
+		if err != nil {
+			return err
+		}
+		for _, f := range s.families {
+			to := elsewhere(s, f, last).Addr()
+			if !strings.Contains(lease.value, `"`+to.String()+`"`) {
+				return fmt.Errorf("the lease does not say %s: %s", to, lease.value)
+			}
+			if err := s.sendsFrom(ctx, f, to); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// sendsFrom looks at the two ends of a tunnel, or at the peer's route.
+func (s *Site) sendsFrom(ctx context.Context, f addr.Family, from netip.Addr) error {
+	script := fmt.Sprintf(`ip $F route show proto 118 | grep -F "via %s "`, from)
+	if s.Setup == OnVXLAN || s.Setup == OnDual {
+		if _, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+fmt.Sprintf(`ip -d link show $DEV | grep -F "local %s "`, from)); err != nil {
+			return fmt.Errorf("the device does not send from %s", from)
+		}
+		script = fmt.Sprintf(`bridge fdb show dev $DEV | grep -F "dst %s "`, from)
+	}
+	if _, err := s.Peer.Run(ctx, "sh", "-ec", s.vars.Get(f)+script); err != nil {
+		return fmt.Errorf("%s does not send to %s", s.Peer.Name, from)
+	}
+	return nil
+}
+
+// subnetKept holds while the victim has the subnet that it had.
+func subnetKept(_ context.Context, s *Site) error {
+	env, err := s.Victim.SubnetEnv()
+	if err != nil {
+		return err
+	}
+	return unless(env.Gateway == s.own.Gateway, "subnet.env says %v: it was %v", env.Gateway, s.own.Gateway)
+}
+
+// reaches holds when pods of the victim and of the peer reach each other.
+func reaches(ctx context.Context, s *Site) error {
+	for _, pair := range [][2]*lab.Node{{s.Victim, s.Peer}, {s.Peer, s.Victim}} {
+		for _, f := range s.families {
+			if err := s.pingPod(ctx, pair[0], pair[1], f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *Site) pingPod(ctx context.Context, from, to *lab.Node, f addr.Family) error {
+	env, err := to.SubnetEnv()
+	if err != nil {
+		return err
+	}
+	if _, err := from.Pods()[0].Ping(ctx, lab.Ping{To: env.PodAddr(f, 0).Addr(), Wait: 200 * time.Millisecond}); err != nil {
+		return fmt.Errorf("a pod of %s does not reach one of %s: %w", from.Name, to.Name, err)
+	}
+	return nil
+}
+
+// lowerMTU holds when device and subnet.env have followed an underlay of 1400.
+func lowerMTU(ctx context.Context, s *Site) error {
+	env, err := s.Victim.SubnetEnv()
+	if err != nil {
+		return err
+	}
+	want, device := 1400, ""
+	if s.Setup != OnHostGW {
+		want, device = 1350, `ip link show $DEV | grep "mtu $((1400 - (${F#-} == 4 ? 50 : 70)))"`
+	}
+	if s.Setup == OnDual {
+		want = 1330
+	}
+	return errors.Join(
+		unless(env.MTU == want, "subnet.env says MTU %d: want %d", env.MTU, want),
+		Sees(device+"\n:")(ctx, s))
+}
+
+// secondInterface gives the victim eth1 in the other segment, and scripts GW2.
+func secondInterface(_ context.Context, s *Site) error {
+	t := s.Lab.Topology()
+	_, via, err := s.Victim.AddLink(t, "eth1", 3-s.Victim.Spec().Segment)
+	if err != nil {
+		return err
+	}
+	s.Defer(func() error { return s.Victim.RemoveLink("eth1") })
+	for _, f := range s.families {
+		s.vars.Set(f, s.vars.Get(f)+"GW2="+via.Get(f).Addr().String()+"\n")
+	}
+	return nil
+}
+
+// leavesBy holds when the tunnels use an interface.
+func leavesBy(name string) Check {
+	return Sees(`ip -d link show $DEV | grep "dev ` + name + ` "`)
+}
+
+// LogSays holds when a line of the victim's log matches.
+func LogSays(pattern string) Check {
+	return func(_ context.Context, s *Site) error {
+		if !matchesAny(s.logged(), pattern) {
+			return fmt.Errorf("the daemon did not log /%s/", pattern)
+		}
+		return nil
+	}
+}

@@ -1,0 +1,155 @@
+package faults
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// Result is what came of one row in one setup.
+type Result struct {
+	Area     Area          `json:"area"`
+	Fault    string        `json:"fault"`
+	Setup    string        `json:"setup"`
+	Lost     int           `json:"packetsLost"`
+	Repair   time.Duration `json:"-"`
+	Stall    time.Duration `json:"-"`
+	Logged   string        `json:"logged"`
+	Facts    string        `json:"facts,omitempty"`
+	Skipped  string        `json:"skipped,omitempty"`
+	Problems []string      `json:"problems,omitempty"`
+	Log      []string      `json:"log,omitempty"` // the end of the daemon's log, where there are problems
+}
+
+func newResult(f Fault, setup string) Result {
+	return Result{Area: f.Area, Fault: f.Name, Setup: setup}
+}
+
+func (r *Result) fail(format string, args ...any) {
+	r.Problems = append(r.Problems, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; "))
+}
+
+// MarshalJSON writes durations in seconds.
+func (r Result) MarshalJSON() ([]byte, error) {
+	type plain Result
+	return json.Marshal(struct {
+		plain
+		Repair float64 `json:"secondsToRepair"`
+		Stall  float64 `json:"secondsTCPStalled"`
+		OK     bool    `json:"ok"`
+	}{plain(r), r.Repair.Seconds(), r.Stall.Seconds(), len(r.Problems) == 0})
+}
+
+func (r Result) verdict() string {
+	switch {
+	case r.Skipped != "":
+		return "not run: " + r.Skipped
+	case len(r.Problems) == 0:
+		return "ok"
+	}
+	return strings.Join(r.Problems, "; ")
+}
+
+func (r Result) line() string {
+	return fmt.Sprintf("%s: %s (%s): %d lost, %s: %s", r.Area, r.Fault, r.Setup, r.Lost, seconds(r.Repair), r.verdict())
+}
+
+// seconds is a duration as the table shows it.
+func seconds(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) }
+
+// Report is the table.
+type Report struct {
+	Rows    []Result      `json:"rows"`
+	Failed  int           `json:"failed"`
+	Skipped int           `json:"skipped"`
+	Took    time.Duration `json:"-"`
+	Seconds float64       `json:"seconds"`
+}
+
+func newReport(rows []Result, took time.Duration) Report {
+	r := Report{Rows: rows, Took: took, Seconds: took.Seconds()}
+	areas := []Area{Kernel, Firewall, Underlay, Etcd, Boot, Daemon, Peers}
+	slices.SortStableFunc(r.Rows, func(a, b Result) int { return slices.Index(areas, a.Area) - slices.Index(areas, b.Area) })
+	for _, row := range rows {
+		switch {
+		case len(row.Problems) > 0:
+			r.Failed++
+		case row.Skipped != "":
+			r.Skipped++
+		}
+	}
+	return r
+}
+
+// The widest that a column may be.
+const (
+	widestFault   = 60
+	widestLogged  = 70
+	widestVerdict = 200
+)
+
+// Text renders the report for a terminal.
+func (r Report) Text() string {
+	rows := [][]string{{"FAULT", "SETUP", "LOST", "SECONDS", "THE DAEMON SAID", "OK"}}
+	for _, x := range r.Rows {
+		rows = append(rows, []string{
+			cut(string(x.Area)+": "+x.Fault, widestFault), x.Setup, fmt.Sprint(x.Lost), seconds(x.Repair),
+			cut(x.Logged, widestLogged), cut(x.verdict(), widestVerdict),
+		})
+	}
+	var b strings.Builder
+	b.WriteString(columns(rows))
+	for _, x := range r.Rows {
+		if len(x.Problems) > 0 {
+			b.WriteString(x.details())
+		}
+	}
+	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not, %d not run\n",
+		len(r.Rows), r.Took.Round(time.Second), len(r.Rows)-r.Failed-r.Skipped, r.Failed, r.Skipped)
+	return b.String()
+}
+
+// details shows a failed row at length.
+func (r Result) details() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "\n%s: %s (%s)\n", r.Area, r.Fault, r.Setup)
+	for _, p := range r.Problems {
+		fmt.Fprintf(&b, "  - %s\n", p)
+	}
+	for _, l := range r.Log {
+		fmt.Fprintf(&b, "    | %s\n", l)
+	}
+	return b.String()
+}
+
+func cut(s string, n int) string {
+	if utf8.RuneCountInString(s) <= n {
+		return s
+	}
+	return string([]rune(s)[:n-1]) + "…"
+}
+
+// columns lines up rows of cells.
+func columns(rows [][]string) string {
+	var widths []int
+	for _, row := range rows {
+		for i, c := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], utf8.RuneCountInString(c))
+		}
+	}
+	var b strings.Builder
+	for _, row := range rows {
+		var line strings.Builder
+		for i, c := range row {
+			line.WriteString(c + strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c)+2))
+		}
+		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
+	}
+	return b.String()
+}

@@ -1,0 +1,149 @@
+package faults
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/overlayd/overlayd/lab"
+)
+
+// state is what a node has, as the system's own tools say it: sections of sorted lines.
+type state map[string][]string
+
+// The sections of a state that are no business of the firewall's driver.
+const (
+	secForwarding = "forwarding"
+	secSubnet     = "subnet.env"
+	secFirewall   = "firewall"
+)
+
+// section marks the beginning of one in the output of dumpScript.
+const section = "### "
+
+// dumpScript prints everything in one go, in as few processes as there can be: it is run many times a second.
+func dumpScript(subnetFile, iptables string) string {
+	return fmt.Sprintf(`
+echo '%[1]sdevices';    ip -o -d link show type vxlan
+echo '%[1]sIPv4';       printf 'address show\nroute show table all\nrule show\nneigh show nud permanent\n' | ip -4 -o -batch -
+echo '%[1]sIPv6';       printf 'address show\nroute show table all\nrule show\nneigh show nud permanent\n' | ip -6 -o -batch -
+echo '%[1]sfdb';        bridge fdb show | grep ' dst '
+echo '%[1]s%[4]s';      %[3]s-save; %[2]s-save; nft -s list tables | grep -i overlayd | while read -r t; do nft -s list $t; done
+echo '%[1]ssets';       ipset save
+echo '%[1]s%[5]s';      cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
+echo '%[1]s%[6]s';      cat '%[7]s'
+exit 0`, section, iptables, strings.Replace(iptables, "ip", "ip6", 1), secFirewall, secForwarding, secSubnet, subnetFile)
+}
+
+// observe takes down the state of a node.
+func observe(ctx context.Context, n *lab.Node, iptables string) (state, error) {
+	out, err := n.Run(ctx, "sh", "-c", dumpScript(n.SubnetFile(), iptables))
+	if err != nil {
+		return nil, fmt.Errorf("look at the kernel of %s: %w", n.Name, err)
+	}
+	return parseState(out), nil
+}
+
+// volatile is what differs between two devices that are the same to their users: indices, and what follows from them.
+func volatile() *regexp.Regexp {
+	return regexp.MustCompile(`^\d+: |@\S+|link-netnsid \d+|\[\d+:\d+\]|\\`)
+}
+
+// parseState puts the output of dumpScript in order.
+func parseState(out string) state {
+	s := state{}
+	noise := volatile()
+	name := ""
+	for line := range strings.Lines(out) {
+		line = strings.TrimSpace(line)
+		if rest, ok := strings.CutPrefix(line, section); ok {
+			name = rest
+			s[name] = []string{}
+			continue
+		}
+		line = strings.Join(strings.Fields(noise.ReplaceAllString(line, "")), " ")
+		if line != "" && !strings.Contains(line, podPort) && (name != secFirewall || firewallMatters(line)) {
+			s[name] = append(s[name], line)
+		}
+	}
+	for name := range s {
+		if name != secFirewall { // there the order is part of it
+			slices.Sort(s[name])
+		}
+	}
+	return s
+}
+
+// podPort is how the names of the pods' ports begin; what is on them is no business of the daemon.
+const podPort = "veth-p"
+
+// firewallMatters leaves out what iptables-save says of chains that nobody filled, whose presence is a matter of chance.
+func firewallMatters(line string) bool {
+	return !strings.HasPrefix(line, "#") && !strings.HasPrefix(line, "*") && line != "COMMIT" &&
+		(!strings.HasPrefix(line, ":") || strings.Contains(line, "OVERLAYD"))
+}
+
+// settling says that an address is not in use yet.
+func (s state) settling() bool {
+	return slices.ContainsFunc(s["IPv6"], func(l string) bool { return strings.Contains(l, " tentative ") })
+}
+
+// without is a state without some sections.
+func (s state) without(names ...string) state {
+	out := state{}
+	for name, lines := range s {
+		if !slices.Contains(names, name) {
+			out[name] = lines
+		}
+	}
+	return out
+}
+
+// mostDifferences bounds how many lines a message names.
+const mostDifferences = 4
+
+// differs says in what a state is not the wanted one; "" if in nothing.
+func (s state) differs(want state) string {
+	var out []string
+	for name, lines := range want {
+		missing, extra := difference(s[name], lines)
+		for _, l := range missing {
+			out = append(out, fmt.Sprintf("%s: missing %q", name, l))
+		}
+		for _, l := range extra {
+			out = append(out, fmt.Sprintf("%s: unwanted %q", name, l))
+		}
+		if len(missing)+len(extra) == 0 && !slices.Equal(s[name], lines) {
+			out = append(out, name+": in another order")
+		}
+	}
+	slices.Sort(out)
+	if rest := len(out) - mostDifferences; rest > 0 {
+		out = append(out[:mostDifferences], fmt.Sprintf("and %d more", rest))
+	}
+	return strings.Join(out, "; ")
+}
+
+// difference compares two lists in which a line may stand several times.
+func difference(have, want []string) (missing, extra []string) {
+	count := map[string]int{}
+	for _, l := range have {
+		count[l]++
+	}
+	for _, l := range want {
+		if count[l] == 0 {
+			missing = append(missing, l)
+			continue
+		}
+		count[l]--
+	}
+	for _, l := range have {
+		if count[l] > 0 {
+			extra = append(extra, l)
+			count[l]--
+		}
+	}
+	return missing, extra
+}

@@ -1,0 +1,287 @@
+package faults
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+const (
+	prefix  = "/overlayd/network/"
+	subnets = prefix + "subnets/"
+	// storeWait bounds one request to the lab's etcd.
+	storeWait = 5 * time.Second
+)
+
+// withStore runs f with a client of the lab's etcd.
+func (s *Site) withStore(ctx context.Context, f func(context.Context, *clientv3.Client) error) error {
+	cli, err := s.Lab.EtcdClient()
+	if err != nil {
+		return err
+	}
+	defer cli.Close()
+	ctx, cancel := context.WithTimeout(ctx, storeWait)
+	defer cancel()
+	return f(ctx, cli)
+}
+
+// Store is an action in etcd.
+func Store(f func(context.Context, *Site, *clientv3.Client) error) Action {
+	return func(ctx context.Context, s *Site) error {
+		return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error { return f(ctx, s, cli) })
+	}
+}
+
+// storedLease is a lease as it stands in etcd.
+type storedLease struct {
+	key, value string
+	etcdLease  clientv3.LeaseID
+}
+
+// leaseOf finds a node's lease in etcd.
+func (s *Site) leaseOf(ctx context.Context, n *lab.Node) (storedLease, error) {
+	var out storedLease
+	err := s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		resp, err := cli.Get(ctx, subnets, clientv3.WithPrefix())
+		if err != nil {
+			return fmt.Errorf("read the leases: %w", err)
+		}
+		for _, kv := range resp.Kvs {
+			var v struct{ NodeName string }
+			if json.Unmarshal(kv.Value, &v) == nil && v.NodeName == n.Name {
+				out = storedLease{string(kv.Key), string(kv.Value), clientv3.LeaseID(kv.Lease)}
+				return nil
+			}
+		}
+		return fmt.Errorf("%s has no lease in etcd", n.Name)
+	})
+	return out, err
+}
+
+// registered holds when every node has the lease in etcd that its subnet.env speaks of, on an etcd lease.
+func registered(ctx context.Context, s *Site) error {
+	for _, n := range s.Lab.Nodes() {
+		l, err := s.leaseOf(ctx, n)
+		if err != nil {
+			return err
+		}
+		env, err := n.SubnetEnv()
+		if err != nil {
+			return err
+		}
+		var own addr.Per[netip.Prefix]
+		for _, f := range s.families {
+			own.Set(f, env.Gateway.Get(f).Masked())
+		}
+		if l.key != subnets+subnet.FormatKey(own) || l.etcdLease == 0 {
+			return fmt.Errorf("the lease of %s stands at %s (etcd lease %x), its subnet.env says %s", n.Name, l.key, int64(l.etcdLease), subnet.FormatKey(own))
+		}
+	}
+	return nil
+}
+
+// ghost is a node that exists in etcd alone.
+type ghost uint8
+
+func (g ghost) subnets(s *Site) addr.Per[netip.Prefix] {
+	var out addr.Per[netip.Prefix]
+	for _, f := range s.families {
+		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(g), 0}), 24)
+		if f == addr.IPv6 {
+			p = netip.MustParsePrefix(fmt.Sprintf("fd00:10:244:%x::/64", 0xff00+int(g)))
+		}
+		out.Set(f, p)
+	}
+	return out
+}
+
+func (g ghost) key(s *Site) string { return subnets + subnet.FormatKey(g.subnets(s)) }
+
+// value is a lease that makes sense: in the victim's own segment, so that it can be reached without a tunnel as well.
+func (g ghost) value(s *Site) string {
+	v := map[string]any{
+		"BackendType": s.Lab.Topology().Options.Backend, "NodeName": fmt.Sprintf("ghost%d", uint8(g)),
+		"NodeID": fmt.Sprintf("%032x", uint8(g)), "PublicIPLocal": true,
+	}
+	for _, f := range s.families {
+		name, data := "PublicIP", "BackendData"
+		if f == addr.IPv6 {
+			name, data = "PublicIPv6", "BackendV6Data"
+		}
+		v[name] = elsewhere(s, f, fmt.Sprint(uint8(g))).Addr()
+		v[data] = map[string]any{"VNI": 1, "VtepMAC": fmt.Sprintf("02:00:00:00:%02x:%02x", uint8(f), uint8(g))}
+	}
+	raw, _ := json.Marshal(v) // strings and numbers only
+	return string(raw)
+}
+
+// appears puts the ghost's lease into etcd; the row's end takes it away.
+func (g ghost) appears(ctx context.Context, s *Site) error {
+	s.Defer(func() error { return g.goes(context.WithoutCancel(ctx), s) })
+	return Put(func(s *Site) (string, string) { return g.key(s), g.value(s) })(ctx, s)
+}
+
+func (g ghost) goes(ctx context.Context, s *Site) error {
+	return Delete(func(s *Site) string { return g.key(s) })(ctx, s)
+}
+
+// routed holds when every node has a route to the ghost's subnet.
+func (g ghost) routed(ctx context.Context, s *Site) error {
+	for _, n := range s.Lab.Nodes() {
+		if err := g.routedOn(ctx, s, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// routedHere is routed for the victim.
+func (g ghost) routedHere(ctx context.Context, s *Site) error { return g.routedOn(ctx, s, s.Victim) }
+
+func (g ghost) routedOn(ctx context.Context, s *Site, n *lab.Node) error {
+	own := g.subnets(s)
+	for _, f := range s.families {
+		out, err := n.Run(ctx, "ip", fmt.Sprintf("-%d", uint8(f)), "route", "show", own.Get(f).String())
+		if err != nil || out == "" {
+			return fmt.Errorf("%s has no route to %s", n.Name, own.Get(f))
+		}
+	}
+	return nil
+}
+
+// Put writes a key.
+func Put(what func(*Site) (key, value string)) Action {
+	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
+		key, value := what(s)
+		if _, err := cli.Put(ctx, key, value); err != nil {
+			return fmt.Errorf("put %.100s: %w", key, err)
+		}
+		return nil
+	})
+}
+
+// Delete deletes a key.
+func Delete(what func(*Site) string) Action {
+	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
+		if _, err := cli.Delete(ctx, what(s)); err != nil {
+			return fmt.Errorf("delete %.100s: %w", what(s), err)
+		}
+		return nil
+	})
+}
+
+// stopStore, startStore and the like do something to all members of etcd.
+func stopStore(ctx context.Context, s *Site) error {
+	return eachMember(s, func(e *lab.Etcd) error { return e.Stop(ctx) })
+}
+
+func startStore(ctx context.Context, s *Site) error {
+	if err := eachMember(s, func(e *lab.Etcd) error {
+		if e.Running() {
+			return nil
+		}
+		return e.Start()
+	}); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	return eachMember(s, func(e *lab.Etcd) error { return e.WaitReady(ctx) })
+}
+
+func pauseStore(_ context.Context, s *Site) error {
+	return eachMember(s, func(e *lab.Etcd) error { return e.Pause() })
+}
+
+func resumeStore(_ context.Context, s *Site) error {
+	return eachMember(s, func(e *lab.Etcd) error { return e.Resume() })
+}
+
+func eachMember(s *Site, f func(*lab.Etcd) error) error {
+	var errs []error
+	for _, e := range s.Lab.EtcdMembers() {
+		errs = append(errs, f(e))
+	}
+	return errors.Join(errs...)
+}
+
+// emptyStore starts etcd with nothing in it.
+func emptyStore(ctx context.Context, s *Site) error {
+	if err := stopStore(ctx, s); err != nil {
+		return err
+	}
+	if err := eachMember(s, func(e *lab.Etcd) error { return os.RemoveAll(e.DataDir()) }); err != nil {
+		return fmt.Errorf("lose the data: %w", err)
+	}
+	return startStore(ctx, s)
+}
+
+// backup is where a copy of etcd's data lies.
+func (s *Site) backup() string { return s.Lab.Etcd().DataDir() + ".backup" }
+
+// copyStore keeps a copy of etcd's data.
+func copyStore(ctx context.Context, s *Site) error {
+	if err := stopStore(ctx, s); err != nil {
+		return err
+	}
+	if err := copyDir(ctx, s.Lab.Etcd().DataDir(), s.backup()); err != nil {
+		return err
+	}
+	return startStore(ctx, s)
+}
+
+// olderStore makes a copy of etcd's data in which the victim has no lease. No node sees anything of it but an interruption.
+func olderStore(ctx context.Context, s *Site) error {
+	with := s.Lab.Etcd().DataDir() + ".with"
+	drop := onStore(`iptables -I INPUT -i eth0 -j DROP; iptables -I OUTPUT -o eth0 -j DROP`)
+	s.Defer(func() error { return onStore(`iptables -F`)(context.WithoutCancel(ctx), s) })
+	data := func(from, to string) Action {
+		return func(ctx context.Context, _ *Site) error { return copyDir(ctx, from, to) }
+	}
+	return Steps(
+		drop, stopStore, data(s.Lab.Etcd().DataDir(), with),
+		startStore, deleteOwnKey, stopStore, data(s.Lab.Etcd().DataDir(), s.backup()),
+		data(with, s.Lab.Etcd().DataDir()), startStore, onStore(`iptables -F`),
+	)(ctx, s)
+}
+
+// rollBack puts the copy in the place of etcd's data.
+func rollBack(ctx context.Context, s *Site) error {
+	if err := stopStore(ctx, s); err != nil {
+		return err
+	}
+	if err := copyDir(ctx, s.backup(), s.Lab.Etcd().DataDir()); err != nil {
+		return err
+	}
+	return startStore(ctx, s)
+}
+
+func copyDir(ctx context.Context, from, to string) error {
+	if err := os.RemoveAll(to); err != nil {
+		return fmt.Errorf("make room at %s: %w", to, err)
+	}
+	if out, err := exec.CommandContext(ctx, "cp", "-a", from, to).CombinedOutput(); err != nil {
+		return fmt.Errorf("copy %s: %w: %s", from, err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// onStore runs a shell script on etcd's machine.
+func onStore(script string) Action {
+	return func(ctx context.Context, s *Site) error {
+		_, err := s.Lab.Etcd().Run(ctx, "sh", "-ec", s.vars.Get(s.families[0])+script)
+		return err
+	}
+}

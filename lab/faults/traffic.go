@@ -1,0 +1,108 @@
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/lab"
+)
+
+const (
+	pingEvery = 10 * time.Millisecond
+	tcpEvery  = 20 * time.Millisecond
+	// inFlight is how long the answer of a packet may take before it counts as lost.
+	inFlight = 250 * time.Millisecond
+)
+
+// flow is a ping and a TCP connection from a pod of one node to a pod of another, in one family.
+type flow struct {
+	from, to *lab.Node
+	name     string
+	ping     *lab.PingStream
+	tcp      *lab.TCPStream
+}
+
+// traffic are flows in a ring through all nodes.
+type traffic []flow
+
+// startTraffic starts flows from each node's first pod to the next node's.
+func startTraffic(ctx context.Context, l *lab.Lab) (traffic, error) {
+	var t traffic
+	nodes := l.Nodes()
+	for i := range nodes {
+		from, to := i+1, (i+1)%len(nodes)+1
+		a, errA := l.PodEndpoint(from, 1)
+		b, errB := l.PodEndpoint(to, 1)
+		if err := errors.Join(errA, errB); err != nil {
+			t.stop()
+			return nil, err
+		}
+		for _, f := range l.Topology().Options.Stack.Families() {
+			fl, err := startFlow(ctx, a, b, f)
+			if err != nil {
+				t.stop()
+				return nil, err
+			}
+			t = append(t, fl)
+		}
+	}
+	return t, nil
+}
+
+func startFlow(ctx context.Context, a, b lab.Endpoint, f addr.Family) (flow, error) {
+	fl := flow{from: a.Node, to: b.Node, name: fmt.Sprintf("%s to %s %s", a.Name, b.Name, f)}
+	var err error
+	if fl.tcp, err = a.StreamTCP(ctx, b.Machine, b.Addr.Get(f), tcpEvery); err != nil {
+		return fl, fmt.Errorf("%s: %w", fl.name, err)
+	}
+	if fl.ping, err = a.StreamPing(ctx, b.Addr.Get(f), pingEvery); err != nil {
+		fl.tcp.Stop()
+		return fl, fmt.Errorf("%s: %w", fl.name, err)
+	}
+	return fl, nil
+}
+
+func (t traffic) stop() {
+	for _, f := range t {
+		f.ping.Stop()
+		f.tcp.Stop()
+	}
+}
+
+// loss is what a fault did to the traffic.
+type loss struct {
+	Lost      int       // pings of all flows
+	Elsewhere int       // those between two nodes that the fault was not done to
+	Last      time.Time // when the last lost one was sent
+	Stall     time.Duration
+	Broken    []string // TCP connections that ended
+	Where     string   // the flow that lost most
+}
+
+// since sums up what happened to the traffic since a moment.
+func (t traffic) since(from time.Time, victim *lab.Node) loss {
+	var out loss
+	most := 0
+	for _, f := range t {
+		p := f.ping.Stats(from)
+		out.Lost += p.Lost
+		if f.from != victim && f.to != victim {
+			out.Elsewhere += p.Lost
+		}
+		if p.LastLost.After(out.Last) {
+			out.Last = p.LastLost
+		}
+		if p.Lost > most {
+			most, out.Where = p.Lost, f.name
+		}
+		c := f.tcp.Stats(from)
+		out.Stall = max(out.Stall, c.Longest)
+		if c.Broken != nil {
+			out.Broken = append(out.Broken, fmt.Sprintf("%s: %v", f.name, c.Broken))
+		}
+	}
+	return out
+}
