@@ -13,8 +13,14 @@ STACK   ?= ipv4
 DIRECT  ?=
 KEEP    ?=
 
+# For `make faults` and `make soak`.
+SHORT   ?=
+ONLY    ?=
+MINUTES ?= 10
+SEED    ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz lint check clean deps
+.PHONY: help build demo test fuzz faults soak lint check clean deps
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -32,6 +38,12 @@ test: deps ## everything, with the race detector, on the real kernel, etcd and i
 
 fuzz: ## every fuzz target for FUZZTIME
 	GO='$(GO)' FUZZTIME='$(FUZZTIME)' hack/fuzz
+
+faults: deps build ## the catalogue of faults, each with what it may cost: SHORT=1 for a part of it, ONLY=REGEX
+	bin/overlay-lab faults $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)')
+
+soak: deps build ## random faults for MINUTES=10 from SEED, ending in exactly the planned state
+	bin/overlay-lab soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: bin/golangci-lint ## golangci-lint, with the rules on who may import whom
 	bin/golangci-lint run ./...

@@ -8,11 +8,14 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/hostgw"
 	"github.com/overlayd/overlayd/backend/vxlan"
@@ -81,6 +84,7 @@ type Agent struct {
 	claim      subnet.Claim
 	lease      subnet.Lease
 	programmed *netstate.State // what was last wished for
+	mtu        int             // that pods were told last
 	remembered memory          // what the state directory says
 	offline    subnet.Table    // made of it, while the store has not been read
 	saved      time.Time
@@ -106,7 +110,7 @@ func New(o Options, p Parts) *Agent {
 // Run works until ctx ends. It leaves the data plane as it is: pods go on talking while there is no daemon.
 func (a *Agent) Run(ctx context.Context) error {
 	var err error
-	a.remembered, err = a.state.load()
+	a.remembered, err = a.state.load(a.opts.Identity)
 	a.health.set(condStateDir, err) // a node that forgot its subnet still has its lease in etcd
 	a.claim.Remembered = a.remembered.subnets()
 
@@ -246,8 +250,10 @@ func (a *Agent) believe(self subnet.Lease) []subnet.Lease {
 		keep, a.lost = max(lingerFor, a.lostUntil.Sub(now)), false
 	}
 	peers, given := a.linger.merge(*a.config, peers, self, now, keep)
-	if len(given) > 0 && !now.Before(a.lostUntil) && !a.lostUntil.IsZero() {
-		a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(given)))
+	if !a.lostUntil.IsZero() && !now.Before(a.lostUntil) {
+		if len(given) > 0 {
+			a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(given)))
+		}
 		a.lostUntil = time.Time{}
 	}
 	return peers
@@ -268,7 +274,24 @@ func (a *Agent) round(look bool) error {
 	if a.config == nil {
 		return nil // the next snapshot brings it
 	}
-	choice, err := Choose(a.host, a.opts.Interface, *a.config)
+	underlayErr := a.choose()
+	if a.choice == nil {
+		return underlayErr
+	}
+	be := backendOf(a.config.Backend.Type)
+	a.announce(be)
+	if a.lease == (subnet.Lease{}) {
+		return underlayErr
+	}
+	err := a.program(be, look)
+	a.save(false)
+	return errors.Join(underlayErr, err)
+}
+
+// choose decides by which device and address the node goes on. While none fits, it goes on with the last ones: the others' leases
+// are followed all the same.
+func (a *Agent) choose() error {
+	choice, err := Choose(a.host, a.opts.Interface, *a.config, a.current())
 	a.health.set(condUnderlay, err)
 	if err != nil {
 		return errNoInterface
@@ -277,14 +300,20 @@ func (a *Agent) round(look bool) error {
 		a.log.Info("external interface chosen", zap.String("reason", choice.Reason), zap.Bool("public_ip_local", choice.PublicIPLocal))
 	}
 	a.choice = &choice
-	be := backendOf(a.config.Backend.Type)
-	a.announce(be)
-	if a.lease == (subnet.Lease{}) {
-		return nil
+	return nil
+}
+
+// current is the address that the node goes by, so far as that is known: also from its lease, after a restart.
+func (a *Agent) current() addr.Per[netip.Addr] {
+	if a.choice != nil {
+		return addr.Per[netip.Addr]{V4: a.choice.Underlay.V4.Addr, V6: a.choice.Underlay.V6.Addr}
 	}
-	err = a.program(be, look)
-	a.save(false)
-	return err
+	for _, e := range a.snap.Table.Entries {
+		if e.Identity == a.opts.Identity {
+			return e.PublicIP
+		}
+	}
+	return addr.Per[netip.Addr]{}
 }
 
 // learn takes from the newest snapshot what holds, or from memory while there is none.
@@ -304,6 +333,9 @@ func (a *Agent) learn() {
 	switch {
 	case a.snap.Table.ConfigErr != nil:
 		a.health.set(condConfig, a.snap.Table.ConfigErr)
+		if a.config == nil {
+			a.configFromMemory()
+		}
 	case a.lease != (subnet.Lease{}) && !a.snap.Table.Config.Fits(a.lease.Subnets):
 		a.health.set(condConfig, fmt.Errorf("%s %w", subnet.FormatKey(a.lease.Subnets), subnet.ErrMoved))
 	default:
@@ -315,9 +347,22 @@ func (a *Agent) learn() {
 	}
 }
 
+// configFromMemory goes on, after a restart, with the config that the node had before the one in the store was broken, and with the
+// lease that still stands there.
+func (a *Agent) configFromMemory() {
+	t, err := a.remembered.table()
+	mine := func(e subnet.Entry) bool { return e.Identity == a.opts.Identity && e.Subnets == a.remembered.subnets() }
+	if err == nil && t.Config.Fits(a.remembered.subnets()) && slices.ContainsFunc(a.snap.Table.Entries, mine) {
+		a.config, a.lease = &t.Config, subnet.Lease{Subnets: a.remembered.subnets()}
+	}
+}
+
 // hold notes the lease that this node has from now on. Another one than before is a break for the pods that run: it has to be seen.
 func (a *Agent) hold(l subnet.Lease) {
 	now, before := subnet.FormatKey(l.Subnets), subnet.FormatKey(a.lease.Subnets)
+	if before == "" && a.inUse(a.remembered.subnets()) && a.remembered.Subnets != now {
+		before = a.remembered.Subnets // it was lost while the daemon was not running
+	}
 	if before == "" {
 		a.log.Info("lease held", zap.String("subnet", now))
 	} else {
@@ -328,11 +373,22 @@ func (a *Agent) hold(l subnet.Lease) {
 	a.lease = l
 }
 
+// inUse reports whether something on the node, the pods' bridge most likely, has an address of these subnets.
+func (a *Agent) inUse(sn addr.Per[netip.Prefix]) bool {
+	return slices.ContainsFunc(a.host.Addresses, func(h netstate.HostAddress) bool {
+		p := sn.Get(addr.FamilyOf(h.Prefix.Addr()))
+		return p.IsValid() && p.Contains(h.Prefix.Addr())
+	})
+}
+
 // learnOffline starts from what is remembered, once etcd has been away for a moment, if the subnet is still sure to be this node's.
 func (a *Agent) learnOffline() {
 	m := a.remembered
 	switch {
 	case a.lease != (subnet.Lease{}) || m.Subnets == "" || time.Since(a.started) < offlineAfter:
+		return
+	case time.Now().Before(m.Saved):
+		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the clock says %s, which is before %s was written", time.Now().Format(time.RFC3339), a.state.leaseFile()))
 		return
 	case !m.Expires.IsZero() && time.Now().After(m.Expires):
 		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the lease of %s that is remembered ended at %s, another node may have it", m.Subnets, m.Expires.Format(time.RFC3339)))
@@ -421,6 +477,10 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 	}
 	a.programmed = &desired
 
+	if a.mtu != 0 && a.mtu != plan.MTU {
+		a.log.Info("the pods' MTU has changed; those that run keep theirs until they are made anew", zap.Int("mtu", plan.MTU), zap.Int("before", a.mtu))
+	}
+	a.mtu = plan.MTU
 	envErr := writeIfChanged(a.opts.SubnetFile, subnetEnv(*a.config, self, plan.MTU, a.opts.IPMasq))
 	if envErr != nil {
 		envErr = fmt.Errorf("%s: %w", a.opts.SubnetFile, envErr)
@@ -437,8 +497,9 @@ func (a *Agent) save(last bool) {
 	m := a.remembered
 	m.Subnets = subnet.FormatKey(a.lease.Subnets)
 	stale := a.savedAt != a.snap.Table.Revision || !a.snap.Expires.Equal(a.remembered.Expires)
-	if stale && (last || time.Since(a.saved) > rememberEvery) {
-		m = remember(a.table(), a.lease.Subnets, a.snap.Expires)
+	// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that they are lost.
+	if stale && (last || time.Since(a.saved) > rememberEvery) && !time.Now().Before(a.lostUntil) {
+		m = remember(a.table(), a.opts.Identity, a.lease.Subnets, a.expires())
 		if m.Config == nil {
 			m.Config = a.remembered.Config
 		}
@@ -452,6 +513,18 @@ func (a *Agent) save(last bool) {
 		a.remembered = m
 	}
 	a.health.set(condStateDir, err)
+}
+
+// expires is when this node's lease ends; zero for a reservation. What the store has not said yet, memory knows better.
+func (a *Agent) expires() time.Time {
+	reserved := slices.ContainsFunc(a.snap.Table.Entries, func(e subnet.Entry) bool { return e.Subnets == a.lease.Subnets && e.Reserved() })
+	switch {
+	case reserved || !a.snap.Expires.IsZero():
+		return a.snap.Expires
+	case a.remembered.subnets() == a.lease.Subnets && !a.remembered.Expires.IsZero():
+		return a.remembered.Expires
+	}
+	return time.Now()
 }
 
 func (a *Agent) forwarding() []netstate.Sysctl {

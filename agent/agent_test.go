@@ -41,7 +41,7 @@ func (s *fakeStore) Claim(c subnet.Claim) {
 	d, err := subnet.Decide(s.snap.Table, c, 0)
 	s.snap.Claimed, s.snap.ClaimErr = c, err
 	if err == nil {
-		s.snap.Lease = d.Lease
+		s.snap.Lease, s.snap.Expires = d.Lease, time.Now().Add(24*time.Hour)
 	}
 	s.updates.put(s.snap)
 }
@@ -360,11 +360,15 @@ func TestWaitsForAnInterface(t *testing.T) {
 		if got := r.agent.health.list(); len(got) > 0 || r.routes() != 2 {
 			t.Errorf("problems %v, %d routes", got, r.routes())
 		}
-		// It is gone again: what is there stays.
+		// It is gone again: what is there stays, and the others' leases are followed all the same.
 		r.change(func() { r.kernel.host = netstate.Host{}.Indexed() })
 		r.sleep(2 * auditEvery)
 		if r.problem(condUnderlay) == "" || r.routes() != 2 {
 			t.Errorf("problem %q, %d routes", r.problem(condUnderlay), r.routes())
+		}
+		r.table(onlyV4, peer(1), peer(2))
+		if r.routes() != 4 {
+			t.Errorf("%d routes after a peer came", r.routes())
 		}
 	})
 }
@@ -583,7 +587,7 @@ func TestStartWithoutStore(t *testing.T) {
 		r.table(onlyV4, peer(1), peer(2))
 		lease := r.agent.lease.Subnets
 		r.sleep(2 * rememberEvery)
-		m, err := r.agent.state.load()
+		m, err := r.agent.state.load(r.agent.opts.Identity)
 		if err != nil || len(m.Peers) != 2 || m.subnets() != lease {
 			t.Fatalf("remembered %+v, %v", m, err)
 		}
@@ -639,9 +643,9 @@ func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 
 func TestNoStartFromAnEndedLease(t *testing.T) {
 	inRig(t, func(r *rig) {
-		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []subnet.Entry{peer(1)}}, peer(7).Subnets, time.Now().Add(-time.Minute))
 		r.stop()
 		again := newAgent(r)
+		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []subnet.Entry{peer(1)}}, again.agent.opts.Identity, peer(7).Subnets, time.Now().Add(-time.Minute))
 		if err := again.agent.state.save(m); err != nil {
 			t.Fatal(err)
 		}
@@ -719,5 +723,79 @@ func TestForwardingKeepsAdvertisedRoutes(t *testing.T) {
 			t.Errorf("settings %v", r.state().Sysctls)
 		}
 		r.table(onlyV4)
+	})
+}
+
+// A second address on the underlay does not move the tunnel, not even over a restart; only when the one in use goes, it does.
+func TestAddressInUseIsKept(t *testing.T) {
+	second := netstate.HostAddress{Link: "eth0", Prefix: netip.MustParsePrefix("192.0.2.5/32")}
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1))
+		h := testHost()
+		h.Addresses = append([]netstate.HostAddress{second}, h.Addresses...)
+		r.change(func() { r.kernel.host = h.Indexed() })
+		r.sleep(2 * auditEvery)
+		local := func() string { return r.state().Links[0].VXLAN.Local.String() }
+		if local() != "192.0.2.10" {
+			t.Errorf("the tunnel moved to %s", local())
+		}
+		r.stop()
+		own := subnet.Entry{Lease: r.store.snap.Lease, Key: subnet.FormatKey(r.store.snap.Lease.Subnets), Revision: 3, LeaseID: 1}
+		again := newAgent(r)
+		again.start()
+		defer again.stop()
+		again.table(onlyV4, peer(1), own)
+		if local() != "192.0.2.10" {
+			t.Errorf("the tunnel moved to %s over a restart", local())
+		}
+		h.Addresses = slices.DeleteFunc(h.Addresses, func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
+		again.change(func() { again.kernel.host = h.Indexed() })
+		again.sleep(2 * auditEvery)
+		if local() == "192.0.2.10" {
+			t.Error("the tunnel stays on an address that is gone")
+		}
+	})
+}
+
+// Who restarts the daemon while peers are kept that the store has lost does not lose them.
+func TestRestartWithinTheGrace(t *testing.T) {
+	inRig(t, func(r *rig) {
+		for range 3 {
+			r.table(onlyV4, peer(1), peer(2))
+		}
+		r.sleep(2 * rememberEvery)
+		r.store.deliver(func(s *subnet.Snapshot) { s.Table.Epoch++; s.Table.Revision = 1; s.Table.Entries = nil })
+		r.sleep(2 * rememberEvery)
+		r.stop()
+		again := newAgent(r)
+		again.start()
+		defer again.stop()
+		again.table(onlyV4)
+		if again.routes() != 4 {
+			t.Errorf("%d routes", again.routes())
+		}
+	})
+}
+
+// A subnet that was lost while the daemon was down is as bad as one that is lost under it, if something still uses it.
+func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.stop()
+		again := newAgent(r)
+		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4}, again.agent.opts.Identity, peer(7).Subnets, time.Now().Add(time.Hour))
+		if err := again.agent.state.save(m); err != nil {
+			t.Fatal(err)
+		}
+		h := testHost()
+		h.Addresses = append(h.Addresses, netstate.HostAddress{Link: "cni0", Prefix: netip.MustParsePrefix("10.244.107.1/24")})
+		again.change(func() { again.kernel.host = h.Indexed() })
+		again.start()
+		defer again.stop()
+		thief := peer(8)
+		thief.Subnets, thief.Key = peer(7).Subnets, peer(7).Key
+		again.table(onlyV4, thief)
+		if again.problem(condMoved) == "" || again.logged("was lost to another node") != 1 {
+			t.Errorf("problem %q, said %d times", again.problem(condMoved), again.logged("was lost to another node"))
+		}
 	})
 }

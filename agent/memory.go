@@ -20,6 +20,8 @@ type stateDir string
 
 // memory is the content of the state directory's lease.json: enough to bring the node's network up again while etcd is away.
 type memory struct {
+	Node    subnet.Identity // whose memory it is: an image of a disk may be another machine's now
+	Saved   time.Time
 	Subnets string // this node's, in the form of a lease's key
 	// Expires is when the lease ends unless it was renewed since; until then nobody else can have the subnets. Zero: never.
 	Expires time.Time
@@ -44,7 +46,7 @@ func Files(dir string) []string {
 
 // load returns what this node remembers; a new node remembers nothing. An error says that something could not be read; the
 // subnets may still have been.
-func (d stateDir) load() (memory, error) {
+func (d stateDir) load(id subnet.Identity) (memory, error) {
 	raw, err := os.ReadFile(d.leaseFile())
 	if errors.Is(err, os.ErrNotExist) {
 		return memory{}, nil
@@ -58,6 +60,9 @@ func (d stateDir) load() (memory, error) {
 	}
 	if err != nil {
 		return memory{}, fmt.Errorf("%s: %w", d.leaseFile(), err)
+	}
+	if m.Node != id {
+		return memory{}, fmt.Errorf("%s is the memory of node %q (id %q), not of this one: it is left aside", d.leaseFile(), m.Node.NodeName, m.Node.NodeID)
 	}
 	return m, nil
 }
@@ -77,8 +82,8 @@ func (m memory) subnets() addr.Per[netip.Prefix] {
 }
 
 // remember puts the essence of a table into a memory.
-func remember(t subnet.Table, self addr.Per[netip.Prefix], expires time.Time) memory {
-	m := memory{Subnets: subnet.FormatKey(self), Expires: expires, Revision: t.Revision}
+func remember(t subnet.Table, id subnet.Identity, self addr.Per[netip.Prefix], expires time.Time) memory {
+	m := memory{Node: id, Saved: time.Now().Round(0), Subnets: subnet.FormatKey(self), Expires: expires, Revision: t.Revision}
 	if t.ConfigErr == nil {
 		m.Config = json.RawMessage(t.ConfigJSON)
 	}

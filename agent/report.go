@@ -55,7 +55,7 @@ func shadowed(h netstate.Host, desired netstate.State) error {
 	for _, r := range h.Routes {
 		for bits := range lengths {
 			p, err := r.Dst.Addr().Prefix(bits)
-			if metric, ok := ours[p]; err == nil && ok && bits <= r.Dst.Bits() && (bits < r.Dst.Bits() || r.Metric < metric) {
+			if metric, ok := ours[p]; err == nil && ok && bits <= r.Dst.Bits() && (bits < r.Dst.Bits() || r.Metric <= metric) {
 				out = append(out, describe(r, p))
 			}
 		}

@@ -32,11 +32,18 @@ type Choice struct {
 }
 
 // Choose decides which device and address each family of the network uses. It is pure: all it knows is the host as it was seen.
-func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config) (Choice, error) {
+//
+// Where a device has several addresses, it is the current one, if that is there still: the kernel lists a new IPv6 address first, and
+// one that comes and goes (a virtual address, a second prefix) must not move the tunnel.
+func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.Per[netip.Addr]) (Choice, error) {
 	out := Choice{PublicIPLocal: true}
 	var reasons []string
 	for _, f := range c.Families() {
-		u, why, err := chooseFamily(h, o, c, f)
+		prefer := current.Get(f)
+		if p := o.PublicIP.Get(f); p.IsValid() && h.Has(p) {
+			prefer = p
+		}
+		u, why, err := chooseFamily(h, o, c, f, prefer)
 		if err != nil {
 			return Choice{}, err
 		}
@@ -60,11 +67,11 @@ type candidate struct {
 	why    string
 }
 
-func chooseFamily(h netstate.Host, o InterfaceOptions, c subnet.Config, f addr.Family) (backend.Underlay, string, error) {
+func chooseFamily(h netstate.Host, o InterfaceOptions, c subnet.Config, f addr.Family, prefer netip.Addr) (backend.Underlay, string, error) {
 	list, wanted := candidates(h, o, f)
 	errs := []error{}
 	for _, cand := range list {
-		u, err := take(h, o, c, f, cand)
+		u, err := take(h, c, f, cand, prefer)
 		if err == nil {
 			return u, cand.why, nil
 		}
@@ -146,7 +153,7 @@ func byRegex(h netstate.Host, regexes []*regexp.Regexp) []candidate {
 }
 
 // take looks whether a device can serve.
-func take(h netstate.Host, o InterfaceOptions, c subnet.Config, f addr.Family, cand candidate) (backend.Underlay, error) {
+func take(h netstate.Host, c subnet.Config, f addr.Family, cand candidate, prefer netip.Addr) (backend.Underlay, error) {
 	l, ok := h.Link(cand.device)
 	switch {
 	case !ok:
@@ -166,7 +173,7 @@ func take(h netstate.Host, o InterfaceOptions, c subnet.Config, f addr.Family, c
 		if !usable || cand.addr.IsValid() && addr.FamilyOf(cand.addr) == f && ip != cand.addr {
 			continue
 		}
-		if !best.IsValid() || ip == o.PublicIP.Get(f) {
+		if !best.IsValid() || ip == prefer {
 			best = ip
 		}
 	}

@@ -94,7 +94,7 @@ func TestChoose(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			c := config(t, tt.config)
-			got, err := Choose(testHost(), tt.o, c)
+			got, err := Choose(testHost(), tt.o, c, addr.Per[netip.Addr]{})
 			if tt.fails != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.fails) {
 					t.Fatalf("got %+v, %v, want an error that says %q", got, err, tt.fails)

@@ -41,13 +41,18 @@ func (e *commandError) Error() string {
 
 func (e *commandError) Unwrap() error { return e.err }
 
+// execTimeout bounds one command. Waiting for the xtables lock is bounded by itself, and much tighter.
+const execTimeout = time.Minute
+
 // execRun starts the command from the calling thread, so that it runs in that thread's network namespace.
 func execRun(ctx context.Context, stdin, name string, args ...string) (string, error) {
 	var stdout, stderr bytes.Buffer
+	ctx, cancel := context.WithTimeoutCause(ctx, execTimeout, fmt.Errorf("no end after %v", execTimeout))
+	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	cmd.WaitDelay = time.Second // for a killed command whose child keeps the pipes open
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C"} // ours may hold a password
+	cmd.WaitDelay = time.Second                                 // for a killed command whose child keeps the pipes open
 	err := cmd.Run()
 	if err == nil {
 		return stdout.String(), nil

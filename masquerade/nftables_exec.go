@@ -99,5 +99,6 @@ var errNFT = errors.New("the transaction was refused")
 // nftNothingThere tells whether a listing failed because there is no such table, or no kernel support for any.
 func nftNothingThere(err error) bool {
 	e := (*commandError)(nil)
-	return errors.As(err, &e) && (strings.Contains(e.stderr, "No such file or directory") || strings.Contains(e.stderr, "not supported"))
+	return errors.As(err, &e) && (strings.Contains(e.stderr, "No such file or directory") || strings.Contains(e.stderr, "not supported") ||
+		strings.Contains(e.stderr, "JSON support not compiled-in")) // such an nft never made a table of ours
 }

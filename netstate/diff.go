@@ -34,7 +34,8 @@ type Change struct {
 
 func (c Change) String() string { return c.Op.String() + " " + c.Obj.String() }
 
-// withoutSweep leaves out the deletions, but for that of a device in the place of another.
+// withoutSweep leaves what is there alone: it has no deletions, but for that of a device in the place of another, and leaves the ways
+// to peers as they are.
 func withoutSweep(all []Change) []Change {
 	made := map[string]bool{}
 	for _, c := range all {
@@ -44,6 +45,12 @@ func withoutSweep(all []Change) []Change {
 	}
 	return reject(all, func(c Change) bool {
 		l, ok := c.Obj.(Link)
+		switch c.Obj.(type) {
+		case Neighbour, FDBEntry, Route:
+			if c.Op == Replace { // what is there may be newer than the wish
+				return true
+			}
+		}
 		return c.Op == Delete && (!ok || !made[l.Name])
 	})
 }
@@ -96,8 +103,8 @@ func Diff(actual, desired State) []Change {
 		links,
 		diff(actual.Sysctls, desired.Sysctls, new(changes)), // a setting that is no longer wanted stays as it is
 		diff(actual.Addresses, desired.Addresses, &obsolete[4]),
-		diff(actual.Neighbours, desired.Neighbours, &obsolete[3]),
 		diff(actual.FDB, desired.FDB, &obsolete[2]),
+		diff(actual.Neighbours, desired.Neighbours, &obsolete[3]),
 		diff(actual.Routes, desired.Routes, &obsolete[1]),
 		diff(actual.Rules, desired.Rules, &obsolete[0]),
 	}

@@ -362,7 +362,7 @@ func TestDiffOfADeviceThatCannotBeChanged(t *testing.T) {
 			for _, c := range Diff(actual, desired) {
 				got = append(got, c.Op.String()+" "+c.Kind())
 			}
-			want := []string{"delete device", "add device", "add address", "add neighbour", "add fdb", "add route"}
+			want := []string{"delete device", "add device", "add address", "add fdb", "add neighbour", "add route"}
 			if !slices.Equal(got, want) {
 				t.Errorf("got %q, want %q", got, want)
 			}

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -216,6 +217,8 @@ func (e *expectation) link(added bool, body []byte) bool {
 			l.MTU = int(u32(data))
 		case unix.IFLA_ADDRESS:
 			l.MAC = macOf(data)
+		case unix.IFLA_LINKINFO:
+			l.VXLAN.Local, l.VXLAN.Underlay = e.vxlan(data)
 		}
 	})
 	want, named := find(e.state.Links, l)
@@ -226,8 +229,26 @@ func (e *expectation) link(added bool, body []byte) bool {
 	if !added {
 		return named
 	}
-	want.VXLAN = VXLAN{} // the event would have to be read deeper for it, and it can't be changed but by a new device
+	want.VXLAN = VXLAN{Local: want.VXLAN.Local, Underlay: want.VXLAN.Underlay} // the rest can't be changed on a device
 	return !ours || l != want
+}
+
+// vxlan reads what of a VXLAN device can be changed in place.
+func (e *expectation) vxlan(linkinfo []byte) (local netip.Addr, underlay string) {
+	eachAttr(linkinfo, func(typ uint16, data []byte) {
+		if typ != unix.IFLA_INFO_DATA {
+			return
+		}
+		eachAttr(data, func(typ uint16, data []byte) {
+			switch typ {
+			case nl.IFLA_VXLAN_LOCAL, nl.IFLA_VXLAN_LOCAL6:
+				local = ipOf(data)
+			case nl.IFLA_VXLAN_LINK:
+				underlay = e.names[u32(data)]
+			}
+		})
+	})
+	return local, underlay
 }
 
 // netconf: only settings that are wished for matter, and those of all devices or of ours.

@@ -69,6 +69,7 @@ func TestMonitor(t *testing.T) {
 		{"ip link set overlay.1 mtu 1300", true},
 		{"ip link set overlay.1 down", true},
 		{"ip link set overlay.1 address 02:aa:00:00:00:01", true},
+		{"ip link set overlay.1 type vxlan id 1 local 192.0.2.77 dev eth0", true},
 		{"ip link del overlay.1", true},
 		{"ip rule flush proto 118; ip rule del priority 11800", true},
 		{"sysctl -qw net.ipv4.ip_forward=0", true},

@@ -32,7 +32,7 @@ type Link struct {
 	Down  bool // only observed, never wished for
 }
 
-// VXLAN is what of a device can't be changed once it exists.
+// VXLAN is what makes a device the one it is: where any of it is wrong, the device is made anew.
 type VXLAN struct {
 	VNI      uint32
 	Port     uint16     // UDP, on the underlay

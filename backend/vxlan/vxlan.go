@@ -104,7 +104,10 @@ func planDevice(p *backend.Plan, in backend.Input, f addr.Family) string {
 	under, b := in.Underlay.Get(f), in.Config.Backend
 	dev := DeviceName(f, b.VNI)
 	mtu := under.MTU - overhead(f)
-	if b.MTU != 0 {
+	if b.MTU > mtu {
+		p.Problems = append(p.Problems, fmt.Sprintf("Backend.MTU is %d, but over %s with its MTU of %d only %d get through: that is what pods are told",
+			b.MTU, under.Device, under.MTU, mtu))
+	} else if b.MTU != 0 {
 		mtu = b.MTU
 	}
 	if mtu < minIPv6MTU && f == addr.IPv6 {

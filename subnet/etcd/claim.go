@@ -3,7 +3,9 @@ package etcd
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -24,6 +26,42 @@ type claimer struct {
 	attempt  int   // races lost in a row
 	failures int   // other failures in a row
 	spare    grant // an etcd lease that no key hangs on yet
+	dispute  dispute
+}
+
+// dispute notes that somebody with this very node's identity, but another address, writes over our lease: a clone of the machine.
+type dispute struct {
+	wrote int64     // the revision of our own last write
+	since time.Time // the first time that it was written over
+}
+
+// disputeFor is how long the memory of it lasts: once in this time the lease is written anew, since it may have been a mistake.
+const disputeFor = time.Minute
+
+// disputed reports whether a decision would be one more turn in a fight that nobody can win.
+func (d *dispute) disputed(t subnet.Table, c subnet.Claim, dec subnet.Decision, now time.Time) *subnet.ConflictError {
+	i := slices.IndexFunc(t.Entries, func(e subnet.Entry) bool { return e.Key == dec.Key })
+	if d.wrote == 0 || dec.Expect <= d.wrote || i < 0 || t.Entries[i].Identity != c.Identity || t.Entries[i].PublicIP == c.PublicIP {
+		return nil
+	}
+	if now.Sub(d.since) > disputeFor {
+		d.since = now
+		return nil
+	}
+	return &subnet.ConflictError{
+		Holder: t.Entries[i], What: "this node's name and id",
+		Advice: fmt.Sprintf("it says that it is at %s; one of the two machines is a clone of the other and needs an /etc/machine-id (or --node-id) of its own", addresses(t.Entries[i])),
+	}
+}
+
+func addresses(e subnet.Entry) string {
+	var out []string
+	for _, f := range addr.Families() {
+		if ip := e.PublicIP.Get(f); ip.IsValid() {
+			out = append(out, ip.String())
+		}
+	}
+	return strings.Join(out, " and ")
 }
 
 // grant is an etcd lease that was granted to this node.
@@ -74,6 +112,10 @@ func (c *claimer) settle(ctx context.Context) time.Duration {
 		c.hold(d, c.expiryOf(d.LeaseID))
 		c.giveBackSpare(ctx)
 		return forever
+	}
+	if conflict := c.dispute.disputed(table, *claim, d, time.Now()); conflict != nil {
+		c.refuse(conflict)
+		return around(claimAgain, chance())
 	}
 	won, err := c.write(ctx, table, d)
 	switch {
@@ -225,6 +267,7 @@ func (c *claimer) took(d subnet.Decision, value []byte, lease, revision int64) {
 		expires, c.spare = c.spare.expires, grant{}
 	}
 	d.LeaseID = lease
+	c.dispute.wrote = revision
 	c.log.Info("lease written", zap.String("key", d.Key), zap.Int64("revision", revision), zap.Int("dropped", len(dropped)))
 	c.hold(d, expires)
 }

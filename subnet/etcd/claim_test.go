@@ -420,3 +420,37 @@ func TestPairAgainstUnpaired(t *testing.T) {
 		table = must[subnet.Table](t)(o.List(ctxFor(t)))
 	}
 }
+
+// Two machines with one identity (a clone, its machine-id and name copied too) don't write over each other for ever, and are told.
+func TestClonesDoNotFight(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	first, _ := join(t, s, 1)
+	clone := start(t, options(s))
+	c := claim(1)
+	c.PublicIP.V4 = netip.MustParseAddr("192.168.77.77")
+	clone.m.Claim(c)
+	at := s.Revision()
+	told := func(s subnet.Snapshot) bool {
+		var conflict *subnet.ConflictError
+		return errors.As(s.ClaimErr, &conflict) && strings.Contains(s.ClaimErr.Error(), "clone")
+	}
+	deadline := time.Now().Add(patience)
+	for time.Now().Before(deadline) {
+		a, _ := first.state()
+		b, _ := clone.state()
+		if told(a) || told(b) {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	a, _ := first.state()
+	b, _ := clone.state()
+	if !told(a) && !told(b) {
+		t.Errorf("neither is told: %v, %v", a.ClaimErr, b.ClaimErr)
+	}
+	time.Sleep(time.Second)
+	if n := s.Revision() - at; n > 8 {
+		t.Errorf("%d writes", n)
+	}
+}

@@ -3,7 +3,6 @@ package etcd
 import (
 	"context"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"path"
 	"sync"
@@ -33,6 +32,10 @@ type conn struct {
 	mu     sync.Mutex
 	cli    *clientv3.Client
 }
+
+// maxAnswer bounds what one answer of the store may take up: a table of 100,000 nodes fits, and somebody who fills the prefix with
+// junk can't have every node read gigabytes.
+const maxAnswer = 128 << 20
 
 func newConn(o Options) *conn { return &conn{opts: o, making: make(chan struct{}, 1)} }
 
@@ -78,6 +81,7 @@ func (c *conn) make(ctx context.Context) (*clientv3.Client, error) {
 		DialTimeout:          c.opts.RequestTimeout,
 		DialKeepAliveTime:    pingEvery,
 		DialKeepAliveTimeout: pingTimeout,
+		MaxCallRecvMsgSize:   maxAnswer,
 		MaxUnaryRetries:      2, // one more try, on another endpoint or with a new token; beyond that the loops here decide
 		DialOptions:          c.dialOptions(),
 		Context:              own,
@@ -119,7 +123,7 @@ func (c *conn) unary(ctx context.Context, method string, req, reply any, cc *grp
 
 func (c *conn) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	c.count.add(method)
-	return next(ctx, desc, cc, method, append(opts, grpc.WaitForReady(false), grpc.MaxCallRecvMsgSize(math.MaxInt32))...)
+	return next(ctx, desc, cc, method, append(opts, grpc.WaitForReady(false), grpc.MaxCallRecvMsgSize(maxAnswer))...)
 }
 
 // failed turns the error of a request into plain words, and has a new client made next time where this one's credentials are refused.

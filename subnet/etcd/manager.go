@@ -95,8 +95,13 @@ func (m *Manager) Updates() <-chan subnet.Snapshot { return m.updates }
 // Claim says what this node's lease is to be.
 func (m *Manager) Claim(c subnet.Claim) {
 	m.mu.Lock()
+	before := m.claim.wanted
 	m.claim.wanted = &c
 	m.mu.Unlock()
+	if before != nil && before.PublicIP != c.PublicIP {
+		// The connections may come from an address that is gone: nothing would tell, and the news would wait for their time-out.
+		m.conn.drop(m.conn.current())
+	}
 	poke(m.wakeClaim)
 }
 

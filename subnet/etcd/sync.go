@@ -171,6 +171,15 @@ func (m *Manager) watchCreated(ctx context.Context, cli *clientv3.Client, respon
 func (m *Manager) follow(ctx context.Context, responses <-chan *pb.WatchResponse, recvErr *error) error {
 	var next time.Time // before which no snapshot goes out
 	var due <-chan time.Time
+	tell := func() {
+		m.update(func() bool { m.checkHeld(); return true })
+		poke(m.wakeClaim)
+	}
+	defer func() {
+		if due != nil { // the next watch begins behind what was taken in: nobody would ever hear of it
+			tell()
+		}
+	}()
 	for {
 		select {
 		case r, ok := <-responses:
@@ -186,8 +195,7 @@ func (m *Manager) follow(ctx context.Context, responses <-chan *pb.WatchResponse
 			}
 		case <-due:
 			began := time.Now()
-			m.update(func() bool { m.checkHeld(); return true })
-			poke(m.wakeClaim)
+			tell()
 			due, next = nil, time.Now().Add(pace(time.Since(began)))
 		case <-m.wakeSync:
 			if m.mustRelist() {
