@@ -176,6 +176,14 @@ func (r *rig) change(f func()) {
 	f()
 }
 
+// host changes what the rest of the node looks like, and lets the kernel tell of it.
+func (r *rig) host(h netstate.Host) {
+	synctest.Wait()
+	r.change(func() { r.kernel.host = h.Indexed() })
+	r.kernel.changed <- struct{}{}
+	r.sleep(longestGap)
+}
+
 // sleep lets time pass, and everything come to rest.
 func (r *rig) sleep(d time.Duration) {
 	time.Sleep(d)
@@ -349,19 +357,19 @@ func TestStoreAwayChangesNothing(t *testing.T) {
 
 func TestWaitsForAnInterface(t *testing.T) {
 	inRig(t, func(r *rig) {
-		good := r.kernel.host
-		r.change(func() { r.kernel.host = netstate.Host{}.Indexed() })
+		good := testHost()
+		r.host(netstate.Host{})
 		r.table(onlyV4, peer(1))
 		if r.problem(condUnderlay) == "" || len(r.store.claims) > 0 {
 			t.Errorf("problem %q, claims %v", r.problem(condUnderlay), r.store.claims)
 		}
-		r.change(func() { r.kernel.host = good })
+		r.change(func() { r.kernel.host = good }) // found by polling
 		r.sleep(waitForInterface + time.Millisecond)
 		if got := r.agent.health.list(); len(got) > 0 || r.routes() != 2 {
 			t.Errorf("problems %v, %d routes", got, r.routes())
 		}
 		// It is gone again: what is there stays, and the others' leases are followed all the same.
-		r.change(func() { r.kernel.host = netstate.Host{}.Indexed() })
+		r.host(netstate.Host{})
 		r.sleep(2 * auditEvery)
 		if r.problem(condUnderlay) == "" || r.routes() != 2 {
 			t.Errorf("problem %q, %d routes", r.problem(condUnderlay), r.routes())
@@ -586,7 +594,7 @@ func TestStartWithoutStore(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1), peer(2))
 		lease := r.agent.lease.Subnets
-		r.sleep(2 * rememberEvery)
+		r.sleep(2 * auditEvery)
 		m, err := r.agent.state.load(r.agent.opts.Identity)
 		if err != nil || len(m.Peers) != 2 || m.subnets() != lease {
 			t.Fatalf("remembered %+v, %v", m, err)
@@ -625,7 +633,7 @@ func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 		for range 5 {
 			r.table(onlyV4, peer(1), peer(2))
 		}
-		r.sleep(2 * rememberEvery)
+		r.sleep(2 * auditEvery)
 		r.stop()
 		again := newAgent(r)
 		again.start()
@@ -700,7 +708,7 @@ func TestForeignRouteIsNamed(t *testing.T) {
 			netstate.HostRoute{Dst: netip.MustParsePrefix("10.244.101.0/24"), Link: "docker0"},
 			netstate.HostRoute{Dst: netip.MustParsePrefix("10.244.102.128/25"), Link: "docker0", Metric: 5000},
 			netstate.HostRoute{Dst: netip.MustParsePrefix("10.244.103.0/24"), Link: "docker0", Metric: 5000})
-		r.change(func() { r.kernel.host = h.Indexed() })
+		r.host(h)
 		r.table(onlyV4, peer(1), peer(2), peer(3))
 		p := r.problem(condRoutes)
 		if !strings.Contains(p, "10.244.101.0/24") || !strings.Contains(p, "10.244.102.128/25") || strings.Contains(p, "10.244.103.0/24") {
@@ -714,7 +722,7 @@ func TestForwardingKeepsAdvertisedRoutes(t *testing.T) {
 	inRig(t, func(r *rig) {
 		h := testHost()
 		h.Routes = append(h.Routes, netstate.HostRoute{Dst: netip.MustParsePrefix("::/0"), Link: "eth0", Metric: 1024, Advertised: true})
-		r.change(func() { r.kernel.host = h.Indexed() })
+		r.host(h)
 		r.table(dual)
 		at := func(path string) int {
 			return slices.IndexFunc(r.state().Sysctls, func(s netstate.Sysctl) bool { return s.Path == path })
@@ -733,7 +741,7 @@ func TestAddressInUseIsKept(t *testing.T) {
 		r.table(onlyV4, peer(1))
 		h := testHost()
 		h.Addresses = append([]netstate.HostAddress{second}, h.Addresses...)
-		r.change(func() { r.kernel.host = h.Indexed() })
+		r.host(h)
 		r.sleep(2 * auditEvery)
 		local := func() string { return r.state().Links[0].VXLAN.Local.String() }
 		if local() != "192.0.2.10" {
@@ -763,9 +771,9 @@ func TestRestartWithinTheGrace(t *testing.T) {
 		for range 3 {
 			r.table(onlyV4, peer(1), peer(2))
 		}
-		r.sleep(2 * rememberEvery)
+		r.sleep(2 * auditEvery)
 		r.store.deliver(func(s *subnet.Snapshot) { s.Table.Epoch++; s.Table.Revision = 1; s.Table.Entries = nil })
-		r.sleep(2 * rememberEvery)
+		r.sleep(2 * auditEvery)
 		r.stop()
 		again := newAgent(r)
 		again.start()
