@@ -38,7 +38,7 @@ func boot() []Fault {
 		{
 			Name: "peer removed while the daemon was down: swept after the start", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
 			Inject: Steps(ghostRemoved.appears, Until(ghostRemoved.routed, 3*time.Second), stopDaemon, ghostRemoved.goes, startDaemon),
-			Bound:  lossless(comeBack), Log: `(?i)brought up to date.*delete route|gone`,
+			Bound:  lossless(letGo), Log: `(?i)brought up to date.*delete route|gone`,
 		},
 		{
 			Name: "peer removed while the daemon was down: not swept before the first table", On: []string{OnVXLAN, OnHostGW, OnDual},
@@ -55,7 +55,7 @@ func daemon() []Fault {
 	rows := []Fault{
 		{
 			Name: "SIGKILL 20 times at random moments while peers change", On: []string{OnVXLAN, OnHostGW, OnDual},
-			Inject: killOften(20), Bound: Bound{Repair: comeBack, Lines: 20 * mostLines}, Log: `overlayd starts`,
+			Inject: killOften(20), Bound: Bound{Repair: letGo, Lines: 20 * mostLines}, Log: `overlayd starts`,
 		},
 		{
 			Name: "SIGKILL", Short: true, Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},

@@ -68,6 +68,9 @@ const Any = -1
 // mostLines is how many lines a daemon may log about one fault.
 const mostLines = 60
 
+// letGo is when a peer that was removed is gone from the others: it lingers for five seconds, in case it was a mistake.
+const letGo = 7 * time.Second
+
 func drift() Bound    { return Bound{Lost: Any, Repair: time.Second} }
 func underlay() Bound { return Bound{Lost: Any, Repair: 2 * time.Second} }
 
