@@ -95,6 +95,7 @@ func TestNFTablesWatchCoalescesAndSettles(t *testing.T) {
 	for range 5 {
 		ns.Exec("nft", "add table ip t ; delete table ip t")
 	}
+	epochOf(t, w) // all of them have been heard
 	if !woken(w, time.Second) || woken(w, 30*time.Millisecond) {
 		t.Error("not exactly one wake for many changes")
 	}

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log" //nolint:depguard // to silence it
 	"os"
 	"os/signal"
 	"strings"
@@ -25,6 +27,7 @@ const (
 )
 
 func run() int {
+	log.SetOutput(io.Discard) // the netlink library's remarks on attributes that are newer than it
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	err := root().ExecuteContext(ctx)
