@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -182,6 +183,14 @@ func (r *rig) host(h netstate.Host) {
 	r.change(func() { r.kernel.host = h.Indexed() })
 	r.kernel.changed <- struct{}{}
 	r.sleep(longestGap)
+}
+
+// tell says that something changed in the kernel.
+func (r *rig) tell() {
+	select {
+	case r.kernel.changed <- struct{}{}:
+	default:
+	}
 }
 
 // sleep lets time pass, and everything come to rest.
@@ -806,4 +815,75 @@ func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
 			t.Errorf("problem %q, said %d times", again.problem(condMoved), again.logged("was lost to another node"))
 		}
 	})
+}
+
+// Whatever happens in whatever order, the end is what the last table asks for, and looking again changes nothing.
+func TestAnyOrderEndsInTheSameState(t *testing.T) {
+	want := func(last []subnet.Entry) (state netstate.State) {
+		inRig(t, func(r *rig) {
+			r.table(onlyV4, last...)
+			state = r.state()
+		})
+		return state
+	}
+	for seed := range uint64(30) {
+		rnd := rand.New(rand.NewPCG(seed, 7))
+		some := func() []subnet.Entry {
+			var out []subnet.Entry
+			for i := 1; i <= 6; i++ {
+				if rnd.IntN(3) > 0 {
+					out = append(out, peer(i))
+				}
+			}
+			return out
+		}
+		last := some()
+		wanted := want(last)
+		inRig(t, func(r *rig) {
+			// The address that the node is leased must not depend on what came before.
+			r.table(onlyV4)
+			for range 60 {
+				switch rnd.IntN(8) {
+				case 0, 1:
+					r.table(onlyV4, some()...)
+				case 2:
+					r.change(func() { r.kernel.state.Routes = nil })
+					r.tell()
+				case 3:
+					r.change(func() { r.kernel.state = netstate.State{} })
+					r.tell()
+				case 4:
+					odd := rnd.IntN(2) == 0
+					r.change(func() {
+						r.kernel.refuse = func(c netstate.Change) error {
+							if _, route := c.Obj.(netstate.Route); route == odd {
+								return errors.New("not now")
+							}
+							return nil
+						}
+					})
+				case 5:
+					r.change(func() { r.kernel.err = errors.New("interrupted") })
+				case 6:
+					r.store.deliver(func(s *subnet.Snapshot) { s.Err = errors.New("connection refused") })
+				case 7:
+					r.table(`{"Network":`, some()...)
+				}
+				r.sleep(time.Duration(rnd.IntN(4000)) * time.Millisecond)
+				r.change(func() { r.kernel.err = nil })
+			}
+			r.change(func() { r.kernel.refuse = nil })
+			r.store.deliver(func(s *subnet.Snapshot) { s.Err = nil })
+			r.table(onlyV4, last...)
+			r.sleep(2*auditEvery + lastRetry)
+			if d := netstate.Diff(r.state(), wanted); len(d) > 0 {
+				t.Errorf("seed %d: %v", seed, d)
+			}
+			before := r.logs.Len()
+			r.sleep(10 * auditEvery)
+			if n := r.logs.Len() - before; n > 0 || len(r.agent.health.list()) > 0 {
+				t.Errorf("seed %d: not at rest: %d lines, problems %v", seed, n, r.agent.health.list())
+			}
+		})
+	}
 }

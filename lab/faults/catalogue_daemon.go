@@ -62,6 +62,10 @@ func daemon() []Fault {
 			Inject: Steps(killDaemon, Wait(time.Second), startDaemon), Log: `overlayd starts`,
 		},
 		{
+			Name: "crash with a stack trace, as a panic ends it", On: []string{OnVXLAN, OnHostGW, OnDual},
+			Inject: Steps(crashDaemon, Wait(time.Second), startDaemon), Log: `overlayd starts`,
+		},
+		{
 			Name: "restart", Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
 			Inject: Steps(stopDaemon, startDaemon), Log: `overlayd stops`,
 		},
@@ -109,7 +113,10 @@ func daemon() []Fault {
 
 func stopDaemon(ctx context.Context, s *Site) error { return s.Victim.Stop(ctx) }
 func killDaemon(ctx context.Context, s *Site) error { return s.Victim.Kill(ctx) }
-func startDaemon(_ context.Context, s *Site) error  { return s.Victim.Start() }
+
+// crashDaemon has the Go runtime end the daemon as it does after a panic: with a trace of all goroutines and exit status 2.
+func crashDaemon(_ context.Context, s *Site) error { return s.Victim.Signal(unix.SIGQUIT) }
+func startDaemon(_ context.Context, s *Site) error { return s.Victim.Start() }
 
 // wipe takes away what a reboot takes away, the pods aside: the state directory stays.
 func wipe(ctx context.Context, s *Site) error {
