@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -67,7 +68,20 @@ var ErrRunning = errors.New("another overlayd is running on this node")
 
 // Lock keeps a second daemon off this network namespace, whatever container it is in, until the returned function is called or
 // the process ends. The lock is an abstract unix socket (unix(7)), of which each network namespace has its own.
-func Lock(name string) (unlock func(), err error) {
+//
+// A daemon that was killed holds it until the kernel, and a command that it was just starting, have let go: so it is tried for a while.
+func Lock(name string, patience time.Duration) (unlock func(), err error) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(lockRetry) {
+		unlock, err = tryLock(name)
+		if !errors.Is(err, ErrRunning) || time.Now().After(deadline) {
+			return unlock, err
+		}
+	}
+}
+
+const lockRetry = 20 * time.Millisecond
+
+func tryLock(name string) (unlock func(), err error) {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: "@" + name, Net: "unix"})
 	if err == nil {
 		return func() { _ = l.Close() }, nil
@@ -76,8 +90,8 @@ func Lock(name string) (unlock func(), err error) {
 		return nil, fmt.Errorf("lock: %w", err)
 	}
 	holder, err := lockHolder(name)
-	if err != nil {
-		return nil, fmt.Errorf("lock: %w", err)
+	if err != nil { // it is just ending
+		return nil, fmt.Errorf("%w: %w", ErrRunning, err)
 	}
 	// Anybody can take the name. Who could not run the daemon can't keep it from running either.
 	if int(holder.Uid) != os.Geteuid() && holder.Uid != 0 {

@@ -94,15 +94,15 @@ func TestStateDir(t *testing.T) {
 func TestLock(t *testing.T) {
 	t.Parallel()
 	name := fmt.Sprintf("overlayd-test-%d", os.Getpid())
-	unlock, err := Lock(name)
+	unlock, err := Lock(name, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Lock(name); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
+	if _, err := Lock(name, 50*time.Millisecond); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
 		t.Fatalf("a second lock: %v", err)
 	}
-	unlock()
-	unlock, err = Lock(name)
+	time.AfterFunc(100*time.Millisecond, unlock) // as one that is just ending
+	unlock, err = Lock(name, 10*time.Second)
 	if err != nil {
 		t.Fatalf("after it was given back: %v", err)
 	}

@@ -24,7 +24,7 @@ what it remembers. The daemon must be stopped. The lease in etcd stays until it 
 			if err := needPrivileges(); err != nil {
 				return err
 			}
-			unlock, err := agent.Lock(lockName)
+			unlock, err := agent.Lock(lockName, lockPatience)
 			if errors.Is(err, agent.ErrRunning) {
 				return fmt.Errorf("%w: stop it first", err)
 			}

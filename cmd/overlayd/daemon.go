@@ -18,6 +18,9 @@ import (
 // lockName is the name that a daemon holds in its network namespace.
 const lockName = "overlayd"
 
+// lockPatience is how long a daemon that has just been killed may still hold the name.
+const lockPatience = 3 * time.Second
+
 // iptablesWait bounds how long one run of iptables waits for its lock.
 const iptablesWait = 10 * time.Second
 
@@ -51,7 +54,7 @@ func daemon(ctx context.Context, f flags) error {
 	if err := needPrivileges(); err != nil {
 		return err
 	}
-	unlock, err := agent.Lock(lockName)
+	unlock, err := agent.Lock(lockName, lockPatience)
 	if err != nil {
 		return err
 	}

@@ -64,6 +64,7 @@ func daemon() []Fault {
 		{
 			Name: "crash with a stack trace, as a panic ends it", On: []string{OnVXLAN, OnHostGW, OnDual},
 			Inject: Steps(crashDaemon, Wait(time.Second), startDaemon), Log: `overlayd starts`,
+			Bound: Bound{Repair: comeBack, Lines: 20 * mostLines}, // the trace has a line for each frame
 		},
 		{
 			Name: "restart", Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
