@@ -22,7 +22,7 @@ const (
 )
 
 // catchUp is how long a node may take to be content again after etcd is back: its attempts are up to 15 s apart.
-const catchUp = 16 * time.Second
+const catchUp = 22 * time.Second
 
 // etcdFaults are what happens to the store. In none of them a packet is lost.
 func etcdFaults(long bool) []Fault {
