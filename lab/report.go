@@ -121,7 +121,7 @@ func (r Report) writeLeases(b *strings.Builder) {
 	for _, l := range r.Leases {
 		rows = append(rows, []string{l.Node, fmt.Sprint(l.Segment), join(l.Underlay), join(l.Subnets), fmt.Sprint(l.MTU)})
 	}
-	b.WriteString("Leases\n" + table(rows, 2) + "\n")
+	b.WriteString("Leases\n" + Table(rows, 2) + "\n")
 }
 
 func join[T fmt.Stringer](values []T) string {
@@ -169,7 +169,7 @@ func (r Report) writeMatrix(b *strings.Builder, f addr.Family, marks map[cell]st
 		}
 		rows = append(rows, append(row, "│", mark(marks[cell{from, string(KindInternet), f}])))
 	}
-	b.WriteString(table(rows, 1))
+	b.WriteString(Table(rows, 1))
 }
 
 // podLabels are the pods' names without the node's, which stands to their left.
@@ -244,7 +244,7 @@ func (r Report) writePaths(b *strings.Builder) {
 		}
 		if len(paths) > 0 {
 			fmt.Fprintf(b, "%s, how a packet from pod to pod leaves the row's node for the column's, seen on the wire\n", f)
-			b.WriteString(table(r.pathRows(f, paths), 2) + "\n")
+			b.WriteString(Table(r.pathRows(f, paths), 2) + "\n")
 		}
 	}
 }

@@ -83,7 +83,7 @@ func (s Status) Text() string {
 		rows = append(rows, n.row())
 	}
 	return fmt.Sprintf("Lab %s: %s\nFiles and logs: %s\netcd: pid %s, %s\n\n%s",
-		s.Lab, s.Title, s.Dir, pidText(s.Etcd.PID), strings.Join(s.Etcd.URLs, " "), table(rows, 2))
+		s.Lab, s.Title, s.Dir, pidText(s.Etcd.PID), strings.Join(s.Etcd.URLs, " "), Table(rows, 2))
 }
 
 func (n NodeStatus) row() []string {

@@ -5,8 +5,8 @@ import (
 	"unicode/utf8"
 )
 
-// table lines up rows of cells in columns as wide as they need to be, with a gap of some spaces between them.
-func table(rows [][]string, gap int) string {
+// Table lines up rows of cells in columns as wide as they need to be, with a gap of some spaces between them.
+func Table(rows [][]string, gap int) string {
 	var widths []int
 	for _, row := range rows {
 		for i, c := range row {

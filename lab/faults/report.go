@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"github.com/overlayd/overlayd/lab"
 )
 
 // Result is what came of one row in one setup.
@@ -101,7 +103,7 @@ func (r Report) Text() string {
 		})
 	}
 	var b strings.Builder
-	b.WriteString(columns(rows))
+	b.WriteString(lab.Table(rows, 2))
 	for _, x := range r.Rows {
 		if len(x.Problems) > 0 {
 			b.WriteString(x.details())
@@ -130,26 +132,4 @@ func cut(s string, n int) string {
 		return s
 	}
 	return string([]rune(s)[:n-1]) + "…"
-}
-
-// columns lines up rows of cells.
-func columns(rows [][]string) string {
-	var widths []int
-	for _, row := range rows {
-		for i, c := range row {
-			if i == len(widths) {
-				widths = append(widths, 0)
-			}
-			widths[i] = max(widths[i], utf8.RuneCountInString(c))
-		}
-	}
-	var b strings.Builder
-	for _, row := range rows {
-		var line strings.Builder
-		for i, c := range row {
-			line.WriteString(c + strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c)+2))
-		}
-		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")
-	}
-	return b.String()
 }

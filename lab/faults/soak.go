@@ -59,7 +59,7 @@ func (r SoakReport) Text() string {
 	for _, name := range names {
 		rows = append(rows, []string{name, fmt.Sprint(r.Done[name])})
 	}
-	b.WriteString(columns(rows))
+	b.WriteString(lab.Table(rows, 2))
 	for i, before := range r.Before {
 		if i < len(r.After) {
 			after := r.After[i]
