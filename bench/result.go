@@ -1,0 +1,163 @@
+package bench
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// Result is what one run found.
+type Result struct {
+	When    time.Time
+	Version string // of overlayd
+	Machine Machine
+	Quick   bool
+	Rows    []Row
+}
+
+// Machine is what the figures depend on.
+type Machine struct {
+	CPU    string
+	Cores  int
+	Kernel string
+	Go     string
+}
+
+func machine() Machine {
+	m := Machine{Cores: runtime.NumCPU(), Go: runtime.Version()}
+	if b, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
+		m.Kernel, _, _ = strings.Cut(strings.TrimSpace(string(b)), "-") // what follows names a build, not a kernel
+	}
+	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(b)) {
+			if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+				m.CPU = strings.TrimSpace(value)
+				break
+			}
+		}
+	}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		m.Go = info.GoVersion
+	}
+	return m
+}
+
+// Failed lists the rows that do not keep their bounds.
+func (r Result) Failed() []Row {
+	var out []Row
+	for _, row := range r.Rows {
+		if row.Judged(r.Quick) && !row.OK() {
+			out = append(out, row)
+		}
+	}
+	return out
+}
+
+func (r Result) title() string {
+	quick := ""
+	if r.Quick {
+		quick = ", quick: bounds on times are not judged"
+	}
+	return fmt.Sprintf("overlayd %s, %s; %s, %d cores, Linux %s, %s%s", r.Version, r.When.Format("2006-01-02 15:04 UTC"),
+		r.Machine.CPU, r.Machine.Cores, r.Machine.Kernel, r.Machine.Go, quick)
+}
+
+func columns() []string {
+	return []string{"", "", "unit", "ours", "range", "beside", "figure", "ratio", "bound", "ok"}
+}
+
+func (r Result) cells(row Row) []string {
+	base, ratio, ok := "", "", ""
+	if row.BaseName != "" {
+		base, ratio = number(Median(row.Base)), number(row.Ratio())
+	}
+	if row.Judged(r.Quick) {
+		ok = map[bool]string{true: "yes", false: "NO"}[row.OK()]
+	}
+	return []string{row.Group, row.Name, string(row.Unit), number(row.Value()), spread(row.Ours), row.BaseName, base, ratio, row.Bound.String(), ok}
+}
+
+// spread shows the lowest and the highest sample.
+func spread(samples []float64) string {
+	if len(samples) < 2 {
+		return ""
+	}
+	return number(Quantile(samples, 0)) + "–" + number(Quantile(samples, 1))
+}
+
+// Text is the result for a terminal.
+func (r Result) Text() string {
+	var b bytes.Buffer
+	fmt.Fprintln(&b, r.title())
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, strings.Join(columns(), "\t"))
+	for _, row := range r.Rows {
+		fmt.Fprintln(w, strings.Join(r.cells(row), "\t"))
+	}
+	_ = w.Flush()
+	notes(&b, r.Rows)
+	return b.String()
+}
+
+// Markdown is the result for a page.
+func (r Result) Markdown() string {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "# Results\n\n%s. Medians; what is beside ours was measured in the same run.\n\n", r.title())
+	fmt.Fprintf(&b, "|%s|\n|%s\n", strings.Join(columns(), "|"), strings.Repeat("---|", len(columns())))
+	for _, row := range r.Rows {
+		fmt.Fprintf(&b, "| %s |\n", strings.Join(r.cells(row), " | "))
+	}
+	fmt.Fprintln(&b)
+	notes(&b, r.Rows)
+	return b.String()
+}
+
+func notes(b *bytes.Buffer, rows []Row) {
+	for _, row := range rows {
+		if row.Note != "" {
+			fmt.Fprintf(b, "- %s, %s: %s\n", row.Group, row.Name, row.Note)
+		}
+	}
+}
+
+// Write writes latest.json and latest.md into a directory.
+func (r Result) Write(dir string) error {
+	raw, err := json.MarshalIndent(r, "", " ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "latest.json"), append(raw, '\n'), 0o644); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "latest.md"), []byte(r.Markdown()), 0o644)
+}
+
+// MarshalJSON has the figures beside the samples, for who reads the file with another program.
+func (r Row) MarshalJSON() ([]byte, error) {
+	type plain Row
+	out := struct {
+		plain
+		Median float64
+		Ratio  float64 `json:",omitempty"`
+		OK     bool
+	}{plain: plain(r), Median: r.Value(), OK: r.OK()}
+	if ratio := r.Ratio(); !math.IsNaN(ratio) && !math.IsInf(ratio, 0) && r.BaseName != "" {
+		out.Ratio = ratio
+	}
+	if math.IsNaN(out.Median) {
+		return nil, fmt.Errorf("%s, %s has no samples", r.Group, r.Name)
+	}
+	return json.Marshal(out)
+}
+
