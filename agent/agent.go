@@ -351,7 +351,7 @@ func (a *Agent) learn() {
 // lease that still stands there.
 func (a *Agent) configFromMemory() {
 	t, err := a.remembered.table()
-	mine := func(e subnet.Entry) bool { return e.Identity == a.opts.Identity && e.Subnets == a.remembered.subnets() }
+	mine := func(e *subnet.Entry) bool { return e.Identity == a.opts.Identity && e.Subnets == a.remembered.subnets() }
 	if err == nil && t.Config.Fits(a.remembered.subnets()) && slices.ContainsFunc(a.snap.Table.Entries, mine) {
 		a.config, a.lease = &t.Config, subnet.Lease{Subnets: a.remembered.subnets()}
 	}
@@ -517,7 +517,7 @@ func (a *Agent) save(last bool) {
 
 // expires is when this node's lease ends; zero for a reservation. What the store has not said yet, memory knows better.
 func (a *Agent) expires() time.Time {
-	reserved := slices.ContainsFunc(a.snap.Table.Entries, func(e subnet.Entry) bool { return e.Subnets == a.lease.Subnets && e.Reserved() })
+	reserved := slices.ContainsFunc(a.snap.Table.Entries, func(e *subnet.Entry) bool { return e.Subnets == a.lease.Subnets && e.Reserved() })
 	switch {
 	case reserved || !a.snap.Expires.IsZero():
 		return a.snap.Expires

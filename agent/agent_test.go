@@ -200,7 +200,7 @@ func (r *rig) sleep(d time.Duration) {
 }
 
 // table delivers a whole table.
-func (r *rig) table(config string, entries ...subnet.Entry) {
+func (r *rig) table(config string, entries ...*subnet.Entry) {
 	r.t.Helper()
 	c, err := subnet.ParseConfig([]byte(config))
 	r.store.deliver(func(s *subnet.Snapshot) {
@@ -210,7 +210,7 @@ func (r *rig) table(config string, entries ...subnet.Entry) {
 }
 
 // peer is a good lease of another node.
-func peer(i int) subnet.Entry {
+func peer(i int) *subnet.Entry {
 	value := fmt.Sprintf(`{"PublicIP":"192.0.2.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:%02x"},"NodeName":"n%d","NodeID":"id%d","PublicIPLocal":true}`, 100+i, i, i, i)
 	return subnet.ParseEntry(fmt.Sprintf("10.244.%d.0-24", 100+i), []byte(value), int64(i), int64(i), 1)
 }
@@ -463,7 +463,7 @@ func TestPeerLog(t *testing.T) {
 				t.Errorf("%q was logged %d times", want, r.logged(want))
 			}
 		}
-		many := []subnet.Entry{}
+		many := []*subnet.Entry{}
 		for i := range 100 {
 			many = append(many, peer(i))
 		}
@@ -562,7 +562,7 @@ func TestRemovedPeersLingerAMoment(t *testing.T) {
 		r.table(onlyV4, peer(1), peer(2))
 		whole := r.state()
 		spoiled := subnet.ParseEntry(peer(1).Key, []byte("{"), 9, 1, 1)
-		for _, now := range [][]subnet.Entry{{peer(2)}, {spoiled, peer(2)}, {peer(1), peer(2)}} {
+		for _, now := range [][]*subnet.Entry{{peer(2)}, {spoiled, peer(2)}, {peer(1), peer(2)}} {
 			r.table(onlyV4, now...)
 			if d := netstate.Diff(whole, r.state()); len(d) > 0 {
 				t.Fatalf("changes %v", d)
@@ -589,7 +589,7 @@ func TestContradictedPeersGoAtOnce(t *testing.T) {
 			inRig(t, func(r *rig) {
 				r.table(onlyV4, peer(1), peer(2))
 				now := peer(3)
-				change(&now)
+				change(now)
 				r.table(onlyV4, peer(2), now)
 				if r.routes() != 4 || len(r.state().FDB) != 2 {
 					t.Errorf("%d routes, FDB %v", r.routes(), r.state().FDB)
@@ -662,7 +662,7 @@ func TestNoStartFromAnEndedLease(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.stop()
 		again := newAgent(r)
-		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []subnet.Entry{peer(1)}}, again.agent.opts.Identity, peer(7).Subnets, time.Now().Add(-time.Minute))
+		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []*subnet.Entry{peer(1)}}, again.agent.opts.Identity, peer(7).Subnets, time.Now().Add(-time.Minute))
 		if err := again.agent.state.save(m); err != nil {
 			t.Fatal(err)
 		}
@@ -682,7 +682,7 @@ func TestSubnetLostToAnotherNode(t *testing.T) {
 		thief := peer(8)
 		thief.Subnets, thief.Key = before, subnet.FormatKey(before)
 		r.store.deliver(func(s *subnet.Snapshot) {
-			s.Table.Entries = []subnet.Entry{peer(1), thief}
+			s.Table.Entries = []*subnet.Entry{peer(1), thief}
 			d, err := subnet.Decide(s.Table, s.Claimed, 0)
 			if err != nil {
 				t.Fatal(err)
@@ -757,7 +757,7 @@ func TestAddressInUseIsKept(t *testing.T) {
 			t.Errorf("the tunnel moved to %s", local())
 		}
 		r.stop()
-		own := subnet.Entry{Lease: r.store.snap.Lease, Key: subnet.FormatKey(r.store.snap.Lease.Subnets), Revision: 3, LeaseID: 1}
+		own := &subnet.Entry{Lease: r.store.snap.Lease, Key: subnet.FormatKey(r.store.snap.Lease.Subnets), Revision: 3, LeaseID: 1}
 		again := newAgent(r)
 		again.start()
 		defer again.stop()
@@ -819,7 +819,7 @@ func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
 
 // Whatever happens in whatever order, the end is what the last table asks for, and looking again changes nothing.
 func TestAnyOrderEndsInTheSameState(t *testing.T) {
-	want := func(last []subnet.Entry) (state netstate.State) {
+	want := func(last []*subnet.Entry) (state netstate.State) {
 		inRig(t, func(r *rig) {
 			r.table(onlyV4, last...)
 			state = r.state()
@@ -828,8 +828,8 @@ func TestAnyOrderEndsInTheSameState(t *testing.T) {
 	}
 	for seed := range uint64(30) {
 		rnd := rand.New(rand.NewPCG(seed, 7))
-		some := func() []subnet.Entry {
-			var out []subnet.Entry
+		some := func() []*subnet.Entry {
+			var out []*subnet.Entry
 			for i := 1; i <= 6; i++ {
 				if rnd.IntN(3) > 0 {
 					out = append(out, peer(i))

@@ -34,12 +34,12 @@ type Decision struct {
 	// must also make those fail that were decided before it and are guarded on their own key alone.
 	Unchanged string
 
-	Drop []Entry // leases of this very node that it can't use any more: they go in the same write
+	Drop []*Entry // leases of this very node that it can't use any more: they go in the same write
 }
 
 // ConflictError says that another node holds what only this one should: nothing is taken from it, and a person has to decide.
 type ConflictError struct {
-	Holder Entry
+	Holder *Entry
 	What   string // what both have
 	Advice string
 }
@@ -72,18 +72,18 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 	mine, drop := ownEntries(t, c)
 	if mine != nil {
 		if mine.PublicIP == c.PublicIP && mine.NodeName == c.NodeName { // it stays mine, whatever others came to say since
-			return update(*mine, c, drop), nil
+			return update(mine, c, drop), nil
 		}
 		if err := conflict(t, c); err != nil {
 			return Decision{}, err
 		}
-		return update(*mine, c, drop), nil
+		return update(mine, c, drop), nil
 	}
 	if err := conflict(t, c); err != nil {
 		return Decision{}, err
 	}
 	if e := spoiled(t, c); e != nil {
-		d := update(*e, c, drop)
+		d := update(e, c, drop)
 		d.Write, d.Reserved = true, e.Blank() // a reservation that was made of my key is mine to take up
 		return d, nil
 	}
@@ -93,7 +93,7 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 		before = drop[0].Subnets
 	}
 	if e := adoptable(t, c); e != nil && !allFree(t.Config, before, others) {
-		return update(*e, c, drop), nil
+		return update(e, c, drop), nil
 	}
 	drop = append(drop, replaced(t, c)...)
 	ch, err := pick(t.Config, others, before, c.Identity, attempt)
@@ -104,7 +104,7 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 }
 
 // update keeps a key as it is, with the etcd lease on it, and brings its value up to date.
-func update(e Entry, c Claim, drop []Entry) Decision {
+func update(e *Entry, c Claim, drop []*Entry) Decision {
 	return Decision{
 		Lease: Lease{e.Subnets, c.Attrs}, Key: e.Key,
 		Write: e.Attrs != c.Attrs || len(drop) > 0, Expect: e.Revision, LeaseID: e.LeaseID, Reserved: e.Reserved(),
@@ -112,7 +112,7 @@ func update(e Entry, c Claim, drop []Entry) Decision {
 	}
 }
 
-func create(c Claim, ch choice, drop []Entry) Decision {
+func create(c Claim, ch choice, drop []*Entry) Decision {
 	d := Decision{Lease: Lease{ch.subnets, c.Attrs}, Key: FormatKey(ch.subnets), Write: true, Drop: drop}
 	if ch.paired {
 		d.Unchanged, _, _ = strings.Cut(d.Key, "&") // whoever has the first family's subnet has the other's
@@ -126,11 +126,11 @@ func spoiled(t Table, c Claim) *Entry {
 	if !c.Keep {
 		return nil
 	}
-	i := slices.IndexFunc(t.Entries, func(e Entry) bool { return e.Key == FormatKey(c.Remembered) })
+	i := slices.IndexFunc(t.Entries, func(e *Entry) bool { return e.Key == FormatKey(c.Remembered) })
 	if i < 0 {
 		return nil
 	}
-	e := &t.Entries[i]
+	e := t.Entries[i]
 	nobodys := e.Identity == (Identity{}) && (e.PublicIP == (addr.Per[netip.Addr]{}) || e.samePublicIP(c.Attrs))
 	if e.Err == nil && !nobodys {
 		return nil
@@ -140,20 +140,20 @@ func spoiled(t Table, c Claim) *Entry {
 
 // ownEntries finds the lease to go on with among those that carry my identity, and the ones to give up: a network config that
 // changed leaves the old subnet behind.
-func ownEntries(t Table, c Claim) (keep *Entry, drop []Entry) {
-	var own []Entry
+func ownEntries(t Table, c Claim) (keep *Entry, drop []*Entry) {
+	var own []*Entry
 	for _, e := range t.Entries {
 		if e.belongsTo(c) {
 			own = append(own, e)
 		}
 	}
-	slices.SortFunc(own, func(a, b Entry) int { // the one in use first, then the oldest
+	slices.SortFunc(own, func(a, b *Entry) int { // the one in use first, then the oldest
 		return cmp.Or(-cmp.Compare(b2i(a.Subnets == c.Remembered), b2i(b.Subnets == c.Remembered)), cmp.Compare(a.Created, b.Created))
 	})
 	for i := range own {
 		switch {
 		case keep == nil && own[i].Err == nil && t.Config.Fits(own[i].Subnets):
-			keep = &own[i]
+			keep = own[i]
 		case !own[i].Reserved(): // what an operator reserved is the operator's to remove
 			drop = append(drop, own[i])
 		}
@@ -175,10 +175,10 @@ func (e Entry) belongsTo(c Claim) bool {
 
 // adoptable finds a lease or reservation that was made for this node by somebody who didn't know its identity.
 func adoptable(t Table, c Claim) *Entry {
-	for i, e := range t.Entries {
+	for _, e := range t.Entries {
 		forMe := e.NodeID == "" && (e.NodeName == c.NodeName && c.NodeName != "" || e.NodeName == "" && e.samePublicIP(c.Attrs))
 		if forMe && e.Err == nil && t.Config.Fits(e.Subnets) {
-			return &t.Entries[i]
+			return e
 		}
 	}
 	return nil
@@ -186,7 +186,7 @@ func adoptable(t Table, c Claim) *Entry {
 
 // replaced lists the leases without identity that have my public IP and that I take no part of: being older, they would make the
 // peers refuse mine.
-func replaced(t Table, c Claim) (out []Entry) {
+func replaced(t Table, c Claim) (out []*Entry) {
 	for _, e := range t.Entries {
 		if e.Err == nil && e.Identity == (Identity{}) && !e.Reserved() && e.samePublicIP(c.Attrs) {
 			out = append(out, e)
@@ -248,7 +248,7 @@ func (c Config) Fits(s addr.Per[netip.Prefix]) bool {
 }
 
 // allFree reports whether a node can have all of these subnets.
-func allFree(c Config, s addr.Per[netip.Prefix], taken []Entry) bool {
+func allFree(c Config, s addr.Per[netip.Prefix], taken []*Entry) bool {
 	if !c.Fits(s) {
 		return false
 	}
@@ -260,8 +260,8 @@ func allFree(c Config, s addr.Per[netip.Prefix], taken []Entry) bool {
 	return true
 }
 
-func without(all, drop []Entry) []Entry {
-	return slices.DeleteFunc(slices.Clone(all), func(e Entry) bool {
-		return slices.ContainsFunc(drop, func(d Entry) bool { return d.Key == e.Key })
+func without(all, drop []*Entry) []*Entry {
+	return slices.DeleteFunc(slices.Clone(all), func(e *Entry) bool {
+		return slices.ContainsFunc(drop, func(d *Entry) bool { return d.Key == e.Key })
 	})
 }

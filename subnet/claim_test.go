@@ -44,7 +44,7 @@ func TestDecide(t *testing.T) {
 	for _, tt := range []struct {
 		name       string
 		config     string
-		entries    []Entry
+		entries    []*Entry
 		claim      Attrs
 		remembered addr.Per[netip.Prefix]
 		keep       bool
@@ -68,92 +68,92 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			name: "remembered, taken by another", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.9.0-24", other, 5, 50)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.9.0-24", other, 5, 50)}, key: anew, write: true, unchanged: anew,
 		},
 		{
 			name: "remembered, inside a reservation", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.8.0-22", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.8.0-22", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew,
 		},
 		{
 			name: "remembered, part of it reserved", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.9.77-32", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.9.77-32", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew,
 		},
 		{name: "remembered, of another length", config: net4, claim: me, remembered: per("10.244.9.0/25"), key: anew, write: true, unchanged: anew},
 		{name: "remembered, of another network", config: net4, claim: me, remembered: per("10.245.9.0/24"), key: anew, write: true, unchanged: anew},
 
 		{
-			name: "mine, unchanged", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)},
+			name: "mine, unchanged", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)},
 			key: "10.244.5.0-24", expect: 5, lease: 50,
 		},
 		{
 			name: "mine, whatever is remembered", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
 		},
 		{
 			name: "mine, with a changed MAC", config: net4, claim: with(me, func(a *Attrs) { a.VTEP.V4.MAC[5] = 9 }),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
 			name: "mine, with a changed public IP", config: net4, claim: with(me, func(a *Attrs) { a.PublicIP = ips("192.168.7.7") }),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
 			name: "mine, renamed host", config: net4, claim: with(me, func(a *Attrs) { a.NodeName = "new" }),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
 			name: "mine, though another one came with my public IP", config: net4, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("10.244.6.0-24", with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }), 6, 60)},
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("10.244.6.0-24", with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }), 6, 60)},
 			key:     "10.244.5.0-24", expect: 5, lease: 50,
 		},
 		{
 			name: "a clone with my id, but another name and address", config: net4, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)}, key: anew, write: true, unchanged: anew,
 		},
 		{
-			name: "mine, a reservation now", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 0)},
+			name: "mine, a reservation now", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 0)},
 			key: "10.244.5.0-24", expect: 5, reserved: true,
 		},
 		{
 			name: "two of mine, the remembered one is kept", config: net4, claim: me, remembered: per("10.244.6.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("10.244.6.0-24", me, 6, 60)},
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("10.244.6.0-24", me, 6, 60)},
 			key:     "10.244.6.0-24", write: true, expect: 6, lease: 60, drop: "10.244.5.0-24",
 		},
 		{
 			name: "two of mine, else the older one", config: net4, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 6, 60), leaseAt("10.244.6.0-24", me, 5, 50)},
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 6, 60), leaseAt("10.244.6.0-24", me, 5, 50)},
 			key:     "10.244.6.0-24", write: true, expect: 5, lease: 50, drop: "10.244.5.0-24",
 		},
 		{
 			name: "mine under a key with host bits is given up for the right one", config: net4, claim: me,
-			entries: []Entry{leaseAt("10.244.5.7-24", me, 5, 50)},
+			entries: []*Entry{leaseAt("10.244.5.7-24", me, 5, 50)},
 			key:     "10.244.5.0-24", write: true, unchanged: "10.244.5.0-24", drop: "10.244.5.7-24",
 		},
 
 		{
 			name: "mine, outside a changed network", config: `{"Network":"10.99.0.0/16"}`, claim: me, remembered: per("10.244.5.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
 		},
 		{
 			name: "mine, of another length", config: `{"Network":"10.244.0.0/16","SubnetLen":26}`, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
 		},
 		{
 			name: "mine is kept within a network that grew", config: `{"Network":"10.240.0.0/12"}`, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
 		},
 		{
 			name: "my reservation outside a changed network stays where it is", config: `{"Network":"10.99.0.0/16"}`, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 0)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 0)}, key: anew, write: true, unchanged: anew,
 		},
 		{
 			name: "IPv4 alone becomes dual: the subnet stays, and the other has the same number", config: netTwo, claim: dualMe,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)},
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)},
 			key:     "10.244.5.0-24&fd00:10:244:5::-64", write: true, unchanged: "10.244.5.0-24", drop: "10.244.5.0-24",
 		},
 		{
 			name: "IPv4 alone becomes dual: the number is taken in the other family", config: netTwo, claim: dualMe,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("fd00:10:244:5::-64", Attrs{}, 4, 0)},
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("fd00:10:244:5::-64", Attrs{}, 4, 0)},
 			key:     "10.244.5.0-24&fd00:10:244:6::-64", write: true, unchanged: "", drop: "10.244.5.0-24",
 		},
 		{
@@ -162,7 +162,7 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			name: "dual becomes IPv6 alone: the subnet stays", config: net6, claim: with(dualMe, func(a *Attrs) { a.PublicIP.V4 = netip.Addr{} }),
-			entries: []Entry{leaseAt("10.244.5.0-24&fd00:10:244:5::-64", dualMe, 5, 50)},
+			entries: []*Entry{leaseAt("10.244.5.0-24&fd00:10:244:5::-64", dualMe, 5, 50)},
 			key:     "fd00:10:244:5::-64", write: true, unchanged: "fd00:10:244:5::-64", drop: "10.244.5.0-24&fd00:10:244:5::-64",
 		},
 		{
@@ -171,54 +171,54 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			name: "pods live there: kept while it fits", config: net4, claim: me, remembered: per("10.244.5.0/24"), keep: true,
-			entries: []Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", expect: 5, lease: 50,
 		},
 
 		{
-			name: "flannel's, with its etcd lease", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)},
+			name: "flannel's, with its etcd lease", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)},
 			key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
 			name: "flannel's, remembered as well", config: net4, claim: me, remembered: per("10.244.5.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
 			name: "flannel's, but another one is remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24", drop: "10.244.5.0-24",
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24", drop: "10.244.5.0-24",
 		},
 		{
 			name: "flannel's, where the remembered one is taken", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.9.0-24", other, 6, 60)},
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.9.0-24", other, 6, 60)},
 			key:     "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
 			name: "flannel's of another node", config: net4, claim: me,
-			entries: []Entry{leaseAt("10.244.5.0-24", with(flannel, func(a *Attrs) { a.PublicIP = other.PublicIP }), 5, 50)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.5.0-24", with(flannel, func(a *Attrs) { a.PublicIP = other.PublicIP }), 5, 50)}, key: anew, write: true, unchanged: anew,
 		},
-		{name: "flannel's outside the network", config: net4, claim: me, entries: []Entry{leaseAt("10.99.5.0-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.99.5.0-24"},
-		{name: "flannel's of another length", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-25", flannel, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-25"},
-		{name: "my address reserved in another length", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-25", Attrs{PublicIP: me.PublicIP}, 5, 0)}, key: anew, write: true, unchanged: anew},
-		{name: "flannel's under a key that is not canonical", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.7-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew},
+		{name: "flannel's outside the network", config: net4, claim: me, entries: []*Entry{leaseAt("10.99.5.0-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.99.5.0-24"},
+		{name: "flannel's of another length", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-25", flannel, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-25"},
+		{name: "my address reserved in another length", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-25", Attrs{PublicIP: me.PublicIP}, 5, 0)}, key: anew, write: true, unchanged: anew},
+		{name: "flannel's under a key that is not canonical", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.7-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew},
 		{
 			name: "flannel's IPv6 lease", config: net6, claim: attrs("me", "2001:db8::1"),
-			entries: []Entry{leaseAt("fd00:10:244:5::-64", with(attrs("", "2001:db8::1"), func(a *Attrs) { a.PublicIPLocal = false }), 5, 50)},
+			entries: []*Entry{leaseAt("fd00:10:244:5::-64", with(attrs("", "2001:db8::1"), func(a *Attrs) { a.PublicIPLocal = false }), 5, 50)},
 			key:     "fd00:10:244:5::-64", write: true, expect: 5, lease: 50,
 		},
 
 		{
-			name: "a reservation for my name", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", forMe, 5, 0)},
+			name: "a reservation for my name", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", forMe, 5, 0)},
 			key: "10.244.5.0-24", write: true, expect: 5, reserved: true,
 		},
 		{
-			name: "a reservation for my address", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)},
+			name: "a reservation for my address", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)},
 			key: "10.244.5.0-24", write: true, expect: 5, reserved: true,
 		},
 		{
-			name: "a reservation for another name", config: net4, claim: me, entries: []Entry{leaseAt("10.244.5.0-24", Attrs{Identity: Identity{NodeName: "other"}}, 5, 0)},
+			name: "a reservation for another name", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{Identity: Identity{NodeName: "other"}}, 5, 0)},
 			key: anew, write: true, unchanged: anew,
 		},
 		{
-			name: "a blank reservation", config: net4, claim: me, entries: []Entry{ParseEntry("10.244.5.0-24", nil, 5, 5, 0)}, remembered: per("10.244.5.0/24"),
+			name: "a blank reservation", config: net4, claim: me, entries: []*Entry{ParseEntry("10.244.5.0-24", nil, 5, 5, 0)}, remembered: per("10.244.5.0/24"),
 			key: anew, write: true, unchanged: anew,
 		},
 	} {
@@ -231,7 +231,7 @@ func TestDecide(t *testing.T) {
 			}
 			if tt.key == anew {
 				tt.key, tt.unchanged = d.Key, d.Key
-				if !table.Config.Fits(d.Lease.Subnets) || slices.ContainsFunc(without(tt.entries, d.Drop), func(e Entry) bool { return e.overlaps(d.Lease) }) {
+				if !table.Config.Fits(d.Lease.Subnets) || slices.ContainsFunc(without(tt.entries, d.Drop), func(e *Entry) bool { return e.overlaps(d.Lease) }) {
 					t.Errorf("%s does not fit, or is not free", d.Key)
 				}
 			}
@@ -250,7 +250,7 @@ func TestDecide(t *testing.T) {
 // checkSettled applies a decision: the next one finds nothing to do.
 func checkSettled(t *testing.T, table Table, claim Claim, d Decision) {
 	t.Helper()
-	es := without(table.Entries, append(slices.Clone(d.Drop), Entry{Key: d.Key}))
+	es := without(table.Entries, append(slices.Clone(d.Drop), &Entry{Key: d.Key}))
 	e := leaseAt(d.Key, d.Lease.Attrs, 10, 77)
 	if d.Reserved {
 		e.LeaseID = 0
@@ -265,8 +265,8 @@ func checkSettled(t *testing.T, table Table, claim Claim, d Decision) {
 
 func TestDecideErrors(t *testing.T) {
 	me, other := attrs("me", "192.168.1.1"), attrs("other", "192.168.1.2")
-	lease := func(a Attrs) []Entry { return []Entry{leaseAt("10.244.5.0-24", a, 5, 50)} }
-	mineAnd := func(a Attrs) []Entry { return append(lease(a), leaseAt("10.244.6.0-24", me, 6, 60)) }
+	lease := func(a Attrs) []*Entry { return []*Entry{leaseAt("10.244.5.0-24", a, 5, 50)} }
+	mineAnd := func(a Attrs) []*Entry { return append(lease(a), leaseAt("10.244.6.0-24", me, 6, 60)) }
 	broken := errors.New("broken")
 	for _, tt := range []struct {
 		name  string
@@ -298,7 +298,7 @@ func TestDecideErrors(t *testing.T) {
 		},
 		{"my address, another name without id", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP, a.NodeID = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
 		{"my address, another id without name", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP, a.NodeName = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
-		{"my address reserved for another", Table{Entries: []Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP, Identity: Identity{NodeName: "other"}}, 5, 0)}}, Claim{Attrs: me}, "the public IP", nil},
+		{"my address reserved for another", Table{Entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP, Identity: Identity{NodeName: "other"}}, 5, 0)}}, Claim{Attrs: me}, "the public IP", nil},
 		{"remembered does not help", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }))}, Claim{Attrs: me, Remembered: per("10.244.9.0/24")}, "the public IP", nil},
 		{"my new address is another's", Table{Entries: mineAnd(other)}, Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP = other.PublicIP })}, "the public IP 192.168.1.2", nil},
 		{
@@ -352,7 +352,7 @@ func TestDecideFullPool(t *testing.T) {
 		t.Fatalf("the 65th: %v", err)
 	}
 	gone := table.Entries[17]
-	table.Entries = without(table.Entries, []Entry{gone})
+	table.Entries = without(table.Entries, []*Entry{gone})
 	if d, err := Decide(table, claim(64), 0); err != nil || d.Key != gone.Key {
 		t.Errorf("got %+v, %v, want the one that became free: %s", d, err, gone.Key)
 	}
@@ -365,7 +365,7 @@ func TestDecideIsIndependentOfOrder(t *testing.T) {
 	for i := range 500 {
 		es := randomEntries(r, c, 12)
 		seen := map[string]bool{} // a store has a key but once
-		es = slices.DeleteFunc(es, func(e Entry) bool { dup := seen[e.Key]; seen[e.Key] = true; return dup })
+		es = slices.DeleteFunc(es, func(e *Entry) bool { dup := seen[e.Key]; seen[e.Key] = true; return dup })
 		table := Table{Revision: 99, Config: c, Entries: es}
 		claim := Claim{Attrs: attrs("me", "192.168.1.1")}
 		want, wantErr := Decide(table, claim, i)
@@ -398,7 +398,7 @@ func TestSpoiledKeyIsTakenBack(t *testing.T) {
 		{`{"PublicIP":"192.0.2.99","BackendType":"vxlan"}`, 9, false, false},
 		{`{"NodeName":"other"}`, 0, false, false},
 	} {
-		table := Table{Revision: 9, Config: c, ConfigRevision: 1, Entries: []Entry{ParseEntry(key, []byte(tt.value), 8, 3, tt.lease)}}
+		table := Table{Revision: 9, Config: c, ConfigRevision: 1, Entries: []*Entry{ParseEntry(key, []byte(tt.value), 8, 3, tt.lease)}}
 		d, err := Decide(table, mine, 0)
 		if err != nil {
 			t.Fatal(err)

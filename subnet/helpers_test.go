@@ -58,7 +58,7 @@ func mac(t testing.TB, s string) addr.MAC {
 }
 
 // leaseAt is an entry as it would be read back from the store, with revision = created.
-func leaseAt(key string, a Attrs, created, leaseID int64) Entry {
+func leaseAt(key string, a Attrs, created, leaseID int64) *Entry {
 	return ParseEntry(key, FormatValue(a), created, created, leaseID)
 }
 
@@ -93,7 +93,7 @@ func randomAddr(r *rand.Rand, p netip.Prefix) netip.Addr {
 }
 
 // freeSubnets is the naive twin of the search: every subnet of a small pool that overlaps no entry.
-func freeSubnets(p Pool, taken []Entry) []netip.Prefix {
+func freeSubnets(p Pool, taken []*Entry) []netip.Prefix {
 	var out []netip.Prefix
 	for i := range p.Size() {
 		sn, isFree := p.Subnet(i), true
@@ -110,7 +110,7 @@ func freeSubnets(p Pool, taken []Entry) []netip.Prefix {
 	return out
 }
 
-func keys(es []Entry) string {
+func keys(es []*Entry) string {
 	out := make([]string, 0, len(es))
 	for _, e := range es {
 		out = append(out, e.Key)

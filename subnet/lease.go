@@ -238,9 +238,10 @@ func parseVTEP(out *addr.Per[VTEP], f addr.Family, field string, raw json.RawMes
 	return nil
 }
 
-// ParseEntry reads one key and its value; what is wrong with them is the entry's Err.
-func ParseEntry(key string, value []byte, revision, created, leaseID int64) Entry {
-	e := Entry{Key: key, Revision: revision, Created: created, LeaseID: leaseID}
+// ParseEntry reads one key and its value; what is wrong with them is the entry's Err. Nobody changes an entry: two that are the same
+// pointer are equal.
+func ParseEntry(key string, value []byte, revision, created, leaseID int64) *Entry {
+	e := &Entry{Key: key, Revision: revision, Created: created, LeaseID: leaseID}
 	e.Subnets, e.Err = ParseKey(key)
 	a, err := ParseValue(value)
 	if errors.Is(err, ErrBlank) && e.Reserved() {

@@ -371,7 +371,7 @@ func FuzzParseEntry(f *testing.F) {
 		if e.Err == nil && FormatKey(e.Subnets) != key {
 			t.Fatalf("accepted the key %q", key)
 		}
-		table := Table{Revision: 3, ConfigRevision: 1, Config: c, Entries: []Entry{e}}
+		table := Table{Revision: 3, ConfigRevision: 1, Config: c, Entries: []*Entry{e}}
 		self := Lease{Subnets: per("10.244.9.0/24", "fd00:10:244:9::/64"), Attrs: claim.Attrs}
 		peers, refused := table.Peers(c, self)
 		if len(peers)+len(refused) > 1 {

@@ -40,7 +40,7 @@ func (e *PoolFullError) Error() string {
 // pick chooses free subnets. Those in before are kept where they fit the network and are free; otherwise it is the first free
 // one at or behind a hash of the node's identity, so that a node that lost everything tends to come back where it was. attempt
 // moves that start, for those who lost a race. The work grows with the number of leases, not with the size of the pool.
-func pick(c Config, taken []Entry, before addr.Per[netip.Prefix], id Identity, attempt int) (choice, error) {
+func pick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Identity, attempt int) (choice, error) {
 	start := hash(id, attempt)
 	kept := addr.Per[netip.Prefix]{}
 	for _, f := range c.Families() {
@@ -58,7 +58,7 @@ func pick(c Config, taken []Entry, before addr.Per[netip.Prefix], id Identity, a
 }
 
 // pickPair chooses the same index in all pools in use.
-func pickPair(c Config, taken []Entry, start uint64) (choice, bool) {
+func pickPair(c Config, taken []*Entry, start uint64) (choice, bool) {
 	size := uint64(maxSubnets)
 	var busy []span
 	for _, f := range c.Families() {
@@ -75,7 +75,7 @@ func pickPair(c Config, taken []Entry, start uint64) (choice, bool) {
 }
 
 // pickEach chooses for each family by itself what is not kept: a dual-stack network may have no index that is free in both pools.
-func pickEach(c Config, taken []Entry, kept addr.Per[netip.Prefix], start uint64) (choice, error) {
+func pickEach(c Config, taken []*Entry, kept addr.Per[netip.Prefix], start uint64) (choice, error) {
 	ch := choice{subnets: kept}
 	for _, f := range c.Families() {
 		if kept.Get(f).IsValid() {
@@ -93,7 +93,7 @@ func pickEach(c Config, taken []Entry, kept addr.Per[netip.Prefix], start uint64
 }
 
 // spans lists what the entries take up in a pool.
-func spans(p Pool, taken []Entry) []span {
+func spans(p Pool, taken []*Entry) []span {
 	var out []span
 	for _, e := range taken {
 		for _, f := range addr.Families() {
@@ -127,8 +127,8 @@ func firstFree(busy []span, size, start uint64) (uint64, bool) {
 }
 
 // free reports whether nobody holds any part of a subnet.
-func free(sn netip.Prefix, taken []Entry) bool {
-	return !slices.ContainsFunc(taken, func(e Entry) bool { return overlap(e.Subnets.Get(addr.FamilyOf(sn.Addr())), sn) })
+func free(sn netip.Prefix, taken []*Entry) bool {
+	return !slices.ContainsFunc(taken, func(e *Entry) bool { return overlap(e.Subnets.Get(addr.FamilyOf(sn.Addr())), sn) })
 }
 
 // paired reports whether subnets have the same index in every pool (see choice). Below Min there are no indices.
@@ -147,7 +147,7 @@ func paired(c Config, s addr.Per[netip.Prefix]) bool {
 	return true
 }
 
-func fullError(p Pool, taken []Entry) error {
+func fullError(p Pool, taken []*Entry) error {
 	full := &PoolFullError{Pools: []Pool{p}, Size: p.Size()}
 	for _, e := range taken {
 		_, inside := p.span(e.Subnets.Get(addr.FamilyOf(p.Min)))

@@ -86,8 +86,8 @@ func TestPickIsStable(t *testing.T) {
 }
 
 // randomEntries are leases and reservations of random prefix lengths, overlapping or not, in and around the pools.
-func randomEntries(r *rand.Rand, c Config, most int) []Entry {
-	var es []Entry
+func randomEntries(r *rand.Rand, c Config, most int) []*Entry {
+	var es []*Entry
 	for range r.IntN(most + 1) {
 		var s addr.Per[netip.Prefix]
 		for _, f := range addr.Families() {
@@ -138,20 +138,20 @@ func TestPickAgainstEnumeration(t *testing.T) {
 	}
 }
 
-func isFull(c Config, taken []Entry) bool {
+func isFull(c Config, taken []*Entry) bool {
 	return slices.ContainsFunc(c.Families(), func(f addr.Family) bool { return len(freeSubnets(c.Pools.Get(f), taken)) == 0 })
 }
 
-func checkPick(c Config, taken []Entry, before addr.Per[netip.Prefix], id Identity, attempt int) error {
+func checkPick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Identity, attempt int) error {
 	order := slices.Clone(taken)
 	ch, err := pick(c, taken, before, id, attempt)
-	if !slices.EqualFunc(order, taken, func(a, b Entry) bool { return a.Key == b.Key }) {
+	if !slices.EqualFunc(order, taken, func(a, b *Entry) bool { return a.Key == b.Key }) {
 		return errors.New("the table was changed")
 	}
 	keep := func(f addr.Family) bool { // what fits and is free stays, outside SubnetMin and SubnetMax too
 		p, sn := c.Pools.Get(f), before.Get(f)
 		return sn.IsValid() && sn.Bits() == p.SubnetLen && p.Network.Contains(sn.Addr()) &&
-			!slices.ContainsFunc(taken, func(e Entry) bool { return e.Subnets.Get(f).IsValid() && e.Subnets.Get(f).Overlaps(sn) })
+			!slices.ContainsFunc(taken, func(e *Entry) bool { return e.Subnets.Get(f).IsValid() && e.Subnets.Get(f).Overlaps(sn) })
 	}
 	if err != nil {
 		for _, f := range c.Families() {
@@ -188,7 +188,7 @@ func checkPick(c Config, taken []Entry, before addr.Per[netip.Prefix], id Identi
 	return nil
 }
 
-func checkNoPair(c Config, taken []Entry) error {
+func checkNoPair(c Config, taken []*Entry) error {
 	for i := range min(c.Pools.V4.Size(), c.Pools.V6.Size()) {
 		if free(c.Pools.V4.Subnet(i), taken) && free(c.Pools.V6.Subnet(i), taken) {
 			return fmt.Errorf("no pair was chosen, and %d is free", i)
@@ -197,7 +197,7 @@ func checkNoPair(c Config, taken []Entry) error {
 	return nil
 }
 
-func checkFirstFree(p Pool, taken []Entry, got netip.Prefix, start uint64) error {
+func checkFirstFree(p Pool, taken []*Entry, got netip.Prefix, start uint64) error {
 	free := freeSubnets(p, taken)
 	for i := range p.Size() {
 		if sn := p.Subnet((start%p.Size() + i) % p.Size()); slices.Contains(free, sn) {
@@ -211,7 +211,7 @@ func checkFirstFree(p Pool, taken []Entry, got netip.Prefix, start uint64) error
 }
 
 // checkFull checks that a PoolFullError names the pool that is full, its size, and what takes it up.
-func checkFull(c Config, taken []Entry, err error) error {
+func checkFull(c Config, taken []*Entry, err error) error {
 	var full *PoolFullError
 	if !errors.As(err, &full) || len(full.Pools) == 0 {
 		return fmt.Errorf("want a PoolFullError: %w", err)
@@ -246,7 +246,7 @@ func checkFull(c Config, taken []Entry, err error) error {
 
 func TestPoolFullError(t *testing.T) {
 	c := mustConfig(t, unequal6)
-	taken := []Entry{
+	taken := []*Entry{
 		leaseAt("10.1.0.16-28", Attrs{}, 1, 0),                      // of the other family, which has room
 		leaseAt("10.1.0.32-28&fd01:0:0:1::-64", Attrs{}, 2, 7),      // one subnet
 		leaseAt("10.1.0.48-28&fd01:0:0:2::-63", Attrs{}, 3, 8),      // two
@@ -268,7 +268,7 @@ func TestPoolFullError(t *testing.T) {
 // Half of an immense pool is one reservation: the search steps over it at once.
 func TestPickStepsOverWideReservations(t *testing.T) {
 	c := mustConfig(t, `{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/16","IPv6SubnetLen":64}`)
-	var taken []Entry
+	var taken []*Entry
 	for _, k := range []string{"fd00::-17", "fd00:8000::-18", "fd00:c000::-19", "fd00:e000::-20", "fd00:f000::-21"} {
 		taken = append(taken, leaseAt(k, Attrs{}, 1, 0))
 	}
@@ -313,7 +313,7 @@ func BenchmarkPick(b *testing.B) {
 		for _, n := range []int{500, 5000} {
 			b.Run(fmt.Sprintf("%s/%d", bb.name, n), func(b *testing.B) {
 				c := mustConfig(b, bb.config)
-				var taken []Entry
+				var taken []*Entry
 				for i := range n {
 					ch, err := pick(c, nil, addr.Per[netip.Prefix]{}, nodeIdentity(i), 0)
 					if err != nil {

@@ -17,7 +17,7 @@ import (
 type simStore struct {
 	rev, configRev int64
 	config         Config
-	keys           map[string]Entry
+	keys           map[string]*Entry
 	listed         Table // what table returned last
 	unpaired       int64 // revision of the last dual-stack lease that was not a pair (see Decision.Unchanged)
 	lastLease      int64
@@ -114,7 +114,7 @@ type sim struct {
 }
 
 func newSim(t *testing.T, seed uint64, nodes int, configs ...string) *sim {
-	s := &sim{t: t, r: rand.New(rand.NewPCG(seed, seed)), store: simStore{keys: map[string]Entry{}}}
+	s := &sim{t: t, r: rand.New(rand.NewPCG(seed, seed)), store: simStore{keys: map[string]*Entry{}}}
 	for _, c := range configs {
 		s.configs = append(s.configs, mustConfig(t, c))
 	}

@@ -19,7 +19,7 @@ type Table struct {
 	ConfigJSON     string // what Config was read from
 	ConfigErr      error  // why there is no valid Config at this revision
 	ConfigRevision int64  // of the config key's last change; 0 where there is none
-	Entries        []Entry
+	Entries        []*Entry // in the order of their keys; one that did not change is the same pointer as before
 }
 
 // Retain lists those of the leases believed before that are believed no longer, and that nothing contradicts: nobody else, this
@@ -97,22 +97,27 @@ type Refusal struct {
 // with its reason and holds nobody else back. Both lists are in the order of the subnets.
 func (t Table) Peers(c Config, self Lease) (peers []Lease, refused []Refusal) {
 	j := judge{config: c, self: self, macs: map[addr.MAC]string{}, ips: map[netip.Addr]string{}}
-	refuse := func(e Entry, reason string) {
+	refuse := func(e *Entry, reason string) {
 		refused = append(refused, Refusal{Key: e.Key, Node: e.NodeName, Reason: reason})
 	}
 	// Of two that claim the same, one that this network leases comes before a left-over of an older config, then the older one.
-	byAge := make([]Entry, 0, len(t.Entries))
+	byAge := make([]*Entry, 0, len(t.Entries))
 	for _, e := range t.Entries {
 		if e.Blank() || e.Err == nil && e.Subnets == self.Subnets {
 			continue
 		}
-		if reason := j.alone(&e.Lease, e.Err); reason != "" {
+		l := e.Lease
+		if reason := j.alone(&l, e.Err); reason != "" {
 			refuse(e, reason)
 			continue
 		}
+		if l != e.Lease { // of a family that the network does not use
+			used := *e
+			used.Lease, e = l, &used
+		}
 		byAge = append(byAge, e)
 	}
-	slices.SortFunc(byAge, func(a, b Entry) int { // one transaction may have made several
+	slices.SortFunc(byAge, func(a, b *Entry) int { // one transaction may have made several
 		return cmp.Or(-cmp.Compare(b2i(c.Fits(a.Subnets)), b2i(c.Fits(b.Subnets))), cmp.Compare(a.Created, b.Created), cmp.Compare(a.Key, b.Key))
 	})
 	crossed := overlapping(byAge)
@@ -127,7 +132,7 @@ func (t Table) Peers(c Config, self Lease) (peers []Lease, refused []Refusal) {
 			continue
 		}
 		if crossed[i] {
-			held.add(&byAge[i])
+			held.add(byAge[i])
 		}
 		peers = append(peers, e.Lease)
 	}
@@ -145,7 +150,7 @@ func CompareSubnets(a, b addr.Per[netip.Prefix]) int {
 }
 
 // overlapping marks the entries whose subnet overlaps that of another one, in either family.
-func overlapping(es []Entry) []bool {
+func overlapping(es []*Entry) []bool {
 	crossed := make([]bool, len(es))
 	order := make([]int, 0, len(es))
 	for _, f := range addr.Families() {
@@ -176,7 +181,7 @@ type holders struct {
 	inside  map[netip.Prefix]*Entry // for prefixes of these lengths, the first lease that lies inside
 }
 
-func newHolders(es []Entry, crossed []bool) holders {
+func newHolders(es []*Entry, crossed []bool) holders {
 	h := holders{inside: map[netip.Prefix]*Entry{}}
 	for i := range es {
 		for _, f := range addr.Families() {

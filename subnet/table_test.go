@@ -126,7 +126,7 @@ func TestPeersRefuses(t *testing.T) {
 			if tt.name == "another peer's subnet and more" {
 				goodKey[0] = "10.244.4.0-24"
 			}
-			table := Table{Config: c, Entries: []Entry{
+			table := Table{Config: c, Entries: []*Entry{
 				ParseEntry(tt.key, tt.value, 9, 9, 90),
 				leaseAt(goodKey[0], goodValue(2), 2, 20), leaseAt(goodKey[1], goodValue(3), 3, 30),
 				leaseAt(FormatKey(self.Subnets), self.Attrs, 1, 10),
@@ -185,7 +185,7 @@ func TestPeersAccepts(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := mustConfig(t, tt.config)
-			table := Table{Config: c, Entries: []Entry{leaseAt(tt.key, tt.value, 7, tt.lease)}}
+			table := Table{Config: c, Entries: []*Entry{leaseAt(tt.key, tt.value, 7, tt.lease)}}
 			peers, refused := table.Peers(c, tt.self)
 			if len(refused) != 0 || len(peers) != 1 || peers[0] != (Lease{tt.want, tt.value}) {
 				t.Errorf("got %+v, refused %+v", peers, refused)
@@ -231,7 +231,7 @@ func randomTable(r *rand.Rand, c Config, n int) Table {
 
 // naivePeers compares every lease with every other one, those that fit the network first, then the oldest.
 func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) {
-	var es []Entry
+	var es []*Entry
 	for _, e := range table.Entries {
 		if (judge{config: c, self: self}).alone(&e.Lease, e.Err) != "" {
 			refused = append(refused, e.Key)
@@ -239,7 +239,7 @@ func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) 
 		}
 		es = append(es, e)
 	}
-	slices.SortStableFunc(es, func(a, b Entry) int {
+	slices.SortStableFunc(es, func(a, b *Entry) int {
 		if c.Fits(a.Subnets) != c.Fits(b.Subnets) {
 			return b2i(c.Fits(b.Subnets)) - b2i(c.Fits(a.Subnets))
 		}
@@ -334,13 +334,13 @@ func TestPeersOfALargeTable(t *testing.T) {
 	large, self := largeTable(5000, 10_000)
 	for _, tt := range []struct {
 		name   string
-		add    []Entry // beside 5,000 good leases and 10,000 bad ones
+		add    []*Entry // beside 5,000 good leases and 10,000 bad ones
 		want   int
 		refuse int
 	}{
 		{"junk", nil, 5000, 10_000},
-		{"a young lease around all", []Entry{leaseAt("10.0.0.0-9", peer(40_000), 99_999, 1)}, 5000, 10_001},
-		{"an old lease around all", []Entry{leaseAt("10.0.0.0-9", peer(40_000), 1, 1)}, 5000, 10_001},
+		{"a young lease around all", []*Entry{leaseAt("10.0.0.0-9", peer(40_000), 99_999, 1)}, 5000, 10_001},
+		{"an old lease around all", []*Entry{leaseAt("10.0.0.0-9", peer(40_000), 1, 1)}, 5000, 10_001},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			table := Table{Entries: append(slices.Clone(large.Entries), tt.add...)}
@@ -357,11 +357,11 @@ func BenchmarkPeers(b *testing.B) {
 	for _, bb := range []struct {
 		name string
 		junk int
-		add  []Entry
+		add  []*Entry
 	}{
 		{"5000", 0, nil},
 		{"5000_and_10000_junk", 10_000, nil},
-		{"5000_inside_a_younger_one", 0, []Entry{leaseAt("10.0.0.0-9", peer(40_000), 99_999, 1)}},
+		{"5000_inside_a_younger_one", 0, []*Entry{leaseAt("10.0.0.0-9", peer(40_000), 99_999, 1)}},
 	} {
 		b.Run(bb.name, func(b *testing.B) {
 			table, self := largeTable(5000, bb.junk)
@@ -380,7 +380,7 @@ func BenchmarkPeers(b *testing.B) {
 func TestPeersPreferWhatFits(t *testing.T) {
 	c := mustConfig(t, net4)
 	old, now := leaseAt("10.244.7.0-25", peer(2), 1, 0), leaseAt("10.244.9.0-24", peer(2), 9, 7)
-	peers, refused := Table{Entries: []Entry{old, now}}.Peers(c, Lease{Subnets: per("10.244.255.0/24"), Attrs: peer(1)})
+	peers, refused := Table{Entries: []*Entry{old, now}}.Peers(c, Lease{Subnets: per("10.244.255.0/24"), Attrs: peer(1)})
 	if len(peers) != 1 || peers[0].Subnets != now.Subnets || len(refused) != 1 || refused[0].Key != old.Key {
 		t.Errorf("peers %+v\nrefused %+v", peers, refused)
 	}

@@ -84,7 +84,7 @@ func listLeases(ctx context.Context, f flags) ([]leaseRow, error) {
 	return rows, nil
 }
 
-func rowOf(e subnet.Entry) leaseRow {
+func rowOf(e *subnet.Entry) leaseRow {
 	r := leaseRow{Node: e.NodeName, NodeID: e.NodeID, Backend: string(e.Backend), Reservation: e.Reserved(), Key: e.Key}
 	for _, f := range addr.Families() {
 		if p := e.Subnets.Get(f); p.IsValid() {

@@ -40,7 +40,7 @@ const disputeFor = time.Minute
 
 // disputed reports whether a decision would be one more turn in a fight that nobody can win.
 func (d *dispute) disputed(t subnet.Table, c subnet.Claim, dec subnet.Decision, now time.Time) *subnet.ConflictError {
-	i := slices.IndexFunc(t.Entries, func(e subnet.Entry) bool { return e.Key == dec.Key })
+	i := slices.IndexFunc(t.Entries, func(e *subnet.Entry) bool { return e.Key == dec.Key })
 	if d.wrote == 0 || dec.Expect <= d.wrote || i < 0 || t.Entries[i].Identity != c.Identity || t.Entries[i].PublicIP == c.PublicIP {
 		return nil
 	}
@@ -54,7 +54,7 @@ func (d *dispute) disputed(t subnet.Table, c subnet.Claim, dec subnet.Decision, 
 	}
 }
 
-func addresses(e subnet.Entry) string {
+func addresses(e *subnet.Entry) string {
 	var out []string
 	for _, f := range addr.Families() {
 		if ip := e.PublicIP.Get(f); ip.IsValid() {

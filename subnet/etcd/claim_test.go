@@ -126,7 +126,7 @@ func TestConflict(t *testing.T) {
 			n.m.Claim(claim(2)) // the operator did as advised
 			n.untilHeld()
 			n.stop()
-			must[[]subnet.Entry](t)(n.m.Release(ctxFor(t), claim(2).Identity))
+			must[[]*subnet.Entry](t)(n.m.Release(ctxFor(t), claim(2).Identity))
 			if got := n.said("no lease as it should be"); got != 1 {
 				t.Errorf("logged %d times", got)
 			}
@@ -162,7 +162,7 @@ func TestReservations(t *testing.T) {
 		t.Errorf("node 3 got %v", full.ClaimErr)
 	}
 	n.stop()
-	if released := must[[]subnet.Entry](t)(n.m.Release(ctxFor(t), c.Identity)); len(released) != 0 {
+	if released := must[[]*subnet.Entry](t)(n.m.Release(ctxFor(t), c.Identity)); len(released) != 0 {
 		t.Errorf("released %v", released)
 	}
 }
@@ -382,7 +382,7 @@ func TestListExpiriesRelease(t *testing.T) {
 		}
 	}
 	n.stop()
-	released := must[[]subnet.Entry](t)(o.Release(ctxFor(t), claim(1).Identity))
+	released := must[[]*subnet.Entry](t)(o.Release(ctxFor(t), claim(1).Identity))
 	if len(released) != 1 || released[0].Subnets != snap.Lease.Subnets {
 		t.Errorf("released %v", released)
 	}

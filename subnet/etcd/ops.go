@@ -83,7 +83,7 @@ func (m *Manager) timeToLive(ctx context.Context, cli *clientv3.Client, id int64
 
 // Release deletes the leases that carry exactly this identity, and says which. Reservations stay. It is for taking a node out of
 // service: the node's daemon has to be stopped before, or it registers again.
-func (m *Manager) Release(ctx context.Context, id subnet.Identity) ([]subnet.Entry, error) {
+func (m *Manager) Release(ctx context.Context, id subnet.Identity) ([]*subnet.Entry, error) {
 	if id.NodeID == "" {
 		return nil, errors.New("--node-id: expected the id of the node whose lease is to be released")
 	}
@@ -92,7 +92,7 @@ func (m *Manager) Release(ctx context.Context, id subnet.Identity) ([]subnet.Ent
 		if err != nil {
 			return nil, err
 		}
-		var own []subnet.Entry
+		var own []*subnet.Entry
 		for _, e := range t.Entries {
 			if e.Identity == id && !e.Reserved() {
 				own = append(own, e)
@@ -107,7 +107,7 @@ func (m *Manager) Release(ctx context.Context, id subnet.Identity) ([]subnet.Ent
 }
 
 // remove deletes entries in one transaction, if none of them has changed.
-func (m *Manager) remove(ctx context.Context, es []subnet.Entry) (bool, error) {
+func (m *Manager) remove(ctx context.Context, es []*subnet.Entry) (bool, error) {
 	if len(es) == 0 {
 		return true, nil
 	}

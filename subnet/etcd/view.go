@@ -47,13 +47,13 @@ type view struct {
 
 	epoch int // how often it was another store
 
-	entries []subnet.Entry    // by key; never changed, only replaced, since it was handed out
+	entries []*subnet.Entry    // by key; never changed, only replaced, since it was handed out
 	pending map[string]change // not yet in entries
 }
 
 // change is a new entry, or the deletion of one.
 type change struct {
-	entry    subnet.Entry
+	entry    *subnet.Entry
 	revision int64
 	deleted  bool
 }
@@ -79,7 +79,7 @@ func (v *view) reset(kvs []*mvccpb.KeyValue, h *pb.ResponseHeader) {
 		v.epoch++
 	}
 	v.pending = map[string]change{}
-	entries := make([]subnet.Entry, 0, len(kvs))
+	entries := make([]*subnet.Entry, 0, len(kvs))
 	var config *mvccpb.KeyValue
 	for _, kv := range kvs {
 		if string(kv.Key) == v.keys.config {
@@ -134,7 +134,7 @@ func (v *view) otherHistory(kvs []*mvccpb.KeyValue) bool {
 	})
 }
 
-func decode(key string, kv *mvccpb.KeyValue, known []subnet.Entry) subnet.Entry {
+func decode(key string, kv *mvccpb.KeyValue, known []*subnet.Entry) *subnet.Entry {
 	if i, ok := find(known, key); ok {
 		if e := known[i]; e.Revision == kv.ModRevision && e.Created == kv.CreateRevision && e.LeaseID == kv.Lease {
 			return e
@@ -249,7 +249,7 @@ func (v *view) fold() {
 		return
 	}
 	names := slices.Sorted(maps.Keys(v.pending))
-	out := make([]subnet.Entry, 0, len(v.entries)+len(names))
+	out := make([]*subnet.Entry, 0, len(v.entries)+len(names))
 	at := 0
 	for _, name := range names {
 		i, found := find(v.entries[at:], name)
@@ -267,12 +267,12 @@ func (v *view) fold() {
 }
 
 // entry finds an entry by its key.
-func (v *view) entry(key string) (subnet.Entry, bool) {
+func (v *view) entry(key string) (*subnet.Entry, bool) {
 	v.fold()
 	if i, ok := find(v.entries, key); ok {
 		return v.entries[i], true
 	}
-	return subnet.Entry{}, false
+	return nil, false
 }
 
 // newest is the key that changed last.
@@ -281,11 +281,11 @@ func (v *view) newest() string {
 	if len(v.entries) == 0 {
 		return ""
 	}
-	return slices.MaxFunc(v.entries, func(a, b subnet.Entry) int { return cmp.Compare(a.Revision, b.Revision) }).Key
+	return slices.MaxFunc(v.entries, func(a, b *subnet.Entry) int { return cmp.Compare(a.Revision, b.Revision) }).Key
 }
 
-func find(es []subnet.Entry, key string) (int, bool) {
-	return slices.BinarySearchFunc(es, key, func(e subnet.Entry, k string) int { return strings.Compare(e.Key, k) })
+func find(es []*subnet.Entry, key string) (int, bool) {
+	return slices.BinarySearchFunc(es, key, func(e *subnet.Entry, k string) int { return strings.Compare(e.Key, k) })
 }
 
 // subnet is the name of a lease's key without the prefix.
