@@ -42,6 +42,13 @@ func (s *simStore) remove(key string) {
 	delete(s.keys, key)
 }
 
+func (s *simStore) revisionOf(key string) int64 {
+	if e := s.keys[key]; e != nil {
+		return e.Revision
+	}
+	return 0
+}
+
 func (s *simStore) newLease() int64 {
 	s.lastLease++
 	return s.lastLease
@@ -63,7 +70,7 @@ func (s *simStore) commit(t Table, d Decision) bool {
 	if s.configRev != t.ConfigRevision {
 		return false
 	}
-	if d.Expect != 0 && s.keys[d.Key].Revision != d.Expect {
+	if d.Expect != 0 && s.revisionOf(d.Key) != d.Expect {
 		return false
 	}
 	for k, r := range s.keys {
@@ -75,7 +82,7 @@ func (s *simStore) commit(t Table, d Decision) bool {
 		return false
 	}
 	for _, e := range d.Drop {
-		if s.keys[e.Key].Revision != e.Revision {
+		if s.revisionOf(e.Key) != e.Revision {
 			return false
 		}
 	}
