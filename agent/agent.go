@@ -33,8 +33,6 @@ const (
 	waitForInterface = 2 * time.Second
 	// offlineAfter is how long to wait for etcd before starting from what is remembered.
 	offlineAfter = 3 * time.Second
-	// rememberEvery is how often what is known is written to the state directory at most.
-	rememberEvery = 30 * time.Second
 )
 
 // Kernel is the node's kernel state; netstate.Kernel is the real one.
@@ -44,6 +42,8 @@ type Kernel interface {
 	// Reconcile makes what is ours the desired state; AddMissing does so without removing anything.
 	Reconcile(desired netstate.State) (netstate.Result, error)
 	AddMissing(desired netstate.State) (netstate.Result, error)
+	// Adjust does what the last of these two did, with a wish that differs by a few objects.
+	Adjust(gone, come netstate.State) (netstate.Result, error)
 	// Watch fills Changed with hints that something changed, until ctx ends.
 	Watch(ctx context.Context) error
 	Changed() <-chan struct{}
@@ -75,7 +75,7 @@ type Agent struct {
 
 	// What the loop knows. Each stays as it was while nothing better is known.
 	snap       subnet.Snapshot
-	linger     lingering
+	roster     subnet.Roster
 	lost       bool      // the store was just found to have lost data
 	lostUntil  time.Time // peers that are missing because the store lost its data are kept until then
 	host       netstate.Host
@@ -83,12 +83,11 @@ type Agent struct {
 	choice     *Choice
 	claim      subnet.Claim
 	lease      subnet.Lease
-	programmed *netstate.State // what was last wished for
-	mtu        int             // that pods were told last
-	remembered memory          // what the state directory says
-	offline    subnet.Table    // made of it, while the store has not been read
-	saved      time.Time
-	savedAt    int64 // the table's revision
+	planned    *planned     // nil: everything has to be planned anew
+	mtu        int          // that pods were told last
+	remembered memory       // what the state directory said at the start
+	offline    subnet.Table // made of it, while the store has not been read
+	keeper     *keeper
 	peers      peerLog
 	drift      driftLog
 }
@@ -102,8 +101,9 @@ func New(o Options, p Parts) *Agent {
 			driver: p.Firewall, changed: p.FirewallChanged, resync: o.IPTablesResync, health: h, log: p.Log,
 			drift: newDriftLog(p.Log), wishes: newMailbox[[]masquerade.Input](),
 		},
-		peers: peerLog{log: p.Log},
-		drift: newDriftLog(p.Log),
+		keeper: newKeeper(stateDir(o.StateDir), o.Identity, h),
+		peers:  peerLog{log: p.Log},
+		drift:  newDriftLog(p.Log),
 	}
 }
 
@@ -113,6 +113,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.remembered, err = a.state.load(a.opts.Identity)
 	a.health.set(condStateDir, err) // a node that forgot its subnet still has its lease in etcd
 	a.claim.Remembered = a.remembered.subnets()
+	a.keeper.begin(a.remembered)
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.store.Run(ctx) })
@@ -121,12 +122,14 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.listener != nil {
 		g.Go(func() error { return a.health.serve(ctx, a.listener) })
 	}
+	g.Go(func() error { a.keeper.run(); return nil })
 	g.Go(func() error { return a.loop(ctx) })
 	return g.Wait()
 }
 
 // loop goes round whenever there may be something to do, and at a period.
 func (a *Agent) loop(ctx context.Context) error {
+	defer a.keeper.end()
 	a.started = time.Now()
 	look := true // at the kernel, instead of believing what was left there
 	retry := firstRetry
@@ -159,7 +162,7 @@ func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) 
 	case err != nil:
 		return now.Add(retry), min(2*retry, lastRetry)
 	}
-	if end := a.linger.next(); !end.IsZero() {
+	if end := a.roster.Next(); !end.IsZero() {
 		next = earlier(next, end)
 	}
 	if offline := a.started.Add(offlineAfter); !a.online() && now.Before(offline) {
@@ -220,9 +223,9 @@ func (a *Agent) take(s subnet.Snapshot) {
 	lost := a.online() && s.Table.Epoch != a.snap.Table.Epoch
 	if !a.online() && s.Table.Revision != 0 && s.Table.Revision < a.remembered.Revision { // while this daemon was not running
 		lost = true
-		if old, err := a.remembered.table(); err == nil && len(a.linger.believed) == 0 {
+		if old, err := a.remembered.table(); err == nil && len(a.roster.Peers()) == 0 {
 			self := subnet.Lease{Subnets: a.remembered.subnets(), Attrs: a.claim.Attrs}
-			a.linger.believed, _ = old.Peers(old.Config, self)
+			a.roster.Update(old, old.Config, self, time.Now(), 0)
 		}
 	}
 	if lost {
@@ -231,6 +234,9 @@ func (a *Agent) take(s subnet.Snapshot) {
 			zap.Duration("for", a.opts.StalePeerGrace))
 	}
 	a.snap = s
+	if a.online() { // what follows is in the store now
+		a.remembered.Peers, a.offline = nil, subnet.Table{}
+	}
 }
 
 // table is the lease table to act on.
@@ -239,24 +245,6 @@ func (a *Agent) table() subnet.Table {
 		return a.offline
 	}
 	return a.snap.Table
-}
-
-// believe sorts out which peers to act on.
-func (a *Agent) believe(self subnet.Lease) []subnet.Lease {
-	peers, refused := a.table().Peers(*a.config, self)
-	a.health.set(condPeers, refusals(refused))
-	now, keep := time.Now(), lingerFor
-	if a.lost { // what is missing now, nobody has removed; what goes missing later is removed as ever
-		keep, a.lost = max(lingerFor, a.lostUntil.Sub(now)), false
-	}
-	peers, given := a.linger.merge(*a.config, peers, self, now, keep)
-	if !a.lostUntil.IsZero() && !now.Before(a.lostUntil) {
-		if len(given) > 0 {
-			a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(given)))
-		}
-		a.lostUntil = time.Time{}
-	}
-	return peers
 }
 
 // round goes once from what is known to what should be. An error means that it has to be tried again; it has been reported.
@@ -351,7 +339,9 @@ func (a *Agent) learn() {
 // lease that still stands there.
 func (a *Agent) configFromMemory() {
 	t, err := a.remembered.table()
-	mine := func(e *subnet.Entry) bool { return e.Identity == a.opts.Identity && e.Subnets == a.remembered.subnets() }
+	mine := func(e *subnet.Entry) bool {
+		return e.Identity == a.opts.Identity && e.Subnets == a.remembered.subnets()
+	}
 	if err == nil && t.Config.Fits(a.remembered.subnets()) && slices.ContainsFunc(a.snap.Table.Entries, mine) {
 		a.config, a.lease = &t.Config, subnet.Lease{Subnets: a.remembered.subnets()}
 	}
@@ -446,87 +436,6 @@ func (a *Agent) claimProblem() error {
 	return a.snap.ClaimErr
 }
 
-// program makes the node what the lease and its peers ask for.
-func (a *Agent) program(be backend.Backend, looked bool) error {
-	// What the device must be follows from what is claimed, which may be newer than what the store says by now.
-	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
-	peers := a.believe(self)
-	plan := be.Plan(backend.Input{Config: *a.config, Self: self, Peers: peers, Underlay: a.choice.Underlay, Host: a.host})
-	desired := netstate.Merge(plan.State, netstate.State{Sysctls: a.forwarding()})
-
-	a.peers.note(plan.Ways)
-	a.health.set(condPlan, joined(plan.Problems))
-	a.health.set(condUnreachable, unreachable(plan.Ways))
-	a.health.set(condRoutes, shadowed(a.host, desired))
-	a.firewall.wishes.put(a.firewallWish(self, plan))
-
-	// Until the store has said what there is, nothing that is there may go.
-	reconcile := a.kernel.Reconcile
-	if !a.online() {
-		reconcile = a.kernel.AddMissing
-	}
-	res, err := reconcile(desired)
-	failed, minor := failures(res.Failed)
-	err = errors.Join(err, failed)
-	a.health.set(condKernel, err)
-	a.health.set(condSettings, minor)
-	if looked && a.programmed != nil && len(netstate.Diff(*a.programmed, desired)) == 0 {
-		a.drift.note(res.Done)
-	} else {
-		logChanges(a.log, res.Done)
-	}
-	a.programmed = &desired
-
-	if a.mtu != 0 && a.mtu != plan.MTU {
-		a.log.Info("the pods' MTU has changed; those that run keep theirs until they are made anew", zap.Int("mtu", plan.MTU), zap.Int("before", a.mtu))
-	}
-	a.mtu = plan.MTU
-	envErr := writeIfChanged(a.opts.SubnetFile, subnetEnv(*a.config, self, plan.MTU, a.opts.IPMasq))
-	if envErr != nil {
-		envErr = fmt.Errorf("%s: %w", a.opts.SubnetFile, envErr)
-	}
-	a.health.set(condSubnetEnv, envErr)
-	return errors.Join(err, envErr)
-}
-
-// save writes down what a start without etcd needs: the own subnet at once, the rest now and then and at the end.
-func (a *Agent) save(last bool) {
-	if !a.online() || !a.snap.Held() {
-		return
-	}
-	m := a.remembered
-	m.Subnets = subnet.FormatKey(a.lease.Subnets)
-	stale := a.savedAt != a.snap.Table.Revision || !a.snap.Expires.Equal(a.remembered.Expires)
-	// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that they are lost.
-	if stale && (last || time.Since(a.saved) > rememberEvery) && !time.Now().Before(a.lostUntil) {
-		m = remember(a.table(), a.opts.Identity, a.lease.Subnets, a.expires())
-		if m.Config == nil {
-			m.Config = a.remembered.Config
-		}
-		a.saved, a.savedAt = time.Now(), a.snap.Table.Revision
-	}
-	if m.equal(a.remembered) {
-		return
-	}
-	err := a.state.save(m)
-	if err == nil {
-		a.remembered = m
-	}
-	a.health.set(condStateDir, err)
-}
-
-// expires is when this node's lease ends; zero for a reservation. What the store has not said yet, memory knows better.
-func (a *Agent) expires() time.Time {
-	reserved := slices.ContainsFunc(a.snap.Table.Entries, func(e *subnet.Entry) bool { return e.Subnets == a.lease.Subnets && e.Reserved() })
-	switch {
-	case reserved || !a.snap.Expires.IsZero():
-		return a.snap.Expires
-	case a.remembered.subnets() == a.lease.Subnets && !a.remembered.Expires.IsZero():
-		return a.remembered.Expires
-	}
-	return time.Now()
-}
-
 func (a *Agent) forwarding() []netstate.Sysctl {
 	if !a.opts.IPForward {
 		return nil
@@ -544,13 +453,13 @@ func (a *Agent) forwarding() []netstate.Sysctl {
 	return out
 }
 
-func (a *Agent) firewallWish(self subnet.Lease, plan backend.Plan) []masquerade.Input {
+func (a *Agent) firewallWish(p *planned) []masquerade.Input {
 	var inputs []masquerade.Input
-	b := a.config.Backend
-	for _, f := range a.config.Families() {
+	c, self := p.input.Config, p.input.Self
+	for _, f := range c.Families() {
 		in := masquerade.Input{
-			Network: a.config.Pools.Get(f).Network, Subnet: self.Subnets.Get(f), Tunnel: plan.Tunnel.Get(f),
-			DirectNodes: a.opts.IPMasq && (b.Type == subnet.HostGW || b.DirectRouting), Nodes: plan.DirectNodes.Get(f),
+			Network: c.Pools.Get(f).Network, Subnet: self.Subnets.Get(f), Tunnel: p.tunnel.Get(f),
+			DirectNodes: a.opts.IPMasq && (c.Backend.Type == subnet.HostGW || c.Backend.DirectRouting), Nodes: p.direct.Get(f),
 			Exclude: a.opts.MasqExclude, Masquerade: a.opts.IPMasq, Forward: a.opts.ForwardRules,
 		}
 		if self.PublicIPLocal {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -52,7 +53,9 @@ type fakeKernel struct {
 	mu       sync.Mutex
 	host     netstate.Host
 	state    netstate.State
-	err      error // of looking
+	want     netstate.State // the last wish
+	adjusted int            // calls of Adjust
+	err      error          // of looking
 	refuse   func(netstate.Change) error
 	observed int
 	unswept  int // calls of AddMissing
@@ -76,12 +79,32 @@ func (k *fakeKernel) AddMissing(want netstate.State) (netstate.Result, error) {
 	return k.Reconcile(want) // in these tests there is nothing to be swept
 }
 
+func (k *fakeKernel) Adjust(gone, come netstate.State) (netstate.Result, error) {
+	k.mu.Lock()
+	want := netstate.State{Links: k.want.Links, Sysctls: k.want.Sysctls, Addresses: k.want.Addresses, Rules: k.want.Rules}
+	want.Neighbours = without(k.want.Neighbours, gone.Neighbours, come.Neighbours)
+	want.FDB = without(k.want.FDB, gone.FDB, come.FDB)
+	want.Routes = without(k.want.Routes, gone.Routes, come.Routes)
+	k.adjusted++
+	k.mu.Unlock()
+	return k.Reconcile(netstate.Merge(want, come))
+}
+
+// without takes from a list what is gone, and what something that comes has the place of.
+func without[T interface{ Compare(T) int }](list, gone, come []T) []T {
+	return slices.DeleteFunc(slices.Clone(list), func(x T) bool {
+		return slices.ContainsFunc(append(slices.Clone(gone), come...), func(y T) bool { return x.Compare(y) == 0 })
+	})
+}
+
 func (k *fakeKernel) Reconcile(want netstate.State) (res netstate.Result, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.err != nil {
 		return res, k.err
 	}
+	res.Repaired = reflect.DeepEqual(want, k.want)
+	k.want = want
 	for _, c := range netstate.Diff(k.state, want) {
 		if k.refuse != nil && k.refuse(c) != nil {
 			res.Failed = append(res.Failed, netstate.Failure{Change: c, Err: k.refuse(c)})
@@ -203,6 +226,7 @@ func (r *rig) sleep(d time.Duration) {
 func (r *rig) table(config string, entries ...*subnet.Entry) {
 	r.t.Helper()
 	c, err := subnet.ParseConfig([]byte(config))
+	slices.SortFunc(entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
 	r.store.deliver(func(s *subnet.Snapshot) {
 		s.Table = subnet.Table{Revision: s.Table.Revision + 1, Epoch: s.Table.Epoch, ConfigJSON: config, ConfigRevision: 1, Config: c, ConfigErr: err, Entries: entries}
 	})

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"testing"
@@ -61,31 +62,31 @@ func TestWriteIfChanged(t *testing.T) {
 func TestStateDir(t *testing.T) {
 	t.Parallel()
 	d, self := stateDir(filepath.Join(t.TempDir(), "state")), subnet.Identity{NodeName: "self", NodeID: "id-self"}
-	if got, err := d.load(self); !got.equal(memory{}) || err != nil {
+	if got, err := d.load(self); !reflect.DeepEqual(got, memory{}) || err != nil {
 		t.Fatalf("a new node remembers %+v, %v", got, err)
 	}
 	sn := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24")}
 	bad := subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)
-	want := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []*subnet.Entry{peer(1), bad, peer(2)}}, self, sn, time.Now().Round(0))
+	want := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []*subnet.Entry{peer(1), bad, peer(2)}}, self, sn, time.Now().UTC().Round(0))
 	if err := d.save(want); err != nil {
 		t.Fatal(err)
 	}
 	got, err := d.load(self)
-	if err != nil || !got.equal(want) || got.subnets() != sn {
+	if err != nil || !reflect.DeepEqual(got, want) || got.subnets() != sn {
 		t.Fatalf("got %+v, %v, want %+v", got, err, want)
 	}
 	table, err := got.table()
 	if err != nil || table.Config != config(t, onlyV4) || len(table.Entries) != 2 || table.Entries[1].Attrs != peer(2).Attrs {
 		t.Errorf("table %+v, %v", table, err)
 	}
-	if got, err := d.load(subnet.Identity{NodeName: "clone", NodeID: "id-clone"}); !got.equal(memory{}) || err == nil || !strings.Contains(err.Error(), "id-self") {
+	if got, err := d.load(subnet.Identity{NodeName: "clone", NodeID: "id-clone"}); !reflect.DeepEqual(got, memory{}) || err == nil || !strings.Contains(err.Error(), "id-self") {
 		t.Errorf("a clone remembers %+v, %v", got, err)
 	}
 	for _, garbage := range []string{"", "{", `{"Subnets":"10.244.5.7-24"}`, "\x00\xff", `{"Subnets":7}`} {
 		if err := os.WriteFile(d.leaseFile(), []byte(garbage), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := d.load(self); !got.equal(memory{}) || err == nil || !strings.Contains(err.Error(), d.leaseFile()) {
+		if got, err := d.load(self); !reflect.DeepEqual(got, memory{}) || err == nil || !strings.Contains(err.Error(), d.leaseFile()) {
 			t.Errorf("%q: got %v, %v, want an error that names the file", garbage, got, err)
 		}
 	}

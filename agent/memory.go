@@ -83,7 +83,7 @@ func (m memory) subnets() addr.Per[netip.Prefix] {
 
 // remember puts the essence of a table into a memory.
 func remember(t subnet.Table, id subnet.Identity, self addr.Per[netip.Prefix], expires time.Time) memory {
-	m := memory{Node: id, Saved: time.Now().Round(0), Subnets: subnet.FormatKey(self), Expires: expires, Revision: t.Revision}
+	m := memory{Node: id, Saved: time.Now().UTC().Round(0), Subnets: subnet.FormatKey(self), Expires: expires.UTC(), Revision: t.Revision}
 	if t.ConfigErr == nil {
 		m.Config = json.RawMessage(t.ConfigJSON)
 	}
@@ -109,14 +109,8 @@ func (m memory) table() (subnet.Table, error) {
 		const someLease = 1 // not a reservation
 		t.Entries = append(t.Entries, subnet.ParseEntry(p.Key, p.Value, 0, int64(i), someLease))
 	}
+	slices.SortFunc(t.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
 	return t, nil
-}
-
-// equal reports whether two memories say the same, but for a little progress of the lease.
-func (m memory) equal(o memory) bool {
-	const progress = 10 * time.Minute
-	return m.Subnets == o.Subnets && m.Revision == o.Revision && o.Expires.Sub(m.Expires).Abs() < progress && string(m.Config) == string(o.Config) &&
-		slices.EqualFunc(m.Peers, o.Peers, func(a, b memorizedPeer) bool { return a.Key == b.Key && string(a.Value) == string(b.Value) })
 }
 
 // noteMove leaves a note that the subnet changed under running pods. It stays until an operator has seen to them and removes it.

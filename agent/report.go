@@ -3,12 +3,14 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 
 	"go.uber.org/zap"
 
+	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
@@ -123,34 +125,91 @@ func logChanges(log *zap.Logger, done []netstate.Change) {
 // peerLog says which peers came, went, or are reached in another way than before.
 type peerLog struct {
 	log  *zap.Logger
-	ways map[string]string
+	ways map[*subnet.Lease]wayKinds
 }
 
-func (p *peerLog) note(ways []backend.Way) {
-	now := make(map[string]string, len(ways))
-	var lines []string
+type wayKinds = addr.Per[backend.WayKind]
+
+func kindsOf(ways []backend.Way) map[*subnet.Lease]wayKinds {
+	out := make(map[*subnet.Lease]wayKinds, len(ways))
 	for _, w := range ways {
-		key := fmt.Sprintf("%s %s", w.Peer.Name(), w.Peer.Subnets.Get(w.Family))
-		now[key] = fmt.Sprintf("%s to %s", w.Kind, w.Peer.PublicIP.Get(w.Family))
-		if w.Kind == backend.Unreachable {
-			now[key] = "unreachable: " + w.Reason
-		}
-		if old, ok := p.ways[key]; !ok {
-			lines = append(lines, fmt.Sprintf("new: %s, %s", key, now[key]))
-		} else if old != now[key] {
-			lines = append(lines, fmt.Sprintf("changed: %s, %s (was %s)", key, now[key], old))
+		k := out[w.Peer]
+		k.Set(w.Family, w.Kind)
+		out[w.Peer] = k
+	}
+	return out
+}
+
+// replace takes note of the ways to all peers.
+func (p *peerLog) replace(ways []backend.Way) {
+	now := kindsOf(ways)
+	gone, come := map[*subnet.Lease]wayKinds{}, map[*subnet.Lease]wayKinds{}
+	for l, k := range p.ways {
+		if now[l] != k {
+			gone[l] = k
 		}
 	}
-	for key := range p.ways {
-		if _, ok := now[key]; !ok {
-			lines = append(lines, "gone: "+key)
+	for l, k := range now {
+		if p.ways[l] != k {
+			come[l] = k
 		}
 	}
 	p.ways = now
-	if len(lines) > mostNamed {
-		p.log.Info("peers changed", zap.Int("changes", len(lines)), zap.Int("peers", len(ways)), zap.Strings("some", lines[:mostNamed]))
+	p.say(gone, come)
+}
+
+// change takes note of peers that went and came.
+func (p *peerLog) change(gone, come []backend.Way) {
+	if len(gone)+len(come) == 0 {
 		return
 	}
+	left, arrived := kindsOf(gone), kindsOf(come)
+	for l := range left {
+		delete(p.ways, l)
+	}
+	maps.Copy(p.ways, arrived)
+	p.say(left, arrived)
+}
+
+// say logs a line for each peer and family while they are few, a count otherwise. A peer that is in both lists has changed.
+func (p *peerLog) say(gone, come map[*subnet.Lease]wayKinds) {
+	if len(gone)+len(come) > mostNamed {
+		p.log.Info("peers changed", zap.Int("new", len(come)), zap.Int("gone", len(gone)), zap.Int("peers", len(p.ways)))
+		return
+	}
+	was := map[netip.Prefix]string{}
+	for l, kinds := range gone {
+		for _, f := range addr.Families() {
+			if k := kinds.Get(f); k != 0 {
+				was[l.Subnets.Get(f)] = fmt.Sprintf("%s to %s", k, l.PublicIP.Get(f))
+			}
+		}
+	}
+	var lines []string
+	for l, kinds := range come {
+		for _, f := range addr.Families() {
+			k, sn := kinds.Get(f), l.Subnets.Get(f)
+			if k == 0 {
+				continue
+			}
+			now := fmt.Sprintf("%s to %s", k, l.PublicIP.Get(f))
+			switch old, known := was[sn]; {
+			case !known:
+				lines = append(lines, fmt.Sprintf("new: %s %s, %s", l.Name(), sn, now))
+			case old != now:
+				lines = append(lines, fmt.Sprintf("changed: %s %s, %s (was %s)", l.Name(), sn, now, old))
+			}
+			delete(was, sn)
+		}
+	}
+	for l := range gone {
+		for _, f := range addr.Families() {
+			if sn := l.Subnets.Get(f); was[sn] != "" {
+				lines = append(lines, fmt.Sprintf("gone: %s %s", l.Name(), sn))
+			}
+		}
+	}
+	slices.Sort(lines)
 	for _, l := range lines {
 		p.log.Info("peer " + l)
 	}

@@ -16,7 +16,8 @@ import (
 type Backend interface {
 	// VTEPs is what the node's lease must say of its tunnel ends, before anything exists.
 	VTEPs(c subnet.Config, id subnet.Identity) addr.Per[subnet.VTEP]
-	// Plan is the kernel state for a lease and its peers, in the order that netstate wants.
+	// Plan is the kernel state for a lease and its peers, in the order that netstate wants. What a peer adds to it depends on no
+	// other peer: the plan for a few of them is what they add to the plan for all.
 	Plan(in Input) Plan
 }
 
@@ -32,7 +33,7 @@ type Underlay struct {
 type Input struct {
 	Config   subnet.Config
 	Self     subnet.Lease
-	Peers    []subnet.Lease // that were believed, see subnet.Table.Peers
+	Peers    []*subnet.Lease // that were believed, see subnet.Table.Peers
 	Underlay addr.Per[Underlay]
 	Host     netstate.Host
 }
@@ -59,14 +60,26 @@ type Way struct {
 }
 
 // WayKind says what becomes of packets to a peer's pods.
-type WayKind string
+type WayKind uint8
 
 // The kinds of ways.
 const (
-	Tunnel      WayKind = "tunnel"      // encapsulated
-	Direct      WayKind = "direct"      // routed as they are
-	Unreachable WayKind = "unreachable" // no route is made
+	Tunnel      WayKind = iota + 1 // encapsulated
+	Direct                         // routed as they are
+	Unreachable                    // no route is made
 )
+
+func (k WayKind) String() string {
+	switch k {
+	case Tunnel:
+		return "tunnel"
+	case Direct:
+		return "direct"
+	case Unreachable:
+		return "unreachable"
+	}
+	return "none"
+}
 
 // OnLink finds the route by which the host reaches a peer without a gateway, or says why there is none.
 func OnLink(h netstate.Host, peer netip.Addr) (netstate.HostRoute, error) {
@@ -112,8 +125,7 @@ func (p *Plan) AddDirect(peer *subnet.Lease, f addr.Family, by netstate.HostRout
 // node itself has, since packets to it would never leave, and one whose subnet covers a network that this node is on.
 func (p *Plan) Each(in Input, f addr.Family, do func(peer *subnet.Lease)) {
 	local := localNetworks(in, f)
-	for i := range in.Peers {
-		peer := &in.Peers[i]
+	for _, peer := range in.Peers {
 		if !peer.Subnets.Get(f).IsValid() {
 			continue
 		}

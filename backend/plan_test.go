@@ -73,8 +73,8 @@ func backendOf(c subnet.Config) backend.Backend {
 }
 
 // lease is that of node n, with an address on the underlay that ends in host; in the families that the network uses.
-func lease(c subnet.Config, name string, n int, v4, v6 string) subnet.Lease {
-	l := subnet.Lease{Attrs: subnet.Attrs{Backend: c.Backend.Type, Identity: subnet.Identity{NodeName: name, NodeID: "id-" + name}, PublicIPLocal: true}}
+func lease(c subnet.Config, name string, n int, v4, v6 string) *subnet.Lease {
+	l := &subnet.Lease{Attrs: subnet.Attrs{Backend: c.Backend.Type, Identity: subnet.Identity{NodeName: name, NodeID: "id-" + name}, PublicIPLocal: true}}
 	for _, f := range c.Families() {
 		sn, ip := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(n), 0}), 24), v4
 		if f == addr.IPv6 {
@@ -93,8 +93,8 @@ func input(c subnet.Config) backend.Input {
 	prefix, ip := netip.MustParsePrefix, netip.MustParseAddr
 	in := backend.Input{
 		Config: c,
-		Self:   lease(c, "self", 1, "192.0.2.1", "2001:db8::1"),
-		Peers: []subnet.Lease{
+		Self:   *lease(c, "self", 1, "192.0.2.1", "2001:db8::1"),
+		Peers: []*subnet.Lease{
 			lease(c, "same-segment", 2, "192.0.2.2", "2001:db8::2"),
 			lease(c, "same-segment-behind-nat", 3, "192.0.2.3", "2001:db8::3"),
 			lease(c, "other-segment", 4, "198.51.100.4", "2001:db8:1::4"),
@@ -231,9 +231,25 @@ func TestPlanLaws(t *testing.T) {
 		if other := backendOf(in.Config).Plan(shuffled); !reflect.DeepEqual(other.State, s) {
 			t.Errorf("the order of the peers changes the plan:\n%s\n%s", render(p), render(other))
 		}
+		checkParts(t, in, p, g.IntN(len(in.Peers)+1))
 		if t.Failed() {
 			t.Fatalf("seed %d", seed)
 		}
+	}
+}
+
+// checkParts: the plan for some peers and the plan for the others are together the plan for all.
+func checkParts(t *testing.T, in backend.Input, all backend.Plan, at int) {
+	t.Helper()
+	some, others := in, in
+	some.Peers, others.Peers = in.Peers[:at], in.Peers[at:]
+	a, b := backendOf(in.Config).Plan(some), backendOf(in.Config).Plan(others)
+	both := netstate.Merge(a.State, netstate.State{Neighbours: b.State.Neighbours, FDB: b.State.FDB, Routes: b.State.Routes})
+	if d := netstate.Diff(both, all.State); len(d) > 0 {
+		t.Errorf("from the parts to the whole: %v", d)
+	}
+	if a.MTU != all.MTU || a.Tunnel != all.Tunnel || len(a.Ways)+len(b.Ways) != len(all.Ways) {
+		t.Errorf("parts with MTU %d, tunnel %v, %d and %d ways; the whole has %d, %v, %d", a.MTU, a.Tunnel, len(a.Ways), len(b.Ways), all.MTU, all.Tunnel, len(all.Ways))
 	}
 }
 
@@ -265,7 +281,7 @@ func checkWays(t *testing.T, in backend.Input, p backend.Plan) {
 func checkRoutes(t *testing.T, in backend.Input, routes []netstate.Route) {
 	t.Helper()
 	for _, r := range routes {
-		owner := slices.IndexFunc(in.Peers, func(l subnet.Lease) bool {
+		owner := slices.IndexFunc(in.Peers, func(l *subnet.Lease) bool {
 			f := addr.FamilyOf(r.Dst.Addr())
 			if r.Table == netstate.OwnTable {
 				return l.PublicIPLocal && r.Dst == addr.Host(l.PublicIP.Get(f)) && r.Via == l.Gateway(f)

@@ -50,6 +50,11 @@ type HostRoute struct {
 	Advertised bool
 }
 
+// Equal reports whether two looks at the host found the same.
+func (h Host) Equal(o Host) bool {
+	return h.IPv6 == o.IPv6 && slices.Equal(h.Links, o.Links) && slices.Equal(h.Addresses, o.Addresses) && slices.Equal(h.Routes, o.Routes)
+}
+
 // Link finds a device by name.
 func (h Host) Link(name string) (HostLink, bool) {
 	i := slices.IndexFunc(h.Links, func(l HostLink) bool { return l.Name == name })

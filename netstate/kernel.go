@@ -22,9 +22,13 @@ type Kernel struct {
 	monitor *monitor
 	owned   func(name string) bool
 
-	index map[string]int  // of the links, by name, as of the last look
-	cared map[uint32]bool // see expectation
-	known *State          // what is in the kernel, so far as we know; nil: look
+	index map[string]int // of the links, by name, as of the last look
+	known *State         // what is in the kernel, so far as we know; nil: look; wanted itself: all is as it should be
+
+	wanted *State // what was last wished for; the monitor reads it too: see expect
+	lent   bool   // what it is made of belongs to who wished for it
+	whole  bool   // it is all that there is to be of ours: what is not in it goes
+	acted  bool   // something was done about it
 }
 
 // Open opens the kernel's state. owned tells by its name whether a VXLAN device is ours; what is on such a device is ours too.
@@ -61,18 +65,6 @@ func (k *Kernel) Watch(ctx context.Context) error { return k.monitor.run(ctx) }
 // It is a hint to Observe, no more.
 func (k *Kernel) Changed() <-chan struct{} { return k.monitor.changed }
 
-// expect tells the monitor what is no surprise.
-func (k *Kernel) expect(desired State) {
-	e := &expectation{state: desired, names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.cared}
-	for name, i := range k.index {
-		e.names[uint32(i)] = name
-		if k.owned(name) {
-			e.index[uint32(i)] = name
-		}
-	}
-	k.monitor.expect.Store(e)
-}
-
 // Failure is a change that the kernel refused.
 type Failure struct {
 	Change
@@ -84,10 +76,12 @@ func (f Failure) Error() string { return fmt.Sprintf("%s: %v", f.Change, f.Err) 
 // Unwrap gives the kernel's error.
 func (f Failure) Unwrap() error { return f.Err }
 
-// Result is what came of a Reconcile.
+// Result is what came of a Reconcile or an Adjust.
 type Result struct {
 	Done   []Change
 	Failed []Failure
+	// Repaired says that nothing else was wished for than the time before: what was done puts right what somebody else changed.
+	Repaired bool
 }
 
 // rounds bounds how often one Reconcile looks again: a device that was made new or went up takes its entries with it.
@@ -97,14 +91,71 @@ const rounds = 3
 func (k *Kernel) Forget() { k.known = nil }
 
 // Reconcile makes the kernel's state the desired one. One object that the kernel refuses holds none of the others back. The error
-// says that the kernel could not be looked at: then nothing was changed.
-func (k *Kernel) Reconcile(desired State) (Result, error) { return k.reconcile(desired, true) }
+// says that the kernel could not be looked at: then nothing was changed. The desired state is kept: it must not be changed any more.
+func (k *Kernel) Reconcile(desired State) (Result, error) { return k.wish(desired, true) }
 
 // AddMissing is Reconcile without removing what is not desired, for as long as the wish may not be complete.
-func (k *Kernel) AddMissing(desired State) (Result, error) { return k.reconcile(desired, false) }
+func (k *Kernel) AddMissing(desired State) (Result, error) { return k.wish(desired, false) }
 
-func (k *Kernel) reconcile(desired State, sweep bool) (Result, error) {
-	var res Result
+func (k *Kernel) wish(desired State, whole bool) (Result, error) {
+	same := k.wanted != nil && k.whole == whole && k.wanted.equal(&desired)
+	if !same {
+		k.expect(func() { k.wanted, k.lent, k.whole = &desired, true, whole })
+	}
+	return k.fulfil(same)
+}
+
+// Adjust is Reconcile, or AddMissing if that was the last, with a wish that differs a little from the one before: the objects of gone
+// are no longer wished for, if they were exactly so, and those of come are, in the place of what had their keys. While the kernel is as it
+// was left, the work depends on what changes, not on how much there is.
+func (k *Kernel) Adjust(gone, come State) (Result, error) {
+	was, is := k.patch(gone, come)
+	switch {
+	case k.known == nil || k.known != k.wanted:
+		return k.fulfil(was.empty() && is.empty())
+	case len(was.Links)+len(is.Links)+len(was.Sysctls)+len(is.Sysctls) > 0:
+		k.known = nil // a device takes with it what is on it, and a setting may have any value
+		return k.fulfil(false)
+	}
+	res := Result{Repaired: was.empty() && is.empty()}
+	res.Done, res.Failed = k.apply(Diff(was, is))
+	if len(res.Failed) > 0 {
+		k.known = nil
+	}
+	return res, nil
+}
+
+// patch changes the wish, and what is known with it if the two are one.
+func (k *Kernel) patch(gone, come State) (was, is State) {
+	k.expect(func() {
+		synced := k.known != nil && k.known == k.wanted
+		switch {
+		case k.wanted == nil:
+			k.wanted = &State{}
+		case k.lent:
+			k.wanted = new(k.wanted.clone())
+		}
+		if synced {
+			k.known = k.wanted
+		}
+		k.lent = false
+		was, is = k.wanted.patch(gone, come)
+	})
+	return was, is
+}
+
+// expect changes the wish, which is also what tells the monitor what is no surprise.
+func (k *Kernel) expect(change func()) {
+	k.monitor.change(func(e *expectation) {
+		change()
+		e.state = k.wanted
+	})
+}
+
+// fulfil makes the kernel's state what is wished for.
+func (k *Kernel) fulfil(sameWish bool) (Result, error) {
+	res := Result{Repaired: sameWish && k.acted}
+	k.acted = false
 	for range rounds {
 		if k.known == nil {
 			actual, _, err := k.look()
@@ -113,14 +164,18 @@ func (k *Kernel) reconcile(desired State, sweep bool) (Result, error) {
 			}
 			k.known = &actual
 		}
-		k.expect(desired)
-		k.known.Sysctls = readSysctls(desired.Sysctls)
-		changes := Diff(*k.known, desired)
-		if !sweep {
+		k.acted = true
+		actual := *k.known
+		actual.Sysctls = readSysctls(k.wanted.Sysctls)
+		changes := Diff(actual, *k.wanted)
+		if !k.whole {
 			changes = withoutSweep(changes)
 		}
 		if len(changes) == 0 {
 			res.Failed = nil
+			if k.whole {
+				k.known = k.wanted
+			}
 			break
 		}
 		done, failed := k.apply(changes)
@@ -128,8 +183,8 @@ func (k *Kernel) reconcile(desired State, sweep bool) (Result, error) {
 		k.known = nil
 		touchedLinks := slices.ContainsFunc(done, func(c Change) bool { return c.Obj.kind() == kindLink })
 		if len(failed) == 0 && !touchedLinks {
-			if sweep {
-				k.known = new(desired)
+			if k.whole {
+				k.known = k.wanted
 			}
 			break
 		}

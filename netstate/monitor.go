@@ -8,7 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -19,13 +19,17 @@ import (
 // missed, doubled or late does no harm. Events that only confirm what is wished for are passed over; those are our own doing.
 type monitor struct {
 	file    *os.File
+	fd      int           // of the file
 	changed chan struct{} // holds at most one wake
-	expect  atomic.Pointer[expectation]
+
+	mu     sync.Mutex
+	buf    []byte
+	expect expectation
 }
 
-// expectation is what there should be, as of the last Reconcile. It is not changed once it is handed over.
+// expectation is what there should be, as of the last Reconcile or Adjust, and what the devices are, as of the last look.
 type expectation struct {
-	state State
+	state *State            // nil: nothing was wished for yet
 	names map[uint32]string // of all links
 	index map[uint32]string // of our links alone
 	cared map[uint32]bool   // other links that carry an address or a route: what they are may matter
@@ -39,7 +43,7 @@ func newMonitor() (*monitor, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
-	m := &monitor{file: os.NewFile(uintptr(fd), "rtnetlink"), changed: make(chan struct{}, 1)}
+	m := &monitor{file: os.NewFile(uintptr(fd), "rtnetlink"), fd: fd, changed: make(chan struct{}, 1), buf: make([]byte, 64<<10)}
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, monitorBuffer) != nil {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, monitorBuffer)
 	}
@@ -67,26 +71,44 @@ func (m *monitor) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	buf := make([]byte, 64<<10)
-	for ctx.Err() == nil {
-		var n int
-		var recvErr error
-		err := raw.Read(func(fd uintptr) bool {
-			n, _, recvErr = unix.Recvfrom(int(fd), buf, 0)
-			return !errors.Is(recvErr, unix.EAGAIN)
-		})
+	err = raw.Read(func(uintptr) bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.drain()
+		return false // wait for more
+	})
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return fmt.Errorf("netlink events: %w", err)
+}
+
+// change changes what is expected. What came before is held against what was expected before: the kernel tells of what we do
+// before it answers us, so that nothing of our own doing is ever held against a newer wish.
+func (m *monitor) change(f func(e *expectation)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.drain()
+	f(&m.expect)
+}
+
+// drain reads all that has come. The lock is held.
+func (m *monitor) drain() {
+	for {
+		n, err := unix.Read(m.fd, m.buf)
 		switch {
-		case err != nil && ctx.Err() != nil:
-		case err != nil:
-			return fmt.Errorf("netlink events: %w", err)
-		case errors.Is(recvErr, unix.EINTR):
-		case recvErr != nil: // an overrun, most likely: something was missed
+		case errors.Is(err, unix.EAGAIN):
+			return
+		case errors.Is(err, unix.EINTR):
+		case err != nil: // an overrun, most likely: something was missed
 			m.wake()
-		case m.matters(buf[:n]):
+			if !errors.Is(err, unix.ENOBUFS) {
+				return
+			}
+		case m.expect.contradicted(m.buf[:n]):
 			m.wake()
 		}
 	}
-	return ctx.Err()
 }
 
 func (m *monitor) wake() {
@@ -96,15 +118,14 @@ func (m *monitor) wake() {
 	}
 }
 
-// matters reports whether one of the messages says something else than is expected.
-func (m *monitor) matters(b []byte) bool {
-	e := m.expect.Load()
+// contradicted reports whether one of the messages says something else than is expected.
+func (e *expectation) contradicted(b []byte) bool {
 	for len(b) >= unix.NLMSG_HDRLEN {
 		size := int(binary.NativeEndian.Uint32(b))
 		if size < unix.NLMSG_HDRLEN || size > len(b) {
 			return true
 		}
-		if e == nil || e.contradicts(binary.NativeEndian.Uint16(b[4:]), b[unix.NLMSG_HDRLEN:size]) {
+		if e.state == nil || e.contradicts(binary.NativeEndian.Uint16(b[4:]), b[unix.NLMSG_HDRLEN:size]) {
 			return true
 		}
 		b = b[min((size+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1), len(b)):]

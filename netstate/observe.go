@@ -44,7 +44,7 @@ func (k *Kernel) look() (State, Host, error) {
 		}
 	}
 	s.Sort()
-	k.cared = k.others(s, h)
+	k.note(s, h)
 	return s, h.Indexed(), nil
 }
 
@@ -106,6 +106,21 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 		}
 	}
 	return nil
+}
+
+// note tells the monitor what the devices are.
+func (k *Kernel) note(s State, h Host) {
+	e := expectation{names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.others(s, h)}
+	for name, i := range k.index {
+		e.names[uint32(i)] = name
+		if k.owned(name) {
+			e.index[uint32(i)] = name
+		}
+	}
+	k.monitor.change(func(old *expectation) {
+		e.state = old.state
+		*old = e
+	})
 }
 
 // others lists the links by number that are not ours and carry an address or a route.

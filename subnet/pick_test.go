@@ -321,6 +321,7 @@ func BenchmarkPick(b *testing.B) {
 					}
 					taken = append(taken, leaseAt(FormatKey(ch.subnets), Attrs{}, int64(i), 1))
 				}
+				b.ReportAllocs()
 				for i := 0; b.Loop(); i++ {
 					if _, err := pick(c, taken, addr.Per[netip.Prefix]{}, nodeIdentity(n+i), 0); err != nil {
 						b.Fatal(err)

@@ -281,7 +281,7 @@ func (s *sim) checkSettled() {
 			if !now.Config.Fits(d.Lease.Subnets) || d.Lease.Attrs != n.claim.Attrs {
 				s.t.Fatalf("%v holds %+v", n.claim.Attrs, d.Lease)
 			}
-			if peers, refused := now.Peers(now.Config, Lease{}); !slices.Contains(peers, d.Lease) {
+			if peers, refused := now.Peers(now.Config, Lease{}); !slices.ContainsFunc(peers, func(l *Lease) bool { return *l == d.Lease }) {
 				s.t.Fatalf("the others do not believe %v its %s: %+v", n.claim.Identity, d.Key, refused)
 			}
 		case errors.As(err, &full):

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -16,74 +17,19 @@ type Table struct {
 	// missing in a new epoch was not removed by anybody.
 	Epoch          int
 	Config         Config
-	ConfigJSON     string // what Config was read from
-	ConfigErr      error  // why there is no valid Config at this revision
-	ConfigRevision int64  // of the config key's last change; 0 where there is none
+	ConfigJSON     string   // what Config was read from
+	ConfigErr      error    // why there is no valid Config at this revision
+	ConfigRevision int64    // of the config key's last change; 0 where there is none
 	Entries        []*Entry // in the order of their keys; one that did not change is the same pointer as before
 }
 
-// Retain lists those of the leases believed before that are believed no longer, and that nothing contradicts: nobody else, this
-// node included, has any part of their subnets or one of their addresses, and their node has no other lease.
-func (c Config) Retain(before, now []Lease, self Lease) []Lease {
-	present := make(map[addr.Per[netip.Prefix]]bool, len(now))
-	for _, l := range now {
-		present[l.Subnets] = true
-	}
-	missing := slices.DeleteFunc(slices.Clone(before), func(l Lease) bool { return present[l.Subnets] })
-	if len(missing) == 0 {
+// Find gives the entry with a key; nil where there is none.
+func (t Table) Find(key string) *Entry {
+	i, ok := slices.BinarySearchFunc(t.Entries, key, func(e *Entry, k string) int { return strings.Compare(e.Key, k) })
+	if !ok {
 		return nil
 	}
-	nodes, ips, macs := map[string]bool{}, map[netip.Addr]bool{}, map[addr.MAC]bool{}
-	var held []netip.Prefix
-	for _, l := range append(slices.Clone(now), self) {
-		nodes[l.NodeID] = true
-		for _, f := range addr.Families() {
-			if p := l.Subnets.Get(f); p.IsValid() {
-				held = append(held, p)
-				ips[l.PublicIP.Get(f)], macs[l.VTEP.Get(f).MAC] = true, true
-			}
-		}
-	}
-	taken := newPrefixSet(held)
-	return slices.DeleteFunc(missing, func(l Lease) bool {
-		if l.NodeID != "" && nodes[l.NodeID] || (judge{config: c, self: self}).alone(&l, nil) != "" { // the config may be another one now
-			return true
-		}
-		for _, f := range addr.Families() {
-			sn, ip, mac := l.Subnets.Get(f), l.PublicIP.Get(f), l.VTEP.Get(f).MAC
-			if sn.IsValid() && (taken.overlaps(sn) || ips[ip] || !mac.IsZero() && macs[mac]) {
-				return true
-			}
-		}
-		return false
-	})
-}
-
-// prefixSet finds overlaps in the way of sorted, disjoint ranges of addresses.
-type prefixSet struct{ ranges []addrRange }
-
-type addrRange struct{ first, last netip.Addr }
-
-func newPrefixSet(ps []netip.Prefix) prefixSet {
-	ps = slices.Clone(ps)
-	slices.SortFunc(ps, addr.ComparePrefix)
-	var s prefixSet
-	for _, p := range ps {
-		// What overlaps the range before is inside it: prefixes are disjoint or nested, and the wider one sorts first.
-		if n := len(s.ranges); n == 0 || s.ranges[n-1].last.Less(p.Addr()) || s.ranges[n-1].last.Is4() != p.Addr().Is4() {
-			s.ranges = append(s.ranges, addrRange{p.Masked().Addr(), addr.Last(p)})
-		}
-	}
-	return s
-}
-
-func (s prefixSet) overlaps(p netip.Prefix) bool {
-	if !p.IsValid() {
-		return false
-	}
-	last := addr.Last(p)
-	i, _ := slices.BinarySearchFunc(s.ranges, p.Masked().Addr(), func(r addrRange, a netip.Addr) int { return r.last.Compare(a) })
-	return i < len(s.ranges) && s.ranges[i].first.Compare(last) <= 0 && s.ranges[i].first.Is4() == last.Is4()
+	return t.Entries[i]
 }
 
 // Refusal is a lease that is not believed, and why.
@@ -94,51 +40,97 @@ type Refusal struct {
 }
 
 // Peers sorts out which leases of others to act on. What makes no sense, or would take what is mine or another's, is refused
-// with its reason and holds nobody else back. Both lists are in the order of the subnets.
-func (t Table) Peers(c Config, self Lease) (peers []Lease, refused []Refusal) {
-	j := judge{config: c, self: self, macs: map[addr.MAC]string{}, ips: map[netip.Addr]string{}}
-	refuse := func(e *Entry, reason string) {
-		refused = append(refused, Refusal{Key: e.Key, Node: e.NodeName, Reason: reason})
-	}
-	// Of two that claim the same, one that this network leases comes before a left-over of an older config, then the older one.
-	byAge := make([]*Entry, 0, len(t.Entries))
+// with its reason and holds nobody else back. Both lists are in the order of the subnets. A Roster does the same for one table after
+// another, at the cost of what changed.
+func (t Table) Peers(c Config, self Lease) (peers []*Lease, refused []Refusal) {
+	v := t.judge(c, self)
+	return v.believed, v.refused
+}
+
+// verdict is what is made of a table. Each lease of another node is either believed or refused.
+type verdict struct {
+	believed []*Lease // in the order of their subnets
+	refused  []Refusal
+	beaten   []*Lease // of the refused, those that would be believed but for another one's claim
+}
+
+// suspect is an entry whose lease may be believed, so far as it is looked at by itself.
+type suspect struct {
+	*Entry
+	lease    *Lease // without what the network does not use
+	disputed bool   // another one claims what it claims
+	refused  bool
+}
+
+func (t Table) judge(c Config, self Lease) verdict {
+	var v verdict
+	j := judge{config: c, self: self}
+	suspects := make([]suspect, 0, len(t.Entries))
 	for _, e := range t.Entries {
-		if e.Blank() || e.Err == nil && e.Subnets == self.Subnets {
+		if e.passedOver(self) {
 			continue
 		}
-		l := e.Lease
-		if reason := j.alone(&l, e.Err); reason != "" {
-			refuse(e, reason)
+		l, reason := j.alone(e)
+		if reason != "" {
+			v.refused = append(v.refused, e.refusal(reason))
 			continue
 		}
-		if l != e.Lease { // of a family that the network does not use
-			used := *e
-			used.Lease, e = l, &used
-		}
-		byAge = append(byAge, e)
+		suspects = append(suspects, suspect{Entry: e, lease: l})
 	}
-	slices.SortFunc(byAge, func(a, b *Entry) int { // one transaction may have made several
-		return cmp.Or(-cmp.Compare(b2i(c.Fits(a.Subnets)), b2i(c.Fits(b.Subnets))), cmp.Compare(a.Created, b.Created), cmp.Compare(a.Key, b.Key))
+	slices.SortFunc(suspects, func(a, b suspect) int { return CompareSubnets(a.lease.Subnets, b.lease.Subnets) })
+	markOverlaps(suspects)
+	markShared(suspects, c.Backend.Type)
+	v.refused = append(v.refused, settle(c, suspects)...)
+	v.believed = make([]*Lease, 0, len(suspects))
+	for _, s := range suspects {
+		if s.refused {
+			v.beaten = append(v.beaten, s.lease)
+		} else {
+			v.believed = append(v.believed, s.lease)
+		}
+	}
+	slices.SortFunc(v.refused, func(a, b Refusal) int { return cmp.Compare(a.Key, b.Key) })
+	return v
+}
+
+// passedOver: a reservation that nobody has taken up, or this node's own lease.
+func (e *Entry) passedOver(self Lease) bool {
+	return e.Blank() || e.Err == nil && e.Subnets == self.Subnets
+}
+
+func (e *Entry) refusal(reason string) Refusal {
+	return Refusal{Key: e.Key, Node: e.NodeName, Reason: reason}
+}
+
+// settle decides between those that claim the same: one that this network leases comes before a left-over of an older config, then
+// the older one.
+func settle(c Config, suspects []suspect) (refused []Refusal) {
+	var byAge []*suspect
+	for i := range suspects {
+		if suspects[i].disputed {
+			byAge = append(byAge, &suspects[i])
+		}
+	}
+	slices.SortFunc(byAge, func(a, b *suspect) int { // one transaction may have made several
+		return cmp.Or(-cmp.Compare(b2i(c.Fits(a.lease.Subnets)), b2i(c.Fits(b.lease.Subnets))), cmp.Compare(a.Created, b.Created), cmp.Compare(a.Key, b.Key))
 	})
-	crossed := overlapping(byAge)
-	held := newHolders(byAge, crossed) // of those that overlap another, the accepted ones
-	for i, e := range byAge {
-		if h := held.find(e.Lease); h != nil {
-			refuse(e, fmt.Sprintf("its subnet overlaps %s of %s, which holds it", h.Key, h.Name()))
+	held := newHolders(byAge)
+	taken := claims{backend: c.Backend.Type, macs: map[addr.MAC]string{}, ips: map[netip.Addr]string{}}
+	for _, s := range byAge {
+		reason := ""
+		if h := held.find(s.lease); h != nil {
+			reason = fmt.Sprintf("its subnet overlaps %s of %s, which holds it", h.Key, h.Name())
+		} else {
+			reason = taken.add(s.lease)
+		}
+		if reason != "" {
+			s.refused = true
+			refused = append(refused, s.refusal(reason))
 			continue
 		}
-		if reason := j.among(e.Lease); reason != "" {
-			refuse(e, reason)
-			continue
-		}
-		if crossed[i] {
-			held.add(byAge[i])
-		}
-		peers = append(peers, e.Lease)
+		held.add(s)
 	}
-	slices.SortFunc(peers, func(a, b Lease) int { return CompareSubnets(a.Subnets, b.Subnets) })
-	slices.SortFunc(refused, func(a, b Refusal) int { return cmp.Compare(a.Key, b.Key) })
-	return peers, refused
+	return refused
 }
 
 // overlap is false where one of the two is not in use.
@@ -149,44 +141,70 @@ func CompareSubnets(a, b addr.Per[netip.Prefix]) int {
 	return cmp.Or(addr.ComparePrefix(a.V4, b.V4), addr.ComparePrefix(a.V6, b.V6))
 }
 
-// overlapping marks the entries whose subnet overlaps that of another one, in either family.
-func overlapping(es []*Entry) []bool {
-	crossed := make([]bool, len(es))
-	order := make([]int, 0, len(es))
+// markOverlaps marks those whose subnet overlaps that of another one, in either family. They are in the order of their subnets.
+func markOverlaps(ss []suspect) {
+	order := make([]*suspect, 0, len(ss))
 	for _, f := range addr.Families() {
 		order = order[:0]
-		for i := range es {
-			if es[i].Subnets.Get(f).IsValid() {
-				order = append(order, i)
+		for i := range ss {
+			if ss[i].lease.Subnets.Get(f).IsValid() {
+				order = append(order, &ss[i])
 			}
 		}
-		slices.SortFunc(order, func(a, b int) int { return addr.ComparePrefix(es[a].Subnets.Get(f), es[b].Subnets.Get(f)) })
+		byPrefix := func(a, b *suspect) int { return addr.ComparePrefix(a.lease.Subnets.Get(f), b.lease.Subnets.Get(f)) }
+		if !slices.IsSortedFunc(order, byPrefix) {
+			slices.SortFunc(order, byPrefix)
+		}
 		// Prefixes are disjoint or nested, and a containing one sorts before what it contains: looking back at the widest
 		// one that is still open is enough.
-		open := -1
-		for _, i := range order {
-			if open >= 0 && es[open].Subnets.Get(f).Overlaps(es[i].Subnets.Get(f)) {
-				crossed[open], crossed[i] = true, true
+		var open *suspect
+		for _, s := range order {
+			if open != nil && open.lease.Subnets.Get(f).Overlaps(s.lease.Subnets.Get(f)) {
+				open.disputed, s.disputed = true, true
 				continue
 			}
-			open = i
+			open = s
 		}
 	}
-	return crossed
+}
+
+// markShared marks those that have an address or a MAC in common.
+func markShared(ss []suspect, backend BackendType) {
+	ips, macs := make(map[netip.Addr]*suspect, len(ss)), make(map[addr.MAC]*suspect, len(ss))
+	for i := range ss {
+		s := &ss[i]
+		for _, f := range addr.Families() {
+			if !s.lease.Subnets.Get(f).IsValid() {
+				continue
+			}
+			mark(ips, s.lease.PublicIP.Get(f), s)
+			if backend == VXLAN {
+				mark(macs, s.lease.VTEP.Get(f).MAC, s)
+			}
+		}
+	}
+}
+
+func mark[K comparable](first map[K]*suspect, key K, s *suspect) {
+	if other := first[key]; other == nil {
+		first[key] = s
+	} else if other != s {
+		other.disputed, s.disputed = true, true
+	}
 }
 
 // holders are leases that do not overlap each other. One lease around thousands of others must not make each of them look at all.
 type holders struct {
 	lengths addr.Per[[]int]
-	inside  map[netip.Prefix]*Entry // for prefixes of these lengths, the first lease that lies inside
+	inside  map[netip.Prefix]*suspect // for prefixes of these lengths, the first lease that lies inside
 }
 
-func newHolders(es []*Entry, crossed []bool) holders {
-	h := holders{inside: map[netip.Prefix]*Entry{}}
-	for i := range es {
+func newHolders(ss []*suspect) holders {
+	h := holders{inside: map[netip.Prefix]*suspect{}}
+	for _, s := range ss {
 		for _, f := range addr.Families() {
-			sn, known := es[i].Subnets.Get(f), h.lengths.Get(f)
-			if crossed[i] && sn.IsValid() && !slices.Contains(known, sn.Bits()) {
+			sn, known := s.lease.Subnets.Get(f), h.lengths.Get(f)
+			if sn.IsValid() && !slices.Contains(known, sn.Bits()) {
 				h.lengths.Set(f, append(known, sn.Bits()))
 			}
 		}
@@ -195,30 +213,30 @@ func newHolders(es []*Entry, crossed []bool) holders {
 }
 
 // find tells the holder that overlaps l: one inside it, or the one around it.
-func (h holders) find(l Lease) *Entry {
+func (h holders) find(l *Lease) *suspect {
 	for _, f := range addr.Families() {
 		sn := l.Subnets.Get(f)
-		if e := h.inside[sn]; e != nil {
-			return e
+		if s := h.inside[sn]; s != nil {
+			return s
 		}
 		for _, n := range h.lengths.Get(f) {
 			if n >= sn.Bits() {
 				continue
 			}
-			if e := h.inside[netip.PrefixFrom(sn.Addr(), n).Masked()]; e != nil && e.Subnets.Get(f).Bits() == n {
-				return e
+			if s := h.inside[netip.PrefixFrom(sn.Addr(), n).Masked()]; s != nil && s.lease.Subnets.Get(f).Bits() == n {
+				return s
 			}
 		}
 	}
 	return nil
 }
 
-func (h holders) add(e *Entry) {
+func (h holders) add(s *suspect) {
 	for _, f := range addr.Families() {
-		sn := e.Subnets.Get(f)
+		sn := s.lease.Subnets.Get(f)
 		for _, n := range h.lengths.Get(f) {
 			if p := netip.PrefixFrom(sn.Addr(), n).Masked(); n <= sn.Bits() && h.inside[p] == nil {
-				h.inside[p] = e
+				h.inside[p] = s
 			}
 		}
 	}
@@ -228,37 +246,38 @@ func (h holders) add(e *Entry) {
 type judge struct {
 	config Config
 	self   Lease
-	macs   map[addr.MAC]string // of the peers accepted so far, with their names
-	ips    map[netip.Addr]string
 }
 
-// alone looks at a lease by itself and against my own. Subnets of families that the network does not use are dropped from it.
-func (j judge) alone(l *Lease, err error) string {
-	if err != nil {
-		return err.Error()
+// alone looks at a lease by itself and against my own. What it returns is without the subnets of families that the network does
+// not use.
+func (j *judge) alone(e *Entry) (*Lease, string) {
+	if e.Err != nil {
+		return nil, e.Err.Error()
 	}
-	if l.Backend != j.config.Backend.Type {
-		return fmt.Sprintf("its backend is %q, this network's is %q", l.Backend, j.config.Backend.Type)
+	if e.Backend != j.config.Backend.Type {
+		return nil, fmt.Sprintf("its backend is %q, this network's is %q", e.Backend, j.config.Backend.Type)
 	}
-	used := 0
+	used := addr.Per[netip.Prefix]{}
 	for _, f := range addr.Families() {
-		p := j.config.Pools.Get(f)
-		if !p.On() || !l.Subnets.Get(f).IsValid() {
-			l.Subnets.Set(f, netip.Prefix{})
+		p, sn := j.config.Pools.Get(f), e.Subnets.Get(f)
+		if !p.On() || !sn.IsValid() {
 			continue
 		}
-		used++
-		if reason := j.family(*l, f, p); reason != "" {
-			return reason
+		used.Set(f, sn)
+		if reason := j.family(&e.Lease, f, p); reason != "" {
+			return nil, reason
 		}
 	}
-	if used == 0 {
-		return "it has no subnet in a family that this network uses"
+	switch used {
+	case addr.Per[netip.Prefix]{}:
+		return nil, "it has no subnet in a family that this network uses"
+	case e.Subnets:
+		return &e.Lease, ""
 	}
-	return ""
+	return &Lease{used, e.Attrs}, ""
 }
 
-func (j judge) family(l Lease, f addr.Family, p Pool) string {
+func (j *judge) family(l *Lease, f addr.Family, p Pool) string {
 	sn, ip, mine := l.Subnets.Get(f), l.PublicIP.Get(f), j.self.PublicIP.Get(f)
 	switch {
 	case sn.Bits() < p.Network.Bits() || !p.Network.Contains(sn.Addr()):
@@ -296,23 +315,30 @@ func reserved4(ip netip.Addr) bool {
 	return ip.Is4() && (first == 0 || first >= 240)
 }
 
-// among takes note of a peer's addresses, unless another peer has one of them: one MAC or address can't lead to two nodes.
-func (j judge) among(l Lease) string {
+// claims are the addresses of leases, with the names of those who have them.
+type claims struct {
+	backend BackendType
+	macs    map[addr.MAC]string
+	ips     map[netip.Addr]string
+}
+
+// add takes note of a lease's addresses, unless another one has one of them: one MAC or address can't lead to two nodes.
+func (c claims) add(l *Lease) string {
 	for _, f := range addr.Families() {
 		if !l.Subnets.Get(f).IsValid() {
 			continue
 		}
-		if by, taken := j.ips[l.PublicIP.Get(f)]; taken {
+		if by, taken := c.ips[l.PublicIP.Get(f)]; taken {
 			return fmt.Sprintf("its public IP %s is that of %s, which holds it", l.PublicIP.Get(f), by)
 		}
-		if by, taken := j.macs[l.VTEP.Get(f).MAC]; taken && j.config.Backend.Type == VXLAN {
+		if by, taken := c.macs[l.VTEP.Get(f).MAC]; taken && c.backend == VXLAN {
 			return fmt.Sprintf("its VtepMAC %s is that of %s, which holds it", l.VTEP.Get(f).MAC, by)
 		}
 	}
 	for _, f := range addr.Families() {
 		if l.Subnets.Get(f).IsValid() {
-			j.ips[l.PublicIP.Get(f)] = l.Name()
-			j.macs[l.VTEP.Get(f).MAC] = l.Name()
+			c.ips[l.PublicIP.Get(f)] = l.Name()
+			c.macs[l.VTEP.Get(f).MAC] = l.Name()
 		}
 	}
 	return ""

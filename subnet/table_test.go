@@ -187,7 +187,7 @@ func TestPeersAccepts(t *testing.T) {
 			c := mustConfig(t, tt.config)
 			table := Table{Config: c, Entries: []*Entry{leaseAt(tt.key, tt.value, 7, tt.lease)}}
 			peers, refused := table.Peers(c, tt.self)
-			if len(refused) != 0 || len(peers) != 1 || peers[0] != (Lease{tt.want, tt.value}) {
+			if len(refused) != 0 || len(peers) != 1 || *peers[0] != (Lease{tt.want, tt.value}) {
 				t.Errorf("got %+v, refused %+v", peers, refused)
 			}
 			if e := table.Entries[0]; FormatKey(e.Subnets) != tt.key {
@@ -233,11 +233,14 @@ func randomTable(r *rand.Rand, c Config, n int) Table {
 func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) {
 	var es []*Entry
 	for _, e := range table.Entries {
-		if (judge{config: c, self: self}).alone(&e.Lease, e.Err) != "" {
+		l, reason := (&judge{config: c, self: self}).alone(e)
+		if reason != "" {
 			refused = append(refused, e.Key)
 			continue
 		}
-		es = append(es, e)
+		trimmed := *e
+		trimmed.Lease = *l
+		es = append(es, &trimmed)
 	}
 	slices.SortStableFunc(es, func(a, b *Entry) int {
 		if c.Fits(a.Subnets) != c.Fits(b.Subnets) {
@@ -304,7 +307,7 @@ func TestPeersAgainstAllPairs(t *testing.T) {
 
 			r.Shuffle(len(table.Entries), func(a, b int) { table.Entries[a], table.Entries[b] = table.Entries[b], table.Entries[a] })
 			again, refusedAgain := table.Peers(c, self)
-			if !slices.Equal(again, peers) || !slices.EqualFunc(refusedAgain, refused, func(a, b Refusal) bool { return a.Key == b.Key }) {
+			if !slices.EqualFunc(again, peers, func(a, b *Lease) bool { return *a == *b }) || !slices.EqualFunc(refusedAgain, refused, func(a, b Refusal) bool { return a.Key == b.Key }) {
 				t.Fatalf("in another order: %+v\nrefused %+v\nwas %+v\nrefused %+v", again, refusedAgain, peers, refused)
 			}
 		}

@@ -121,7 +121,7 @@ func manyPeers(n int) backend.Input {
 	in := backend.Input{Config: c, Self: node(math.MaxUint16), Host: netstate.Host{IPv6: true}.Indexed()}
 	in.Underlay.V4 = backend.Underlay{Device: "eth0", Addr: in.Self.PublicIP.V4, MTU: 1500}
 	for i := range n {
-		in.Peers = append(in.Peers, node(i))
+		in.Peers = append(in.Peers, new(node(i)))
 	}
 	return in
 }
@@ -141,7 +141,7 @@ func TestIPv6GatewayBesideASiteRoute(t *testing.T) {
 		want  int
 	}{{"::/0", 1}, {"fd00::/8", 2}} {
 		h := netstate.Host{Routes: []netstate.HostRoute{{Dst: netip.MustParsePrefix(tt.route), Link: "eth0"}}}.Indexed()
-		got := Backend{}.Plan(backend.Input{Config: c, Peers: []subnet.Lease{peer}, Host: h}).State.Routes
+		got := Backend{}.Plan(backend.Input{Config: c, Peers: []*subnet.Lease{&peer}, Host: h}).State.Routes
 		if len(got) != tt.want || got[len(got)-1].Dst != addr.Host(gw) && tt.want == 2 {
 			t.Errorf("beside %s: %v", tt.route, got)
 		}

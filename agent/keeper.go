@@ -1,0 +1,115 @@
+package agent
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+const (
+	// rememberEvery is how often what is known of the others is written to the state directory at most.
+	rememberEvery = 30 * time.Second
+	// leaseProgress is how much longer a lease must have become to be worth a write.
+	leaseProgress = 10 * time.Minute
+)
+
+// keeper writes to the state directory what has to be remembered, in a goroutine of its own: the disk may be slow, and no peer waits
+// for it.
+type keeper struct {
+	dir    stateDir
+	node   subnet.Identity
+	health *health
+	jobs   mailbox[keepsake]
+
+	// What was handed over last.
+	subnets addr.Per[netip.Prefix]
+	entries []*subnet.Entry
+	expires time.Time
+	at      time.Time
+}
+
+// keepsake is what is worth to be remembered.
+type keepsake struct {
+	subnets addr.Per[netip.Prefix] // this node's
+	expires time.Time
+	table   subnet.Table
+	// own says that only this node's own lease is to be written, and what is remembered of the others stays.
+	own bool
+}
+
+func newKeeper(dir stateDir, node subnet.Identity, h *health) *keeper {
+	return &keeper{dir: dir, node: node, health: h, jobs: newMailbox[keepsake]()}
+}
+
+// begin tells what is remembered already.
+func (k *keeper) begin(m memory) {
+	k.subnets, k.expires, k.at = m.subnets(), m.Expires, time.Now()
+}
+
+// note has something written if it is time: the own subnet at once, the rest now and then. others says that what is known of the
+// others may replace what is remembered of them.
+func (k *keeper) note(s keepsake, others, last bool) {
+	due := others && (last || time.Since(k.at) > rememberEvery) &&
+		(s.expires.Sub(k.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.entries))
+	if s.own = !due; s.own && s.subnets == k.subnets {
+		return
+	}
+	if due {
+		k.entries, k.expires, k.at = s.table.Entries, s.expires, time.Now()
+	}
+	k.subnets = s.subnets
+	select {
+	case waits := <-k.jobs:
+		s.own = s.own && waits.own
+	default:
+	}
+	k.jobs.put(s)
+}
+
+// end lets run end once everything is written.
+func (k *keeper) end() { close(k.jobs) }
+
+func (k *keeper) run() {
+	for s := range k.jobs {
+		k.health.set(condStateDir, k.write(s))
+	}
+}
+
+func (k *keeper) write(s keepsake) error {
+	m := remember(s.table, k.node, s.subnets, s.expires)
+	if s.own || m.Config == nil {
+		old, _ := k.dir.load(k.node) // what can't be read was said at the start, and is replaced now
+		if m.Config == nil {
+			m.Config = old.Config
+		}
+		if s.own {
+			m.Peers, m.Revision = old.Peers, old.Revision
+		}
+	}
+	return k.dir.save(m)
+}
+
+// save writes down what a start without etcd needs.
+func (a *Agent) save(last bool) {
+	if !a.online() || !a.snap.Held() {
+		return
+	}
+	// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that they are lost.
+	others := !time.Now().Before(a.lostUntil)
+	a.keeper.note(keepsake{subnets: a.lease.Subnets, expires: a.expires(), table: a.snap.Table}, others, last)
+}
+
+// expires is when this node's lease ends; zero for a reservation. What the store has not said yet, memory knows better.
+func (a *Agent) expires() time.Time {
+	own := a.snap.Table.Find(subnet.FormatKey(a.lease.Subnets))
+	switch {
+	case own != nil && own.Reserved() || !a.snap.Expires.IsZero():
+		return a.snap.Expires
+	case a.remembered.subnets() == a.lease.Subnets && !a.remembered.Expires.IsZero():
+		return a.remembered.Expires
+	}
+	return time.Now()
+}

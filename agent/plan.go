@@ -1,0 +1,170 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+// lingerFor is how long a peer stays whose lease is gone or can't be believed any more. A lease that was deleted or overwritten by
+// mistake is back within that time, and no packet is lost; and nothing is gained by taking the routes of a node that is gone at once.
+const lingerFor = 5 * time.Second
+
+// planned is what the node's plan was made of, and what the next one follows from if only a few peers come and go.
+type planned struct {
+	input  backend.Input // without the peers
+	mtu    int
+	tunnel addr.Per[string]
+	direct addr.Per[[]netip.Addr] // see backend.Plan.DirectNodes
+	online bool                   // the peers are those of the store, not of memory
+	// plain: no peer is unreachable and nobody else's route is in the way, so that peers that come and go make no difference to others.
+	plain bool
+}
+
+// program makes the node what the lease and its peers ask for. If nothing changed but a few peers, it costs what they cost.
+func (a *Agent) program(be backend.Backend, looked bool) error {
+	// What the device must be follows from what is claimed, which may be newer than what the store says by now.
+	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
+	ch := a.believe(self)
+	in := backend.Input{Config: *a.config, Self: self, Underlay: a.choice.Underlay, Host: a.host}
+	res, err, ok := a.adjust(be, in, ch)
+	if !ok {
+		res, err = a.reconcile(be, in)
+	}
+	failed, minor := failures(res.Failed)
+	err = errors.Join(err, failed)
+	a.health.set(condKernel, err)
+	a.health.set(condSettings, minor)
+	switch {
+	case looked && res.Repaired:
+		a.drift.note(res.Done)
+	case !ok:
+		logChanges(a.log, res.Done)
+	}
+	return errors.Join(err, a.writeSubnetFile())
+}
+
+// believe sorts out which peers to act on.
+func (a *Agent) believe(self subnet.Lease) subnet.Change {
+	now, keep := time.Now(), lingerFor
+	if a.lost { // what is missing now, nobody has removed; what goes missing later is removed as ever
+		keep, a.lost = max(lingerFor, a.lostUntil.Sub(now)), false
+	}
+	ch := a.roster.Update(a.table(), *a.config, self, now, keep)
+	if ch.Refused {
+		a.health.set(condPeers, refusals(a.roster.Refused()))
+	}
+	if !a.lostUntil.IsZero() && !now.Before(a.lostUntil) {
+		if len(ch.Gone) > 0 {
+			a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(ch.Gone)))
+		}
+		a.lostUntil = time.Time{}
+	}
+	return ch
+}
+
+// adjust brings in the peers that came and went, if nothing else changed. Not ok: everything has to be planned anew.
+func (a *Agent) adjust(be backend.Backend, in backend.Input, ch subnet.Change) (res netstate.Result, err error, ok bool) {
+	p := a.planned
+	if p == nil || p.online != a.online() || !sameInput(p.input, in) {
+		return res, nil, false
+	}
+	in.Peers = ch.Gone
+	gone := be.Plan(in)
+	in.Peers = ch.Come
+	come := be.Plan(in)
+	if len(in.Peers)+len(ch.Gone) > 0 && (!p.plain || !plain(come, shadowed(in.Host, come.State))) {
+		return res, nil, false
+	}
+	if res, err = a.kernel.Adjust(ofPeers(gone.State), ofPeers(come.State)); err != nil {
+		a.planned = nil
+	}
+	a.peers.change(gone.Ways, come.Ways)
+	if p.follow(gone, come) {
+		a.firewall.wishes.put(a.firewallWish(p))
+	}
+	return res, err, true
+}
+
+// reconcile plans everything anew.
+func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result, error) {
+	in.Peers = a.roster.Peers()
+	plan := be.Plan(in)
+	in.Peers = nil
+	desired := netstate.Merge(plan.State, netstate.State{Sysctls: a.forwarding()})
+	inTheWay := shadowed(a.host, desired)
+
+	// Until the store has said what there is, nothing that is there may go.
+	reconcile := a.kernel.Reconcile
+	if !a.online() {
+		reconcile = a.kernel.AddMissing
+	}
+	res, err := reconcile(desired)
+
+	p := &planned{input: in, mtu: plan.MTU, tunnel: plan.Tunnel, direct: plan.DirectNodes, online: a.online(), plain: plain(plan, inTheWay)}
+	if a.planned = p; err != nil {
+		a.planned = nil
+	}
+	a.health.set(condPlan, joined(plan.Problems))
+	a.health.set(condUnreachable, unreachable(plan.Ways))
+	a.health.set(condRoutes, inTheWay)
+	a.peers.replace(plan.Ways)
+	a.firewall.wishes.put(a.firewallWish(p))
+	if a.mtu != 0 && a.mtu != p.mtu {
+		a.log.Info("the pods' MTU has changed; those that run keep theirs until they are made anew", zap.Int("mtu", p.mtu), zap.Int("before", a.mtu))
+	}
+	a.mtu = p.mtu
+	return res, err
+}
+
+func sameInput(a, b backend.Input) bool {
+	return a.Config == b.Config && a.Self == b.Self && a.Underlay == b.Underlay && a.Host.Equal(b.Host)
+}
+
+func plain(p backend.Plan, inTheWay error) bool {
+	return inTheWay == nil && !slices.ContainsFunc(p.Ways, func(w backend.Way) bool { return w.Kind == backend.Unreachable })
+}
+
+// ofPeers is what of a plan's state is for single peers.
+func ofPeers(s netstate.State) netstate.State {
+	return netstate.State{Neighbours: s.Neighbours, FDB: s.FDB, Routes: s.Routes}
+}
+
+// follow takes note of the nodes that are reached without a tunnel, and reports whether they changed.
+func (p *planned) follow(gone, come backend.Plan) (changed bool) {
+	for _, f := range addr.Families() {
+		out, in := gone.DirectNodes.Get(f), come.DirectNodes.Get(f)
+		if slices.Equal(out, in) {
+			continue
+		}
+		left := make(map[netip.Addr]bool, len(out))
+		for _, ip := range out {
+			left[ip] = true
+		}
+		// The firewall works with the list from before, which must not change under its hands.
+		now := slices.DeleteFunc(slices.Clone(p.direct.Get(f)), func(ip netip.Addr) bool { return left[ip] })
+		p.direct.Set(f, append(now, in...))
+		changed = true
+	}
+	return changed
+}
+
+// writeSubnetFile tells CNI plugins the subnet and the MTU.
+func (a *Agent) writeSubnetFile() error {
+	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
+	err := writeIfChanged(a.opts.SubnetFile, subnetEnv(*a.config, self, a.mtu, a.opts.IPMasq))
+	if err != nil {
+		err = fmt.Errorf("%s: %w", a.opts.SubnetFile, err)
+	}
+	a.health.set(condSubnetEnv, err)
+	return err
+}
