@@ -160,4 +160,3 @@ func (r Row) MarshalJSON() ([]byte, error) {
 	}
 	return json.Marshal(out)
 }
-

@@ -42,19 +42,19 @@ type Row struct {
 
 // Bound is what a row is judged by; the zero Bound judges nothing.
 type Bound struct {
-	Limit   float64
-	AtLeast bool // the figure may not be below Limit; otherwise not above it
-	Ratio   bool // the figure is that of ours to the base
+	Sense string // "≤" or "≥"
+	Limit float64
+	Ratio bool // the figure is that of ours to the base
 }
 
 // AtMost bounds the median of ours; RatioAtMost and RatioAtLeast bound that of ours divided by that of the base.
-func AtMost(limit float64) Bound { return Bound{Limit: limit} }
+func AtMost(limit float64) Bound { return Bound{Sense: "≤", Limit: limit} }
 
 // RatioAtMost bounds ours divided by the base from above.
-func RatioAtMost(limit float64) Bound { return Bound{Limit: limit, Ratio: true} }
+func RatioAtMost(limit float64) Bound { return Bound{Sense: "≤", Limit: limit, Ratio: true} }
 
 // RatioAtLeast bounds ours divided by the base from below.
-func RatioAtLeast(limit float64) Bound { return Bound{Limit: limit, Ratio: true, AtLeast: true} }
+func RatioAtLeast(limit float64) Bound { return Bound{Sense: "≥", Limit: limit, Ratio: true} }
 
 // Median is the middle of some samples; NaN of none.
 func Median(samples []float64) float64 { return Quantile(samples, 0.5) }
@@ -96,27 +96,24 @@ func (r Row) OK() bool {
 	if r.Bound.Ratio {
 		v = r.Ratio()
 	}
-	if r.Bound == (Bound{}) {
-		return true
-	}
-	if r.Bound.AtLeast {
+	switch r.Bound.Sense {
+	case "≤":
+		return v <= r.Bound.Limit
+	case "≥":
 		return v >= r.Bound.Limit
 	}
-	return v <= r.Bound.Limit
+	return true
 }
 
 func (b Bound) String() string {
 	if b == (Bound{}) {
 		return ""
 	}
-	sign, unit := "≤ ", ""
-	if b.AtLeast {
-		sign = "≥ "
-	}
+	unit := ""
 	if b.Ratio {
 		unit = " ×"
 	}
-	return sign + number(b.Limit) + unit
+	return b.Sense + " " + number(b.Limit) + unit
 }
 
 // number shows three digits, or all of a whole number; and thousands apart.

@@ -41,6 +41,7 @@ type benchmark struct {
 func benchmarks() []benchmark {
 	return []benchmark{
 		{"start", start},
+		{"running", running},
 	}
 }
 

@@ -63,6 +63,9 @@ func daemon(ctx context.Context, f flags) error {
 	if err != nil {
 		return err
 	}
+	if err := servePprof(ctx, f.pprof); err != nil {
+		return err
+	}
 	kernel, err := netstate.Open(vxlan.Owns)
 	if err != nil {
 		return err

@@ -50,6 +50,7 @@ type flags struct {
 	stalePeerGrace       seconds
 	healthzIP            string
 	healthzPort          int
+	pprof                uint16
 	logLevel, logFormat  string
 }
 
@@ -92,6 +93,7 @@ func (f *flags) addDaemon(s *pflag.FlagSet) {
 	s.Var(&f.stalePeerGrace, "stale-peer-grace", "how long to keep peers whose leases vanished because etcd lost its data")
 	s.StringVar(&f.healthzIP, "healthz-ip", "127.0.0.1", "`address` for /healthz and /readyz")
 	s.IntVar(&f.healthzPort, "healthz-port", 8471, "`port` for /healthz and /readyz; 0 turns them off")
+	s.Uint16Var(&f.pprof, "pprof", 0, "`port` on loopback for profiles of the daemon itself; 0 is none")
 	s.StringVar(&f.logLevel, "log-level", "info", "`level` from which on to log: debug, info, warn, error")
 	s.StringVar(&f.logFormat, "log-format", "console", "`form` of the log: console or json")
 }
