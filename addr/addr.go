@@ -82,7 +82,7 @@ func (m MAC) IsGroup() bool { return m[0]&1 == 1 }
 
 // Compare orders MAC addresses as numbers.
 func (m MAC) Compare(o MAC) int {
-	switch a, b := m.uint64(), o.uint64(); {
+	switch a, b := m.Uint64(), o.Uint64(); {
 	case a < b:
 		return -1
 	case a > b:
@@ -91,7 +91,8 @@ func (m MAC) Compare(o MAC) int {
 	return 0
 }
 
-func (m MAC) uint64() uint64 {
+// Uint64 is the address as a number: the order of the numbers is that of the addresses.
+func (m MAC) Uint64() uint64 {
 	return uint64(binary.BigEndian.Uint16(m[:2]))<<32 | uint64(binary.BigEndian.Uint32(m[2:]))
 }
 

@@ -100,7 +100,9 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	in.Peers = a.roster.Peers()
 	plan := be.Plan(in)
 	in.Peers = nil
-	desired := netstate.Merge(plan.State, netstate.State{Sysctls: a.forwarding()})
+	desired := plan.State
+	desired.Sysctls = append(desired.Sysctls, a.forwarding()...)
+	slices.SortFunc(desired.Sysctls, netstate.Sysctl.Compare)
 	inTheWay := shadowed(a.host, desired)
 
 	// Until the store has said what there is, nothing that is there may go.

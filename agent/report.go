@@ -45,19 +45,24 @@ func refusals(refused []subnet.Refusal) error {
 // shadowed finds routes of somebody else that packets to a peer's subnet would take before ours: for the same destination with
 // a better metric, or for a part of it.
 func shadowed(h netstate.Host, desired netstate.State) error {
-	ours := map[netip.Prefix]uint32{}
-	lengths := map[int]bool{}
+	var lengths []int
 	for _, r := range desired.Routes {
-		if r.Table == netstate.MainTable {
-			ours[r.Dst] = r.Metric
-			lengths[r.Dst.Bits()] = true
+		if r.Table == netstate.MainTable && !slices.Contains(lengths, r.Dst.Bits()) {
+			lengths = append(lengths, r.Dst.Bits())
 		}
 	}
 	var out []string
 	for _, r := range h.Routes {
-		for bits := range lengths {
+		for _, bits := range lengths {
 			p, err := r.Dst.Addr().Prefix(bits)
-			if metric, ok := ours[p]; err == nil && ok && bits <= r.Dst.Bits() && (bits < r.Dst.Bits() || r.Metric <= metric) {
+			if err != nil || bits > r.Dst.Bits() {
+				continue
+			}
+			i, _ := slices.BinarySearchFunc(desired.Routes, netstate.Route{Table: netstate.MainTable, Dst: p}, netstate.Route.Compare)
+			if i == len(desired.Routes) || desired.Routes[i].Dst != p {
+				continue
+			}
+			if bits < r.Dst.Bits() || r.Metric <= desired.Routes[i].Metric {
 				out = append(out, describe(r, p))
 			}
 		}

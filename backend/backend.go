@@ -51,6 +51,12 @@ type Plan struct {
 	Problems []string
 }
 
+// NewPlan is a plan with room for that many peers, each counted once for each family.
+func NewPlan(peers int) Plan {
+	// Two routes for each: to its pods, and to the node itself.
+	return Plan{State: netstate.State{Routes: make([]netstate.Route, 0, 2*peers)}, Ways: make([]Way, 0, peers)}
+}
+
 // Way is how a peer is reached in one family.
 type Way struct {
 	Peer   *subnet.Lease

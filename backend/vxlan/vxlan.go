@@ -7,8 +7,10 @@
 package vxlan
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -79,25 +81,31 @@ func mac(id subnet.Identity, f addr.Family, vni uint32) addr.MAC {
 // Plan has a device and a rule in each family, and for each peer either the three entries of a tunnel or, with DirectRouting and
 // where no gateway is between, a plain route.
 func (Backend) Plan(in backend.Input) backend.Plan {
-	var p backend.Plan
-	for _, f := range in.Config.Families() {
-		planFamily(&p, in, f)
+	families, n := in.Config.Families(), len(in.Peers)
+	p := backend.NewPlan(n * len(families))
+	p.State.FDB = make([]netstate.FDBEntry, 0, n*len(families))
+	p.State.Neighbours = make([]netstate.Neighbour, 0, n*len(families))
+	nodes := make([]netstate.Route, 0, n*len(families)) // to the peers themselves, in a table that comes before the main one
+	for _, f := range families {
+		dev := planDevice(&p, in, f)
+		p.Each(in, f, func(peer *subnet.Lease) {
+			if in.Config.Backend.DirectRouting {
+				if by, err := backend.OnLink(in.Host, peer.PublicIP.Get(f)); err == nil {
+					p.AddDirect(peer, f, by)
+					return
+				}
+			}
+			planTunnel(&p, in.Host, dev, peer, f)
+			if peer.PublicIPLocal {
+				nodes = append(nodes, routeToNode(dev, peer, f))
+			}
+		})
 	}
+	p.State.FDB = byMAC(p.State.FDB)
+	slices.SortFunc(nodes, netstate.Route.Compare)
+	p.State.Routes = slices.Insert(p.State.Routes, 0, nodes...)
 	p.State.Sort()
 	return p
-}
-
-func planFamily(p *backend.Plan, in backend.Input, f addr.Family) {
-	dev := planDevice(p, in, f)
-	p.Each(in, f, func(peer *subnet.Lease) {
-		if in.Config.Backend.DirectRouting {
-			if by, err := backend.OnLink(in.Host, peer.PublicIP.Get(f)); err == nil {
-				p.AddDirect(peer, f, by)
-				return
-			}
-		}
-		planTunnel(p, in.Host, dev, peer, f)
-	})
 }
 
 func planDevice(p *backend.Plan, in backend.Input, f addr.Family) string {
@@ -133,19 +141,37 @@ func planTunnel(p *backend.Plan, h netstate.Host, dev string, peer *subnet.Lease
 	s := &p.State
 	s.FDB = append(s.FDB, netstate.FDBEntry{Link: dev, MAC: mac, Dst: ip})
 	s.Neighbours = append(s.Neighbours, netstate.Neighbour{Link: dev, IP: gw, MAC: mac})
-	route := netstate.Route{Table: netstate.MainTable, Dst: sn, Metric: netstate.Metric(sn), Via: gw, Link: dev, OnLink: true}
-	s.Routes = append(s.Routes, route)
-	if peer.PublicIPLocal {
-		// Pods reach the peer node itself the way that its answers come, through the tunnel. Nothing but this one address is
-		// steered: whatever else a lease might claim, it can't draw the traffic of another host.
-		route.Table, route.Dst = netstate.OwnTable, addr.Host(ip)
-		route.Metric = netstate.Metric(route.Dst)
-		s.Routes = append(s.Routes, route)
-	}
+	s.Routes = append(s.Routes, netstate.Route{Table: netstate.MainTable, Dst: sn, Metric: netstate.Metric(sn), Via: gw, Link: dev, OnLink: true})
 	if by, ok := h.Route(gw); ok && f == addr.IPv6 && by.Dst.Bits() > 0 {
 		// The IPv6 stack refuses a gateway that a route of the host, but for the default one, looks for elsewhere (a site's fd00::/8, say),
 		// onlink or not. A route to the gateway alone comes before that one.
 		s.Routes = append(s.Routes, netstate.Route{Table: netstate.MainTable, Dst: addr.Host(gw), Metric: netstate.Metric(sn), Link: dev})
 	}
 	p.Add(peer, f, backend.Tunnel, nil)
+}
+
+// routeToNode is by which pods reach the peer node itself the way that its answers come, through the tunnel. Nothing but this one
+// address is steered: whatever else a lease might claim, it can't draw the traffic of another host.
+func routeToNode(dev string, peer *subnet.Lease, f addr.Family) netstate.Route {
+	dst := addr.Host(peer.PublicIP.Get(f))
+	return netstate.Route{Table: netstate.OwnTable, Dst: dst, Metric: netstate.Metric(dst), Via: peer.Gateway(f), Link: dev, OnLink: true}
+}
+
+// byMAC puts entries in the order of their MACs. Those are hashes, unlike all else here, which comes in the order of the peers: moving
+// keys about is a third of the work that moving entries is.
+func byMAC(es []netstate.FDBEntry) []netstate.FDBEntry {
+	type key struct {
+		mac uint64
+		at  int
+	}
+	keys := make([]key, len(es))
+	for i, e := range es {
+		keys[i] = key{e.MAC.Uint64(), i}
+	}
+	slices.SortFunc(keys, func(a, b key) int { return cmp.Compare(a.mac, b.mac) })
+	out := make([]netstate.FDBEntry, len(es))
+	for i, k := range keys {
+		out[i] = es[k.at]
+	}
+	return out
 }
