@@ -20,12 +20,15 @@ MINUTES ?= 10
 SEED    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz faults soak lint check clean deps
+# For `make bench`.
+QUICK   ?=
+
+.PHONY: help build demo test fuzz faults soak bench bench-go lint check clean deps
 
 help: ## show this
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
-build: ## bin/overlayd and bin/overlay-lab, static
+build: ## bin/overlayd, bin/overlay-lab and bin/overlay-bench, static
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 demo: deps build ## a whole network on this machine: NODES=3 PODS=2 BACKEND=vxlan|host-gw DIRECT=1 STACK=ipv4|dual|ipv6 KEEP=1
@@ -44,6 +47,12 @@ faults: deps build ## the catalogue of faults, each with what it may cost: SHORT
 
 soak: deps build ## random faults for MINUTES=10 from SEED, ending in exactly the planned state
 	bin/overlay-lab soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+bench: deps build ## how fast and how small: one table, and bench/results/latest.*: QUICK=1 for the counts alone, ONLY=REGEX
+	bin/overlay-bench $(if $(QUICK),--quick,--out bench/results) $(if $(ONLY),--only '$(ONLY)')
+
+bench-go: deps ## the Go benchmarks, in the form that benchstat reads
+	$(GO) test -run '^$$' -bench . -benchmem ./...
 
 lint: bin/golangci-lint ## golangci-lint, with the rules on who may import whom
 	bin/golangci-lint run ./...

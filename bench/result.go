@@ -3,6 +3,7 @@ package bench
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -128,7 +129,7 @@ func notes(b *bytes.Buffer, rows []Row) {
 	}
 }
 
-// Write writes latest.json and latest.md into a directory.
+// Write writes latest.json, latest.md and latest.svg into a directory.
 func (r Result) Write(dir string) error {
 	raw, err := json.MarshalIndent(r, "", " ")
 	if err != nil {
@@ -140,7 +141,9 @@ func (r Result) Write(dir string) error {
 	if err := os.WriteFile(filepath.Join(dir, "latest.json"), append(raw, '\n'), 0o644); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, "latest.md"), []byte(r.Markdown()), 0o644)
+	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "latest.md"), []byte(r.Markdown()), 0o644),
+		os.WriteFile(filepath.Join(dir, "latest.svg"), []byte(r.Plot()), 0o644))
 }
 
 // MarshalJSON has the figures beside the samples, for who reads the file with another program.

@@ -29,6 +29,7 @@ const (
 type Row struct {
 	Group string // what was measured: "cold start"
 	Name  string // and where: "5,000 peers: wall"
+	Peers int    `json:",omitempty"` // the same number, for a curve
 	Unit  Unit
 
 	Ours []float64 // samples, in Unit

@@ -40,8 +40,10 @@ type benchmark struct {
 
 func benchmarks() []benchmark {
 	return []benchmark{
+		{"compute", compute},
 		{"start", start},
 		{"running", running},
+		{"program", program},
 	}
 }
 

@@ -59,62 +59,52 @@ func start(ctx context.Context, e *Env) error {
 	return nil
 }
 
-// startOnce starts the daemon cold, behind the slow etcd, cold again, and warm.
+// startOnce starts the daemon on a new node: to be timed, to be timed behind the slow etcd, and to see what it does; and then again
+// with all that it has made there.
 func (s *site) startOnce(ctx context.Context, n int, slowURL string, out *startSamples) error {
-	if err := s.coldStart(ctx, n, slowURL, &out.slow, nil); err != nil {
-		return err
+	for _, cold := range []func() error{
+		func() error { return s.timed(ctx, n, "", &out.cold) },
+		func() error { return s.timed(ctx, n, slowURL, &out.slow) },
+		func() error { return s.coldCounts(ctx, n, out) },
+	} {
+		if err := errors.Join(s.clean(ctx, n), cold()); err != nil {
+			return err
+		}
 	}
-	if err := s.coldStart(ctx, n, "", &out.cold, out); err != nil {
-		return err
-	}
-	return s.warmStart(ctx, n, out)
+	return errors.Join(s.timed(ctx, n, "", &out.warm), s.warmCounts(ctx, n, out))
 }
 
-// coldStart starts a node that has nothing, and leaves what it made.
-func (s *site) coldStart(ctx context.Context, n int, etcd string, f *startFigures, more *startSamples) error {
-	if err := s.clean(ctx, n); err != nil {
-		return err
-	}
-	before, err := s.requests(ctx)
-	if err != nil {
-		return err
-	}
+// timed runs the daemon until it is ready, and not a moment longer.
+func (s *site) timed(ctx context.Context, n int, etcd string, f *startFigures) error {
 	d, err := s.start(n, etcd)
 	if err != nil {
 		return err
 	}
-	defer d.end(syscall.SIGKILL)
 	if err := d.ready(ctx); err != nil {
+		_, _ = d.end(syscall.SIGKILL)
 		return err
 	}
 	wall := time.Since(d.began)
-	if more != nil { // the peak and the log include what follows at once
-		time.Sleep(settled)
-	}
-	if err := s.complete(n); err != nil {
-		return err
-	}
-	if more != nil {
-		after, errRequests := s.requests(ctx)
+	cpu, err := d.end(syscall.SIGKILL)
+	f.wall, f.cpu = append(f.wall, millis(wall)), append(f.cpu, millis(cpu))
+	return errors.Join(err, s.complete(n))
+}
+
+// coldCounts looks at what a new node's start asks of others, and of memory.
+func (s *site) coldCounts(ctx context.Context, n int, out *startSamples) error {
+	requests, err := s.started(ctx, n, func(d *daemon) error {
 		peak, errPeak := d.peakRSS()
 		log, errLog := d.logSize()
-		if err := errors.Join(errRequests, errPeak, errLog); err != nil {
-			return err
-		}
-		more.requests, more.peak, more.coldLog = append(more.requests, after-before), append(more.peak, peak/1e6), append(more.coldLog, log)
-	}
-	cpu, err := d.end(syscall.SIGTERM)
-	f.wall, f.cpu = append(f.wall, millis(wall)), append(f.cpu, millis(cpu))
+		out.peak, out.coldLog = append(out.peak, peak/1e6), append(out.coldLog, log)
+		return errors.Join(errPeak, errLog)
+	})
+	out.requests = append(out.requests, requests)
 	return err
 }
 
-// warmStart starts a node that has everything: what is in the kernel, in etcd, and on its disk.
-func (s *site) warmStart(ctx context.Context, n int, out *startSamples) error {
-	revision, err := s.revision(ctx)
-	if err != nil {
-		return err
-	}
-	before, err := s.requests(ctx)
+// warmCounts looks at what is changed by a restart: of what is in the kernel and in etcd, nothing should be.
+func (s *site) warmCounts(ctx context.Context, n int, out *startSamples) error {
+	before, err := s.revision(ctx)
 	if err != nil {
 		return err
 	}
@@ -123,58 +113,78 @@ func (s *site) warmStart(ctx context.Context, n int, out *startSamples) error {
 		return err
 	}
 	defer m.close()
+	requests, err := s.started(ctx, n, func(*daemon) error {
+		changes, err := m.count()
+		out.changes = append(out.changes, float64(changes))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	after, err := s.revision(ctx)
+	out.writes, out.warmRequest = append(out.writes, float64(after-before)), append(out.warmRequest, requests)
+	return err
+}
+
+// started runs the daemon until a moment after it is ready, and counts its requests to etcd. It ends as systemd would end it.
+func (s *site) started(ctx context.Context, n int, look func(d *daemon) error) (requests float64, err error) {
+	before, err := s.requests(ctx)
+	if err != nil {
+		return 0, err
+	}
 	d, err := s.start(n, "")
 	if err != nil {
-		return err
+		return 0, err
 	}
-	defer d.end(syscall.SIGKILL)
+	defer func() {
+		_, endErr := d.end(syscall.SIGTERM)
+		err = errors.Join(err, endErr)
+	}()
 	if err := d.ready(ctx); err != nil {
-		return err
+		return 0, err
 	}
-	wall := time.Since(d.began)
 	time.Sleep(settled)
 	after, err := s.requests(ctx)
-	if err != nil {
-		return err
-	}
-	changes, err := m.count()
-	if err != nil {
-		return err
-	}
-	cpu, err := d.end(syscall.SIGTERM)
-	if err != nil {
-		return err
-	}
-	now, err := s.revision(ctx)
-	out.warm.wall, out.warm.cpu = append(out.warm.wall, millis(wall)), append(out.warm.cpu, millis(cpu))
-	out.writes, out.changes = append(out.writes, float64(now-revision)), append(out.changes, float64(changes))
-	out.warmRequest = append(out.warmRequest, after-before)
-	return errors.Join(err, s.complete(n))
+	return after - before, errors.Join(err, look(d), s.complete(n))
 }
 
 func (s *site) startRows(all map[int]*startSamples, sizes []int) {
 	for _, n := range sizes {
 		x := all[n]
-		wall := Row{Group: "cold start", Name: peers(n) + ": exec to ready, all programmed", Unit: Millis, Ours: x.cold.wall}
-		cpu := Row{Group: "cold start", Name: peers(n) + ": CPU of all processes", Unit: Millis, Ours: x.cold.cpu}
-		slow := Row{
-			Group: "cold start", Name: peers(n) + ": etcd 2.4 ms away", Unit: Millis, Ours: x.slow.wall, Base: x.cold.wall, BaseName: "etcd near",
+		row := func(group, what string, u Unit, ours []float64, b Bound) Row {
+			return Row{Group: group, Name: peers(n) + ": " + what, Peers: n, Unit: u, Ours: ours, Bound: b}
 		}
-		peak := Row{Group: "cold start", Name: peers(n) + ": peak of memory (RSS)", Unit: MB, Ours: x.peak}
-		warm := Row{Group: "warm restart", Name: peers(n) + ": CPU of all processes", Unit: Millis, Ours: x.warm.cpu, Base: x.cold.cpu, BaseName: "cold start"}
+		beside := func(r Row, name string, base []float64) Row {
+			r.BaseName, r.Base = name, base
+			return r
+		}
+		var wall, cpu, slow, peak, warm Bound
 		if n == 5000 {
-			wall.Bound, cpu.Bound, slow.Bound, peak.Bound, warm.Bound = AtMost(150), AtMost(180), AtMost(Median(x.cold.wall)+30), AtMost(40), RatioAtMost(0.6)
+			wall, cpu, peak, slow, warm = AtMost(150), AtMost(180), AtMost(40), AtMost(Median(x.cold.wall)+30), RatioAtMost(0.6)
 		}
+		first := row(coldStart, execToReady, Millis, x.cold.wall, wall)
 		if n == 20000 {
-			wall.Base, wall.BaseName, wall.Bound = all[5000].cold.wall, "5,000 peers", RatioAtMost(4.5)
+			first = beside(first, peers(5000), all[5000].cold.wall)
+			first.Bound = RatioAtMost(4.5)
 		}
-		s.env.Add(wall, cpu, slow, peak,
-			Row{Group: "cold start", Name: peers(n) + ": requests to etcd", Unit: Count, Ours: x.requests, Bound: AtMost(10)},
-			Row{Group: "cold start", Name: peers(n) + ": log", Unit: Bytes, Ours: x.coldLog, Bound: AtMost(10000)},
-			Row{Group: "warm restart", Name: peers(n) + ": exec to ready", Unit: Millis, Ours: x.warm.wall, Base: x.cold.wall, BaseName: "cold start"},
-			warm,
-			Row{Group: "warm restart", Name: peers(n) + ": requests to etcd", Unit: Count, Ours: x.warmRequest, Bound: AtMost(10)},
-			Row{Group: "warm restart", Name: peers(n) + ": writes to etcd", Unit: Count, Ours: x.writes, Bound: AtMost(0)},
-			Row{Group: "warm restart", Name: peers(n) + ": changes to the kernel", Unit: Count, Ours: x.changes, Bound: AtMost(0)})
+		s.env.Add(first,
+			row(coldStart, cpuOfAll, Millis, x.cold.cpu, cpu),
+			beside(row(coldStart, "etcd 2.4 ms away", Millis, x.slow.wall, slow), "etcd near", x.cold.wall),
+			row(coldStart, "peak of memory (RSS)", MB, x.peak, peak),
+			row(coldStart, "requests to etcd", Count, x.requests, AtMost(10)),
+			row(coldStart, "log", Bytes, x.coldLog, AtMost(10000)),
+			beside(row(warmRestart, execToReady, Millis, x.warm.wall, Bound{}), "cold start", x.cold.wall),
+			beside(row(warmRestart, cpuOfAll, Millis, x.warm.cpu, warm), "cold start", x.cold.cpu),
+			row(warmRestart, "requests to etcd", Count, x.warmRequest, AtMost(10)),
+			row(warmRestart, "writes to etcd", Count, x.writes, AtMost(0)),
+			row(warmRestart, "changes to the kernel", Count, x.changes, AtMost(0)))
 	}
 }
+
+// The names of rows that the plot has as well.
+const (
+	coldStart   = "cold start"
+	warmRestart = "warm restart"
+	execToReady = "exec to ready, all programmed"
+	cpuOfAll    = "CPU of all processes"
+)

@@ -44,6 +44,9 @@ func root() *cobra.Command {
 	cmd.AddCommand(&cobra.Command{
 		Use: lab.EtcdCommand, Hidden: true, DisableFlagParsing: true,
 		RunE: func(cmd *cobra.Command, args []string) error { return lab.EtcdMain(cmd.Context(), args) },
+	}, &cobra.Command{
+		Use: bench.EndCommand, Hidden: true, DisableFlagParsing: true,
+		RunE: func(cmd *cobra.Command, args []string) error { return bench.EndMain(cmd.Context(), args) },
 	})
 	return cmd
 }
