@@ -104,6 +104,8 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	desired.Sysctls = append(desired.Sysctls, a.forwarding()...)
 	slices.SortFunc(desired.Sysctls, netstate.Sysctl.Compare)
 	inTheWay := shadowed(a.host, desired)
+	p := &planned{input: in, mtu: plan.MTU, tunnel: plan.Tunnel, direct: plan.DirectNodes, online: a.online(), plain: plain(plan, inTheWay)}
+	a.firewall.wishes.put(a.firewallWish(p)) // it works meanwhile
 
 	// Until the store has said what there is, nothing that is there may go.
 	reconcile := a.kernel.Reconcile
@@ -112,7 +114,6 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	}
 	res, err := reconcile(desired)
 
-	p := &planned{input: in, mtu: plan.MTU, tunnel: plan.Tunnel, direct: plan.DirectNodes, online: a.online(), plain: plain(plan, inTheWay)}
 	if a.planned = p; err != nil {
 		a.planned = nil
 	}
@@ -120,7 +121,6 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	a.health.set(condUnreachable, unreachable(plan.Ways))
 	a.health.set(condRoutes, inTheWay)
 	a.peers.replace(plan.Ways)
-	a.firewall.wishes.put(a.firewallWish(p))
 	if a.mtu != 0 && a.mtu != p.mtu {
 		a.log.Info("the pods' MTU has changed; those that run keep theirs until they are made anew", zap.Int("mtu", p.mtu), zap.Int("before", a.mtu))
 	}
