@@ -1,11 +1,9 @@
 package masquerade
 
 import (
-	"bufio"
 	"context"
-	"errors"
 	"fmt"
-	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -37,25 +35,60 @@ type Options struct {
 	Variant Variant       // of iptables; VariantDefault: what the host uses
 	Wait    time.Duration // for the xtables lock; zero: DefaultWait
 	Sets    Sets
-	Watch   Watch // nil: nothing is heard, look each time
+	Watch   Watch  // nil: nothing is heard, look each time
+	Kernel  Kernel // nil: iptables has to say what is there
 }
 
-// New makes the driver that the options ask for. Where they leave a choice, the host is looked at once, which starts a
-// few processes.
+// New makes the driver that the options ask for. Where they leave a choice, the host is looked at once. That starts no process
+// but where there are tables of iptables-legacy, or where it seems that the answer is nftables.
 func New(ctx context.Context, o Options) (Driver, Decision) {
+	h := newHost(o.Kernel)
 	d := Decision{o.Kind, o.Variant, "as configured"}
 	if o.Kind == KindAuto || o.Kind == KindIPTables && o.Variant == VariantDefault {
-		d = Decide(o.Kind, o.Variant, gather(ctx, execRun, newNFTTool()))
+		d = Decide(o.Kind, o.Variant, gather(ctx, h, o.Kind))
 	}
 	if d.Kind == KindNFTables {
 		n := NewNFTables(o.Wait)
+		n.use(h)
 		n.sets, n.memory.watch = o.Sets, o.Watch
 		return n, d
 	}
 	i := NewIPTables(d.Variant, o.Wait)
-	i.sets, i.memory.watch = o.Sets, o.Watch
+	i.host, i.sets, i.memory.watch = h, o.Sets, o.Watch
 	return i, d
 }
+
+// Begin is New beside what the caller goes on to do: chosen is told the decision, from another goroutine, and the driver waits
+// for it. Until then the driver alone may use what is in the options.
+func Begin(ctx context.Context, o Options, chosen func(Decision)) Driver {
+	l := &later{done: make(chan struct{})}
+	go func() {
+		defer close(l.done)
+		var d Decision
+		l.driver, d = New(ctx, o)
+		chosen(d)
+	}()
+	return l
+}
+
+// later is a driver that is being chosen.
+type later struct {
+	done   chan struct{}
+	driver Driver
+}
+
+func (l *later) get() Driver {
+	<-l.done // soon: what New does ends with its context
+	return l.driver
+}
+
+func (l *later) Ensure(ctx context.Context, want []Ruleset) (Result, error) {
+	return l.get().Ensure(ctx, want)
+}
+
+func (l *later) Remove(ctx context.Context) error { return l.get().Remove(ctx) }
+
+func (l *later) Notified() bool { return l.get().Notified() }
 
 // Remove takes everything of ours out of every firewall, and the sets.
 func Remove(ctx context.Context, wait time.Duration, sets Sets) error {
@@ -71,12 +104,27 @@ type Decision struct {
 	Reason  string
 }
 
-// Facts are what a decision rests on. What could not be found out is taken for not there.
+// Facts are what a decision rests on. What could not be found out is taken for not there, and so is what makes no difference.
 type Facts struct {
 	NFT          bool // nft works
 	KubeProxyNFT bool // kube-proxy has a table in nftables
 	IPTablesNFT  VariantFacts
 	Legacy       VariantFacts
+}
+
+// nftMatters tells whether it makes a difference if nft works.
+func (f Facts) nftMatters(k Kind) bool {
+	return k == KindAuto && (f.KubeProxyNFT || !f.IPTablesNFT.Program && !f.Legacy.Program)
+}
+
+// variantsMatter tells whether it makes a difference who uses which variant.
+func (f Facts) variantsMatter() bool {
+	return f.NFT && f.KubeProxyNFT || f.IPTablesNFT.Program && f.Legacy.Program
+}
+
+// rulesMatter tells whether it makes a difference how many rules there are.
+func (f Facts) rulesMatter() bool {
+	return f.variantsMatter() && f.IPTablesNFT.KubeProxy == f.Legacy.KubeProxy && f.IPTablesNFT.Kubelet == f.Legacy.Kubelet
 }
 
 // VariantFacts are about one variant of iptables, both families together.
@@ -146,65 +194,83 @@ func either(nft bool) Variant {
 }
 
 // gather looks at the host, in the network namespace of the calling thread. It makes nothing by looking.
-func gather(ctx context.Context, run runner, nft nftTool) Facts {
+func gather(ctx context.Context, h host, k Kind) Facts {
 	var f Facts
-	f.NFT, f.KubeProxyNFT = gatherNFT(ctx, run, nft)
 	for _, fam := range addr.Families() {
-		f.IPTablesNFT.add(ctx, run, fam, VariantNFT)
-		f.Legacy.add(ctx, run, fam, VariantLegacy)
+		f.IPTablesNFT.Program = f.IPTablesNFT.Program || programThere(fam, VariantNFT)
+		f.Legacy.Program = f.Legacy.Program || programThere(fam, VariantLegacy)
+		_, _, err := h.kernel.Table(fam, "kube-proxy")
+		f.KubeProxyNFT = f.KubeProxyNFT || err == nil
+	}
+	f.NFT = f.nftMatters(k) && h.nftWorks(ctx)
+	for _, fam := range addr.Families() {
+		if f.variantsMatter() {
+			f.IPTablesNFT.find(h, fam)
+			f.Legacy.save(ctx, h, fam)
+		}
+	}
+	for _, fam := range addr.Families() {
+		if f.rulesMatter() {
+			f.IPTablesNFT.count(h, fam)
+		}
 	}
 	return f
 }
 
-// gatherNFT tries what the driver will need, JSON among it, which nft may have been built without.
-func gatherNFT(ctx context.Context, run runner, nft nftTool) (works, kubeProxy bool) {
-	if _, err := nft.open(); err != nil {
-		return false, false
+// What kube-proxy and the kubelet are known by.
+const (
+	kubeServices = "KUBE-SERVICES"
+	kubeHint     = "KUBE-IPTABLES-HINT"
+	kubeCanary   = "KUBE-KUBELET-CANARY"
+)
+
+// find asks the kernel who uses iptables-nft.
+func (v *VariantFacts) find(h host, f addr.Family) {
+	there := func(table Table, chain string) bool {
+		_, err := h.kernel.Chain(f, string(table), chain)
+		return err == nil
 	}
-	out, err := run(ctx, "", nftProgram, "-j", "list", "tables")
-	if err != nil {
-		return false, false
-	}
-	err = eachNFTObject(out, func(kind string, o nftObject, _ bool) {
-		kubeProxy = kubeProxy || kind == "table" && o.Name == "kube-proxy"
-	})
-	return err == nil, kubeProxy
+	v.KubeProxy = v.KubeProxy || there(NAT, kubeServices) || there(Filter, kubeServices)
+	v.Kubelet = v.Kubelet || there(mangle, kubeHint) || there(mangle, kubeCanary)
 }
 
-func (v *VariantFacts) add(ctx context.Context, run runner, f addr.Family, variant Variant) {
-	if !programThere(f, variant) {
-		return
-	}
-	v.Program = true
-	if variant == VariantLegacy && !anyLegacyTable(f) {
-		return // to save them would make them
-	}
-	out, err := run(ctx, "", programName(f, variant)+"-save")
-	if err != nil && !errors.Is(err, exec.ErrNotFound) {
-		return
-	}
-	v.count(out)
-}
-
-func anyLegacyTable(f addr.Family) bool {
-	for _, t := range []Table{NAT, Filter, "mangle"} {
-		if there, err := legacyTable(f, t); there && err == nil {
-			return true
+// count counts the rules of iptables-nft.
+func (v *VariantFacts) count(h host, f addr.Family) {
+	for _, table := range []Table{NAT, Filter, mangle, "raw", "security"} {
+		rules, _ := h.kernel.Rules(f, string(table), "")
+		for _, line := range ruleLines(rules) {
+			if !strings.Contains(line, ourPrefix) {
+				v.Rules++
+			}
 		}
 	}
-	return false
 }
 
-// count reads what iptables-save prints.
-func (v *VariantFacts) count(saved string) {
-	for s := bufio.NewScanner(strings.NewReader(saved)); s.Scan(); {
-		line := s.Text()
+// mangle is a table in which there is nothing of ours.
+const mangle Table = "mangle"
+
+// save lets iptables-legacy say who uses it, if anybody does: to save its tables makes them.
+func (v *VariantFacts) save(ctx context.Context, h host, f addr.Family) {
+	if !programThere(f, VariantLegacy) || !slices.ContainsFunc([]Table{NAT, Filter, mangle}, func(t Table) bool {
+		there, err := legacyTable(f, t)
+		return there && err == nil
+	}) {
+		return
+	}
+	if out, err := h.run(ctx, "", programName(f, VariantLegacy)+"-save"); err == nil {
+		v.read(out)
+	}
+}
+
+// read reads what iptables-save prints.
+func (v *VariantFacts) read(saved string) {
+	for line := range strings.Lines(saved) {
 		switch {
-		case strings.HasPrefix(line, ":KUBE-SERVICES "):
+		case strings.HasPrefix(line, ":"+kubeServices+" "):
 			v.KubeProxy = true
-		case strings.HasPrefix(line, ":KUBE-IPTABLES-HINT "), strings.HasPrefix(line, ":KUBE-KUBELET-CANARY "):
+		case strings.HasPrefix(line, ":"+kubeHint+" "), strings.HasPrefix(line, ":"+kubeCanary+" "):
 			v.Kubelet = true
-		case strings.HasPrefix(line, "-A ") && !strings.Contains(line, "OVERLAYD-"):
+		case strings.HasPrefix(line, "-A ") && !strings.Contains(line, ourPrefix):
 			v.Rules++
 		}
 	}

@@ -46,6 +46,40 @@ type Sets interface {
 	Remove(name string) error
 }
 
+// Kernel reads what is in the firewall, most of it in nf_tables, without a process. What is not there is an error that is
+// os.ErrNotExist.
+type Kernel interface {
+	// Table tells how many chains, sets and other objects are in a table, and whether it is plain: without flags.
+	Table(f addr.Family, table string) (objects int, plain bool, err error)
+	// Chain says what makes a chain a base chain, "type nat hook postrouting priority 100 policy accept", and nothing of one
+	// that only other chains call.
+	Chain(f addr.Family, table, chain string) (base string, err error)
+	// Rules returns the rules of a chain, or of all chains in the table if none is named, as the words that `iptables -S`
+	// prints, without quotes. What is not known there is a word that begins with a question mark.
+	Rules(f addr.Family, table, chain string) ([][]string, error)
+	// Set returns the kind of a set, "ipv4_addr", and its members, sorted.
+	Set(f addr.Family, table, set string) (kind string, members []netip.Addr, err error)
+	// LegacyTable returns a number that changes with every change of a table of iptables-legacy, which has to exist.
+	LegacyTable(f addr.Family, table string) (uint64, error)
+}
+
+// noKernel stands for a kernel that cannot be asked.
+type noKernel struct{}
+
+func (noKernel) Table(addr.Family, string) (int, bool, error) { return 0, false, errNoKernel }
+
+func (noKernel) Chain(addr.Family, string, string) (string, error) { return "", errNoKernel }
+
+func (noKernel) Rules(addr.Family, string, string) ([][]string, error) { return nil, errNoKernel }
+
+func (noKernel) Set(addr.Family, string, string) (string, []netip.Addr, error) {
+	return "", nil, errNoKernel
+}
+
+func (noKernel) LegacyTable(addr.Family, string) (uint64, error) { return 0, errNoKernel }
+
+var errNoKernel = errors.New("nf_tables cannot be read")
+
 // Watch hears of changes in the firewall that Concerns is true for.
 type Watch interface {
 	// Epoch grows with every change, those included that were complete before the call; false when nothing is heard.

@@ -12,8 +12,6 @@ import (
 	"strings"
 	"time"
 
-	goiptables "github.com/coreos/go-iptables/iptables"
-
 	"github.com/overlayd/overlayd/addr"
 )
 
@@ -46,23 +44,30 @@ const DefaultWait = 5 * time.Second
 
 // IPTables is the Driver on iptables and ip6tables.
 //
-// A look costs two processes for each chain of ours: one for the chain and one for the hook's chain that calls it. What
-// differs is put right by one iptables-restore for each family. Whatever is found missing is found by looking, never by
-// remembering; remembered is only what saves needless looks: at chains that nobody wants and nobody but us makes, and
-// with a Watch at anything while it has heard of no change. The rules of iptables-legacy change unheard.
+// The rules of iptables-nft are read from the kernel. A look at those of iptables-legacy costs two processes for each chain of
+// ours: one for the chain and one for the hook's chain that calls it; the same goes for what of iptables-nft could not be read.
+// What differs is put right by one iptables-restore for each family. Whatever is found missing is found by looking, never by
+// remembering; remembered is only what saves needless looks: at chains that nobody wants and nobody but us makes, with a
+// Watch at anything while it has heard of no change, and at tables of iptables-legacy, which change unheard, while they are the same.
 type IPTables struct {
+	host
 	variant Variant
 	wait    time.Duration
-	run     runner
 	sets    Sets // nil: the sets are somebody else's
 	memory  memory
-	nft     nftTool // for what the other driver left
-	guest   bool    // the other driver's helper: what else there is of ours is wanted
+	guest   bool // the other driver's helper: what else there is of ours is wanted
 
 	tools   addr.Per[*tool]
 	written map[site]writing
 	gone    map[site]bool
 	swept   addr.Per[bool]
+	legacy  addr.Per[legacySighting]
+}
+
+// legacySighting is when a ruleset was seen in place in iptables-legacy: when the tables were like this.
+type legacySighting struct {
+	tables [2]uint64
+	want   Ruleset
 }
 
 // site is a place in one family.
@@ -80,9 +85,7 @@ func NewIPTables(variant Variant, wait time.Duration) *IPTables {
 	if wait <= 0 {
 		wait = DefaultWait
 	}
-	return &IPTables{
-		variant: variant, wait: wait, run: execRun, nft: newNFTTool(), written: map[site]writing{}, gone: map[site]bool{},
-	}
+	return &IPTables{host: newHost(nil), variant: variant, wait: wait, written: map[site]writing{}, gone: map[site]bool{}}
 }
 
 var _ Driver = (*IPTables)(nil)
@@ -129,9 +132,38 @@ func (d *IPTables) ensureRules(ctx context.Context, t *tool, rs Ruleset) ([]Drif
 	repair := func() ([]Drift, error) { return d.repair(ctx, t, rs) }
 	if t.legacy {
 		d.memory.forget(t.family)
-		return repair()
+		return d.lookLegacy(rs, repair)
 	}
 	return d.memory.look(rs, repair)
+}
+
+// lookLegacy repairs what a look finds. Nobody looks at tables that are as they were when all was in place.
+func (d *IPTables) lookLegacy(rs Ruleset, repair func() ([]Drift, error)) ([]Drift, error) {
+	tables, known := d.legacyTables(rs.Family)
+	last := d.legacy.Get(rs.Family)
+	if known && last.tables == tables && last.want.Equal(rs) {
+		return nil, nil
+	}
+	d.legacy.Set(rs.Family, legacySighting{})
+	drifts, err := repair()
+	if known && err == nil && len(drifts) == 0 {
+		d.legacy.Set(rs.Family, legacySighting{tables, rs})
+	}
+	return drifts, err
+}
+
+// legacyTables are numbers that change with the tables that can hold rules of ours; zero for one that does not exist.
+func (d *IPTables) legacyTables(f addr.Family) (tables [2]uint64, known bool) {
+	for i, p := range Places() {
+		exists, err := legacyTable(f, p.Table)
+		if err == nil && exists {
+			tables[i], err = d.kernel.LegacyTable(f, string(p.Table))
+		}
+		if err != nil {
+			return tables, false
+		}
+	}
+	return tables, true
 }
 
 // fillSets makes the sets that rules name. It is cheap, and needs to be: nothing tells of changes in them.
@@ -163,7 +195,7 @@ func (d *IPTables) sweep(ctx context.Context, t *tool) error {
 	if err := d.removeVariant(ctx, t.family, t.other()); err != nil {
 		return fmt.Errorf("leftovers in the other variant: %w", err)
 	}
-	if err := d.nft.remove(ctx, t.family); err != nil {
+	if err := d.removeNFT(ctx, t.family); err != nil {
 		return fmt.Errorf("leftovers in nftables: %w", err)
 	}
 	d.swept.Set(t.family, true)
@@ -265,14 +297,14 @@ func (d *IPTables) forget() {
 	clear(d.written)
 	clear(d.gone)
 	d.swept = addr.Per[bool]{}
-	d.memory.seen = addr.Per[sighting]{}
+	d.memory.seen, d.legacy = addr.Per[sighting]{}, addr.Per[legacySighting]{}
 }
 
 func (d *IPTables) removeFamily(ctx context.Context, f addr.Family) error {
 	return errors.Join(
 		d.removeVariant(ctx, f, VariantNFT),
 		d.removeVariant(ctx, f, VariantLegacy),
-		d.nft.remove(ctx, f),
+		d.removeNFT(ctx, f),
 		d.dropSets(Ruleset{Family: f}),
 	)
 }
@@ -312,10 +344,12 @@ func (d *IPTables) look(ctx context.Context, t *tool, p Place) (found, error) {
 	switch s.rules, err = d.list(ctx, t, p.Table, p.Name); {
 	case err == nil:
 		s.exists = true
-	case exitStatus(err) != exitNoChain:
+	case !errors.Is(err, errNoChain) && exitStatus(err) != exitNoChain:
 		return found{}, err
 	}
-	s.hook, err = d.list(ctx, t, p.Table, string(p.Hook))
+	if s.hook, err = d.list(ctx, t, p.Table, string(p.Hook)); errors.Is(err, errNoChain) {
+		return s, nil // iptables will make it
+	}
 	return s, err
 }
 
@@ -338,8 +372,21 @@ func (d *IPTables) lookForLeftover(ctx context.Context, t *tool, p Place) (found
 	return found{true, rules, hook}, err
 }
 
-// list returns the rules of one chain as iptables prints them.
+// errNoChain says that the kernel has no such chain.
+var errNoChain = errors.New("no such chain")
+
+// list returns the rules of one chain as iptables prints them. A program is started only where the kernel cannot be asked, or
+// where it is not clear what its answer says of us.
 func (d *IPTables) list(ctx context.Context, t *tool, table Table, chain string) ([]string, error) {
+	if !t.legacy {
+		words, err := d.kernel.Rules(t.family, string(table), chain)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, errNoChain
+		}
+		if rules := ruleLines(words); err == nil && !slices.ContainsFunc(rules, unclear) {
+			return rules, nil
+		}
+	}
 	out, err := d.run(ctx, "", t.list, "-w", d.seconds(), "-t", string(table), "-S", chain)
 	if err != nil {
 		return nil, err
@@ -419,23 +466,23 @@ func programName(f addr.Family, v Variant) string {
 	return name
 }
 
+// variantTool starts a process only where the program's file does not say which variant it is. (Those that do are at least 1.8.)
 func (d *IPTables) variantTool(ctx context.Context, f addr.Family, v Variant) (*tool, error) {
-	name, proto := programName(f, v), goiptables.ProtocolIPv4
-	if f == addr.IPv6 {
-		proto = goiptables.ProtocolIPv6
-	}
+	name := programName(f, v)
 	restore, err := exec.LookPath(name + "-restore")
 	if err != nil {
 		return nil, err
 	}
-	ipt, err := goiptables.New(goiptables.Path(name), goiptables.IPFamily(proto))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
+	file, _ := filepath.EvalSymlinks(restore)
+	switch filepath.Base(file) {
+	case "xtables-nft-multi":
+		return &tool{f, name, restore, false, true}, nil
+	case "xtables-legacy-multi":
+		return &tool{f, name, restore, true, true}, nil
 	}
-	// go-iptables keeps to itself which variant it found.
 	version, err := d.run(ctx, "", name, "--version")
 	if err != nil {
 		return nil, err
 	}
-	return &tool{f, name, restore, !strings.Contains(version, "nf_tables"), ipt.HasRandomFully()}, nil
+	return &tool{f, name, restore, !strings.Contains(version, "nf_tables"), hasRandomFully(version)}, nil
 }

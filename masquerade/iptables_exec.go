@@ -79,6 +79,9 @@ func exitStatus(err error) int {
 // nothingThere tells whether a listing failed because there is no such chain, no such table, or no kernel support for
 // this kind of firewall at all; a missing permission or a busy lock is none of these.
 func nothingThere(err error) bool {
+	if errors.Is(err, errNoChain) {
+		return true
+	}
 	e := (*commandError)(nil)
 	if !errors.As(err, &e) {
 		return false

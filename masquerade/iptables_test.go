@@ -221,10 +221,12 @@ func TestRemoveNamesWhatStillUsesTheChain(t *testing.T) {
 	})
 }
 
-// An iptables that prints rules in its own way costs one restore, not one at every look.
+// An iptables that makes something unknown of our rules, and prints them in its own way, costs one restore, not one at every look.
 func TestAnotherWayToPrint(t *testing.T) {
 	t.Parallel()
 	eachVariant(t, func(t *testing.T, r *rig) {
+		r.kernel = otherWay{r.kernel}
+		r.restart()
 		otherWay := strings.NewReplacer("-m mark --mark 0x4000/0x4000 -m comment", "-m comment", "--random-fully", "random", `"`, "", "! -d", "-d !")
 		r.d.run = r.counted(func(ctx context.Context, stdin, name string, args ...string) (string, error) {
 			out, err := execRun(ctx, stdin, name, args...)
@@ -233,15 +235,21 @@ func TestAnotherWayToPrint(t *testing.T) {
 			}
 			return out, err
 		})
+		inPlace := func() {
+			t.Helper()
+			if drifts, restores := r.ensure(both()...); len(drifts) != 0 || restores != 0 {
+				t.Errorf("%d restores, %v", restores, drifts)
+			}
+		}
 		if _, restores := r.ensure(both()...); restores != 2 {
 			t.Errorf("%d restores", restores)
 		}
-		r.quiet(both()...)
+		inPlace()
 		r.iptables(addr.IPv4, "-t nat -D OVERLAYD-POSTRTG 2")
 		if drifts, _ := r.ensure(both()...); !slices.Equal(kindsOf(drifts), []DriftKind{RulesChanged}) {
 			t.Errorf("drift among odd prints: %v", drifts)
 		}
-		r.quiet(both()...)
+		inPlace()
 	})
 }
 
@@ -377,6 +385,46 @@ func TestMissingPrograms(t *testing.T) {
 	r.quiet(Rules(wanted(addr.IPv4)))
 	if _, _, err := r.tryEnsure(both()...); !errors.Is(err, exec.ErrNotFound) || !strings.Contains(err.Error(), "ip6tables") {
 		t.Errorf("IPv6 without ip6tables: %v", err)
+	}
+}
+
+// Where the program is somebody's script, as in some images of Kubernetes, it is asked once which variant it stands for.
+// Not in parallel: it changes PATH.
+func TestProgramsThatSayNothing(t *testing.T) {
+	for _, v := range []Variant{VariantNFT, VariantLegacy} {
+		dir := t.TempDir()
+		for _, f := range addr.Families() {
+			for _, end := range []string{"", "-restore"} {
+				script := "#!/bin/sh\nexec " + programName(f, v) + end + ` "$@"` + "\n"
+				if err := os.WriteFile(filepath.Join(dir, programName(f, VariantDefault)+end), []byte(script), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+		r := newRig(t, nstest.New(t), VariantDefault)
+		r.ensure(both()...)
+		if asked := strings.Count(strings.Join(r.calls, "\n"), "--version"); asked != 2 {
+			t.Errorf("%s: asked %d times:\n%s", v, asked, strings.Join(r.calls, "\n"))
+		}
+		for _, f := range addr.Families() {
+			if tool := r.d.tools.Get(f); tool.legacy != (v == VariantLegacy) || !tool.randomFully {
+				t.Errorf("%s: %+v", v, tool)
+			}
+		}
+		r.variant = v
+		r.quiet(both()...)
+	}
+}
+
+func TestRandomFully(t *testing.T) {
+	for version, want := range map[string]bool{
+		"iptables v1.8.9 (nf_tables)": true, "ip6tables v1.8.11 (legacy)": true, "iptables v1.6.2": true, "iptables v1.6.1": false, "iptables v1.4.21": false,
+		"iptables v2.0.0": true, "iptables v1.10.0 (nf_tables)": true, "": false, "who knows": false,
+	} {
+		if got := hasRandomFully(version); got != want {
+			t.Errorf("%q: %v", version, got)
+		}
 	}
 }
 

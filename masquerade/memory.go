@@ -1,8 +1,6 @@
 package masquerade
 
 import (
-	"reflect"
-
 	"github.com/overlayd/overlayd/addr"
 )
 
@@ -36,7 +34,7 @@ func (m *memory) epoch() (uint64, bool) {
 func (m *memory) unchanged(rs Ruleset) bool {
 	s := m.seen.Get(rs.Family)
 	epoch, ok := m.epoch()
-	return ok && s.valid && s.epoch == epoch && reflect.DeepEqual(s.want, rs)
+	return ok && s.valid && s.epoch == epoch && s.want.Equal(rs)
 }
 
 func (m *memory) forget(f addr.Family) { m.seen.Set(f, sighting{}) }

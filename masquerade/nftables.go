@@ -19,10 +19,10 @@ import (
 // DROP. There the accepts are needed, and only there they work. So this driver puts them there, by way of iptables,
 // wherever that chain exists, and makes none where it does not.
 //
-// A look costs one process for each table of ours, and one for the list of chains where the accepts are wanted. With a
-// Watch nobody looks while it has heard of no change.
+// What is there is read from the kernel; a process is started for a change alone. With a Watch nobody looks while it has heard
+// of no change.
 type NFTables struct {
-	nft      nftTool
+	host
 	memory   memory
 	sets     Sets // for what the other driver left; nil: none
 	written  addr.Per[nftWriting]
@@ -39,8 +39,11 @@ type nftWriting struct{ rendered, printed nftTable }
 // NewNFTables makes the driver; it starts no process and needs no program until it is used. The wait is for the xtables
 // lock, where iptables is needed; zero means DefaultWait.
 func NewNFTables(wait time.Duration) *NFTables {
-	return &NFTables{nft: newNFTTool(), forward: newGuest(VariantNFT, wait), legacy: newGuest(VariantLegacy, wait)}
+	return &NFTables{host: newHost(nil), forward: newGuest(VariantNFT, wait), legacy: newGuest(VariantLegacy, wait)}
 }
+
+// use says what to work with.
+func (d *NFTables) use(h host) { d.host, d.forward.host, d.legacy.host = h, h, h }
 
 func newGuest(v Variant, wait time.Duration) *IPTables {
 	d := NewIPTables(v, wait)
@@ -87,7 +90,7 @@ func (d *NFTables) repair(ctx context.Context, rs Ruleset) ([]Drift, error) {
 
 // repairTable makes our own table the wanted one.
 func (d *NFTables) repairTable(ctx context.Context, rs Ruleset) ([]Drift, error) {
-	have, err := d.nft.list(ctx, rs.Family)
+	have, err := d.readNFT(rs.Family)
 	if err != nil {
 		return nil, err
 	}
@@ -99,15 +102,15 @@ func (d *NFTables) repairTable(ctx context.Context, rs Ruleset) ([]Drift, error)
 	if have.equal(want) || have.equal(expected) {
 		return nil, nil
 	}
-	if err := d.nft.apply(ctx, rs, have, expected); err != nil {
+	if err := d.changeNFT(ctx, rs, have, expected); err != nil {
 		return nil, err
 	}
-	return nftDifferences(rs.Family, have, expected), d.readBack(ctx, want)
+	return nftDifferences(rs.Family, have, expected), d.readBack(want)
 }
 
 // readBack looks at what was just written and remembers how it is printed.
-func (d *NFTables) readBack(ctx context.Context, want nftTable) error {
-	printed, err := d.nft.list(ctx, want.family)
+func (d *NFTables) readBack(want nftTable) error {
+	printed, err := d.readNFT(want.family)
 	if err != nil {
 		return err
 	}
@@ -123,7 +126,7 @@ func (d *NFTables) readBack(ctx context.Context, want nftTable) error {
 func (d *NFTables) repairForward(ctx context.Context, rs Ruleset) ([]Drift, error) {
 	want := Ruleset{Family: rs.Family}
 	if forward := rs.only(forward()); len(forward.Chains) > 0 {
-		policy, err := d.nft.forwardPolicy(ctx, rs.Family)
+		policy, err := d.forwardPolicy(rs.Family)
 		if err != nil {
 			return nil, err
 		}
@@ -176,7 +179,7 @@ func (d *NFTables) dropSets(f addr.Family) error {
 // Remove implements Driver: the same as with the other driver.
 func (d *NFTables) Remove(ctx context.Context) error {
 	all := NewIPTables(VariantDefault, d.forward.wait)
-	all.run, all.nft, all.sets = d.forward.run, d.nft, d.sets
+	all.host, all.sets = d.host, d.sets
 	d.forward.forget()
 	d.legacy.forget()
 	d.memory.seen, d.written = addr.Per[sighting]{}, addr.Per[nftWriting]{}

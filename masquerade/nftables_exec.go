@@ -4,101 +4,97 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
-
-	"sigs.k8s.io/knftables"
 
 	"github.com/overlayd/overlayd/addr"
 )
 
-// nftTool is the program nft, for our own tables.
-type nftTool struct {
-	run  runner
-	open func() (knftables.Interface, error)
+// host is what a driver looks at and works with.
+type host struct {
+	run    runner
+	kernel Kernel
 }
 
-func newNFTTool() nftTool {
-	return nftTool{run: execRun, open: func() (knftables.Interface, error) {
-		return knftables.New("", "", knftables.NoObjectCommentEmulation)
-	}}
+// newHost is the host itself; a nil kernel cannot be asked.
+func newHost(k Kernel) host {
+	if k == nil {
+		k = noKernel{}
+	}
+	return host{execRun, k}
 }
 
-// list reads our table; one that is not there is an empty value.
-func (n nftTool) list(ctx context.Context, f addr.Family) (nftTable, error) {
-	none := nftTable{family: f}
-	out, err := n.run(ctx, "", nftProgram, "-j", "list", "table", string(nftFamily(f)), nftTableName)
-	if nftNothingThere(err) {
-		return none, nil
+// nftWorks tries whether nft can be used; it changes nothing.
+func (h host) nftWorks(ctx context.Context) bool {
+	_, err := h.run(ctx, "table ip "+nftTableName+" {}\n", nftProgram, "--check", "-f", "-")
+	return err == nil
+}
+
+// readNFT reads our table in nftables; one that is not there is an empty value.
+func (h host) readNFT(f addr.Family) (nftTable, error) {
+	t := nftTable{family: f}
+	objects, plain, err := h.kernel.Table(f, nftTableName)
+	if errors.Is(err, os.ErrNotExist) {
+		return t, nil
 	}
 	if err != nil {
-		return none, err
+		return t, fmt.Errorf("read table %s: %w", nftTableName, err)
 	}
-	return parseNFTTable(f, out), nil
+	t.exists, t.objects, t.plain = true, objects, plain
+	t.chain, err = h.kernel.Chain(f, nftTableName, nftChainName)
+	if err == nil {
+		var rules [][]string
+		rules, err = h.kernel.Rules(f, nftTableName, nftChainName)
+		t.rules = ruleLines(rules)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return t, fmt.Errorf("read table %s: %w", nftTableName, err)
+	}
+	s := nftSet{name: NodeSet(f)}
+	switch s.kind, s.members, err = h.kernel.Set(f, nftTableName, s.name); {
+	case err == nil:
+		t.sets = []nftSet{s}
+	case !errors.Is(err, os.ErrNotExist):
+		return t, fmt.Errorf("read table %s: %w", nftTableName, err)
+	}
+	return t, nil
 }
 
 // forwardPolicy is the policy of the FORWARD chain of iptables-nft; empty when there is no such chain.
-func (n nftTool) forwardPolicy(ctx context.Context, f addr.Family) (string, error) {
-	out, err := n.run(ctx, "", nftProgram, "-j", "list", "chains", string(nftFamily(f)))
-	if err != nil {
-		return "", err
+func (h host) forwardPolicy(f addr.Family) (string, error) {
+	base, err := h.kernel.Chain(f, string(Filter), string(Forward))
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil
 	}
-	return parseForwardPolicy(f, out)
+	_, policy, _ := strings.Cut(base, " policy ")
+	return policy, err
 }
 
-// apply turns what is there into what is wanted, in one transaction.
-func (n nftTool) apply(ctx context.Context, rs Ruleset, have, want nftTable) error {
-	tx, err := n.open()
-	if err != nil {
-		return err
+// changeNFT turns what is there into what is wanted, in one transaction.
+func (h host) changeNFT(ctx context.Context, rs Ruleset, have, want nftTable) error {
+	text := replaceTable(rs, have.exists)
+	if have.sameBut(want) {
+		text = changeMembers(rs, have)
 	}
-	t := tx.NewTransaction()
-	switch {
-	case have.sameBut(want):
-		changeMembers(t, rs, have)
-	default:
-		replaceTable(t, rs, have.exists)
-	}
-	return n.commit(ctx, tx, t)
+	_, err := h.run(ctx, text, nftProgram, "-f", "-")
+	return err
 }
 
-// remove removes our table, if there is one. Where there is no nft, or no nf_tables, there is none.
-func (n nftTool) remove(ctx context.Context, f addr.Family) error {
-	have, err := n.list(ctx, f)
-	if errors.Is(err, exec.ErrNotFound) {
+// removeNFT removes our table, if there is one. Where there is no nft, or no nf_tables, there is none.
+func (h host) removeNFT(ctx context.Context, f addr.Family) error {
+	if _, _, err := h.kernel.Table(f, nftTableName); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	if err != nil || !have.exists {
-		return err
-	}
-	tx, err := n.open()
-	if err != nil {
-		return err
-	}
-	t := tx.NewTransaction()
-	replaceTable(t, Ruleset{Family: f}, true)
-	return n.commit(ctx, tx, t)
-}
-
-// commit runs the transaction; of nft's error the first line says what happened.
-func (nftTool) commit(ctx context.Context, tx knftables.Interface, t *knftables.Transaction) error {
-	err := tx.Run(ctx, t)
-	switch {
-	case err == nil:
+	_, err := h.run(ctx, "", nftProgram, "delete", "table", nftFamily(f), nftTableName)
+	if errors.Is(err, exec.ErrNotFound) || nftNothingThere(err) {
 		return nil
-	case ctx.Err() != nil:
-		return fmt.Errorf("nft: %w", context.Cause(ctx))
 	}
-	line, _, _ := strings.Cut(strings.TrimSpace(err.Error()), "\n")
-	return fmt.Errorf("nft: %s: %w", line, errNFT)
+	return err
 }
 
-// errNFT stands for knftables' error, whose text is several lines long.
-var errNFT = errors.New("the transaction was refused")
-
-// nftNothingThere tells whether a listing failed because there is no such table, or no kernel support for any.
+// nftNothingThere tells whether nft failed because there is no such table, or no kernel support for any.
 func nftNothingThere(err error) bool {
 	e := (*commandError)(nil)
-	return errors.As(err, &e) && (strings.Contains(e.stderr, "No such file or directory") || strings.Contains(e.stderr, "not supported") ||
-		strings.Contains(e.stderr, "JSON support not compiled-in")) // such an nft never made a table of ours
+	return errors.As(err, &e) && (strings.Contains(e.stderr, "No such file or directory") || strings.Contains(e.stderr, "not supported"))
 }

@@ -90,6 +90,13 @@ type Ruleset struct {
 	Chains []Chain
 }
 
+// Equal tells whether two rulesets are the same, in the same order.
+func (rs Ruleset) Equal(o Ruleset) bool {
+	return rs.Family == o.Family &&
+		slices.EqualFunc(rs.Sets, o.Sets, func(a, b Set) bool { return a.Name == b.Name && slices.Equal(a.Members, b.Members) }) &&
+		slices.EqualFunc(rs.Chains, o.Chains, func(a, b Chain) bool { return a.Place == b.Place && slices.Equal(a.Rules, b.Rules) })
+}
+
 // chain is what is wanted at a place; a chain without rules where nothing is.
 func (rs Ruleset) chain(p Place) (Chain, bool) {
 	i := slices.IndexFunc(rs.Chains, func(c Chain) bool { return c.Place == p })

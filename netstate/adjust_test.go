@@ -1,7 +1,6 @@
 package netstate
 
 import (
-	"context"
 	"maps"
 	"math/rand/v2"
 	"net/netip"
@@ -27,7 +26,7 @@ func (n *node) adjust(gone, come State) Result {
 func peersAt(at map[int]int) world {
 	var s State
 	for i, at := range at {
-		sn, mac := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 200, byte(i), 0}), 24), addr.MAC{2, 1, 0, 0, 0, byte(i)}
+		sn, mac := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 250, byte(i), 0}), 24), addr.MAC{2, 1, 0, 0, 0, byte(i)}
 		s.addPeer(dev4, sn, netip.AddrFrom4([4]byte{172, 17, byte(at), byte(i)}), mac)
 	}
 	return newWorld(s)
@@ -193,10 +192,7 @@ func TestRepaired(t *testing.T) {
 func TestAdjustWakesNobody(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error)
-	go func() { done <- n.k.Watch(ctx) }()
-	defer func() { cancel(); <-done }()
+	n.watch()
 	n.converge(fullState())
 	for heard(n.k, 300*time.Millisecond) {
 		n.k.Forget()

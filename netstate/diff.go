@@ -88,8 +88,9 @@ type object[T any] interface {
 // and nothing is deleted before all that is new is there. Only a device that can't be changed into what is wanted has to go first;
 // then everything on it counts as gone.
 func Diff(actual, desired State) []Change {
-	var doomed, gone changes
-	links := diff(actual.Links, desired.Links, &gone)
+	var links, gone []Change
+	diff(actual.Links, desired.Links, &links, &gone)
+	var doomed []Change
 	for i, c := range links {
 		if c.Op == Replace && c.Old.(Link).VXLAN != c.Obj.(Link).VXLAN {
 			doomed = append(doomed, Change{Op: Delete, Obj: c.Old})
@@ -97,31 +98,31 @@ func Diff(actual, desired State) []Change {
 			actual = actual.withoutLink(c.Old.(Link).Name)
 		}
 	}
-	var obsolete [5]changes
-	steps := []changes{
-		doomed,
-		links,
-		diff(actual.Sysctls, desired.Sysctls, new(changes)), // a setting that is no longer wanted stays as it is
-		diff(actual.Addresses, desired.Addresses, &obsolete[4]),
-		diff(actual.FDB, desired.FDB, &obsolete[2]),
-		diff(actual.Neighbours, desired.Neighbours, &obsolete[3]),
-		diff(actual.Routes, desired.Routes, &obsolete[1]),
-		diff(actual.Rules, desired.Rules, &obsolete[0]),
-	}
-	steps = append(append(steps, obsolete[:]...), gone)
 	var out []Change
-	for _, s := range steps {
-		out = append(out, s...)
+	if n := desired.size() - actual.size(); n > 0 { // so many are new at least
+		out = make([]Change, 0, n)
 	}
-	return out
+	out = append(append(out, doomed...), links...)
+	var obsolete [5][]Change
+	diff(actual.Sysctls, desired.Sysctls, &out, new([]Change)) // a setting that is no longer wanted stays as it is
+	diff(actual.Addresses, desired.Addresses, &out, &obsolete[4])
+	diff(actual.FDB, desired.FDB, &out, &obsolete[2])
+	diff(actual.Neighbours, desired.Neighbours, &out, &obsolete[3])
+	diff(actual.Routes, desired.Routes, &out, &obsolete[1])
+	diff(actual.Rules, desired.Rules, &out, &obsolete[0])
+	for _, o := range obsolete {
+		out = append(out, o...)
+	}
+	return append(out, gone...)
 }
 
-type changes []Change
-
 // diff walks two sorted lists side by side.
-func diff[T object[T]](actual, desired []T, obsolete *changes) changes {
-	var out changes
+func diff[T object[T]](actual, desired []T, todo, obsolete *[]Change) {
 	for len(actual) > 0 || len(desired) > 0 {
+		if n := common(actual, desired); n > 0 {
+			actual, desired = actual[n:], desired[n:]
+			continue
+		}
 		var c int
 		switch {
 		case len(actual) == 0:
@@ -136,7 +137,7 @@ func diff[T object[T]](actual, desired []T, obsolete *changes) changes {
 			*obsolete = append(*obsolete, Change{Op: Delete, Obj: actual[0]})
 			actual = actual[1:]
 		case c > 0:
-			out = append(out, Change{Op: Add, Obj: desired[0]})
+			*todo = append(*todo, Change{Op: Add, Obj: desired[0]})
 			desired = desired[1:]
 		default:
 			n := 1 // of what is there under this key: more than one if somebody appended a route to ours
@@ -145,7 +146,7 @@ func diff[T object[T]](actual, desired []T, obsolete *changes) changes {
 			}
 			same := actual[:n]
 			if !slices.Contains(same, desired[0]) {
-				out = append(out, Change{Op: Replace, Obj: desired[0], Old: same[0]})
+				*todo = append(*todo, Change{Op: Replace, Obj: desired[0], Old: same[0]})
 				same = same[1:]
 			}
 			for _, o := range same {
@@ -156,7 +157,18 @@ func diff[T object[T]](actual, desired []T, obsolete *changes) changes {
 			actual, desired = actual[n:], desired[1:]
 		}
 	}
-	return out
+}
+
+// common is how many of the first objects are the same on both sides, and have no others of their keys behind them.
+func common[T object[T]](actual, desired []T) int {
+	n := 0
+	for n < len(actual) && n < len(desired) && actual[n] == desired[n] {
+		n++
+	}
+	if n > 0 && n < len(actual) && actual[n].Compare(desired[n-1]) == 0 {
+		n--
+	}
+	return n
 }
 
 // withoutLink is the state without everything that goes when a device goes. Rules and settings are not on a device.

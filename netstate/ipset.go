@@ -1,15 +1,15 @@
 package netstate
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
-	"runtime"
 	"slices"
 	"syscall"
+	"time"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -28,36 +28,58 @@ const (
 	ipsetType = "hash:ip"
 	// ipsetMaxElements is only the bound up to which the kernel lets the hash grow; memory follows what is in it.
 	ipsetMaxElements = 1 << 20
+	ipsetHashSize    = 1 << 10 // at least: the kernel's own default
+	// ipsetTrust is how long it is enough that a set has as many members as it was left with.
+	ipsetTrust = 10 * time.Minute
 )
 
 // IPSets keeps named sets of addresses in the kernel. It belongs to one goroutine.
-type IPSets struct{ handle *netlink.Handle }
+//
+// Nothing tells of changes in a set, and to list one of thousands takes a millisecond and more. So a set that is wanted as it was
+// left is only asked for its type and its number of members, and listed if these are others or it was listed last ten minutes ago.
+// What is found late by that, after up to ten minutes: that somebody put another member in a member's place.
+type IPSets struct {
+	c     *conn
+	left  map[string]leftSet
+	trust time.Duration
+}
+
+// leftSet is how a set was left.
+type leftSet struct {
+	members []netip.Addr // as they were asked for
+	count   uint32
+	listed  time.Time
+}
 
 // NewIPSets opens the netlink socket, in the network namespace of the calling thread.
 func NewIPSets() (*IPSets, error) {
-	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	c, err := dialNetfilter()
 	if err != nil {
 		return nil, unsupported(fmt.Errorf("netlink socket for ipset: %w", err))
 	}
-	s := &IPSets{h}
-	if err := guard(func() error { _, _, err := h.IpsetProtocol(); return err }); err != nil {
-		s.Close()
+	if err := c.ask(ipsetRequest(nl.IPSET_CMD_PROTOCOL), func([]byte) {}); err != nil {
+		c.close()
 		return nil, unsupported(fmt.Errorf("ask for the ipset protocol: %w", err))
 	}
-	return s, nil
+	return &IPSets{c, map[string]leftSet{}, ipsetTrust}, nil
 }
 
 // Close closes the socket. The sets stay.
-func (s *IPSets) Close() { s.handle.Close() }
+func (s *IPSets) Close() { s.c.close() }
 
 // Ensure makes the set of this name hold exactly these members, each of the family f, and creates it if there is none.
-// It returns how many changes it made: none, if all was in place. New members are added before old ones go.
+// It returns how many changes it made: none, if all was in place. New members are added before old ones go. The list of the
+// members must not change afterwards.
 func (s *IPSets) Ensure(name string, f addr.Family, members []netip.Addr) (changed int, err error) {
+	if s.asLeft(name, f, members) {
+		return 0, nil
+	}
+	delete(s.left, name)
 	want, err := memberSet(name, f, members)
 	if err != nil {
 		return 0, err
 	}
-	have, created, err := s.open(name, f)
+	have, created, err := s.open(name, f, len(want))
 	if err != nil {
 		return 0, err
 	}
@@ -65,7 +87,20 @@ func (s *IPSets) Ensure(name string, f addr.Family, members []netip.Addr) (chang
 		changed++
 	}
 	n, err := s.apply(name, want, have)
+	if err == nil {
+		s.left[name] = leftSet{members, uint32(len(want)), time.Now()}
+	}
 	return changed + n, err
+}
+
+// asLeft tells whether the set is wanted as it was left, and looks so.
+func (s *IPSets) asLeft(name string, f addr.Family, members []netip.Addr) bool {
+	l, ok := s.left[name]
+	if !ok || time.Since(l.listed) > s.trust || !slices.Equal(l.members, members) {
+		return false
+	}
+	set, err := s.list(name, ipsetListHeader)
+	return err == nil && set.plain(f) && set.counted && set.count == l.count
 }
 
 func memberSet(name string, f addr.Family, members []netip.Addr) (map[netip.Addr]bool, error) {
@@ -79,42 +114,37 @@ func memberSet(name string, f addr.Family, members []netip.Addr) (map[netip.Addr
 	return set, nil
 }
 
-// open returns what is in the set, after making it if there is none.
-func (s *IPSets) open(name string, f addr.Family) (have map[netip.Addr]bool, created bool, err error) {
-	list, err := s.list(name)
+// open returns what is in the set, after making it for so many members if there is none.
+func (s *IPSets) open(name string, f addr.Family, size int) (have map[netip.Addr]bool, created bool, err error) {
+	set, err := s.list(name, 0)
 	if errors.Is(err, unix.ENOENT) {
-		return nil, true, s.create(name, f)
+		return nil, true, s.create(name, f, size)
 	}
 	if err != nil {
 		return nil, false, unsupported(fmt.Errorf("list ipset %s: %w", name, err))
 	}
-	if list.TypeName != ipsetType || list.Family != ipsetFamily(f) || list.Timeout != nil {
+	if !set.plain(f) {
 		return nil, false, fmt.Errorf("ipset %s: %w: %s, wanted %s for %s without timeout; remove it with `ipset destroy %s`",
-			name, ErrIPSetType, describeSet(list), ipsetType, f, name)
+			name, ErrIPSetType, set.describe(), ipsetType, f, name)
 	}
-	have = make(map[netip.Addr]bool, len(list.Entries))
-	for _, e := range list.Entries {
-		if a, ok := netip.AddrFromSlice(e.IP); ok {
-			have[a] = true
-		}
+	have = make(map[netip.Addr]bool, len(set.members))
+	for _, a := range set.members {
+		have[a] = true
 	}
 	return have, false, nil
 }
 
-func (s *IPSets) list(name string) (list *netlink.IPSetResult, err error) {
-	err = guard(func() error {
-		list, err = s.handle.IpsetList(name)
-		return err
-	})
-	return list, err
-}
-
-func (s *IPSets) create(name string, f addr.Family) error {
-	err := guard(func() error {
-		return s.handle.IpsetCreate(name, ipsetType, netlink.IpsetCreateOptions{Family: ipsetFamily(f), MaxElements: ipsetMaxElements})
-	})
-	if err != nil {
-		return unsupported(fmt.Errorf("create ipset %s: %w", name, err))
+// create makes a set with room for size members: to let the hash grow while they are added takes as long as to add them.
+func (s *IPSets) create(name string, f addr.Family, size int) error {
+	data := nl.NewRtAttr(nl.IPSET_ATTR_DATA|unix.NLA_F_NESTED, nil)
+	data.AddRtAttr(nl.IPSET_ATTR_MAXELEM|unix.NLA_F_NET_BYTEORDER, binary.BigEndian.AppendUint32(nil, ipsetMaxElements))
+	data.AddRtAttr(nl.IPSET_ATTR_HASHSIZE|unix.NLA_F_NET_BYTEORDER, binary.BigEndian.AppendUint32(nil, uint32(max(size, ipsetHashSize))))
+	req := ipsetRequest(nl.IPSET_CMD_CREATE, nl.NewRtAttr(nl.IPSET_ATTR_SETNAME, nl.ZeroTerminated(name)),
+		nl.NewRtAttr(nl.IPSET_ATTR_TYPENAME, nl.ZeroTerminated(ipsetType)), nl.NewRtAttr(nl.IPSET_ATTR_REVISION, []byte{0}),
+		nl.NewRtAttr(nl.IPSET_ATTR_FAMILY, []byte{nfFamily(f)}), data)
+	req.Flags |= unix.NLM_F_CREATE | unix.NLM_F_EXCL
+	if err := s.c.ask(req, func([]byte) {}); err != nil {
+		return unsupported(fmt.Errorf("create ipset %s: %w", name, ipsetError(err)))
 	}
 	return nil
 }
@@ -122,23 +152,20 @@ func (s *IPSets) create(name string, f addr.Family) error {
 // apply adds what is missing, then deletes what is too much. It goes on after an error, and reports the first.
 func (s *IPSets) apply(name string, want, have map[netip.Addr]bool) (changed int, err error) {
 	failed := 0
-	step := func(verb string, a netip.Addr, do func(string, *netlink.IPSetEntry) error) {
-		// Replace: that it is already there, or already gone, is fine.
-		e := guard(func() error { return do(name, &netlink.IPSetEntry{IP: a.AsSlice(), Replace: true}) })
-		if e == nil {
-			changed++
-			return
+	step := func(verb string, cmd uint16, list []netip.Addr) {
+		refused := s.c.each(len(list), func(i int, out *messages) error {
+			out.member(cmd, name, list[i])
+			return nil
+		})
+		changed, failed = changed+len(list)-len(refused), failed+len(refused)
+		for i, a := range list {
+			if e := refused[i]; e != nil && err == nil {
+				err = fmt.Errorf("ipset %s: %s %s: %w", name, verb, a, ipsetError(e))
+			}
 		}
-		if failed++; err == nil {
-			err = fmt.Errorf("ipset %s: %s %s: %w", name, verb, a, e)
-		}
 	}
-	for _, a := range missing(want, have) {
-		step("add", a, s.handle.IpsetAdd)
-	}
-	for _, a := range missing(have, want) {
-		step("delete", a, s.handle.IpsetDel)
-	}
+	step("add", nl.IPSET_CMD_ADD, missing(want, have))
+	step("delete", nl.IPSET_CMD_DEL, missing(have, want))
 	if failed > 1 {
 		err = fmt.Errorf("%w (and %d more)", err, failed-1)
 	}
@@ -159,47 +186,147 @@ func missing(a, b map[netip.Addr]bool) []netip.Addr {
 
 // Remove removes the set. That there is none is fine; one that a firewall rule still names is an error.
 func (s *IPSets) Remove(name string) error {
-	err := guard(func() error { return s.handle.IpsetDestroy(name) })
+	delete(s.left, name)
+	err := s.c.ask(ipsetRequest(nl.IPSET_CMD_DESTROY, nl.NewRtAttr(nl.IPSET_ATTR_SETNAME, nl.ZeroTerminated(name))), func([]byte) {})
 	if err == nil || errors.Is(err, unix.ENOENT) {
 		return nil
 	}
-	return fmt.Errorf("remove ipset %s: %w", name, err)
+	return fmt.Errorf("remove ipset %s: %w", name, ipsetError(err))
 }
 
-func ipsetFamily(f addr.Family) uint8 {
-	if f == addr.IPv4 {
-		return unix.AF_INET
+// ipsetRequest begins a message (uapi/linux/netfilter/ipset/ip_set.h).
+func ipsetRequest(cmd int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
+	protocol := byte(nl.IPSET_PROTOCOL)
+	if cmd == ipsetCmdGetByIndex {
+		protocol++ // came with it
 	}
-	return unix.AF_INET6
+	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_IPSET<<8|cmd, 0)
+	req.AddData(&nl.Nfgenmsg{})
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_PROTOCOL, []byte{protocol}))
+	for _, a := range attrs {
+		req.AddData(a)
+	}
+	return req
 }
 
-func describeSet(list *netlink.IPSetResult) string {
-	text := list.TypeName
-	switch list.Family {
+// member writes a message that adds or deletes one member. That it is already there, or already gone, is fine: it does not ask
+// for NLM_F_EXCL.
+func (m *messages) member(cmd uint16, set string, a netip.Addr) {
+	typ := uint16(nl.IPSET_ATTR_IPADDR_IPV4)
+	if a.Is6() {
+		typ = nl.IPSET_ATTR_IPADDR_IPV6
+	}
+	m.begin(unix.NFNL_SUBSYS_IPSET<<8|cmd, 0)
+	m.buf = append(m.buf, make([]byte, sizeofNfgenmsg)...)
+	m.attr(nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL})
+	m.attr(nl.IPSET_ATTR_SETNAME, append([]byte(set), 0))
+	data := m.nest(nl.IPSET_ATTR_DATA)
+	ip := m.nest(nl.IPSET_ATTR_IP)
+	m.address(typ|unix.NLA_F_NET_BYTEORDER, a)
+	m.endNest(ip)
+	m.endNest(data)
+	m.end()
+}
+
+// nest begins an attribute that holds attributes; endNest ends it.
+func (m *messages) nest(typ uint16) (at int) {
+	at = len(m.buf)
+	m.attr(typ|unix.NLA_F_NESTED, nil)
+	return at
+}
+
+func (m *messages) endNest(at int) { binary.NativeEndian.PutUint16(m.buf[at:], uint16(len(m.buf)-at)) }
+
+// ipset is a set as the kernel tells it.
+type ipset struct {
+	kind     string
+	family   uint8
+	timeouts bool
+	counted  bool // the kernel says how many members there are
+	count    uint32
+	members  []netip.Addr
+}
+
+// plain tells whether it is a set as we make them.
+func (set ipset) plain(f addr.Family) bool {
+	return set.kind == ipsetType && set.family == nfFamily(f) && !set.timeouts
+}
+
+func (set ipset) describe() string {
+	text := set.kind
+	switch set.family {
 	case unix.AF_INET:
 		text += " for IPv4"
 	case unix.AF_INET6:
 		text += " for IPv6"
 	}
-	if list.Timeout != nil {
+	if set.timeouts {
 		text += " with timeout"
 	}
 	return text
 }
 
-// guard turns the library's panic into an error: its ipset functions take every error for an errno, also those of the
-// netlink layer that are none (a message out of sequence, an interrupted dump).
-func guard(call func() error) (err error) {
-	defer func() {
-		switch r := recover().(type) {
-		case nil:
-		case *runtime.TypeAssertionError:
-			err = fmt.Errorf("netlink: %w", r)
-		default:
-			panic(r) //nolint:forbidigo // not the one that was meant
+// What the library has no names for.
+const (
+	ipsetListHeader    = 1 << 2 // IPSET_FLAG_LIST_HEADER: what the set is, without its members
+	ipsetCmdGetByIndex = 15
+	ipsetAttrIndex     = 11
+)
+
+// list reads a set, under flags.
+func (s *IPSets) list(name string, flags uint32) (ipset, error) {
+	var set ipset
+	attrs := []*nl.RtAttr{
+		nl.NewRtAttr(nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL}), nl.NewRtAttr(nl.IPSET_ATTR_SETNAME, nl.ZeroTerminated(name)),
+		nl.NewRtAttr(nl.IPSET_ATTR_FLAGS|unix.NLA_F_NET_BYTEORDER, binary.BigEndian.AppendUint32(nil, flags)),
+	}
+	err := s.c.dump(unix.NFNL_SUBSYS_IPSET<<8|nl.IPSET_CMD_LIST, &nl.Nfgenmsg{}, attrs, func() { set = ipset{} }, func(body []byte) {
+		set.take(body[min(sizeofNfgenmsg, len(body)):])
+	})
+	return set, err
+}
+
+// take reads one message of a list: the first says what the set is, each has some members.
+func (set *ipset) take(attrs []byte) {
+	eachAttr(attrs, func(typ uint16, data []byte) {
+		switch typ {
+		case nl.IPSET_ATTR_TYPENAME:
+			set.kind = cString(data)
+		case nl.IPSET_ATTR_FAMILY:
+			set.family = append(data, 0)[0]
+		case nl.IPSET_ATTR_DATA:
+			count := attrOf(data, nl.IPSET_ATTR_ELEMENTS)
+			set.counted, set.count = count != nil, be32(count)
+			set.timeouts = attrOf(data, nl.IPSET_ATTR_TIMEOUT) != nil
+		case nl.IPSET_ATTR_ADT:
+			eachAttr(data, func(_ uint16, member []byte) {
+				eachAttr(attrOf(member, nl.IPSET_ATTR_IP), func(_ uint16, ip []byte) {
+					if a, ok := netip.AddrFromSlice(ip); ok {
+						set.members = append(set.members, a)
+					}
+				})
+			})
 		}
-	}()
-	return call()
+	})
+}
+
+// setName is the name of the set that a rule of iptables knows by its number.
+func (n *NFTables) setName(index uint16) string {
+	name := fmt.Sprintf("?%d", index)
+	req := ipsetRequest(ipsetCmdGetByIndex, nl.NewRtAttr(ipsetAttrIndex|unix.NLA_F_NET_BYTEORDER, binary.BigEndian.AppendUint16(nil, index)))
+	_ = n.c.ask(req, func(body []byte) { // what could not be found out remains unknown
+		name = cString(attrOf(body[min(sizeofNfgenmsg, len(body)):], nl.IPSET_ATTR_SETNAME))
+	})
+	return name
+}
+
+// ipsetError gives the errors of ipset their names; its numbers begin behind those that everybody knows.
+func ipsetError(err error) error {
+	var errno syscall.Errno
+	if errors.As(err, &errno) && errno >= nl.IPSET_ERR_PRIVATE {
+		return nl.IPSetError(errno)
+	}
+	return err
 }
 
 // unsupported adds ErrIPSetUnsupported to the errors by which a kernel says that it has no ipset.

@@ -2,15 +2,9 @@ package netstate
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"slices"
-	"strings"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -22,8 +16,10 @@ type Kernel struct {
 	monitor *monitor
 	owned   func(name string) bool
 
-	index map[string]int // of the links, by name, as of the last look
-	known *State         // what is in the kernel, so far as we know; nil: look; wanted itself: all is as it should be
+	index   map[string]int // of the devices, by name, as of the last look
+	devices devices        // the same for the monitor
+	known   *State         // what is in the kernel, so far as we know; nil: look; wanted itself: all is as it should be
+	had     sizes          // of what was there when it was last known
 
 	wanted *State // what was last wished for; the monitor reads it too: see expect
 	lent   bool   // what it is made of belongs to who wished for it
@@ -42,7 +38,7 @@ func Open(owned func(name string) bool) (*Kernel, error) {
 		c.close()
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
-	m, err := newMonitor()
+	m, err := newMonitor(c.fd)
 	if err != nil {
 		c.close()
 		h.Close()
@@ -84,11 +80,11 @@ type Result struct {
 	Repaired bool
 }
 
-// rounds bounds how often one Reconcile looks again: a device that was made new or went up takes its entries with it.
-const rounds = 3
-
 // Forget makes the next Reconcile look at the kernel instead of believing what it last left there.
-func (k *Kernel) Forget() { k.known = nil }
+func (k *Kernel) Forget() {
+	k.measure()
+	k.known = nil
+}
 
 // Reconcile makes the kernel's state the desired one. One object that the kernel refuses holds none of the others back. The error
 // says that the kernel could not be looked at: then nothing was changed. The desired state is kept: it must not be changed any more.
@@ -112,12 +108,12 @@ func (k *Kernel) Adjust(gone, come State) (Result, error) {
 	was, is := k.patch(gone, come)
 	switch {
 	case k.known == nil || k.known != k.wanted:
-		return k.fulfil(was.empty() && is.empty())
+		return k.fulfil(was.size()+is.size() == 0)
 	case len(was.Links)+len(is.Links)+len(was.Sysctls)+len(is.Sysctls) > 0:
 		k.known = nil // a device takes with it what is on it, and a setting may have any value
 		return k.fulfil(false)
 	}
-	res := Result{Repaired: was.empty() && is.empty()}
+	res := Result{Repaired: was.size()+is.size() == 0}
 	res.Done, res.Failed = k.apply(Diff(was, is))
 	if len(res.Failed) > 0 {
 		k.known = nil
@@ -144,107 +140,12 @@ func (k *Kernel) patch(gone, come State) (was, is State) {
 	return was, is
 }
 
+func (k *Kernel) tell(e *expectation) { e.state, e.devices = k.wanted, k.devices }
+
 // expect changes the wish, which is also what tells the monitor what is no surprise.
 func (k *Kernel) expect(change func()) {
 	k.monitor.change(func(e *expectation) {
 		change()
-		e.state = k.wanted
+		k.tell(e)
 	})
-}
-
-// fulfil makes the kernel's state what is wished for.
-func (k *Kernel) fulfil(sameWish bool) (Result, error) {
-	res := Result{Repaired: sameWish && k.acted}
-	k.acted = false
-	for range rounds {
-		if k.known == nil {
-			actual, _, err := k.look()
-			if err != nil {
-				return res, err
-			}
-			k.known = &actual
-		}
-		k.acted = true
-		actual := *k.known
-		actual.Sysctls = readSysctls(k.wanted.Sysctls)
-		changes := Diff(actual, *k.wanted)
-		if !k.whole {
-			changes = withoutSweep(changes)
-		}
-		if len(changes) == 0 {
-			res.Failed = nil
-			if k.whole {
-				k.known = k.wanted
-			}
-			break
-		}
-		done, failed := k.apply(changes)
-		res.Done, res.Failed = append(res.Done, done...), failed
-		k.known = nil
-		touchedLinks := slices.ContainsFunc(done, func(c Change) bool { return c.Obj.kind() == kindLink })
-		if len(failed) == 0 && !touchedLinks {
-			if k.whole {
-				k.known = k.wanted
-			}
-			break
-		}
-		if len(done) == 0 {
-			break // looking again would only meet the same refusals
-		}
-	}
-	return res, nil
-}
-
-// apply carries the changes out in their order: netlink messages in batches, devices and settings one by one.
-func (k *Kernel) apply(changes []Change) (done []Change, failed []Failure) {
-	var batch []Change
-	var reqs []*nl.NetlinkRequest
-	note := func(c Change, err error) {
-		if err == nil || c.Op == Delete && isGone(err) {
-			done = append(done, c)
-		} else {
-			failed = append(failed, Failure{c, err})
-		}
-	}
-	flush := func() {
-		for i, err := range k.conn.do(reqs) {
-			note(batch[i], err)
-		}
-		batch, reqs = batch[:0], reqs[:0]
-	}
-	for _, c := range changes {
-		switch obj := c.Obj.(type) {
-		case Link:
-			flush()
-			note(c, k.applyLink(c, obj))
-		case Sysctl:
-			flush()
-			note(c, writeSysctl(obj))
-		default:
-			req, err := k.request(c)
-			if err != nil {
-				note(c, err)
-				continue
-			}
-			batch, reqs = append(batch, c), append(reqs, req)
-		}
-	}
-	flush()
-	return done, failed
-}
-
-// isGone: deleting what is not there is no failure.
-func isGone(err error) bool {
-	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, ErrNoLink)
-}
-
-// ErrNoLink is why nothing can be put on a device that could not be made.
-var ErrNoLink = errors.New("there is no such device")
-
-func writeSysctl(s Sysctl) error {
-	err := os.WriteFile(filepath.Join("/proc/sys", s.Path), []byte(s.Value), 0)
-	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) {
-		return fmt.Errorf("%w (set it on the host: sysctl -w %s=%s)", err, strings.ReplaceAll(s.Path, "/", "."), s.Value)
-	}
-	return err
 }

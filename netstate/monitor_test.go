@@ -20,20 +20,50 @@ func heard(k *Kernel, within time.Duration) bool {
 	}
 }
 
+// watch hears of changes until the test ends.
+func (n *node) watch() {
+	ctx, cancel := context.WithCancel(n.t.Context())
+	done := make(chan error)
+	go func() { done <- n.k.Watch(ctx) }()
+	n.t.Cleanup(func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			n.t.Errorf("Watch returned %v", err)
+		}
+	})
+}
+
+// TestOwnDoingIsNoNews: not even new devices, and settings that had other values.
+func TestOwnDoingIsNoNews(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.watch()
+	full := fullState()
+	n.observe()
+	for heard(n.k, 300*time.Millisecond) { // before anything was wished for, all is news
+	}
+	for i, want := range []State{full, only(full, dev4), full, {}, manyPeers(300)} {
+		n.Sysctl("net.ipv4.ip_forward", "0")
+		n.Sysctl("net.ipv6.conf.all.forwarding", "0")
+		n.observe()
+		heard(n.k, 300*time.Millisecond)
+		n.converge(want)
+		if heard(n.k, 300*time.Millisecond) {
+			t.Errorf("step %d was taken for somebody else's doing", i)
+		}
+	}
+	n.sh("ip link set overlay.1 mtu 1300")
+	if !heard(n.k, 300*time.Millisecond) {
+		t.Error("what somebody else did was not heard of")
+	}
+}
+
 // What somebody else does to our state, or to what decisions depend on, is heard of at once; what we do, or what is of no
 // concern, is not.
 func TestMonitor(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error)
-	go func() { done <- n.k.Watch(ctx) }()
-	defer func() {
-		cancel()
-		if err := <-done; !errors.Is(err, context.Canceled) {
-			t.Errorf("Watch returned %v", err)
-		}
-	}()
+	n.watch()
 	want := fullState()
 	route := want.Routes[slices.IndexFunc(want.Routes, func(r Route) bool { return r.Table == MainTable && r.Link == "overlay.1" })].Dst.String()
 	mac := want.FDB[slices.IndexFunc(want.FDB, func(e FDBEntry) bool { return e.Link == "overlay.1" })].MAC.String()

@@ -38,9 +38,6 @@ type NFTablesWatch struct {
 	err   error // why nothing is heard any more
 }
 
-// nftWatchBuffer holds the news of a large change (kube-proxy's, say) until they are read. It is forced where we may.
-const nftWatchBuffer = 1 << 20
-
 // WatchNFTables starts to watch, in the network namespace of the calling thread. Only changes that are relevant count;
 // the function is called from another goroutine, and has to be quick.
 func WatchNFTables(relevant func(NFTablesChange) bool) (*NFTablesWatch, error) {
@@ -61,18 +58,11 @@ func WatchNFTables(relevant func(NFTablesChange) bool) (*NFTablesWatch, error) {
 }
 
 func nftSocket() (int, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
+	fd, err := netfilterSocket(unix.SOCK_NONBLOCK)
 	if err != nil {
 		return -1, err
 	}
-	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, nftWatchBuffer) != nil {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, nftWatchBuffer)
-	}
-	err = unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
-	if err == nil {
-		err = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES)
-	}
-	if err != nil {
+	if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES); err != nil {
 		_ = unix.Close(fd)
 		return -1, err
 	}

@@ -17,35 +17,58 @@ import (
 // Observe looks at the kernel: it returns the part of the host's network that is not ours, and remembers the part that is for the
 // next Reconcile.
 func (k *Kernel) Observe() (Host, error) {
-	s, h, err := k.look()
-	if err != nil {
-		k.known = nil
-		return Host{}, err
-	}
-	k.known = &s
-	return h, nil
+	h, err := k.look()
+	k.monitor.change(k.tell)
+	return h, err
 }
 
+// room is an empty state with room for as much as there was the last time, and a little more.
+func (k *Kernel) room() State {
+	k.measure()
+	with := func(n int) int { return n + n/64 + 16 }
+	return State{
+		Neighbours: make([]Neighbour, 0, with(k.had.neighbours)), FDB: make([]FDBEntry, 0, with(k.had.fdb)), Routes: make([]Route, 0, with(k.had.routes)),
+	}
+}
+
+// grown is append, but doubles the room: how much comes is not known when the daemon starts beside what is there from before.
+func grown[T any](s []T, x T) []T {
+	if len(s) == cap(s) {
+		s = slices.Grow(s, len(s)+1)
+	}
+	return append(s, x)
+}
+
+func (k *Kernel) measure() {
+	if k.known != nil {
+		k.had = sizes{len(k.known.Neighbours), len(k.known.FDB), len(k.known.Routes)}
+	}
+}
+
+// sizes is how many there are of what grows with the number of peers.
+type sizes struct{ neighbours, fdb, routes int }
+
 // look reads all but the settings: which of those matter is said by the wish.
-func (k *Kernel) look() (State, Host, error) {
-	var s State
+func (k *Kernel) look() (Host, error) {
+	s := k.room()
+	k.known = nil
 	var h Host
 	_, err := os.Stat("/proc/sys/net/ipv6")
 	h.IPv6 = err == nil
 	names, err := k.observeLinks(&s, &h)
 	if err != nil {
-		return s, h, fmt.Errorf("reading the devices: %w", err)
+		return Host{}, fmt.Errorf("reading the devices: %w", err)
 	}
 	for what, read := range map[string]func(map[int]string, *State, *Host) error{
 		"addresses": k.observeAddresses, "routes": k.observeRoutes, "rules": k.observeRules, "neighbours": k.observeNeighbours,
 	} {
 		if err := read(names, &s, &h); err != nil {
-			return s, h, fmt.Errorf("reading the %s: %w", what, err)
+			return Host{}, fmt.Errorf("reading the %s: %w", what, err)
 		}
 	}
 	s.Sort()
-	k.note(s, h)
-	return s, h.Indexed(), nil
+	k.known, k.devices = &s, k.devicesOf(&s, h)
+	return h.Indexed(), nil
 }
 
 func (k *Kernel) observeLinks(s *State, h *Host) (map[int]string, error) {
@@ -108,37 +131,31 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 	return nil
 }
 
-// note tells the monitor what the devices are.
-func (k *Kernel) note(s State, h Host) {
-	e := expectation{names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.others(s, h)}
+// devicesOf is what the monitor has to know of the devices.
+func (k *Kernel) devicesOf(s *State, h Host) devices {
+	d := devices{names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.others(s, h)}
 	for name, i := range k.index {
-		e.names[uint32(i)] = name
+		d.names[uint32(i)] = name
 		if k.owned(name) {
-			e.index[uint32(i)] = name
+			d.index[uint32(i)] = name
 		}
 	}
-	k.monitor.change(func(old *expectation) {
-		e.state = old.state
-		*old = e
-	})
+	return d
 }
 
 // others lists the links by number that are not ours and carry an address or a route.
-func (k *Kernel) others(s State, h Host) map[uint32]bool {
-	out := map[uint32]bool{}
-	note := func(link string) {
-		if i, ok := k.index[link]; ok && !k.ours(&s, link) {
-			out[uint32(i)] = true
-		}
-	}
+func (k *Kernel) others(s *State, h Host) map[uint32]hostLink {
+	on := map[string]bool{}
 	for _, a := range h.Addresses {
-		if !a.Prefix.Addr().IsLinkLocalUnicast() {
-			note(a.Link)
-		}
+		on[a.Link] = on[a.Link] || !a.Prefix.Addr().IsLinkLocalUnicast()
 	}
 	for _, r := range h.Routes {
-		if !r.Dst.Addr().IsLinkLocalUnicast() {
-			note(r.Link)
+		on[r.Link] = on[r.Link] || !r.Dst.Addr().IsLinkLocalUnicast()
+	}
+	out := map[uint32]hostLink{}
+	for _, l := range h.Links {
+		if on[l.Name] && !k.ours(s, l.Name) {
+			out[uint32(l.Index)] = hostLink{l.Name, l.MTU, l.Up}
 		}
 	}
 	return out
@@ -164,7 +181,7 @@ func (k *Kernel) observeRoutes(names map[int]string, s *State, h *Host) error {
 			r.Link = names[int(r.oif)]
 			switch {
 			case r.protocol == Protocol && !r.drops():
-				s.Routes = append(s.Routes, r.Route)
+				s.Routes = grown(s.Routes, r.Route)
 			case r.Table == MainTable:
 				h.Routes = append(h.Routes, HostRoute{Dst: r.Dst, Via: r.Via, Link: r.Link, Metric: r.Metric, Drops: r.drops(), Advertised: r.protocol == unix.RTPROT_RA})
 			}
@@ -204,7 +221,7 @@ func (k *Kernel) observeNeighbours(names map[int]string, s *State, _ *Host) erro
 			}, func(b []byte) {
 				if n, at, ok := parseNeighbour(b); ok && at == ifindex { // an older kernel does not filter
 					n.Link = names[int(at)]
-					s.Neighbours = append(s.Neighbours, n)
+					s.Neighbours = grown(s.Neighbours, n)
 				}
 			})
 			if err != nil && !noFamily(err) {
@@ -217,7 +234,7 @@ func (k *Kernel) observeNeighbours(names map[int]string, s *State, _ *Host) erro
 		}, func(b []byte) {
 			if e, at, ok := parseFDB(b); ok && at == ifindex {
 				e.Link = names[int(at)]
-				s.FDB = append(s.FDB, e)
+				s.FDB = grown(s.FDB, e)
 			}
 		})
 		if err != nil {

@@ -124,13 +124,12 @@ func captureMessages(t *testing.T) {
 	c := n.k.conn
 	for kind, capped := range map[string]int{"ack": 1, "ack-with-request": 0} {
 		_ = unix.SetsockoptInt(c.fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, capped)
-		req, err := n.k.routeRequest(Add, Route{Table: MainTable, Dst: fullState().Routes[0].Dst, Via: parseAddr(t, "203.0.113.1"), Link: "eth0"})
-		if err != nil {
+		c.out.reset()
+		unreachable := Route{Table: MainTable, Dst: fullState().Routes[0].Dst, Via: parseAddr(t, "203.0.113.1"), Link: "eth0"}
+		if err := n.k.putRoute(&c.out, Add, unreachable); err != nil {
 			t.Fatal(err)
 		}
-		c.seq++
-		req.Seq = c.seq
-		if err := c.send(req.Serialize()); err != nil {
+		if err := c.send(c.out.buf); err != nil {
 			t.Fatal(err)
 		}
 		if err := c.receive(func(h unix.NlMsghdr, body []byte) (bool, error) { note(kind, body); return true, nil }); err != nil {

@@ -85,6 +85,7 @@ func (s *State) equal(o *State) bool {
 		slices.Equal(s.Rules, o.Rules)
 }
 
-func (s *State) empty() bool {
-	return len(s.Links)+len(s.Sysctls)+len(s.Addresses)+len(s.Neighbours)+len(s.FDB)+len(s.Routes)+len(s.Rules) == 0
+// size is the number of objects.
+func (s *State) size() int {
+	return len(s.Links) + len(s.Sysctls) + len(s.Addresses) + len(s.Neighbours) + len(s.FDB) + len(s.Routes) + len(s.Rules)
 }

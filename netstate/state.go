@@ -114,22 +114,37 @@ func Forwarding(f addr.Family) Sysctl {
 
 // Compare orders addresses by key.
 func (a Address) Compare(o Address) int {
-	return cmp.Or(cmp.Compare(a.Link, o.Link), addr.ComparePrefix(a.Prefix, o.Prefix))
+	if a.Link != o.Link {
+		return cmp.Compare(a.Link, o.Link)
+	}
+	return addr.ComparePrefix(a.Prefix, o.Prefix)
 }
 
 // Compare orders neighbours by key.
 func (n Neighbour) Compare(o Neighbour) int {
-	return cmp.Or(cmp.Compare(n.Link, o.Link), n.IP.Compare(o.IP))
+	if n.Link != o.Link {
+		return cmp.Compare(n.Link, o.Link)
+	}
+	return n.IP.Compare(o.IP)
 }
 
 // Compare orders FDB entries by key.
 func (e FDBEntry) Compare(o FDBEntry) int {
-	return cmp.Or(cmp.Compare(e.Link, o.Link), e.MAC.Compare(o.MAC))
+	if e.Link != o.Link {
+		return cmp.Compare(e.Link, o.Link)
+	}
+	return e.MAC.Compare(o.MAC)
 }
 
 // Compare orders routes by key.
 func (r Route) Compare(o Route) int {
-	return cmp.Or(cmp.Compare(r.Table, o.Table), addr.ComparePrefix(r.Dst, o.Dst), cmp.Compare(r.Metric, o.Metric))
+	if r.Table != o.Table {
+		return cmp.Compare(r.Table, o.Table)
+	}
+	if c := addr.ComparePrefix(r.Dst, o.Dst); c != 0 {
+		return c
+	}
+	return cmp.Compare(r.Metric, o.Metric)
 }
 
 // Compare orders rules by key.

@@ -83,8 +83,15 @@ func daemon(ctx context.Context, f flags) error {
 		defer watch.Close()
 		fw.Watch, changed = watch, watch.Wakes()
 	}
-	driver, why := masquerade.New(ctx, fw)
-	log.Info("firewall chosen", zap.String("firewall", string(why.Kind)), zap.String("iptables_variant", string(why.Variant)), zap.String("reason", why.Reason))
+	tables, err := netstate.OpenNFTables() // open to the end, as the sets
+	if err != nil {
+		log.Warn("nf_tables cannot be read", zap.Error(err))
+	} else {
+		fw.Kernel = tables
+	}
+	driver := masquerade.Begin(ctx, fw, func(d masquerade.Decision) {
+		log.Info("firewall chosen", zap.String("firewall", string(d.Kind)), zap.String("iptables_variant", string(d.Variant)), zap.String("reason", d.Reason))
+	})
 	err = agent.New(opts, agent.Parts{
 		Store: store, Kernel: kernel, Health: listener, Log: log, Firewall: driver, FirewallChanged: changed,
 	}).Run(ctx)
