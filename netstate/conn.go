@@ -43,7 +43,7 @@ func dial() (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
-	c := &conn{fd: fd, buf: make([]byte, 256<<10), recv: unix.Recvfrom}
+	c := &conn{fd: fd, buf: make([]byte, 64<<10), recv: unix.Recvfrom}
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		c.close()
 		return nil, fmt.Errorf("netlink socket: %w", err)
@@ -65,26 +65,13 @@ func dial() (*conn, error) {
 
 func (c *conn) close() { _ = unix.Close(c.fd) }
 
-// do sends requests that the library has made, and returns one error (or nil) for each.
-func (c *conn) do(reqs []*nl.NetlinkRequest) []error {
-	errs := make([]error, len(reqs))
-	for i, err := range c.each(len(reqs), func(i int, out *messages) error {
-		reqs[i].Seq = out.seq
-		out.whole(reqs[i].Serialize())
-		return nil
-	}) {
-		errs[i] = err
-	}
-	return errs
-}
-
 // each sends n requests with few system calls. Each is written by put; those that put or the kernel refuses are returned by their
 // number, with the reason.
 func (c *conn) each(n int, put func(i int, out *messages) error) map[int]error {
 	refused := map[int]error{}
 	for at := 0; at < n; {
 		begin, first := at, c.seq+1
-		for c.out.reset(); at < n && len(c.out.buf) < batchSize; at++ {
+		for c.out.reset(); at < n && c.out.open < batchSize; at++ {
 			c.seq++
 			c.out.seq = c.seq
 			if err := put(at, &c.out); err != nil {
@@ -108,11 +95,12 @@ func (c *conn) each(n int, put func(i int, out *messages) error) map[int]error {
 // batch sends what was put into out. Only the last request asks for an acknowledgement: the kernel reports failures without being asked.
 // Each failure is handed over with the request's number from the first one.
 func (c *conn) batch(first uint32, failed func(number uint32, err error)) error {
-	if len(c.out.buf) == 0 {
+	whole := c.out.buf[:c.out.open]
+	if len(whole) == 0 {
 		return nil
 	}
 	last := c.out.askForAck()
-	if err := c.send(c.out.buf); err != nil {
+	if err := c.send(whole); err != nil {
 		return err
 	}
 	return c.receive(func(h unix.NlMsghdr, body []byte) (bool, error) {

@@ -352,6 +352,29 @@ func TestRefusedObjectsHoldNobodyBack(t *testing.T) {
 	n.wantState(want)
 }
 
+// TestRefusalsAmongMany: each is laid at the door of the object that was refused, whichever send it was in.
+func TestRefusalsAmongMany(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	want := manyPeers(1500)
+	rest, refused := want.clone(), map[string]string{}
+	for i := 7; i < len(want.Routes); i += 7 {
+		r := &want.Routes[i]
+		r.Via, r.OnLink = parseAddr(t, "198.51.100.1"), false
+		refused["add "+r.String()] = "(Nexthop has invalid gateway)"
+	}
+	for i := 0; i < len(want.Neighbours); i += 11 {
+		nb := &want.Neighbours[i]
+		nb.Link = "overlay.9"
+		refused["add "+nb.String()] = "there is no such device as overlay.9"
+	}
+	want.Sort()
+	rest.Routes = reject(rest.Routes, func(r Route) bool { return !slices.Contains(want.Routes, r) })
+	rest.Neighbours = reject(rest.Neighbours, func(nb Neighbour) bool { return !slices.Contains(want.Neighbours, nb) })
+	n.wantFailures(n.reconcile(want).Failed, refused)
+	n.wantState(rest)
+}
+
 // TestDeviceInTheWay: somebody else's device is named, and left alone with all that is on it.
 func TestDeviceInTheWay(t *testing.T) {
 	t.Parallel()

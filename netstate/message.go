@@ -20,26 +20,17 @@ type messages struct {
 	open int    // where one begins that is being written
 }
 
-// begin starts a message (struct nlmsghdr, uapi/linux/netlink.h), in the place of one that was not ended.
+// begin starts a message (struct nlmsghdr, uapi/linux/netlink.h), in the place of one that was not ended. Its length is set by end.
 func (m *messages) begin(typ, flags uint16) {
-	b := append(m.buf[:m.open], 0, 0, 0, 0) // the length, see end
-	b = binary.NativeEndian.AppendUint16(b, typ)
-	b = binary.NativeEndian.AppendUint16(b, unix.NLM_F_REQUEST|flags)
-	b = binary.NativeEndian.AppendUint32(b, m.seq)
-	m.buf = append(b, 0, 0, 0, 0)
+	var h [unix.NLMSG_HDRLEN]byte
+	binary.NativeEndian.PutUint16(h[4:], typ)
+	binary.NativeEndian.PutUint16(h[6:], unix.NLM_F_REQUEST|flags)
+	binary.NativeEndian.PutUint32(h[8:], m.seq)
+	m.buf = append(m.buf[:m.open], h[:]...)
 }
 
 func (m *messages) end() {
 	binary.NativeEndian.PutUint32(m.buf[m.open:], uint32(len(m.buf)-m.open))
-	m.last, m.open = m.open, len(m.buf)
-}
-
-// whole appends a message that is complete.
-func (m *messages) whole(b []byte) {
-	m.buf = append(m.buf[:m.open], b...)
-	for len(m.buf)%unix.NLMSG_ALIGNTO != 0 {
-		m.buf = append(m.buf, 0)
-	}
 	m.last, m.open = m.open, len(m.buf)
 }
 

@@ -2,12 +2,15 @@ package netstate
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // heard reports whether the monitor asks for a look within a moment.
@@ -56,6 +59,59 @@ func TestOwnDoingIsNoNews(t *testing.T) {
 	if !heard(n.k, 300*time.Millisecond) {
 		t.Error("what somebody else did was not heard of")
 	}
+}
+
+// TestOwnRequestsAreNotHeard: the kernel does not even send the news of what our requests do, but for those of FDB entries.
+func TestOwnRequestsAreNotHeard(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.converge(manyPeers(10))
+	heard := map[string]int{}
+	listen := func() {
+		buf := make([]byte, 64<<10)
+		for {
+			size, err := unix.Read(n.k.monitor.fd, buf)
+			if err != nil {
+				return
+			}
+			heard[fmt.Sprint(binary.NativeEndian.Uint16(buf[4:size]), " ", buf[unix.NLMSG_HDRLEN])]++
+		}
+	}
+	news := func(typ, family int) int { return heard[fmt.Sprint(typ, " ", family)] }
+	listen()
+	if got := news(unix.RTM_NEWNEIGH, unix.AF_BRIDGE); got != 10 {
+		t.Errorf("%d FDB entries were heard of", got)
+	}
+	if got := news(unix.RTM_NEWROUTE, unix.AF_INET) + news(unix.RTM_NEWNEIGH, unix.AF_INET); got != 0 {
+		t.Errorf("%d routes and neighbours of our own making were heard of", got)
+	}
+	n.sh("ip route flush table 118")
+	if listen(); news(unix.RTM_DELROUTE, unix.AF_INET) != 10 {
+		t.Errorf("%d deletions by somebody else were heard of", news(unix.RTM_DELROUTE, unix.AF_INET))
+	}
+}
+
+// FuzzMonitor: whatever comes, it is judged.
+func FuzzMonitor(f *testing.F) {
+	want := fullState()
+	e := expectation{state: &want, devices: devices{index: map[uint32]string{3: dev6, 4: dev4}, names: map[uint32]string{2: "eth0", 3: dev6, 4: dev4}}}
+	kinds := map[string]uint16{"route": unix.RTM_NEWROUTE, "neighbour": unix.RTM_NEWNEIGH, "fdb": unix.RTM_DELNEIGH, "rule": unix.RTM_DELRULE}
+	for _, m := range readMessages(f) {
+		if typ, ok := kinds[m.kind]; ok {
+			f.Add(typ, m.body)
+		}
+	}
+	for _, typ := range []uint16{unix.RTM_NEWADDR, unix.RTM_DELADDR, unix.RTM_NEWLINK, unix.RTM_DELLINK, unix.RTM_NEWNETCONF} {
+		f.Add(typ, make([]byte, 64))
+	}
+	f.Fuzz(func(_ *testing.T, typ uint16, body []byte) {
+		var out messages
+		out.begin(typ, 0)
+		out.buf = append(out.buf, body...)
+		out.end()
+		e.contradicted(out.buf)
+		e.contradicted(body)
+	})
 }
 
 // What somebody else does to our state, or to what decisions depend on, is heard of at once; what we do, or what is of no

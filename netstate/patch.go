@@ -38,36 +38,53 @@ func patch[T object[T]](list, gone, come []T) (out, was, is []T) {
 		}
 	}
 	sortByKey(was)
-	return insert(remove(list, free), added), was, is
+	return splice(list, free, added), was, is
 }
 
-// remove takes out the elements at some places, which are in order, and moves each of the others once.
-func remove[T any](list []T, places []int) []T {
-	if len(places) == 0 {
-		return list
-	}
-	end := places[0]
-	for k, i := range places {
+// splice takes out the elements at some places and puts in others, all in order. What stays is moved once at most, and only if its place is
+// another one.
+func splice[T object[T]](list []T, free []int, added []T) []T {
+	type run struct{ from, to, shift int }
+	var runs []run
+	places := make([]int, len(added))
+	from, in, out := 0, 0, 0
+	for in < len(added) || out < len(free) {
 		next := len(list)
-		if k+1 < len(places) {
-			next = places[k+1]
+		if out < len(free) {
+			next = free[out]
 		}
-		end += copy(list[end:], list[i+1:next])
+		at := next
+		if in < len(added) {
+			at, _ = slices.BinarySearchFunc(list[from:], added[in], T.Compare)
+			at += from
+		}
+		if in < len(added) && at <= next {
+			runs = append(runs, run{from, at, in - out})
+			places[in] = at + in - out
+			from, in = at, in+1
+		} else {
+			runs = append(runs, run{from, next, in - out})
+			from, out = next+1, out+1
+		}
 	}
-	clear(list[end:])
-	return list[:end]
-}
-
-// insert puts some elements in order into a list without any of their keys, and moves each of the others once at most: from the end.
-func insert[T object[T]](list, added []T) []T {
-	end := len(list)
-	list = slices.Grow(list, len(added))[:end+len(added)]
-	for k := len(added) - 1; k >= 0; k-- {
-		i, _ := slices.BinarySearchFunc(list[:end], added[k], T.Compare)
-		copy(list[i+k+1:], list[i:end])
-		list[i+k], end = added[k], i
+	runs = append(runs, run{from, len(list), in - out})
+	size := len(list) + in - out
+	list = slices.Grow(list, max(0, in-out))[:max(size, len(list))]
+	for _, r := range runs { // to the left, from the left
+		if r.shift < 0 {
+			copy(list[r.from+r.shift:], list[r.from:r.to])
+		}
 	}
-	return list
+	for _, r := range slices.Backward(runs) { // to the right, from the right
+		if r.shift > 0 {
+			copy(list[r.from+r.shift:], list[r.from:r.to])
+		}
+	}
+	for i, place := range places {
+		list[place] = added[i]
+	}
+	clear(list[size:])
+	return list[:size]
 }
 
 // clone shares nothing with the state.
