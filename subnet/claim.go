@@ -69,20 +69,20 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 	if c.Keep && !t.Config.Fits(c.Remembered) {
 		return Decision{}, fmt.Errorf("%s %w", FormatKey(c.Remembered), ErrMoved)
 	}
-	mine, drop := ownEntries(t, c)
+	mine, drop := ownEntries(t, &c)
 	if mine != nil {
 		if mine.PublicIP == c.PublicIP && mine.NodeName == c.NodeName { // it stays mine, whatever others came to say since
 			return update(mine, c, drop), nil
 		}
-		if err := conflict(t, c); err != nil {
+		if err := conflict(t, &c); err != nil {
 			return Decision{}, err
 		}
 		return update(mine, c, drop), nil
 	}
-	if err := conflict(t, c); err != nil {
+	if err := conflict(t, &c); err != nil {
 		return Decision{}, err
 	}
-	if e := spoiled(t, c); e != nil {
+	if e := spoiled(t, &c); e != nil {
 		d := update(e, c, drop)
 		d.Write, d.Reserved = true, e.Blank() // a reservation that was made of my key is mine to take up
 		return d, nil
@@ -92,10 +92,10 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 	if before == (addr.Per[netip.Prefix]{}) && len(drop) > 0 {
 		before = drop[0].Subnets
 	}
-	if e := adoptable(t, c); e != nil && !allFree(t.Config, before, others) {
+	if e := adoptable(t, &c); e != nil && !allFree(t.Config, before, others) {
 		return update(e, c, drop), nil
 	}
-	drop = append(drop, replaced(t, c)...)
+	drop = append(drop, replaced(t, &c)...)
 	ch, err := pick(t.Config, others, before, c.Identity, attempt)
 	if err != nil {
 		return Decision{}, err
@@ -122,16 +122,17 @@ func create(c Claim, ch choice, drop []*Entry) Decision {
 
 // spoiled finds the key of the subnets that pods live in, if somebody wrote something over it that no other node's claim can be
 // read from.
-func spoiled(t Table, c Claim) *Entry {
+func spoiled(t Table, c *Claim) *Entry {
 	if !c.Keep {
 		return nil
 	}
-	i := slices.IndexFunc(t.Entries, func(e *Entry) bool { return e.Key == FormatKey(c.Remembered) })
+	key := FormatKey(c.Remembered)
+	i := slices.IndexFunc(t.Entries, func(e *Entry) bool { return e.Key == key })
 	if i < 0 {
 		return nil
 	}
 	e := t.Entries[i]
-	nobodys := e.Identity == (Identity{}) && (e.PublicIP == (addr.Per[netip.Addr]{}) || e.samePublicIP(c.Attrs))
+	nobodys := e.Identity == (Identity{}) && (e.PublicIP == (addr.Per[netip.Addr]{}) || e.samePublicIP(&c.Attrs))
 	if e.Err == nil && !nobodys {
 		return nil
 	}
@@ -140,7 +141,7 @@ func spoiled(t Table, c Claim) *Entry {
 
 // ownEntries finds the lease to go on with among those that carry my identity, and the ones to give up: a network config that
 // changed leaves the old subnet behind.
-func ownEntries(t Table, c Claim) (keep *Entry, drop []*Entry) {
+func ownEntries(t Table, c *Claim) (keep *Entry, drop []*Entry) {
 	var own []*Entry
 	for _, e := range t.Entries {
 		if e.belongsTo(c) {
@@ -169,14 +170,14 @@ func b2i(b bool) int {
 }
 
 // belongsTo: the same machine, unless both its name and its address are others (then it is a clone with a copied machine-id).
-func (e Entry) belongsTo(c Claim) bool {
-	return e.NodeID != "" && e.NodeID == c.NodeID && (e.NodeName == c.NodeName || e.samePublicIP(c.Attrs))
+func (e *Entry) belongsTo(c *Claim) bool {
+	return e.NodeID != "" && e.NodeID == c.NodeID && (e.NodeName == c.NodeName || e.samePublicIP(&c.Attrs))
 }
 
 // adoptable finds a lease or reservation that was made for this node by somebody who didn't know its identity.
-func adoptable(t Table, c Claim) *Entry {
+func adoptable(t Table, c *Claim) *Entry {
 	for _, e := range t.Entries {
-		forMe := e.NodeID == "" && (e.NodeName == c.NodeName && c.NodeName != "" || e.NodeName == "" && e.samePublicIP(c.Attrs))
+		forMe := e.NodeID == "" && (e.NodeName == c.NodeName && c.NodeName != "" || e.NodeName == "" && e.samePublicIP(&c.Attrs))
 		if forMe && e.Err == nil && t.Config.Fits(e.Subnets) {
 			return e
 		}
@@ -186,16 +187,16 @@ func adoptable(t Table, c Claim) *Entry {
 
 // replaced lists the leases without identity that have my public IP and that I take no part of: being older, they would make the
 // peers refuse mine.
-func replaced(t Table, c Claim) (out []*Entry) {
+func replaced(t Table, c *Claim) (out []*Entry) {
 	for _, e := range t.Entries {
-		if e.Err == nil && e.Identity == (Identity{}) && !e.Reserved() && e.samePublicIP(c.Attrs) {
+		if e.Err == nil && e.Identity == (Identity{}) && !e.Reserved() && e.samePublicIP(&c.Attrs) {
 			out = append(out, e)
 		}
 	}
 	return out
 }
 
-func conflict(t Table, c Claim) error {
+func conflict(t Table, c *Claim) error {
 	for _, e := range t.Entries {
 		if e.belongsTo(c) || e.Identity == (Identity{}) {
 			continue
@@ -206,7 +207,7 @@ func conflict(t Table, c Claim) error {
 				"give one of the two another --node-name; if that machine was replaced by this one, delete its key",
 			}
 		}
-		if e.NodeName != c.NodeName && e.samePublicIP(c.Attrs) {
+		if e.NodeName != c.NodeName && e.samePublicIP(&c.Attrs) {
 			return &ConflictError{
 				e, fmt.Sprintf("the public IP %s", c.publicIPs()),
 				"give one of the two another address or --public-ip; if that node is gone, delete its key",
@@ -217,7 +218,7 @@ func conflict(t Table, c Claim) error {
 }
 
 // samePublicIP reports whether both have the same address in a family that both have.
-func (a Attrs) samePublicIP(b Attrs) bool {
+func (a *Attrs) samePublicIP(b *Attrs) bool {
 	for _, f := range addr.Families() {
 		if x := a.PublicIP.Get(f); x.IsValid() && x == b.PublicIP.Get(f) {
 			return true
@@ -261,6 +262,9 @@ func allFree(c Config, s addr.Per[netip.Prefix], taken []*Entry) bool {
 }
 
 func without(all, drop []*Entry) []*Entry {
+	if len(drop) == 0 {
+		return all
+	}
 	return slices.DeleteFunc(slices.Clone(all), func(e *Entry) bool {
 		return slices.ContainsFunc(drop, func(d *Entry) bool { return d.Key == e.Key })
 	})

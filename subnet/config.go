@@ -11,7 +11,6 @@ import (
 	"io"
 	"math"
 	"net/netip"
-	"slices"
 	"strings"
 
 	"github.com/overlayd/overlayd/addr"
@@ -373,11 +372,16 @@ type faults []error
 
 // joined is nil where none of the errors is one.
 func joined(errs ...error) error {
-	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
-	if len(errs) == 0 {
+	var out faults
+	for _, err := range errs {
+		if err != nil {
+			out = append(out, err)
+		}
+	}
+	if out == nil {
 		return nil
 	}
-	return faults(errs)
+	return out
 }
 
 func (f faults) Error() string {

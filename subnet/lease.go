@@ -1,10 +1,12 @@
 package subnet
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 	"unicode"
 
@@ -69,11 +71,11 @@ type Entry struct {
 }
 
 // Reserved reports whether the entry is a reservation: it stays without being renewed.
-func (e Entry) Reserved() bool { return e.LeaseID == 0 }
+func (e *Entry) Reserved() bool { return e.LeaseID == 0 }
 
 // Blank reports whether the entry is a reservation that no node has taken up: it only keeps its subnet from being leased. It may
 // name the node that it waits for.
-func (e Entry) Blank() bool {
+func (e *Entry) Blank() bool {
 	return e.Reserved() && e.Err == nil && e.Attrs == Attrs{Identity: Identity{NodeName: e.NodeName}}
 }
 
@@ -87,25 +89,40 @@ const (
 
 // FormatKey is the name of the key under PREFIX/subnets/ that holds these subnets.
 func FormatKey(s addr.Per[netip.Prefix]) string {
-	var parts []string
+	var buf [keyLen]byte
+	return string(appendKey(buf[:0], s))
+}
+
+// keyLen is room for any key of two subnets.
+const keyLen = len("255.255.255.255-32&ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff-128")
+
+func appendKey(b []byte, s addr.Per[netip.Prefix]) []byte {
 	for _, f := range addr.Families() {
-		if p := s.Get(f); p.IsValid() {
-			parts = append(parts, fmt.Sprintf("%s-%d", p.Addr(), p.Bits()))
+		p := s.Get(f)
+		if !p.IsValid() {
+			continue
 		}
+		if len(b) > 0 {
+			b = append(b, '&')
+		}
+		b = append(p.Addr().AppendTo(b), '-')
+		b = strconv.AppendInt(b, int64(p.Bits()), 10)
 	}
-	return strings.Join(parts, "&")
+	return b
 }
 
 // ParseKey reads the name of a key. With an error, it still returns the subnets that it could make out.
 func ParseKey(key string) (addr.Per[netip.Prefix], error) {
 	var out addr.Per[netip.Prefix]
 	bad := len(key) > maxNameLen
-	for i, part := range strings.SplitN(key, "&", 3) {
+	parts := 0
+	for part := range strings.SplitSeq(key, "&") {
 		at := strings.LastIndexByte(part, '-')
-		if at < 0 || i > 1 {
+		if at < 0 || parts > 1 {
 			bad = true
 			break
 		}
+		parts++
 		p, err := netip.ParsePrefix(part[:at] + "/" + part[at+1:])
 		if err != nil || p.Addr().Is4In6() {
 			bad = true
@@ -115,7 +132,8 @@ func ParseKey(key string) (addr.Per[netip.Prefix], error) {
 		bad = bad || out.Get(f).IsValid()
 		out.Set(f, p.Masked())
 	}
-	if bad || FormatKey(out) != key {
+	var buf [keyLen]byte
+	if bad || string(appendKey(buf[:0], out)) != key {
 		return out, fmt.Errorf("the key %.80q is not of the form ADDRESS-LENGTH or IPV4-LENGTH&IPV6-LENGTH with no host bits set", key)
 	}
 	return out, nil
@@ -173,13 +191,28 @@ func ParseValue(data []byte) (Attrs, error) {
 	if len(data) > maxValueSize {
 		return Attrs{}, fmt.Errorf("the value has %d bytes, more than %d", len(data), maxValueSize)
 	}
-	if s := strings.TrimSpace(string(data)); s == "" || s == "{}" || s == "null" {
+	if s := bytes.TrimSpace(data); len(s) == 0 || string(s) == "{}" || string(s) == "null" {
 		return Attrs{}, ErrBlank
 	}
-	var w wireLease
-	if err := json.Unmarshal(data, &w); err != nil {
+	w, err := read(data, scanLease)
+	if err != nil {
 		return Attrs{}, fmt.Errorf("the value is not a lease: %.200s", err.Error())
 	}
+	return w.attrs()
+}
+
+// read reads JSON in the one layout that fast knows, or else in any.
+func read[T any](data []byte, fast func([]byte) (T, bool)) (T, error) {
+	if v, ok := fast(data); ok {
+		return v, nil
+	}
+	var v T
+	err := json.Unmarshal(data, &v)
+	return v, err
+}
+
+// attrs checks what the value says. Nothing in the outcome shares memory with the value.
+func (w wireLease) attrs() (Attrs, error) {
 	a := Attrs{PublicIPLocal: w.PublicIPLocal, Backend: w.BackendType, Identity: Identity{w.NodeName, w.NodeID}}
 	err := joined(
 		checkName("NodeName", w.NodeName), checkName("NodeID", w.NodeID), checkName("BackendType", string(w.BackendType)),
@@ -202,7 +235,9 @@ func checkName(field, s string) error {
 	return nil
 }
 
-func unprintable(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }
+func unprintable(r rune) bool {
+	return r < ' ' || r > '~' && (!unicode.IsPrint(r) || r == unicode.ReplacementChar) // all of ASCII in between is printable
+}
 
 func parsePublicIP(out *addr.Per[netip.Addr], f addr.Family, field, s string) error {
 	if s == "" {
@@ -223,8 +258,8 @@ func parseVTEP(out *addr.Per[VTEP], f addr.Family, field string, raw json.RawMes
 	if len(raw) == 0 || string(raw) == "null" {
 		return nil
 	}
-	var w wireVTEP
-	if err := json.Unmarshal(raw, &w); err != nil {
+	w, err := read(raw, scanVTEP)
+	if err != nil {
 		return fmt.Errorf("%s: not the data of a VXLAN lease: %.200s", field, err.Error())
 	}
 	if w.VtepMAC == "" && w.VNI == 0 {

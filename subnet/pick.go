@@ -60,18 +60,27 @@ func pick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Identity, 
 // pickPair chooses the same index in all pools in use.
 func pickPair(c Config, taken []*Entry, start uint64) (choice, bool) {
 	size := uint64(maxSubnets)
+	for _, f := range c.Families() {
+		size = min(size, c.Pools.Get(f).Size())
+	}
+	start %= size
+	if s := c.pair(start); allFree(c, s, taken) { // in a pool with room, this is it most often
+		return choice{s, true}, true
+	}
 	var busy []span
 	for _, f := range c.Families() {
-		p := c.Pools.Get(f)
-		size = min(size, p.Size())
-		busy = append(busy, spans(p, taken)...)
+		busy = append(busy, spans(c.Pools.Get(f), taken)...)
 	}
-	i, ok := firstFree(busy, size, start%size)
-	ch := choice{paired: true}
+	i, ok := firstFree(busy, size, start)
+	return choice{c.pair(i), true}, ok
+}
+
+// pair is the subnets with an index, one of each pool in use.
+func (c Config) pair(i uint64) (s addr.Per[netip.Prefix]) {
 	for _, f := range c.Families() {
-		ch.subnets.Set(f, c.Pools.Get(f).Subnet(i))
+		s.Set(f, c.Pools.Get(f).Subnet(i))
 	}
-	return ch, ok
+	return s
 }
 
 // pickEach chooses for each family by itself what is not kept: a dual-stack network may have no index that is free in both pools.
@@ -128,7 +137,8 @@ func firstFree(busy []span, size, start uint64) (uint64, bool) {
 
 // free reports whether nobody holds any part of a subnet.
 func free(sn netip.Prefix, taken []*Entry) bool {
-	return !slices.ContainsFunc(taken, func(e *Entry) bool { return overlap(e.Subnets.Get(addr.FamilyOf(sn.Addr())), sn) })
+	f := addr.FamilyOf(sn.Addr())
+	return !slices.ContainsFunc(taken, func(e *Entry) bool { return overlap(e.Subnets.Get(f), sn) })
 }
 
 // paired reports whether subnets have the same index in every pool (see choice). Below Min there are no indices.

@@ -285,7 +285,7 @@ func (s *sim) checkSettled() {
 				s.t.Fatalf("the others do not believe %v its %s: %+v", n.claim.Identity, d.Key, refused)
 			}
 		case errors.As(err, &full):
-			_, drop := ownEntries(now, n.claim)
+			_, drop := ownEntries(now, &n.claim)
 			if err := checkFull(now.Config, without(now.Entries, drop), err); err != nil {
 				s.t.Fatalf("%v: %v", n.claim.Identity, err)
 			}

@@ -16,8 +16,15 @@ const (
 	firstRenewal  = 30 * time.Second
 	raceDelayUnit = 10 * time.Millisecond
 
+	// The watch waits for the claim: so long for there to be one (the caller has the table by then), and so long for what comes of it.
+	claimSoon     = 500 * time.Millisecond
+	claimPatience = time.Minute
+	// Behind the claim it waits only where that many others wrote meanwhile, and never longer than this.
+	crowd       = 100
+	watchPutOff = 20 * time.Second
+
 	paceMin = 10 * time.Millisecond
-	paceMax = 250 * time.Millisecond
+	paceMax = 100 * time.Millisecond
 )
 
 // backoff is how long to wait after the attempt-th failure in a row (from 0): between one half and the whole of a time that
@@ -34,6 +41,16 @@ func backoff(attempt int, rnd float64) time.Duration {
 // once; what it waits for is that not all losers do so together.
 func raceDelay(attempt int, rnd float64) time.Duration {
 	return scale(raceDelayUnit<<min(max(attempt-1, 0), 6), rnd)
+}
+
+// watchDelay is how long to put the watch off after a claim, given how many others wrote meanwhile: where they are many, the longer it
+// took, the more there will be.
+func watchDelay(others int64, took time.Duration, rnd float64) time.Duration {
+	if others < crowd {
+		return 0
+	}
+	d := min(took, watchPutOff/8)
+	return 2*d + scale(6*d, rnd)
 }
 
 // around is d give or take a quarter.

@@ -240,7 +240,11 @@ func (c *claimer) learn(resp *clientv3.TxnResponse, t subnet.Table) {
 	for _, r := range resp.Responses {
 		found = append(found, r.GetResponseRange().GetKvs()...)
 	}
-	c.update(func() bool { return c.view.merge(found, resp.Header.GetRevision()) })
+	c.update(func() bool {
+		c.claim.behind = len(found) == 0
+		return c.view.merge(found, resp.Header.GetRevision())
+	})
+	poke(c.wakeSync)
 	if len(found) == 0 && (resp.Header.GetRevision() < t.Revision || max(c.attempt, c.failures) >= 3) {
 		poke(c.wakeProbe)
 	}
@@ -260,6 +264,7 @@ func (c *claimer) took(d subnet.Decision, value []byte, lease, revision int64) {
 		put.CreateRevision = e.Created
 	}
 	c.view.wrote(put, dropped, revision)
+	c.claim.wrote = revision
 	c.mu.Unlock()
 
 	expires := c.expiryOf(lease)
@@ -275,16 +280,19 @@ func (c *claimer) took(d subnet.Decision, value []byte, lease, revision int64) {
 // hold says that the store says what was claimed.
 func (c *claimer) hold(d subnet.Decision, expires time.Time) {
 	held := holding{d.Lease, d.Key, d.LeaseID, expires}
+	if c.spare.id == d.LeaseID {
+		c.spare = grant{} // it came through although the answer was lost
+	}
 	c.update(func() bool {
 		s := &c.claim
 		same := s.held == held && s.err == nil
 		s.held, s.before, s.err, s.said = held, d.Lease.Subnets, nil, ""
+		if !same {
+			poke(c.wakeKeep)
+			poke(c.wakeSync)
+		}
 		return !same
 	})
-	if c.spare.id == d.LeaseID {
-		c.spare = grant{} // it came through although the answer was lost
-	}
-	poke(c.wakeKeep)
 }
 
 // expiryOf is when the etcd lease ends, as far as that is known.
@@ -306,6 +314,9 @@ func (c *claimer) refuse(err error) {
 		s := &c.claim
 		changed := text(s.err) != text(err)
 		s.err = err
+		if changed {
+			poke(c.wakeSync)
+		}
 		if changed && s.said != text(err) {
 			s.said = text(err)
 			c.log.Debug("no lease as it should be", zap.Error(err))

@@ -19,6 +19,10 @@ const (
 	pingEvery   = 10 * time.Second // gRPC's least
 	pingTimeout = 5 * time.Second
 
+	// window is how much of an answer the store may send before it hears from us. With gRPC's 64 kB, a table of thousands of leases
+	// takes a good many times the way there and back; all of it is kept in memory in any case, until its end is there.
+	window = 4 << 20
+
 	// readySpread spreads the nodes out that all see the store come back at the same moment.
 	readySpread = 200 * time.Millisecond
 )
@@ -105,6 +109,8 @@ func (c *conn) dialOptions() []grpc.DialOption {
 			Backoff:           grpcbackoff.Config{BaseDelay: backoffMin, Multiplier: 1.6, Jitter: 0.3, MaxDelay: backoffMax},
 			MinConnectTimeout: pingTimeout,
 		}),
+		grpc.WithInitialWindowSize(window),
+		grpc.WithInitialConnWindowSize(window),
 		grpc.WithChainUnaryInterceptor(c.unary),
 		grpc.WithChainStreamInterceptor(c.stream),
 	}

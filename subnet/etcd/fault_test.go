@@ -216,6 +216,7 @@ func TestSlowConsumer(t *testing.T) {
 	ctx := ctxFor(t)
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = m.Run(ctx) })
+	untilWatching(t, m)
 	other, _ := join(t, s, 1)
 	for i := range 20 {
 		s.Put(prefix+"/subnets/10.244."+string(rune('1'+i%9))+"0.0-24", "")

@@ -141,6 +141,16 @@ func (n *node) sum() (total int64) {
 	return total
 }
 
+// untilWatching waits until the manager has asked for news of the store.
+func untilWatching(t testing.TB, m *Manager) {
+	t.Helper()
+	for began := time.Now(); m.Requests()["Watch"] == 0; time.Sleep(5 * time.Millisecond) {
+		if time.Since(began) > patience {
+			t.Fatal("waited in vain for a watch")
+		}
+	}
+}
+
 func (n *node) said(message string) int { return n.logs.FilterMessage(message).Len() }
 
 func store(t testing.TB, opts ...etcdtest.Option) *etcdtest.Server {

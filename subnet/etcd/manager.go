@@ -47,6 +47,8 @@ type claimState struct {
 	before  addr.Per[netip.Prefix] // the subnets held last, to come back to
 	err     error
 	said    string // the text of err that was logged
+	wrote   int64  // the revision of the last write
+	behind  bool   // a write failed because something is gone: only the watch tells what
 }
 
 // holding is this node's lease in the store.
@@ -68,7 +70,7 @@ func New(o Options, log *zap.Logger) (*Manager, error) {
 		opts: o, keys: newKeys(o.Prefix), log: log, conn: newConn(o),
 		updates:  make(chan subnet.Snapshot, 1),
 		wakeSync: one(), wakeClaim: one(), wakeKeep: one(), wakeProbe: one(),
-		view: newView(o.Prefix),
+		view: newView(o.Prefix, o.Parse),
 	}, nil
 }
 
@@ -103,6 +105,7 @@ func (m *Manager) Claim(c subnet.Claim) {
 		m.conn.drop(m.conn.current())
 	}
 	poke(m.wakeClaim)
+	poke(m.wakeSync)
 }
 
 // Requests counts the requests sent to the store since New, by the name of the RPC (Range, Txn, Watch, LeaseGrant, ...).

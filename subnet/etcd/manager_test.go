@@ -70,6 +70,7 @@ func TestBurst(t *testing.T) {
 			break
 		}
 	}
+	untilWatching(t, m)
 	cli := s.Client()
 	const changes = 1000
 	for i := 0; i < changes; i += 100 {

@@ -30,7 +30,7 @@ func (m *Manager) List(ctx context.Context) (subnet.Table, error) {
 	if err != nil {
 		return subnet.Table{}, m.conn.failed(cli, err)
 	}
-	v := newView(m.opts.Prefix)
+	v := newView(m.opts.Prefix, m.opts.Parse)
 	v.reset(resp.Kvs, resp.Header)
 	return v.table(), nil
 }

@@ -38,6 +38,10 @@ type Options struct {
 
 	// InitConfig is put at PREFIX/config when there is nothing.
 	InitConfig []byte
+
+	// Parse makes an entry of a key and its value; subnet.ParseEntry where it is nil. Managers of many nodes in one process can share
+	// the entries by it: each of them has all.
+	Parse func(key string, value []byte, revision, created, leaseID int64) *subnet.Entry
 }
 
 func (o Options) withDefaults() Options {
@@ -50,6 +54,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.RequestTimeout == 0 {
 		o.RequestTimeout = DefaultRequestTimeout
+	}
+	if o.Parse == nil {
+		o.Parse = subnet.ParseEntry
 	}
 	return o
 }

@@ -38,7 +38,9 @@ func (m *Manager) syncOnce(ctx context.Context) (watched bool, err error) {
 	m.works(partRequests)
 	m.setSynced(true)
 	poke(m.wakeClaim)
-	watched, err = m.watch(ctx, cli)
+	if err = m.letClaim(ctx); err == nil {
+		watched, err = m.watch(ctx, cli)
+	}
 	m.setSynced(false)
 	if err != nil && !errors.Is(err, errRelist) {
 		err = m.conn.failed(cli, err)
@@ -46,10 +48,46 @@ func (m *Manager) syncOnce(ctx context.Context) (watched bool, err error) {
 	return watched, err
 }
 
+// letClaim puts the watch off while this node's claim is on its way, and for a while behind it where many claim. Of thousands of nodes
+// that start together, each would be told of every other's claim one by one, which is more work for the store than all the rest, and
+// keeps it from the claims. What happens before the watch begins, it tells in one piece.
+func (m *Manager) letClaim(ctx context.Context) error {
+	began := time.Now()
+	until := began.Add(claimSoon)
+	for settled := false; ; {
+		switch wanted, done, others := m.claiming(); {
+		case settled:
+		case done:
+			settled, until = true, time.Now().Add(watchDelay(others, time.Since(began), chance()))
+		case wanted:
+			until = began.Add(claimPatience)
+		default:
+			began = time.Now() // it is not the store that takes its time
+		}
+		left := time.Until(until)
+		switch {
+		case m.mustRelist():
+			return errRelist
+		case left <= 0 || ctx.Err() != nil:
+			return ctx.Err()
+		}
+		sleep(ctx, left, m.wakeSync)
+	}
+}
+
+// claiming reports whether this node claims a lease, whether the watch need not wait for that (it is known what came of it, or it can't
+// go on without), and how many wrote to the store meanwhile.
+func (m *Manager) claiming() (wanted, done bool, others int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	c := &m.claim
+	return c.wanted != nil, c.held.key != "" || c.err != nil || c.behind, max(c.wrote-m.view.watched, 0)
+}
+
 func (m *Manager) setSynced(to bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.synced = to
+	m.synced, m.claim.behind = to, false
 }
 
 // catchUp makes the view one that a watch can go on from. After a mere interruption it is that already, so that a store which
@@ -98,7 +136,7 @@ func (m *Manager) watch(ctx context.Context, cli *clientv3.Client) (watched bool
 		return false, err
 	}
 	var recvErr error
-	responses := make(chan *pb.WatchResponse, 64)
+	responses := make(chan *pb.WatchResponse, 4)
 	go func() {
 		defer close(responses)
 		recvErr = receive(ctx, stream, responses)
@@ -172,8 +210,7 @@ func (m *Manager) follow(ctx context.Context, responses <-chan *pb.WatchResponse
 	var next time.Time // before which no snapshot goes out
 	var due <-chan time.Time
 	tell := func() {
-		m.update(func() bool { m.checkHeld(); return true })
-		poke(m.wakeClaim)
+		due, next = nil, time.Now().Add(pace(m.tell()))
 	}
 	defer func() {
 		if due != nil { // the next watch begins behind what was taken in: nobody would ever hear of it
@@ -190,13 +227,15 @@ func (m *Manager) follow(ctx context.Context, responses <-chan *pb.WatchResponse
 			if err != nil {
 				return err
 			}
-			if changed && due == nil {
-				due = time.After(max(0, time.Until(next)))
+			switch wait := time.Until(next); {
+			case !changed || due != nil:
+			case wait > 0:
+				due = time.After(wait)
+			default:
+				tell()
 			}
 		case <-due:
-			began := time.Now()
 			tell()
-			due, next = nil, time.Now().Add(pace(time.Since(began)))
 		case <-m.wakeSync:
 			if m.mustRelist() {
 				return errRelist
@@ -205,6 +244,14 @@ func (m *Manager) follow(ctx context.Context, responses <-chan *pb.WatchResponse
 			return ctx.Err()
 		}
 	}
+}
+
+// tell hands on what has changed, and says how long that took.
+func (m *Manager) tell() time.Duration {
+	began := time.Now()
+	m.update(func() bool { m.checkHeld(); return true })
+	poke(m.wakeClaim)
+	return time.Since(began)
 }
 
 func (m *Manager) mustRelist() bool {

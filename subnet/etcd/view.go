@@ -1,7 +1,6 @@
 package etcd
 
 import (
-	"bytes"
 	"cmp"
 	"fmt"
 	"maps"
@@ -34,7 +33,8 @@ func newKeys(prefix string) keys {
 // What the watch tells is complete and in order. What the answer to a transaction tells is newer, but without the deletions:
 // therefore two revisions. Every key carries its own, and the newer one wins, so that it does not matter which comes first.
 type view struct {
-	keys keys
+	keys  keys
+	parse parser
 
 	cluster, term uint64
 	watched       int64 // everything up to here is in it
@@ -47,7 +47,7 @@ type view struct {
 
 	epoch int // how often it was another store
 
-	entries []*subnet.Entry    // by key; never changed, only replaced, since it was handed out
+	entries []*subnet.Entry   // by key; never changed, only replaced, since it was handed out
 	pending map[string]change // not yet in entries
 }
 
@@ -58,7 +58,12 @@ type change struct {
 	deleted  bool
 }
 
-func newView(prefix string) *view { return &view{keys: newKeys(prefix), pending: map[string]change{}} }
+// parser is Options.Parse.
+type parser func(key string, value []byte, revision, created, leaseID int64) *subnet.Entry
+
+func newView(prefix string, parse parser) *view {
+	return &view{keys: newKeys(prefix), parse: parse, pending: map[string]change{}}
+}
 
 // table is what is known as a value.
 func (v *view) table() subnet.Table {
@@ -73,9 +78,9 @@ func (v *view) table() subnet.Table {
 // before: then equal revisions mean nothing.
 func (v *view) reset(kvs []*mvccpb.KeyValue, h *pb.ResponseHeader) {
 	v.fold()
-	known := v.entries
+	known := cursor{v.entries}
 	if v.otherStore(h) != nil || v.otherHistory(kvs) {
-		known, v.configRevision = nil, 0
+		known, v.configRevision = cursor{}, 0
 		v.epoch++
 	}
 	v.pending = map[string]change{}
@@ -86,7 +91,11 @@ func (v *view) reset(kvs []*mvccpb.KeyValue, h *pb.ResponseHeader) {
 			config = kv
 		}
 		if key, ok := v.keys.subnet(kv.Key); ok {
-			entries = append(entries, decode(key, kv, known))
+			e := known.find(key)
+			if e == nil || e.Revision != kv.ModRevision || e.Created != kv.CreateRevision || e.LeaseID != kv.Lease {
+				e = v.decode(string(key), kv)
+			}
+			entries = append(entries, e)
 		}
 	}
 	v.entries = entries
@@ -118,6 +127,7 @@ func (v *view) otherStore(h *pb.ResponseHeader) error {
 // heard it: then the store has lost what we knew, and has grown anew. (That a key is gone proves nothing: it may have been removed
 // since.)
 func (v *view) otherHistory(kvs []*mvccpb.KeyValue) bool {
+	known := cursor{v.entries}
 	return v.cluster != 0 && slices.ContainsFunc(kvs, func(kv *mvccpb.KeyValue) bool {
 		if kv.ModRevision > v.watched {
 			return false
@@ -129,18 +139,28 @@ func (v *view) otherHistory(kvs []*mvccpb.KeyValue) bool {
 		if !ok {
 			return false
 		}
-		i, found := find(v.entries, key)
-		return !found || v.entries[i].Revision != kv.ModRevision
+		e := known.find(key)
+		return e == nil || e.Revision != kv.ModRevision
 	})
 }
 
-func decode(key string, kv *mvccpb.KeyValue, known []*subnet.Entry) *subnet.Entry {
-	if i, ok := find(known, key); ok {
-		if e := known[i]; e.Revision == kv.ModRevision && e.Created == kv.CreateRevision && e.LeaseID == kv.Lease {
-			return e
-		}
+// cursor finds the entries of a listing, which comes in the order of its keys as they do, in one pass over both.
+type cursor struct{ rest []*subnet.Entry }
+
+// find is for keys in ascending order.
+func (c *cursor) find(key []byte) *subnet.Entry {
+	for len(c.rest) > 0 && c.rest[0].Key < string(key) {
+		c.rest = c.rest[1:]
 	}
-	return subnet.ParseEntry(strings.Clone(key), kv.Value, kv.ModRevision, kv.CreateRevision, kv.Lease)
+	if len(c.rest) > 0 && c.rest[0].Key == string(key) {
+		return c.rest[0]
+	}
+	return nil
+}
+
+// decode makes an entry that shares no memory with the store's message, which would stay as long as the entry.
+func (v *view) decode(key string, kv *mvccpb.KeyValue) *subnet.Entry {
+	return v.parse(key, kv.Value, kv.ModRevision, kv.CreateRevision, kv.Lease)
 }
 
 // events takes what the watch tells, and reports whether anything is new in it.
@@ -195,11 +215,12 @@ func (v *view) put(kv *mvccpb.KeyValue) bool {
 		v.setConfig(kv)
 		return true
 	}
-	key, ok := v.keys.subnet(kv.Key)
+	name, ok := v.keys.subnet(kv.Key)
+	key := string(name)
 	if !ok || kv.ModRevision <= v.revisionOf(key) {
 		return false
 	}
-	v.pending[key] = change{entry: decode(key, kv, nil), revision: kv.ModRevision}
+	v.pending[key] = change{entry: v.decode(key, kv), revision: kv.ModRevision}
 	return true
 }
 
@@ -211,7 +232,8 @@ func (v *view) delete(kv *mvccpb.KeyValue) bool {
 		v.noConfig()
 		return true
 	}
-	key, ok := v.keys.subnet(kv.Key)
+	name, ok := v.keys.subnet(kv.Key)
+	key := string(name)
 	if !ok || kv.ModRevision <= v.revisionOf(key) {
 		return false
 	}
@@ -289,7 +311,10 @@ func find(es []*subnet.Entry, key string) (int, bool) {
 }
 
 // subnet is the name of a lease's key without the prefix.
-func (k keys) subnet(key []byte) (string, bool) {
-	rest, ok := bytes.CutPrefix(key, []byte(k.subnets))
-	return string(rest), ok && len(rest) > 0
+func (k keys) subnet(key []byte) ([]byte, bool) {
+	n := len(k.subnets)
+	if len(key) <= n || string(key[:n]) != k.subnets {
+		return nil, false
+	}
+	return key[n:], true
 }

@@ -44,7 +44,7 @@ func want(t *testing.T, v *view, entries ...string) {
 }
 
 func TestView(t *testing.T) {
-	v := newView(prefix)
+	v := newView(prefix, subnet.ParseEntry)
 	a, b, c := "subnets/10.1.1.0-24", "subnets/10.1.2.0-24", "subnets/10.1.3.0-24"
 	v.reset([]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue("other", "", 3), keyValue(a, "x", 4), keyValue(c, "x", 5)}, header(6))
 	want(t, v, "10.1.1.0-24@4", "10.1.3.0-24@5")
@@ -88,7 +88,7 @@ func TestView(t *testing.T) {
 }
 
 func TestViewConfig(t *testing.T) {
-	v := newView(prefix)
+	v := newView(prefix, subnet.ParseEntry)
 	v.reset(nil, header(1))
 	if !errors.Is(v.table().ConfigErr, subnet.ErrNoConfig) {
 		t.Errorf("got %v", v.table().ConfigErr)
@@ -112,7 +112,7 @@ func TestViewOfAnotherStore(t *testing.T) {
 	for _, other := range []*pb.ResponseHeader{
 		{ClusterId: 8, RaftTerm: 2, Revision: 20}, {ClusterId: 7, RaftTerm: 1, Revision: 20}, {ClusterId: 7, RaftTerm: 2, Revision: 9},
 	} {
-		v := newView(prefix)
+		v := newView(prefix, subnet.ParseEntry)
 		v.reset([]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue("subnets/10.1.1.0-24", `{"PublicIP":"1.1.1.1"}`, 3)}, header(10))
 		now := []*mvccpb.KeyValue{
 			keyValue("config", `{"Network":"10.9.0.0/16"}`, 2), keyValue("subnets/10.1.1.0-24", `{"PublicIP":"2.2.2.2"}`, 3),
@@ -146,7 +146,7 @@ func TestViewAgainstHistory(t *testing.T) {
 			}
 			store = append(store, next)
 		}
-		v := newView(prefix)
+		v := newView(prefix, subnet.ParseEntry)
 		v.reset(nil, header(1))
 		for at := 0; at < len(history); {
 			now := int64(at + 1 + r.IntN(len(history)-at+1)) // a revision that exists by now
@@ -291,7 +291,7 @@ func TestEpoch(t *testing.T) {
 		"restored, and something has grown": {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4), keyValue(b, "x", 8)}, 40, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			v := newView(prefix)
+			v := newView(prefix, subnet.ParseEntry)
 			v.reset([]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4), keyValue(b, "x", 5)}, header(9))
 			v.reset(tt.now, header(tt.at))
 			if got := v.table().Epoch; got != tt.epoch {
