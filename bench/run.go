@@ -44,6 +44,8 @@ func benchmarks() []benchmark {
 		{"start", start},
 		{"running", running},
 		{"program", program},
+		{"dataplane", dataplane},
+		{"herd", herd},
 	}
 }
 
