@@ -24,6 +24,7 @@ type planned struct {
 	input  backend.Input // without the peers
 	mtu    int
 	tunnel addr.Per[string]
+	steers addr.Per[int]          // see steered
 	direct addr.Per[[]netip.Addr] // see backend.Plan.DirectNodes
 	online bool                   // the peers are those of the store, not of memory
 	// plain: no peer is unreachable and nobody else's route is in the way, so that peers that come and go make no difference to others.
@@ -36,7 +37,7 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
 	ch := a.believe(self)
 	in := backend.Input{Config: *a.config, Self: self, Underlay: a.choice.Underlay, Host: a.host}
-	res, err, ok := a.adjust(be, in, ch)
+	res, ok, err := a.adjust(be, in, ch)
 	if !ok {
 		res, err = a.reconcile(be, in)
 	}
@@ -73,18 +74,23 @@ func (a *Agent) believe(self subnet.Lease) subnet.Change {
 }
 
 // adjust brings in the peers that came and went, if nothing else changed. Not ok: everything has to be planned anew.
-func (a *Agent) adjust(be backend.Backend, in backend.Input, ch subnet.Change) (res netstate.Result, err error, ok bool) {
+func (a *Agent) adjust(be backend.Backend, in backend.Input, ch subnet.Change) (res netstate.Result, ok bool, err error) {
 	p := a.planned
 	if p == nil || p.online != a.online() || !sameInput(p.input, in) {
-		return res, nil, false
+		return res, false, nil
 	}
 	in.Peers = ch.Gone
 	gone := be.Plan(in)
 	in.Peers = ch.Come
 	come := be.Plan(in)
 	if len(in.Peers)+len(ch.Gone) > 0 && (!p.plain || !plain(come, shadowed(in.Host, come.State))) {
-		return res, nil, false
+		return res, false, nil
 	}
+	steers, same := p.steered(gone, come)
+	if !same {
+		return res, false, nil
+	}
+	p.steers = steers
 	if res, err = a.kernel.Adjust(ofPeers(gone.State), ofPeers(come.State)); err != nil {
 		a.planned = nil
 	}
@@ -92,7 +98,7 @@ func (a *Agent) adjust(be backend.Backend, in backend.Input, ch subnet.Change) (
 	if p.follow(gone, come) {
 		a.firewall.wishes.put(a.firewallWish(p))
 	}
-	return res, err, true
+	return res, true, err
 }
 
 // reconcile plans everything anew.
@@ -104,7 +110,7 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	desired.Sysctls = append(desired.Sysctls, a.forwarding()...)
 	slices.SortFunc(desired.Sysctls, netstate.Sysctl.Compare)
 	inTheWay := shadowed(a.host, desired)
-	p := &planned{input: in, mtu: plan.MTU, tunnel: plan.Tunnel, direct: plan.DirectNodes, online: a.online(), plain: plain(plan, inTheWay)}
+	p := &planned{input: in, mtu: plan.MTU, tunnel: plan.Tunnel, steers: steered(plan), direct: plan.DirectNodes, online: a.online(), plain: plain(plan, inTheWay)}
 	a.firewall.wishes.put(a.firewallWish(p)) // it works meanwhile
 
 	// Until the store has said what there is, nothing that is there may go.
@@ -139,6 +145,28 @@ func plain(p backend.Plan, inTheWay error) bool {
 // ofPeers is what of a plan's state is for single peers.
 func ofPeers(s netstate.State) netstate.State {
 	return netstate.State{Neighbours: s.Neighbours, FDB: s.FDB, Routes: s.Routes}
+}
+
+// steered counts the routes of a plan that only the traffic from this node's pods takes.
+func steered(p backend.Plan) (n addr.Per[int]) {
+	for _, r := range p.State.Routes {
+		if f := addr.FamilyOf(r.Dst.Addr()); r.Table == netstate.OwnTable {
+			n.Set(f, n.Get(f)+1)
+		}
+	}
+	return n
+}
+
+// steered counts them once some peers have gone and others come; same if there are such in the same families as before, so that the
+// rules for them are the same.
+func (p *planned) steered(gone, come backend.Plan) (now addr.Per[int], same bool) {
+	less, more := steered(gone), steered(come)
+	same = true
+	for _, f := range addr.Families() {
+		now.Set(f, p.steers.Get(f)-less.Get(f)+more.Get(f))
+		same = same && (now.Get(f) > 0) == (p.steers.Get(f) > 0)
+	}
+	return now, same
 }
 
 // follow takes note of the nodes that are reached without a tunnel, and reports whether they changed.

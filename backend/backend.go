@@ -16,8 +16,9 @@ import (
 type Backend interface {
 	// VTEPs is what the node's lease must say of its tunnel ends, before anything exists.
 	VTEPs(c subnet.Config, id subnet.Identity) addr.Per[subnet.VTEP]
-	// Plan is the kernel state for a lease and its peers, in the order that netstate wants. What a peer adds to it depends on no
-	// other peer: the plan for a few of them is what they add to the plan for all.
+	// Plan is the kernel state for a lease and its peers, in the order that netstate wants. The neighbours, FDB entries and routes that a
+	// peer adds to it depend on no other peer: the plan for a few of them is what they add to the plan for all. The rest is the same for
+	// any peers, but for the rules: there are such as some of the peers need.
 	Plan(in Input) Plan
 }
 

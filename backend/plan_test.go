@@ -245,6 +245,7 @@ func checkParts(t *testing.T, in backend.Input, all backend.Plan, at int) {
 	some.Peers, others.Peers = in.Peers[:at], in.Peers[at:]
 	a, b := backendOf(in.Config).Plan(some), backendOf(in.Config).Plan(others)
 	both := netstate.Merge(a.State, netstate.State{Neighbours: b.State.Neighbours, FDB: b.State.FDB, Routes: b.State.Routes})
+	both.Rules = slices.CompactFunc(netstate.Merge(a.State, b.State).Rules, func(x, y netstate.Rule) bool { return x == y })
 	if d := netstate.Diff(both, all.State); len(d) > 0 {
 		t.Errorf("from the parts to the whole: %v", d)
 	}

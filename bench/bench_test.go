@@ -3,6 +3,7 @@ package bench
 import (
 	"encoding/json"
 	"encoding/xml"
+	"errors"
 	"io"
 	"math"
 	"os"
@@ -100,7 +101,7 @@ func TestResultFiles(t *testing.T) {
 	}
 	svg, _ := os.ReadFile(filepath.Join(dir, "latest.svg"))
 	for d := xml.NewDecoder(strings.NewReader(string(svg))); ; {
-		if _, err := d.Token(); err == io.EOF {
+		if _, err := d.Token(); errors.Is(err, io.EOF) {
 			break
 		} else if err != nil {
 			t.Fatalf("latest.svg: %v", err)

@@ -61,10 +61,13 @@ type traffic struct {
 	times  int // samples in a round
 	sample func(ctx context.Context, p *pathEnds) (float64, error)
 	bound  Bound // of what should be like its base
+	ruled  Bound // the same, with the routing rule for what pods send to other nodes
 }
 
 // traffics has the bounds. Two equal hand-made set-ups were seen to differ by 1 % at most, in runs of 45 s on a machine that had other
-// things to do.
+// things to do. A routing rule, of whatever kind, makes the kernel look up all routes the long way: added to a hand-made set-up it was
+// seen to cost 8 % for each request, 10 % for each connection and 4 to 7 % of a stream. It is what pods pay for being seen with their own
+// addresses by other nodes.
 func traffics() []traffic {
 	stream := func(n int) func(context.Context, *pathEnds) (float64, error) {
 		return func(ctx context.Context, p *pathEnds) (float64, error) { return p.stream(ctx, n) }
@@ -73,10 +76,10 @@ func traffics() []traffic {
 		return func(_ context.Context, p *pathEnds) (float64, error) { return p.exchange(x, times) }
 	}
 	return []traffic{
-		{oneStream, Gbit, 2, stream(1), RatioAtLeast(0.95)},
-		{fourStreams, Gbit, 2, stream(4), RatioAtLeast(0.95)},
-		{oneRequest, PerEvent, 2, exchanges(oneConnection, requestTimes), RatioAtMost(1.05)},
-		{oneConnect, PerEvent, 2, exchanges(newConnection, connectTimes), RatioAtMost(1.05)},
+		{oneStream, Gbit, 2, stream(1), RatioAtLeast(0.95), RatioAtLeast(0.88)},
+		{fourStreams, Gbit, 2, stream(4), RatioAtLeast(0.95), RatioAtLeast(0.88)},
+		{oneRequest, PerEvent, 2, exchanges(oneConnection, requestTimes), RatioAtMost(1.05), RatioAtMost(1.13)},
+		{oneConnect, PerEvent, 2, exchanges(newConnection, connectTimes), RatioAtMost(1.05), RatioAtMost(1.15)},
 	}
 }
 
@@ -120,8 +123,9 @@ func (s pathSamples) rows() []Row {
 			}
 			rows = append(rows, r)
 		}
-		row(oursNoRules, handMade, t.bound)
-		row(oursVXLAN, handMadeMasq, t.bound)
+		row(oursDirect, handMade, t.bound)
+		row(oursNoRules, handMade, t.ruled)
+		row(oursVXLAN, handMadeMasq, t.ruled)
 		row(oursVXLAN, handMade, Bound{})
 		for _, path := range []string{handMade, handMadeMasq, oursDirect, oursHostGW} {
 			row(path, rawUnderlay, Bound{})

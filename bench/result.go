@@ -99,9 +99,9 @@ func (r Result) Text() string {
 	var b bytes.Buffer
 	fmt.Fprintln(&b, r.title())
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, strings.Join(columns(), "\t"))
+	_, _ = fmt.Fprintln(w, strings.Join(columns(), "\t"))
 	for _, row := range r.Rows {
-		fmt.Fprintln(w, strings.Join(r.cells(row), "\t"))
+		_, _ = fmt.Fprintln(w, strings.Join(r.cells(row), "\t"))
 	}
 	_ = w.Flush()
 	notes(&b, r.Rows)

@@ -89,7 +89,7 @@ func (r Row) timed() bool { return r.Unit != Count && r.Unit != Bytes }
 
 // Judged reports whether the row has a bound that counts: in a quick run, on a machine that does other things as well, only those on
 // what does not depend on time.
-func (r Row) Judged(quick bool) bool { return r.Bound != (Bound{}) && !(quick && r.timed()) }
+func (r Row) Judged(quick bool) bool { return r.Bound != (Bound{}) && (!quick || !r.timed()) }
 
 // OK reports whether the row keeps its bound. A figure that could not be had does not.
 func (r Row) OK() bool {

@@ -56,7 +56,7 @@ func (s *site) runningAt(ctx context.Context, n int) (joinFigures, error) {
 	if err != nil {
 		return j, err
 	}
-	defer d.end(syscall.SIGKILL)
+	defer func() { _, _ = d.end(syscall.SIGKILL) }()
 	if err := d.ready(ctx); err != nil {
 		return j, err
 	}

@@ -5,7 +5,9 @@ import (
 	"runtime"
 	"testing"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.uber.org/zap"
 
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -16,7 +18,7 @@ func benchLease(i int, revision int64) *mvccpb.KeyValue {
 	c := claim(i)
 	c.NodeName, c.NodeID = fmt.Sprintf("node-%d.example.net", i), fmt.Sprintf("%032x", i)
 	return &mvccpb.KeyValue{
-		Key:            fmt.Appendf(nil, "%s/subnets/10.%d.%d.0-24", prefix, 100+i/156, 100+i%156), // in the order of the numbers
+		Key:            fmt.Appendf(nil, "%s/subnets/10.%d.%d.0-24", prefix, 100+i/156, 100+i%156), // as many digits everywhere: keys in order
 		Value:          subnet.FormatValue(c.Attrs),
 		CreateRevision: int64(i + 2), ModRevision: revision, Lease: int64(i + 1),
 	}
@@ -72,18 +74,48 @@ func BenchmarkEvent(b *testing.B) {
 	}
 }
 
+// BenchmarkJoin is what lies between the store's word that a node has come, and the snapshot that has it.
+func BenchmarkJoin(b *testing.B) {
+	for _, n := range []int{100, 1000, 5000, 20000} {
+		b.Run(fmt.Sprintf("peers=%d", n), func(b *testing.B) {
+			m, err := New(Options{Endpoints: []string{"127.0.0.1:1"}, Prefix: prefix}, zap.NewNop())
+			if err != nil {
+				b.Fatal(err)
+			}
+			m.view = benchView(n)
+			m.claim.held = holding{lease: m.view.entries[n/2].Lease, key: m.view.entries[n/2].Key, leaseID: m.view.entries[n/2].LeaseID}
+			kv := benchLease(n/3, 0)
+			r := &pb.WatchResponse{Header: header(0), Events: []*mvccpb.Event{put(kv)}}
+			revision := int64(n + 2)
+			b.ReportAllocs()
+			for b.Loop() {
+				revision++
+				kv.ModRevision = revision
+				if changed, err := m.take(r); !changed || err != nil {
+					b.Fatal(changed, err)
+				}
+				m.tell()
+				if s := <-m.Updates(); s.Table.Revision != revision || !s.Held() {
+					b.Fatal(s.Table.Revision)
+				}
+			}
+		})
+	}
+}
+
 // BenchmarkHeap tells what one peer takes up in memory once the listing is gone.
 func BenchmarkHeap(b *testing.B) {
-	var before, after runtime.MemStats
-	var v *view
 	for b.Loop() {
-		v = nil
-		runtime.GC()
-		runtime.ReadMemStats(&before)
-		v = benchView(benchPeers)
-		runtime.GC()
-		runtime.ReadMemStats(&after)
+		before := heap()
+		v := benchView(benchPeers)
+		b.ReportMetric(float64(heap()-before)/benchPeers, "B/peer")
+		runtime.KeepAlive(v)
 	}
-	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/benchPeers, "B/peer")
-	runtime.KeepAlive(v)
+}
+
+func heap() int64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
 }

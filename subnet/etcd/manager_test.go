@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"testing"
@@ -90,5 +91,65 @@ func TestBurst(t *testing.T) {
 	t.Logf("%d snapshots, all there %s after the last change", snapshots, time.Since(began))
 	if snapshots > 10 {
 		t.Errorf("%d snapshots", snapshots)
+	}
+}
+
+// The watch waits for what comes of the claim, and for nothing else.
+func TestWatchComesBehindTheClaim(t *testing.T) {
+	t.Parallel()
+	const soon = claimSoon / 5 // far less than the waits for a claim
+	change := func(m *Manager, f func()) { m.update(func() bool { f(); return false }); poke(m.wakeSync) }
+	held := holding{key: "10.1.1.0-24"}
+	for name, tt := range map[string]struct {
+		before     func(*Manager)
+		after      func(*Manager) // a moment later
+		least, end time.Duration
+		err        error
+	}{
+		"nothing is claimed":       {least: claimSoon, end: 2 * claimSoon},
+		"the lease is held":        {before: func(m *Manager) { m.Claim(claim(1)); m.claim.held = held }, end: soon},
+		"the claim is refused":     {before: func(m *Manager) { m.Claim(claim(1)); m.claim.err = subnet.ErrNoConfig }, end: soon},
+		"it is claimed, then held": {before: func(m *Manager) { m.Claim(claim(1)) }, after: func(m *Manager) { change(m, func() { m.claim.held = held }) }, least: soon, end: 2 * soon},
+		"it is held, in a crowd": {
+			before: func(m *Manager) { m.Claim(claim(1)) },
+			after:  func(m *Manager) { change(m, func() { m.claim.held, m.claim.wrote = held, m.view.watched+crowd }) },
+			least:  3 * soon, end: 10 * soon,
+		},
+		"only the watch can help": {before: func(m *Manager) { m.Claim(claim(1)) }, after: func(m *Manager) { change(m, func() { m.claim.behind = true }) }, least: soon, end: 2 * soon},
+		"it has to be read again": {before: func(m *Manager) { m.Claim(claim(1)) }, after: func(m *Manager) { m.distrust(errRelist) }, least: soon, end: 2 * soon, err: errRelist},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := must[*Manager](t)(New(Options{Endpoints: []string{"127.0.0.1:1"}}, zap.NewNop()))
+			if tt.before != nil {
+				tt.before(m)
+			}
+			began := time.Now()
+			if tt.after != nil {
+				time.AfterFunc(soon, func() { tt.after(m) })
+			}
+			err := m.letClaim(ctxFor(t))
+			if took := time.Since(began); !errors.Is(err, tt.err) || took < tt.least || took > tt.end {
+				t.Errorf("%v after %s, want %v after %s to %s", err, took, tt.err, tt.least, tt.end)
+			}
+		})
+	}
+}
+
+func TestParseOption(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	_, snap := join(t, s, 1)
+	o := options(s)
+	asked := 0
+	o.Parse = func(key string, value []byte, revision, created, leaseID int64) *subnet.Entry {
+		asked++
+		return subnet.ParseEntry(key, value, revision, created, leaseID)
+	}
+	m := must[*Manager](t)(New(o, zap.NewNop()))
+	defer m.Close()
+	table := must[subnet.Table](t)(m.List(ctxFor(t)))
+	if asked != 1 || len(table.Entries) != 1 || table.Entries[0].Lease != snap.Lease {
+		t.Errorf("asked %d times, got %+v", asked, table.Entries)
 	}
 }

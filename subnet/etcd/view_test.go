@@ -213,6 +213,11 @@ func TestTimes(t *testing.T) {
 		between("backoff", func(r float64) time.Duration { return backoff(attempt, r) }, high/2, high)
 	}
 	between("around", func(r float64) time.Duration { return around(time.Minute, r) }, 45*time.Second, 75*time.Second)
+	between("the watch in a crowd", func(r float64) time.Duration { return watchDelay(crowd, time.Second, r) }, 2*time.Second, 8*time.Second)
+	between("the watch in a slow crowd", func(r float64) time.Duration { return watchDelay(5*crowd, time.Hour, r) }, watchPutOff/4, watchPutOff)
+	if d := watchDelay(crowd-1, time.Hour, 0.5); d != 0 {
+		t.Errorf("without a crowd, the watch waits %s", d)
+	}
 	between("renewal", func(r float64) time.Duration { return renewal(24*time.Hour, r) }, 6*time.Hour, 12*time.Hour)
 	between("a long unknown TTL", func(r float64) time.Duration { return unknownRenewal(24*time.Hour, r) }, 0, 30*time.Second)
 	between("a short unknown TTL", func(r float64) time.Duration { return unknownRenewal(20*time.Second, r) }, 0, 5*time.Second)
