@@ -109,7 +109,7 @@ func TestPathRows(t *testing.T) {
 			}
 		}
 	}
-	if want := 2 * len(traffics()); judged != want {
+	if want := 3 * len(traffics()); judged != want {
 		t.Errorf("%d rows are judged, want %d", judged, want)
 	}
 }
