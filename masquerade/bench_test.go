@@ -25,13 +25,13 @@ type benchmarkHost struct {
 	children time.Duration // what the programs have used that were started
 }
 
-// eachDriver runs a benchmark for both drivers, with the tunnel alone and with thousands of peers that are reached without it.
+// eachDriver runs a benchmark for all drivers, with the tunnel alone and with thousands of peers that are reached without it.
 // What the programs cost that are started is reported beside what the driver itself takes.
 func eachDriver(b *testing.B, run func(b *testing.B, h *benchmarkHost)) {
-	for _, kind := range []Kind{KindIPTables, KindNFTables} {
+	for _, o := range []Options{{Kind: KindIPTables}, {Kind: KindIPTables, Variant: VariantLegacy}, {Kind: KindNFTables}} {
 		for _, nodes := range []int{0, benchmarkNodes} {
-			b.Run("firewall="+string(kind)+"/direct="+fmt.Sprint(nodes), func(b *testing.B) {
-				h := newBenchmarkHost(b, kind, nodes)
+			b.Run(fmt.Sprintf("firewall=%s%s/direct=%d", o.Kind, o.Variant, nodes), func(b *testing.B) {
+				h := newBenchmarkHost(b, o, nodes)
 				b.ReportAllocs()
 				run(b, h)
 				h.report(b)
@@ -40,7 +40,7 @@ func eachDriver(b *testing.B, run func(b *testing.B, h *benchmarkHost)) {
 	}
 }
 
-func newBenchmarkHost(b *testing.B, kind Kind, nodes int) *benchmarkHost {
+func newBenchmarkHost(b *testing.B, o Options, nodes int) *benchmarkHost {
 	ns := nstest.New(b)
 	in := wanted(addr.IPv4)
 	if in.DirectNodes = nodes > 0; in.DirectNodes {
@@ -48,7 +48,8 @@ func newBenchmarkHost(b *testing.B, kind Kind, nodes int) *benchmarkHost {
 			in.Nodes = append(in.Nodes, a)
 		}
 	}
-	h := &benchmarkHost{ns: ns, options: Options{Kind: kind, Watch: watchIn(b, ns)}, want: []Ruleset{Rules(in)}}
+	o.Watch = watchIn(b, ns)
+	h := &benchmarkHost{ns: ns, options: o, want: []Ruleset{Rules(in)}}
 	h.connect(b)
 	return h
 }
@@ -97,6 +98,13 @@ func (h *benchmarkHost) ensure(b *testing.B, d Driver) []Drift {
 func (h *benchmarkHost) clean(b *testing.B) {
 	b.Helper()
 	h.ns.Exec("nft", "flush", "ruleset")
+	if h.options.Variant == VariantLegacy {
+		h.ns.Do(func() {
+			if err := NewIPTables(VariantLegacy, 0).Remove(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
 	if err := h.options.Sets.Remove(NodeSet(addr.IPv4)); err != nil {
 		b.Fatal(err)
 	}
@@ -143,9 +151,14 @@ func BenchmarkEnsureWarm(b *testing.B) {
 // BenchmarkEnsureUnchanged is what a daemon does on its period.
 func BenchmarkEnsureUnchanged(b *testing.B) {
 	eachDriver(b, func(b *testing.B, h *benchmarkHost) {
+		var d Driver
+		h.ns.Do(func() {
+			d, _ = New(b.Context(), h.options)
+			h.ensure(b, d) // puts the rules in place
+			h.ensure(b, d) // sees them there
+		})
 		h.do(func() {
-			d, _ := New(b.Context(), h.options)
-			for h.ensure(b, d); b.Loop(); {
+			for b.Loop() {
 				if drifts := h.ensure(b, d); len(drifts) > 0 {
 					b.Fatal(drifts)
 				}
@@ -158,7 +171,7 @@ func BenchmarkEnsureUnchanged(b *testing.B) {
 func BenchmarkGather(b *testing.B) {
 	for _, services := range []int{0, 5000} {
 		b.Run("services="+fmt.Sprint(services), func(b *testing.B) {
-			h := newBenchmarkHost(b, KindAuto, 0)
+			h := newBenchmarkHost(b, Options{Kind: KindAuto}, 0)
 			h.ns.Exec("iptables-nft", "-t", "filter", "-A", "FORWARD", "-s", "172.17.0.0/16", "-j", "ACCEPT")
 			if services > 0 {
 				line := "-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m comment --comment \"default/kubernetes:https cluster IP\" -m tcp --dport 443 -j KUBE-MARK-MASQ\n"

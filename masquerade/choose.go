@@ -3,7 +3,6 @@ package masquerade
 import (
 	"context"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -251,10 +250,7 @@ const mangle Table = "mangle"
 
 // save lets iptables-legacy say who uses it, if anybody does: to save its tables makes them.
 func (v *VariantFacts) save(ctx context.Context, h host, f addr.Family) {
-	if !programThere(f, VariantLegacy) || !slices.ContainsFunc([]Table{NAT, Filter, mangle}, func(t Table) bool {
-		there, err := legacyTable(f, t)
-		return there && err == nil
-	}) {
+	if names, _ := legacyNames(f); !programThere(f, VariantLegacy) || len(names) == 0 {
 		return
 	}
 	if out, err := h.run(ctx, "", programName(f, VariantLegacy)+"-save"); err == nil {

@@ -154,16 +154,13 @@ func (d *IPTables) lookLegacy(rs Ruleset, repair func() ([]Drift, error)) ([]Dri
 
 // legacyTables are numbers that change with the tables that can hold rules of ours; zero for one that does not exist.
 func (d *IPTables) legacyTables(f addr.Family) (tables [2]uint64, known bool) {
+	names, err := legacyNames(f)
 	for i, p := range Places() {
-		exists, err := legacyTable(f, p.Table)
-		if err == nil && exists {
+		if err == nil && slices.Contains(names, string(p.Table)) {
 			tables[i], err = d.kernel.LegacyTable(f, string(p.Table))
 		}
-		if err != nil {
-			return tables, false
-		}
 	}
-	return tables, true
+	return tables, err == nil
 }
 
 // fillSets makes the sets that rules name. It is cheap, and needs to be: nothing tells of changes in them.
@@ -410,21 +407,26 @@ func (d *IPTables) seconds() string {
 	return strconv.Itoa(max(1, int(d.wait.Round(time.Second)/time.Second)))
 }
 
-// legacyTable tells whether a table of the legacy variant exists in this network namespace: listing it would make it.
+// legacyNames are the tables of the legacy variant that exist in this network namespace: listing one would make it.
 // (thread-self, because a test's thread may be in another namespace than its process.)
-func legacyTable(f addr.Family, table Table) (bool, error) {
+func legacyNames(f addr.Family) ([]string, error) {
 	name := "ip_tables_names"
 	if f == addr.IPv6 {
 		name = "ip6_tables_names"
 	}
 	names, err := os.ReadFile(filepath.Join("/proc/thread-self/net", name))
 	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
+		return nil, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("which legacy tables exist: %w", err)
+		return nil, fmt.Errorf("which legacy tables exist: %w", err)
 	}
-	return slices.Contains(strings.Fields(string(names)), string(table)), nil
+	return strings.Fields(string(names)), nil
+}
+
+func legacyTable(f addr.Family, table Table) (bool, error) {
+	names, err := legacyNames(f)
+	return slices.Contains(names, string(table)), err
 }
 
 // tool is the pair of programs for one family, of one variant.

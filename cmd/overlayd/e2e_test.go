@@ -447,6 +447,7 @@ func TestNonsenseLeases(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	labtest.Check(t, l) // ready is a node by itself; all know each other a moment later
 	n1, n2 := l.Node(1), l.Node(2)
 	lease2, err := n2.Lease()
 	if err != nil {
