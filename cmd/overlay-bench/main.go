@@ -49,7 +49,9 @@ func root() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error { return bench.EndMain(cmd.Context(), args) },
 	}, &cobra.Command{
 		Use: bench.HerdCommand, Hidden: true, Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return bench.HerdMain(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout()) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return bench.HerdMain(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+		},
 	})
 	return cmd
 }
