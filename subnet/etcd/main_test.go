@@ -126,12 +126,15 @@ func dual(c subnet.Claim, i int) subnet.Claim {
 	return c
 }
 
-// join starts a manager that claims for node i, and waits until it holds a lease.
+// join starts a manager that claims for node i, and waits until it holds a lease and hears of news.
 func join(t testing.TB, s *etcdtest.Server, i int) (*node, subnet.Snapshot) {
 	t.Helper()
 	n := start(t, options(s))
 	n.m.Claim(claim(i))
-	return n, n.untilHeld()
+	first := n.untilHeld()
+	untilWatching(t, n.m)
+	time.Sleep(50 * time.Millisecond) // for the store's word that the watch is there
+	return n, first
 }
 
 func (n *node) sum() (total int64) {
