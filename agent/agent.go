@@ -44,6 +44,8 @@ type Kernel interface {
 	AddMissing(desired netstate.State) (netstate.Result, error)
 	// Adjust does what the last of these two did, with a wish that differs by a few objects.
 	Adjust(gone, come netstate.State) (netstate.Result, error)
+	// Compare looks at the kernel, and lists what the next of these would do if nothing else were wished for.
+	Compare() ([]netstate.Change, error)
 	// Watch fills Changed with hints that something changed, until ctx ends.
 	Watch(ctx context.Context) error
 	Changed() <-chan struct{}
@@ -56,7 +58,10 @@ type Parts struct {
 	Firewall masquerade.Driver
 	// FirewallChanged says that somebody changed the firewall; nil: nothing tells.
 	FirewallChanged <-chan struct{}
-	Health          net.Listener // for /healthz and /readyz; nil: none
+	Health          net.Listener // for /healthz, /readyz and /status; nil: none
+	Control         net.Listener // for the operator's commands on this node; nil: none
+	LogLevel        zap.AtomicLevel
+	About           About
 	Log             *zap.Logger
 }
 
@@ -68,10 +73,16 @@ type Agent struct {
 	firewall *firewall
 	health   *health
 	listener net.Listener
+	control  net.Listener
+	level    zap.AtomicLevel
+	about    About
 	log      *zap.Logger
 	state    stateDir
 	started  time.Time
 	audit    time.Time // when to look at the kernel without any reason to
+
+	questions chan func() // for the loop, between two rounds
+	work      work
 
 	// What the loop knows. Each stays as it was while nothing better is known.
 	snap       subnet.Snapshot
@@ -89,14 +100,17 @@ type Agent struct {
 	offline    subnet.Table // made of it, while the store has not been read
 	keeper     *keeper
 	peers      peerLog
-	drift      driftLog
+	// unreachable says why of the peers that are.
+	unreachable map[netip.Prefix]string
+	drift       *driftLog
 }
 
 // New makes an agent of its parts.
 func New(o Options, p Parts) *Agent {
 	h := newHealth(p.Log, time.Now)
 	return &Agent{
-		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, log: p.Log, state: stateDir(o.StateDir),
+		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, control: p.Control, level: p.LogLevel, about: p.About, log: p.Log,
+		questions: make(chan func()), state: stateDir(o.StateDir),
 		firewall: &firewall{
 			driver: p.Firewall, changed: p.FirewallChanged, resync: o.IPTablesResync, health: h, log: p.Log,
 			drift: newDriftLog(p.Log), wishes: newMailbox[[]masquerade.Input](),
@@ -120,7 +134,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.firewall.run(ctx) })
 	g.Go(func() error { return a.kernel.Watch(ctx) })
 	if a.listener != nil {
-		g.Go(func() error { return a.health.serve(ctx, a.listener) })
+		g.Go(func() error { return serve(ctx, a.listener, a.public()) })
+	}
+	if a.control != nil {
+		g.Go(func() error { return serve(ctx, a.control, a.private()) })
 	}
 	g.Go(func() error { a.keeper.run(); return nil })
 	g.Go(func() error { return a.loop(ctx) })
@@ -140,8 +157,10 @@ func (a *Agent) loop(ctx context.Context) error {
 		if look {
 			a.audit = time.Now().Add(jitter(auditEvery))
 		}
+		began := time.Now()
 		err := a.round(look)
 		a.health.alive()
+		a.work.last, a.work.took, a.work.rounds = time.Now(), time.Since(began), a.work.rounds+1
 		var next time.Time
 		next, retry = a.next(err, retry)
 		timer.Reset(time.Until(next))
@@ -184,6 +203,8 @@ func (a *Agent) wait(ctx context.Context, timer *time.Timer, next time.Time, pac
 				pace.looked(time.Now())
 			}
 			return failed || heard, nil
+		case question := <-a.questions:
+			question()
 		case <-timer.C:
 			if heard {
 				pace.looked(time.Now())
@@ -255,7 +276,7 @@ func (a *Agent) round(look bool) error {
 			a.health.set(condKernel, err)
 			return err
 		}
-		a.host = host
+		a.host, a.work.looked = host, time.Now()
 	}
 	a.drift.flush()
 	a.learn()

@@ -90,6 +90,12 @@ func (k *fakeKernel) Adjust(gone, come netstate.State) (netstate.Result, error) 
 	return k.Reconcile(netstate.Merge(want, come))
 }
 
+func (k *fakeKernel) Compare() ([]netstate.Change, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return netstate.Diff(k.state, k.want), k.err
+}
+
 // without takes from a list what is gone, and what something that comes has the place of.
 func without[T interface{ Compare(T) int }](list, gone, come []T) []T {
 	return slices.DeleteFunc(slices.Clone(list), func(x T) bool {

@@ -1,11 +1,13 @@
 package agent
 
 import (
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/status"
 )
 
 // throttle spaces out how often the kernel is looked at because something changed there: at once after a quiet time, then ever
@@ -36,6 +38,7 @@ func (t *throttle) looked(now time.Time) {
 
 // driftLog counts what was changed behind our back and put right, and says so once a minute for each kind of object.
 type driftLog struct {
+	mu    sync.Mutex
 	log   *zap.Logger
 	now   func() time.Time
 	kinds map[string]*driftCount
@@ -49,8 +52,8 @@ type driftCount struct {
 
 const driftEvery = time.Minute
 
-func newDriftLog(log *zap.Logger) driftLog {
-	return driftLog{log: log, now: time.Now, kinds: map[string]*driftCount{}}
+func newDriftLog(log *zap.Logger) *driftLog {
+	return &driftLog{log: log, now: time.Now, kinds: map[string]*driftCount{}}
 }
 
 func (d *driftLog) note(repaired []netstate.Change) {
@@ -65,6 +68,8 @@ func (d *driftLog) note(repaired []netstate.Change) {
 }
 
 func (d *driftLog) count(kind, example string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	k := d.kinds[kind]
 	if k == nil {
 		k = &driftCount{}
@@ -77,6 +82,8 @@ func (d *driftLog) count(kind, example string) {
 
 // flush says what has not been said yet and may be by now.
 func (d *driftLog) flush() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for kind, k := range d.kinds {
 		if k.pending == 0 || !k.said.IsZero() && d.now().Sub(k.said) < driftEvery {
 			continue
@@ -84,4 +91,15 @@ func (d *driftLog) flush() {
 		d.log.Warn("repaired what somebody else changed: "+kind, zap.Int("count", k.pending), zap.Int("since_start", k.total), zap.String("last", k.example))
 		k.pending, k.said = 0, d.now()
 	}
+}
+
+// counts are those since the start.
+func (d *driftLog) counts() []status.DriftKind {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := []status.DriftKind{}
+	for kind, k := range d.kinds {
+		out = append(out, status.DriftKind{Kind: kind, Count: k.total, Last: k.example})
+	}
+	return out
 }

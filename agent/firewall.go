@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"reflect"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -18,7 +19,11 @@ type firewall struct {
 	resync  time.Duration
 	health  *health
 	log     *zap.Logger
-	drift   driftLog
+	drift   *driftLog
+
+	mu      sync.Mutex
+	checked time.Time // when it was last looked at, without an error
+	runs    int
 	wishes  mailbox[[]masquerade.Input]
 }
 
@@ -67,6 +72,7 @@ func (f *firewall) run(ctx context.Context) error {
 // ensure makes the rules the wished ones. If they were so before, somebody else has changed what has to be put right.
 func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again bool) error {
 	res, err := f.driver.Ensure(ctx, wish)
+	f.saw(err)
 	if !again && len(res.Drifts) > 0 {
 		f.log.Info("firewall rules put in place", zap.Stringers("found", res.Drifts))
 	}
@@ -85,6 +91,22 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 	}
 	f.health.set(condNodeSet, noSets)
 	return err
+}
+
+// saw takes note of a look.
+func (f *firewall) saw(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.runs++; err == nil {
+		f.checked = time.Now()
+	}
+}
+
+// seen tells when the rules were last found or put in place, and how often they were looked at.
+func (f *firewall) seen() (time.Time, int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.checked, f.runs
 }
 
 // rulesets is never nil: no inputs are a wish too.

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/overlayd/overlayd/status"
 )
 
 // condition names one thing that must hold for the node to be ready, or that may be worse than it should be.
@@ -39,21 +41,13 @@ func needed() []condition {
 	return []condition{condUnderlay, condLease, condKernel, condFirewall, condSubnetEnv}
 }
 
-// Problem is a condition that does not hold.
-type Problem struct {
-	Name   string    `json:"name"`
-	Reason string    `json:"reason"`
-	Since  time.Time `json:"since"`
-	Fatal  bool      `json:"fatal"` // the node is not ready because of it
-}
-
 // health is the one place that knows what is wrong on this node, since when and why. A problem is logged when it comes, when its
 // reason changes, and when it goes.
 type health struct {
 	mu       sync.Mutex
 	log      *zap.Logger
 	now      func() time.Time
-	problems map[condition]Problem
+	problems map[condition]status.Problem
 	beat     time.Time // when the loop last came round
 }
 
@@ -62,9 +56,9 @@ var errStarting = errors.New("not there yet, overlayd is starting")
 
 // newHealth starts with everything that is needed missing: ready is what has been seen to be so.
 func newHealth(log *zap.Logger, now func() time.Time) *health {
-	h := &health{log: log, now: now, problems: map[condition]Problem{}}
+	h := &health{log: log, now: now, problems: map[condition]status.Problem{}}
 	for _, c := range needed() {
-		h.problems[c] = Problem{Name: string(c), Reason: errStarting.Error(), Since: now(), Fatal: true}
+		h.problems[c] = status.Problem{Name: string(c), Reason: errStarting.Error(), Since: now(), Fatal: true}
 	}
 	h.beat = now()
 	return h
@@ -85,7 +79,7 @@ func (h *health) set(c condition, err error) {
 	if was && old.Reason == err.Error() {
 		return
 	}
-	p := Problem{Name: string(c), Reason: err.Error(), Since: h.now(), Fatal: slices.Contains(needed(), c)}
+	p := status.Problem{Name: string(c), Reason: err.Error(), Since: h.now(), Fatal: slices.Contains(needed(), c)}
 	if was {
 		p.Since = old.Since
 	}
@@ -94,14 +88,14 @@ func (h *health) set(c condition, err error) {
 }
 
 // list returns what is wrong, the longest-standing first.
-func (h *health) list() []Problem {
+func (h *health) list() []status.Problem {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	var out []Problem
+	var out []status.Problem
 	for _, p := range h.problems {
 		out = append(out, p)
 	}
-	slices.SortFunc(out, func(a, b Problem) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Name, b.Name)) })
+	slices.SortFunc(out, func(a, b status.Problem) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Name, b.Name)) })
 	return out
 }
 

@@ -2,46 +2,107 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"strings"
 	"time"
+
+	"go.uber.org/zap/zapcore"
 )
 
-// stuckAfter is how long the loop may be silent before the process counts as stuck: several audits.
-const stuckAfter = 3 * auditEvery
+const (
+	// stuckAfter is how long the loop may be silent before the process counts as stuck: several audits.
+	stuckAfter = 3 * auditEvery
+	// answerWithin bounds how long a question waits for the loop.
+	answerWithin = 2 * time.Second
+)
 
-// serve answers /healthz (the loop comes round) and /readyz (all that pods need is in place) until ctx ends.
-func (h *health) serve(ctx context.Context, l net.Listener) error {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if silent := h.now().Sub(h.lastBeat()); silent > stuckAfter {
-			http.Error(w, fmt.Sprintf("the loop has not come round for %v", silent.Round(time.Second)), http.StatusServiceUnavailable)
-			return
-		}
-		_, _ = fmt.Fprintln(w, "ok")
-	})
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		code, text := http.StatusOK, ""
-		for _, p := range h.list() {
-			word := "degraded"
-			if p.Fatal {
-				code, word = http.StatusServiceUnavailable, "not ready"
-			}
-			text += fmt.Sprintf("%s: %s: %s (since %s)\n", word, p.Name, p.Reason, p.Since.Format(time.RFC3339))
-		}
-		w.WriteHeader(code)
-		if code == http.StatusOK {
-			text = "ok\n" + text
-		}
-		_, _ = fmt.Fprint(w, text)
-	})
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+// serve answers until ctx ends.
+func serve(ctx context.Context, l net.Listener, h http.Handler) error {
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("http: %w", err)
 	}
 	return ctx.Err()
+}
+
+// public is what anybody may ask who reaches the port: /healthz (the loop comes round), /readyz (all that pods need is in place) and
+// /status.
+func (a *Agent) public() *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", a.health.serveHealthz)
+	mux.HandleFunc("GET /readyz", a.health.serveReadyz)
+	mux.HandleFunc("GET /status", answer(func(r *http.Request) (any, error) { return a.Status(r.Context()) }))
+	return mux
+}
+
+// private is what the operator's commands ask, through a socket that only root can open.
+func (a *Agent) private() *http.ServeMux {
+	mux := a.public()
+	mux.HandleFunc("GET /peers", answer(func(r *http.Request) (any, error) { return a.Peers(r.Context()) }))
+	mux.HandleFunc("GET /peer", answer(func(r *http.Request) (any, error) { return a.Peer(r.Context(), r.URL.Query().Get("name")) }))
+	mux.HandleFunc("GET /diff", answer(func(r *http.Request) (any, error) { return a.Compare(r.Context()) }))
+	mux.HandleFunc("GET /log-level", answer(func(*http.Request) (any, error) { return a.level.String(), nil }))
+	mux.HandleFunc("PUT /log-level", answer(func(r *http.Request) (any, error) {
+		text, err := io.ReadAll(io.LimitReader(r.Body, 64))
+		if err != nil {
+			return nil, err
+		}
+		level, err := zapcore.ParseLevel(strings.TrimSpace(string(text)))
+		if err != nil {
+			return nil, err
+		}
+		a.level.SetLevel(level)
+		return level.String(), nil
+	}))
+	return mux
+}
+
+// answer serves a value as JSON.
+func answer(question func(r *http.Request) (any, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
+		defer cancel()
+		v, err := question(r.WithContext(ctx))
+		switch {
+		case errors.Is(err, ErrBusy):
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		case err != nil:
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(v)
+	}
+}
+
+func (h *health) serveHealthz(w http.ResponseWriter, _ *http.Request) {
+	if silent := h.now().Sub(h.lastBeat()); silent > stuckAfter {
+		http.Error(w, fmt.Sprintf("the loop has not come round for %v", silent.Round(time.Second)), http.StatusServiceUnavailable)
+		return
+	}
+	_, _ = fmt.Fprintln(w, "ok")
+}
+
+func (h *health) serveReadyz(w http.ResponseWriter, _ *http.Request) {
+	code, text := http.StatusOK, ""
+	for _, p := range h.list() {
+		word := "degraded"
+		if p.Fatal {
+			code, word = http.StatusServiceUnavailable, "not ready"
+		}
+		text += fmt.Sprintf("%s: %s: %s (since %s)\n", word, p.Name, p.Reason, p.Since.Format(time.RFC3339))
+	}
+	w.WriteHeader(code)
+	if code == http.StatusOK {
+		text = "ok\n" + text
+	}
+	_, _ = fmt.Fprint(w, text)
 }

@@ -21,12 +21,13 @@ const lingerFor = 5 * time.Second
 
 // planned is what the node's plan was made of, and what the next one follows from if only a few peers come and go.
 type planned struct {
-	input  backend.Input // without the peers
-	mtu    int
-	tunnel addr.Per[string]
-	steers addr.Per[int]          // see steered
-	direct addr.Per[[]netip.Addr] // see backend.Plan.DirectNodes
-	online bool                   // the peers are those of the store, not of memory
+	input   backend.Input // without the peers
+	mtu     int
+	tunnel  addr.Per[string]
+	devices []netstate.Link        // of the node itself
+	steers  addr.Per[int]          // see steered
+	direct  addr.Per[[]netip.Addr] // see backend.Plan.DirectNodes
+	online  bool                   // the peers are those of the store, not of memory
 	// plain: no peer is unreachable and nobody else's route is in the way, so that peers that come and go make no difference to others.
 	plain bool
 }
@@ -41,6 +42,7 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 	if !ok {
 		res, err = a.reconcile(be, in)
 	}
+	a.work.failures = len(res.Failed)
 	failed, minor := failures(res.Failed)
 	err = errors.Join(err, failed)
 	a.health.set(condKernel, err)
@@ -110,7 +112,10 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	desired.Sysctls = append(desired.Sysctls, a.forwarding()...)
 	slices.SortFunc(desired.Sysctls, netstate.Sysctl.Compare)
 	inTheWay := shadowed(a.host, desired)
-	p := &planned{input: in, mtu: plan.MTU, tunnel: plan.Tunnel, steers: steered(plan), direct: plan.DirectNodes, online: a.online(), plain: plain(plan, inTheWay)}
+	p := &planned{
+		input: in, mtu: plan.MTU, tunnel: plan.Tunnel, devices: desired.Links, steers: steered(plan), direct: plan.DirectNodes,
+		online: a.online(), plain: plain(plan, inTheWay),
+	}
 	a.firewall.wishes.put(a.firewallWish(p)) // it works meanwhile
 
 	// Until the store has said what there is, nothing that is there may go.
@@ -125,6 +130,7 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	}
 	a.health.set(condPlan, joined(plan.Problems))
 	a.health.set(condUnreachable, unreachable(plan.Ways))
+	a.unreachable = reasons(plan.Ways)
 	a.health.set(condRoutes, inTheWay)
 	a.peers.replace(plan.Ways)
 	if a.mtu != 0 && a.mtu != p.mtu {

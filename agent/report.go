@@ -105,6 +105,17 @@ func unreachable(ways []backend.Way) error {
 	return joined(out)
 }
 
+// reasons says why peers are unreachable, by subnet.
+func reasons(ways []backend.Way) map[netip.Prefix]string {
+	out := map[netip.Prefix]string{}
+	for _, w := range ways {
+		if w.Kind == backend.Unreachable {
+			out[w.Peer.Subnets.Get(w.Family)] = w.Reason
+		}
+	}
+	return out
+}
+
 func unknownKeys(config string) error {
 	if keys := subnet.UnknownKeys([]byte(config)); len(keys) > 0 {
 		return fmt.Errorf("the network config has keys that mean nothing here: %q", keys)

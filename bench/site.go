@@ -168,7 +168,7 @@ func (s *site) start(n int, etcd string, more ...string) (*daemon, error) {
 	}}
 	d.cmd = exec.Command(s.env.Overlayd, append([]string{
 		"--etcd-endpoints", etcd, "--etcd-prefix", prefixFor(n), "--node-name", "bench", "--node-id", "bench",
-		"--state-dir", filepath.Join(s.dir, "state"), "--subnet-file", s.subnetFile(), "--healthz-port", strconv.Itoa(sitePort),
+		"--state-dir", filepath.Join(s.dir, "state"), "--subnet-file", s.subnetFile(), "--socket", filepath.Join(s.dir, "sock"), "--healthz-port", strconv.Itoa(sitePort),
 	}, more...)...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.began = time.Now()

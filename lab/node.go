@@ -51,6 +51,7 @@ func (n *Node) overlaydArgv(etcd []string, config string) []string {
 		"--node-id", n.spec.ID,
 		"--state-dir", n.StateDir(),
 		"--subnet-file", n.SubnetFile(),
+		"--socket", n.Socket(),
 		"--healthz-port", strconv.Itoa(healthzPort),
 		"--init-config", config,
 	}
@@ -71,6 +72,9 @@ func (n *Node) StateDir() string { return filepath.Join(n.dir, "state") }
 
 // SubnetFile is overlayd's --subnet-file.
 func (n *Node) SubnetFile() string { return filepath.Join(n.dir, "subnet.env") }
+
+// Socket is overlayd's --socket.
+func (n *Node) Socket() string { return filepath.Join(n.dir, "overlayd.sock") }
 
 // Spec is the node as the topology has it.
 func (n *Node) Spec() NodeSpec { return n.spec }

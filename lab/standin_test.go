@@ -37,7 +37,7 @@ func standIn(args []string) int {
 	fs := flag.NewFlagSet("stand-in", flag.ExitOnError)
 	values := map[string]*string{}
 	for _, name := range []string{
-		"etcd-endpoints", "node-name", "node-id", "state-dir", "subnet-file", "healthz-port", "init-config",
+		"etcd-endpoints", "node-name", "node-id", "state-dir", "subnet-file", "socket", "healthz-port", "init-config",
 	} {
 		values[name] = fs.String(name, "", "")
 	}

@@ -121,6 +121,19 @@ func (k *Kernel) Adjust(gone, come State) (Result, error) {
 	return res, nil
 }
 
+// Compare looks at the kernel, and lists what would make it the state that was last wished for. It changes nothing.
+func (k *Kernel) Compare() ([]Change, error) {
+	if k.wanted == nil {
+		return nil, nil
+	}
+	if _, err := k.look(); err != nil {
+		return nil, err
+	}
+	actual := *k.known
+	actual.Sysctls = readSysctls(k.wanted.Sysctls)
+	return Diff(actual, *k.wanted), nil
+}
+
 // patch changes the wish, and what is known with it if the two are one.
 func (k *Kernel) patch(gone, come State) (was, is State) {
 	k.expect(func() {

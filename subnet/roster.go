@@ -46,6 +46,12 @@ func (r *Roster) Refused() []Refusal {
 	return slices.SortedFunc(maps.Values(r.refused), func(a, b Refusal) int { return strings.Compare(a.Key, b.Key) })
 }
 
+// Lingering counts those whose leases are gone.
+func (r *Roster) Lingering() int { return len(r.leaving) }
+
+// Lingers tells whether a peer's lease is gone.
+func (r *Roster) Lingers(l *Lease) bool { _, ok := r.leaving[l]; return ok }
+
 // Next is when the first of those that linger has to go; the zero time: none lingers.
 func (r *Roster) Next() time.Time {
 	var first time.Time

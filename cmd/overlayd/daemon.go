@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -42,7 +44,7 @@ func daemon(ctx context.Context, f flags) error {
 	if err != nil {
 		return err
 	}
-	log, err := f.logger()
+	log, level, err := f.logger()
 	if err != nil {
 		return err
 	}
@@ -60,6 +62,10 @@ func daemon(ctx context.Context, f flags) error {
 	}
 	defer unlock()
 	listener, err := listen(health)
+	if err != nil {
+		return err
+	}
+	control, err := listenControl(f.socket)
 	if err != nil {
 		return err
 	}
@@ -89,11 +95,19 @@ func daemon(ctx context.Context, f flags) error {
 	} else {
 		fw.Kernel = tables
 	}
+	var chosen atomic.Pointer[masquerade.Decision]
 	driver := masquerade.Begin(ctx, fw, func(d masquerade.Decision) {
+		chosen.Store(&d)
 		log.Info("firewall chosen", zap.String("firewall", string(d.Kind)), zap.String("iptables_variant", string(d.Variant)), zap.String("reason", d.Reason))
 	})
 	err = agent.New(opts, agent.Parts{
-		Store: store, Kernel: kernel, Health: listener, Log: log, Firewall: driver, FirewallChanged: changed,
+		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, Firewall: driver, FirewallChanged: changed,
+		About: agent.About{Version: version, Endpoints: storeOpts.Endpoints, Prefix: storeOpts.Prefix, Firewall: func() (kind, reason string) {
+			if d := chosen.Load(); d != nil {
+				return strings.TrimSuffix(fmt.Sprintf("%s-%s", d.Kind, d.Variant), "-"), d.Reason
+			}
+			return "", "it is being chosen"
+		}},
 	}).Run(ctx)
 	if ctx.Err() != nil {
 		log.Info("overlayd stops; the data plane stays as it is")

@@ -3,6 +3,7 @@ package main_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -420,7 +421,7 @@ func TestUnreachableEtcd(t *testing.T) {
 	_ = l.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, overlayd, "--etcd-endpoints", endpoint, "--state-dir", t.TempDir(), "--subnet-file", t.TempDir()+"/subnet.env", "--healthz-port", "0")
+	cmd := exec.CommandContext(ctx, overlayd, "--etcd-endpoints", endpoint, "--state-dir", t.TempDir(), "--subnet-file", t.TempDir()+"/subnet.env", "--socket", "", "--healthz-port", "0")
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	var out []byte
 	nstest.New(t).Do(func() { out, err = cmd.CombinedOutput() })
@@ -497,5 +498,86 @@ func TestNonsenseLeases(t *testing.T) {
 	labtest.Check(t, l)
 	if after := state(t, n1); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// What an operator sees on a node that is well, while something is wrong, and where nobody runs.
+func TestStatusCommands(t *testing.T) {
+	t.Parallel()
+	overlayd := labtest.BuildOverlayd(t)
+	l := labtest.Up(t, lab.Options{Overlayd: overlayd, Pods: 1})
+	n := l.Node(1)
+	run := func(want int, args ...string) string {
+		t.Helper()
+		out, err := n.Run(t.Context(), overlayd, append(args, "--socket", n.Socket())...)
+		code := 0
+		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+			code, out = exit.ExitCode(), out+err.Error()
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if code != want {
+			t.Errorf("overlayd %s ends with %d, want %d:\n%s", args, code, want, out)
+		}
+		return out
+	}
+	expect := func(out string, parts ...string) {
+		t.Helper()
+		for _, p := range parts {
+			if !strings.Contains(out, p) {
+				t.Errorf("no %q in\n%s", p, out)
+			}
+		}
+	}
+	expect(run(0, "status"), "n1 (id ", "ready", "http://172.31.100.2:2379", "172.31.1.11 on eth0", "overlay.1, VNI 1", "2: 2 by tunnel", "iptables", "nothing: nobody")
+	expect(run(0, "status", "--peers"), "n2", "n3", "tunnel")
+	expect(run(0, "status", "--peer", "n2"), "172.31.2.12", "fdb ", "neighbour ", "route ")
+	expect(run(0, "status", "--peer", "172.31.2.12", "-o", "json"), `"name": "n2"`, `"way": "tunnel"`)
+	expect(run(1, "status", "--peer", "nobody"), `no peer is called "nobody"`)
+	expect(run(0, "status", "--explain"), "it has the default route")
+	var doc struct {
+		Ready bool
+		Peers struct{ Total int }
+	}
+	if err := json.Unmarshal([]byte(run(0, "status", "-o", "json")), &doc); err != nil || !doc.Ready || doc.Peers.Total != 2 {
+		t.Errorf("%+v, %v", doc, err)
+	}
+	if text, err := n.Get(t.Context(), "http://127.0.0.1:8471/status"); err != nil || !strings.Contains(text, `"ready":true`) {
+		t.Errorf("/status: %s, %v", text, err)
+	}
+	if out := run(0, "diff"); out != "" {
+		t.Errorf("diff on a node that is well:\n%s", out)
+	}
+	expect(run(0, "log-level"), "info")
+	expect(run(0, "log-level", "debug"), "debug")
+	expect(run(1, "log-level", "loud"), "loud")
+
+	// A route that somebody takes away is put back, and counted.
+	if _, err := n.Run(t.Context(), "sh", "-c", "ip route del $(ip route show proto 118 | head -1 | cut -d' ' -f1)"); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second)
+	expect(run(0, "status"), "Repaired", "route: 1, last add route 10.244.")
+
+	// An address that is gone is a problem with a name and a reason.
+	if err := n.LinkDown(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second)
+	expect(run(1, "status"), "NOT READY", "underlay: no network interface")
+	if err := n.LinkUp(); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(n.Socket()); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the socket: %v, %v", st, err)
+	}
+	if err := n.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range []string{"status", "diff", "log-level"} {
+		expect(run(2, command), "overlayd does not run on this node")
 	}
 }

@@ -27,6 +27,7 @@ import (
 const (
 	defaultStateDir   = "/var/lib/overlayd"
 	defaultSubnetFile = "/run/overlayd/subnet.env"
+	defaultSocket     = "/run/overlayd/overlayd.sock"
 	machineIDFile     = "/etc/machine-id"
 )
 
@@ -51,6 +52,7 @@ type flags struct {
 	healthzIP            string
 	healthzPort          int
 	pprof                uint16
+	socket               string
 	logLevel, logFormat  string
 }
 
@@ -70,6 +72,7 @@ func (f *flags) addNode(s *pflag.FlagSet) {
 	s.StringVar(&f.nodeID, "node-id", "", "`ID` of this machine, unique and lasting (default: the content of "+machineIDFile+")")
 	s.StringVar(&f.subnetFile, "subnet-file", defaultSubnetFile, "`file` that tells CNI plugins the subnet and MTU")
 	s.StringVar(&f.stateDir, "state-dir", defaultStateDir, "`directory` in which the node remembers its subnet")
+	s.StringVar(&f.socket, "socket", defaultSocket, "unix `socket` by which commands on this node ask the daemon; empty: none")
 	s.StringVar(&f.firewall, "firewall", string(masquerade.KindAuto), "`what` holds the rules: auto (what the host and kube-proxy use), iptables or nftables")
 	s.StringVar(&f.iptables, "iptables-variant", "", "`variant` of iptables: nft or legacy (default: what the host uses)")
 }
@@ -274,10 +277,10 @@ func listen(a netip.AddrPort) (net.Listener, error) {
 	return l, nil
 }
 
-func (f flags) logger() (*zap.Logger, error) {
+func (f flags) logger() (*zap.Logger, zap.AtomicLevel, error) {
 	level, err := zapcore.ParseLevel(f.logLevel)
 	if err != nil {
-		return nil, usageError{fmt.Errorf("--log-level: expected debug, info, warn or error, found %q", f.logLevel)}
+		return nil, zap.AtomicLevel{}, usageError{fmt.Errorf("--log-level: expected debug, info, warn or error, found %q", f.logLevel)}
 	}
 	c := zap.NewProductionConfig()
 	c.Level = zap.NewAtomicLevelAt(level)
@@ -289,7 +292,8 @@ func (f flags) logger() (*zap.Logger, error) {
 	case "console":
 		c.Encoding = "console"
 	default:
-		return nil, usageError{fmt.Errorf("--log-format: expected console or json, found %q", f.logFormat)}
+		return nil, zap.AtomicLevel{}, usageError{fmt.Errorf("--log-format: expected console or json, found %q", f.logFormat)}
 	}
-	return c.Build()
+	log, err := c.Build()
+	return log, c.Level, err
 }

@@ -23,7 +23,7 @@ func main() { os.Exit(run()) }
 // Exit statuses.
 const (
 	exitFailure = 1
-	exitUsage   = 2 // something that the operator gave is wrong
+	exitUsage   = 2 // something that the operator gave is wrong, or (status) the daemon does not run
 )
 
 func run() int {
@@ -33,6 +33,9 @@ func run() int {
 	err := root().ExecuteContext(ctx)
 	if err == nil {
 		return 0
+	}
+	if said := exitStatus(0); errors.As(err, &said) {
+		return int(said)
 	}
 	for line := range strings.Lines(err.Error()) {
 		fmt.Fprintln(os.Stderr, "overlayd:", strings.TrimSuffix(line, "\n"))
@@ -69,7 +72,7 @@ Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ET
 	f.addStore(cmd.PersistentFlags())
 	f.addNode(cmd.PersistentFlags())
 	f.addDaemon(cmd.Flags())
-	cmd.AddCommand(leasesCommand(&f), cleanupCommand(&f), versionCommand())
+	cmd.AddCommand(statusCommand(&f), diffCommand(&f), logLevelCommand(&f), leasesCommand(&f), cleanupCommand(&f), versionCommand())
 	cmd.CompletionOptions.DisableDefaultCmd = true
 	return cmd
 }

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/status"
+)
+
+// exitStatus is how a command ends that has said all it has to say.
+type exitStatus int
+
+func (e exitStatus) Error() string { return "" }
+
+// statusFlags are how the status is asked for.
+type statusFlags struct {
+	peers   bool
+	peer    string
+	explain bool
+	output  string
+}
+
+func statusCommand(f *flags) *cobra.Command {
+	var s statusFlags
+	cmd := &cobra.Command{
+		Use: "status", Short: "Show how this node is: its lease, device, peers, firewall, and what is wrong", Args: noArgs,
+		Long: `status asks the daemon on this node. Exit status: 0 all is well, 1 something is degraded or not ready, 2 the daemon does not run.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return s.run(cmd.Context(), client{f.socket}, cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().BoolVar(&s.peers, "peers", false, "a line for each peer")
+	cmd.Flags().StringVar(&s.peer, "peer", "", "all about one peer: its node `name`, ID, subnet, or any address in that")
+	cmd.Flags().BoolVar(&s.explain, "explain", false, "why the interface is the one that it is")
+	cmd.Flags().StringVarP(&s.output, "output", "o", "text", "text or json")
+	return cmd
+}
+
+func (s statusFlags) run(ctx context.Context, c client, out io.Writer) error {
+	if s.output != "text" && s.output != "json" {
+		return usageError{fmt.Errorf("-o: expected text or json, found %q", s.output)}
+	}
+	style := status.Style{Colour: isTerminal(out)}
+	switch {
+	case s.peers, s.peer != "":
+		return s.showPeers(ctx, c, out, style)
+	}
+	var n status.Node
+	if err := c.ask(ctx, http.MethodGet, "/status", nil, &n); err != nil {
+		return notRunning(err)
+	}
+	var err error
+	switch {
+	case s.output == "json":
+		err = printJSON(out, n)
+	case s.explain:
+		_, err = fmt.Fprintf(out, "%s\npublic IP: %v, configured on this node: %v\n", n.Interface.Reason, n.Interface.PublicIPs, n.Interface.PublicIPLocal)
+	default:
+		err = n.Print(out, style)
+	}
+	if err == nil && n.ExitCode() != 0 {
+		err = exitStatus(n.ExitCode())
+	}
+	return err
+}
+
+func (s statusFlags) showPeers(ctx context.Context, c client, out io.Writer, style status.Style) error {
+	path := "/peers"
+	if s.peer != "" {
+		path = "/peer?name=" + url.QueryEscape(s.peer)
+	}
+	var peers []status.Peer
+	if err := c.ask(ctx, http.MethodGet, path, nil, &peers); err != nil {
+		return notRunning(err)
+	}
+	if s.peer != "" && len(peers) == 0 {
+		return fmt.Errorf("no peer is called %q or has it as its ID, subnet or address", s.peer)
+	}
+	if s.output == "json" {
+		return printJSON(out, peers)
+	}
+	if s.peer == "" {
+		return status.PrintPeers(out, peers, style)
+	}
+	for i, p := range peers {
+		if i > 0 {
+			_, _ = fmt.Fprintln(out)
+		}
+		if err := status.PrintPeer(out, p, style); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func diffCommand(f *flags) *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use: "diff", Short: "Compare the kernel with the plan, as it is right now", Args: noArgs,
+		Long: `diff has the daemon look at the kernel, and prints what would have to be done for it to be as planned. The daemon puts it right by
+itself within a second; what is printed again and again is refused by the kernel, or changed again by somebody. Exit status: 0 no
+difference, 1 some, 2 the daemon does not run.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var lines []string
+			if err := (client{f.socket}).ask(cmd.Context(), http.MethodGet, "/diff", nil, &lines); err != nil {
+				return notRunning(err)
+			}
+			if output == "json" {
+				if lines == nil {
+					lines = []string{}
+				}
+				if err := printJSON(cmd.OutOrStdout(), lines); err != nil {
+					return err
+				}
+			} else {
+				for _, l := range lines {
+					_, _ = fmt.Fprintln(cmd.OutOrStdout(), l)
+				}
+			}
+			if len(lines) > 0 {
+				return exitStatus(exitFailure)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	return cmd
+}
+
+func logLevelCommand(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use: "log-level [LEVEL]", Short: "Show or change how much the running daemon logs", Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			method, body := http.MethodGet, ""
+			if len(args) > 0 {
+				method, body = http.MethodPut, args[0]
+			}
+			var level string
+			if err := (client{f.socket}).ask(cmd.Context(), method, "/log-level", []byte(body), &level); err != nil {
+				return notRunning(err)
+			}
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), level)
+			return err
+		},
+	}
+}
+
+// notRunning gives that case an exit status of its own.
+func notRunning(err error) error {
+	if errors.Is(err, errNotRunning) {
+		return usageError{err}
+	}
+	return err
+}
+
+func printJSON(out io.Writer, v any) error {
+	e := json.NewEncoder(out)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// isTerminal reports whether colours make sense; NO_COLOR (no-color.org) says that they do not.
+func isTerminal(out io.Writer) bool {
+	f, ok := out.(*os.File)
+	if !ok || os.Getenv("NO_COLOR") != "" {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}

@@ -1,0 +1,80 @@
+package status
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+var update = flag.Bool("update", false, "write the texts down as they are now")
+
+func node() Node {
+	at := func(s string) time.Time {
+		t, err := time.Parse(time.RFC3339, s)
+		if err != nil {
+			panic(err)
+		}
+		return t
+	}
+	return Node{
+		Name: "n1", ID: "dc1cef41719e", Version: "v1.0.0", Started: at("2026-01-01T00:00:00Z"), Now: at("2026-01-01T01:02:03Z"), Ready: true,
+		Lease:     Lease{Subnets: []string{"10.244.5.0/24", "fd00:10:244:5::/64"}, Expires: at("2026-01-02T00:00:00Z"), Held: true},
+		Store:     Store{Endpoints: []string{"http://192.0.2.9:2379"}, Prefix: "/overlayd/network", Revision: 42, Entries: 4},
+		Network:   Network{Networks: []string{"10.244.0.0/16", "fd00:10:244::/48"}, Backend: "vxlan", MTU: 1430},
+		Interface: Interface{Reason: "IPv4: 192.0.2.1 on eth0 (it has the default route, metric 0)", PublicIPs: []string{"192.0.2.1"}, PublicIPLocal: true},
+		Devices:   []Device{{Name: "overlay.1", MAC: "02:00:00:00:00:01", MTU: 1450, VNI: 1, Port: 8472, Local: "192.0.2.1", Underlay: "eth0"}},
+		Peers:     PeerCounts{Total: 3, Tunnel: 2, Direct: 1},
+		Firewall:  Firewall{Kind: "iptables-nft", Reason: "kube-proxy uses it", Checked: at("2026-01-01T01:02:00Z"), Runs: 3},
+		Reconcile: Reconcile{Last: at("2026-01-01T01:02:02.5Z"), Took: 1234567 * time.Nanosecond, Rounds: 9, Looked: at("2026-01-01T01:01:33Z")},
+	}
+}
+
+func TestTexts(t *testing.T) {
+	t.Parallel()
+	bad := node()
+	bad.Ready = false
+	bad.Problems = []Problem{
+		{Name: "kernel", Reason: "add route 10.244.9.0/24: no such device", Since: bad.Started, Fatal: true},
+		{Name: "etcd", Reason: "connection refused", Since: bad.Now.Add(-90 * time.Second)},
+	}
+	bad.Store.Error, bad.Store.Since, bad.Lease.Held = "connection refused", bad.Now.Add(-90*time.Second), false
+	bad.Peers = PeerCounts{Total: 3, Tunnel: 1, Unreachable: 2, Refused: 1, Lingering: 1}
+	bad.Drift = []DriftKind{{"fdb", 1, "add fdb"}, {"route", 12, "add route 10.244.7.0/24"}}
+	bad.Interface.PublicIPLocal, bad.Reconcile.Failures = false, 1
+	peers := []Peer{
+		{Name: "n2", ID: "id2", Subnet: "10.244.7.0/24", PublicIP: "192.0.2.2", Way: "tunnel", MAC: "02:00:00:00:00:02", Entries: []string{"fdb a", "route b"}},
+		{Subnet: "10.244.8.0/24", PublicIP: "192.0.2.3", Way: "unreachable", Reason: "its public IP is configured on this node"},
+		{Name: "n4", Subnet: "10.244.9.0/24", PublicIP: "192.0.2.4", Way: "direct", Leaving: true},
+	}
+	for name, print := range map[string]func(b *strings.Builder) error{
+		"ready":    func(b *strings.Builder) error { return node().Print(b, Style{}) },
+		"bad":      func(b *strings.Builder) error { return bad.Print(b, Style{}) },
+		"colour":   func(b *strings.Builder) error { return bad.Print(b, Style{Colour: true}) },
+		"starting": func(b *strings.Builder) error { return Node{Name: "n1", ID: "x", Now: node().Now}.Print(b, Style{}) },
+		"peers":    func(b *strings.Builder) error { return PrintPeers(b, peers, Style{}) },
+		"peer":     func(b *strings.Builder) error { return PrintPeer(b, peers[0], Style{}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var b strings.Builder
+			if err := print(&b); err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join("testdata", name+".txt")
+			if *update {
+				if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil || string(want) != b.String() {
+				t.Errorf("%v; got\n%s\nwant\n%s", err, b.String(), want)
+			}
+		})
+	}
+	if node().ExitCode() != 0 || bad.ExitCode() != 1 {
+		t.Error("exit codes")
+	}
+}
