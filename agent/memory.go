@@ -68,11 +68,40 @@ func (d stateDir) load(id subnet.Identity) (memory, error) {
 }
 
 func (d stateDir) save(m memory) error {
-	raw, err := json.Marshal(m)
+	raw, err := m.encode()
 	if err != nil {
 		return err
 	}
-	return writeIfChanged(d.leaseFile(), append(raw, '\n'))
+	return writeIfChanged(d.leaseFile(), raw)
+}
+
+// encode writes the peers by hand: thousands of values that are JSON already would be looked through once more, which is most of the
+// work. Their keys are those of leases that make sense: there is nothing to escape.
+func (m memory) encode() ([]byte, error) {
+	peers, size := m.Peers, 0
+	m.Peers = nil
+	head, err := json.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	const around = len(`{"Key":"","Value":},`)
+	for _, p := range peers {
+		size += len(p.Key) + len(p.Value) + around
+	}
+	out := make([]byte, 0, len(head)+size+len(`,"Peers":[]`)+1)
+	out = append(out, head[:len(head)-1]...)
+	for i, p := range peers {
+		before := `,{"Key":"`
+		if i == 0 {
+			before = `,"Peers":[{"Key":"`
+		}
+		out = append(append(out, before...), p.Key...)
+		out = append(append(append(out, `","Value":`...), p.Value...), '}')
+	}
+	if len(peers) > 0 {
+		out = append(out, ']')
+	}
+	return append(out, "}\n"...), nil
 }
 
 // subnets are this node's own.
