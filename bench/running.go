@@ -276,7 +276,7 @@ func (d *daemon) heap() (float64, error) {
 	return strconv.ParseFloat(string(found[1]), 64)
 }
 
-// idle looks at a daemon that has nothing to do: in its first minute, in which it writes down once what it knows, and in the next.
+// idle looks at a daemon that has nothing to do, for its first two minutes: that it writes down once what it knows is in them.
 func (s *site) idle(_ context.Context, d *daemon) error {
 	const minute = time.Minute
 	span := pick(s.env, minute, 5*time.Second)
@@ -310,8 +310,7 @@ func (s *site) idle(_ context.Context, d *daemon) error {
 		started = 1
 	}
 	s.env.Add(
-		Row{Group: "idle", Name: peers(d.n) + ": CPU in the first minute", Unit: Millis, Ours: used[:1]},
-		Row{Group: "idle", Name: peers(d.n) + ": CPU in the next minute", Unit: Millis, Ours: used[1:], Bound: AtMost(20)},
+		Row{Group: "idle", Name: peers(d.n) + ": CPU in each of the first two minutes", Unit: Millis, Ours: used, Bound: AtMost(20)},
 		Row{Group: "idle", Name: peers(d.n) + ": whether processes were started", Unit: Count, Ours: []float64{started}, Bound: AtMost(0)},
 		Row{Group: "idle", Name: peers(d.n) + ": peak of memory by then (RSS)", Unit: MB, Ours: []float64{peak / 1e6}, Bound: AtMost(40)})
 	return nil
