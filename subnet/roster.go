@@ -121,17 +121,26 @@ func (r *Roster) follow(t Table) (gone, come []*Lease, changed, ok bool) {
 	return gone, come, changed, true
 }
 
-// departed finds which of those believed these entries are.
-func (r *Roster) departed(es []*Entry) (gone []*Lease, ok bool) {
+// sift looks at entries by themselves: which of their leases make sense, and which are refused. Those that are no peers are in neither.
+func (r *Roster) sift(es []*Entry) (sound []*Lease, refused []Refusal) {
 	j := judge{config: r.config, self: r.self}
 	for _, e := range es {
 		if e.passedOver(r.self) {
 			continue
 		}
-		l, reason := j.alone(e)
-		if reason != "" {
-			continue
+		if l, reason := j.alone(e); reason != "" {
+			refused = append(refused, e.refusal(reason))
+		} else {
+			sound = append(sound, l)
 		}
+	}
+	return sound, refused
+}
+
+// departed finds which of those believed these entries are.
+func (r *Roster) departed(es []*Entry) (gone []*Lease, ok bool) {
+	sound, _ := r.sift(es)
+	for _, l := range sound {
 		l = r.believed.find(l.Subnets)
 		if l == nil || r.disputed(l) {
 			return nil, false
@@ -144,20 +153,11 @@ func (r *Roster) departed(es []*Entry) (gone []*Lease, ok bool) {
 
 // arrived judges new entries. They are in nobody's way, not even in each other's, or it is not ok.
 func (r *Roster) arrived(es []*Entry) (come []*Lease, refused []Refusal, ok bool) {
-	j := judge{config: r.config, self: r.self}
-	for _, e := range es {
-		if e.passedOver(r.self) {
-			continue
-		}
-		l, reason := j.alone(e)
-		if reason != "" {
-			refused = append(refused, e.refusal(reason))
-			continue
-		}
+	come, refused = r.sift(es)
+	for _, l := range come {
 		if r.believed.meets(l) || r.disputed(l) {
 			return nil, nil, false
 		}
-		come = append(come, l)
 	}
 	if len(come) > 1 {
 		among := newCircle(nil)
