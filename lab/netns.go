@@ -69,8 +69,35 @@ func enterNS(ns string) error {
 	return nil
 }
 
+// shareNSDir makes the directory of names a mount of its own, shared, as the first `ip netns add` on a machine does, and under the
+// same lock. Done after a name was made there, it would cover that name's mount, and the name could not be deleted any more.
+func shareNSDir() error {
+	if err := os.MkdirAll(nsDir, 0o755); err != nil {
+		return err
+	}
+	dir, err := os.Open(nsDir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close() // which also lets go of the lock
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", nsDir, err)
+	}
+	share := func() error { return unix.Mount("", nsDir, "none", unix.MS_SHARED|unix.MS_REC, "") }
+	if err = share(); !errors.Is(err, unix.EINVAL) { // EINVAL: it is no mount yet
+		return err
+	}
+	if err := unix.Mount(nsDir, nsDir, "none", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("bind %s: %w", nsDir, err)
+	}
+	return share()
+}
+
 // createNS makes a namespace that `ip netns` shows.
 func createNS(ns string) error {
+	if err := shareNSDir(); err != nil {
+		return fmt.Errorf("make %s a place for namespaces: %w", nsDir, err)
+	}
 	return onThread(func() (bool, error) {
 		home, err := netns.Get()
 		if err != nil {

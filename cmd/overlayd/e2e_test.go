@@ -529,6 +529,10 @@ func TestStatusCommands(t *testing.T) {
 			}
 		}
 	}
+	// A node that is ready learns of those that come after it a moment later.
+	for end := time.Now().Add(10 * time.Second); !strings.Contains(run(0, "status"), "2: 2 by tunnel") && time.Now().Before(end); {
+		time.Sleep(50 * time.Millisecond)
+	}
 	expect(run(0, "status"), "n1 (id ", "ready", "http://172.31.100.2:2379", "172.31.1.11 on eth0", "overlay.1, VNI 1", "2: 2 by tunnel", "iptables", "nothing: nobody")
 	expect(run(0, "status", "--peers"), "n2", "n3", "tunnel")
 	expect(run(0, "status", "--peer", "n2"), "172.31.2.12", "fdb ", "neighbour ", "route ")
