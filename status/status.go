@@ -14,6 +14,7 @@ type Node struct {
 
 	Ready    bool      `json:"ready"`
 	Problems []Problem `json:"problems"` // the longest-standing first
+	Restart  []string  `json:"restart"`  // what would be otherwise after a restart of the daemon
 
 	Lease     Lease       `json:"lease"`
 	Store     Store       `json:"etcd"`
@@ -23,6 +24,9 @@ type Node struct {
 	Peers     PeerCounts  `json:"peers"`
 	Firewall  Firewall    `json:"firewall"`
 	Reconcile Reconcile   `json:"reconcile"`
+	Entries   []KindCount `json:"entries"` // that this node is to have in its kernel, by kind
+	Probe     Probe       `json:"probe"`
+	Changes   Changes     `json:"changes"`
 	Drift     []DriftKind `json:"drift"` // repaired since the start, by kind
 }
 
@@ -47,9 +51,12 @@ type Store struct {
 	Endpoints []string  `json:"endpoints"`
 	Prefix    string    `json:"prefix"`
 	Revision  int64     `json:"revision"` // of the table that the node works with; 0: none was read
+	Newest    int64     `json:"newest"`   // the newest revision that etcd has told of, be it for a key of somebody else
 	Entries   int       `json:"entries"`  // in that table, this node's among them
 	Error     string    `json:"error,omitempty"`
 	Since     time.Time `json:"since,omitzero"` // of the error
+	// Requests counts those since the start, by the name of the gRPC method; a stream counts once.
+	Requests map[string]int64 `json:"requests"`
 }
 
 // Network is the cluster's.
@@ -57,6 +64,14 @@ type Network struct {
 	Networks []string `json:"networks"`
 	Backend  string   `json:"backend"`
 	MTU      int      `json:"mtu"` // of pods
+	Pools    []Pool   `json:"pools"`
+}
+
+// Pool is how much of a network's subnets is taken.
+type Pool struct {
+	Network string `json:"network"`
+	Subnets int    `json:"subnets"` // that can be leased
+	Leased  int    `json:"leased"`  // those of nodes that are refused among them
 }
 
 // Interface is the device that leads to the other nodes, and why it is that one.
@@ -68,6 +83,9 @@ type Interface struct {
 
 // Device is a tunnel device as it is wished for.
 type Device struct {
+	// Offloads are the device's features that matter to tunnels, as ethtool names them, and whether they are on.
+	Offloads map[string]bool `json:"offloads,omitempty"`
+
 	Name     string `json:"name"`
 	MAC      string `json:"mac"`
 	MTU      int    `json:"mtu"`
@@ -85,6 +103,8 @@ type PeerCounts struct {
 	Unreachable int `json:"unreachable"`
 	Refused     int `json:"refused"`   // leases that are not believed
 	Lingering   int `json:"lingering"` // their leases are gone; they are kept for a moment
+	// RefusedBy counts the refused ones by why: see Peer.Cause.
+	RefusedBy map[string]int `json:"refusedBy,omitempty"`
 }
 
 // Firewall is what holds the rules.
@@ -93,6 +113,7 @@ type Firewall struct {
 	Reason  string    `json:"reason"` // why that kind
 	Checked time.Time `json:"checked,omitzero"`
 	Runs    int       `json:"runs"`
+	Failed  int       `json:"failed"` // of the runs
 }
 
 // Reconcile is the loop's work.
@@ -102,6 +123,69 @@ type Reconcile struct {
 	Rounds   int           `json:"rounds"`
 	Looked   time.Time     `json:"looked,omitzero"` // when the whole kernel was last looked at
 	Failures int           `json:"failures"`        // objects that the kernel refused in the last round
+}
+
+// KindCount counts objects of one kind.
+type KindCount struct {
+	Kind  string `json:"kind"`
+	Count int    `json:"count"`
+}
+
+// Changes counts what happened to the node since the start.
+type Changes struct {
+	Interface int `json:"interface"` // another device or address leads to the other nodes
+	MTU       int `json:"mtu"`       // the pods' MTU is another one
+}
+
+// Probe is what came of pinging the other nodes, the way that pods' packets go.
+type Probe struct {
+	On      bool          `json:"on"`
+	Targets int           `json:"targets"`
+	Size    int           `json:"size"`  // bytes of a full-size packet, with its IP header: the pods' MTU
+	Round   time.Duration `json:"round"` // how long it takes until every peer has been pinged once
+	// Targets by their Verdict.
+	Answer     int `json:"answer"`
+	Lossy      int `json:"lossy"`
+	SmallOnly  int `json:"smallOnly"`
+	Silent     int `json:"silent"`
+	NotPinged  int `json:"notPinged"`
+	Sent       int `json:"sent"`       // packets since the start
+	Lost       int `json:"lost"`       // of those
+	NotAllowed int `json:"notAllowed"` // that the kernel refused to send
+	// MedianRTT is that of the targets that answer.
+	MedianRTT time.Duration `json:"medianRTT"`
+	Worst     []Peer        `json:"worst"` // the worst of the peers, at most WorstPeers, the worst first
+}
+
+// WorstPeers bounds Probe.Worst.
+const WorstPeers = 20
+
+// Verdict says in a word what came of pinging a peer.
+type Verdict string
+
+// The verdicts.
+const (
+	NotPinged Verdict = ""           // not yet
+	Answers   Verdict = "answers"    // the last packets of both sizes
+	Lossy     Verdict = "lossy"      // some of the last packets were lost
+	SmallOnly Verdict = "small-only" // full-size packets are lost, small ones arrive: the underlay's MTU is smaller than this node thinks
+	Silent    Verdict = "silent"     // the last packets of both sizes were lost
+)
+
+// Pings is what came of the last pings of one size, at most eight.
+type Pings struct {
+	Sent int           `json:"sent"`
+	Lost int           `json:"lost"`
+	RTT  time.Duration `json:"rtt"` // of the last that was answered; 0: none was
+}
+
+// PeerProbe is what came of pinging one peer.
+type PeerProbe struct {
+	Address string    `json:"address"`
+	Verdict Verdict   `json:"verdict"`
+	Small   Pings     `json:"small"`
+	Full    Pings     `json:"full"`
+	Heard   time.Time `json:"heard,omitzero"` // when it answered last
 }
 
 // DriftKind counts what somebody else changed and was put right.
@@ -119,8 +203,11 @@ type Peer struct {
 	PublicIP string `json:"publicIP"`
 	Way      string `json:"way"` // tunnel, direct, unreachable, refused
 	Reason   string `json:"reason,omitempty"`
-	MAC      string `json:"mac,omitempty"` // of its tunnel device
+	Cause    string `json:"cause,omitempty"` // of a refusal, in a word
+	MAC      string `json:"mac,omitempty"`   // of its tunnel device
 	Leaving  bool   `json:"leaving,omitempty"`
+	// Probe is nil where the peer is not pinged.
+	Probe *PeerProbe `json:"probe,omitempty"`
 	// Entries are the kernel entries that are for it.
 	Entries []string `json:"entries,omitempty"`
 }
