@@ -128,8 +128,8 @@ func (r *Roster) sift(es []*Entry) (sound []*Lease, refused []Refusal) {
 		if e.passedOver(r.self) {
 			continue
 		}
-		if l, reason := j.alone(e); reason != "" {
-			refused = append(refused, e.refusal(reason))
+		if l, o := j.alone(e); o.is() {
+			refused = append(refused, e.refusal(o))
 		} else {
 			sound = append(sound, l)
 		}
@@ -237,8 +237,8 @@ func (r *Roster) moved(gone, come []*Lease) map[string]bool {
 // contradicted reports whether a lease that is gone can't be acted on any more: the config may be another one now.
 func (r *Roster) contradicted(l *Lease) bool {
 	j := judge{config: r.config, self: r.self}
-	_, reason := j.alone(&Entry{Lease: *l})
-	return reason != "" || r.believed.meets(l)
+	_, o := j.alone(&Entry{Lease: *l})
+	return o.is() || r.believed.meets(l)
 }
 
 // compareLeases finds what is in one list only. Where both have an equal lease, the new list gets the old pointer.

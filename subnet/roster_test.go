@@ -42,7 +42,7 @@ func (n *naiveRoster) update(t Table, c Config, self Lease, now time.Time, linge
 }
 
 func (n *naiveRoster) mayStay(l Lease, believed []Lease, c Config, self Lease) bool {
-	if _, reason := (&judge{config: c, self: self}).alone(&Entry{Lease: l}); reason != "" {
+	if _, reason := (&judge{config: c, self: self}).alone(&Entry{Lease: l}); reason.is() {
 		return false
 	}
 	for _, o := range append(slices.Clone(believed), self) {

@@ -36,8 +36,34 @@ func (t Table) Find(key string) *Entry {
 type Refusal struct {
 	Key    string
 	Node   string
+	Cause  Cause
 	Reason string
 }
+
+// Cause says in a word what a refusal is about.
+type Cause string
+
+// The causes.
+const (
+	CauseNonsense Cause = "nonsense"  // the lease can't be read
+	CauseBackend  Cause = "backend"   // it is for another backend
+	CauseSubnet   Cause = "subnet"    // its subnet is none of this network's
+	CauseOverlap  Cause = "overlap"   // its subnet is another's, or this node's own
+	CausePublicIP Cause = "public-ip" // packets can't be sent to its public IP
+	CauseVTEP     Cause = "vtep"      // its tunnel's end is not one of this network
+)
+
+// objection is what is said against a lease; the zero value: nothing.
+type objection struct {
+	cause  Cause
+	reason string
+}
+
+func objectTo(c Cause, format string, args ...any) objection {
+	return objection{c, fmt.Sprintf(format, args...)}
+}
+
+func (o objection) is() bool { return o != objection{} }
 
 // Peers sorts out which leases of others to act on. What makes no sense, or would take what is mine or another's, is refused
 // with its reason and holds nobody else back. Both lists are in the order of the subnets. A Roster does the same for one table after
@@ -70,9 +96,9 @@ func (t Table) judge(c Config, self Lease) verdict {
 		if e.passedOver(self) {
 			continue
 		}
-		l, reason := j.alone(e)
-		if reason != "" {
-			v.refused = append(v.refused, e.refusal(reason))
+		l, o := j.alone(e)
+		if o.is() {
+			v.refused = append(v.refused, e.refusal(o))
 			continue
 		}
 		suspects = append(suspects, suspect{Entry: e, lease: l})
@@ -98,8 +124,8 @@ func (e *Entry) passedOver(self Lease) bool {
 	return e.Blank() || e.Err == nil && e.Subnets == self.Subnets
 }
 
-func (e *Entry) refusal(reason string) Refusal {
-	return Refusal{Key: e.Key, Node: e.NodeName, Reason: reason}
+func (e *Entry) refusal(o objection) Refusal {
+	return Refusal{Key: e.Key, Node: e.NodeName, Cause: o.cause, Reason: o.reason}
 }
 
 // settle decides between those that claim the same: one that this network leases comes before a left-over of an older config, then
@@ -117,15 +143,15 @@ func settle(c Config, suspects []suspect) (refused []Refusal) {
 	held := newHolders(byAge)
 	taken := claims{backend: c.Backend.Type, macs: map[addr.MAC]string{}, ips: map[netip.Addr]string{}}
 	for _, s := range byAge {
-		reason := ""
+		o := objection{}
 		if h := held.find(s.lease); h != nil {
-			reason = fmt.Sprintf("its subnet overlaps %s of %s, which holds it", h.Key, h.Name())
+			o = objectTo(CauseOverlap, "its subnet overlaps %s of %s, which holds it", h.Key, h.Name())
 		} else {
-			reason = taken.add(s.lease)
+			o = taken.add(s.lease)
 		}
-		if reason != "" {
+		if o.is() {
 			s.refused = true
-			refused = append(refused, s.refusal(reason))
+			refused = append(refused, s.refusal(o))
 			continue
 		}
 		held.add(s)
@@ -250,12 +276,12 @@ type judge struct {
 
 // alone looks at a lease by itself and against my own. What it returns is without the subnets of families that the network does
 // not use.
-func (j *judge) alone(e *Entry) (*Lease, string) {
+func (j *judge) alone(e *Entry) (*Lease, objection) {
 	if e.Err != nil {
-		return nil, e.Err.Error()
+		return nil, objectTo(CauseNonsense, "%s", e.Err)
 	}
 	if e.Backend != j.config.Backend.Type {
-		return nil, fmt.Sprintf("its backend is %q, this network's is %q", e.Backend, j.config.Backend.Type)
+		return nil, objectTo(CauseBackend, "its backend is %q, this network's is %q", e.Backend, j.config.Backend.Type)
 	}
 	used := addr.Per[netip.Prefix]{}
 	for _, f := range addr.Families() {
@@ -264,49 +290,49 @@ func (j *judge) alone(e *Entry) (*Lease, string) {
 			continue
 		}
 		used.Set(f, sn)
-		if reason := j.family(&e.Lease, f, p); reason != "" {
-			return nil, reason
+		if o := j.family(&e.Lease, f, p); o.is() {
+			return nil, o
 		}
 	}
 	switch used {
 	case addr.Per[netip.Prefix]{}:
-		return nil, "it has no subnet in a family that this network uses"
+		return nil, objectTo(CauseSubnet, "it has no subnet in a family that this network uses")
 	case e.Subnets:
-		return &e.Lease, ""
+		return &e.Lease, objection{}
 	}
-	return &Lease{used, e.Attrs}, ""
+	return &Lease{used, e.Attrs}, objection{}
 }
 
-func (j *judge) family(l *Lease, f addr.Family, p Pool) string {
+func (j *judge) family(l *Lease, f addr.Family, p Pool) objection {
 	sn, ip, mine := l.Subnets.Get(f), l.PublicIP.Get(f), j.self.PublicIP.Get(f)
 	switch {
 	case sn.Bits() < p.Network.Bits() || !p.Network.Contains(sn.Addr()):
-		return fmt.Sprintf("its subnet %s is outside the network %s", sn, p.Network)
+		return objectTo(CauseSubnet, "its subnet %s is outside the network %s", sn, p.Network)
 	case overlap(sn, j.self.Subnets.Get(f)):
-		return fmt.Sprintf("its subnet %s overlaps this node's own %s", sn, j.self.Subnets.Get(f))
+		return objectTo(CauseOverlap, "its subnet %s overlaps this node's own %s", sn, j.self.Subnets.Get(f))
 	case !ip.IsValid():
-		return fmt.Sprintf("it has no public %s address", f)
+		return objectTo(CausePublicIP, "it has no public %s address", f)
 	case ip == mine:
-		return fmt.Sprintf("its public IP %s is this node's own: two nodes with one address, or a lease that this node left behind", ip)
+		return objectTo(CausePublicIP, "its public IP %s is this node's own: two nodes with one address, or a lease that this node left behind", ip)
 	case p.Network.Contains(ip):
-		return fmt.Sprintf("its public IP %s is inside the overlay network %s", ip, p.Network)
+		return objectTo(CausePublicIP, "its public IP %s is inside the overlay network %s", ip, p.Network)
 	case !ip.IsGlobalUnicast() || reserved4(ip):
-		return fmt.Sprintf("its public IP %s is not a unicast address that a packet could be sent to", ip)
+		return objectTo(CausePublicIP, "its public IP %s is not a unicast address that a packet could be sent to", ip)
 	}
 	if j.config.Backend.Type != VXLAN {
-		return ""
+		return objection{}
 	}
 	switch v := l.VTEP.Get(f); {
 	case v.MAC.IsZero():
-		return fmt.Sprintf("it has no %s VtepMAC", f)
+		return objectTo(CauseVTEP, "it has no %s VtepMAC", f)
 	case v.MAC.IsGroup():
-		return fmt.Sprintf("its VtepMAC %s is a group address", v.MAC)
+		return objectTo(CauseVTEP, "its VtepMAC %s is a group address", v.MAC)
 	case v.MAC == j.self.VTEP.Get(f).MAC:
-		return fmt.Sprintf("its VtepMAC %s is this node's own", v.MAC)
+		return objectTo(CauseVTEP, "its VtepMAC %s is this node's own", v.MAC)
 	case v.VNI != j.config.Backend.VNI && v.VNI != 0: // early versions of flannel did not say it
-		return fmt.Sprintf("its VNI is %d, this network's is %d", v.VNI, j.config.Backend.VNI)
+		return objectTo(CauseVTEP, "its VNI is %d, this network's is %d", v.VNI, j.config.Backend.VNI)
 	}
-	return ""
+	return objection{}
 }
 
 // reserved4: 0.0.0.0/8 and 240.0.0.0/4 (RFC 1122 §3.2.1.3, RFC 1112 §4), the broadcast address among them.
@@ -323,16 +349,16 @@ type claims struct {
 }
 
 // add takes note of a lease's addresses, unless another one has one of them: one MAC or address can't lead to two nodes.
-func (c claims) add(l *Lease) string {
+func (c claims) add(l *Lease) objection {
 	for _, f := range addr.Families() {
 		if !l.Subnets.Get(f).IsValid() {
 			continue
 		}
 		if by, taken := c.ips[l.PublicIP.Get(f)]; taken {
-			return fmt.Sprintf("its public IP %s is that of %s, which holds it", l.PublicIP.Get(f), by)
+			return objectTo(CausePublicIP, "its public IP %s is that of %s, which holds it", l.PublicIP.Get(f), by)
 		}
 		if by, taken := c.macs[l.VTEP.Get(f).MAC]; taken && c.backend == VXLAN {
-			return fmt.Sprintf("its VtepMAC %s is that of %s, which holds it", l.VTEP.Get(f).MAC, by)
+			return objectTo(CauseVTEP, "its VtepMAC %s is that of %s, which holds it", l.VTEP.Get(f).MAC, by)
 		}
 	}
 	for _, f := range addr.Families() {
@@ -341,5 +367,5 @@ func (c claims) add(l *Lease) string {
 			c.macs[l.VTEP.Get(f).MAC] = l.Name()
 		}
 	}
-	return ""
+	return objection{}
 }

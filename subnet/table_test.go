@@ -234,7 +234,7 @@ func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) 
 	var es []*Entry
 	for _, e := range table.Entries {
 		l, reason := (&judge{config: c, self: self}).alone(e)
-		if reason != "" {
+		if reason.is() {
 			refused = append(refused, e.Key)
 			continue
 		}

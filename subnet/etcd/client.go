@@ -6,8 +6,10 @@ import (
 	"math/rand/v2"
 	"path"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -29,8 +31,9 @@ const (
 
 // conn holds the one client in use: made when first needed, replaced when the store refuses its credentials.
 type conn struct {
-	opts  Options
-	count counter
+	opts   Options
+	count  counter
+	newest atomic.Int64 // revision, in the last answer
 
 	making chan struct{} // holds a token while somebody makes a client
 	mu     sync.Mutex
@@ -124,7 +127,11 @@ func (c *conn) dialOptions() []grpc.DialOption {
 // and the reason would be lost).
 func (c *conn) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	c.count.add(method)
-	return next(ctx, method, req, reply, cc, append(opts, grpc.WaitForReady(false))...)
+	err := next(ctx, method, req, reply, cc, append(opts, grpc.WaitForReady(false))...)
+	if r, ok := reply.(interface{ GetHeader() *pb.ResponseHeader }); ok && err == nil && r.GetHeader().GetRevision() > 0 {
+		c.newest.Store(r.GetHeader().GetRevision())
+	}
+	return err
 }
 
 func (c *conn) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {

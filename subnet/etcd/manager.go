@@ -111,6 +111,9 @@ func (m *Manager) Claim(c subnet.Claim) {
 // Requests counts the requests sent to the store since New, by the name of the RPC (Range, Txn, Watch, LeaseGrant, ...).
 func (m *Manager) Requests() map[string]int64 { return m.conn.count.snapshot() }
 
+// Newest is the revision that the store named last: that of any key, also of those who share it with us. 0: it has not answered yet.
+func (m *Manager) Newest() int64 { return m.conn.newest.Load() }
+
 // update changes the shared state under the lock, and delivers a snapshot where f asks for it.
 func (m *Manager) update(f func() (deliver bool)) {
 	m.mu.Lock()
