@@ -64,6 +64,8 @@ type Way struct {
 	Family addr.Family
 	Kind   WayKind
 	Reason string // where it is Unreachable
+	// Ping is what answers to a ping at the peer, by the way that packets to its pods take; the zero Addr where there is none.
+	Ping netip.Addr
 }
 
 // WayKind says what becomes of packets to a peer's pods.
@@ -112,6 +114,13 @@ func DirectRoute(sn netip.Prefix, peer netip.Addr, by netstate.HostRoute) netsta
 // Add notes how a peer is reached.
 func (p *Plan) Add(peer *subnet.Lease, f addr.Family, kind WayKind, reason error) {
 	w := Way{Peer: peer, Family: f, Kind: kind}
+	switch {
+	case kind == Unreachable:
+	case p.Tunnel.Get(f) != "": // the peer's device has it
+		w.Ping = peer.Gateway(f)
+	default: // nothing has an address of the peer's subnet for sure, and the way to it is that to the peer itself
+		w.Ping = peer.PublicIP.Get(f)
+	}
 	if reason != nil {
 		w.Reason = reason.Error()
 	}

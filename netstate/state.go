@@ -217,6 +217,14 @@ func (s *State) Sort() {
 	sortByKey(s.Rules)
 }
 
+// Counts tells how many objects of each kind there are.
+func (s State) Counts() map[string]int {
+	return map[string]int{
+		string(kindLink): len(s.Links), string(kindSysctl): len(s.Sysctls), string(kindAddress): len(s.Addresses), string(kindNeighbour): len(s.Neighbours),
+		string(kindFDB): len(s.FDB), string(kindRoute): len(s.Routes), string(kindRule): len(s.Rules),
+	}
+}
+
 func sortByKey[T object[T]](s []T) {
 	if !slices.IsSortedFunc(s, T.Compare) {
 		slices.SortFunc(s, T.Compare)
