@@ -140,6 +140,7 @@ type Changes struct {
 // Probe is what came of pinging the other nodes, the way that pods' packets go.
 type Probe struct {
 	On      bool          `json:"on"`
+	Error   string        `json:"error,omitempty"` // why nobody can be pinged
 	Targets int           `json:"targets"`
 	Size    int           `json:"size"`  // bytes of a full-size packet, with its IP header: the pods' MTU
 	Round   time.Duration `json:"round"` // how long it takes until every peer has been pinged once

@@ -59,7 +59,7 @@ func (n Node) Print(w io.Writer, s Style) error {
 	line("Lease", "%s", n.Lease.text(n.Now))
 	line("etcd", "%s", n.Store.text(n.Now))
 	if n.Network.Backend != "" {
-		line("Network", "%s, %s, pods' MTU %d", strings.Join(n.Network.Networks, " and "), n.Network.Backend, n.Network.MTU)
+		line("Network", "%s, %s, pods' MTU %d%s", strings.Join(n.Network.Networks, " and "), n.Network.Backend, n.Network.MTU, poolsText(n.Network.Pools))
 	}
 	line("Interface", "%s", or(n.Interface.Reason, "none yet"))
 	if len(n.Interface.PublicIPs) > 0 {
@@ -69,6 +69,7 @@ func (n Node) Print(w io.Writer, s Style) error {
 		line("Device", "%s, VNI %d, UDP %d from %s over %s, MAC %s, MTU %d", d.Name, d.VNI, d.Port, d.Local, d.Underlay, d.MAC, d.MTU)
 	}
 	line("Peers", "%s", n.Peers.text(s))
+	line("Pings", "%s", n.Probe.text(s))
 	if n.Firewall.Checked.IsZero() {
 		line("Firewall", "not in place yet")
 	} else {
@@ -79,13 +80,79 @@ func (n Node) Print(w io.Writer, s Style) error {
 	}
 	line("Kernel", "brought up to date %s ago, in %s; looked at as a whole %s ago%s", ago(n.Now, n.Reconcile.Last), n.Reconcile.Took.Round(time.Microsecond),
 		ago(n.Now, n.Reconcile.Looked), unless(n.Reconcile.Failures == 0, fmt.Sprintf("; it refused %d objects", n.Reconcile.Failures)))
+	line("Entries", "%s", entriesText(n.Entries))
 	if len(n.Drift) == 0 {
 		line("Repaired", "nothing: nobody has changed what is ours since the start")
 	}
 	for i, d := range n.Drift {
 		line(unless(i > 0, "Repaired"), "%s: %d, last %s", d.Kind, d.Count, d.Last)
 	}
+	if len(n.Restart) == 0 {
+		line("Restart", "would change nothing")
+	}
+	for i, r := range n.Restart {
+		line(unless(i > 0, "Restart"), "%s", s.paint(yellow, r))
+	}
 	return t.Flush()
+}
+
+// poolsText says how much is taken, of the pool that has the least left.
+func poolsText(pools []Pool) string {
+	worst, share := Pool{}, -1.0
+	for _, p := range pools {
+		if used := float64(p.Leased) / float64(max(p.Subnets, 1)); used > share {
+			worst, share = p, used
+		}
+	}
+	if share < 0 {
+		return ""
+	}
+	return fmt.Sprintf(", %d of %d subnets leased", worst.Leased, worst.Subnets)
+}
+
+func entriesText(entries []KindCount) string {
+	var out []string
+	for _, e := range entries {
+		if e.Count > 0 {
+			out = append(out, fmt.Sprintf("%s %d", e.Kind, e.Count))
+		}
+	}
+	return or(strings.Join(out, ", "), "none")
+}
+
+func (p Probe) text(s Style) string {
+	switch {
+	case !p.On:
+		return "off"
+	case p.Error != "":
+		return s.paint(yellow, p.Error)
+	case p.Targets == 0:
+		return "nobody to ping"
+	}
+	out := fmt.Sprintf("%d of %d answer", p.Answer, p.Targets)
+	if p.MedianRTT > 0 {
+		out += fmt.Sprintf(", the median after %s", short(p.MedianRTT))
+	}
+	for _, x := range []struct {
+		n    int
+		what string
+	}{{p.Silent, "silent"}, {p.SmallOnly, fmt.Sprintf("answer small packets only, not %d bytes", p.Size)}, {p.Lossy, "with losses"}} {
+		if x.n > 0 {
+			out += ", " + s.paint(yellow, fmt.Sprintf("%d %s", x.n, x.what))
+		}
+	}
+	if p.NotPinged > 0 {
+		out += fmt.Sprintf(", %d not pinged yet", p.NotPinged)
+	}
+	return out + fmt.Sprintf("; a round takes %s", p.Round.Round(time.Second))
+}
+
+// short is a round trip as a person reads it.
+func short(d time.Duration) string {
+	if d < 10*time.Millisecond {
+		return d.Round(time.Microsecond).String()
+	}
+	return d.Round(100 * time.Microsecond).String()
 }
 
 func (l Lease) text(now time.Time) string {
@@ -129,7 +196,7 @@ func (p PeerCounts) text(s Style) string {
 // PrintPeers writes a line for each peer.
 func PrintPeers(w io.Writer, peers []Peer, s Style) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(t, "NODE\tSUBNET\tPUBLIC IP\tWAY\tREMARK")
+	_, _ = fmt.Fprintln(t, "NODE\tSUBNET\tPUBLIC IP\tWAY\tPINGS\tREMARK")
 	for _, p := range peers {
 		remark := p.Reason
 		if p.Leaving {
@@ -139,9 +206,42 @@ func PrintPeers(w io.Writer, peers []Peer, s Style) error {
 		if p.Reason != "" {
 			way = s.paint(yellow, way)
 		}
-		_, _ = fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", or(p.Name, "-"), p.Subnet, or(p.PublicIP, "-"), way, remark)
+		_, _ = fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", or(p.Name, "-"), p.Subnet, or(p.PublicIP, "-"), way, p.Probe.word(s), remark)
 	}
 	return t.Flush()
+}
+
+// word is what came of pinging a peer, in a word or two.
+func (p *PeerProbe) word(s Style) string {
+	if p == nil {
+		return "-"
+	}
+	switch p.Verdict {
+	case NotPinged:
+		return "not yet"
+	case Answers:
+		return short(p.RTT())
+	}
+	return s.paint(yellow, string(p.Verdict))
+}
+
+// RTT is the last round trip of a small packet, or of a full-size one where there was none; 0: neither was answered.
+func (p *PeerProbe) RTT() time.Duration {
+	if p.Small.RTT == 0 {
+		return p.Full.RTT
+	}
+	return p.Small.RTT
+}
+
+func (p Pings) text(size string) string {
+	if p.Sent == 0 {
+		return size + ": not yet"
+	}
+	out := fmt.Sprintf("%s: %d of the last %d lost", size, p.Lost, p.Sent)
+	if p.RTT > 0 {
+		out += ", round trip " + short(p.RTT)
+	}
+	return out
 }
 
 // PrintPeer writes all there is to know of one peer.
@@ -152,6 +252,12 @@ func PrintPeer(w io.Writer, p Peer, s Style) error {
 	} {
 		if x[1] != "" && x[1] != yellow+plain {
 			_, _ = fmt.Fprintf(t, "%s\t%s\n", x[0], x[1])
+		}
+	}
+	if q := p.Probe; q != nil {
+		_, _ = fmt.Fprintf(t, "Pings\t%s of %s\n\t%s\n\t%s\n", q.word(s), q.Address, q.Small.text("small"), q.Full.text("full size"))
+		if !q.Heard.IsZero() {
+			_, _ = fmt.Fprintf(t, "\tanswered last at %s\n", q.Heard.Format(time.RFC3339))
 		}
 	}
 	for i, e := range p.Entries {

@@ -1,0 +1,310 @@
+package probe
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/status"
+)
+
+// tick is how often a mesh sends and reads what came: seldom, for the sake of an idle node.
+const tick = time.Second
+
+// Mesh pings targets in turn, a few each second, and keeps what came of it. It is safe for concurrent use.
+type Mesh struct {
+	changed func()
+
+	mu      sync.Mutex
+	rot     *rotation
+	err     error
+	sockets addr.Per[*socket]
+	wake    chan struct{}
+}
+
+// NewMesh makes a mesh that calls changed whenever the verdict on a target has changed.
+func NewMesh(changed func()) *Mesh {
+	return &Mesh{changed: changed, rot: newRotation(), wake: make(chan struct{}, 1)}
+}
+
+// Replace makes these the targets. What is known of those that stay is kept.
+func (m *Mesh) Replace(ts []Target) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	stay := make(map[netip.Prefix]bool, len(ts))
+	for _, t := range ts {
+		stay[t.Subnet] = true
+	}
+	for _, t := range slices.Clone(m.rot.order) {
+		if !stay[t.Subnet] {
+			m.rot.remove(t.Subnet)
+		}
+	}
+	m.put(ts)
+}
+
+// Change removes the targets for some subnets and adds others.
+func (m *Mesh) Change(gone []netip.Prefix, come []Target) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range gone {
+		if !slices.ContainsFunc(come, func(t Target) bool { return t.Subnet == p }) {
+			m.rot.remove(p)
+		}
+	}
+	m.put(come)
+}
+
+func (m *Mesh) put(ts []Target) {
+	for _, t := range ts {
+		m.rot.put(t)
+	}
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Resize sets the size of full packets in bytes, with their IP header: the pods' MTU.
+func (m *Mesh) Resize(bytes int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.rot.size = bytes
+}
+
+// Run pings until ctx ends.
+func (m *Mesh) Run(ctx context.Context) error {
+	defer m.close()
+	// Nodes that start together don't ping in step.
+	timer := time.NewTimer(rand.N(tick))
+	defer timer.Stop()
+	last := time.Now()
+	for {
+		idle := false
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+			now := time.Now()
+			idle = m.step(now.Sub(last))
+			last = now
+		}
+		if idle {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-m.wake:
+			}
+		}
+		timer.Reset(tick)
+	}
+}
+
+func (m *Mesh) close() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, f := range addr.Families() {
+		if s := m.sockets.Get(f); s != nil {
+			s.close()
+			m.sockets.Set(f, nil)
+		}
+	}
+}
+
+// step reads the answers, gives up on what is late, and sends the next packets. Idle: there is nobody to be pinged.
+func (m *Mesh) step(passed time.Duration) (idle bool) {
+	m.mu.Lock()
+	before, errBefore := m.verdicts(), m.err
+	for _, f := range addr.Families() {
+		if s := m.sockets.Get(f); s != nil {
+			pongs, err := s.receive(nil)
+			m.err = err
+			for _, p := range pongs {
+				m.rot.answered(p)
+			}
+		}
+	}
+	now := time.Now()
+	m.rot.expire(now)
+	for _, p := range m.rot.due(now, passed) {
+		at := time.Now()
+		m.rot.departed(p.seq, at, m.send(p))
+	}
+	idle = len(m.rot.order)+len(m.rot.flights) == 0
+	changed := before != m.verdicts() || (m.err == nil) != (errBefore == nil)
+	m.mu.Unlock()
+	if changed {
+		m.changed()
+	}
+	return idle
+}
+
+// verdicts is a value that changes when the targets of a verdict become more or fewer.
+func (m *Mesh) verdicts() [3]int {
+	c := m.rot.counts
+	return [3]int{c[status.Silent], c[status.SmallOnly], c[status.Lossy]}
+}
+
+func (m *Mesh) send(p ping) error {
+	f := addr.FamilyOf(p.to)
+	s := m.sockets.Get(f)
+	if s == nil {
+		var err error
+		if s, err = open(f, uint16(rand.Uint32())); err != nil {
+			m.err = err
+			return err
+		}
+		m.err = nil
+		m.sockets.Set(f, s)
+	}
+	return s.send(p.to, p.seq, p.size)
+}
+
+// Summary is what is known of all targets together.
+func (m *Mesh) Summary() status.Probe {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.rot.summary()
+	if m.err != nil {
+		p.Error = m.err.Error()
+	}
+	return p
+}
+
+// Peer is what is known of one target; nil: it is none.
+func (m *Mesh) Peer(subnet netip.Prefix) *status.PeerProbe {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	t := m.rot.targets[subnet]
+	if t == nil {
+		return nil
+	}
+	p := t.result()
+	return &p
+}
+
+// Trouble lists the targets that don't answer, and those that answer small packets only: how many, and the first few by name.
+func (m *Mesh) Trouble(named int) (silent, smallOnly Group, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	group := func(v status.Verdict) Group { return Group{m.rot.counts[v], m.rot.named(v, named)} }
+	return group(status.Silent), group(status.SmallOnly), m.err
+}
+
+// Group is some targets.
+type Group struct {
+	Count int
+	Names []string // of the first few
+}
+
+// Outcome is what came of pinging one address.
+type Outcome struct {
+	Addr netip.Addr
+	Sent int
+	Lost int
+	RTT  time.Duration // the shortest; 0: nothing was answered
+	Err  error         // why the kernel refused to send: a packet larger than the device's MTU, no route
+}
+
+// spacing is how far apart the packets of Once are.
+const spacing = 2 * time.Millisecond
+
+// Once pings every address count times, with packets of size bytes (their IP header included) that must not be cut up on the way, and
+// waits for answers, after the last packet, no longer than wait. It takes CAP_NET_RAW. An error is that of this node's means to ping.
+func Once(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Outcome, error) {
+	out := make([]Outcome, len(to))
+	for i, a := range to {
+		out[i].Addr = a
+	}
+	o := once{out: out, flights: map[uint16]int{}, sent: map[uint16]time.Time{}}
+	defer o.close()
+	seq := uint16(0)
+	for range count {
+		for i := range out {
+			seq++
+			if err := o.send(i, seq, size); err != nil {
+				return nil, err
+			}
+			sleep(ctx, spacing)
+		}
+	}
+	for end := time.Now().Add(wait); len(o.flights) > 0 && time.Now().Before(end) && ctx.Err() == nil; sleep(ctx, spacing) {
+		if err := o.receive(); err != nil {
+			return nil, err
+		}
+	}
+	return out, ctx.Err()
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// once is the state of Once.
+type once struct {
+	out     []Outcome
+	sockets addr.Per[*socket]
+	flights map[uint16]int // the index in out
+	sent    map[uint16]time.Time
+}
+
+func (o *once) close() {
+	for _, f := range addr.Families() {
+		if s := o.sockets.Get(f); s != nil {
+			s.close()
+		}
+	}
+}
+
+func (o *once) send(i int, seq uint16, size int) error {
+	f := addr.FamilyOf(o.out[i].Addr)
+	s := o.sockets.Get(f)
+	if s == nil {
+		var err error
+		if s, err = open(f, uint16(rand.Uint32())); err != nil {
+			return err
+		}
+		o.sockets.Set(f, s)
+	}
+	o.out[i].Sent++
+	o.out[i].Lost++
+	o.flights[seq], o.sent[seq] = i, time.Now()
+	if err := s.send(o.out[i].Addr, seq, size); err != nil {
+		o.out[i].Err = err
+		delete(o.flights, seq)
+	}
+	return nil
+}
+
+func (o *once) receive() error {
+	var errs []error
+	for _, f := range addr.Families() {
+		s := o.sockets.Get(f)
+		if s == nil {
+			continue
+		}
+		pongs, err := s.receive(nil)
+		errs = append(errs, err)
+		for _, p := range pongs {
+			i, ok := o.flights[p.seq]
+			if !ok || o.out[i].Addr != p.from {
+				continue
+			}
+			delete(o.flights, p.seq)
+			x := &o.out[i]
+			x.Lost--
+			if rtt := max(p.at.Sub(o.sent[p.seq]), 1); x.RTT == 0 || rtt < x.RTT {
+				x.RTT = rtt
+			}
+		}
+	}
+	return errors.Join(errs...)
+}

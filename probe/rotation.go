@@ -1,0 +1,371 @@
+package probe
+
+import (
+	"cmp"
+	"errors"
+	"math"
+	"math/bits"
+	"net/netip"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/status"
+)
+
+const (
+	// perSecond is the most packets that a node sends in a second.
+	perSecond = 10
+	// shortestRound and longestRound bound how long it takes to ping all targets once. More targets than perSecond allows within the
+	// longest take longer.
+	shortestRound, longestRound = 10 * time.Second, 10 * time.Minute
+	// spare is what of perSecond the round leaves for those that did not answer, so long as they are few enough for that.
+	spare = 2
+	// waitFor is how long an answer may take.
+	waitFor = 2 * time.Second
+	// askAgain is how often those are asked that did not answer.
+	askAgain = 10 * time.Second
+	// remembered is how many outcomes are kept of each size.
+	remembered = 8
+)
+
+// Target is another node, in one family.
+type Target struct {
+	Subnet  netip.Prefix // its key
+	Name    string
+	Address netip.Addr // to be pinged
+}
+
+// history is what came of the last pings of one size.
+type history struct {
+	lost uint8 // a bit for each, the newest lowest
+	n    uint8
+	rtt  time.Duration
+}
+
+func (h *history) note(lost bool) {
+	h.lost <<= 1
+	if lost {
+		h.lost |= 1
+	}
+	h.n = min(h.n+1, remembered)
+}
+
+// down reports whether the last n were lost.
+func (h *history) down(n uint8) bool { return h.n >= n && bits.TrailingZeros8(^h.lost) >= int(n) }
+
+// losses counts those that are remembered.
+func (h *history) losses() int { return bits.OnesCount8(h.lost) }
+
+func (h *history) pings() status.Pings {
+	return status.Pings{Sent: int(h.n), Lost: h.losses(), RTT: h.rtt}
+}
+
+// target is a Target with what is known of it.
+type target struct {
+	Target
+	small, full history
+	both        history // those of either size
+	place       int     // in rotation.order
+	verdict     status.Verdict
+	again       time.Time // when to ask it out of turn; zero: not
+	heard       time.Time
+	fullNext    bool // where there is time for one size only
+	gone        bool
+}
+
+// Two packets in a row that are lost may be bad luck; a third one is not, since it was sent a second or more after the first.
+func (t *target) judge() status.Verdict {
+	switch {
+	case t.both.n == 0:
+		return status.NotPinged
+	case t.both.down(3):
+		return status.Silent
+	case t.full.down(2) && !t.small.down(1):
+		return status.SmallOnly
+	case t.small.lost|t.full.lost != 0:
+		return status.Lossy
+	}
+	return status.Answers
+}
+
+func (t *target) result() status.PeerProbe {
+	return status.PeerProbe{Address: t.Address.String(), Verdict: t.verdict, Small: t.small.pings(), Full: t.full.pings(), Heard: t.heard}
+}
+
+// ping is a packet that is to be sent.
+type ping struct {
+	to   netip.Addr
+	seq  uint16
+	size int
+}
+
+// flight is a packet that was sent.
+type flight struct {
+	target *target
+	to     netip.Addr
+	full   bool
+	sent   time.Time
+}
+
+// rotation says whom to ping next, and keeps what came of it. It has no clock, no sockets and no lock.
+type rotation struct {
+	targets  map[netip.Prefix]*target
+	order    []*target
+	next     int     // in order
+	credit   float64 // packets that may be sent by now
+	size     int     // of full packets
+	suspects []*target
+	flights  map[uint16]flight
+	seq      uint16
+	counts   map[status.Verdict]int
+
+	sent, lost, notAllowed int
+}
+
+func newRotation() *rotation {
+	return &rotation{targets: map[netip.Prefix]*target{}, flights: map[uint16]flight{}, counts: map[status.Verdict]int{}}
+}
+
+// put adds a target, to be visited soon. One that is there with the same address keeps what is known of it.
+func (r *rotation) put(t Target) {
+	if old := r.targets[t.Subnet]; old != nil {
+		if old.Address == t.Address {
+			old.Name = t.Name
+			return
+		}
+		r.remove(t.Subnet)
+	}
+	if len(r.order) == 0 {
+		r.credit = 2 // the first one need not wait
+	}
+	n := &target{Target: t, place: len(r.order)}
+	r.targets[t.Subnet] = n
+	r.order = append(r.order, n)
+	r.counts[n.verdict]++
+	if r.next < n.place {
+		r.swap(r.next, n.place)
+	}
+}
+
+func (r *rotation) remove(subnet netip.Prefix) {
+	t := r.targets[subnet]
+	if t == nil {
+		return
+	}
+	last := len(r.order) - 1
+	r.swap(t.place, last)
+	r.order = r.order[:last]
+	delete(r.targets, subnet)
+	r.counts[t.verdict]--
+	t.gone = true
+}
+
+func (r *rotation) swap(i, j int) {
+	r.order[i], r.order[j] = r.order[j], r.order[i]
+	r.order[i].place, r.order[j].place = i, j
+}
+
+// each is how many packets a visit in the round takes: both sizes, or one after the other in turn.
+func (r *rotation) each() int {
+	if float64(2*len(r.order)) > (perSecond-spare)*longestRound.Seconds() {
+		return 1
+	}
+	return 2
+}
+
+// round is how long it takes to visit all targets.
+func (r *rotation) round() time.Duration {
+	n := float64(len(r.order) * r.each())
+	if n > (perSecond-spare)*longestRound.Seconds() { // then all that is allowed may be needed
+		return max(longestRound, time.Duration(n/perSecond*float64(time.Second)))
+	}
+	return max(shortestRound, time.Duration(n/(perSecond-spare)*float64(time.Second)))
+}
+
+// due chooses what to send for a stretch of time that has passed since the last call, a second for example.
+func (r *rotation) due(now time.Time, passed time.Duration) []ping {
+	if len(r.order) == 0 {
+		return nil
+	}
+	budget := int(math.Round(perSecond * min(passed, time.Second).Seconds()))
+	each := r.each()
+	r.credit = min(r.credit+float64(each*len(r.order))*min(passed, time.Second).Seconds()/r.round().Seconds(), perSecond)
+	var out []ping
+	for r.credit > float64(each)-1e-9 && len(out)+each <= budget {
+		r.credit -= float64(each)
+		if r.next >= len(r.order) {
+			r.next = 0
+		}
+		t := r.order[r.next]
+		r.next++
+		out = r.visit(out, t, each, now)
+	}
+	for i := 0; i < len(r.suspects); i++ {
+		t := r.suspects[i]
+		if t.gone || t.again.IsZero() {
+			t.again = time.Time{}
+			r.suspects = slices.Delete(r.suspects, i, i+1)
+			i--
+			continue
+		}
+		if now.Before(t.again) || len(out)+2 > budget {
+			continue
+		}
+		t.again = now.Add(askAgain)
+		out = r.visit(out, t, 2, now)
+		// Behind the others, who may have been waiting for longer.
+		r.suspects = append(slices.Delete(r.suspects, i, i+1), t)
+		i--
+	}
+	return out
+}
+
+func (r *rotation) visit(out []ping, t *target, each int, now time.Time) []ping {
+	for _, full := range []bool{false, true} {
+		if each == 1 && full != t.fullNext {
+			continue
+		}
+		size := SmallSize
+		if full {
+			size = r.size
+		}
+		r.seq++
+		r.flights[r.seq] = flight{target: t, to: t.Address, full: full, sent: now}
+		out = append(out, ping{to: t.Address, seq: r.seq, size: size})
+	}
+	t.fullNext = !t.fullNext
+	return out
+}
+
+// departed says when a packet was really sent, or why the kernel did not send it.
+func (r *rotation) departed(seq uint16, at time.Time, err error) {
+	f, ok := r.flights[seq]
+	if !ok {
+		return
+	}
+	r.sent++
+	if err != nil {
+		if errors.Is(err, syscall.EPERM) { // a firewall's drop in OUTPUT
+			r.notAllowed++
+		}
+		r.settle(seq, f, true, 0, at)
+		return
+	}
+	f.sent = at
+	r.flights[seq] = f
+}
+
+// answered takes an answer. One that comes late, twice, or from somebody else is none.
+func (r *rotation) answered(p pong) {
+	f, ok := r.flights[p.seq]
+	if !ok || f.to != p.from {
+		return
+	}
+	// Two readings of the wall clock, the kernel's and ours: it may have been set in between.
+	rtt := p.at.Sub(f.sent)
+	if rtt > waitFor {
+		return
+	}
+	r.settle(p.seq, f, false, max(rtt, 1), p.at)
+}
+
+// expire gives up what has not been answered in time.
+func (r *rotation) expire(now time.Time) {
+	for seq, f := range r.flights {
+		if since := now.Sub(f.sent); since > waitFor || since < -waitFor {
+			r.settle(seq, f, true, 0, now)
+		}
+	}
+}
+
+func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, now time.Time) {
+	delete(r.flights, seq)
+	t := f.target
+	if lost {
+		r.lost++
+	}
+	if t.gone {
+		return
+	}
+	h := &t.small
+	if f.full {
+		h = &t.full
+	}
+	h.note(lost)
+	t.both.note(lost)
+	if !lost {
+		h.rtt, t.heard = rtt, now
+	}
+	before := t.verdict
+	t.verdict = t.judge()
+	r.counts[before]--
+	r.counts[t.verdict]++
+	if t.verdict == status.Answers {
+		t.again = time.Time{}
+		return
+	}
+	if t.again.IsZero() {
+		t.again = now // at once, to be sure
+		r.suspects = append(r.suspects, t)
+	}
+}
+
+// severity orders the verdicts, the worst last.
+func severity(v status.Verdict) int {
+	return slices.Index([]status.Verdict{status.NotPinged, status.Answers, status.Lossy, status.SmallOnly, status.Silent}, v)
+}
+
+// summary is all that is known, without the single targets but the worst.
+func (r *rotation) summary() status.Probe {
+	p := status.Probe{
+		On: true, Targets: len(r.order), Size: r.size, Round: r.round(), Sent: r.sent, Lost: r.lost, NotAllowed: r.notAllowed,
+		Answer: r.counts[status.Answers], Lossy: r.counts[status.Lossy], SmallOnly: r.counts[status.SmallOnly],
+		Silent: r.counts[status.Silent], NotPinged: r.counts[status.NotPinged], Worst: []status.Peer{},
+	}
+	var rtts []time.Duration
+	var pinged []*target
+	for _, t := range r.order {
+		if t.verdict == status.NotPinged {
+			continue
+		}
+		pinged = append(pinged, t)
+		if rtt := max(t.small.rtt, t.full.rtt); rtt > 0 && t.verdict != status.Silent {
+			rtts = append(rtts, rtt)
+		}
+	}
+	if slices.Sort(rtts); len(rtts) > 0 {
+		p.MedianRTT = rtts[len(rtts)/2]
+	}
+	for _, t := range worst(pinged, status.WorstPeers) {
+		result := t.result()
+		p.Worst = append(p.Worst, status.Peer{Name: t.Name, Subnet: t.Subnet.String(), Probe: &result})
+	}
+	return p
+}
+
+func worst(ts []*target, most int) []*target {
+	slices.SortFunc(ts, func(a, b *target) int {
+		return cmp.Or(
+			severity(b.verdict)-severity(a.verdict), b.small.losses()+b.full.losses()-a.small.losses()-a.full.losses(),
+			cmp.Compare(b.small.rtt, a.small.rtt), addr.ComparePrefix(a.Subnet, b.Subnet),
+		)
+	})
+	return ts[:min(len(ts), most)]
+}
+
+// named lists the targets with a verdict, by name or else by subnet, in order; at most so many.
+func (r *rotation) named(v status.Verdict, most int) []string {
+	var out []string
+	if r.counts[v] == 0 {
+		return nil
+	}
+	for _, t := range r.order {
+		if t.verdict == v {
+			out = append(out, cmp.Or(t.Name, t.Subnet.String()))
+		}
+	}
+	slices.Sort(out)
+	return out[:min(len(out), most)]
+}

@@ -1,0 +1,225 @@
+package probe
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/status"
+)
+
+func targets(n int) []Target {
+	var out []Target
+	for i := range n {
+		ip := netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0})
+		out = append(out, Target{Subnet: netip.PrefixFrom(ip, 24), Name: fmt.Sprintf("n%d", i), Address: ip})
+	}
+	return out
+}
+
+// world answers for the targets, or not, in simulated time.
+type world struct {
+	rot    *rotation
+	now    time.Time
+	answer func(p ping) bool
+	most   int // packets in a second
+	sent   map[netip.Addr]int
+	sizes  map[netip.Addr]map[int]bool
+}
+
+func newWorld(ts []Target) *world {
+	w := &world{
+		rot: newRotation(), now: time.Unix(1e9, 0), answer: func(ping) bool { return true },
+		sent: map[netip.Addr]int{}, sizes: map[netip.Addr]map[int]bool{},
+	}
+	w.rot.size = 1450
+	for _, t := range ts {
+		w.rot.put(t)
+	}
+	return w
+}
+
+// run lets seconds pass; an answer takes a millisecond.
+func (w *world) run(seconds int) {
+	for range seconds {
+		w.now = w.now.Add(time.Second)
+		w.rot.expire(w.now)
+		pings := w.rot.due(w.now, time.Second)
+		w.most = max(w.most, len(pings))
+		for _, p := range pings {
+			w.rot.departed(p.seq, w.now, nil)
+			w.sent[p.to]++
+			if w.sizes[p.to] == nil {
+				w.sizes[p.to] = map[int]bool{}
+			}
+			w.sizes[p.to][p.size] = true
+			if w.answer(p) {
+				w.rot.answered(pong{from: p.to, seq: p.seq, at: w.now.Add(time.Millisecond)})
+			}
+		}
+	}
+}
+
+// All within ten minutes, at most ten packets a second; beyond what that allows, as fast as it does.
+func TestRound(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ targets, seconds int }{{1, 10}, {3, 10}, {40, 10}, {100, 26}, {1000, 251}, {2500, 601}, {5000, 601}, {6000, 601}, {20000, 2001}} {
+		w := newWorld(targets(c.targets))
+		w.run(c.seconds)
+		if len(w.sent) != c.targets || w.most > perSecond {
+			t.Errorf("%d targets: %d pinged after %d s, at most %d packets a second", c.targets, len(w.sent), c.seconds, w.most)
+		}
+		if p := w.rot.summary(); p.Answer != c.targets || p.MedianRTT != time.Millisecond || p.Lost != 0 || p.Round > time.Duration(c.seconds)*time.Second {
+			t.Errorf("%d targets: %+v", c.targets, p)
+		}
+		w.run(c.seconds)
+		for ip, sizes := range w.sizes {
+			if len(sizes) != 2 {
+				t.Fatalf("%d targets: %s was pinged with %v only", c.targets, ip, sizes)
+			}
+		}
+	}
+}
+
+func TestVerdicts(t *testing.T) {
+	t.Parallel()
+	ts := targets(5)
+	for _, c := range []struct {
+		name   string
+		answer func(p ping, n int) bool
+		want   status.Verdict
+	}{
+		{"answers", func(ping, int) bool { return true }, status.Answers},
+		{"silent", func(ping, int) bool { return false }, status.Silent},
+		{"small only", func(p ping, _ int) bool { return p.size == SmallSize }, status.SmallOnly},
+		{"lossy", func(_ ping, n int) bool { return n%3 != 1 }, status.Lossy},
+	} {
+		w := newWorld(ts)
+		w.run(10)
+		n := 0
+		w.answer = func(p ping) bool {
+			if p.to != ts[2].Address {
+				return true
+			}
+			n++
+			return c.answer(p, n)
+		}
+		w.run(17) // a round, an answer that is waited for, the same again to be sure
+		if got := w.rot.targets[ts[2].Subnet].verdict; got != c.want {
+			t.Errorf("%s: %q", c.name, got)
+		}
+		if got, rest := w.rot.targets[ts[1].Subnet].verdict, w.rot.counts[status.Answers]; got != status.Answers || c.want != status.Answers && rest != 4 {
+			t.Errorf("%s: another one is %q, %d answer", c.name, got, rest)
+		}
+		w.answer = func(ping) bool { return true }
+		w.run(90) // eight answers, one every ten seconds
+		if p := w.rot.summary(); p.Answer != 5 {
+			t.Errorf("%s: afterwards %+v", c.name, p)
+		}
+		if w.most > perSecond {
+			t.Errorf("%s: %d packets in a second", c.name, w.most)
+		}
+	}
+}
+
+// One among thousands that fails is found within the round, and asked again without waiting for the next.
+func TestSuspectsAmongMany(t *testing.T) {
+	t.Parallel()
+	ts := targets(5000)
+	w := newWorld(ts)
+	w.run(600)
+	bad := ts[1234]
+	w.answer = func(p ping) bool { return p.to != bad.Address }
+	w.run(606)
+	if got := w.rot.targets[bad.Subnet].verdict; got != status.Silent {
+		t.Fatalf("%q", got)
+	}
+	if got := w.rot.named(status.Silent, 3); !slices.Equal(got, []string{"n1234"}) {
+		t.Errorf("%q", got)
+	}
+	w.answer = func(ping) bool { return true }
+	w.run(85)
+	if got := w.rot.targets[bad.Subnet].verdict; got != status.Answers {
+		t.Errorf("afterwards: %q", got)
+	}
+	// Even if all fail, there is no more than that.
+	w.answer = func(ping) bool { return false }
+	w.run(1900) // three rounds
+	if p := w.rot.summary(); p.Silent < 4990 || w.most > perSecond || len(p.Worst) != status.WorstPeers || p.Worst[0].Probe.Verdict != status.Silent {
+		t.Errorf("%d silent, %d a second, %d worst", p.Silent, w.most, len(p.Worst))
+	}
+}
+
+// Who comes is pinged soon, also among thousands; who goes is forgotten, whatever is on its way; who stays keeps what is known.
+func TestTargetsChange(t *testing.T) {
+	t.Parallel()
+	ts := targets(5000)
+	w := newWorld(ts[:4999])
+	w.run(10)
+	w.rot.put(ts[4999])
+	w.run(2)
+	if w.sent[ts[4999].Address] == 0 {
+		t.Error("a target that came was not pinged within two seconds")
+	}
+	w.answer = func(ping) bool { return false }
+	w.run(1) // packets are on their way to targets that go now
+	for _, x := range ts {
+		w.rot.remove(x.Subnet)
+	}
+	w.rot.remove(ts[0].Subnet) // twice
+	w.run(5)
+	if p := w.rot.summary(); p.Targets != 0 || p.Silent+p.Lossy+p.Answer+p.NotPinged != 0 || len(w.rot.suspects) != 0 && w.rot.due(w.now, time.Second) != nil {
+		t.Errorf("%+v, %d suspects", p, len(w.rot.suspects))
+	}
+
+	w = newWorld(ts[:3])
+	w.run(10)
+	moved := ts[1]
+	moved.Address = netip.MustParseAddr("192.0.2.1")
+	w.rot.put(ts[0])
+	w.rot.put(moved)
+	if a, b := w.rot.targets[ts[0].Subnet].verdict, w.rot.targets[ts[1].Subnet].verdict; a != status.Answers || b != status.NotPinged {
+		t.Errorf("%q, %q", a, b)
+	}
+}
+
+// What is not this node's answer to this packet is none; and clocks that are set are no round trips.
+func TestStrangeAnswers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(targets(1))
+	w.answer = func(ping) bool { return false }
+	w.rot.due(w.now, time.Second)
+	pings := w.rot.due(w.now, time.Second)
+	for range 20 {
+		if len(pings) > 0 {
+			break
+		}
+		w.now = w.now.Add(time.Second)
+		pings = w.rot.due(w.now, time.Second)
+	}
+	p := pings[0]
+	w.rot.departed(p.seq, w.now, nil)
+	for _, bad := range []pong{
+		{from: netip.MustParseAddr("192.0.2.66"), seq: p.seq, at: w.now},
+		{from: p.to, seq: p.seq + 100, at: w.now},
+		{from: p.to, seq: p.seq, at: w.now.Add(3 * time.Second)},
+	} {
+		w.rot.answered(bad)
+	}
+	tg := w.rot.order[0]
+	if tg.verdict != status.NotPinged {
+		t.Errorf("%q", tg.verdict)
+	}
+	w.rot.answered(pong{from: p.to, seq: p.seq, at: w.now.Add(-time.Hour)}) // the clock was set back
+	if tg.small.rtt+tg.full.rtt > time.Millisecond || tg.verdict == status.NotPinged {
+		t.Errorf("%+v", tg.result())
+	}
+	w.rot.departed(pings[1].seq, w.now, unix.EPERM)
+	if s := w.rot.summary(); s.NotAllowed != 1 || s.Lost != 1 || s.Lossy != 1 {
+		t.Errorf("%+v", s)
+	}
+}
