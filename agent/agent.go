@@ -20,13 +20,16 @@ import (
 	"github.com/overlayd/overlayd/backend/hostgw"
 	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/masquerade"
+	"github.com/overlayd/overlayd/metrics"
 	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
 )
 
 const (
-	// auditEvery is how often the kernel is looked at without any reason to.
-	auditEvery = time.Minute
+	// auditEvery is how often the kernel is looked at without any reason to. Everything that changes there is told of, so that this
+	// finds something only if that failed; and with thousands of peers it is most of what an idle daemon costs.
+	auditEvery = 5 * time.Minute
 	// A round that did not reach its goal is tried again after firstRetry, then ever more slowly.
 	firstRetry, lastRetry = 500 * time.Millisecond, 30 * time.Second
 	// waitForInterface is how often to look for an interface while none fits; most often an event says so first.
@@ -103,21 +106,28 @@ type Agent struct {
 	// unreachable says why of the peers that are.
 	unreachable map[netip.Prefix]string
 	drift       *driftLog
+	mesh        *mesh
+	changes     status.Changes
+	instruments *metrics.Instruments
 }
 
 // New makes an agent of its parts.
 func New(o Options, p Parts) *Agent {
 	h := newHealth(p.Log, time.Now)
+	instruments := metrics.NewInstruments()
 	return &Agent{
 		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, control: p.Control, level: p.LogLevel, about: p.About, log: p.Log,
 		questions: make(chan func()), state: stateDir(o.StateDir),
 		firewall: &firewall{
-			driver: p.Firewall, changed: p.FirewallChanged, resync: o.IPTablesResync, health: h, log: p.Log,
+			driver: p.Firewall, changed: p.FirewallChanged, resync: o.IPTablesResync, health: h, log: p.Log, took: instruments.Firewall,
 			drift: newDriftLog(p.Log), wishes: newMailbox[[]masquerade.Input](),
 		},
 		keeper: newKeeper(stateDir(o.StateDir), o.Identity, h),
 		peers:  peerLog{log: p.Log},
 		drift:  newDriftLog(p.Log),
+		mesh:   newMesh(h, o.MeshProbe),
+
+		instruments: instruments,
 	}
 }
 
@@ -139,6 +149,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.control != nil {
 		g.Go(func() error { return serve(ctx, a.control, a.private()) })
 	}
+	if a.opts.MeshProbe {
+		g.Go(func() error { return a.mesh.Run(ctx) })
+	}
 	g.Go(func() error { a.keeper.run(); return nil })
 	g.Go(func() error { return a.loop(ctx) })
 	return g.Wait()
@@ -159,12 +172,15 @@ func (a *Agent) loop(ctx context.Context) error {
 		}
 		began := time.Now()
 		err := a.round(look)
-		a.health.alive()
 		a.work.last, a.work.took, a.work.rounds = time.Now(), time.Since(began), a.work.rounds+1
+		a.instruments.Reconcile(a.work.took)
 		var next time.Time
 		next, retry = a.next(err, retry)
 		timer.Reset(time.Until(next))
-		if look, err = a.wait(ctx, timer, next, &pace, err != nil); err != nil {
+		a.health.waits()
+		look, err = a.wait(ctx, timer, next, &pace, err != nil)
+		a.health.works()
+		if err != nil {
 			a.save(true)
 			return err
 		}
@@ -181,8 +197,10 @@ func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) 
 	case err != nil:
 		return now.Add(retry), min(2*retry, lastRetry)
 	}
-	if end := a.roster.Next(); !end.IsZero() {
-		next = earlier(next, end)
+	for _, due := range []time.Time{a.roster.Next(), a.drift.due(), a.keeper.due()} {
+		if !due.IsZero() {
+			next = earlier(next, due)
+		}
 	}
 	if offline := a.started.Add(offlineAfter); !a.online() && now.Before(offline) {
 		next = earlier(next, offline)
@@ -204,12 +222,14 @@ func (a *Agent) wait(ctx context.Context, timer *time.Timer, next time.Time, pac
 			}
 			return failed || heard, nil
 		case question := <-a.questions:
+			a.health.works()
 			question()
+			a.health.waits()
 		case <-timer.C:
 			if heard {
 				pace.looked(time.Now())
 			}
-			return true, nil
+			return failed || heard || !time.Now().Before(a.audit), nil
 		case <-a.kernel.Changed():
 			now := time.Now()
 			due := pace.due(now)
@@ -271,7 +291,9 @@ func (a *Agent) table() subnet.Table {
 // round goes once from what is known to what should be. An error means that it has to be tried again; it has been reported.
 func (a *Agent) round(look bool) error {
 	if look {
+		began := time.Now()
 		host, err := a.kernel.Observe()
+		a.instruments.Netlink(metrics.OpLook, time.Since(began))
 		if err != nil {
 			a.health.set(condKernel, err)
 			return err
@@ -279,6 +301,7 @@ func (a *Agent) round(look bool) error {
 		a.host, a.work.looked = host, time.Now()
 	}
 	a.drift.flush()
+	a.mesh.judge()
 	a.learn()
 	if a.config == nil {
 		return nil // the next snapshot brings it
@@ -304,6 +327,9 @@ func (a *Agent) choose() error {
 	a.health.set(condUnderlay, err)
 	if err != nil {
 		return errNoInterface
+	}
+	if a.choice != nil && a.choice.Underlay != choice.Underlay {
+		a.changes.Interface++
 	}
 	if a.choice == nil || a.choice.Reason != choice.Reason {
 		a.log.Info("external interface chosen", zap.String("reason", choice.Reason), zap.Bool("public_ip_local", choice.PublicIPLocal))

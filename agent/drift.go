@@ -93,6 +93,19 @@ func (d *driftLog) flush() {
 	}
 }
 
+// due is when something may be said that could not be yet; the zero time: nothing waits.
+func (d *driftLog) due() time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var first time.Time
+	for _, k := range d.kinds {
+		if at := k.said.Add(driftEvery); k.pending > 0 && (first.IsZero() || at.Before(first)) {
+			first = at
+		}
+	}
+	return first
+}
+
 // counts are those since the start.
 func (d *driftLog) counts() []status.DriftKind {
 	d.mu.Lock()

@@ -3,13 +3,14 @@ package agent
 import (
 	"context"
 	"fmt"
-	"reflect"
+	"slices"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/overlayd/overlayd/masquerade"
+	"github.com/overlayd/overlayd/status"
 )
 
 // firewall keeps the rules in place in a goroutine of its own: iptables may wait long for its lock, and routes must not wait with it.
@@ -20,10 +21,12 @@ type firewall struct {
 	health  *health
 	log     *zap.Logger
 	drift   *driftLog
+	took    func(time.Duration) // told how long each look took
 
 	mu      sync.Mutex
 	checked time.Time // when it was last looked at, without an error
 	runs    int
+	failed  int // of the runs
 	wishes  mailbox[[]masquerade.Input]
 }
 
@@ -42,7 +45,7 @@ func (f *firewall) run(ctx context.Context) error {
 			return ctx.Err()
 		case w := <-f.wishes:
 			wish = rulesets(w)
-			if done != nil && reflect.DeepEqual(wish, done) {
+			if done != nil && same(wish, done) {
 				continue // every round of the loop says it again
 			}
 		case <-tick.C:
@@ -59,7 +62,7 @@ func (f *firewall) run(ctx context.Context) error {
 		if wish == nil {
 			continue
 		}
-		err := f.ensure(ctx, wish, reflect.DeepEqual(wish, done))
+		err := f.ensure(ctx, wish, done != nil && same(wish, done))
 		if ctx.Err() == nil {
 			f.health.set(condFirewall, err)
 		}
@@ -71,7 +74,9 @@ func (f *firewall) run(ctx context.Context) error {
 
 // ensure makes the rules the wished ones. If they were so before, somebody else has changed what has to be put right.
 func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again bool) error {
+	began := time.Now()
 	res, err := f.driver.Ensure(ctx, wish)
+	f.took(time.Since(began))
 	f.saw(err)
 	if !again && len(res.Drifts) > 0 {
 		f.log.Info("firewall rules put in place", zap.Stringers("found", res.Drifts))
@@ -97,17 +102,22 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 func (f *firewall) saw(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.runs++; err == nil {
-		f.checked = time.Now()
+	f.runs++
+	if err != nil {
+		f.failed++
+		return
 	}
+	f.checked = time.Now()
 }
 
-// seen tells when the rules were last found or put in place, and how often they were looked at.
-func (f *firewall) seen() (time.Time, int) {
+// seen adds to a status when the rules were last found or put in place, and how often they were looked at.
+func (f *firewall) seen(s *status.Firewall) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.checked, f.runs
+	s.Checked, s.Runs, s.Failed = f.checked, f.runs, f.failed
 }
+
+func same(a, b []masquerade.Ruleset) bool { return slices.EqualFunc(a, b, masquerade.Ruleset.Equal) }
 
 // rulesets is never nil: no inputs are a wish too.
 func rulesets(inputs []masquerade.Input) []masquerade.Ruleset {

@@ -34,6 +34,9 @@ const (
 	condRoutes      condition = "foreign-route" // nobody else's route comes before one of ours
 	condPlan        condition = "plan"          // nothing in the plan is known not to work
 	condPeers       condition = "refused-lease" // all leases of others make sense
+	condSilent      condition = "silent-peers"  // every peer answers when it is pinged
+	condPathMTU     condition = "path-mtu"      // packets as large as pods may send get through
+	condProbe       condition = "mesh-probe"    // pinging works at all
 )
 
 // needed are the conditions without which a node is not ready. The others degrade it: pods still talk.
@@ -48,7 +51,7 @@ type health struct {
 	log      *zap.Logger
 	now      func() time.Time
 	problems map[condition]status.Problem
-	beat     time.Time // when the loop last came round
+	busy     time.Time // since when the loop has been at work without a pause; zero while it waits
 }
 
 // errStarting is what is wrong with everything in the first moments. It is not worth a line in the log.
@@ -60,7 +63,7 @@ func newHealth(log *zap.Logger, now func() time.Time) *health {
 	for _, c := range needed() {
 		h.problems[c] = status.Problem{Name: string(c), Reason: errStarting.Error(), Since: now(), Fatal: true}
 	}
-	h.beat = now()
+	h.busy = now()
 	return h
 }
 
@@ -99,16 +102,22 @@ func (h *health) list() []status.Problem {
 	return out
 }
 
-// alive notes that the loop came round.
-func (h *health) alive() {
+// works notes that the loop has something to do, and waits that it has done it.
+func (h *health) works() { h.setBusy(h.now()) }
+func (h *health) waits() { h.setBusy(time.Time{}) }
+
+func (h *health) setBusy(t time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.beat = h.now()
+	h.busy = t
 }
 
-// lastBeat is when the loop last came round.
-func (h *health) lastBeat() time.Time {
+// stuck is how long the loop has been at work without coming to an end.
+func (h *health) stuck() time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.beat
+	if h.busy.IsZero() {
+		return 0
+	}
+	return h.now().Sub(h.busy)
 }

@@ -8,15 +8,20 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
 	"go.uber.org/zap/zapcore"
+
+	"github.com/overlayd/overlayd/metrics"
+	"github.com/overlayd/overlayd/page"
+	"github.com/overlayd/overlayd/status"
 )
 
 const (
-	// stuckAfter is how long the loop may be silent before the process counts as stuck: several audits.
-	stuckAfter = 3 * auditEvery
+	// stuckAfter is how long the loop may be at one thing before the process counts as stuck: what takes long in it takes a second.
+	stuckAfter = time.Minute
 	// answerWithin bounds how long a question waits for the loop.
 	answerWithin = 2 * time.Second
 )
@@ -32,10 +37,13 @@ func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	return ctx.Err()
 }
 
-// public is what anybody may ask who reaches the port: /healthz (the loop comes round), /readyz (all that pods need is in place) and
-// /status.
+// public is what anybody may ask who reaches the port: /healthz (the loop comes round), /readyz (all that pods need is in place), the
+// documents /status and /peers, /metrics, and the page.
 func (a *Agent) public() *http.ServeMux {
 	mux := http.NewServeMux()
+	mux.Handle("GET /", page.Handler(a))
+	mux.Handle("GET /metrics", metrics.Handler(a.instruments, a.Status))
+	mux.HandleFunc("GET /peers", answer(func(r *http.Request) (any, error) { return a.Peers(r.Context()) }))
 	mux.HandleFunc("GET /healthz", a.health.serveHealthz)
 	mux.HandleFunc("GET /readyz", a.health.serveReadyz)
 	mux.HandleFunc("GET /status", answer(func(r *http.Request) (any, error) { return a.Status(r.Context()) }))
@@ -45,7 +53,6 @@ func (a *Agent) public() *http.ServeMux {
 // private is what the operator's commands ask, through a socket that only root can open.
 func (a *Agent) private() *http.ServeMux {
 	mux := a.public()
-	mux.HandleFunc("GET /peers", answer(func(r *http.Request) (any, error) { return a.Peers(r.Context()) }))
 	mux.HandleFunc("GET /peer", answer(func(r *http.Request) (any, error) { return a.Peer(r.Context(), r.URL.Query().Get("name")) }))
 	mux.HandleFunc("GET /diff", answer(func(r *http.Request) (any, error) { return a.Compare(r.Context()) }))
 	mux.HandleFunc("GET /log-level", answer(func(*http.Request) (any, error) { return a.level.String(), nil }))
@@ -84,16 +91,25 @@ func answer(question func(r *http.Request) (any, error)) http.HandlerFunc {
 }
 
 func (h *health) serveHealthz(w http.ResponseWriter, _ *http.Request) {
-	if silent := h.now().Sub(h.lastBeat()); silent > stuckAfter {
-		http.Error(w, fmt.Sprintf("the loop has not come round for %v", silent.Round(time.Second)), http.StatusServiceUnavailable)
+	if d := h.stuck(); d > stuckAfter {
+		http.Error(w, fmt.Sprintf("the loop has been at one thing for %v", d.Round(time.Second)), http.StatusServiceUnavailable)
 		return
 	}
 	_, _ = fmt.Fprintln(w, "ok")
 }
 
-func (h *health) serveReadyz(w http.ResponseWriter, _ *http.Request) {
+// serveReadyz says what is wrong, and with ?verbose also what is needed and right.
+func (h *health) serveReadyz(w http.ResponseWriter, r *http.Request) {
 	code, text := http.StatusOK, ""
-	for _, p := range h.list() {
+	problems := h.list()
+	if r.URL.Query().Has("verbose") {
+		for _, c := range needed() {
+			if !slices.ContainsFunc(problems, func(p status.Problem) bool { return p.Name == string(c) }) {
+				text += fmt.Sprintf("ok: %s\n", c)
+			}
+		}
+	}
+	for _, p := range problems {
 		word := "degraded"
 		if p.Fatal {
 			code, word = http.StatusServiceUnavailable, "not ready"

@@ -29,6 +29,7 @@ type keeper struct {
 	entries []*subnet.Entry
 	expires time.Time
 	at      time.Time
+	late    bool // something is worth a write, and it was too early for it
 }
 
 // keepsake is what is worth to be remembered.
@@ -52,8 +53,9 @@ func (k *keeper) begin(m memory) {
 // note has something written if it is time: the own subnet at once, the rest now and then. others says that what is known of the
 // others may replace what is remembered of them.
 func (k *keeper) note(s keepsake, others, last bool) {
-	due := others && (last || time.Since(k.at) > rememberEvery) &&
-		(s.expires.Sub(k.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.entries))
+	news := others && (s.expires.Sub(k.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.entries))
+	due := news && (last || time.Since(k.at) >= rememberEvery)
+	k.late = news && !due
 	if s.own = !due; s.own && s.subnets == k.subnets {
 		return
 	}
@@ -67,6 +69,14 @@ func (k *keeper) note(s keepsake, others, last bool) {
 	default:
 	}
 	k.jobs.put(s)
+}
+
+// due is when there will be something to write; the zero time: nothing waits.
+func (k *keeper) due() time.Time {
+	if !k.late {
+		return time.Time{}
+	}
+	return k.at.Add(rememberEvery)
 }
 
 // end lets run end once everything is written.

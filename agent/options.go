@@ -21,6 +21,7 @@ type Options struct {
 	ForwardRules   bool
 	IPForward      bool
 	IPTablesResync time.Duration
+	MeshProbe      bool // ping the other nodes
 
 	// StalePeerGrace is how long peers are kept whose leases vanished because etcd lost its data.
 	StalePeerGrace time.Duration

@@ -11,6 +11,7 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/metrics"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -27,6 +28,7 @@ type planned struct {
 	devices []netstate.Link        // of the node itself
 	steers  addr.Per[int]          // see steered
 	direct  addr.Per[[]netip.Addr] // see backend.Plan.DirectNodes
+	entries map[string]int         // how many objects are planned, by kind
 	online  bool                   // the peers are those of the store, not of memory
 	// plain: no peer is unreachable and nobody else's route is in the way, so that peers that come and go make no difference to others.
 	plain bool
@@ -93,10 +95,14 @@ func (a *Agent) adjust(be backend.Backend, in backend.Input, ch subnet.Change) (
 		return res, false, nil
 	}
 	p.steers = steers
+	began := time.Now()
 	if res, err = a.kernel.Adjust(ofPeers(gone.State), ofPeers(come.State)); err != nil {
 		a.planned = nil
 	}
+	a.instruments.Netlink(metrics.OpAdjust, time.Since(began))
+	p.count(gone.State, come.State)
 	a.peers.change(gone.Ways, come.Ways)
+	a.mesh.change(gone.Ways, come.Ways)
 	if p.follow(gone, come) {
 		a.firewall.wishes.put(a.firewallWish(p))
 	}
@@ -114,7 +120,7 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	inTheWay := shadowed(a.host, desired)
 	p := &planned{
 		input: in, mtu: plan.MTU, tunnel: plan.Tunnel, devices: desired.Links, steers: steered(plan), direct: plan.DirectNodes,
-		online: a.online(), plain: plain(plan, inTheWay),
+		entries: desired.Counts(), online: a.online(), plain: plain(plan, inTheWay),
 	}
 	a.firewall.wishes.put(a.firewallWish(p)) // it works meanwhile
 
@@ -123,7 +129,9 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	if !a.online() {
 		reconcile = a.kernel.AddMissing
 	}
+	began := time.Now()
 	res, err := reconcile(desired)
+	a.instruments.Netlink(metrics.OpReconcile, time.Since(began))
 
 	if a.planned = p; err != nil {
 		a.planned = nil
@@ -133,7 +141,9 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	a.unreachable = reasons(plan.Ways)
 	a.health.set(condRoutes, inTheWay)
 	a.peers.replace(plan.Ways)
+	a.mesh.replace(plan.Ways, p.mtu)
 	if a.mtu != 0 && a.mtu != p.mtu {
+		a.changes.MTU++
 		a.log.Info("the pods' MTU has changed; those that run keep theirs until they are made anew", zap.Int("mtu", p.mtu), zap.Int("before", a.mtu))
 	}
 	a.mtu = p.mtu
@@ -173,6 +183,14 @@ func (p *planned) steered(gone, come backend.Plan) (now addr.Per[int], same bool
 		same = same && (now.Get(f) > 0) == (p.steers.Get(f) > 0)
 	}
 	return now, same
+}
+
+// count takes note of the objects that peers came and went with.
+func (p *planned) count(gone, come netstate.State) {
+	less, more := ofPeers(gone).Counts(), ofPeers(come).Counts()
+	for kind := range p.entries {
+		p.entries[kind] += more[kind] - less[kind]
+	}
 }
 
 // follow takes note of the nodes that are reached without a tunnel, and reports whether they changed.

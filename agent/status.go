@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -22,6 +23,16 @@ type About struct {
 	Endpoints []string // of etcd
 	Prefix    string
 	Firewall  func() (kind, reason string) // nil: not known
+	Traffic   Traffic                      // with the store; nil: not known
+	Restart   func() []string              // what would be otherwise after a restart; nil: nothing
+}
+
+// Traffic is what a store's client knows of it.
+type Traffic interface {
+	// Requests counts them by the name of the method since the start.
+	Requests() map[string]int64
+	// Newest is the revision that the store named last.
+	Newest() int64
 }
 
 // ErrBusy says that the loop does not answer.
@@ -49,6 +60,7 @@ func (a *Agent) ask(ctx context.Context, question func()) error {
 // Status says how the node is.
 func (a *Agent) Status(ctx context.Context) (s status.Node, err error) {
 	err = a.ask(ctx, func() { s = a.status() })
+	s.Probe = a.mesh.summary() // takes its time, which need not be the loop's
 	return s, err
 }
 
@@ -91,7 +103,8 @@ func (a *Agent) status() status.Node {
 	now := time.Now()
 	s := status.Node{
 		Name: a.opts.Identity.NodeName, ID: a.opts.Identity.NodeID, Version: a.about.Version, Started: a.started, Now: now,
-		Ready: true, Problems: []status.Problem{}, Devices: []status.Device{}, Drift: []status.DriftKind{},
+		Ready: true, Problems: []status.Problem{}, Devices: []status.Device{}, Drift: []status.DriftKind{}, Entries: []status.KindCount{},
+		Changes:   a.changes,
 		Store:     status.Store{Endpoints: a.about.Endpoints, Prefix: a.about.Prefix, Revision: a.table().Revision, Entries: len(a.table().Entries)},
 		Lease:     a.leaseStatus(),
 		Reconcile: status.Reconcile{Last: a.work.last, Took: a.work.took, Rounds: a.work.rounds, Looked: a.work.looked, Failures: a.work.failures},
@@ -107,7 +120,11 @@ func (a *Agent) status() status.Node {
 	if a.config != nil {
 		s.Network = status.Network{Backend: string(a.config.Backend.Type), MTU: a.mtu}
 		for _, f := range a.config.Families() {
-			s.Network.Networks = append(s.Network.Networks, a.config.Pools.Get(f).Network.String())
+			pool := a.config.Pools.Get(f)
+			s.Network.Networks = append(s.Network.Networks, pool.Network.String())
+			s.Network.Pools = append(s.Network.Pools, status.Pool{
+				Network: pool.Network.String(), Subnets: int(min(pool.Size(), math.MaxInt)), Leased: leased(a.table(), f),
+			})
 		}
 	}
 	if a.choice != nil {
@@ -115,14 +132,44 @@ func (a *Agent) status() status.Node {
 	}
 	if p := a.planned; p != nil {
 		s.Devices = deviceStatus(p.devices)
+		for kind, n := range p.entries {
+			s.Entries = append(s.Entries, status.KindCount{Kind: kind, Count: n})
+		}
+		slices.SortFunc(s.Entries, func(a, b status.KindCount) int { return strings.Compare(a.Kind, b.Kind) })
 	}
 	if a.about.Firewall != nil {
 		s.Firewall.Kind, s.Firewall.Reason = a.about.Firewall()
 	}
-	s.Firewall.Checked, s.Firewall.Runs = a.firewall.seen()
+	a.firewall.seen(&s.Firewall)
+	if t := a.about.Traffic; t != nil {
+		s.Store.Requests, s.Store.Newest = t.Requests(), max(t.Newest(), s.Store.Revision)
+	}
+	s.Restart = a.afterRestart()
 	s.Drift = append(a.drift.counts(), a.firewall.drift.counts()...)
 	slices.SortFunc(s.Drift, func(a, b status.DriftKind) int { return strings.Compare(a.Kind, b.Kind) })
 	return s
+}
+
+// leased counts the subnets that are taken in one family. A pair of them is one entry of the table.
+func leased(t subnet.Table, f addr.Family) (n int) {
+	for _, e := range t.Entries {
+		if e.Subnets.Get(f).IsValid() {
+			n++
+		}
+	}
+	return n
+}
+
+// afterRestart lists what would be otherwise if the daemon were restarted now.
+func (a *Agent) afterRestart() []string {
+	out := []string{}
+	if a.online() && a.lease != (subnet.Lease{}) && a.snap.Table.ConfigErr == nil && !a.snap.Table.Config.Fits(a.lease.Subnets) {
+		out = append(out, fmt.Sprintf("this node gets another subnet: %s is not of the network config any more, which was changed", subnet.FormatKey(a.lease.Subnets)))
+	}
+	if a.about.Restart != nil {
+		out = append(out, a.about.Restart()...)
+	}
+	return out
 }
 
 func (a *Agent) leaseStatus() status.Lease {
@@ -165,7 +212,14 @@ func deviceStatus(links []netstate.Link) []status.Device {
 }
 
 func (a *Agent) peerCounts() status.PeerCounts {
-	c := status.PeerCounts{Total: len(a.peers.ways), Refused: len(a.roster.Refused()), Lingering: a.roster.Lingering()}
+	refused := a.roster.Refused()
+	c := status.PeerCounts{Total: len(a.peers.ways), Refused: len(refused), Lingering: a.roster.Lingering()}
+	for _, r := range refused {
+		if c.RefusedBy == nil {
+			c.RefusedBy = map[string]int{}
+		}
+		c.RefusedBy[string(r.Cause)]++
+	}
 	for _, kinds := range a.peers.ways {
 		worst := max(kinds.V4, kinds.V6)
 		switch worst {
@@ -190,7 +244,7 @@ func (a *Agent) listPeers() []status.Peer {
 			}
 			p := status.Peer{
 				Name: l.NodeName, ID: l.NodeID, Subnet: sn.String(), PublicIP: l.PublicIP.Get(f).String(), Way: kind.String(),
-				Reason: a.unreachable[sn], Leaving: a.roster.Lingers(l),
+				Reason: a.unreachable[sn], Leaving: a.roster.Lingers(l), Probe: a.mesh.Peer(sn),
 			}
 			if mac := l.VTEP.Get(f).MAC; !mac.IsZero() {
 				p.MAC = mac.String()
@@ -199,7 +253,7 @@ func (a *Agent) listPeers() []status.Peer {
 		}
 	}
 	for _, r := range a.roster.Refused() {
-		out = append(out, status.Peer{Name: r.Node, Subnet: r.Key, Way: "refused", Reason: r.Reason})
+		out = append(out, status.Peer{Name: r.Node, Subnet: r.Key, Way: "refused", Reason: r.Reason, Cause: string(r.Cause)})
 	}
 	return out
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/overlayd/overlayd/status"
 )
 
-// tick is how often a mesh sends and reads what came: seldom, for the sake of an idle node.
-const tick = time.Second
+// remind is how often the owner is told again that there is trouble.
+const remind = 30 * time.Second
 
 // Mesh pings targets in turn, a few each second, and keeps what came of it. It is safe for concurrent use.
 type Mesh struct {
@@ -23,11 +23,12 @@ type Mesh struct {
 	mu      sync.Mutex
 	rot     *rotation
 	err     error
+	told    time.Time
 	sockets addr.Per[*socket]
 	wake    chan struct{}
 }
 
-// NewMesh makes a mesh that calls changed whenever the verdict on a target has changed.
+// NewMesh makes a mesh that calls changed whenever the verdict on a target has changed, and now and then while some don't answer.
 func NewMesh(changed func()) *Mesh {
 	return &Mesh{changed: changed, rot: newRotation(), wake: make(chan struct{}, 1)}
 }
@@ -81,28 +82,35 @@ func (m *Mesh) Resize(bytes int) {
 func (m *Mesh) Run(ctx context.Context) error {
 	defer m.close()
 	// Nodes that start together don't ping in step.
-	timer := time.NewTimer(rand.N(tick))
+	timer := time.NewTimer(rand.N(shortestPause))
 	defer timer.Stop()
 	last := time.Now()
 	for {
-		idle := false
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-timer.C:
-			now := time.Now()
-			idle = m.step(now.Sub(last))
-			last = now
+		case <-m.wake: // there are other targets, perhaps after a time without any
+			timer.Reset(m.next(time.Since(last)))
+			continue
 		}
-		if idle {
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-m.wake:
-			}
+		now := time.Now()
+		m.step(now.Sub(last))
+		last = now
+		if d := m.next(0); d > 0 {
+			timer.Reset(d)
 		}
-		timer.Reset(tick)
 	}
+}
+
+// next is how long to wait after a step that was so long ago; 0: until there are targets.
+func (m *Mesh) next(passed time.Duration) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.rot.order)+len(m.rot.flights) == 0 {
+		return 0
+	}
+	return max(m.rot.pause()-passed, 1)
 }
 
 func (m *Mesh) close() {
@@ -116,8 +124,8 @@ func (m *Mesh) close() {
 	}
 }
 
-// step reads the answers, gives up on what is late, and sends the next packets. Idle: there is nobody to be pinged.
-func (m *Mesh) step(passed time.Duration) (idle bool) {
+// step reads the answers, gives up on what is late, and sends the next packets.
+func (m *Mesh) step(passed time.Duration) {
 	m.mu.Lock()
 	before, errBefore := m.verdicts(), m.err
 	for _, f := range addr.Families() {
@@ -135,13 +143,15 @@ func (m *Mesh) step(passed time.Duration) (idle bool) {
 		at := time.Now()
 		m.rot.departed(p.seq, at, m.send(p))
 	}
-	idle = len(m.rot.order)+len(m.rot.flights) == 0
-	changed := before != m.verdicts() || (m.err == nil) != (errBefore == nil)
+	after := m.verdicts()
+	tell := before != after || (m.err == nil) != (errBefore == nil) || after != [3]int{} && now.Sub(m.told) >= remind
+	if tell {
+		m.told = now
+	}
 	m.mu.Unlock()
-	if changed {
+	if tell {
 		m.changed()
 	}
-	return idle
 }
 
 // verdicts is a value that changes when the targets of a verdict become more or fewer.

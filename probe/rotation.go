@@ -26,6 +26,8 @@ const (
 	waitFor = 2 * time.Second
 	// askAgain is how often those are asked that did not answer.
 	askAgain = 10 * time.Second
+	// shortestPause and longestPause are between two looks at what came and what is due.
+	shortestPause, longestPause = time.Second, 5 * time.Second
 	// remembered is how many outcomes are kept of each size.
 	remembered = 8
 )
@@ -184,6 +186,19 @@ func (r *rotation) round() time.Duration {
 	return max(shortestRound, time.Duration(n/(perSecond-spare)*float64(time.Second)))
 }
 
+// rate is how many packets a second the round takes.
+func (r *rotation) rate() float64 { return float64(r.each()*len(r.order)) / r.round().Seconds() }
+
+// pause is how long to wait until there is something to do: as long as it takes until a second's worth of packets may be sent, since
+// waking up costs an idle node more than sending does.
+func (r *rotation) pause() time.Duration {
+	if len(r.suspects) > 0 || len(r.order) == 0 {
+		return shortestPause
+	}
+	full := time.Duration((perSecond - r.credit) / r.rate() * float64(time.Second))
+	return min(max(full, shortestPause), longestPause)
+}
+
 // due chooses what to send for a stretch of time that has passed since the last call, a second for example.
 func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 	if len(r.order) == 0 {
@@ -191,7 +206,7 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 	}
 	budget := int(math.Round(perSecond * min(passed, time.Second).Seconds()))
 	each := r.each()
-	r.credit = min(r.credit+float64(each*len(r.order))*min(passed, time.Second).Seconds()/r.round().Seconds(), perSecond)
+	r.credit = min(r.credit+r.rate()*passed.Seconds(), perSecond)
 	var out []ping
 	for r.credit > float64(each)-1e-9 && len(out)+each <= budget {
 		r.credit -= float64(each)
@@ -202,7 +217,7 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 		r.next++
 		out = r.visit(out, t, each, now)
 	}
-	for i := 0; i < len(r.suspects); i++ {
+	for i := 0; i < len(r.suspects) && len(out)+2 <= budget; i++ {
 		t := r.suspects[i]
 		if t.gone || t.again.IsZero() {
 			t.again = time.Time{}
@@ -210,7 +225,7 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 			i--
 			continue
 		}
-		if now.Before(t.again) || len(out)+2 > budget {
+		if now.Before(t.again) {
 			continue
 		}
 		t.again = now.Add(askAgain)
@@ -355,17 +370,17 @@ func worst(ts []*target, most int) []*target {
 	return ts[:min(len(ts), most)]
 }
 
-// named lists the targets with a verdict, by name or else by subnet, in order; at most so many.
+// named lists targets with a verdict, by name or else by subnet, in order; at most so many, whichever are found first.
 func (r *rotation) named(v status.Verdict, most int) []string {
 	var out []string
-	if r.counts[v] == 0 {
-		return nil
-	}
 	for _, t := range r.order {
+		if len(out) == min(most, r.counts[v]) {
+			break
+		}
 		if t.verdict == v {
 			out = append(out, cmp.Or(t.Name, t.Subnet.String()))
 		}
 	}
 	slices.Sort(out)
-	return out[:min(len(out), most)]
+	return out
 }

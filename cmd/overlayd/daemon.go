@@ -102,12 +102,15 @@ func daemon(ctx context.Context, f flags) error {
 	})
 	err = agent.New(opts, agent.Parts{
 		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, Firewall: driver, FirewallChanged: changed,
-		About: agent.About{Version: version, Endpoints: storeOpts.Endpoints, Prefix: storeOpts.Prefix, Firewall: func() (kind, reason string) {
-			if d := chosen.Load(); d != nil {
-				return strings.TrimSuffix(fmt.Sprintf("%s-%s", d.Kind, d.Variant), "-"), d.Reason
-			}
-			return "", "it is being chosen"
-		}},
+		About: agent.About{
+			Version: version, Endpoints: storeOpts.Endpoints, Prefix: storeOpts.Prefix, Traffic: store, Restart: newRestart(level).changes,
+			Firewall: func() (kind, reason string) {
+				if d := chosen.Load(); d != nil {
+					return strings.TrimSuffix(fmt.Sprintf("%s-%s", d.Kind, d.Variant), "-"), d.Reason
+				}
+				return "", "it is being chosen"
+			},
+		},
 	}).Run(ctx)
 	if ctx.Err() != nil {
 		log.Info("overlayd stops; the data plane stays as it is")

@@ -48,6 +48,7 @@ type flags struct {
 	firewall, iptables   string
 	leaseTTL             seconds
 	iptablesResync       seconds
+	meshProbe            bool
 	stalePeerGrace       seconds
 	healthzIP            string
 	healthzPort          int
@@ -94,8 +95,9 @@ func (f *flags) addDaemon(s *pflag.FlagSet) {
 	s.Var(&f.iptablesResync, "iptables-resync", "how often the firewall rules are looked at; a number is in seconds")
 	f.stalePeerGrace = seconds(10 * time.Minute)
 	s.Var(&f.stalePeerGrace, "stale-peer-grace", "how long to keep peers whose leases vanished because etcd lost its data")
-	s.StringVar(&f.healthzIP, "healthz-ip", "127.0.0.1", "`address` for /healthz and /readyz")
-	s.IntVar(&f.healthzPort, "healthz-port", 8471, "`port` for /healthz and /readyz; 0 turns them off")
+	s.BoolVar(&f.meshProbe, "mesh-probe", true, "ping the other nodes in turn, at most ten packets a second")
+	s.StringVar(&f.healthzIP, "healthz-ip", "127.0.0.1", "`address` for /healthz, /readyz, /metrics, /status, /peers and the page at /")
+	s.IntVar(&f.healthzPort, "healthz-port", 8471, "`port` for these; 0 turns them off")
 	s.Uint16Var(&f.pprof, "pprof", 0, "`port` on loopback for profiles of the daemon itself; 0 is none")
 	s.StringVar(&f.logLevel, "log-level", "info", "`level` from which on to log: debug, info, warn, error")
 	s.StringVar(&f.logFormat, "log-format", "console", "`form` of the log: console or json")
@@ -178,7 +180,7 @@ func (f flags) agentOptions() (agent.Options, error) {
 	}
 	o := agent.Options{
 		Identity: id, SubnetFile: f.subnetFile, StateDir: f.stateDir, IPMasq: f.ipMasq, ForwardRules: f.forwardRules,
-		IPForward: f.ipForward, IPTablesResync: time.Duration(f.iptablesResync), StalePeerGrace: time.Duration(f.stalePeerGrace),
+		IPForward: f.ipForward, MeshProbe: f.meshProbe, IPTablesResync: time.Duration(f.iptablesResync), StalePeerGrace: time.Duration(f.stalePeerGrace),
 	}
 	var errs []error
 	o.Interface, err = f.interfaceOptions()

@@ -1,0 +1,53 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// settingsFile is where the systemd unit has the daemon's settings, see dist/systemd.
+const settingsFile = "/etc/overlayd/overlayd.env"
+
+// restart knows what a restart of the daemon would change.
+type restart struct {
+	binary   string // "": not known
+	was      os.FileInfo
+	started  time.Time
+	settings string
+	logLevel string // that was asked for at the start
+	level    zap.AtomicLevel
+}
+
+func newRestart(level zap.AtomicLevel) *restart {
+	r := &restart{started: time.Now(), settings: settingsFile, logLevel: level.String(), level: level}
+	if path, err := os.Executable(); err == nil {
+		if st, err := os.Stat(path); err == nil {
+			r.binary, r.was = path, st
+		}
+	}
+	return r
+}
+
+// changes lists them: another binary, settings that were edited, a log level that was set meanwhile.
+func (r *restart) changes() []string {
+	var out []string
+	if r.binary != "" {
+		now, err := os.Stat(r.binary)
+		switch {
+		case err != nil:
+			out = append(out, fmt.Sprintf("overlayd would not start: %s is gone", r.binary))
+		case !os.SameFile(now, r.was) || !now.ModTime().Equal(r.was.ModTime()):
+			out = append(out, fmt.Sprintf("another overlayd: %s was replaced at %s", r.binary, now.ModTime().Format(time.RFC3339)))
+		}
+	}
+	if st, err := os.Stat(r.settings); err == nil && st.ModTime().After(r.started) {
+		out = append(out, fmt.Sprintf("the settings in %s, which were changed at %s", r.settings, st.ModTime().Format(time.RFC3339)))
+	}
+	if now := r.level.String(); now != r.logLevel {
+		out = append(out, fmt.Sprintf("the log level: %s, now %s", r.logLevel, now))
+	}
+	return out
+}

@@ -1,0 +1,196 @@
+package page
+
+import (
+	"bytes"
+	"cmp"
+	"html/template"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/overlayd/overlayd/status"
+)
+
+// state is what a peer's tile shows. It is the name of a CSS class, too.
+type state string
+
+const (
+	answers     state = "answers"
+	lossy       state = "lossy"
+	smallOnly   state = "small-only"
+	silent      state = "silent"
+	notPinged   state = "not-pinged"
+	unreachable state = "unreachable"
+	refused     state = "refused"
+	leaving     state = "leaving"
+)
+
+// legendItem is one state with the number of peers in it.
+type legendItem struct {
+	State   state
+	Label   string
+	Meaning string
+	Count   int
+	Rank    int // 0 is the worst
+}
+
+// states are all of them in the order of the legend.
+func states() []legendItem {
+	return []legendItem{
+		{State: answers, Rank: 7, Label: "answers", Meaning: "The last pings of both sizes were answered."},
+		{State: lossy, Rank: 3, Label: "lossy", Meaning: "Some of the last pings were lost."},
+		{State: smallOnly, Rank: 1, Label: "small only", Meaning: "Small packets arrive, full-size ones are lost: something on the way carries smaller packets than this node thinks. " +
+			"Connections open and then hang. Compare the MTU of the network between the two nodes with that of the tunnel device."},
+		{State: silent, Rank: 0, Label: "silent", Meaning: "None of the last pings was answered: the peer is down, or a firewall drops the tunnel's packets, or its way back is broken."},
+		{State: unreachable, Rank: 2, Label: "unreachable", Meaning: "This node knows no way to the peer, and sends it nothing."},
+		{State: refused, Rank: 4, Label: "refused", Meaning: "The peer's lease is not believed, so that this node sends it nothing."},
+		{State: leaving, Rank: 5, Label: "leaving", Meaning: "The peer's lease is gone from etcd; the way to it is kept for a moment."},
+		{State: notPinged, Rank: 6, Label: "not pinged", Meaning: "Nothing is known of the peer but its lease: it was not pinged yet, or can't be."},
+	}
+}
+
+// step is a range of round trips that has its own shade.
+type step struct {
+	Label string
+	Count int
+	below time.Duration
+}
+
+func steps() []step {
+	return []step{
+		{Label: "< 1 ms", below: time.Millisecond},
+		{Label: "< 5 ms", below: 5 * time.Millisecond},
+		{Label: "< 20 ms", below: 20 * time.Millisecond},
+		{Label: "< 100 ms", below: 100 * time.Millisecond},
+		{Label: "100 ms or more", below: 1<<63 - 1},
+	}
+}
+
+// pings are those of one size.
+type pings struct {
+	Sent int    `json:"sent"`
+	Lost int    `json:"lost"`
+	RTT  string `json:"rtt,omitempty"`
+}
+
+// peer is one tile, one line of the table, and its details.
+type peer struct {
+	Name     string `json:"name,omitempty"`
+	ID       string `json:"id,omitempty"`
+	Subnet   string `json:"subnet"`
+	PublicIP string `json:"ip,omitempty"`
+	Way      string `json:"way"`
+	Reason   string `json:"reason,omitempty"`
+	MAC      string `json:"mac,omitempty"`
+	State    state  `json:"state"`
+	Step     int    `json:"step"` // index of the round trip's step
+	RTT      string `json:"rtt,omitempty"`
+	Nanos    int64  `json:"ns,omitempty"` // the round trip, to sort by
+	Address  string `json:"address,omitempty"`
+	Small    *pings `json:"small,omitempty"`
+	Full     *pings `json:"full,omitempty"`
+	Heard    string `json:"heard,omitempty"`
+
+	Label string `json:"-"` // of the state
+	Loss  string `json:"-"`
+	rank  int
+}
+
+// peerViews makes of each peer what is shown of it, in the same order.
+func peerViews(all []status.Peer, now time.Time) []peer {
+	out, known, steps := make([]peer, 0, len(all)), map[state]legendItem{}, steps()
+	for _, s := range states() {
+		known[s.State] = s
+	}
+	for _, p := range all {
+		v := peer{
+			Name: shorten(p.Name, shortText), ID: shorten(p.ID, shortText), Subnet: shorten(p.Subnet, shortText), PublicIP: shorten(p.PublicIP, shortText),
+			Way: p.Way, Reason: shorten(p.Reason, longText), MAC: p.MAC, State: stateOf(p),
+		}
+		v.Label, v.rank = known[v.State].Label, known[v.State].Rank
+		if b := p.Probe; b != nil {
+			rtt := max(b.Small.RTT, b.Full.RTT)
+			if v.State == silent {
+				rtt = 0 // it was that of a time when it answered
+			}
+			v.Address, v.Nanos, v.RTT, v.Small, v.Full = b.Address, int64(rtt), roundTrip(rtt), pingsView(b.Small), pingsView(b.Full)
+			v.Step = slices.IndexFunc(steps, func(s step) bool { return rtt < s.below })
+			v.Loss = lossText(b.Small) + " / " + lossText(b.Full)
+			if !b.Heard.IsZero() {
+				v.Heard = span(now.Sub(b.Heard))
+			}
+		}
+		out = append(out, v)
+	}
+	return out
+}
+
+func stateOf(p status.Peer) state {
+	switch {
+	case p.Way == "refused":
+		return refused
+	case p.Leaving:
+		return leaving
+	case p.Way == "unreachable":
+		return unreachable
+	case p.Probe == nil:
+		return notPinged
+	}
+	switch p.Probe.Verdict {
+	case status.Answers:
+		return answers
+	case status.Lossy:
+		return lossy
+	case status.SmallOnly:
+		return smallOnly
+	case status.Silent:
+		return silent
+	case status.NotPinged:
+	}
+	return notPinged
+}
+
+func pingsView(p status.Pings) *pings {
+	return &pings{Sent: p.Sent, Lost: p.Lost, RTT: roundTrip(p.RTT)}
+}
+
+func lossText(p status.Pings) string {
+	return strconv.Itoa(p.Lost) + " of " + strconv.Itoa(p.Sent)
+}
+
+// worstFirst orders what an operator wants to see first.
+func worstFirst(peers []peer) {
+	slices.SortStableFunc(peers, func(a, b peer) int { return cmp.Or(cmp.Compare(a.rank, b.rank), cmp.Compare(b.Nanos, a.Nanos)) })
+}
+
+// rows are the lines of the table. The template would do the same in six times the time and memory, which counts with thousands of
+// peers; whatever is not a constant here is escaped.
+func rows(peers []peer) template.HTML {
+	var b bytes.Buffer
+	for _, p := range peers {
+		b.WriteString("<tr><td><i class=\"tile ")
+		template.HTMLEscape(&b, []byte(p.State))
+		b.WriteString(" r" + strconv.Itoa(p.Step) + "\"></i>")
+		for i, text := range [...]string{p.Label, p.Name, p.Subnet, p.PublicIP, p.Way, p.RTT, p.Loss, p.Reason} {
+			if i > 0 {
+				b.WriteString("<td>")
+			}
+			template.HTMLEscape(&b, []byte(text))
+			b.WriteString("</td>")
+		}
+		b.WriteString("</tr>\n")
+	}
+	return template.HTML(b.String())
+}
+
+// legend counts peers by state, and those that answer by round trip.
+func legend(peers []peer) ([]legendItem, []step) {
+	items, steps := states(), steps()
+	for _, p := range peers {
+		items[slices.IndexFunc(items, func(i legendItem) bool { return i.State == p.State })].Count++
+		if p.State == answers {
+			steps[p.Step].Count++
+		}
+	}
+	return items, steps
+}
