@@ -31,8 +31,8 @@ type About struct {
 type Traffic interface {
 	// Requests counts them by the name of the method since the start.
 	Requests() map[string]int64
-	// Newest is the revision that the store named last.
-	Newest() int64
+	// Revisions tells up to which revision the table is complete, and which one the store named last.
+	Revisions() (complete, newest int64)
 }
 
 // ErrBusy says that the loop does not answer.
@@ -142,7 +142,10 @@ func (a *Agent) status() status.Node {
 	}
 	a.firewall.seen(&s.Firewall)
 	if t := a.about.Traffic; t != nil {
-		s.Store.Requests, s.Store.Newest = t.Requests(), max(t.Newest(), s.Store.Revision)
+		s.Store.Requests = t.Requests()
+		complete, newest := t.Revisions()
+		s.Store.Revision = max(s.Store.Revision, complete)
+		s.Store.Newest = max(s.Store.Revision, newest)
 	}
 	s.Restart = a.afterRestart()
 	s.Drift = append(a.drift.counts(), a.firewall.drift.counts()...)

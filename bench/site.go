@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -32,6 +33,8 @@ type site struct {
 	node *lab.Node
 	cli  *clientv3.Client
 	dir  string
+
+	answerer *answerer
 }
 
 const (
@@ -56,6 +59,9 @@ func newSite(ctx context.Context, e *Env) (*site, error) {
 		// On a node both are in memory; a disk that is slow to sync would be all that is measured.
 		err = unix.Mount("tmpfs", s.dir, "tmpfs", 0, "size=64m")
 	}
+	if err == nil {
+		s.answerer, err = newAnswerer(ctx, s)
+	}
 	if err != nil {
 		s.close(ctx)
 		return nil, err
@@ -67,11 +73,16 @@ func (s *site) close(ctx context.Context) {
 	if s.cli != nil {
 		_ = s.cli.Close()
 	}
+	if s.answerer != nil {
+		s.answerer.close()
+	}
 	_ = unix.Unmount(s.dir, unix.MNT_DETACH)
 	if err := s.lab.Down(context.WithoutCancel(ctx)); err != nil {
 		s.env.Progress(err.Error())
 	}
 }
+
+func (s *site) socket() string { return filepath.Join(s.dir, "sock") }
 
 func prefixFor(n int) string { return fmt.Sprintf("/bench/%d", n) }
 
@@ -168,11 +179,21 @@ func (s *site) start(n int, etcd string, more ...string) (*daemon, error) {
 	}}
 	d.cmd = exec.Command(s.env.Overlayd, append([]string{
 		"--etcd-endpoints", etcd, "--etcd-prefix", prefixFor(n), "--node-name", "bench", "--node-id", "bench",
-		"--state-dir", filepath.Join(s.dir, "state"), "--subnet-file", s.subnetFile(), "--socket", filepath.Join(s.dir, "sock"), "--healthz-port", strconv.Itoa(sitePort),
+		"--state-dir", filepath.Join(s.dir, "state"), "--subnet-file", s.subnetFile(), "--socket", s.socket(), "--healthz-port", strconv.Itoa(sitePort),
 	}, more...)...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.began = time.Now()
 	return d, s.node.Do(d.cmd.Start)
+}
+
+// control asks the daemon by its socket.
+func (d *daemon) control() *http.Client {
+	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", d.site.socket())
+		},
+	}}
 }
 
 // ready waits for /readyz.

@@ -110,7 +110,7 @@ func (m *Mesh) next(passed time.Duration) time.Duration {
 	if len(m.rot.order)+len(m.rot.flights) == 0 {
 		return 0
 	}
-	return max(m.rot.pause()-passed, 1)
+	return max(m.rot.pause(time.Now())-passed, 1)
 }
 
 func (m *Mesh) close() {

@@ -15,7 +15,7 @@ import (
 )
 
 const (
-	// perSecond is the most packets that a node sends in a second.
+	// perSecond is the most packets that a node sends in a second, counted over longestPause.
 	perSecond = 10
 	// shortestRound and longestRound bound how long it takes to ping all targets once. More targets than perSecond allows within the
 	// longest take longer.
@@ -72,6 +72,7 @@ type target struct {
 	place       int     // in rotation.order
 	verdict     status.Verdict
 	again       time.Time // when to ask it out of turn; zero: not
+	queued      bool      // in rotation.fresh or rotation.waiting
 	heard       time.Time
 	fullNext    bool // where there is time for one size only
 	gone        bool
@@ -113,15 +114,16 @@ type flight struct {
 
 // rotation says whom to ping next, and keeps what came of it. It has no clock, no sockets and no lock.
 type rotation struct {
-	targets  map[netip.Prefix]*target
-	order    []*target
-	next     int     // in order
-	credit   float64 // packets that may be sent by now
-	size     int     // of full packets
-	suspects []*target
-	flights  map[uint16]flight
-	seq      uint16
-	counts   map[status.Verdict]int
+	targets map[netip.Prefix]*target
+	order   []*target
+	next    int       // in order
+	credit  float64   // packets that may be sent by now
+	size    int       // of full packets
+	fresh   []*target // to be asked out of turn, at once
+	waiting []*target // to be asked again, in the order of their times
+	flights map[uint16]flight
+	seq     uint16
+	counts  map[status.Verdict]int
 
 	sent, lost, notAllowed int
 }
@@ -189,14 +191,17 @@ func (r *rotation) round() time.Duration {
 // rate is how many packets a second the round takes.
 func (r *rotation) rate() float64 { return float64(r.each()*len(r.order)) / r.round().Seconds() }
 
-// pause is how long to wait until there is something to do: as long as it takes until a second's worth of packets may be sent, since
-// waking up costs an idle node more than sending does.
-func (r *rotation) pause() time.Duration {
-	if len(r.suspects) > 0 || len(r.order) == 0 {
+// pause is how long to wait until there is something to do. Waking up costs an idle node more than sending a dozen packets does, so
+// that they go together, so long as nobody is suspected.
+func (r *rotation) pause(now time.Time) time.Duration {
+	if len(r.fresh) > 0 || len(r.order) == 0 {
 		return shortestPause
 	}
-	full := time.Duration((perSecond - r.credit) / r.rate() * float64(time.Second))
-	return min(max(full, shortestPause), longestPause)
+	pause := longestPause
+	if len(r.waiting) > 0 {
+		pause = min(pause, r.waiting[0].again.Sub(now))
+	}
+	return max(pause, shortestPause)
 }
 
 // due chooses what to send for a stretch of time that has passed since the last call, a second for example.
@@ -204,9 +209,9 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 	if len(r.order) == 0 {
 		return nil
 	}
-	budget := int(math.Round(perSecond * min(passed, time.Second).Seconds()))
+	budget := int(math.Round(perSecond * min(passed, longestPause).Seconds()))
 	each := r.each()
-	r.credit = min(r.credit+r.rate()*passed.Seconds(), perSecond)
+	r.credit = min(r.credit+r.rate()*passed.Seconds(), perSecond*longestPause.Seconds())
 	var out []ping
 	for r.credit > float64(each)-1e-9 && len(out)+each <= budget {
 		r.credit -= float64(each)
@@ -217,24 +222,36 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 		r.next++
 		out = r.visit(out, t, each, now)
 	}
-	for i := 0; i < len(r.suspects) && len(out)+2 <= budget; i++ {
-		t := r.suspects[i]
-		if t.gone || t.again.IsZero() {
-			t.again = time.Time{}
-			r.suspects = slices.Delete(r.suspects, i, i+1)
-			i--
-			continue
-		}
-		if now.Before(t.again) {
-			continue
+	for len(out)+2 <= budget {
+		t := r.suspect(now)
+		if t == nil {
+			break
 		}
 		t.again = now.Add(askAgain)
+		r.waiting = append(r.waiting, t)
 		out = r.visit(out, t, 2, now)
-		// Behind the others, who may have been waiting for longer.
-		r.suspects = append(slices.Delete(r.suspects, i, i+1), t)
-		i--
 	}
 	return out
+}
+
+// suspect takes the next one that is to be asked out of turn from its queue. Only the heads of the queues are looked at: there may be
+// thousands in them.
+func (r *rotation) suspect(now time.Time) *target {
+	for {
+		q := &r.fresh
+		if len(*q) == 0 {
+			q = &r.waiting
+			if len(*q) == 0 || now.Before((*q)[0].again) {
+				return nil
+			}
+		}
+		t := (*q)[0]
+		(*q)[0], *q = nil, (*q)[1:]
+		if !t.gone && !t.again.IsZero() {
+			return t
+		}
+		t.queued = false
+	}
 }
 
 func (r *rotation) visit(out []ping, t *target, each int, now time.Time) []ping {
@@ -323,7 +340,10 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	}
 	if t.again.IsZero() {
 		t.again = now // at once, to be sure
-		r.suspects = append(r.suspects, t)
+	}
+	if !t.queued {
+		t.queued = true
+		r.fresh = append(r.fresh, t)
 	}
 }
 
@@ -352,6 +372,9 @@ func (r *rotation) summary() status.Probe {
 	}
 	if slices.Sort(rtts); len(rtts) > 0 {
 		p.MedianRTT = rtts[len(rtts)/2]
+	}
+	if len(pinged) > status.WorstPeers { // those who are well would take turns in being the slowest
+		pinged = slices.DeleteFunc(pinged, func(t *target) bool { return t.verdict == status.Answers })
 	}
 	for _, t := range worst(pinged, status.WorstPeers) {
 		result := t.result()

@@ -155,7 +155,7 @@ type Probe struct {
 	NotAllowed int `json:"notAllowed"` // that the kernel refused to send
 	// MedianRTT is that of the targets that answer.
 	MedianRTT time.Duration `json:"medianRTT"`
-	Worst     []Peer        `json:"worst"` // the worst of the peers, at most WorstPeers, the worst first
+	Worst     []Peer        `json:"worst"` // at most WorstPeers, the worst first; of more peers only those that don't answer as they should
 }
 
 // WorstPeers bounds Probe.Worst.

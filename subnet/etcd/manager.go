@@ -111,8 +111,13 @@ func (m *Manager) Claim(c subnet.Claim) {
 // Requests counts the requests sent to the store since New, by the name of the RPC (Range, Txn, Watch, LeaseGrant, ...).
 func (m *Manager) Requests() map[string]int64 { return m.conn.count.snapshot() }
 
-// Newest is the revision that the store named last: that of any key, also of those who share it with us. 0: it has not answered yet.
-func (m *Manager) Newest() int64 { return m.conn.newest.Load() }
+// Revisions tells up to which revision the table is known to be complete, which goes on while nothing of ours changes, and which one the
+// store named last: that of any key, also of those who share it with us. 0: not known yet.
+func (m *Manager) Revisions() (complete, newest int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.view.complete, max(m.conn.newest.Load(), m.view.complete)
+}
 
 // update changes the shared state under the lock, and delivers a snapshot where f asks for it.
 func (m *Manager) update(f func() (deliver bool)) {
