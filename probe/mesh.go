@@ -157,7 +157,7 @@ func (m *Mesh) step(passed time.Duration) {
 // verdicts is a value that changes when the targets of a verdict become more or fewer.
 func (m *Mesh) verdicts() [3]int {
 	c := m.rot.counts
-	return [3]int{c[status.Silent], c[status.SmallOnly], c[status.Lossy]}
+	return [3]int{c[silent], c[smallOnly], c[lossy]}
 }
 
 func (m *Mesh) send(p ping) error {
@@ -199,11 +199,11 @@ func (m *Mesh) Peer(subnet netip.Prefix) *status.PeerProbe {
 }
 
 // Trouble lists the targets that don't answer, and those that answer small packets only: how many, and the first few by name.
-func (m *Mesh) Trouble(named int) (silent, smallOnly Group, err error) {
+func (m *Mesh) Trouble(named int) (quiet, narrow Group, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	group := func(v status.Verdict) Group { return Group{m.rot.counts[v], m.rot.named(v, named)} }
-	return group(status.Silent), group(status.SmallOnly), m.err
+	group := func(v verdict) Group { return Group{m.rot.counts[v], m.rot.named(v, named)} }
+	return group(silent), group(smallOnly), m.err
 }
 
 // Group is some targets.

@@ -39,11 +39,10 @@ type Target struct {
 	Address netip.Addr // to be pinged
 }
 
-// history is what came of the last pings of one size.
+// history is what came of the last pings.
 type history struct {
 	lost uint8 // a bit for each, the newest lowest
 	n    uint8
-	rtt  time.Duration
 }
 
 func (h *history) note(lost bool) {
@@ -60,41 +59,66 @@ func (h *history) down(n uint8) bool { return h.n >= n && bits.TrailingZeros8(^h
 // losses counts those that are remembered.
 func (h *history) losses() int { return bits.OnesCount8(h.lost) }
 
-func (h *history) pings() status.Pings {
-	return status.Pings{Sent: int(h.n), Lost: h.losses(), RTT: h.rtt}
+// series is the history of one size.
+type series struct {
+	history
+	rtt uint32 // of the last answer, in ns; waitFor has room in it
 }
 
-// target is a Target with what is known of it.
+func (s *series) pings() status.Pings {
+	return status.Pings{Sent: int(s.n), Lost: s.losses(), RTT: time.Duration(s.rtt)}
+}
+
+// target is a Target with what is known of it. There are thousands: it is kept small.
 type target struct {
 	Target
-	small, full history
+	small, full series
 	both        history // those of either size
-	place       int     // in rotation.order
-	verdict     status.Verdict
-	again       time.Time // when to ask it out of turn; zero: not
-	queued      bool      // in rotation.fresh or rotation.waiting
-	heard       time.Time
+	verdict     verdict
+	queued      bool // in rotation.fresh or rotation.waiting
 	fullNext    bool // where there is time for one size only
 	gone        bool
+	place       int32 // in rotation.order
+	again       int64 // when to ask it out of turn, in ns since 1970; 0: not
+	heard       int64 // when it answered last, likewise; 0: never
+}
+
+// verdict is a status.Verdict in one byte; the greater, the worse.
+type verdict uint8
+
+const (
+	notPinged verdict = iota
+	answers
+	lossy
+	smallOnly
+	silent
+)
+
+func (v verdict) word() status.Verdict {
+	return [...]status.Verdict{status.NotPinged, status.Answers, status.Lossy, status.SmallOnly, status.Silent}[v]
 }
 
 // Two packets in a row that are lost may be bad luck; a third one is not, since it was sent a second or more after the first.
-func (t *target) judge() status.Verdict {
+func (t *target) judge() verdict {
 	switch {
 	case t.both.n == 0:
-		return status.NotPinged
+		return notPinged
 	case t.both.down(3):
-		return status.Silent
+		return silent
 	case t.full.down(2) && !t.small.down(1):
-		return status.SmallOnly
+		return smallOnly
 	case t.small.lost|t.full.lost != 0:
-		return status.Lossy
+		return lossy
 	}
-	return status.Answers
+	return answers
 }
 
 func (t *target) result() status.PeerProbe {
-	return status.PeerProbe{Address: t.Address.String(), Verdict: t.verdict, Small: t.small.pings(), Full: t.full.pings(), Heard: t.heard}
+	p := status.PeerProbe{Address: t.Address.String(), Verdict: t.verdict.word(), Small: t.small.pings(), Full: t.full.pings()}
+	if t.heard != 0 {
+		p.Heard = time.Unix(0, t.heard)
+	}
+	return p
 }
 
 // ping is a packet that is to be sent.
@@ -123,13 +147,13 @@ type rotation struct {
 	waiting []*target // to be asked again, in the order of their times
 	flights map[uint16]flight
 	seq     uint16
-	counts  map[status.Verdict]int
+	counts  [silent + 1]int
 
 	sent, lost, notAllowed int
 }
 
 func newRotation() *rotation {
-	return &rotation{targets: map[netip.Prefix]*target{}, flights: map[uint16]flight{}, counts: map[status.Verdict]int{}}
+	return &rotation{targets: map[netip.Prefix]*target{}, flights: map[uint16]flight{}}
 }
 
 // put adds a target, to be visited soon. One that is there with the same address keeps what is known of it.
@@ -144,12 +168,12 @@ func (r *rotation) put(t Target) {
 	if len(r.order) == 0 {
 		r.credit = 2 // the first one need not wait
 	}
-	n := &target{Target: t, place: len(r.order)}
+	n := &target{Target: t, place: int32(len(r.order))}
 	r.targets[t.Subnet] = n
 	r.order = append(r.order, n)
 	r.counts[n.verdict]++
-	if r.next < n.place {
-		r.swap(r.next, n.place)
+	if r.next < int(n.place) {
+		r.swap(r.next, int(n.place))
 	}
 }
 
@@ -159,7 +183,7 @@ func (r *rotation) remove(subnet netip.Prefix) {
 		return
 	}
 	last := len(r.order) - 1
-	r.swap(t.place, last)
+	r.swap(int(t.place), last)
 	r.order = r.order[:last]
 	delete(r.targets, subnet)
 	r.counts[t.verdict]--
@@ -168,7 +192,7 @@ func (r *rotation) remove(subnet netip.Prefix) {
 
 func (r *rotation) swap(i, j int) {
 	r.order[i], r.order[j] = r.order[j], r.order[i]
-	r.order[i].place, r.order[j].place = i, j
+	r.order[i].place, r.order[j].place = int32(i), int32(j)
 }
 
 // each is how many packets a visit in the round takes: both sizes, or one after the other in turn.
@@ -199,7 +223,7 @@ func (r *rotation) pause(now time.Time) time.Duration {
 	}
 	pause := longestPause
 	if len(r.waiting) > 0 {
-		pause = min(pause, r.waiting[0].again.Sub(now))
+		pause = min(pause, time.Duration(r.waiting[0].again-now.UnixNano()))
 	}
 	return max(pause, shortestPause)
 }
@@ -227,7 +251,7 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 		if t == nil {
 			break
 		}
-		t.again = now.Add(askAgain)
+		t.again = now.Add(askAgain).UnixNano()
 		r.waiting = append(r.waiting, t)
 		out = r.visit(out, t, 2, now)
 	}
@@ -241,13 +265,13 @@ func (r *rotation) suspect(now time.Time) *target {
 		q := &r.fresh
 		if len(*q) == 0 {
 			q = &r.waiting
-			if len(*q) == 0 || now.Before((*q)[0].again) {
+			if len(*q) == 0 || now.UnixNano() < (*q)[0].again {
 				return nil
 			}
 		}
 		t := (*q)[0]
 		(*q)[0], *q = nil, (*q)[1:]
-		if !t.gone && !t.again.IsZero() {
+		if !t.gone && t.again != 0 {
 			return t
 		}
 		t.queued = false
@@ -328,18 +352,18 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	h.note(lost)
 	t.both.note(lost)
 	if !lost {
-		h.rtt, t.heard = rtt, now
+		h.rtt, t.heard = uint32(rtt), now.UnixNano()
 	}
 	before := t.verdict
 	t.verdict = t.judge()
 	r.counts[before]--
 	r.counts[t.verdict]++
-	if t.verdict == status.Answers {
-		t.again = time.Time{}
+	if t.verdict == answers {
+		t.again = 0
 		return
 	}
-	if t.again.IsZero() {
-		t.again = now // at once, to be sure
+	if t.again == 0 {
+		t.again = now.UnixNano() // at once, to be sure
 	}
 	if !t.queued {
 		t.queued = true
@@ -347,34 +371,29 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	}
 }
 
-// severity orders the verdicts, the worst last.
-func severity(v status.Verdict) int {
-	return slices.Index([]status.Verdict{status.NotPinged, status.Answers, status.Lossy, status.SmallOnly, status.Silent}, v)
-}
-
 // summary is all that is known, without the single targets but the worst.
 func (r *rotation) summary() status.Probe {
 	p := status.Probe{
 		On: true, Targets: len(r.order), Size: r.size, Round: r.round(), Sent: r.sent, Lost: r.lost, NotAllowed: r.notAllowed,
-		Answer: r.counts[status.Answers], Lossy: r.counts[status.Lossy], SmallOnly: r.counts[status.SmallOnly],
-		Silent: r.counts[status.Silent], NotPinged: r.counts[status.NotPinged], Worst: []status.Peer{},
+		Answer: r.counts[answers], Lossy: r.counts[lossy], SmallOnly: r.counts[smallOnly],
+		Silent: r.counts[silent], NotPinged: r.counts[notPinged], Worst: []status.Peer{},
 	}
 	var rtts []time.Duration
 	var pinged []*target
 	for _, t := range r.order {
-		if t.verdict == status.NotPinged {
+		if t.verdict == notPinged {
 			continue
 		}
 		pinged = append(pinged, t)
-		if rtt := max(t.small.rtt, t.full.rtt); rtt > 0 && t.verdict != status.Silent {
-			rtts = append(rtts, rtt)
+		if rtt := max(t.small.rtt, t.full.rtt); rtt > 0 && t.verdict != silent {
+			rtts = append(rtts, time.Duration(rtt))
 		}
 	}
 	if slices.Sort(rtts); len(rtts) > 0 {
 		p.MedianRTT = rtts[len(rtts)/2]
 	}
 	if len(pinged) > status.WorstPeers { // those who are well would take turns in being the slowest
-		pinged = slices.DeleteFunc(pinged, func(t *target) bool { return t.verdict == status.Answers })
+		pinged = slices.DeleteFunc(pinged, func(t *target) bool { return t.verdict == answers })
 	}
 	for _, t := range worst(pinged, status.WorstPeers) {
 		result := t.result()
@@ -386,7 +405,7 @@ func (r *rotation) summary() status.Probe {
 func worst(ts []*target, most int) []*target {
 	slices.SortFunc(ts, func(a, b *target) int {
 		return cmp.Or(
-			severity(b.verdict)-severity(a.verdict), b.small.losses()+b.full.losses()-a.small.losses()-a.full.losses(),
+			int(b.verdict)-int(a.verdict), b.small.losses()+b.full.losses()-a.small.losses()-a.full.losses(),
 			cmp.Compare(b.small.rtt, a.small.rtt), addr.ComparePrefix(a.Subnet, b.Subnet),
 		)
 	})
@@ -394,7 +413,7 @@ func worst(ts []*target, most int) []*target {
 }
 
 // named lists targets with a verdict, by name or else by subnet, in order; at most so many, whichever are found first.
-func (r *rotation) named(v status.Verdict, most int) []string {
+func (r *rotation) named(v verdict, most int) []string {
 	var out []string
 	for _, t := range r.order {
 		if len(out) == min(most, r.counts[v]) {

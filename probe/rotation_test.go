@@ -113,10 +113,10 @@ func TestVerdicts(t *testing.T) {
 			return c.answer(p, n)
 		}
 		w.run(22) // a round, an answer that is waited for, the same again to be sure
-		if got := w.rot.targets[ts[2].Subnet].verdict; got != c.want {
+		if got := w.rot.targets[ts[2].Subnet].verdict.word(); got != c.want {
 			t.Errorf("%s: %q", c.name, got)
 		}
-		if got, rest := w.rot.targets[ts[1].Subnet].verdict, w.rot.counts[status.Answers]; got != status.Answers || c.want != status.Answers && rest != 4 {
+		if got, rest := w.rot.targets[ts[1].Subnet].verdict.word(), w.rot.counts[answers]; got != status.Answers || c.want != status.Answers && rest != 4 {
 			t.Errorf("%s: another one is %q, %d answer", c.name, got, rest)
 		}
 		w.answer = func(ping) bool { return true }
@@ -139,15 +139,15 @@ func TestSuspectsAmongMany(t *testing.T) {
 	bad := ts[1234]
 	w.answer = func(p ping) bool { return p.to != bad.Address }
 	w.run(612)
-	if got := w.rot.targets[bad.Subnet].verdict; got != status.Silent {
+	if got := w.rot.targets[bad.Subnet].verdict.word(); got != status.Silent {
 		t.Fatalf("%q", got)
 	}
-	if got := w.rot.named(status.Silent, 3); !slices.Equal(got, []string{"n1234"}) {
+	if got := w.rot.named(silent, 3); !slices.Equal(got, []string{"n1234"}) {
 		t.Errorf("%q", got)
 	}
 	w.answer = func(ping) bool { return true }
 	w.run(110)
-	if got := w.rot.targets[bad.Subnet].verdict; got != status.Answers {
+	if got := w.rot.targets[bad.Subnet].verdict.word(); got != status.Answers {
 		t.Errorf("afterwards: %q", got)
 	}
 	// Even if all fail, there is no more than that.
@@ -186,7 +186,7 @@ func TestTargetsChange(t *testing.T) {
 	moved.Address = netip.MustParseAddr("192.0.2.1")
 	w.rot.put(ts[0])
 	w.rot.put(moved)
-	if a, b := w.rot.targets[ts[0].Subnet].verdict, w.rot.targets[ts[1].Subnet].verdict; a != status.Answers || b != status.NotPinged {
+	if a, b := w.rot.targets[ts[0].Subnet].verdict.word(), w.rot.targets[ts[1].Subnet].verdict.word(); a != status.Answers || b != status.NotPinged {
 		t.Errorf("%q, %q", a, b)
 	}
 }
@@ -215,11 +215,11 @@ func TestStrangeAnswers(t *testing.T) {
 		w.rot.answered(bad)
 	}
 	tg := w.rot.order[0]
-	if tg.verdict != status.NotPinged {
-		t.Errorf("%q", tg.verdict)
+	if tg.verdict != notPinged {
+		t.Errorf("%d", tg.verdict)
 	}
 	w.rot.answered(pong{from: p.to, seq: p.seq, at: w.now.Add(-time.Hour)}) // the clock was set back
-	if tg.small.rtt+tg.full.rtt > time.Millisecond || tg.verdict == status.NotPinged {
+	if time.Duration(tg.small.rtt+tg.full.rtt) > time.Millisecond || tg.verdict == notPinged {
 		t.Errorf("%+v", tg.result())
 	}
 	w.rot.departed(pings[1].seq, w.now, unix.EPERM)
