@@ -73,6 +73,7 @@ Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ET
 	f.addNode(cmd.PersistentFlags())
 	f.addDaemon(cmd.Flags())
 	cmd.AddCommand(statusCommand(&f), diffCommand(&f), logLevelCommand(&f), leasesCommand(&f), cleanupCommand(&f), versionCommand())
+	cmd.AddCommand(doctorCommand(&f))
 	cmd.CompletionOptions.DisableDefaultCmd = true
 	return cmd
 }

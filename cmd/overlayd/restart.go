@@ -8,9 +8,6 @@ import (
 	"go.uber.org/zap"
 )
 
-// settingsFile is where the systemd unit has the daemon's settings, see dist/systemd.
-const settingsFile = "/etc/overlayd/overlayd.env"
-
 // restart knows what a restart of the daemon would change.
 type restart struct {
 	binary   string // "": not known
@@ -22,7 +19,7 @@ type restart struct {
 }
 
 func newRestart(level zap.AtomicLevel) *restart {
-	r := &restart{started: time.Now(), settings: settingsFile, logLevel: level.String(), level: level}
+	r := &restart{started: time.Now(), settings: defaultEnvFile, logLevel: level.String(), level: level}
 	if path, err := os.Executable(); err == nil {
 		if st, err := os.Stat(path); err == nil {
 			r.binary, r.was = path, st

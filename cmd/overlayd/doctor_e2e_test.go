@@ -1,0 +1,529 @@
+package main_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/lab/labtest"
+)
+
+// doctorReport is what `overlayd doctor -o json` prints.
+type doctorReport struct {
+	Findings []doctorFinding
+	Local    time.Duration `json:"localNanoseconds"`
+	Took     time.Duration `json:"tookNanoseconds"`
+	Fixed    []struct{ What, Error string }
+}
+
+type doctorFinding struct {
+	Check, Mark, Reason string
+	Mend                []string
+}
+
+func (r doctorReport) with(marks ...string) []doctorFinding {
+	return slices.DeleteFunc(slices.Clone(r.Findings), func(f doctorFinding) bool { return !slices.Contains(marks, f.Mark) })
+}
+
+// patient is the node that the doctor looks at.
+type patient struct {
+	t        *testing.T
+	lab      *lab.Lab
+	node     *lab.Node
+	overlayd string
+	etcd     lab.Machine
+}
+
+func (p patient) sh(script string) {
+	p.t.Helper()
+	if out, err := p.node.Run(p.t.Context(), "sh", "-ec", script); err != nil {
+		p.t.Fatalf("%s: %v\n%s", script, err, out)
+	}
+}
+
+func (p patient) etcdctl(args ...string) string {
+	p.t.Helper()
+	out, err := p.etcd.Run(p.t.Context(), "etcdctl", append([]string{"--endpoints", p.lab.Etcd().URLs()[0]}, args...)...)
+	if err != nil {
+		p.t.Fatalf("etcdctl %s: %v\n%s", args, err, out)
+	}
+	return out
+}
+
+func (p patient) args(more ...string) []string {
+	return append([]string{
+		"doctor", "--env-file", "/none", "--socket", p.node.Socket(), "--state-dir", p.node.StateDir(), "--subnet-file", p.node.SubnetFile(),
+		"--node-name", p.node.Name, "--node-id", p.node.Spec().ID, "--etcd-endpoints", strings.Join(p.lab.Etcd().URLs(), ","),
+	}, more...)
+}
+
+// examine runs the doctor; its exit status must be that of what it found.
+func (p patient) examine(more ...string) doctorReport {
+	p.t.Helper()
+	out, err := p.node.Run(p.t.Context(), p.overlayd, p.args(append([]string{"-o", "json"}, more...)...)...)
+	exit := (*exec.ExitError)(nil)
+	if err != nil && !errors.As(err, &exit) {
+		p.t.Fatal(err)
+	}
+	var r doctorReport
+	if err := json.Unmarshal([]byte(out), &r); err != nil {
+		p.t.Fatalf("%v\n%s", err, out)
+	}
+	if (exit != nil) != (len(r.with("fail")) > 0) || exit != nil && exit.ExitCode() != 1 {
+		p.t.Errorf("exit %v with these failures: %+v", err, r.with("fail"))
+	}
+	if r.Took > 5*time.Second {
+		p.t.Errorf("it took %s", r.Took)
+	}
+	return r
+}
+
+// finds waits until a check has a mark and says a text: some of what is broken takes the daemon a moment to notice.
+func (p patient) finds(check, mark, text string, more ...string) doctorFinding {
+	p.t.Helper()
+	var r doctorReport
+	for end := time.Now().Add(8 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		r = p.examine(more...)
+		for _, f := range r.Findings {
+			if f.Check == check && f.Mark == mark && strings.Contains(f.Reason, text) {
+				if (mark == "fail" || mark == "warn") && len(f.Mend) == 0 {
+					p.t.Errorf("%s: there is nothing that mends %q", check, f.Reason)
+				}
+				return f
+			}
+		}
+		if time.Now().After(end) {
+			break
+		}
+	}
+	for _, f := range r.with("fail", "warn") {
+		p.t.Logf("%s %s: %s", f.Mark, f.Check, f.Reason)
+	}
+	p.t.Fatalf("no %s of %s with %q", mark, check, text)
+	return doctorFinding{}
+}
+
+// well waits until nothing is wrong any more.
+func (p patient) well() {
+	p.t.Helper()
+	var r doctorReport
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if r = p.examine(); len(r.with("fail", "warn")) == 0 {
+			return
+		}
+	}
+	p.t.Errorf("it does not get well: %+v", r.with("fail", "warn"))
+}
+
+// The doctor finds nothing on a node that is well, and names the cause of each thing that is broken.
+func TestDoctor(t *testing.T) {
+	t.Parallel()
+	overlayd := labtest.BuildOverlayd(t)
+	l := labtest.Up(t, lab.Options{Overlayd: overlayd, Pods: 1})
+	etcd, err := l.Machine("etcd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := patient{t: t, lab: l, node: l.Node(1), overlayd: overlayd, etcd: etcd}
+	p.finds("peers answer", "ok", "2 of 2 pinged") // they come a moment later
+	p.well()
+	if out, err := p.node.Run(t.Context(), overlayd, p.args()...); err != nil {
+		t.Fatal(err)
+	} else {
+		t.Log("\n" + out)
+	}
+	own, err := p.node.Lease()
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	t.Run("nft drops the port", func(t *testing.T) {
+		p := p.in(t)
+		p.sh(`nft add table inet site; nft add chain inet site in '{ type filter hook input priority 0; policy accept; }'; nft add rule inet site in udp dport 8472 drop`)
+		f := p.finds("VXLAN in the firewall", "fail", "udp dport 8472 drop")
+		p.sh(f.Mend[0])
+		p.well()
+		p.sh(`nft delete table inet site`)
+	})
+	t.Run("nft drops by default", func(t *testing.T) {
+		p := p.in(t)
+		p.sh(`nft -f - <<EOF
+table inet site {
+	set open { type inet_service; flags interval; elements = { 22, 2379-2380, 8000-8100 } }
+	chain in {
+		type filter hook input priority 0; policy drop;
+		iifname { "lo", "overlay.1", "cni0" } accept
+		ct state vmap { established : accept, related : accept, invalid : drop }
+		meta l4proto { icmp, ipv6-icmp } accept
+		tcp dport @open accept
+	}
+}
+EOF`)
+		f := p.finds("VXLAN in the firewall", "fail", "its policy")
+		p.sh(f.Mend[0])
+		p.well()
+		p.sh(`nft delete table inet site`)
+	})
+	t.Run("iptables drops what is forwarded", func(t *testing.T) {
+		p := p.in(t)
+		p.sh(`iptables -t mangle -A FORWARD -s 10.244.0.0/16 -m conntrack --ctstate NEW -j DROP`)
+		p.finds("forwarded packets", "fail", "table ip mangle, chain FORWARD")
+		p.sh(`iptables -t mangle -F FORWARD`)
+		p.well()
+	})
+	t.Run("black hole", func(t *testing.T) {
+		p := p.in(t)
+		// A switch throws away what is too large for one of its ports, and tells nobody.
+		sw, err := p.lab.Machine("seg2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, err := sw.Run(t.Context(), "ip", "link", "set", "n2", "mtu", "1400"); err != nil {
+			t.Fatal(err, out)
+		}
+		f := p.finds("full-size packets", "fail", "is 1354, so that the MTU of the network there is 1404") // a bridge leaves room for a VLAN's tag
+		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil || !strings.Contains(f.Mend[0], `"MTU":1354`) {
+			t.Errorf("%s: %v\n%s", f.Mend[0], err, out)
+		}
+		p.finds("full-size packets", "ok", "1354 bytes get through")
+		if out, err := sw.Run(t.Context(), "ip", "link", "set", "n2", "mtu", "1500"); err != nil {
+			t.Fatal(err, out)
+		}
+		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`)
+		p.well()
+	})
+	t.Run("leases that contradict each other", func(t *testing.T) {
+		p := p.in(t)
+		value := `{"PublicIP":%q,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:07"},"NodeName":%q,"NodeID":%q}`
+		key := "/overlayd/network/subnets/10.244.255.0-24"
+		p.etcdctl("put", key, fmt.Sprintf(value, p.lab.Node(2).Addr(addr.IPv4), "other", "some-id"))
+		f := p.finds("leases", "fail", "n2 (10.244.")
+		if !strings.Contains(f.Reason, "same public IP 172.31.2.12") || !strings.Contains(f.Mend[0], key) {
+			t.Errorf("%+v", f)
+		}
+		p.etcdctl("put", key, fmt.Sprintf(value, "172.31.1.77", "twin", p.lab.Node(2).Spec().ID))
+		p.finds("leases", "fail", "one is a clone of the other")
+		p.etcdctl("del", key)
+		p.well()
+	})
+	t.Run("config", func(t *testing.T) {
+		p := p.in(t)
+		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"pigeon"}}`)
+		f := p.finds("network config", "fail", `expected "vxlan" or "host-gw", found "pigeon"`)
+		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil || !strings.Contains(f.Mend[0], "put") {
+			t.Errorf("%s: %v\n%s", f.Mend[0], err, out)
+		}
+		p.well()
+		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"},"Bakend":1}`)
+		p.finds("network config", "warn", "Bakend")
+		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`)
+		p.well()
+	})
+	t.Run("wrong prefix", func(t *testing.T) {
+		p := p.in(t)
+		p.finds("network config", "fail", "there is nothing in etcd under /wrong/network/", "--etcd-prefix", "/wrong/network")
+	})
+	t.Run("bridge with another address", func(t *testing.T) {
+		p := p.in(t)
+		p.sh("ip link add docker7 type bridge; ip address add 10.244.250.1/24 dev docker7; ip link set docker7 up")
+		p.finds("bridge", "fail", "docker7 has the address 10.244.250.1/24, this node's subnet is "+own.Subnets[0].String())
+		p.sh("ip link delete docker7")
+		p.well()
+	})
+	t.Run("a pod with a larger MTU", func(t *testing.T) {
+		p := p.in(t)
+		p.sh("ip link set cni0 mtu 1450; ip link set veth-p1 mtu 1500")
+		p.finds("MTU", "warn", "veth-p1 1500")
+		p.sh("ip link set veth-p1 mtu 1450")
+		p.well()
+	})
+	t.Run("another overlay", func(t *testing.T) {
+		p := p.in(t)
+		p.sh("ip link add flannel.9 type vxlan id 9 dstport 8473 local 172.31.1.11")
+		p.finds("other overlays", "warn", "flannel.9")
+		p.sh("ip link delete flannel.9")
+		p.well()
+	})
+	t.Run("foreign route", func(t *testing.T) {
+		p := p.in(t)
+		other, err := p.lab.Node(2).Lease()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.sh("ip route add blackhole " + other.Subnets[0].String())
+		f := p.finds("routes", "fail", "is not ours")
+		p.sh(f.Mend[0])
+		p.well()
+	})
+	t.Run("rp_filter", func(t *testing.T) {
+		p := p.in(t)
+		// One that does not hear of a change goes on to send through the tunnel.
+		stop(t, p.lab.Node(3))
+		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}`)
+		p.finds("rp_filter", "warn", "it is strict on overlay.1") // as all of the lab's devices are
+		if r := p.examine("--fix"); len(r.Fixed) != 1 || r.Fixed[0].Error != "" || len(r.with("warn")) > 0 {
+			t.Errorf("--fix: %+v %+v", r.Fixed, r.with("fail", "warn"))
+		}
+		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`)
+		if err := p.lab.Node(3).Start(); err != nil {
+			t.Fatal(err)
+		}
+		p.well()
+	})
+	t.Run("etcd stopped", func(t *testing.T) {
+		p := p.in(t)
+		if err := p.lab.Etcd().Kill(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		p.finds("etcd", "fail", "connection refused")
+		if r := p.examine(); r.Took > 3*time.Second {
+			t.Errorf("it took %s", r.Took)
+		}
+		p.finds("peers answer", "ok", "all answer")
+		if err := p.lab.Etcd().Start(); err != nil {
+			t.Fatal(err)
+		}
+		p.well()
+	})
+
+	t.Run("etcd silent", func(t *testing.T) {
+		p := p.in(t)
+		if err := p.lab.Etcd().Pause(); err != nil {
+			t.Fatal(err)
+		}
+		p.finds("etcd", "fail", "no answer from")
+		if r := p.examine(); r.Took > 3*time.Second {
+			t.Errorf("it took %s", r.Took)
+		}
+		if err := p.lab.Etcd().Resume(); err != nil {
+			t.Fatal(err)
+		}
+		p.well()
+	})
+	t.Run("both iptables", func(t *testing.T) {
+		p := p.in(t)
+		p.sh("iptables-legacy -A INPUT -p udp --dport 8472 -j DROP; iptables-nft -A INPUT -p tcp --dport 25 -j DROP")
+		p.finds("iptables variants", "warn", "iptables-legacy holds 1 rules and iptables-nft 1")
+		f := p.finds("VXLAN in the firewall", "fail", "iptables-legacy, table filter, chain INPUT")
+		p.sh(f.Mend[0])
+		p.finds("VXLAN in the firewall", "ok", "is open")
+		p.sh("iptables-legacy -F; iptables-nft -D INPUT -p tcp --dport 25 -j DROP")
+		p.well()
+	})
+	t.Run("daemon hangs", func(t *testing.T) {
+		p := p.in(t)
+		if err := p.node.Pause(); err != nil {
+			t.Fatal(err)
+		}
+		p.finds("daemon", "fail", "does not answer")
+		p.finds("peers answer", "ok", "2 of 2 pinged")
+		if err := p.lab.Etcd().Pause(); err != nil { // the slowest case
+			t.Fatal(err)
+		}
+		if r := p.examine(); r.Took > 4*time.Second {
+			t.Errorf("it took %s", r.Took)
+		} else {
+			t.Logf("with neither daemon nor etcd: %s", r.Took)
+		}
+		if err := p.lab.Etcd().Resume(); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.node.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		p.well()
+		p.finds("daemon", "fail", "another overlayd is running on this node: process", "--socket", "/none")
+	})
+
+	t.Run("daemon stopped", func(t *testing.T) {
+		p := p.in(t)
+		stop(t, p.node)
+		p.finds("daemon", "fail", "does not run")
+		p.finds("peers answer", "ok", "2 of 2 pinged")
+		p.sh("sysctl -qw net.ipv4.ip_forward=0")
+		p.finds("forwarding", "fail", "net/ipv4/ip_forward is 0")
+		if r := p.examine("--fix"); len(r.Fixed) != 1 || !strings.Contains(r.Fixed[0].What, "ip_forward") || len(r.with("fail")) != 1 {
+			t.Errorf("--fix: %+v", r)
+		}
+		p.sh("ip link set overlay.1 mtu 1300")
+		f := p.finds("MTU", "fail", "overlay.1 has an MTU of 1300, it should have 1450")
+		p.sh(f.Mend[0])
+		p.sh("iptables -P FORWARD DROP; iptables -F FORWARD")
+		p.finds("forwarded packets", "fail", "its policy")
+		p.sh("iptables -P FORWARD ACCEPT")
+		p.sh("ip link delete overlay.1; ip link add thief type vxlan id 1 dstport 8472 local 172.31.1.11 dev eth0; ip link set thief up")
+		p.finds("VXLAN port", "fail", "thief has VNI 1 on UDP port 8472")
+		p.finds("tunnel device", "fail", "overlay.1 is not there")
+		p.finds("routes", "fail", "the routes to 2 peers are missing")
+		p.sh("ip link delete thief")
+		var socket *net.UDPConn
+		if err := p.node.Do(func() (err error) {
+			socket, err = net.ListenUDP("udp4", &net.UDPAddr{Port: 8472})
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		p.finds("VXLAN port", "fail", fmt.Sprintf("UDP port 8472 is taken by overlayd.test (process %d)", os.Getpid()))
+		_ = socket.Close()
+		if err := p.node.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.node.WaitReady(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		p.well()
+	})
+}
+
+// in is the patient of a part of a test.
+func (p patient) in(t *testing.T) patient {
+	p.t = t
+	return p
+}
+
+// With 5,000 peers, what is on this node is still looked at in a moment.
+func TestDoctorWithManyPeers(t *testing.T) {
+	t.Parallel()
+	const peers = 5000
+	overlayd := labtest.BuildOverlayd(t)
+	l := labtest.Up(t, lab.Options{Overlayd: overlayd, Pods: 1, Nodes: 1})
+	etcd, err := l.Machine("etcd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := patient{t: t, lab: l, node: l.Node(1), overlayd: overlayd, etcd: etcd}
+	cli, err := l.EtcdClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cli.Close()
+	// A network with room for them, in which the node takes another subnet.
+	p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`)
+	lease, err := cli.Grant(t.Context(), 3600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range peers {
+		key := fmt.Sprintf("/overlayd/network/subnets/10.%d.%d.0-24", 1+i/200, i%200)
+		value := fmt.Sprintf(`{"PublicIP":"172.31.%d.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:01:%02x:%02x"},"NodeName":"p%d","NodeID":"id-%d","PublicIPLocal":true}`,
+			110+i/250, 2+i%250, i/256, i%256, i, i)
+		if _, err := cli.Put(t.Context(), key, value, clientv3.WithLease(lease.ID)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.finds("peers", "ok", fmt.Sprintf("%d, by what", peers))
+	p.finds("routes", "ok", fmt.Sprint(2*peers))
+	least := time.Hour
+	for range 5 {
+		r := p.examine()
+		least = min(least, r.Local)
+		t.Logf("on this node %s, all %s", r.Local, r.Took)
+	}
+	if least > time.Second { // it is some 100 ms on an idle machine; see Documentation/doctor.md
+		t.Errorf("looking at this node takes %s with %d peers", least, peers)
+	}
+}
+
+// On nodes of all kinds that are well, nothing is found, with and without the daemon; the settings come from the daemon's own file.
+func TestDoctorFindsNothing(t *testing.T) {
+	t.Parallel()
+	overlayd := labtest.BuildOverlayd(t)
+	for _, o := range []lab.Options{
+		{Backend: lab.VXLAN, Stack: lab.StackDual, Direct: true},
+		{Backend: lab.HostGW},
+		{Backend: lab.VXLAN, Stack: lab.StackIPv6, Secure: true},
+	} {
+		o.Overlayd, o.Pods = overlayd, 1
+		t.Run(fmt.Sprintf("%s %s direct=%v secure=%v", o.Backend, o.Stack, o.Direct, o.Secure), func(t *testing.T) {
+			t.Parallel()
+			l := labtest.Up(t, o)
+			n := l.Node(1)
+			file := filepath.Join(t.TempDir(), "overlayd.env")
+			var env strings.Builder
+			argv := n.Argv()[1:]
+			for i := 0; i+1 < len(argv); i += 2 {
+				fmt.Fprintf(&env, "OVERLAYD_%s=%q\n", strings.ToUpper(strings.ReplaceAll(strings.TrimPrefix(argv[i], "--"), "-", "_")), argv[i+1])
+			}
+			if err := os.WriteFile(file, []byte(env.String()), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			var out string
+			var err error
+			look := func(want string) {
+				t.Helper()
+				for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+					out, err = n.Run(t.Context(), overlayd, "doctor", "--env-file", file)
+					if strings.Contains(out, want) && strings.Contains(out, "2 of 2 pinged") || o.Stack == lab.StackDual && strings.Contains(out, want) && strings.Contains(out, "4 of 4 pinged") {
+						return
+					}
+				}
+				t.Errorf("no %q: %v\n%s", want, err, out)
+			}
+			look("\n0 fail, 0 warn")
+			if o.Secure && !strings.Contains(out, "certificates           the first one ends at") {
+				t.Errorf("nothing of certificates:\n%s", out)
+			}
+			stop(t, n)
+			look("\n1 fail, 0 warn") // the daemon
+			if strings.Contains(out, "password") {
+				t.Errorf("a secret may be shown:\n%s", out)
+			}
+		})
+	}
+}
+
+// Flags come before the environment, that before the file; what is wrong with any is a finding, and no secret is shown.
+func TestDoctorSettings(t *testing.T) {
+	t.Parallel()
+	overlayd := labtest.BuildOverlayd(t)
+	file := filepath.Join(t.TempDir(), "overlayd.env")
+	content := "OVERLAYD_NODE_NAME=of-file\nOVERLAYD_NODE_ID=of-file\nOVERLAYD_ETCD_PREFIX=/of/file\nOVERLAYD_IP_MASQ=perhaps\nOVERLAYD_IFACES=eth7\nexport X=1\n" +
+		"OVERLAYD_ETCD_USERNAME=u\nOVERLAYD_ETCD_PASSWORD=s3cret\nOVERLAYD_ETCD_ENDPOINTS=http://127.0.0.1:1\n"
+	if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), overlayd, "doctor", "--env-file", file, "--state-dir", t.TempDir(), "--socket", "/none", "--node-id", "of-flag", "-o", "json")
+	cmd.Env = append(os.Environ(), "OVERLAYD_NODE_NAME=of-environment", "OVERLAYD_NODE_ID=of-environment")
+	var out []byte
+	var err error
+	nstest.New(t).Do(func() { out, err = cmd.CombinedOutput() })
+	if cmd.ProcessState.ExitCode() != 1 {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	var r doctorReport
+	if err := json.Unmarshal(out, &r); err != nil || strings.Contains(string(out), "s3cret") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []doctorFinding{
+		{Check: "identity", Mark: "ok", Reason: "node of-environment, id of-flag"},
+		{Check: "settings", Mark: "fail", Reason: "line 6 is not of the form NAME=value"},
+		{Check: "settings", Mark: "fail", Reason: `OVERLAYD_IP_MASQ: "perhaps" is not valid`},
+		{Check: "settings", Mark: "warn", Reason: "OVERLAYD_IFACES"},
+		{Check: "etcd", Mark: "fail", Reason: "connection refused by http://127.0.0.1:1"},
+	} {
+		if !slices.ContainsFunc(r.Findings, func(f doctorFinding) bool {
+			return f.Check == want.Check && f.Mark == want.Mark && strings.Contains(f.Reason, want.Reason)
+		}) {
+			t.Errorf("no %+v in\n%s", want, out)
+		}
+	}
+	for _, args := range [][]string{{"doctor", "-o", "xml"}, {"doctor", "nonsense"}, {"doctor", "--no-such-flag"}} {
+		cmd := exec.CommandContext(t.Context(), overlayd, args...)
+		if out, err := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 2 {
+			t.Errorf("%s: %v\n%s", args, err, out)
+		}
+	}
+}

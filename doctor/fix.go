@@ -1,0 +1,101 @@
+package doctor
+
+import (
+	"embed"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+//go:embed dropins
+var dropins embed.FS
+
+// fix is one safe change: a setting of the kernel, or a file that is not there yet.
+type fix struct {
+	sysctl, value string // its path below /proc/sys
+	file, content string // its full name, and a file of dropins
+}
+
+func sysctlFix(path, value string) fix { return fix{sysctl: path, value: value} }
+
+// command is the same for a shell.
+func (x fix) command() string {
+	if x.sysctl != "" {
+		return fmt.Sprintf("sysctl -w %s=%s", x.sysctl, x.value)
+	}
+	return "overlayd doctor --fix   # writes " + x.file
+}
+
+// commands are those of several.
+func commands(fixes []fix) []string {
+	var out []string
+	for _, x := range fixes {
+		out = append(out, x.command())
+	}
+	return out
+}
+
+// fixable is a finding that --fix mends.
+func fixable(m Mark, reason string, fixes ...fix) []Finding {
+	return []Finding{{Mark: m, Reason: reason, Mend: commands(fixes), fixes: fixes}}
+}
+
+// Done is a change that Fix made, or could not make.
+type Done struct {
+	What string `json:"what"`
+	Err  string `json:"error,omitempty"`
+}
+
+// Apply makes the safe changes of a report: settings of the kernel, and files that keep other programs off overlayd's devices. None of
+// them interrupts traffic that flows. What is there is not overwritten.
+func Apply(r Report, rootDir string) []Done {
+	var out []Done
+	seen := map[fix]bool{}
+	for _, f := range r.Findings {
+		for _, x := range f.fixes {
+			if seen[x] {
+				continue
+			}
+			seen[x] = true
+			what, err := x.apply(root(rootDir))
+			d := Done{What: what}
+			if err != nil {
+				d.Err = err.Error()
+			}
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+func (x fix) apply(r root) (string, error) {
+	if x.sysctl != "" {
+		was, _ := r.read("proc/sys/" + x.sysctl)
+		what := fmt.Sprintf("%s = %s (it was %s)", x.sysctl, x.value, was)
+		err := os.WriteFile(r.path("proc/sys/"+x.sysctl), []byte(x.value), 0o644)
+		if err != nil {
+			return what, err
+		}
+		if now, _ := r.read("proc/sys/" + x.sysctl); strings.Join(strings.Fields(now), " ") != x.value {
+			return what, fmt.Errorf("it is %s afterwards", now)
+		}
+		return what, nil
+	}
+	what := "write " + x.file
+	content, err := dropins.ReadFile("dropins/" + x.content)
+	if err != nil {
+		return what, err
+	}
+	path := r.path(x.file)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return what, err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return what, err
+	}
+	_, err = f.Write(content)
+	return what, errors.Join(err, f.Close())
+}

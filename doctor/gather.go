@@ -1,0 +1,521 @@
+package doctor
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/subnet/etcd"
+)
+
+// How long each part may take. The parts run side by side.
+const (
+	askDaemonFor = 800 * time.Millisecond
+	askStoreFor  = 1500 * time.Millisecond
+	pingFor      = 500 * time.Millisecond // for the last answer
+)
+
+// Facts is all that the judges know.
+type Facts struct {
+	Settings
+	Now        time.Time
+	Took       time.Duration // for what is on this node
+	Privileges error
+
+	Daemon DaemonFacts
+	Survey netstate.Survey
+	Errs   map[string]error // what could not be looked at, by name
+	Filter filter
+	// Rules counts those of iptables-legacy and of iptables-nft, but for ours.
+	LegacyRules, NFTRules int
+	System                SystemFacts
+	Store                 *etcd.Examination // nil: it was not asked
+	Memory                *memory           // of the state directory; nil: there is none
+	MemoryErr             error
+
+	Config     *subnet.Config // nil: not known
+	ConfigFrom string
+	Self       subnet.Lease // its subnets are not valid where this node has none that is known
+	Underlay   Underlay
+	ChooseErr  error // why no device leads to the other nodes
+	Peers      []peer
+	PeersFrom  string
+	Pings      PingFacts
+}
+
+// DaemonFacts is what the daemon says.
+type DaemonFacts struct {
+	Running bool
+	Err     error
+	Holder  error // who works on this node although nobody answers at the socket; nil: nobody
+	Status  status.Node
+	Peers   []status.Peer
+	Diff    []string
+	DiffErr error
+}
+
+// peer is another node in one family.
+type peer struct {
+	name     string
+	subnet   netip.Prefix
+	publicIP netip.Addr
+	way      string // "tunnel", "direct", or else
+	reason   string
+	target   netip.Addr // to ping
+	odd      bool       // the daemon's own pings have found something
+	full     int        // bytes of the largest packet that its pods are sent; 0: not known
+}
+
+func (p peer) family() addr.Family { return addr.FamilyOf(p.subnet.Addr()) }
+
+// memory is the part of the daemon's memory (lease.json) that matters here.
+type memory struct {
+	Node    subnet.Identity
+	Saved   time.Time
+	Subnets string
+	Expires time.Time
+	Config  json.RawMessage
+	Peers   []struct {
+		Key   string
+		Value json.RawMessage
+	}
+}
+
+func (f *Facts) failed(what string, err error) {
+	if err != nil {
+		f.Errs[what] = err
+	}
+}
+
+func (f Facts) name() string { return cmp.Or(f.Daemon.Status.Name, f.Identity.NodeName) }
+
+// gather collects the facts. What is on this node is read by the calling goroutine, in its network namespace.
+func gather(ctx context.Context, o Options) Facts {
+	began := time.Now()
+	f := Facts{Settings: o.Settings, Now: o.Now(), Privileges: o.Privileges, Errs: map[string]error{}}
+	f.askDaemon(ctx, o)
+	store := make(chan etcd.Examination, 1)
+	opts := f.storeOptions()
+	opts.RequestTimeout = askStoreFor
+	go func() { store <- etcd.Examine(ctx, opts) }()
+	diff := make(chan struct{})
+	go func() {
+		defer close(diff)
+		if f.Daemon.Running {
+			ctx, cancel := context.WithTimeout(ctx, askDaemonFor)
+			defer cancel()
+			f.Daemon.Diff, f.Daemon.DiffErr = o.Daemon.Diff(ctx)
+		}
+	}()
+	f.look(o)
+	<-diff
+	f.Took = time.Since(began)
+	conclude := func() {
+		began := time.Now()
+		f.conclude(o)
+		f.Took += time.Since(began)
+	}
+	if f.Daemon.Running && len(f.Daemon.Peers) > 0 { // the daemon knows all that the pings need
+		conclude()
+		f.ping(ctx, o)
+		x := <-store
+		f.Store = &x
+		f.concludeConfig()
+		return f
+	}
+	x := <-store
+	f.Store = &x
+	conclude()
+	f.ping(ctx, o)
+	return f
+}
+
+func (f *Facts) askDaemon(ctx context.Context, o Options) {
+	ctx, cancel := context.WithTimeout(ctx, askDaemonFor)
+	defer cancel()
+	var wg sync.WaitGroup
+	var peersErr error
+	wg.Go(func() { f.Daemon.Status, f.Daemon.Err = o.Daemon.Status(ctx) })
+	wg.Go(func() { f.Daemon.Peers, peersErr = o.Daemon.Peers(ctx) })
+	wg.Wait()
+	f.Daemon.Running = f.Daemon.Err == nil
+	if f.Daemon.Err == nil && peersErr != nil {
+		f.Daemon.Err = peersErr
+	}
+	if f.Daemon.Err != nil && o.NotRunning(f.Daemon.Err) {
+		f.Daemon.Err = nil
+		if o.Holder != nil {
+			f.Daemon.Holder = o.Holder()
+		}
+	}
+	if f.Daemon.Running {
+		f.Identity, f.IdentityErr = subnet.Identity{NodeName: f.Daemon.Status.Name, NodeID: f.Daemon.Status.ID}, nil
+	}
+}
+
+// storeOptions are the options of the store: the daemon's own where it runs, but for what the command line gives.
+func (f *Facts) storeOptions() etcd.Options {
+	o := f.Settings.Store
+	if f.Daemon.Running {
+		if s := f.Daemon.Status.Store; !f.GivenEndpoints && len(s.Endpoints) > 0 {
+			o.Endpoints = s.Endpoints
+		}
+		if s := f.Daemon.Status.Store; !f.GivenPrefix && s.Prefix != "" {
+			o.Prefix = s.Prefix
+		}
+	}
+	o.InitConfig = nil
+	return o
+}
+
+// look reads what is on this node.
+func (f *Facts) look(o Options) {
+	var err error
+	f.Survey, err = netstate.Look(o.Owned)
+	f.failed("devices", err)
+	f.lookAtFilter()
+	f.System = lookAtSystem(root(o.Root), f.Survey)
+	f.Memory, f.MemoryErr = readMemory(filepath.Join(f.StateDir, "lease.json"))
+	f.System.StateDirErr = tryDir(f.StateDir)
+	f.System.SubnetEnv, f.System.SubnetEnvErr = readVars(f.SubnetFile)
+	f.failed("support", nil)
+	if f.Privileges == nil {
+		f.System.Support = trySupport(f)
+	}
+}
+
+func (f *Facts) lookAtFilter() {
+	n, err := netstate.OpenNFTables()
+	if err != nil {
+		f.failed("nftables", err)
+		return
+	}
+	defer n.Close()
+	chains, err := n.FilterChains()
+	if err != nil {
+		f.failed("nftables", err)
+	}
+	f.Filter = chains
+	for _, c := range chains {
+		if iptablesTable(c) {
+			f.NFTRules += foreign(c)
+		}
+	}
+	for _, fam := range addr.Families() {
+		legacy, rules, err := netstate.LegacyFilterChains(fam)
+		f.failed("iptables-legacy", err)
+		f.Filter = append(f.Filter, legacy...)
+		f.LegacyRules += rules
+	}
+}
+
+// iptablesTable reports whether iptables-nft would show a chain.
+func iptablesTable(c netstate.FilterChain) bool {
+	return (c.Family == "ip" || c.Family == "ip6") && slices.Contains([]string{"filter", "mangle", "raw", "security"}, c.Table)
+}
+
+// foreign counts the rules of a chain that are not ours.
+func foreign(c netstate.FilterChain) int {
+	if strings.HasPrefix(c.Name, "OVERLAYD-") {
+		return 0
+	}
+	n := 0
+	for _, r := range c.Rules {
+		if !strings.HasPrefix(r.Action.Chain, "OVERLAYD-") {
+			n++
+		}
+	}
+	return n
+}
+
+func readMemory(path string) (*memory, error) {
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var m memory
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return &m, nil
+}
+
+// tryDir writes a file and removes it.
+func tryDir(dir string) error {
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return nil // the daemon makes it
+	}
+	t, err := os.CreateTemp(dir, ".doctor.*")
+	if err != nil {
+		return err
+	}
+	_, err = t.WriteString("x")
+	return errors.Join(err, t.Sync(), t.Close(), os.Remove(t.Name()))
+}
+
+// conclude works out what several facts say together: the config, this node's subnets, its device, its peers.
+func (f *Facts) conclude(o Options) {
+	f.concludeConfig()
+	f.concludeSelf()
+	f.concludeUnderlay(o)
+	f.concludePeers()
+	f.nameHolders(root(o.Root))
+}
+
+// nameHolders finds out which programs have the ports that ours need: mostly none, and then nothing is looked for.
+func (f *Facts) nameHolders(r root) {
+	for _, d := range f.devices() {
+		for i, s := range f.System.Sockets {
+			if s.port == d.port && s.inode != "0" && !d.there {
+				f.System.Sockets[i].holder = holderOf(r, s.inode)
+			}
+		}
+	}
+}
+
+func (f *Facts) concludeConfig() {
+	if x := f.Store; x != nil && x.OptionsErr == nil && x.TableErr == nil && x.Table.ConfigErr == nil && !x.NoConfig {
+		f.Config, f.ConfigFrom = &x.Table.Config, "etcd"
+		return
+	}
+	if f.Memory != nil && len(f.Memory.Config) > 0 {
+		if c, err := subnet.ParseConfig(f.Memory.Config); err == nil {
+			f.Config, f.ConfigFrom = &c, "memory"
+		}
+	}
+}
+
+func (f *Facts) concludeSelf() {
+	f.Self.Identity = f.Identity
+	for _, s := range f.Daemon.Status.Lease.Subnets {
+		if p, err := netip.ParsePrefix(s); err == nil {
+			f.Self.Subnets.Set(addr.FamilyOf(p.Addr()), p)
+		}
+	}
+	if f.Store != nil && f.Self.Subnets == (addr.Per[netip.Prefix]{}) {
+		for _, e := range f.Store.Table.Entries {
+			if e.Identity == f.Identity && e.Err == nil && f.Identity.NodeID != "" {
+				f.Self = e.Lease
+			}
+		}
+	}
+	if f.Memory != nil && f.Self.Subnets == (addr.Per[netip.Prefix]{}) && f.Memory.Node == f.Identity {
+		f.Self.Subnets, _ = subnet.ParseKey(f.Memory.Subnets)
+	}
+}
+
+func (f *Facts) concludeUnderlay(o Options) {
+	s := f.Daemon.Status
+	if f.Daemon.Running && s.Interface.Reason != "" {
+		f.Underlay.Reason = s.Interface.Reason
+		for _, text := range s.Interface.PublicIPs {
+			if a, err := netip.ParseAddr(text); err == nil {
+				f.Underlay.PublicIP.Set(addr.FamilyOf(a), a)
+			}
+		}
+		for _, d := range s.Devices {
+			if a, err := netip.ParseAddr(d.Local); err == nil {
+				l, _ := f.Survey.Link(d.Underlay)
+				f.Underlay.By.Set(addr.FamilyOf(a), backend.Underlay{Device: d.Underlay, Addr: a, MTU: l.MTU})
+			}
+		}
+		if len(s.Devices) > 0 {
+			return
+		}
+	}
+	if f.Config == nil || o.Choose == nil || f.Errs["devices"] != nil {
+		return
+	}
+	f.Underlay, f.ChooseErr = o.Choose(f.Survey.Host, *f.Config)
+	if f.Self.PublicIP == (addr.Per[netip.Addr]{}) {
+		f.Self.PublicIP = f.Underlay.PublicIP
+	}
+}
+
+func (f *Facts) concludePeers() {
+	switch {
+	case f.Daemon.Running:
+		f.PeersFrom = "the daemon"
+		for _, p := range f.Daemon.Peers {
+			sn, err := netip.ParsePrefix(p.Subnet)
+			if err != nil { // a refused lease has its key there
+				continue
+			}
+			ip, _ := netip.ParseAddr(p.PublicIP)
+			q := peer{name: cmp.Or(p.Name, p.Subnet), subnet: sn, publicIP: ip, way: p.Way, reason: p.Reason}
+			if p.Probe != nil {
+				q.target, _ = netip.ParseAddr(p.Probe.Address)
+				q.odd = p.Probe.Verdict != status.Answers && p.Probe.Verdict != status.NotPinged
+			}
+			f.Peers = append(f.Peers, q)
+		}
+	case f.Config == nil:
+	case f.Store != nil && f.Store.OptionsErr == nil && f.Store.TableErr == nil:
+		f.PeersFrom = "etcd"
+		f.peersOf(f.Store.Table)
+	case f.Memory != nil:
+		f.PeersFrom = "the memory of the daemon"
+		t := subnet.Table{Config: *f.Config}
+		for i, p := range f.Memory.Peers {
+			t.Entries = append(t.Entries, subnet.ParseEntry(p.Key, p.Value, 0, int64(i), 1))
+		}
+		slices.SortFunc(t.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
+		f.peersOf(t)
+	}
+	for i := range f.Peers {
+		f.aim(&f.Peers[i])
+	}
+}
+
+func (f *Facts) peersOf(t subnet.Table) {
+	believed, _ := t.Peers(*f.Config, f.Self)
+	for _, l := range believed {
+		for _, fam := range f.Config.Families() {
+			if sn := l.Subnets.Get(fam); sn.IsValid() {
+				p := peer{name: l.Name(), subnet: sn, publicIP: l.PublicIP.Get(fam), way: "tunnel"}
+				if f.Config.Backend.Type == subnet.HostGW {
+					p.way = "direct"
+				}
+				f.Peers = append(f.Peers, p)
+			}
+		}
+	}
+}
+
+// aim decides what to ping at a peer: the address of its tunnel device, or that of its pods' bridge where there is no such device.
+func (f *Facts) aim(p *peer) {
+	if !p.target.IsValid() {
+		p.target = p.subnet.Addr()
+		if f.backend() == subnet.HostGW {
+			p.target = p.subnet.Addr().Next()
+		}
+	}
+	p.full = f.podMTU()
+}
+
+func (f *Facts) backend() subnet.BackendType {
+	if b := f.Daemon.Status.Network.Backend; b != "" {
+		return subnet.BackendType(b)
+	}
+	if f.Config != nil {
+		return f.Config.Backend.Type
+	}
+	return subnet.VXLAN
+}
+
+// podMTU is what pods are told.
+func (f *Facts) podMTU() int {
+	if m := f.Daemon.Status.Network.MTU; m > 0 {
+		return m
+	}
+	least := 0
+	for _, d := range f.devices() {
+		if d.there && (least == 0 || d.link.MTU < least) {
+			least = d.link.MTU
+		}
+	}
+	if least == 0 {
+		least, _ = strconv.Atoi(f.System.SubnetEnv["FLANNEL_MTU"])
+	}
+	return least
+}
+
+// tunnel is a tunnel device as it should be, and as it is.
+type tunnel struct {
+	family   addr.Family
+	name     string
+	vni      uint32
+	port     uint16
+	underlay string
+	local    netip.Addr
+	mtu      int // that it should have; 0: not known
+	mac      string
+	link     netstate.SurveyLink
+	there    bool
+}
+
+// devices lists the tunnel devices that there must be, by what the daemon says, or else the config.
+func (f *Facts) devices() []tunnel {
+	var out []tunnel
+	if f.Daemon.Running && len(f.Daemon.Status.Devices) > 0 {
+		for _, d := range f.Daemon.Status.Devices {
+			local, _ := netip.ParseAddr(d.Local)
+			out = append(out, tunnel{family: addr.FamilyOf(local), name: d.Name, vni: d.VNI, port: d.Port, underlay: d.Underlay, local: local, mtu: d.MTU, mac: d.MAC})
+		}
+	} else if f.Config != nil && f.Config.Backend.Type == subnet.VXLAN {
+		for _, fam := range f.Config.Families() {
+			u := f.Underlay.By.Get(fam)
+			t := tunnel{family: fam, name: vxlan.DeviceName(fam, f.Config.Backend.VNI), vni: f.Config.Backend.VNI, port: f.Config.Backend.Port, underlay: u.Device, local: u.Addr}
+			if u.MTU > 0 {
+				t.mtu = u.MTU - overhead(fam)
+				if b := f.Config.Backend.MTU; b > 0 && b < t.mtu {
+					t.mtu = b
+				}
+			}
+			out = append(out, t)
+		}
+	}
+	for i := range out {
+		out[i].link, out[i].there = f.Survey.Link(out[i].name)
+	}
+	return out
+}
+
+// overhead is what encapsulation takes of the underlay's MTU: the inner Ethernet header (14 bytes), VXLAN (8), UDP (8), and the outer
+// IPv4 (20) or IPv6 (40) header (RFC 7348 section 5).
+func overhead(f addr.Family) int {
+	if f == addr.IPv4 {
+		return 50
+	}
+	return 70
+}
+
+// root is where files are looked for.
+type root string
+
+func (r root) path(p string) string { return filepath.Join(cmp.Or(string(r), "/"), p) }
+
+func (r root) read(p string) (string, bool) {
+	b, err := os.ReadFile(r.path(p))
+	return strings.TrimSpace(string(b)), err == nil
+}
+
+func (r root) exists(p string) bool {
+	_, err := os.Stat(r.path(p))
+	return err == nil
+}
+
+func freeSpace(dir string) (bytes, files uint64, readOnly bool, err error) {
+	var st unix.Statfs_t
+	for {
+		if err = unix.Statfs(dir, &st); !errors.Is(err, unix.ENOENT) || dir == "/" {
+			break
+		}
+		dir = filepath.Dir(dir)
+	}
+	if st.Files == 0 { // a file system that does not count them
+		st.Ffree = 1 << 20
+	}
+	return st.Bavail * uint64(st.Bsize), st.Ffree, st.Flags&unix.ST_RDONLY != 0, err
+}

@@ -1,0 +1,266 @@
+package doctor
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+func deviceChecks() []check {
+	return []check{
+		{"tunnel device", judgeTunnel}, {"VXLAN port", judgePort}, {"MTU", judgeMTU}, {"bridge", judgeBridge}, {"offloads", judgeOffloads}, {"other overlays", judgeLeftovers},
+	}
+}
+
+func judgeTunnel(f Facts) []Finding {
+	if f.Errs["devices"] != nil {
+		return skipped(f.Errs["devices"].Error())
+	}
+	if f.backend() == subnet.HostGW {
+		return ok("host-gw has none")
+	}
+	var out []Finding
+	var names []string
+	for _, d := range f.devices() {
+		names = append(names, d.name)
+		again := "systemctl start overlayd"
+		if f.Daemon.Running {
+			again = "overlayd status"
+		}
+		v := d.link.VXLAN
+		switch {
+		case !d.there:
+			out = append(out, fail(d.name+" is not there", again)...)
+			continue
+		case d.link.Kind != "vxlan":
+			out = append(out, fail(fmt.Sprintf("%s is a %s device: it is in the way of ours", d.name, d.link.Kind), "ip link delete "+d.name)...)
+			continue
+		case !d.link.Up:
+			out = append(out, fail(d.name+" is down", "ip link set "+d.name+" up")...)
+		case v.VNI != d.vni || v.Port != d.port:
+			out = append(out, fail(fmt.Sprintf("%s has VNI %d and UDP port %d, the network %d and %d", d.name, v.VNI, v.Port, d.vni, d.port), again)...)
+		case d.underlay != "" && (v.Underlay != d.underlay || v.Local != d.local):
+			out = append(out, fail(fmt.Sprintf("%s sends from %s by %s, it should from %s by %s", d.name, v.Local, orDefault(v.Underlay, "a device that is gone"), d.local, d.underlay), again)...)
+		}
+		if mac := f.announced(d); mac != "" && mac != d.link.MAC.String() {
+			out = append(out, fail(fmt.Sprintf("%s has the MAC address %s, the lease announces %s: what the others send is dropped", d.name, d.link.MAC, mac), "ip link set "+d.name+" address "+mac)...)
+		}
+		if n := 0; f.System.Sysctls["net/ipv6/conf/"+d.name+"/disable_ipv6"] == "1" && d.family == addr.IPv6 && n == 0 {
+			out = append(out, fail("IPv6 is switched off on "+d.name, "sysctl -w net/ipv6/conf/"+d.name+"/disable_ipv6=0")...)
+		}
+	}
+	if len(names) == 0 {
+		return skipped("the network config is not known")
+	}
+	return orOK(out, strings.Join(names, " and "))
+}
+
+// announced is the MAC address that the others send to.
+func (f Facts) announced(d tunnel) string {
+	if d.mac != "" {
+		return d.mac
+	}
+	if m := f.Self.VTEP.Get(d.family).MAC; !m.IsZero() {
+		return m.String()
+	}
+	return ""
+}
+
+// judgePort looks for who else has the UDP port or the VNI.
+func judgePort(f Facts) []Finding {
+	if f.Errs["devices"] != nil {
+		return skipped(f.Errs["devices"].Error())
+	}
+	ds := f.devices()
+	if len(ds) == 0 {
+		if f.backend() == subnet.HostGW {
+			return ok("host-gw needs none")
+		}
+		return skipped("the network config is not known")
+	}
+	var out []Finding
+	for _, d := range ds {
+		taken := false
+		for _, l := range f.Survey.Links {
+			v := l.VXLAN
+			if l.Kind != "vxlan" || l.Name == d.name || v.Port != d.port || v.Local.IsValid() && v.Local.Is6() != (d.family == addr.IPv6) {
+				continue
+			}
+			switch {
+			case v.VNI == d.vni:
+				taken = true
+				out = append(out, fail(fmt.Sprintf("the VXLAN device %s has VNI %d on UDP port %d, which are ours: the kernel lets only one have them", l.Name, v.VNI, v.Port), "ip link delete "+l.Name, "systemctl restart overlayd")...)
+			case !d.there && l.Up:
+				taken = true
+				out = append(out, fail(fmt.Sprintf("the VXLAN device %s is on UDP port %d with other settings", l.Name, v.Port), "ip link delete "+l.Name, "systemctl restart overlayd")...)
+			}
+		}
+		if !d.there && !taken {
+			out = append(out, f.portHolder(d)...)
+		}
+	}
+	return orOK(out, fmt.Sprintf("UDP port %d and VNI %d are nobody else's", ds[0].port, ds[0].vni))
+}
+
+func (f Facts) portHolder(d tunnel) []Finding {
+	for _, s := range f.System.Sockets {
+		if s.port == d.port && s.inode != "0" && s.v6 == (d.family == addr.IPv6) {
+			who := orDefault(s.holder, "another program")
+			return fail(fmt.Sprintf("UDP port %d is taken by %s", d.port, who), fmt.Sprintf("ss -ulnp 'sport = :%d'", d.port))
+		}
+	}
+	return nil
+}
+
+func judgeMTU(f Facts) []Finding {
+	if f.Errs["devices"] != nil {
+		return skipped(f.Errs["devices"].Error())
+	}
+	var out []Finding
+	said := []string{}
+	for _, d := range f.devices() {
+		if !d.there {
+			continue
+		}
+		under, there := f.Survey.Link(d.link.VXLAN.Underlay)
+		if !there {
+			continue
+		}
+		room := under.MTU - overhead(d.family)
+		said = append(said, fmt.Sprintf("%s %d over %s %d", d.name, d.link.MTU, under.Name, under.MTU))
+		switch {
+		case d.link.MTU > room:
+			out = append(out, fail(fmt.Sprintf("%s has an MTU of %d, but over %s with %d only %d get through", d.name, d.link.MTU, under.Name, under.MTU, room), fmt.Sprintf("ip link set %s mtu %d", d.name, room))...)
+		case d.mtu > 0 && d.link.MTU != d.mtu:
+			out = append(out, fail(fmt.Sprintf("%s has an MTU of %d, it should have %d", d.name, d.link.MTU, d.mtu), fmt.Sprintf("ip link set %s mtu %d", d.name, d.mtu))...)
+		}
+	}
+	want := f.podMTU()
+	for _, b := range f.bridges() {
+		if want == 0 {
+			break
+		}
+		if b.MTU > want {
+			out = append(out, warn(fmt.Sprintf("%s has an MTU of %d, more than the %d that get through to other nodes", b.Name, b.MTU, want), fmt.Sprintf("ip link set %s mtu %d", b.Name, want))...)
+		}
+		out = append(out, f.ports(b, want)...)
+	}
+	return orOK(out, orDefault(strings.Join(said, "; "), "there is no tunnel device to compare"))
+}
+
+// ports are the devices by which pods are on a bridge.
+func (f Facts) ports(bridge netstate.SurveyLink, want int) []Finding {
+	var over []string
+	mend := []string{}
+	for _, l := range f.Survey.Links {
+		if l.Master == bridge.Name && l.MTU > want {
+			over = append(over, fmt.Sprintf("%s %d", l.Name, l.MTU))
+			if len(mend) < 3 {
+				mend = append(mend, fmt.Sprintf("ip link set %s mtu %d", l.Name, want))
+			}
+		}
+	}
+	if len(over) == 0 {
+		return nil
+	}
+	return warn(fmt.Sprintf("%d ports of %s have a larger MTU than the %d that get through: pods there were made with another one; make them anew (%s)", len(over), bridge.Name, want, few(over)), mend...)
+}
+
+// judgeBridge: whatever pods are on has an address of this node's subnet.
+func judgeBridge(f Facts) []Finding {
+	if f.Errs["devices"] != nil {
+		return skipped(f.Errs["devices"].Error())
+	}
+	if f.Self.Subnets == (addr.Per[netip.Prefix]{}) {
+		return skipped("this node's lease is not known")
+	}
+	var out []Finding
+	names := []string{}
+	for _, b := range f.bridges() {
+		names = append(names, b.Name)
+		if !b.Up {
+			out = append(out, fail(b.Name+" is down: pods can't send", "ip link set "+b.Name+" up")...)
+		}
+	}
+	for _, a := range f.Survey.Host.Addresses {
+		fam := addr.FamilyOf(a.Prefix.Addr())
+		own, network := f.Self.Subnets.Get(fam), f.network(fam)
+		l, _ := f.Survey.Link(a.Link)
+		if a.Tunnel || !own.IsValid() || own.Contains(a.Prefix.Addr()) || l.Kind != "bridge" {
+			continue
+		}
+		if network.IsValid() && network.Contains(a.Prefix.Addr()) {
+			out = append(out, fail(fmt.Sprintf("%s has the address %s, this node's subnet is %s: pods there have addresses that lead to another node; make the bridge and the pods anew", a.Link, a.Prefix, own),
+				"ip link delete "+a.Link, "rm -rf /var/lib/cni/networks/*   # then start the pods of this node again")...)
+		}
+	}
+	if len(out) == 0 && len(names) == 0 {
+		return ok("there is none yet (the first pod brings it)")
+	}
+	return orOK(out, strings.Join(names, " and ")+" has an address of this node's subnet")
+}
+
+// network is the whole pod network.
+func (f Facts) network(fam addr.Family) netip.Prefix {
+	if f.Config != nil {
+		return f.Config.Pools.Get(fam).Network
+	}
+	for _, n := range f.Daemon.Status.Network.Networks {
+		if p := parsePrefix(n); p.IsValid() && addr.FamilyOf(p.Addr()) == fam {
+			return p
+		}
+	}
+	return parsePrefix(f.System.SubnetEnv[map[addr.Family]string{addr.IPv4: "FLANNEL_NETWORK", addr.IPv6: "FLANNEL_IPV6_NETWORK"}[fam]])
+}
+
+// judgeOffloads warns of what was switched off: it costs, and may be meant.
+func judgeOffloads(f Facts) []Finding {
+	var out []Finding
+	seen := map[string]bool{}
+	for _, d := range f.devices() {
+		for _, name := range []string{d.name, d.link.VXLAN.Underlay} {
+			l, there := f.Survey.Link(name)
+			if !there || seen[name] {
+				continue
+			}
+			seen[name] = true
+			var off []string
+			for _, o := range l.Offloads {
+				if !o.On && slices.Contains([]string{"tx", "gso", "gro"}, o.Name) {
+					off = append(off, o.Name)
+				}
+			}
+			if len(off) > 0 {
+				out = append(out, warn(fmt.Sprintf("%s has %s switched off, which costs throughput; fine if it is against broken hardware", name, strings.Join(off, ", ")), fmt.Sprintf("ethtool -K %s %s on", name, strings.Join(off, " on ")))...)
+			}
+		}
+	}
+	if len(seen) == 0 {
+		return skipped("there is no tunnel device")
+	}
+	return orOK(out, "checksums, gso and gro are on; if pings get through and TCP does not, see Documentation/doctor.md")
+}
+
+// judgeLeftovers looks for devices that other overlays make.
+func judgeLeftovers(f Facts) []Finding {
+	if f.Errs["devices"] != nil {
+		return skipped(f.Errs["devices"].Error())
+	}
+	var names, mend []string
+	for _, l := range f.Survey.Links {
+		for _, prefix := range []string{"flannel.", "flannel-v6.", "flannel-wg", "cilium_", "vxlan.calico", "vxlan-v6.calico", "weave", "antrea-", "kube-bridge", "tunl0"} {
+			if strings.HasPrefix(l.Name, prefix) && (l.Name != "tunl0" || l.Up) { // tunl0 comes with the module ipip
+				names, mend = append(names, l.Name), append(mend, "ip link delete "+l.Name+"   # if nothing uses it any more")
+			}
+		}
+	}
+	if len(names) > 0 {
+		return warn("devices of other overlays are there, whose routes and rules may be in the way: "+few(names), mend...)
+	}
+	return ok("nothing of any")
+}

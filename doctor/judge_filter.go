@@ -1,0 +1,300 @@
+package doctor
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+func firewallChecks() []check {
+	return []check{{"iptables variants", judgeVariants}, {"VXLAN in the firewall", judgeTunnelFilter}, {"forwarded packets", judgeForwardFilter}}
+}
+
+func judgeVariants(f Facts) []Finding {
+	if f.Privileges != nil {
+		return skipped("it takes privileges to look")
+	}
+	if f.LegacyRules > 0 && f.NFTRules > 0 {
+		return warn(fmt.Sprintf("iptables-legacy holds %d rules and iptables-nft %d: a packet must pass both, and each program shows its own only", f.LegacyRules, f.NFTRules),
+			"iptables-legacy-save; iptables-nft-save   # move what is wanted to one of them, then:", "iptables-legacy -F; iptables-legacy -t nat -F")
+	}
+	return ok(fmt.Sprintf("one is in use at most (legacy %d rules, nft %d)", f.LegacyRules, f.NFTRules))
+}
+
+// unreadable says why the packet filter can't be judged.
+func (f Facts) unreadable() string {
+	if f.Privileges != nil {
+		return "it takes privileges to look"
+	}
+	for _, what := range []string{"nftables", "iptables-legacy"} {
+		if err := f.Errs[what]; err != nil {
+			return err.Error()
+		}
+	}
+	return ""
+}
+
+// judgeTunnelFilter sends the VXLAN packets of a peer through the rules, in and out.
+func judgeTunnelFilter(f Facts) []Finding {
+	if why := f.unreadable(); why != "" {
+		return skipped(why)
+	}
+	if f.backend() == subnet.HostGW {
+		return ok("host-gw sends none")
+	}
+	var out []Finding
+	judged := 0
+	for _, d := range f.devices() {
+		under, there := f.Survey.Link(orDefault(d.underlay, d.link.VXLAN.Underlay))
+		if !there {
+			continue
+		}
+		judged++
+		for _, way := range []struct {
+			what  string
+			p     packet
+			hooks []string
+		}{
+			{"arrive", f.arriving(d, under), []string{"ingress", "prerouting", "input"}},
+			{"leave", f.leaving(d, under), []string{"output", "postrouting"}},
+		} {
+			fate := f.Filter.through(way.p, d.family == addr.IPv6, way.hooks...)
+			out = append(out, f.sayTunnel(d, under.Name, way.what, fate)...)
+		}
+	}
+	if judged == 0 {
+		return skipped("it is not known by which device the packets go")
+	}
+	return orOK(out, fmt.Sprintf("UDP port %d of %s is open", f.devices()[0].port, orDefault(f.devices()[0].underlay, f.devices()[0].link.VXLAN.Underlay)))
+}
+
+// somePeer is the address of a peer; not valid where none is known.
+func (f Facts) somePeer(fam addr.Family) netip.Addr {
+	for _, p := range f.Peers {
+		if p.publicIP.IsValid() && addr.FamilyOf(p.publicIP) == fam {
+			return p.publicIP
+		}
+	}
+	return netip.Addr{}
+}
+
+// typeLocal is RTN_LOCAL, the kind of address that is this node's own.
+const typeLocal, typeUnicast = 2, 1
+
+func (f Facts) arriving(d tunnel, under netstate.SurveyLink) packet {
+	local := d.local
+	if !local.IsValid() {
+		local = d.link.VXLAN.Local
+	}
+	p := newPacket(f.somePeer(d.family), local, unix.IPPROTO_UDP).in(under.Name, under.Index)
+	p[netstate.FieldPort], p[netstate.FieldTypeOfDst] = port16(d.port), native32(typeLocal)
+	if r, known := f.Survey.Host.Route(f.somePeer(d.family)); known && r.Link == under.Name {
+		p[netstate.FieldReverse] = native32(1)
+	}
+	return p
+}
+
+func (f Facts) leaving(d tunnel, under netstate.SurveyLink) packet {
+	local := d.local
+	if !local.IsValid() {
+		local = d.link.VXLAN.Local
+	}
+	p := newPacket(local, f.somePeer(d.family), unix.IPPROTO_UDP).out(under.Name, under.Index)
+	family, ether := byte(unix.NFPROTO_IPV4), []byte{0x08, 0x00}
+	if d.family == addr.IPv6 {
+		family, ether = unix.NFPROTO_IPV6, []byte{0x86, 0xdd}
+	}
+	p[netstate.FieldFamily], p[netstate.FieldEtherType] = []byte{family}, ether
+	p[netstate.FieldPort], p[netstate.FieldTypeOfDst] = port16(d.port), native32(typeUnicast)
+	return p
+}
+
+func where(c netstate.FilterChain) string {
+	if c.Legacy {
+		return fmt.Sprintf("iptables-legacy, table %s, chain %s", c.Table, c.Name)
+	}
+	return fmt.Sprintf("table %s %s, chain %s", c.Family, c.Table, c.Name)
+}
+
+func (f Facts) sayTunnel(d tunnel, device, verb string, t fate) []Finding {
+	mend := f.openPort(t, d, device)
+	if verb == "leave" {
+		mend = f.openOut(t, d, device)
+	}
+	switch {
+	case t.drops:
+		return fail(fmt.Sprintf("VXLAN packets (UDP port %d) that %s by %s are dropped by %s: %s", d.port, verb, device, where(t.chain), t.by), mend...)
+	case t.maybe:
+		return warn(fmt.Sprintf("not sure whether VXLAN packets (UDP port %d) that %s by %s are let through: %s (%s) may drop them, %s can't be judged", d.port, verb, device, where(t.chain), orDefault(t.by, "a rule"), orDefault(t.unclear, "a test")), mend...)
+	}
+	return nil
+}
+
+// manager is who holds the rules of a chain.
+func (f Facts) manager(c netstate.FilterChain) string {
+	switch {
+	case c.Table == "firewalld" || strings.HasPrefix(c.Name, "IN_") && f.System.Firewalld:
+		return "firewalld"
+	case strings.HasPrefix(c.Name, "ufw") || f.System.UFW && (c.Table == "filter" && (c.Family == "ip" || c.Family == "ip6")):
+		return "ufw"
+	case c.Legacy:
+		return "iptables-legacy"
+	case iptablesTable(c):
+		return "iptables"
+	}
+	return "nft"
+}
+
+// iptables is the program for a family.
+func iptables(manager string, fam addr.Family) string {
+	if fam == addr.IPv6 {
+		return strings.Replace(manager, "iptables", "ip6tables", 1)
+	}
+	return manager
+}
+
+// head is the base chain that leads to a chain: where an accept comes early enough.
+func (f Facts) head(c netstate.FilterChain, hook string) netstate.FilterChain {
+	if c.Hook != "" {
+		return c
+	}
+	for _, b := range f.Filter {
+		if b.Hook == hook && b.Family == c.Family && b.Table == c.Table && b.Legacy == c.Legacy {
+			return b
+		}
+	}
+	return c
+}
+
+func (f Facts) openPort(t fate, d tunnel, device string) []string {
+	switch m := f.manager(t.chain); m {
+	case "firewalld":
+		zone := fmt.Sprintf(`--zone="$(firewall-cmd --get-zone-of-interface=%s || firewall-cmd --get-default-zone)"`, device)
+		return []string{fmt.Sprintf("firewall-cmd %s --add-port=%d/udp", zone, d.port), fmt.Sprintf("firewall-cmd --permanent %s --add-port=%d/udp", zone, d.port)}
+	case "ufw":
+		return []string{fmt.Sprintf("ufw allow in on %s to any port %d proto udp", device, d.port)}
+	case "nft":
+		h := f.head(t.chain, "input")
+		return []string{fmt.Sprintf("nft insert rule %s %s %s iifname %s udp dport %d accept   # and the same in /etc/nftables.conf", h.Family, h.Table, h.Name, device, d.port)}
+	default:
+		table := ""
+		if t.chain.Table != "filter" {
+			table = " -t " + t.chain.Table
+		}
+		return []string{fmt.Sprintf("%s%s -I %s -i %s -p udp --dport %d -j ACCEPT", iptables(m, d.family), table, strings.ToUpper(f.head(t.chain, "input").Name), device, d.port)}
+	}
+}
+
+func (f Facts) openOut(t fate, d tunnel, device string) []string {
+	switch m := f.manager(t.chain); m {
+	case "ufw":
+		return []string{fmt.Sprintf("ufw allow out on %s to any port %d proto udp", device, d.port)}
+	case "nft", "firewalld":
+		h := f.head(t.chain, "output")
+		return []string{fmt.Sprintf("nft insert rule %s %s %s oifname %s udp dport %d accept", h.Family, h.Table, h.Name, device, d.port)}
+	default:
+		return []string{fmt.Sprintf("%s -I OUTPUT -o %s -p udp --dport %d -j ACCEPT", iptables(m, d.family), device, d.port)}
+	}
+}
+
+// judgeForwardFilter sends a packet from a pod elsewhere to one here through the rules, and one the other way.
+func judgeForwardFilter(f Facts) []Finding {
+	if why := f.unreadable(); why != "" {
+		return skipped(why)
+	}
+	var out []Finding
+	judged := 0
+	for _, fam := range f.families() {
+		i := slices.IndexFunc(f.Peers, func(p peer) bool { return p.family() == fam && (p.way == "tunnel" || p.way == "direct") })
+		own := f.Self.Subnets.Get(fam)
+		if i < 0 || !own.IsValid() {
+			continue
+		}
+		judged++
+		p := f.Peers[i]
+		here, there := addr.Last(own).Prev(), addr.Last(p.subnet).Prev()
+		outside := f.wayTo(p)
+		inside := f.bridgeOf(fam)
+		in := newPacket(there, here, unix.IPPROTO_TCP).in(outside.Name, outside.Index).out(inside.Name, inside.Index)
+		back := newPacket(here, there, unix.IPPROTO_TCP).in(inside.Name, inside.Index).out(outside.Name, outside.Index)
+		in[netstate.FieldTypeOfDst], back[netstate.FieldTypeOfDst] = native32(typeUnicast), native32(typeUnicast)
+		for _, way := range []struct {
+			what string
+			p    packet
+			in   string
+		}{{"from pods of other nodes", in, outside.Name}, {"to pods of other nodes", back, inside.Name}} {
+			t := f.Filter.through(way.p, fam == addr.IPv6, "prerouting", "forward", "postrouting")
+			out = append(out, f.sayForward(fam, way.what, t)...)
+		}
+	}
+	if judged == 0 {
+		return skipped("no peer, or no lease of this node, is known")
+	}
+	return orOK(out, "what pods of other nodes send, and what goes to them, is let through")
+}
+
+// wayTo is the device by which a peer's pods are reached.
+func (f Facts) wayTo(p peer) netstate.SurveyLink {
+	if p.way == "direct" {
+		l, _ := f.Survey.Link(f.Underlay.By.Get(p.family()).Device)
+		return l
+	}
+	for _, d := range f.devices() {
+		if d.family == p.family() {
+			if !d.there {
+				return netstate.SurveyLink{HostLink: netstate.HostLink{Name: d.name}}
+			}
+			return d.link
+		}
+	}
+	return netstate.SurveyLink{}
+}
+
+func (f Facts) bridgeOf(fam addr.Family) netstate.SurveyLink {
+	for _, b := range f.bridges() {
+		for _, a := range f.Survey.Host.Addresses {
+			if a.Link == b.Name && addr.FamilyOf(a.Prefix.Addr()) == fam {
+				return b
+			}
+		}
+	}
+	return netstate.SurveyLink{}
+}
+
+func (f Facts) sayForward(fam addr.Family, what string, t fate) []Finding {
+	if !t.drops && !t.maybe {
+		return nil
+	}
+	network := f.network(fam)
+	var mend []string
+	switch m := f.manager(t.chain); m {
+	case "firewalld":
+		mend = []string{fmt.Sprintf("firewall-cmd --zone=trusted --add-source=%s && firewall-cmd --permanent --zone=trusted --add-source=%s", network, network)}
+	case "nft":
+		h := f.head(t.chain, "forward")
+		word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip6"}[fam]
+		mend = []string{
+			fmt.Sprintf("nft insert rule %s %s %s %s saddr %s accept", h.Family, h.Table, h.Name, word, network),
+			fmt.Sprintf("nft insert rule %s %s %s %s daddr %s accept", h.Family, h.Table, h.Name, word, network),
+		}
+	default:
+		if m == "ufw" {
+			m = "iptables"
+		}
+		mend = []string{fmt.Sprintf("%s -I FORWARD -s %s -j ACCEPT", iptables(m, fam), network), fmt.Sprintf("%s -I FORWARD -d %s -j ACCEPT", iptables(m, fam), network)}
+	}
+	if !f.Daemon.Running && f.ForwardFW && !strings.EqualFold(f.manager(t.chain), "firewalld") {
+		mend = append([]string{"systemctl start overlayd   # it accepts them by itself"}, mend...)
+	}
+	if t.drops {
+		return fail(fmt.Sprintf("packets %s are dropped by %s: %s", what, where(t.chain), t.by), mend...)
+	}
+	return warn(fmt.Sprintf("not sure whether packets %s are let through: %s (%s) may drop them, %s can't be judged", what, where(t.chain), orDefault(t.by, "a rule"), orDefault(t.unclear, "a test")), mend...)
+}

@@ -1,0 +1,280 @@
+package doctor
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/netstate"
+)
+
+func hostChecks() []check {
+	return []check{
+		{"privileges", judgePrivileges}, {"kernel", judgeSupport}, {"forwarding", judgeForwarding}, {"interface", judgeInterface}, {"rp_filter", judgeRPFilter}, {"routes", judgeRoutes},
+	}
+}
+
+func parsePrefix(s string) netip.Prefix {
+	p, _ := netip.ParsePrefix(s)
+	return p
+}
+
+func judgePrivileges(f Facts) []Finding {
+	if f.Privileges != nil {
+		return fail(f.Privileges.Error()+": much can't be looked at", "sudo overlayd doctor")
+	}
+	return ok("CAP_NET_ADMIN and CAP_NET_RAW are there")
+}
+
+func judgeSupport(f Facts) []Finding {
+	if f.Privileges != nil {
+		return skipped("it takes privileges to try")
+	}
+	var out []Finding
+	for what, err := range f.Errs {
+		out = append(out, warn(fmt.Sprintf("%s can't be read: %v", what, err))...)
+	}
+	for _, s := range f.System.Support {
+		if s.err != nil && s.mend == nil {
+			out = append(out, warn(fmt.Sprintf("%s: %v", s.what, s.err))...)
+		} else if s.err != nil {
+			out = append(out, fail(fmt.Sprintf("%s: %v", s.what, s.err), s.mend...)...)
+		}
+	}
+	return orOK(out, "it has what is needed")
+}
+
+// families are those of the network; IPv4 where it is not known.
+func (f Facts) families() []addr.Family {
+	var out []addr.Family
+	for _, fam := range addr.Families() {
+		inUse := f.Config != nil && f.Config.Pools.Get(fam).On() || f.Self.Subnets.Get(fam).IsValid()
+		if inUse {
+			out = append(out, fam)
+		}
+	}
+	if len(out) == 0 {
+		out = []addr.Family{addr.IPv4}
+	}
+	return out
+}
+
+func judgeForwarding(f Facts) []Finding {
+	var out []Finding
+	for _, fam := range f.families() {
+		s := netstate.Forwarding(fam)
+		v, known := f.System.Sysctls[s.Path]
+		switch {
+		case !known:
+			out = append(out, fail(fmt.Sprintf("the kernel has no setting %s: is %s switched off?", s.Path, fam))...)
+		case v == "0":
+			out = append(out, fixable(Fail, fmt.Sprintf("%s is 0: this node passes no packets of pods on", s.Path), f.forwardingFixes(fam)...)...)
+		}
+	}
+	if len(out) == 0 && slices.Contains(f.families(), addr.IPv4) {
+		for _, dev := range f.podDevices() {
+			if f.System.Sysctls[deviceForwarding(dev)] == "0" {
+				out = append(out, fixable(Fail, fmt.Sprintf("%s is 0: what comes by %s is not passed on", deviceForwarding(dev), dev), sysctlFix(deviceForwarding(dev), "1"))...)
+			}
+		}
+	}
+	return orOK(out, "it is on")
+}
+
+// forwardingFixes: a kernel that begins to forward IPv6 drops the routes that it has from router advertisements, unless a device was
+// told to take them all the same.
+func (f Facts) forwardingFixes(fam addr.Family) []fix {
+	var out []fix
+	if fam == addr.IPv6 {
+		for _, dev := range f.Survey.Host.AdvertisedBy() {
+			out = append(out, sysctlFix("net/ipv6/conf/"+dev+"/accept_ra", "2"))
+		}
+	}
+	s := netstate.Forwarding(fam)
+	return append(out, sysctlFix(s.Path, s.Value))
+}
+
+// podDevices are those by which pods' packets come: the tunnels and the bridges.
+func (f Facts) podDevices() []string {
+	var out []string
+	for _, d := range f.devices() {
+		if d.there {
+			out = append(out, d.name)
+		}
+	}
+	for _, b := range f.bridges() {
+		out = append(out, b.Name)
+	}
+	return out
+}
+
+// bridges are the devices that have an address inside this node's own subnet, but for the tunnels.
+func (f Facts) bridges() []netstate.SurveyLink {
+	var out []netstate.SurveyLink
+	for _, a := range f.Survey.Host.Addresses {
+		own := f.Self.Subnets.Get(addr.FamilyOf(a.Prefix.Addr()))
+		if !own.IsValid() || !own.Contains(a.Prefix.Addr()) || a.Tunnel {
+			continue
+		}
+		if l, there := f.Survey.Link(a.Link); there && !slices.ContainsFunc(out, func(o netstate.SurveyLink) bool { return o.Name == l.Name }) {
+			out = append(out, l)
+		}
+	}
+	return out
+}
+
+func judgeInterface(f Facts) []Finding {
+	if f.Errs["devices"] != nil {
+		return skipped(f.Errs["devices"].Error())
+	}
+	if f.ChooseErr != nil {
+		return fail(strings.ReplaceAll(f.ChooseErr.Error(), "\n", "; "), "ip -br address", "ip route show default")
+	}
+	var out []Finding
+	var names []string
+	for _, fam := range f.families() {
+		u := f.Underlay.By.Get(fam)
+		if u.Device == "" {
+			continue
+		}
+		names = append(names, fmt.Sprintf("%s on %s", u.Addr, u.Device))
+		l, there := f.Survey.Link(u.Device)
+		switch {
+		case !there:
+			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, is not there", u.Device), "ip -br link")...)
+		case !l.Up:
+			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, is down", u.Device), "ip link set "+u.Device+" up")...)
+		case !l.Carrier:
+			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, has no carrier: is the cable in?", u.Device), "ip -br link show "+u.Device)...)
+		case !f.Survey.Host.Has(u.Addr):
+			out = append(out, fail(fmt.Sprintf("%s no longer has the address %s", u.Device, u.Addr), "systemctl restart overlayd")...)
+		}
+		out = append(out, f.ambiguous(fam)...)
+	}
+	if len(names) == 0 {
+		return append(out, skipped("the network config is not known")...)
+	}
+	return orOK(out, strings.Join(names, " and "))
+}
+
+// ambiguous: which device the default route goes by may be another one tomorrow.
+func (f Facts) ambiguous(fam addr.Family) []Finding {
+	byDefault := f.ByDefault
+	if f.Daemon.Running {
+		byDefault = strings.Contains(f.Underlay.Reason, "default route")
+	}
+	var devices []string
+	for _, r := range f.Survey.Host.Routes {
+		if r.Dst.Bits() == 0 && addr.FamilyOf(r.Dst.Addr()) == fam && !r.Drops && r.Link != "" && !slices.Contains(devices, r.Link) {
+			devices = append(devices, r.Link)
+		}
+	}
+	if !byDefault || len(devices) < 2 {
+		return nil
+	}
+	slices.Sort(devices)
+	return warn(fmt.Sprintf("%s has default routes by %s; the one with the lowest metric is taken, which may be another one after the next start: say which with --iface", fam, strings.Join(devices, " and ")),
+		fmt.Sprintf("echo OVERLAYD_IFACE=%s >> %s && systemctl restart overlayd", f.Underlay.By.Get(fam).Device, orDefault(f.EnvFile, "/etc/overlayd/overlayd.env")))
+}
+
+func orDefault(s, otherwise string) string {
+	if s == "" {
+		return otherwise
+	}
+	return s
+}
+
+const strictRP = 1 // net.ipv4.conf.*.rp_filter: 0 off, 1 strict (RFC 3704 section 2.2), 2 loose
+
+// judgeRPFilter: the kernel takes the higher one of the two settings. Strict drops what comes by another device than answers would go.
+func judgeRPFilter(f Facts) []Finding {
+	if !slices.Contains(f.families(), addr.IPv4) {
+		return skipped("only IPv4 has it")
+	}
+	all, known := f.System.number(rpFilter("all"))
+	if !known {
+		return skipped("it can't be read")
+	}
+	var out []Finding
+	// What comes by the tunnel is answered by it, but where a peer sends through it and is sent to directly: it has other routes, or
+	// an older config. Then its answers to pings are dropped here.
+	var unanswered []string
+	for _, p := range f.Pings.Sample {
+		if p.way == "direct" && p.family() == addr.IPv4 && !p.answers() {
+			unanswered = append(unanswered, p.name)
+		}
+	}
+	for _, d := range f.devices() {
+		if own, ok := f.System.number(rpFilter(d.name)); ok && d.family == addr.IPv4 && len(unanswered) > 0 && max(all, own) == strictRP {
+			out = append(out, fixable(Warn, fmt.Sprintf("it is strict on %s, so that what a node sends through the tunnel is dropped where this node reaches it without; that may be why %s does not answer", d.name, few(unanswered)), sysctlFix(rpFilter(d.name), "2"))...)
+		}
+	}
+	u := f.Underlay.By.Get(addr.IPv4)
+	if own, ok := f.System.number(rpFilter(u.Device)); ok && max(all, own) == strictRP {
+		var odd []string
+		for _, p := range f.Peers {
+			if !p.publicIP.Is4() {
+				continue
+			}
+			if r, there := f.Survey.Host.Route(p.publicIP); there && r.Link != u.Device && r.Link != "" {
+				odd = append(odd, fmt.Sprintf("%s (%s, by %s)", p.name, p.publicIP, r.Link))
+			}
+		}
+		if len(odd) > 0 {
+			out = append(out, fixable(Fail, fmt.Sprintf("it is strict on %s, and the way back to %d nodes leaves by another device, so that what they send to %s is dropped: %s", u.Device, len(odd), u.Addr, few(odd)), sysctlFix(rpFilter(u.Device), "2"))...)
+		}
+	}
+	return orOK(out, "it drops nothing that comes by the devices in use")
+}
+
+// judgeRoutes finds routes of somebody else that come before ours.
+func judgeRoutes(f Facts) []Finding {
+	if f.Errs["devices"] != nil {
+		return skipped(f.Errs["devices"].Error())
+	}
+	var lengths []int
+	ours := map[netip.Prefix]uint32{}
+	for _, r := range f.Survey.Ours.Routes {
+		if r.Table == netstate.MainTable {
+			ours[r.Dst] = r.Metric
+			if !slices.Contains(lengths, r.Dst.Bits()) {
+				lengths = append(lengths, r.Dst.Bits())
+			}
+		}
+	}
+	missing := []string{}
+	for _, p := range f.Peers {
+		if _, there := ours[p.subnet]; !there && (p.way == "tunnel" || p.way == "direct") {
+			missing = append(missing, fmt.Sprintf("%s (%s)", p.subnet, p.name))
+		}
+	}
+	var out []Finding
+	if len(missing) > 0 {
+		mend := "systemctl start overlayd"
+		if f.Daemon.Running {
+			mend = "overlayd diff"
+		}
+		out = append(out, fail(fmt.Sprintf("the routes to %d peers are missing: %s", len(missing), few(missing)), mend)...)
+	}
+	for _, r := range f.Survey.Host.Routes {
+		for _, bits := range lengths {
+			p, err := r.Dst.Addr().Prefix(bits)
+			if err != nil || bits > r.Dst.Bits() {
+				continue
+			}
+			metric, there := ours[p]
+			if !there || bits == r.Dst.Bits() && r.Metric > metric {
+				continue
+			}
+			what, how := fmt.Sprintf("the route to %s by %s", r.Dst, r.Link), fmt.Sprintf("%s dev %s", r.Dst, r.Link)
+			if r.Drops {
+				what, how = fmt.Sprintf("the route that drops packets to %s", r.Dst), r.Dst.String()
+			}
+			out = append(out, fail(fmt.Sprintf("%s is not ours and comes before the way to the peer %s", what, p), fmt.Sprintf("ip route del %s metric %d", how, r.Metric))...)
+			break
+		}
+	}
+	return orOK(atMost(out), fmt.Sprintf("%d of ours, and nobody else's before them", len(f.Survey.Ours.Routes)))
+}

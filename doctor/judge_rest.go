@@ -1,0 +1,263 @@
+package doctor
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+func managerChecks() []check {
+	return []check{{"systemd-networkd", judgeNetworkd}, {"NetworkManager", judgeNetworkManager}, {"udev", judgeUdev}}
+}
+
+func judgeNetworkd(f Facts) []Finding {
+	m := f.System.Managers
+	if !m.Networkd {
+		return ok("it does not run")
+	}
+	var out []Finding
+	if m.NetworkFile != "" && !m.Unmanaged {
+		out = append(out, fixable(Warn, fmt.Sprintf("%s fits overlayd's devices: systemd-networkd may change their addresses and routes; after this: networkctl reload", m.NetworkFile),
+			fix{file: "/etc/systemd/network/10-overlayd.network", content: "10-overlayd.network"})...)
+	}
+	if !m.ForeignRoutes {
+		out = append(out, fixable(Warn, "when systemd-networkd starts or configures a device again, it removes routes and rules that it did not make; this tells it not to, from its next start on",
+			fix{file: "/etc/systemd/networkd.conf.d/overlayd.conf", content: "networkd.conf"})...)
+	}
+	return orOK(out, "it leaves overlayd's devices, routes and rules alone")
+}
+
+func judgeNetworkManager(f Facts) []Finding {
+	m := f.System.Managers
+	switch {
+	case !m.NetworkManager:
+		return ok("it does not run")
+	case !m.NMIgnores:
+		return fixable(Warn, "nothing tells it to leave overlayd's devices alone; after this: nmcli general reload", fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"})
+	}
+	return ok("it leaves overlayd's devices alone")
+}
+
+func judgeUdev(f Facts) []Finding {
+	m := f.System.Managers
+	switch {
+	case !m.Udev:
+		return ok("it does not run")
+	case m.LinkFile != "" && m.MACPolicy != "" && m.MACPolicy != "none":
+		return fixable(Warn, fmt.Sprintf("%s has MACAddressPolicy=%s, by which udev may change the MAC address that the lease announces", m.LinkFile, m.MACPolicy),
+			fix{file: "/etc/systemd/network/10-overlayd.link", content: "10-overlayd.link"})
+	}
+	return ok("it leaves the MAC addresses of overlayd's devices alone")
+}
+
+func limitChecks() []check {
+	return []check{{"neighbour table", judgeNeighbours}, {"connection table", judgeConntrack}}
+}
+
+// judgeNeighbours: the kernel refuses more than gc_thresh3 neighbours, and begins to clear up above gc_thresh2. Permanent ones, such as
+// those that overlayd sets, do not count since Linux 5.0 (struct neigh_table, gc_entries); those that the kernel finds by itself do:
+// peers that are reached directly or are on a network of this node, and the pods here.
+func judgeNeighbours(f Facts) []Finding {
+	const spare = 512 // pods of this node, gateways, other hosts
+	var out []Finding
+	known := false
+	for _, fam := range f.families() {
+		hard, ok := f.System.number(threshold(fam, "3"))
+		if !ok {
+			continue
+		}
+		known = true
+		need := spare
+		for _, p := range f.Peers {
+			if p.family() != fam || !p.publicIP.IsValid() {
+				continue
+			}
+			if r, there := f.Survey.Host.Route(p.publicIP); there && !r.Via.IsValid() {
+				need++
+			}
+		}
+		if need > hard {
+			next := 1024
+			for next < 2*need {
+				next *= 2
+			}
+			out = append(out, fixable(Warn, fmt.Sprintf("%s is %d: %d nodes are on a network of this node, which with its pods may be more", threshold(fam, "3"), hard, need-spare),
+				sysctlFix(threshold(fam, "3"), fmt.Sprint(next)), sysctlFix(threshold(fam, "2"), fmt.Sprint(next/2)), sysctlFix(threshold(fam, "1"), fmt.Sprint(next/8)))...)
+		}
+	}
+	if !known {
+		return skipped("the limits are not visible in this network namespace")
+	}
+	if n := f.System.NeighbourTable.Overflows; n > 0 && len(out) == 0 {
+		out = append(out, warn(fmt.Sprintf("it was full %d times since the machine started (gc_thresh3)", n), "sysctl -w net.ipv4.neigh.default.gc_thresh3=8192", "sysctl -w net.ipv6.neigh.default.gc_thresh3=8192")...)
+	}
+	return orOK(out, "there is room for all nodes that are on a network of this one")
+}
+
+func judgeConntrack(f Facts) []Finding {
+	count, ok1 := f.System.number("net/netfilter/nf_conntrack_count")
+	most, ok2 := f.System.number("net/netfilter/nf_conntrack_max")
+	if !ok1 || !ok2 || most == 0 {
+		return skipped("connections are not tracked, or it is not visible here")
+	}
+	reason := fmt.Sprintf("%d of %d connections (%d %%)", count, most, 100*count/most)
+	more := sysctlFix("net/netfilter/nf_conntrack_max", fmt.Sprint(2*most))
+	switch {
+	case 100*count >= 95*most:
+		return fixable(Fail, reason+": when it is full, new connections are dropped", more)
+	case 100*count >= 80*most:
+		return fixable(Warn, reason+": when it is full, new connections are dropped", more)
+	}
+	return ok(reason)
+}
+
+func peerChecks() []check {
+	return []check{{"peers", judgePeers}, {"peers answer", judgePings}, {"full-size packets", judgeBlackHole}}
+}
+
+func judgePeers(f Facts) []Finding {
+	var odd []string
+	for _, p := range f.Peers {
+		if p.way == "unreachable" {
+			odd = append(odd, fmt.Sprintf("%s (%s): %s", p.name, p.subnet, p.reason))
+		}
+	}
+	switch {
+	case len(odd) > 0:
+		return fail(fmt.Sprintf("there is no way to %d: %s", len(odd), few(odd)), "overlayd status --peers")
+	case f.PeersFrom == "":
+		return skipped("who the others are is not known")
+	case len(f.Peers) == 0:
+		return ok("there are no other nodes")
+	}
+	return ok(fmt.Sprintf("%d, by what %s says", len(f.Peers), f.PeersFrom))
+}
+
+// unpinged says why there is nothing to judge.
+func (f Facts) unpinged() []Finding {
+	if f.Pings.Err == nil {
+		return nil
+	}
+	if errors.Is(f.Pings.Err, errNobody) && f.PeersFrom != "" {
+		return ok("there are no other nodes")
+	}
+	return skipped(f.Pings.Err.Error())
+}
+
+func judgePings(f Facts) []Finding {
+	if out := f.unpinged(); out != nil {
+		return out
+	}
+	var silent, lossy, refused []string
+	var slowest time.Duration
+	for _, p := range f.Pings.Sample {
+		what := fmt.Sprintf("%s (%s)", p.name, p.target)
+		switch {
+		case p.small.refused():
+			refused = append(refused, fmt.Sprintf("%s: %v", what, p.small.Err))
+		case !p.answers():
+			silent = append(silent, what)
+		case p.small.Lost > 0:
+			lossy = append(lossy, what)
+		}
+		slowest = max(slowest, p.small.RTT)
+	}
+	n := len(f.Pings.Sample)
+	var out []Finding
+	if len(refused) > 0 {
+		out = append(out, fail(fmt.Sprintf("the kernel refuses to send to %d of %d: %s", len(refused), n, few(refused)), "ip route get "+f.Pings.Sample[0].target.String())...)
+	}
+	if len(silent) > 0 {
+		x := f.silent(silent, n)
+		out = append(out, x...)
+	}
+	if len(lossy) > 0 {
+		out = append(out, warn(fmt.Sprintf("some packets to %d of %d are lost: %s", len(lossy), n, few(lossy)))...)
+	}
+	return orOK(out, fmt.Sprintf("%d of %d pinged, all answer, in %s at most", n, f.Pings.Of, slowest.Round(10*time.Microsecond)))
+}
+
+// silent: where everybody is, it is this node or its network; where some are, it is them.
+func (f Facts) silent(silent []string, n int) []Finding {
+	who := fmt.Sprintf("%d of the %d pinged", len(silent), n)
+	if len(silent) == n && n > 1 {
+		who = fmt.Sprintf("none of the %d pinged", n)
+		reason := who + " answers through the pod network, so that the cause is most likely at this node: see the other findings; if there are none, whether the network between the nodes lets UDP through"
+		return fail(reason, f.capture())
+	}
+	verb := "do"
+	if len(silent) == 1 {
+		verb = "does"
+	}
+	return fail(fmt.Sprintf("%s %s not answer through the pod network: %s; run overlayd doctor there", who, verb, few(silent)), "overlayd status --peers", f.capture())
+}
+
+// capture shows the tunnel's packets on the wire.
+func (f Facts) capture() string {
+	for _, d := range f.devices() {
+		if u := orDefault(d.underlay, d.link.VXLAN.Underlay); u != "" {
+			return fmt.Sprintf("tcpdump -ni %s -c 20 udp port %d", u, d.port)
+		}
+	}
+	return "ip -s link"
+}
+
+// judgeBlackHole: small packets get through, those of the size that pods may send do not.
+func judgeBlackHole(f Facts) []Finding {
+	if out := f.unpinged(); out != nil {
+		return out
+	}
+	var holes, refused []string
+	sized := 0
+	var one pinged
+	for _, p := range f.Pings.Sample {
+		if p.sized && p.answers() {
+			sized++
+		}
+		what := fmt.Sprintf("%s (%s)", p.name, p.target)
+		switch {
+		case p.answers() && p.refused():
+			refused = append(refused, fmt.Sprintf("%s: %v", what, p.full.Err))
+			one = p
+		case p.hole():
+			holes = append(holes, what)
+			one = p
+		}
+	}
+	switch {
+	case len(holes) == 0 && len(refused) == 0 && sized == 0:
+		return skipped("no peer answers small ones, or the MTU is not known")
+	case len(holes) == 0 && len(refused) == 0:
+		return ok(fmt.Sprintf("%d bytes get through to %d peers", f.podMTU(), sized))
+	case len(refused) > 0:
+		return fail(fmt.Sprintf("pods are told an MTU of %d, and this node can't send such packets to %d peers: %s", one.peer.full, len(refused), few(refused)), "ip -d link show type vxlan", "systemctl restart overlayd")
+	}
+	reason := fmt.Sprintf("small packets reach %s, those of %d bytes (the pods' MTU) don't: an MTU black hole on the way between the nodes", few(holes), one.peer.full)
+	largest := f.Pings.Largest
+	if largest.Size <= smallSize {
+		return fail(reason, f.capture())
+	}
+	least := ""
+	if !largest.Exact {
+		least = "at least "
+	}
+	reason += fmt.Sprintf("; the largest that gets through to %s is %s%d, so that the MTU of the network there is %s%d", largest.Peer.name, least, largest.Size, least, largest.Size+overhead(largest.Peer.family()))
+	return fail(reason, f.lowerMTU(largest.Size)...)
+}
+
+// lowerMTU: for all nodes in the network config, or for this one at the device.
+func (f Facts) lowerMTU(size int) []string {
+	if f.Store != nil && f.Store.Table.ConfigJSON != "" && f.backend() == "vxlan" {
+		if doc, ok := withMTU(f.Store.Table.ConfigJSON, size); ok {
+			return []string{f.etcdctl(fmt.Sprintf("put %s/config '%s'", f.prefix(), strings.ReplaceAll(doc, "'", `'\''`)))}
+		}
+	}
+	fam := addr.IPv4
+	if len(f.families()) > 0 {
+		fam = f.families()[0]
+	}
+	return []string{fmt.Sprintf("ip link set %s mtu %d", f.Underlay.By.Get(fam).Device, size+overhead(fam))}
+}

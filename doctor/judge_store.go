@@ -1,0 +1,429 @@
+package doctor
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/subnet/etcd"
+)
+
+func storeChecks() []check {
+	return []check{
+		{"etcd", judgeStore}, {"certificates", judgeCertificates}, {"clock", judgeClock}, {"network config", judgeConfig}, {"leases", judgeLeases}, {"own lease", judgeOwnLease},
+	}
+}
+
+// etcdctl is a command line with the node's own settings. A password is asked for.
+func (f Facts) etcdctl(args string) string {
+	o := f.storeOptions()
+	s := "etcdctl --endpoints=" + strings.Join(o.Endpoints, ",")
+	for _, x := range [][2]string{{"--cacert=", o.CAFile}, {"--cert=", o.CertFile}, {"--key=", o.KeyFile}, {"--user=", o.Username}} {
+		if x[1] != "" {
+			s += " " + x[0] + x[1]
+		}
+	}
+	return s + " " + args
+}
+
+func (f Facts) prefix() string {
+	p := f.storeOptions().Prefix
+	if p == "" {
+		p = etcd.DefaultPrefix
+	}
+	return "/" + strings.Trim(p, "/")
+}
+
+// asked says why nothing is known of the store.
+func (f Facts) asked() (why string, asked bool) {
+	switch {
+	case f.Store == nil:
+		return "etcd was not asked", false
+	case f.Store.OptionsErr != nil:
+		return "the settings of etcd make no sense", false
+	case f.Store.TableErr != nil:
+		return "etcd does not answer", false
+	}
+	return "", true
+}
+
+func judgeStore(f Facts) []Finding {
+	x := f.Store
+	if x == nil {
+		return skipped("it was not asked")
+	}
+	if x.OptionsErr != nil {
+		return fail(strings.ReplaceAll(x.OptionsErr.Error(), "\n", "; "), "overlayd --help")
+	}
+	var out []Finding
+	bad := 0
+	for _, e := range x.Endpoints {
+		if e.Err != nil {
+			bad++
+		}
+	}
+	for _, e := range x.Endpoints {
+		if e.Err == nil {
+			out = append(out, judgeEndpoint(f, e)...)
+			continue
+		}
+		reason := fmt.Sprintf("%s: %s", e.URL, strings.TrimPrefix(e.Err.Error(), "etcd: "))
+		if bad < len(x.Endpoints) {
+			out = append(out, warn(reason+"; others answer", f.etcdctl("endpoint health"))...)
+		} else {
+			out = append(out, fail(reason+"; traffic flows on by what was known last, changes of other nodes are not seen", f.etcdctl("endpoint health"))...)
+		}
+	}
+	if bad < len(x.Endpoints) && x.TableErr != nil {
+		out = append(out, fail("reading "+f.prefix()+"/: "+strings.TrimPrefix(x.TableErr.Error(), "etcd: "), f.etcdctl("get --prefix --keys-only "+f.prefix()+"/"))...)
+	}
+	if x.WriteErr != nil {
+		out = append(out, fail("leases can't be written: "+strings.TrimPrefix(x.WriteErr.Error(), "etcd: "), f.etcdctl("endpoint status -w table"), f.etcdctl("alarm list"))...)
+	}
+	return orOK(out, fmt.Sprintf("%d of %d endpoints answer, in %s at most", len(x.Endpoints)-bad, len(x.Endpoints), slowest(x.Endpoints).Round(100*time.Microsecond)))
+}
+
+func slowest(es []etcd.Endpoint) time.Duration {
+	var most time.Duration
+	for _, e := range es {
+		most = max(most, e.Took)
+	}
+	return most
+}
+
+func judgeEndpoint(f Facts, e etcd.Endpoint) []Finding {
+	const slow = 300 * time.Millisecond
+	var out []Finding
+	if e.Took > slow {
+		out = append(out, warn(fmt.Sprintf("%s takes %s for one request", e.URL, e.Took.Round(time.Millisecond)), f.etcdctl("endpoint status -w table"))...)
+	}
+	if len(e.Alarms) > 0 {
+		out = append(out, fail(fmt.Sprintf("%s raises an alarm: %s", e.URL, strings.Join(e.Alarms, ", ")), f.etcdctl("alarm list"))...)
+	}
+	return out
+}
+
+func judgeCertificates(f Facts) []Finding {
+	const day = 24 * time.Hour
+	if f.Store == nil || f.Store.OptionsErr != nil || len(f.Store.Certificates) == 0 {
+		return skipped("none is in use")
+	}
+	var out []Finding
+	first := f.Store.Certificates[0].NotAfter
+	for _, c := range f.Store.Certificates {
+		what := fmt.Sprintf("%s (%s)", c.What, c.Subject)
+		if c.File != "" {
+			what = fmt.Sprintf("%s %s (%s)", c.What, c.File, c.Subject)
+		}
+		mend := []string{}
+		if c.File != "" {
+			mend = []string{"openssl x509 -in " + c.File + " -noout -subject -enddate"}
+		}
+		// One that lives for hours only is renewed by a program.
+		soon := min(14*day, c.NotAfter.Sub(c.NotBefore)/4)
+		switch left := c.NotAfter.Sub(f.Now); {
+		case left <= 0:
+			out = append(out, fail(fmt.Sprintf("%s expired at %s; replace it, the daemon reads the file again", what, c.NotAfter.Format(time.RFC3339)), mend...)...)
+		case f.Now.Before(c.NotBefore):
+			out = append(out, fail(fmt.Sprintf("%s is valid from %s on only: is the clock right?", what, c.NotBefore.Format(time.RFC3339)), mend...)...)
+		case left < soon:
+			in := fmt.Sprintf("%d days", left/day)
+			if left < 2*day {
+				in = left.Round(time.Minute).String()
+			}
+			out = append(out, warn(fmt.Sprintf("%s expires in %s", what, in), mend...)...)
+		}
+		if c.NotAfter.Before(first) {
+			first = c.NotAfter
+		}
+	}
+	return orOK(out, fmt.Sprintf("the first one ends at %s", first.Format(time.DateOnly)))
+}
+
+func judgeClock(f Facts) []Finding {
+	const odd, wrong = 5 * time.Second, 5 * time.Minute
+	if f.Memory != nil && f.Memory.Saved.After(f.Now.Add(odd)) {
+		return fail(fmt.Sprintf("it says %s, and the daemon noted something at %s already: it goes wrong or back", f.Now.UTC().Format(time.RFC3339), f.Memory.Saved.Format(time.RFC3339)), "timedatectl set-ntp true", "timedatectl status")
+	}
+	if f.Store == nil || f.Store.OptionsErr != nil {
+		return skipped("etcd was not asked")
+	}
+	var known []etcd.Endpoint
+	for _, e := range f.Store.Endpoints {
+		if e.ClockErr == nil {
+			known = append(known, e)
+		}
+	}
+	if len(known) == 0 {
+		return skipped("no endpoint of etcd tells its time")
+	}
+	// The endpoint that agrees best counts: it may be the others that are wrong.
+	best := slices.MinFunc(known, func(a, b etcd.Endpoint) int { return int(a.Clock.Abs() - b.Clock.Abs()) })
+	way := "ahead of"
+	if best.Clock < 0 {
+		way = "behind"
+	}
+	reason := fmt.Sprintf("it is %s %s that of %s", best.Clock.Abs().Round(time.Second), way, best.URL)
+	switch {
+	case best.Clock.Abs() >= wrong:
+		return fail(reason+": certificates and remembered leases are judged by it", "timedatectl set-ntp true", "timedatectl status")
+	case best.Clock.Abs() >= odd:
+		return warn(reason, "timedatectl set-ntp true", "timedatectl status")
+	}
+	return ok("it agrees with etcd's to the second")
+}
+
+func judgeConfig(f Facts) []Finding {
+	if why, asked := f.asked(); !asked {
+		return skipped(why)
+	}
+	x := f.Store
+	key := f.prefix() + "/config"
+	var out []Finding
+	switch {
+	case x.NoConfig && len(x.Table.Entries) == 0:
+		return fail(fmt.Sprintf("there is nothing in etcd under %s/: another prefix is meant (--etcd-prefix), or no config was put there yet", f.prefix()),
+			f.etcdctl("get --prefix --keys-only --limit=20 /"), f.etcdctl(fmt.Sprintf(`put %s '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'`, key)))
+	case x.NoConfig:
+		return fail(fmt.Sprintf("%s is missing, there are %d leases", key, len(x.Table.Entries)), f.putConfig(key))
+	case x.Table.ConfigErr != nil:
+		return fail(fmt.Sprintf("%s: %s; the nodes go on with the last one that was good", key, x.Table.ConfigErr), f.putConfig(key))
+	}
+	if keys := subnet.UnknownKeys([]byte(x.Table.ConfigJSON)); len(keys) > 0 {
+		out = append(out, warn(fmt.Sprintf("%s has keys that mean nothing here: %s", key, few(keys)), f.etcdctl("get "+key))...)
+	}
+	for _, fam := range x.Table.Config.Families() {
+		out = append(out, judgePool(f, x.Table, fam)...)
+	}
+	return orOK(out, describeConfig(x.Table.Config))
+}
+
+// putConfig puts back the last config that is known, or shows the one that is there.
+func (f Facts) putConfig(key string) string {
+	if f.Memory != nil && len(f.Memory.Config) > 0 {
+		if _, err := subnet.ParseConfig(f.Memory.Config); err == nil {
+			return f.etcdctl(fmt.Sprintf("put %s '%s'", key, f.Memory.Config))
+		}
+	}
+	return f.etcdctl("get " + key)
+}
+
+func describeConfig(c subnet.Config) string {
+	var nets []string
+	for _, fam := range c.Families() {
+		nets = append(nets, c.Pools.Get(fam).Network.String())
+	}
+	s := fmt.Sprintf("%s, %s", strings.Join(nets, " and "), c.Backend.Type)
+	if c.Backend.Type == subnet.VXLAN {
+		s += fmt.Sprintf(", VNI %d, UDP port %d", c.Backend.VNI, c.Backend.Port)
+	}
+	return s
+}
+
+// judgePool warns before there are no subnets left, and of a network that the node's own addresses are in.
+func judgePool(f Facts, t subnet.Table, fam addr.Family) []Finding {
+	p := t.Config.Pools.Get(fam)
+	var out []Finding
+	for _, a := range f.Survey.Host.Addresses {
+		l, _ := f.Survey.Link(a.Link)
+		if a.Tunnel || l.Kind == "bridge" || l.Kind == "vxlan" || !p.Network.Contains(a.Prefix.Addr()) || a.Prefix.Addr().IsLinkLocalUnicast() || f.Self.Subnets.Get(fam).Contains(a.Prefix.Addr()) {
+			continue
+		}
+		out = append(out, fail(fmt.Sprintf("the address %s of %s is inside the overlay network %s: the two must not overlap", a.Prefix, a.Link, p.Network))...)
+	}
+	return out
+}
+
+// judgeLeases looks for leases that are in each other's way.
+func judgeLeases(f Facts) []Finding {
+	if why, asked := f.asked(); !asked {
+		return skipped(why)
+	}
+	var live []*subnet.Entry
+	var out []Finding
+	broken := []string{}
+	for _, e := range f.Store.Table.Entries {
+		switch {
+		case e.Blank():
+		case e.Err != nil:
+			broken = append(broken, fmt.Sprintf("%.60q: %.120s", e.Key, e.Err.Error()))
+		default:
+			live = append(live, e)
+		}
+	}
+	out = append(out, atMost(f.sharedIPs(live))...)
+	out = append(out, atMost(f.overlaps(live))...)
+	out = append(out, atMost(f.clones(live))...)
+	out = append(out, f.refused(out)...)
+	if len(broken) > 0 {
+		out = append(out, warn(fmt.Sprintf("%d leases can't be read and are left out: %s", len(broken), few(broken)), f.etcdctl("get --prefix "+f.prefix()+"/subnets/"))...)
+	}
+	return orOK(out, fmt.Sprintf("%d, no two of which claim the same", len(live)))
+}
+
+// removal is how to take a lease away.
+func (f Facts) removal(e *subnet.Entry) string {
+	return f.etcdctl(fmt.Sprintf("del '%s/subnets/%s'", f.prefix(), e.Key)) + "   # if no node is behind it"
+}
+
+// younger is the lease that came later: it is the one that is not believed.
+func younger(a, b *subnet.Entry) *subnet.Entry {
+	if a.Created > b.Created {
+		return a
+	}
+	return b
+}
+
+func (f Facts) sharedIPs(live []*subnet.Entry) []Finding {
+	var out []Finding
+	for _, fam := range addr.Families() {
+		first := map[netip.Addr]*subnet.Entry{}
+		for _, e := range live {
+			ip := e.PublicIP.Get(fam)
+			if !ip.IsValid() {
+				continue
+			}
+			if other := first[ip]; other != nil {
+				out = append(out, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: the younger one is not believed", other.Name(), other.Key, e.Name(), e.Key, ip), f.removal(younger(other, e)))...)
+				continue
+			}
+			first[ip] = e
+		}
+	}
+	return out
+}
+
+// overlaps finds subnets that lie in each other. Prefixes are disjoint or nested: with the widest first, the last one that is open is
+// the only one that can hold the next.
+func (f Facts) overlaps(live []*subnet.Entry) []Finding {
+	var out []Finding
+	for _, fam := range addr.Families() {
+		order := slices.DeleteFunc(slices.Clone(live), func(e *subnet.Entry) bool { return !e.Subnets.Get(fam).IsValid() })
+		slices.SortFunc(order, func(a, b *subnet.Entry) int { return addr.ComparePrefix(a.Subnets.Get(fam), b.Subnets.Get(fam)) })
+		var open *subnet.Entry
+		for _, e := range order {
+			if open != nil && open.Subnets.Get(fam).Overlaps(e.Subnets.Get(fam)) {
+				out = append(out, fail(fmt.Sprintf("the subnets %s of %s and %s of %s overlap: the younger one is not believed",
+					open.Subnets.Get(fam), open.Name(), e.Subnets.Get(fam), e.Name()), f.removal(younger(open, e)))...)
+				continue
+			}
+			open = e
+		}
+	}
+	return out
+}
+
+// clones finds machines that were copied with their machine-id, and names that two machines have.
+func (f Facts) clones(live []*subnet.Entry) []Finding {
+	var out []Finding
+	byID, byName := map[string]*subnet.Entry{}, map[string]*subnet.Entry{}
+	for _, e := range live {
+		if e.NodeID != "" {
+			if o := byID[e.NodeID]; o != nil && o.NodeName != e.NodeName {
+				out = append(out, fail(fmt.Sprintf("the nodes %s and %s have the same ID %s: one is a clone of the other, with its /etc/machine-id", o.Name(), e.Name(), e.NodeID),
+					fmt.Sprintf("rm /etc/machine-id && systemd-machine-id-setup && systemctl restart overlayd   # on one of the two: %s", younger(o, e).Name()))...)
+			} else if o != nil {
+				out = append(out, warn(fmt.Sprintf("the node %s holds two leases: %s and %s", e.Name(), o.Key, e.Key), f.removal(younger(o, e)))...)
+			}
+			byID[e.NodeID] = e
+		}
+		if e.NodeName != "" {
+			if o := byName[e.NodeName]; o != nil && o.NodeID != e.NodeID {
+				out = append(out, fail(fmt.Sprintf("two machines are called %s: one has the ID %s, the other %s; or the machine was set up anew and its old lease is still there", e.NodeName, o.NodeID, e.NodeID), f.removal(earlier(o, e)))...)
+			}
+			byName[e.NodeName] = e
+		}
+	}
+	return out
+}
+
+func earlier(a, b *subnet.Entry) *subnet.Entry {
+	if younger(a, b) == a {
+		return b
+	}
+	return a
+}
+
+// refused are those that are not believed for another reason than what was found before.
+func (f Facts) refused(before []Finding) []Finding {
+	x := f.Store.Table
+	if x.ConfigErr != nil || f.Store.NoConfig {
+		return nil
+	}
+	self := f.Self
+	for _, e := range x.Entries {
+		if e.Err == nil && e.Identity == f.Identity && e.Subnets == self.Subnets {
+			self = e.Lease
+		}
+	}
+	_, refused := x.Peers(x.Config, self)
+	var names []string
+	for _, r := range refused {
+		e := x.Find(r.Key)
+		if e != nil && e.Err != nil || slices.ContainsFunc(before, func(b Finding) bool {
+			return strings.Contains(b.Reason, r.Key) || r.Node != "" && strings.Contains(b.Reason, r.Node)
+		}) {
+			continue
+		}
+		names = append(names, fmt.Sprintf("%s of %s: %s", r.Key, r.Node, r.Reason))
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	return warn(fmt.Sprintf("%d leases are not believed: %s", len(names), few(names)), "overlayd leases")
+}
+
+func judgeOwnLease(f Facts) []Finding {
+	if why, asked := f.asked(); !asked {
+		return skipped(why)
+	}
+	if f.Identity.NodeID == "" {
+		return skipped("this node's identity is not known")
+	}
+	t := f.Store.Table
+	var own *subnet.Entry
+	for _, e := range t.Entries {
+		if e.Err == nil && e.Identity == f.Identity {
+			own = e
+		}
+	}
+	switch {
+	case own == nil && f.Daemon.Running && len(f.Daemon.Status.Lease.Subnets) > 0:
+		return fail(fmt.Sprintf("the daemon holds %s, and etcd has no lease of this node under %s/subnets/", strings.Join(f.Daemon.Status.Lease.Subnets, " and "), f.prefix()), "overlayd status")
+	case own == nil && f.Daemon.Running:
+		return fail("this node has none, so that no pod can start here", "overlayd status")
+	case own == nil:
+		return warn(fmt.Sprintf("etcd has no lease of this node under %s/subnets/; it gets one when overlayd starts", f.prefix()))
+	}
+	for _, fam := range addr.Families() {
+		ip := own.PublicIP.Get(fam)
+		if ip.IsValid() && own.PublicIPLocal && f.Errs["devices"] == nil && !f.Survey.Host.Has(ip) {
+			return fail(fmt.Sprintf("the others send to %s, which no device of this node has: its address has changed", ip), "systemctl restart overlayd")
+		}
+	}
+	if own.Subnets != f.Self.Subnets {
+		return fail(fmt.Sprintf("etcd says %s, this node works with %s", own.Key, subnet.FormatKey(f.Self.Subnets)), "overlayd status")
+	}
+	return ok(own.Key)
+}
+
+// withMTU is the network config with another MTU, on one line.
+func withMTU(config string, mtu int) (string, bool) {
+	var doc map[string]any
+	if json.Unmarshal([]byte(config), &doc) != nil {
+		return "", false
+	}
+	b, _ := doc["Backend"].(map[string]any)
+	if b == nil {
+		b = map[string]any{"Type": "vxlan"}
+	}
+	b["MTU"] = mtu
+	doc["Backend"] = b
+	out, err := json.Marshal(doc)
+	return string(out), err == nil
+}

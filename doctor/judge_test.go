@@ -1,0 +1,391 @@
+package doctor
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/subnet/etcd"
+)
+
+func prefixOf(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+func addrOf(s string) netip.Addr     { return netip.MustParseAddr(s) }
+
+func entry(key, node, id, ip string, created int64) *subnet.Entry {
+	mac := addr.MAC{2, 0, 0, 0, byte(created >> 8), byte(created)}
+	a := subnet.Attrs{PublicIPLocal: true, Backend: subnet.VXLAN, Identity: subnet.Identity{NodeName: node, NodeID: id}}
+	a.PublicIP.V4, a.VTEP.V4 = addrOf(ip), subnet.VTEP{VNI: 1, MAC: mac}
+	return subnet.ParseEntry(key, subnet.FormatValue(a), created, created, 7)
+}
+
+func table(t *testing.T, config string, es ...*subnet.Entry) subnet.Table {
+	t.Helper()
+	c, err := subnet.ParseConfig([]byte(config))
+	tab := subnet.Table{Revision: 9, Config: c, ConfigJSON: config, ConfigErr: err, ConfigRevision: 2, Entries: es}
+	slices.SortFunc(tab.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
+	return tab
+}
+
+const plainConfig = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`
+
+// healthy are the facts of a node on which all is well, with two peers.
+func healthy(t *testing.T) Facts {
+	now := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	self, n2, n3 := entry("10.244.1.0-24", "n1", "id1", "192.0.2.1", 3), entry("10.244.2.0-24", "n2", "id2", "192.0.2.2", 4), entry("10.244.3.0-24", "n3", "id3", "198.51.100.3", 5)
+	tab := table(t, plainConfig, self, n2, n3)
+	f := Facts{
+		Settings: Settings{
+			Identity: self.Identity, Store: etcd.Options{Endpoints: []string{"http://etcd:2379"}}, SubnetFile: "/run/overlayd/subnet.env", StateDir: os.TempDir(), EnvFile: "/etc/overlayd/overlayd.env", ForwardFW: true,
+		},
+		Now: now, Errs: map[string]error{},
+		Daemon: DaemonFacts{Running: true, Status: status.Node{
+			Name: "n1", ID: "id1", Version: "v1", Ready: true,
+			Lease:     status.Lease{Subnets: []string{"10.244.1.0/24"}, Held: true},
+			Store:     status.Store{Endpoints: []string{"http://etcd:2379"}, Prefix: "/overlayd/network"},
+			Network:   status.Network{Networks: []string{"10.244.0.0/16"}, Backend: "vxlan", MTU: 1450},
+			Interface: status.Interface{Reason: "IPv4: 192.0.2.1 on eth0 (it has the default route, metric 0)", PublicIPs: []string{"192.0.2.1"}},
+			Devices:   []status.Device{{Name: "overlay.1", MAC: self.VTEP.V4.MAC.String(), MTU: 1450, VNI: 1, Port: 8472, Local: "192.0.2.1", Underlay: "eth0"}},
+		}},
+		Store: &etcd.Examination{
+			Endpoints: []etcd.Endpoint{{URL: "http://etcd:2379", Took: time.Millisecond, Version: "3.6.0"}}, Table: tab,
+		},
+		Config: &tab.Config, ConfigFrom: "etcd", Self: self.Lease, PeersFrom: "the daemon",
+		Peers: []peer{
+			{name: "n2", subnet: prefixOf("10.244.2.0/24"), publicIP: addrOf("192.0.2.2"), way: "tunnel", target: addrOf("10.244.2.0"), full: 1450},
+			{name: "n3", subnet: prefixOf("10.244.3.0/24"), publicIP: addrOf("198.51.100.3"), way: "tunnel", target: addrOf("10.244.3.0"), full: 1450},
+		},
+	}
+	f.Underlay.Reason = f.Daemon.Status.Interface.Reason
+	f.Underlay.By.V4, f.Underlay.PublicIP.V4 = backend.Underlay{Device: "eth0", Addr: addrOf("192.0.2.1"), MTU: 1500}, addrOf("192.0.2.1")
+	offloads := []netstate.Offload{{Name: "tx", On: true}, {Name: "gso", On: true}, {Name: "gro", On: true}}
+	link := func(i int, name, kind string, mtu int) netstate.SurveyLink {
+		return netstate.SurveyLink{HostLink: netstate.HostLink{Index: i, Name: name, MTU: mtu, Up: true}, Kind: kind, Carrier: true, Offloads: offloads}
+	}
+	tunnel := link(3, "overlay.1", "vxlan", 1450)
+	tunnel.MAC, tunnel.VXLAN = self.VTEP.V4.MAC, netstate.VXLAN{VNI: 1, Port: 8472, Local: addrOf("192.0.2.1"), Underlay: "eth0"}
+	port := link(5, "veth1", "veth", 1450)
+	port.Master = "cni0"
+	f.Survey.Links = []netstate.SurveyLink{link(2, "eth0", "device", 1500), tunnel, link(4, "cni0", "bridge", 1450), port}
+	f.Survey.Host = netstate.Host{
+		Addresses: []netstate.HostAddress{{Link: "eth0", Prefix: prefixOf("192.0.2.1/24")}, {Link: "overlay.1", Prefix: prefixOf("10.244.1.0/32"), Tunnel: true}, {Link: "cni0", Prefix: prefixOf("10.244.1.1/24")}},
+		Routes:    []netstate.HostRoute{{Dst: prefixOf("0.0.0.0/0"), Via: addrOf("192.0.2.254"), Link: "eth0"}, {Dst: prefixOf("192.0.2.0/24"), Link: "eth0"}},
+	}.Indexed()
+	for _, p := range f.Peers {
+		f.Survey.Ours.Routes = append(f.Survey.Ours.Routes, netstate.Route{Table: netstate.MainTable, Dst: p.subnet, Metric: 100, Via: p.subnet.Addr(), Link: "overlay.1"})
+		f.Pings.Sample = append(f.Pings.Sample, pinged{peer: p, sized: true, small: Pong{Addr: p.target, Sent: 2, RTT: time.Millisecond}, full: Pong{Addr: p.target, Sent: 2, RTT: time.Millisecond}})
+	}
+	f.Pings.Of = 2
+	f.System = SystemFacts{
+		Sysctls: map[string]string{
+			"net/ipv4/ip_forward": "1", rpFilter("all"): "0", rpFilter("eth0"): "0", rpFilter("overlay.1"): "0", deviceForwarding("overlay.1"): "1", deviceForwarding("cni0"): "1",
+			threshold(addr.IPv4, "3"): "1024", "net/netfilter/nf_conntrack_count": "10", "net/netfilter/nf_conntrack_max": "1000",
+		},
+		MachineID: "id1", HasMachineID: true,
+		SubnetEnv: map[string]string{"FLANNEL_NETWORK": "10.244.0.0/16", "FLANNEL_SUBNET": "10.244.1.1/24", "FLANNEL_MTU": "1450"},
+	}
+	return f
+}
+
+// link changes a device in the facts.
+func (f *Facts) link(name string, change func(*netstate.SurveyLink)) {
+	f.Survey.Links = slices.Clone(f.Survey.Links)
+	for i := range f.Survey.Links {
+		if f.Survey.Links[i].Name == name {
+			change(&f.Survey.Links[i])
+		}
+	}
+}
+
+func (f *Facts) address(link, p string) {
+	h := f.Survey.Host
+	h.Addresses = append(slices.Clone(h.Addresses), netstate.HostAddress{Link: link, Prefix: prefixOf(p)})
+	f.Survey.Host = h.Indexed()
+}
+
+func (f *Facts) route(r netstate.HostRoute) {
+	h := f.Survey.Host
+	h.Routes = append(slices.Clone(h.Routes), r)
+	f.Survey.Host = h.Indexed()
+}
+
+func (f *Facts) lease(e *subnet.Entry) {
+	f.Store.Table.Entries = append(slices.Clone(f.Store.Table.Entries), e)
+	slices.SortFunc(f.Store.Table.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
+}
+
+func TestHealthy(t *testing.T) {
+	t.Parallel()
+	for _, x := range judge(healthy(t)) {
+		if x.Mark == Warn || x.Mark == Fail {
+			t.Errorf("%+v", x)
+		}
+	}
+}
+
+// base makes a chain of rules that a judge meets.
+func base(family, table, name, hook, policy string, rules ...netstate.FilterRule) netstate.FilterChain {
+	return netstate.FilterChain{Family: family, Table: table, Name: name, Hook: hook, Policy: policy, Rules: rules}
+}
+
+// Each thing that is wrong is named by its check, and by no other that fails.
+func TestJudges(t *testing.T) {
+	t.Parallel()
+	dropPort := netstate.FilterRule{
+		Tests: []netstate.FilterTest{
+			{Key: []netstate.FilterField{{Field: netstate.FieldProtocol}}, Any: [][]netstate.FilterRange{{{From: []byte{unix.IPPROTO_UDP}, To: []byte{unix.IPPROTO_UDP}}}}},
+			{Key: []netstate.FilterField{{Field: netstate.FieldPort}}, Any: [][]netstate.FilterRange{{{From: port16(8472), To: port16(8472)}}}},
+		}, Action: netstate.FilterAction{Verdict: netstate.Drop},
+	}
+	rate := netstate.FilterRule{Tests: []netstate.FilterTest{{Key: []netstate.FilterField{{}}, What: "limit"}}, Action: netstate.FilterAction{Verdict: netstate.Drop}}
+	for _, tt := range []struct {
+		name  string
+		check string
+		mark  Mark
+		text  string
+		mend  string // part of the first command
+		spoil func(f *Facts)
+	}{
+		{"daemon away", "daemon", Fail, "does not run", "systemctl start overlayd", func(f *Facts) { f.Daemon = DaemonFacts{} }},
+		{"daemon silent", "daemon", Fail, "does not answer: late", "systemctl restart", func(f *Facts) { f.Daemon = DaemonFacts{Err: errors.New("late")} }},
+		{"not ready", "daemon", Fail, "not ready", "overlayd status", func(f *Facts) { f.Daemon.Status.Ready = false }},
+		{"fatal problem", "problems", Fail, "kernel: it says no, for 1m0s", "overlayd status", func(f *Facts) {
+			f.Daemon.Status.Problems = []status.Problem{{Name: "kernel", Reason: "it says no", Since: f.Now.Add(-time.Minute), Fatal: true}}
+		}},
+		{"problem", "problems", Warn, "state-dir: full", "overlayd status", func(f *Facts) {
+			f.Daemon.Status.Problems = []status.Problem{{Name: "state-dir", Reason: "full", Since: f.Now}}
+		}},
+		{"drift", "drift", Warn, "add route x", "overlayd diff", func(f *Facts) { f.Daemon.Diff = []string{"add route x"} }},
+		{"wrong setting", "settings", Fail, "--ip-masq: no", "", func(f *Facts) { f.Wrong = errors.New("--ip-masq: no") }},
+		{"unknown setting", "settings", Warn, "OVERLAYD_IFACES", "", func(f *Facts) { f.UnknownKeys = []string{"OVERLAYD_IFACES"} }},
+		{"no machine-id", "identity", Fail, "none in /etc/machine-id", "systemd-machine-id-setup", func(f *Facts) {
+			f.IdentityErr, f.System.MachineID = errors.New("this machine has none in /etc/machine-id"), "uninitialized"
+		}},
+		{"disk read-only", "state directory", Fail, "can't be written to: no space", "findmnt", func(f *Facts) { f.System.StateDirErr = errors.New("no space") }},
+		{"memory broken", "state directory", Warn, "lease.json: bad", "", func(f *Facts) { f.MemoryErr = errors.New("lease.json: bad") }},
+		{"no subnet file", "subnet file", Fail, "no pod can start", "systemctl restart overlayd", func(f *Facts) { f.System.SubnetEnvErr = os.ErrNotExist }},
+		{"other subnet file", "subnet file", Fail, "FLANNEL_SUBNET=10.244.7.1/24, the lease is 10.244.1.0/24", "systemctl restart", func(f *Facts) {
+			f.System.SubnetEnv = map[string]string{"FLANNEL_SUBNET": "10.244.7.1/24", "FLANNEL_MTU": "1450"}
+		}},
+		{"subnet file's MTU", "subnet file", Fail, "FLANNEL_MTU=1500, pods should be told 1450", "systemctl restart", func(f *Facts) {
+			f.System.SubnetEnv = map[string]string{"FLANNEL_SUBNET": "10.244.1.1/24", "FLANNEL_MTU": "1500"}
+		}},
+		{"etcd refused", "etcd", Fail, "connection refused", "etcdctl --endpoints=http://etcd:2379 endpoint health", func(f *Facts) {
+			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
+		}},
+		{"one of etcd away", "etcd", Warn, "others answer", "endpoint health", func(f *Facts) {
+			f.Store.Endpoints = append(f.Store.Endpoints, etcd.Endpoint{URL: "http://etcd2:2379", Err: errors.New("etcd: no answer")})
+		}},
+		{"etcd slow", "etcd", Warn, "takes 900ms", "endpoint status", func(f *Facts) { f.Store.Endpoints[0].Took = 900 * time.Millisecond }},
+		{"etcd full", "etcd", Fail, "alarm: NOSPACE", "alarm list", func(f *Facts) { f.Store.Endpoints[0].Alarms = []string{"NOSPACE"} }},
+		{"etcd read-only", "etcd", Fail, "can't be written: permission denied", "endpoint status", func(f *Facts) { f.Store.WriteErr = errors.New("etcd: permission denied") }},
+		{"etcd options", "etcd", Fail, "expected http", "", func(f *Facts) { f.Store = &etcd.Examination{OptionsErr: errors.New("expected http")} }},
+		{"certificate ended", "certificates", Fail, "--etcd-certfile /c.pem (CN=x) expired", "openssl x509 -in /c.pem", func(f *Facts) {
+			f.Store.Certificates = []etcd.Certificate{{What: "--etcd-certfile", File: "/c.pem", Subject: "CN=x", NotAfter: f.Now.Add(-time.Hour)}}
+		}},
+		{"certificate ends", "certificates", Warn, "expires in 3 days", "", func(f *Facts) {
+			f.Store.Certificates = []etcd.Certificate{{What: "the server at x", NotAfter: f.Now.Add(80 * time.Hour)}}
+		}},
+		{"certificate of tomorrow", "certificates", Fail, "is the clock right", "", func(f *Facts) {
+			f.Store.Certificates = []etcd.Certificate{{What: "x", NotBefore: f.Now.Add(time.Hour), NotAfter: f.Now.Add(8000 * time.Hour)}}
+		}},
+		{"clock ahead", "clock", Warn, "it is 30s ahead of", "timedatectl set-ntp", func(f *Facts) { f.Store.Endpoints[0].Clock = 30 * time.Second }},
+		{"clock behind", "clock", Fail, "it is 1h0m0s behind", "timedatectl set-ntp", func(f *Facts) { f.Store.Endpoints[0].Clock = -time.Hour }},
+		{"clock went back", "clock", Fail, "goes wrong or back", "timedatectl", func(f *Facts) { f.Memory = &memory{Node: f.Identity, Saved: f.Now.Add(time.Hour)} }},
+		{"nothing under the prefix", "network config", Fail, "another prefix is meant", "get --prefix --keys-only", func(f *Facts) { f.Store.Table, f.Store.NoConfig = subnet.Table{}, true }},
+		{"config broken", "network config", Fail, "no good", `put /overlayd/network/config '{"Network":"10.244.0.0/16"`, func(f *Facts) {
+			f.Store.Table.ConfigErr, f.Memory = errors.New("no good"), &memory{Node: f.Identity, Config: json.RawMessage(plainConfig)}
+		}},
+		{"unknown key", "network config", Warn, "Bakend", "get /overlayd", func(f *Facts) { f.Store.Table.ConfigJSON = `{"Network":"10.244.0.0/16","Bakend":{}}` }},
+		{"address inside the network", "network config", Fail, "10.244.9.9/24 of eth0 is inside", "", func(f *Facts) { f.address("eth0", "10.244.9.9/24") }},
+		{"one address twice", "leases", Fail, "the same public IP 192.0.2.2", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) }},
+		{"overlap", "leases", Fail, "10.244.2.0/24 of n2 and 10.244.2.128/25 of n9 overlap", "del '/overlayd/network/subnets/10.244.2.128-25'", func(f *Facts) {
+			f.lease(entry("10.244.2.128-25", "n9", "id9", "192.0.2.9", 9))
+		}},
+		{"clone", "leases", Fail, "n2 and n9 have the same ID id2", "rm /etc/machine-id && systemd-machine-id-setup && systemctl restart overlayd   # on one of the two: n9", func(f *Facts) {
+			f.lease(entry("10.244.9.0-24", "n9", "id2", "192.0.2.9", 9))
+		}},
+		{"namesake", "leases", Fail, "two machines are called n2", "10.244.2.0-24", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n2", "id9", "192.0.2.9", 9)) }},
+		{"unreadable lease", "leases", Warn, "1 leases can't be read", "get --prefix", func(f *Facts) { f.lease(subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)) }},
+		{"refused lease", "leases", Warn, "outside the network", "overlayd leases", func(f *Facts) { f.lease(entry("10.9.9.0-24", "n9", "id9", "192.0.2.9", 9)) }},
+		{"lease gone", "own lease", Fail, "the daemon holds 10.244.1.0/24, and etcd has no lease", "overlayd status", func(f *Facts) {
+			f.Store.Table.Entries = slices.Clone(f.Store.Table.Entries[1:])
+		}},
+		{"address changed", "own lease", Fail, "others send to 192.0.2.1", "systemctl restart", func(f *Facts) {
+			h := f.Survey.Host
+			h.Addresses = slices.Clone(h.Addresses)
+			h.Addresses[0].Prefix = prefixOf("192.0.2.9/24")
+			f.Survey.Host = h.Indexed()
+		}},
+		{"no privileges", "privileges", Fail, "CAP_NET_ADMIN is missing", "sudo overlayd doctor", func(f *Facts) { f.Privileges = errors.New("CAP_NET_ADMIN is missing") }},
+		{"no vxlan", "kernel", Fail, "VXLAN devices: no", "modprobe vxlan", func(f *Facts) {
+			f.System.Support = []support{{"VXLAN devices", errors.New("no"), []string{"modprobe vxlan"}}}
+		}},
+		{"no forwarding", "forwarding", Fail, "net/ipv4/ip_forward is 0", "sysctl -w net/ipv4/ip_forward=1", func(f *Facts) { f.System.Sysctls["net/ipv4/ip_forward"] = "0" }},
+		{"no forwarding on a device", "forwarding", Fail, "cni0/forwarding is 0", "sysctl -w net/ipv4/conf/cni0/forwarding=1", func(f *Facts) { f.System.Sysctls[deviceForwarding("cni0")] = "0" }},
+		{"interface down", "interface", Fail, "eth0, which leads to the other nodes, is down", "ip link set eth0 up", func(f *Facts) { f.link("eth0", func(l *netstate.SurveyLink) { l.Up = false }) }},
+		{"cable", "interface", Fail, "no carrier", "ip -br link show eth0", func(f *Facts) { f.link("eth0", func(l *netstate.SurveyLink) { l.Carrier = false }) }},
+		{"two default routes", "interface", Warn, "default routes by eth0 and eth1", "echo OVERLAYD_IFACE=eth0", func(f *Facts) {
+			f.route(netstate.HostRoute{Dst: prefixOf("0.0.0.0/0"), Via: addrOf("203.0.113.1"), Link: "eth1", Metric: 9})
+		}},
+		{"no interface", "interface", Fail, "none fits", "ip -br address", func(f *Facts) { f.ChooseErr = errors.New("none fits") }},
+		{"strict tunnel", "rp_filter", Warn, "strict on overlay.1", "sysctl -w net/ipv4/conf/overlay.1/rp_filter=2", func(f *Facts) {
+			f.System.Sysctls[rpFilter("all")], f.Pings.Sample[0].way, f.Pings.Sample[0].small.Lost = "1", "direct", 2
+		}},
+		{"strict underlay", "rp_filter", Fail, "n3 (198.51.100.3, by eth1)", "sysctl -w net/ipv4/conf/eth0/rp_filter=2", func(f *Facts) {
+			f.System.Sysctls[rpFilter("eth0")] = "1"
+			f.route(netstate.HostRoute{Dst: prefixOf("198.51.100.0/24"), Link: "eth1"})
+		}},
+		{"foreign route", "routes", Fail, "10.244.2.128/25 by eth0 is not ours", "ip route del 10.244.2.128/25 dev eth0 metric 0", func(f *Facts) {
+			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.128/25"), Via: addrOf("192.0.2.7"), Link: "eth0"})
+		}},
+		{"routes missing", "routes", Fail, "10.244.2.0/24 (n2)", "overlayd diff", func(f *Facts) { f.Survey.Ours.Routes = f.Survey.Ours.Routes[1:] }},
+		{"no device", "tunnel device", Fail, "overlay.1 is not there", "overlayd status", func(f *Facts) { f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...) }},
+		{"device down", "tunnel device", Fail, "overlay.1 is down", "ip link set overlay.1 up", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false }) }},
+		{"other VNI", "tunnel device", Fail, "has VNI 7 and UDP port 8472", "", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.VXLAN.VNI = 7 }) }},
+		{"other MAC", "tunnel device", Fail, "the lease announces 02:00:00:00:00:03", "ip link set overlay.1 address 02:00:00:00:00:03", func(f *Facts) {
+			f.link("overlay.1", func(l *netstate.SurveyLink) { l.MAC[5] = 9 })
+		}},
+		{"VNI taken", "VXLAN port", Fail, "flannel.x has VNI 1", "ip link delete flannel.x", func(f *Facts) {
+			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.x", VXLAN: netstate.VXLAN{VNI: 1, Port: 8472}}, Kind: "vxlan"})
+		}},
+		{"port taken", "VXLAN port", Fail, "taken by dnsd (process 7)", "ss -ulnp", func(f *Facts) {
+			f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...)
+			f.System.Sockets = []udpSocket{{port: 8472, inode: "12", holder: "dnsd (process 7)"}}
+		}},
+		{"device's MTU", "MTU", Fail, "over eth0 with 1500 only 1450 get through", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
+		{"device's MTU too small", "MTU", Fail, "it should have 1450", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1300 }) }},
+		{"bridge's MTU", "MTU", Warn, "cni0 has an MTU of 1500", "ip link set cni0 mtu 1450", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
+		{"pod's MTU", "MTU", Warn, "veth1 1500", "ip link set veth1 mtu 1450", func(f *Facts) { f.link("veth1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
+		{"bridge's address", "bridge", Fail, "docker0 has the address 10.244.77.1/24, this node's subnet is 10.244.1.0/24", "ip link delete docker0", func(f *Facts) {
+			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "docker0", Up: true}, Kind: "bridge"})
+			f.address("docker0", "10.244.77.1/24")
+		}},
+		{"bridge down", "bridge", Fail, "cni0 is down", "ip link set cni0 up", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.Up = false }) }},
+		{"no checksums", "offloads", Warn, "overlay.1 has tx switched off", "ethtool -K overlay.1 tx on", func(f *Facts) {
+			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Offloads = []netstate.Offload{{Name: "tx"}} })
+		}},
+		{"flannel", "other overlays", Warn, "flannel.2", "ip link delete flannel.2", func(f *Facts) {
+			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.2"}, Kind: "vxlan"})
+		}},
+		{"mixed iptables", "iptables variants", Warn, "legacy holds 3 rules and iptables-nft 4", "iptables-legacy-save", func(f *Facts) { f.LegacyRules, f.NFTRules = 3, 4 }},
+		{"firewalld", "VXLAN in the firewall", Fail, "dropped by table inet firewalld, chain filter_INPUT", "firewall-cmd --zone=", func(f *Facts) {
+			f.Filter = filter{base("inet", "firewalld", "filter_INPUT", "input", "accept", dropPort)}
+		}},
+		{"ufw", "VXLAN in the firewall", Fail, "its policy", "ufw allow in on eth0 to any port 8472 proto udp", func(f *Facts) {
+			f.Filter, f.System.UFW = filter{base("ip", "filter", "INPUT", "input", "drop")}, true
+		}},
+		{"iptables", "VXLAN in the firewall", Fail, `"udp dport 8472 drop"`, "iptables -I INPUT -i eth0 -p udp --dport 8472 -j ACCEPT", func(f *Facts) {
+			f.Filter = filter{base("ip", "filter", "INPUT", "input", "accept", dropPort)}
+		}},
+		{"nft", "VXLAN in the firewall", Fail, "table inet site, chain in", "nft insert rule inet site in iifname eth0 udp dport 8472 accept", func(f *Facts) {
+			f.Filter = filter{base("inet", "site", "in", "input", "accept", dropPort)}
+		}},
+		{"nft, out", "VXLAN in the firewall", Fail, "that leave by eth0 are dropped", "nft insert rule inet site out oifname eth0", func(f *Facts) {
+			f.Filter = filter{base("inet", "site", "out", "output", "accept", dropPort)}
+		}},
+		{"rate", "VXLAN in the firewall", Warn, "not sure whether", "nft insert", func(f *Facts) { f.Filter = filter{base("inet", "site", "in", "input", "accept", rate)} }},
+		{"forward policy", "forwarded packets", Fail, "from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD -s 10.244.0.0/16 -j ACCEPT", func(f *Facts) {
+			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop")}
+		}},
+		{"networkd", "systemd-networkd", Warn, "/etc/systemd/network/all.network fits", "overlayd doctor --fix   # writes /etc/systemd/network/10-overlayd.network", func(f *Facts) {
+			f.System.Managers = Managers{Networkd: true, NetworkFile: "/etc/systemd/network/all.network", ForeignRoutes: true}
+		}},
+		{"networkd's routes", "systemd-networkd", Warn, "removes routes and rules", "/etc/systemd/networkd.conf.d/overlayd.conf", func(f *Facts) { f.System.Managers = Managers{Networkd: true} }},
+		{"NetworkManager", "NetworkManager", Warn, "nothing tells it", "/etc/NetworkManager/conf.d/overlayd.conf", func(f *Facts) { f.System.Managers = Managers{NetworkManager: true} }},
+		{"udev", "udev", Warn, "MACAddressPolicy=persistent", "10-overlayd.link", func(f *Facts) {
+			f.System.Managers = Managers{Udev: true, LinkFile: "/usr/lib/systemd/network/99-default.link", MACPolicy: "persistent"}
+		}},
+		{"neighbours", "neighbour table", Warn, "gc_thresh3 is 128", "sysctl -w net/ipv4/neigh/default/gc_thresh3=2048", func(f *Facts) { f.System.Sysctls[threshold(addr.IPv4, "3")] = "128" }},
+		{"neighbours refused", "neighbour table", Warn, "full 5 times", "gc_thresh3", func(f *Facts) { f.System.NeighbourTable.Overflows = 5 }},
+		{"connections", "connection table", Fail, "990 of 1000 connections (99 %)", "nf_conntrack_max=2000", func(f *Facts) { f.System.Sysctls["net/netfilter/nf_conntrack_count"] = "990" }},
+		{"unreachable", "peers", Fail, "n2 (10.244.2.0/24): no route", "overlayd status --peers", func(f *Facts) { f.Peers[0].way, f.Peers[0].reason = "unreachable", "no route" }},
+		{"silent", "peers answer", Fail, "none of the 2 pinged", "tcpdump -ni eth0 -c 20 udp port 8472", func(f *Facts) {
+			for i := range f.Pings.Sample {
+				f.Pings.Sample[i].small.Lost = 2
+			}
+		}},
+		{"one silent", "peers answer", Fail, "1 of the 2 pinged does not answer through the pod network: n2 (10.244.2.0)", "overlayd status --peers", func(f *Facts) { f.Pings.Sample[0].small.Lost = 2 }},
+		{"lossy", "peers answer", Warn, "some packets to 1 of 2 are lost", "", func(f *Facts) { f.Pings.Sample[0].small.Lost = 1 }},
+		{"black hole", "full-size packets", Fail, "the MTU of the network there is 1400", `put /overlayd/network/config '{"Backend":{"MTU":1350,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
+			f.Pings.Sample[0].full.Lost = 2
+			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1350, true
+		}},
+		{"too large to send", "full-size packets", Fail, "this node can't send such packets", "ip -d link", func(f *Facts) {
+			f.Pings.Sample[0].full = Pong{Sent: 2, Lost: 2, Err: unix.EMSGSIZE}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			f := healthy(t)
+			tt.spoil(&f)
+			found := false
+			for _, x := range judge(f) {
+				if x.Check == tt.check && x.Mark == tt.mark && strings.Contains(x.Reason, tt.text) {
+					found = true
+					if len(x.Mend) == 0 && tt.mend != "" || len(x.Mend) > 0 && !strings.Contains(x.Mend[0], tt.mend) {
+						t.Errorf("mend: %q, want %q in the first", x.Mend, tt.mend)
+					}
+				}
+			}
+			if !found {
+				for _, x := range judge(f) {
+					if x.Mark != OK {
+						t.Logf("%+v", x)
+					}
+				}
+				t.Errorf("no %s of %s with %q", tt.mark, tt.check, tt.text)
+			}
+		})
+	}
+}
+
+// With hardly any facts, nothing is claimed and nothing breaks.
+func TestNoFacts(t *testing.T) {
+	t.Parallel()
+	f := Facts{Errs: map[string]error{"devices": errors.New("no"), "nftables": errors.New("no")}, Settings: Settings{StateDir: "/", SubnetFile: "/x/y"}}
+	f.System.SubnetEnvErr = os.ErrNotExist
+	f.Pings.Err = errNobody
+	for _, x := range judge(f) {
+		if x.Mark == Fail && !slices.Contains([]string{"daemon", "subnet file", "forwarding"}, x.Check) || x.Reason == "" {
+			t.Errorf("%+v", x)
+		}
+	}
+}
+
+// A thousand faults of one kind are some lines, and judging them takes no time.
+func TestManyFaults(t *testing.T) {
+	t.Parallel()
+	f := healthy(t)
+	for i := range 4000 {
+		e := entry(fmt.Sprintf("10.244.%d.%d-32", 10+i/200, i%200), fmt.Sprintf("m%d", i), fmt.Sprintf("i%d", i), "192.0.2.2", int64(100+i))
+		f.Store.Table.Entries = append(f.Store.Table.Entries, e)
+	}
+	slices.SortFunc(f.Store.Table.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
+	began := time.Now()
+	n, more := 0, false
+	for _, x := range judge(f) {
+		if x.Check == "leases" {
+			n++
+			more = more || strings.Contains(x.Reason, "and 3992 more like these")
+		}
+	}
+	if n > 20 || !more {
+		t.Errorf("%d findings, more: %v", n, more)
+	}
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("it took %s", took)
+	}
+}

@@ -1,0 +1,84 @@
+package doctor
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"unicode/utf8"
+)
+
+// Style is how to print a report.
+type Style struct {
+	Colour   bool
+	Problems bool // only what is not as it should be
+	Width    int  // of a line, at which reasons are folded; 0 folds none
+}
+
+const (
+	red, yellow, green, grey, plain = "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[90m", "\x1b[0m"
+)
+
+func (s Style) mark(m Mark) string {
+	text := fmt.Sprintf("%-4s", map[Mark]string{OK: "ok", Warn: "warn", Fail: "FAIL", Skipped: "-"}[m])
+	if !s.Colour {
+		return text
+	}
+	return map[Mark]string{OK: green, Warn: yellow, Fail: red, Skipped: grey}[m] + text + plain
+}
+
+// Print writes a line for each finding, and below it what mends it.
+func (r Report) Print(w io.Writer, s Style) error {
+	longest := 0
+	for _, f := range r.Findings {
+		longest = max(longest, len(f.Check))
+	}
+	var b strings.Builder
+	fixable := 0
+	for _, f := range r.Findings {
+		if s.Problems && (f.Mark == OK || f.Mark == Skipped) {
+			continue
+		}
+		reason := f.Reason
+		if f.Mark == Skipped {
+			reason = "not checked: " + reason
+		}
+		indent := strings.Repeat(" ", 4+2+longest+2)
+		for i, line := range fold(reason, s.Width-len(indent)) {
+			if i == 0 {
+				fmt.Fprintf(&b, "%s  %-*s  %s\n", s.mark(f.Mark), longest, f.Check, line)
+			} else {
+				fmt.Fprintf(&b, "%s%s\n", indent, line)
+			}
+		}
+		for _, m := range f.Mend {
+			fmt.Fprintf(&b, "%smend: %s\n", indent, m)
+		}
+		if f.Fixable {
+			fixable++
+		}
+	}
+	fmt.Fprintf(&b, "%d fail, %d warn, %d ok, %d not checked", r.Count(Fail), r.Count(Warn), r.Count(OK), r.Count(Skipped))
+	if fixable > 0 {
+		fmt.Fprintf(&b, "; overlayd doctor --fix mends %d of them", fixable)
+	}
+	b.WriteString("\n")
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// fold breaks a text at spaces.
+func fold(text string, width int) []string {
+	const least = 40
+	if width < least {
+		return []string{text}
+	}
+	var out []string
+	line := ""
+	for word := range strings.FieldsSeq(text) {
+		if line != "" && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width {
+			out, line = append(out, line), ""
+		}
+		line = strings.TrimPrefix(line+" "+word, " ")
+	}
+	return append(out, line)
+}

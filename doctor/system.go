@@ -1,0 +1,421 @@
+package doctor
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/hex"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+// SystemFacts is what files say of the node.
+type SystemFacts struct {
+	Sysctls map[string]string // by their path below /proc/sys; one that the kernel does not have is missing
+
+	MachineID    string
+	HasMachineID bool
+
+	SubnetEnv    map[string]string
+	SubnetEnvErr error
+	StateDirErr  error // why it can't be written to
+
+	Sockets []udpSocket
+	// NeighbourTable says how many neighbours there are and how often one was refused, since boot; Known: the kernel tells.
+	NeighbourTable struct {
+		Known     bool
+		Overflows int
+	}
+	Managers Managers
+	Support  []support
+
+	Firewalld, UFW bool // installed and on
+}
+
+// Managers are the programs that configure devices by themselves.
+type Managers struct {
+	Networkd, NetworkManager, Udev bool // it runs
+
+	NetworkFile   string // the .network file that systemd-networkd takes for our device; "" is none
+	Unmanaged     bool   // that file says so
+	LinkFile      string // the .link file that udev takes for our device
+	MACPolicy     string // that file's
+	ForeignRoutes bool   // networkd is told to leave others' routes and rules alone
+	NMIgnores     bool   // NetworkManager is told to leave our devices alone
+}
+
+// support is one thing that the kernel and the system must be able to do.
+type support struct {
+	what string
+	err  error
+	mend []string
+}
+
+// udpSocket is a socket of a program, or of the kernel (without an inode).
+type udpSocket struct {
+	port   uint16
+	inode  string
+	v6     bool
+	holder string // the program, where it could be found
+}
+
+// lookAtSystem reads what judges ask for. The settings are those of the network namespace of the calling thread.
+func lookAtSystem(r root, s netstate.Survey) SystemFacts {
+	var f SystemFacts
+	f.Sysctls = readSysctls(r, s)
+	f.MachineID, f.HasMachineID = r.read("etc/machine-id")
+	f.Sockets = readSockets(r)
+	f.NeighbourTable.Overflows, f.NeighbourTable.Known = tableOverflows(r)
+	f.Managers = lookAtManagers(r)
+	f.Firewalld = r.exists("run/firewalld") || r.exists("run/firewalld.pid")
+	conf, _ := r.read("etc/ufw/ufw.conf")
+	f.UFW = slices.Contains(strings.Fields(strings.ToUpper(conf)), "ENABLED=YES")
+	return f
+}
+
+func readSysctls(r root, s netstate.Survey) map[string]string {
+	paths := []string{
+		"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/ipv4/conf/all/rp_filter", "net/ipv4/conf/all/forwarding",
+		"net/netfilter/nf_conntrack_count", "net/netfilter/nf_conntrack_max", "net/ipv6/conf/all/disable_ipv6",
+	}
+	for _, fam := range addr.Families() {
+		for _, n := range []string{"1", "2", "3"} {
+			paths = append(paths, threshold(fam, n))
+		}
+	}
+	for _, l := range s.Links {
+		if l.Kind == "veth" && l.Master != "" { // a port of a bridge routes nothing
+			continue
+		}
+		paths = append(paths, rpFilter(l.Name), deviceForwarding(l.Name), "net/ipv6/conf/"+l.Name+"/disable_ipv6", "net/ipv6/conf/"+l.Name+"/accept_ra")
+	}
+	out := map[string]string{}
+	for _, p := range paths {
+		if v, ok := r.read("proc/sys/" + p); ok {
+			out[p] = v
+		}
+	}
+	return out
+}
+
+func rpFilter(device string) string         { return "net/ipv4/conf/" + device + "/rp_filter" }
+func deviceForwarding(device string) string { return "net/ipv4/conf/" + device + "/forwarding" }
+
+func threshold(f addr.Family, n string) string {
+	return fmt.Sprintf("net/ipv%d/neigh/default/gc_thresh%s", uint8(f), n)
+}
+
+// number is a setting as a number; false where it is not known.
+func (f SystemFacts) number(path string) (int, bool) {
+	v, ok := f.Sysctls[path]
+	n, err := strconv.Atoi(v)
+	return n, ok && err == nil
+}
+
+// readSockets reads /proc/net/udp and udp6: sl, local_address (hexadecimal ADDRESS:PORT), ..., the inode as the tenth.
+func readSockets(r root) []udpSocket {
+	var out []udpSocket
+	for i, file := range []string{"proc/thread-self/net/udp", "proc/thread-self/net/udp6"} {
+		b, err := os.ReadFile(r.path(file))
+		if err != nil {
+			continue
+		}
+		for sc := bufio.NewScanner(bytes.NewReader(b)); sc.Scan(); {
+			words := strings.Fields(sc.Text())
+			if len(words) < 10 {
+				continue
+			}
+			_, port, _ := strings.Cut(words[1], ":")
+			raw, err := hex.DecodeString(port)
+			if err != nil || len(raw) != 2 {
+				continue
+			}
+			out = append(out, udpSocket{port: uint16(raw[0])<<8 | uint16(raw[1]), inode: words[9], v6: i == 1})
+		}
+	}
+	return out
+}
+
+// runs looks for a process by its name, of which the kernel keeps 15 characters.
+func runs(r root, comm string) bool {
+	procs, _ := os.ReadDir(r.path("proc"))
+	return slices.ContainsFunc(procs, func(p os.DirEntry) bool {
+		if _, err := strconv.Atoi(p.Name()); err != nil {
+			return false
+		}
+		name, _ := r.read("proc/" + p.Name() + "/comm")
+		return name == comm
+	})
+}
+
+// holderOf finds the program that has a socket open. It looks through all processes: for the case that something is in the way.
+func holderOf(r root, inode string) string {
+	procs, _ := os.ReadDir(r.path("proc"))
+	for _, p := range procs {
+		if _, err := strconv.Atoi(p.Name()); err != nil {
+			continue
+		}
+		dir := r.path("proc/" + p.Name() + "/fd")
+		fds, _ := os.ReadDir(dir)
+		for _, fd := range fds {
+			if to, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil && to == "socket:["+inode+"]" {
+				comm, _ := r.read("proc/" + p.Name() + "/comm")
+				return fmt.Sprintf("%s (process %s)", comm, p.Name())
+			}
+		}
+	}
+	return ""
+}
+
+// tableOverflows sums up the column table_fulls of /proc/net/stat/arp_cache, a line for each CPU.
+func tableOverflows(r root) (int, bool) {
+	sum, known := 0, false
+	for _, file := range []string{"arp_cache", "ndisc_cache"} {
+		b, err := os.ReadFile(r.path("proc/net/stat/" + file))
+		if err != nil {
+			continue
+		}
+		column := -1
+		for line := range strings.Lines(string(b)) {
+			words := strings.Fields(line)
+			if column < 0 {
+				column = slices.Index(words, "table_fulls")
+				continue
+			}
+			if column < len(words) {
+				n, _ := strconv.ParseUint(words[column], 16, 64)
+				sum, known = sum+int(n), true
+			}
+		}
+	}
+	return sum, known
+}
+
+// lookAtManagers asks who else would configure a device called like ours.
+func lookAtManagers(r root) Managers {
+	const like = "overlay.1"
+	m := Managers{
+		Udev: r.exists("run/udev/control"),
+		// What these two leave in /run stays when they end.
+		Networkd:       r.exists("run/systemd/netif/state") && runs(r, "systemd-network"),
+		NetworkManager: r.exists("run/NetworkManager") && runs(r, "NetworkManager"),
+	}
+	if file, text := firstMatch(r, ".network", like); file != "" {
+		m.NetworkFile, m.Unmanaged = file, isTrue(lastValue(text, "Link", "Unmanaged"))
+	}
+	if file, text := firstMatch(r, ".link", like); file != "" {
+		m.LinkFile, m.MACPolicy = file, lastValue(text, "Link", "MACAddressPolicy")
+	}
+	routes, rules := networkdSetting(r, "ManageForeignRoutes"), networkdSetting(r, "ManageForeignRoutingPolicyRules")
+	m.ForeignRoutes = isFalse(routes) && isFalse(rules)
+	m.NMIgnores = nmIgnores(r)
+	return m
+}
+
+// unitDirs are where systemd looks for its files; of two with one name, the first counts.
+func unitDirs() []string {
+	return []string{"etc/systemd", "run/systemd", "usr/local/lib/systemd", "usr/lib/systemd", "lib/systemd"}
+}
+
+// firstMatch finds the file of /etc/systemd/network and its like that is taken for a VXLAN device of this name: the first in the order of
+// the names whose [Match] fits.
+func firstMatch(r root, suffix, device string) (file, text string) {
+	files := map[string]string{}
+	for _, dir := range slices.Backward(unitDirs()) {
+		list, _ := os.ReadDir(r.path(dir + "/network"))
+		for _, e := range list {
+			if strings.HasSuffix(e.Name(), suffix) {
+				files[e.Name()] = dir + "/network/" + e.Name()
+			}
+		}
+	}
+	names := make([]string, 0, len(files))
+	for n := range files {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	for _, n := range names {
+		text, _ := r.read(files[n])
+		if matchesDevice(text, device) {
+			return "/" + files[n], text
+		}
+	}
+	return "", ""
+}
+
+// matchesDevice reports whether a [Match] section fits a VXLAN device of this name. A condition that is not known here does not fit.
+func matchesDevice(text, device string) bool {
+	any := false
+	for _, kv := range section(text, "Match") {
+		any = true
+		fits := false
+		for word := range strings.FieldsSeq(kv[1]) {
+			not := strings.HasPrefix(word, "!")
+			pattern := strings.TrimPrefix(word, "!")
+			value := map[string]string{"Name": device, "OriginalName": device, "Type": "ether", "Kind": "vxlan"}[kv[0]]
+			hit, _ := path.Match(pattern, value)
+			fits = fits || hit != not && value != ""
+		}
+		if !fits {
+			return false
+		}
+	}
+	return any
+}
+
+// section lists the settings of one section of an INI file, in order.
+func section(text, name string) [][2]string {
+	var out [][2]string
+	in := false
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		switch {
+		case line == "" || line[0] == '#' || line[0] == ';':
+		case line[0] == '[':
+			in = line == "["+name+"]"
+		case in:
+			k, v, _ := strings.Cut(line, "=")
+			out = append(out, [2]string{strings.TrimSpace(k), strings.TrimSpace(v)})
+		}
+	}
+	return out
+}
+
+func lastValue(text, sectionName, key string) string {
+	v := ""
+	for _, kv := range section(text, sectionName) {
+		if kv[0] == key {
+			v = kv[1]
+		}
+	}
+	return v
+}
+
+func isTrue(s string) bool {
+	return slices.Contains([]string{"1", "yes", "true", "on"}, strings.ToLower(s))
+}
+
+func isFalse(s string) bool {
+	return slices.Contains([]string{"0", "no", "false", "off"}, strings.ToLower(s))
+}
+
+// networkdSetting is one of the [Network] section of networkd.conf and what is dropped in beside it.
+func networkdSetting(r root, key string) string {
+	v := ""
+	if text, ok := r.read("etc/systemd/networkd.conf"); ok {
+		v = lastValue(text, "Network", key)
+	}
+	files := map[string]string{}
+	for _, dir := range slices.Backward(unitDirs()) {
+		list, _ := os.ReadDir(r.path(dir + "/networkd.conf.d"))
+		for _, e := range list {
+			files[e.Name()] = dir + "/networkd.conf.d/" + e.Name()
+		}
+	}
+	names := make([]string, 0, len(files))
+	for n := range files {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	for _, n := range names {
+		text, _ := r.read(files[n])
+		if own := lastValue(text, "Network", key); own != "" {
+			v = own
+		}
+	}
+	return v
+}
+
+// nmIgnores reports whether a file of NetworkManager names our devices as unmanaged.
+func nmIgnores(r root) bool {
+	found := false
+	for _, dir := range []string{"etc/NetworkManager", "usr/lib/NetworkManager", "run/NetworkManager"} {
+		_ = filepath.WalkDir(r.path(dir), func(p string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || !strings.HasSuffix(p, ".conf") {
+				return nil //nolint:nilerr // what can't be read says nothing
+			}
+			b, _ := os.ReadFile(p)
+			text := string(b)
+			if strings.Contains(text, "interface-name:overlay") && (strings.Contains(text, "unmanaged-devices") || strings.Contains(text, "managed=0")) {
+				found = true
+			}
+			return nil
+		})
+	}
+	return found
+}
+
+// trySupport tries in a namespace of its own what the kernel and the system must be able to do for this node.
+func trySupport(f *Facts) []support {
+	var out []support
+	firewallUp := f.Daemon.Running && !f.Daemon.Status.Firewall.Checked.IsZero()
+	deviceUp := f.Daemon.Running && len(f.Daemon.Status.Devices) > 0 && len(f.Survey.Ours.Links) > 0
+	try := func(what string, do func() error, mend ...string) { out = append(out, support{what, do(), mend}) }
+	err := netstate.InTrial(func() {
+		if f.backend() == subnet.VXLAN && !deviceUp {
+			try("VXLAN devices", func() error { return netstate.TryVXLAN(addr.IPv4) }, "modprobe vxlan && echo vxlan > /etc/modules-load.d/overlayd.conf")
+		}
+		if f.backend() == subnet.HostGW || f.Config != nil && f.Config.Backend.DirectRouting {
+			try("address sets (ipset)", trySets, "modprobe -a ip_set_hash_ip xt_set && printf 'ip_set_hash_ip\\nxt_set\\n' >> /etc/modules-load.d/overlayd.conf")
+		}
+		if !firewallUp {
+			try("firewall rules (nftables or iptables)", tryFirewall, "apt-get install nftables")
+		}
+	})
+	if err != nil {
+		out = append(out, support{what: "trying it", err: err})
+	}
+	return out
+}
+
+func trySets() error {
+	s, err := netstate.NewIPSets()
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	_, err = s.Ensure("trial", addr.IPv4, nil)
+	return err
+}
+
+// tryFirewall is content with one program that can masquerade.
+func tryFirewall() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	var failed []string
+	for _, p := range []struct {
+		name, stdin string
+		args        []string
+	}{
+		{"nft", "table ip trial {\n chain c {\n type nat hook postrouting priority srcnat;\n masquerade\n }\n}\n", []string{"-f", "-"}},
+		{"iptables-restore", "*nat\n-A POSTROUTING -j MASQUERADE\nCOMMIT\n", nil},
+	} {
+		cmd := exec.CommandContext(ctx, p.name, p.args...)
+		cmd.Stdin = strings.NewReader(p.stdin)
+		out, err := cmd.CombinedOutput()
+		if err == nil {
+			return nil
+		}
+		failed = append(failed, fmt.Sprintf("%s: %s", p.name, firstLine(string(out), err)))
+	}
+	return fmt.Errorf("%s", strings.Join(failed, "; "))
+}
+
+func firstLine(out string, err error) string {
+	if line, _, _ := strings.Cut(strings.TrimSpace(out), "\n"); line != "" {
+		return line
+	}
+	return err.Error()
+}

@@ -1,0 +1,251 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/subnet/etcd"
+)
+
+// files makes a root directory with these in it.
+func files(t *testing.T, content map[string]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, text := range content {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// What --fix writes is what is shipped.
+func TestDropinsAreThoseShipped(t *testing.T) {
+	t.Parallel()
+	for name, shipped := range map[string]string{
+		"10-overlayd.network": "systemd/network/10-overlayd.network", "10-overlayd.link": "systemd/network/10-overlayd.link",
+		"networkd.conf": "systemd/networkd.conf.d/overlayd.conf", "NetworkManager.conf": "NetworkManager/conf.d/overlayd.conf",
+	} {
+		have, err := dropins.ReadFile("dropins/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := os.ReadFile(filepath.Join("../dist", shipped))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(have) != string(want) {
+			t.Errorf("%s is not %s", name, shipped)
+		}
+	}
+}
+
+// Who would configure our devices is found, and after --fix nobody does.
+func TestManagers(t *testing.T) {
+	t.Parallel()
+	dir := files(t, map[string]string{
+		"run/systemd/netif/state": "", "run/NetworkManager/devices/2": "", "run/udev/control": "",
+		"proc/7/comm": "systemd-network\n", "proc/8/comm": "NetworkManager\n", "proc/self": "",
+		"usr/lib/systemd/network/99-default.link": "[Match]\nOriginalName=*\n\n[Link]\nMACAddressPolicy=persistent\n",
+		"usr/lib/systemd/network/80-wifi.network": "[Match]\nType=wlan\n[Network]\nDHCP=yes\n",
+		"etc/systemd/network/50-all.network":      "# all\n[Match]\nName=!lo *\n[Network]\nDHCP=yes\n",
+		"etc/systemd/networkd.conf":               "[Network]\n#ManageForeignRoutes=no\n",
+		"etc/NetworkManager/NetworkManager.conf":  "[main]\nplugins=keyfile\n",
+	})
+	want := Managers{
+		Networkd: true, NetworkManager: true, Udev: true, NetworkFile: "/etc/systemd/network/50-all.network",
+		LinkFile: "/usr/lib/systemd/network/99-default.link", MACPolicy: "persistent",
+	}
+	if m := lookAtManagers(root(dir)); m != want {
+		t.Errorf("%+v", m)
+	}
+	f := healthy(t)
+	f.System.Managers = lookAtManagers(root(dir))
+	report := Report{Findings: judge(f)}
+	if n := report.Count(Warn); n != 4 {
+		t.Errorf("%d warnings: %+v", n, report.Findings)
+	}
+	done := Apply(report, dir)
+	if len(done) != 4 {
+		t.Errorf("%+v", done)
+	}
+	for _, d := range done {
+		if d.Err != "" {
+			t.Errorf("%+v", d)
+		}
+	}
+	f.System.Managers = lookAtManagers(root(dir))
+	for _, x := range judge(f) {
+		if x.Mark == Warn || x.Mark == Fail {
+			t.Errorf("%+v", x)
+		}
+	}
+	// What is there is not overwritten.
+	for _, d := range Apply(report, dir) {
+		if d.Err == "" {
+			t.Errorf("%+v", d)
+		}
+	}
+	// Those that do not run are nobody.
+	if m := lookAtManagers(root(files(t, map[string]string{"run/systemd/netif/state": "", "proc/7/comm": "bash\n"}))); m.Networkd {
+		t.Errorf("%+v", m)
+	}
+}
+
+func TestFixSysctl(t *testing.T) {
+	t.Parallel()
+	dir := files(t, map[string]string{"proc/sys/net/ipv4/ip_forward": "0\n"})
+	f := healthy(t)
+	f.System.Sysctls["net/ipv4/ip_forward"] = "0"
+	done := Apply(Report{Findings: judge(f)}, dir)
+	if want := []Done{{What: "net/ipv4/ip_forward = 1 (it was 0)"}}; !reflect.DeepEqual(done, want) {
+		t.Errorf("%+v", done)
+	}
+	// A kernel that does not take the value is not believed to have it.
+	if done := Apply(Report{Findings: judge(f)}, files(t, nil)); len(done) != 1 || done[0].Err == "" {
+		t.Errorf("%+v", done)
+	}
+}
+
+// IPv6 forwarding takes the routes away that came with router advertisements, unless the device was told to keep them.
+func TestFixKeepsAdvertisedRoutes(t *testing.T) {
+	t.Parallel()
+	f := healthy(t)
+	tab := table(t, `{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/48"}`)
+	f.Config, f.Self = &tab.Config, subnet.Lease{}
+	f.route(netstate.HostRoute{Dst: netip.MustParsePrefix("::/0"), Via: addrOf("fe80::1"), Link: "eth0", Advertised: true})
+	f.System.Sysctls["net/ipv6/conf/all/forwarding"] = "0"
+	got := judgeForwarding(f)
+	want := []string{"sysctl -w net/ipv6/conf/eth0/accept_ra=2", "sysctl -w net/ipv6/conf/all/forwarding=1"}
+	if len(got) != 1 || !reflect.DeepEqual(got[0].Mend, want) {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestParseEnv(t *testing.T) {
+	t.Parallel()
+	got, err := parseEnv("# comment\n; another\n\nA=1\n  B = two words  \nC=\"a # b\" \nD='x\\y'\nE=one\\\ntwo\nF=\nG=a\\ b\nA=2\nOVERLAYD_ETCD_PASSWORD=s3cret=\n")
+	want := map[string]string{"A": "2", "B": "two words", "C": "a # b", "D": `x\y`, "E": "onetwo", "F": "", "G": "a b", "OVERLAYD_ETCD_PASSWORD": "s3cret="}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%q, %v", got, err)
+	}
+	_, err = parseEnv("A=1\nexport B=2\nno sense s3cret\n")
+	if err == nil || strings.Contains(err.Error(), "s3cret") || !strings.Contains(err.Error(), "line 2 ") || !strings.Contains(err.Error(), "line 3 ") {
+		t.Errorf("%v", err)
+	}
+	if m, err := ReadEnvFile(filepath.Join(t.TempDir(), "none")); m != nil || err != nil {
+		t.Errorf("%v, %v", m, err)
+	}
+}
+
+func FuzzParseEnv(f *testing.F) {
+	f.Add("A=\"x\\\ny\"\n")
+	f.Fuzz(func(_ *testing.T, text string) { _, _ = parseEnv(text) })
+}
+
+func TestPrint(t *testing.T) {
+	t.Parallel()
+	r := Report{Findings: []Finding{
+		{Check: "daemon", Mark: OK, Reason: "n1, ready"},
+		{Check: "forwarding", Mark: Fail, Reason: "net/ipv4/ip_forward is 0: this node passes no packets of pods on", Mend: []string{"sysctl -w net/ipv4/ip_forward=1"}, Fixable: true},
+		{Check: "clock", Mark: Skipped, Reason: "etcd was not asked"},
+		{Check: "offloads", Mark: Warn, Reason: "off"},
+	}}
+	var b strings.Builder
+	if err := r.Print(&b, Style{}); err != nil {
+		t.Fatal(err)
+	}
+	want := `ok    daemon      n1, ready
+FAIL  forwarding  net/ipv4/ip_forward is 0: this node passes no packets of pods on
+                  mend: sysctl -w net/ipv4/ip_forward=1
+-     clock       not checked: etcd was not asked
+warn  offloads    off
+1 fail, 1 warn, 1 ok, 1 not checked; overlayd doctor --fix mends 1 of them
+`
+	if b.String() != want {
+		t.Errorf("got\n%s", b.String())
+	}
+	b.Reset()
+	if err := r.Print(&b, Style{Colour: true, Problems: true, Width: 60}); err != nil {
+		t.Fatal(err)
+	}
+	want = "\x1b[31mFAIL\x1b[0m  forwarding  net/ipv4/ip_forward is 0: this node passes\n" +
+		"                  no packets of pods on\n                  mend: sysctl -w net/ipv4/ip_forward=1\n" +
+		"\x1b[33mwarn\x1b[0m  offloads    off\n1 fail, 1 warn, 1 ok, 1 not checked; overlayd doctor --fix mends 1 of them\n"
+	if b.String() != want {
+		t.Errorf("got\n%q", b.String())
+	}
+}
+
+// nobody is a daemon that does not run.
+type nobody struct{}
+
+var errNobodyThere = errors.New("nobody there")
+
+func (nobody) Status(context.Context) (status.Node, error)  { return status.Node{}, errNobodyThere }
+func (nobody) Peers(context.Context) ([]status.Peer, error) { return nil, errNobodyThere }
+func (nobody) Diff(context.Context) ([]string, error)       { return nil, errNobodyThere }
+
+// A whole examination of a bare namespace, with nobody to ask: what can be known is judged, the rest is not claimed.
+func TestRunOnBareNode(t *testing.T) {
+	t.Parallel()
+	node := nstest.New(t)
+	node.Exec("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+	node.Exec("ip", "link", "set", "eth1", "up")
+	node.Addr("eth0", "192.0.2.1/24")
+	node.Exec("ip", "route", "add", "default", "via", "192.0.2.254")
+	state := files(t, map[string]string{"lease.json": `{"Node":{"NodeName":"n","NodeID":"i"},"Saved":"2026-01-01T00:00:00Z","Subnets":"10.244.1.0-24","Config":` + plainConfig +
+		`,"Peers":[{"Key":"10.244.2.0-24","Value":{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:02"},"NodeName":"n2"}}]}`})
+	o := Options{
+		Settings: Settings{
+			Identity: subnet.Identity{NodeName: "n", NodeID: "i"}, Store: etcd.Options{Endpoints: []string{"http://127.0.0.1:1"}}, StateDir: state, SubnetFile: filepath.Join(state, "subnet.env"), ByDefault: true,
+		},
+		Daemon: nobody{}, Owned: func(name string) bool { return name == "overlay.1" }, NotRunning: func(err error) bool { return errors.Is(err, errNobodyThere) }, Now: time.Now,
+		Ping: func(_ context.Context, to []netip.Addr, _, count int, _ time.Duration) ([]Pong, error) {
+			var out []Pong
+			for _, a := range to {
+				out = append(out, Pong{Addr: a, Sent: count, Lost: count})
+			}
+			return out, nil
+		},
+	}
+	var r Report
+	node.Do(func() { r = Run(t.Context(), o) })
+	got := map[string]Finding{}
+	for _, f := range r.Findings {
+		if _, ok := got[f.Check]; !ok {
+			got[f.Check] = f
+		}
+	}
+	for check, want := range map[string]struct {
+		mark Mark
+		text string
+	}{
+		"daemon": {Fail, "does not run"}, "etcd": {Fail, "connection refused"}, "kernel": {OK, ""}, "forwarding": {Fail, "ip_forward is 0"},
+		"tunnel device": {Fail, "overlay.1 is not there"}, "routes": {Fail, "10.244.2.0/24 (n2)"}, "subnet file": {Fail, "no pod can start"},
+		"peers": {OK, "1, by what the memory of the daemon says"}, "peers answer": {Fail, "1 of the 1 pinged does not answer"}, "leases": {Skipped, "etcd does not answer"},
+		"drift": {Skipped, ""}, "privileges": {OK, ""},
+	} {
+		if f := got[check]; f.Mark != want.mark || !strings.Contains(f.Reason, want.text) {
+			t.Errorf("%s: %+v", check, f)
+		}
+	}
+	if left := node.Exec("ip", "-br", "link"); strings.Contains(left, netstate.DeviceForTrial) {
+		t.Errorf("the trial is visible: %s", left)
+	}
+}
