@@ -49,6 +49,8 @@ type Kernel interface {
 	Adjust(gone, come netstate.State) (netstate.Result, error)
 	// Compare looks at the kernel, and lists what the next of these would do if nothing else were wished for.
 	Compare() ([]netstate.Change, error)
+	// Offloads tells which features of a device are on.
+	Offloads(device string) []netstate.Offload
 	// Watch fills Changed with hints that something changed, until ctx ends.
 	Watch(ctx context.Context) error
 	Changed() <-chan struct{}

@@ -69,6 +69,10 @@ func (k *fakeKernel) Observe() (netstate.Host, error) {
 	return k.host, k.err
 }
 
+func (k *fakeKernel) Offloads(string) []netstate.Offload {
+	return []netstate.Offload{{Name: "tx", On: true}, {Name: "gro"}}
+}
+
 func (k *fakeKernel) Watch(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 func (k *fakeKernel) Changed() <-chan struct{}        { return k.changed }
 

@@ -131,7 +131,7 @@ func (a *Agent) status() status.Node {
 		s.Interface = status.Interface{Reason: a.choice.Reason, PublicIPLocal: a.choice.PublicIPLocal, PublicIPs: texts(a.choice.PublicIP)}
 	}
 	if p := a.planned; p != nil {
-		s.Devices = deviceStatus(p.devices)
+		s.Devices = a.deviceStatus(p.devices)
 		for kind, n := range p.entries {
 			s.Entries = append(s.Entries, status.KindCount{Kind: kind, Count: n})
 		}
@@ -204,11 +204,15 @@ func texts[T interface {
 	return out
 }
 
-func deviceStatus(links []netstate.Link) []status.Device {
+func (a *Agent) deviceStatus(links []netstate.Link) []status.Device {
 	out := []status.Device{}
 	for _, l := range links {
+		offloads := map[string]bool{}
+		for _, o := range a.kernel.Offloads(l.Name) {
+			offloads[o.Name] = o.On
+		}
 		out = append(out, status.Device{
-			Name: l.Name, MAC: l.MAC.String(), MTU: l.MTU, VNI: l.VXLAN.VNI, Port: l.VXLAN.Port, Local: l.VXLAN.Local.String(), Underlay: l.VXLAN.Underlay,
+			Offloads: offloads, Name: l.Name, MAC: l.MAC.String(), MTU: l.MTU, VNI: l.VXLAN.VNI, Port: l.VXLAN.Port, Local: l.VXLAN.Local.String(), Underlay: l.VXLAN.Underlay,
 		})
 	}
 	return out

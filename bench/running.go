@@ -80,7 +80,7 @@ func (s *site) runningAt(ctx context.Context, n int) (joinFigures, error) {
 	if !main {
 		return j, nil
 	}
-	for _, step := range []func(context.Context, *daemon) error{s.burst, s.drift} {
+	for _, step := range []func(context.Context, *daemon) error{s.answers, s.burst, s.drift} {
 		if err := step(ctx, d); err != nil {
 			return j, err
 		}

@@ -82,6 +82,8 @@ func (s *site) close(ctx context.Context) {
 	}
 }
 
+func (s *site) stateDir() string { return filepath.Join(s.dir, "state") }
+
 func (s *site) socket() string { return filepath.Join(s.dir, "sock") }
 
 func prefixFor(n int) string { return fmt.Sprintf("/bench/%d", n) }
@@ -133,7 +135,7 @@ func (s *site) clean(ctx context.Context, n int) error {
 	if _, err := s.node.Run(ctx, s.env.Overlayd, "cleanup"); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(filepath.Join(s.dir, "state")); err != nil {
+	if err := os.RemoveAll(s.stateDir()); err != nil {
 		return err
 	}
 	env, err := os.ReadFile(s.subnetFile())
@@ -179,7 +181,7 @@ func (s *site) start(n int, etcd string, more ...string) (*daemon, error) {
 	}}
 	d.cmd = exec.Command(s.env.Overlayd, append([]string{
 		"--etcd-endpoints", etcd, "--etcd-prefix", prefixFor(n), "--node-name", "bench", "--node-id", "bench",
-		"--state-dir", filepath.Join(s.dir, "state"), "--subnet-file", s.subnetFile(), "--socket", s.socket(), "--healthz-port", strconv.Itoa(sitePort),
+		"--state-dir", s.stateDir(), "--subnet-file", s.subnetFile(), "--socket", s.socket(), "--healthz-port", strconv.Itoa(sitePort),
 	}, more...)...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.began = time.Now()

@@ -175,7 +175,8 @@ func (s *socket) parse(b, oob []byte, from unix.Sockaddr) (pong, bool) {
 	case *unix.SockaddrInet6:
 		p.from = netip.AddrFrom16(f.Addr)
 	}
-	if len(b) < icmpHeader {
+	// What came in before the filter was there may be an answer to somebody else.
+	if len(b) < icmpHeader || binary.BigEndian.Uint16(b[4:]) != s.id {
 		return p, false
 	}
 	p.seq = binary.BigEndian.Uint16(b[6:])

@@ -4,6 +4,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -25,7 +26,7 @@ func node() Node {
 		Store:     Store{Endpoints: []string{"http://192.0.2.9:2379"}, Prefix: "/overlayd/network", Revision: 42, Entries: 4},
 		Network:   Network{Networks: []string{"10.244.0.0/16", "fd00:10:244::/48"}, Backend: "vxlan", MTU: 1430, Pools: []Pool{{"10.244.0.0/16", 256, 4}, {"fd00:10:244::/48", 65536, 4}}},
 		Interface: Interface{Reason: "IPv4: 192.0.2.1 on eth0 (it has the default route, metric 0)", PublicIPs: []string{"192.0.2.1"}, PublicIPLocal: true},
-		Devices:   []Device{{Name: "overlay.1", MAC: "02:00:00:00:00:01", MTU: 1450, VNI: 1, Port: 8472, Local: "192.0.2.1", Underlay: "eth0"}},
+		Devices:   []Device{{Name: "overlay.1", MAC: "02:00:00:00:00:01", MTU: 1450, VNI: 1, Port: 8472, Local: "192.0.2.1", Underlay: "eth0", Offloads: map[string]bool{"gro": true, "tx": true}}},
 		Peers:     PeerCounts{Total: 3, Tunnel: 2, Direct: 1},
 		Firewall:  Firewall{Kind: "iptables-nft", Reason: "kube-proxy uses it", Checked: at("2026-01-01T01:02:00Z"), Runs: 3},
 		Entries:   []KindCount{{"address", 2}, {"device", 2}, {"fdb", 2}, {"neighbour", 2}, {"route", 5}, {"rule", 0}},
@@ -46,6 +47,8 @@ func TestTexts(t *testing.T) {
 	bad.Peers = PeerCounts{Total: 3, Tunnel: 1, Unreachable: 2, Refused: 1, Lingering: 1}
 	bad.Drift = []DriftKind{{"fdb", 1, "add fdb"}, {"route", 12, "add route 10.244.7.0/24"}}
 	bad.Probe = Probe{On: true, Targets: 4, Answer: 1, Lossy: 1, SmallOnly: 1, Silent: 1, Size: 1430, Round: 10 * time.Second, MedianRTT: 12 * time.Millisecond}
+	bad.Devices = slices.Clone(bad.Devices)
+	bad.Devices[0].Offloads = map[string]bool{"gro": true, "tx": false}
 	bad.Restart = []string{"another overlayd runs then: /usr/local/bin/overlayd was replaced"}
 	bad.Interface.PublicIPLocal, bad.Reconcile.Failures = false, 1
 	peers := []Peer{

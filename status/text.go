@@ -3,6 +3,8 @@ package status
 import (
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -66,7 +68,7 @@ func (n Node) Print(w io.Writer, s Style) error {
 		line("Public IP", "%s%s", strings.Join(n.Interface.PublicIPs, " and "), unless(n.Interface.PublicIPLocal, " (not configured on this node)"))
 	}
 	for _, d := range n.Devices {
-		line("Device", "%s, VNI %d, UDP %d from %s over %s, MAC %s, MTU %d", d.Name, d.VNI, d.Port, d.Local, d.Underlay, d.MAC, d.MTU)
+		line("Device", "%s, VNI %d, UDP %d from %s over %s, MAC %s, MTU %d%s", d.Name, d.VNI, d.Port, d.Local, d.Underlay, d.MAC, d.MTU, d.offloads(s))
 	}
 	line("Peers", "%s", n.Peers.text(s))
 	line("Pings", "%s", n.Probe.text(s))
@@ -94,6 +96,26 @@ func (n Node) Print(w io.Writer, s Style) error {
 		line(unless(i > 0, "Restart"), "%s", s.paint(yellow, r))
 	}
 	return t.Flush()
+}
+
+// offloads says which are on, and which off.
+func (d Device) offloads(s Style) string {
+	var on, off []string
+	for _, name := range slices.Sorted(maps.Keys(d.Offloads)) {
+		if d.Offloads[name] {
+			on = append(on, name)
+		} else {
+			off = append(off, name)
+		}
+	}
+	out := ""
+	if len(on) > 0 {
+		out += ", offloads on: " + strings.Join(on, " ")
+	}
+	if len(off) > 0 {
+		out += ", " + s.paint(yellow, "off: "+strings.Join(off, " "))
+	}
+	return out
 }
 
 // poolsText says how much is taken, of the pool that has the least left.
