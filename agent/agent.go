@@ -58,9 +58,10 @@ type Kernel interface {
 
 // Parts are what an agent works with.
 type Parts struct {
-	Store    subnet.Manager
-	Kernel   Kernel
-	Firewall masquerade.Driver
+	Store      subnet.Manager
+	Kernel     Kernel
+	Firewall   masquerade.Driver
+	SubnetFile *FileWatch // nil: nothing tells when somebody changes the subnet file
 	// FirewallChanged says that somebody changed the firewall; nil: nothing tells.
 	FirewallChanged <-chan struct{}
 	Health          net.Listener // for /healthz, /readyz and /status; nil: none
@@ -93,14 +94,19 @@ type Agent struct {
 	snap       subnet.Snapshot
 	roster     subnet.Roster
 	lost       bool      // the store was just found to have lost data
+	losses     int       // how often it was
+	lostAt     time.Time // the last time
 	lostUntil  time.Time // peers that are missing because the store lost its data are kept until then
 	host       netstate.Host
 	config     *subnet.Config // the last valid one that the lease fits
+	configJSON string         // the text of it
 	choice     *Choice
 	claim      subnet.Claim
 	lease      subnet.Lease
 	planned    *planned     // nil: everything has to be planned anew
 	mtu        int          // that pods were told last
+	subnetEnv  []byte       // the subnet file as it was written last
+	watch      *FileWatch   // of that
 	remembered memory       // what the state directory said at the start
 	offline    subnet.Table // made of it, while the store has not been read
 	keeper     *keeper
@@ -128,6 +134,7 @@ func New(o Options, p Parts) *Agent {
 		peers:  peerLog{log: p.Log},
 		drift:  newDriftLog(p.Log),
 		mesh:   newMesh(h, o.MeshProbe),
+		watch:  p.SubnetFile,
 
 		instruments: instruments,
 	}
@@ -150,6 +157,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	if a.control != nil {
 		g.Go(func() error { return serve(ctx, a.control, a.private()) })
+	}
+	if a.watch != nil {
+		g.Go(func() error { return a.watch.run(ctx) })
 	}
 	if a.opts.MeshProbe {
 		g.Go(func() error { return a.mesh.Run(ctx) })
@@ -223,6 +233,8 @@ func (a *Agent) wait(ctx context.Context, timer *time.Timer, next time.Time, pac
 				pace.looked(time.Now())
 			}
 			return failed || heard, nil
+		case <-a.watch.news():
+			return failed || heard, nil
 		case question := <-a.questions:
 			a.health.works()
 			question()
@@ -273,6 +285,7 @@ func (a *Agent) take(s subnet.Snapshot) {
 	}
 	if lost {
 		a.lost, a.lostUntil = true, time.Now().Add(a.opts.StalePeerGrace)
+		a.losses, a.lostAt = a.losses+1, time.Now()
 		a.log.Warn("etcd has lost data or was restored from a backup: peers that are missing in it are kept for a while",
 			zap.Duration("for", a.opts.StalePeerGrace))
 	}
@@ -326,6 +339,9 @@ func (a *Agent) round(look bool) error {
 // are followed all the same.
 func (a *Agent) choose() error {
 	choice, err := Choose(a.host, a.opts.Interface, *a.config, a.current())
+	if err != nil && a.choice != nil {
+		err = fmt.Errorf("%w; %s", err, whatBecame(a.host, a.choice.Underlay))
+	}
 	a.health.set(condUnderlay, err)
 	if err != nil {
 		return errNoInterface
@@ -377,8 +393,9 @@ func (a *Agent) learn() {
 		a.health.set(condConfig, fmt.Errorf("%s %w", subnet.FormatKey(a.lease.Subnets), subnet.ErrMoved))
 	default:
 		a.health.set(condConfig, nil)
-		if a.config == nil || *a.config != a.snap.Table.Config {
-			a.health.set(condConfigKeys, unknownKeys(a.snap.Table.ConfigJSON))
+		if text := a.snap.Table.ConfigJSON; text != a.configJSON {
+			a.configJSON = text
+			a.health.set(condConfigKeys, unknownKeys(text))
 		}
 		a.config = new(a.snap.Table.Config)
 	}

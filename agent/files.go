@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
@@ -19,25 +21,85 @@ import (
 )
 
 // writeIfChanged puts a file in place in one step, so that no reader ever sees half of it; a file that says so already is left alone.
-func writeIfChanged(path string, content []byte) error {
+func writeIfChanged(path string, content []byte) (changed bool, err error) {
 	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, content) {
-		return nil
+		return false, nil
 	}
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+		return false, err
 	}
 	tmp, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer func() { _ = os.Remove(tmp.Name()) }()
 	_, err = tmp.Write(content)
 	err = errors.Join(err, tmp.Chmod(0o644), tmp.Sync(), tmp.Close())
 	if err != nil {
-		return err
+		return false, err
 	}
-	return os.Rename(tmp.Name(), path)
+	return true, os.Rename(tmp.Name(), path)
+}
+
+// fileGap is the least time between two pieces of news of a file.
+const fileGap = 100 * time.Millisecond
+
+// FileWatch tells when somebody touches a file.
+type FileWatch struct {
+	path    string
+	watcher *fsnotify.Watcher
+	changed chan struct{}
+}
+
+// WatchFile begins to watch a file, which need not be there yet, nor its directory.
+func WatchFile(path string) (*FileWatch, error) {
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, fmt.Errorf("watch %s: %w", path, err)
+	}
+	f := &FileWatch{path: filepath.Clean(path), watcher: w, changed: make(chan struct{}, 1)}
+	f.again()
+	return f, nil
+}
+
+// again watches the directory, which may be another one by now; to do so twice is the same as once.
+func (f *FileWatch) again() {
+	if f != nil {
+		_ = f.watcher.Add(filepath.Dir(f.path)) // as soon as it is there, by the next write
+	}
+}
+
+// news is nil, and never tells of anything, where nothing is watched.
+func (f *FileWatch) news() <-chan struct{} {
+	if f == nil {
+		return nil
+	}
+	return f.changed
+}
+
+// run passes the news on until ctx ends, not too fast for somebody who keeps touching the file.
+func (f *FileWatch) run(ctx context.Context) error {
+	defer func() { _ = f.watcher.Close() }()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case e := <-f.watcher.Events:
+			if e.Name != f.path && e.Name != filepath.Dir(f.path) {
+				continue
+			}
+		case <-f.watcher.Errors: // some news may have been lost
+		}
+		select {
+		case f.changed <- struct{}{}:
+		default:
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(fileGap):
+		}
+	}
 }
 
 // subnetEnv is the file that CNI plugins and scripts read. Every variable stands there twice: with the name that those written

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -39,7 +40,7 @@ func TestWriteIfChanged(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "new", "file")
 	for _, content := range []string{"one", "one", "two"} {
-		if err := writeIfChanged(path, []byte(content)); err != nil {
+		if _, err := writeIfChanged(path, []byte(content)); err != nil {
 			t.Fatal(err)
 		}
 		if got, _ := os.ReadFile(path); string(got) != content {
@@ -47,7 +48,7 @@ func TestWriteIfChanged(t *testing.T) {
 		}
 	}
 	before, _ := os.Stat(path)
-	if err := writeIfChanged(path, []byte("two")); err != nil {
+	if _, err := writeIfChanged(path, []byte("two")); err != nil {
 		t.Fatal(err)
 	}
 	if after, _ := os.Stat(path); !os.SameFile(before, after) {
@@ -124,4 +125,62 @@ func TestMailboxKeepsTheNewest(t *testing.T) {
 		t.Errorf("%d was queued", v)
 	default:
 	}
+}
+
+// Whoever deletes or changes the file is told of at once, also if the directory was made after the watch began or went in between.
+func TestWatchFile(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "run")
+	path := filepath.Join(dir, "subnet.env")
+	w, err := WatchFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- w.run(ctx) }()
+	defer func() { cancel(); <-ended }()
+	write := func() {
+		t.Helper()
+		if _, err := writeIfChanged(path, []byte("one")); err != nil {
+			t.Fatal(err)
+		}
+		w.again()
+		for { // our own write may be told of, too
+			select {
+			case <-w.news():
+				continue
+			case <-time.After(3 * fileGap):
+			}
+			return
+		}
+	}
+	told := func(what string) {
+		t.Helper()
+		select {
+		case <-w.news():
+		case <-time.After(5 * time.Second):
+			t.Fatalf("%s: nobody was told", what)
+		}
+	}
+	write()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	told("deleted")
+	write()
+	if err := os.WriteFile(path, []byte("two"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	told("overwritten")
+	write()
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	told("directory removed")
+	write()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	told("deleted in the new directory")
 }

@@ -68,7 +68,10 @@ func newHealth(log *zap.Logger, now func() time.Time) *health {
 }
 
 // set notes that a condition holds (no error) or why it does not.
-func (h *health) set(c condition, err error) {
+func (h *health) set(c condition, err error) { h.note(c, err, true) }
+
+// note does so, and says in the log that the reason has changed only if it is told to.
+func (h *health) note(c condition, err error, say bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	old, was := h.problems[c]
@@ -87,6 +90,9 @@ func (h *health) set(c condition, err error) {
 		p.Since = old.Since
 	}
 	h.problems[c] = p
+	if was && !say {
+		return
+	}
 	h.log.Warn("problem: "+string(c), zap.Error(err))
 }
 

@@ -72,7 +72,8 @@ func (d stateDir) save(m memory) error {
 	if err != nil {
 		return err
 	}
-	return writeIfChanged(d.leaseFile(), raw)
+	_, err = writeIfChanged(d.leaseFile(), raw)
+	return err
 }
 
 // encode writes the peers by hand: thousands of values that are JSON already would be looked through once more, which is most of the
@@ -144,9 +145,11 @@ func (m memory) table() (subnet.Table, error) {
 
 // noteMove leaves a note that the subnet changed under running pods. It stays until an operator has seen to them and removes it.
 func (d stateDir) noteMove(before, now string) error {
-	text := fmt.Sprintf("This node's subnet was %s and is %s: another node holds the old one. Pods made before have addresses that no longer\n"+
-		"lead here. Recreate them (and the pod bridge), then remove this file.\n", before, now)
-	return writeIfChanged(d.movedFile(), []byte(text))
+	text := fmt.Sprintf("This node's subnet was %s and is %s\n"+
+		"Another node holds the old one. Pods made before have addresses that no longer lead here.\n"+
+		"Recreate them (and the pod bridge), then remove this file.\n", before, now)
+	_, err := writeIfChanged(d.movedFile(), []byte(text))
+	return err
 }
 
 // movedProblem is that note as a problem.
@@ -155,6 +158,6 @@ func (d stateDir) movedProblem() error {
 	if err != nil {
 		return nil //nolint:nilerr // no note, no problem
 	}
-	first, _, _ := strings.Cut(string(raw), ":")
+	first, _, _ := strings.Cut(string(raw), "\n")
 	return fmt.Errorf("%s: recreate the pods made before, then remove %s", first, d.movedFile())
 }

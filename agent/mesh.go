@@ -3,6 +3,7 @@ package agent
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -13,8 +14,8 @@ import (
 )
 
 const (
-	// judgeEvery bounds how often the log tells of the same trouble in other words: a thousand peers may fall silent one by one.
-	judgeEvery = 30 * time.Second
+	// sayEvery bounds how often the log tells of the same trouble in other words: a thousand peers may fall silent one by one.
+	sayEvery = 30 * time.Second
 	// silentNamed is how many peers such a line names.
 	silentNamed = 3
 )
@@ -25,19 +26,13 @@ type mesh struct {
 	on     bool
 	health *health
 
-	mu     sync.Mutex
-	size   int
-	judged map[condition]judgement
-}
-
-// judgement is what was said last.
-type judgement struct {
-	at  time.Time
-	bad bool
+	mu   sync.Mutex
+	size int
+	said map[condition]time.Time // when the log last told of a changed reason
 }
 
 func newMesh(h *health, on bool) *mesh {
-	m := &mesh{on: on, health: h, judged: map[condition]judgement{}}
+	m := &mesh{on: on, health: h, said: map[condition]time.Time{}}
 	m.Mesh = probe.NewMesh(m.judge)
 	return m
 }
@@ -52,6 +47,7 @@ func (m *mesh) replace(ways []backend.Way, size int) {
 	m.mu.Unlock()
 	m.Resize(size)
 	m.Replace(targets(ways))
+	m.judge() // who is gone is no trouble any more
 }
 
 // change takes note of ways that are no more, and of others that are new.
@@ -64,6 +60,7 @@ func (m *mesh) change(gone, come []backend.Way) {
 		left = append(left, w.Peer.Subnets.Get(w.Family))
 	}
 	m.Change(left, targets(come))
+	m.judge()
 }
 
 func targets(ways []backend.Way) []probe.Target {
@@ -76,41 +73,49 @@ func targets(ways []backend.Way) []probe.Target {
 	return out
 }
 
-// judge turns what came of the pings into problems: at once where there was none, and else not too often.
+// judge turns what came of the pings into problems.
 func (m *mesh) judge() {
 	if !m.on {
 		return
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	silent, small, err := m.Trouble(silentNamed)
+	t := m.Trouble(silentNamed)
 	now := time.Now()
 	for _, x := range []struct {
 		condition
 		err error
 	}{
-		{condProbe, err},
-		{condSilent, trouble(silent, "pings are not answered: is the node up, and does every firewall on the way let the tunnel's packets pass?")},
-		{condPathMTU, trouble(small, fmt.Sprintf("small packets arrive, those of %d bytes don't: the network between has a smaller MTU than this node's interface; "+
+		{condProbe, t.Err},
+		{condSilent, silentError(t)},
+		{condPathMTU, trouble(t.SmallOnly, fmt.Sprintf("small packets arrive, those of %d bytes don't: the network between has a smaller MTU than this node's interface; "+
 			"set the interface's MTU, or Backend.MTU in the network config", m.size))},
 	} {
-		last, bad := m.judged[x.condition], x.err != nil
-		if bad != last.bad || bad && now.Sub(last.at) >= judgeEvery {
-			m.judged[x.condition] = judgement{now, bad}
-			m.health.set(x.condition, x.err)
+		say := now.Sub(m.said[x.condition]) >= sayEvery
+		if say {
+			m.said[x.condition] = now
 		}
+		m.health.note(x.condition, x.err, say)
 	}
+}
+
+func silentError(t probe.Trouble) error {
+	if t.Silent.Count > 1 && t.Silent.Count == t.Targets {
+		return trouble(t.Silent, "no peer at all answers pings: most likely it is this node's own firewall or network; overlayd doctor looks at both")
+	}
+	return trouble(t.Silent, "pings are not answered: is the node up, and does every firewall on the way let the tunnel's packets pass?")
 }
 
 func trouble(g probe.Group, what string) error {
 	if g.Count == 0 {
 		return nil
 	}
-	names := strings.Join(g.Names, ", ")
+	names := slices.Compact(slices.Clone(g.Names)) // a name stands there for each family
+	text := strings.Join(names, ", ")
 	if rest := g.Count - len(g.Names); rest > 0 {
-		names += fmt.Sprintf(" and %d more", rest)
+		text += fmt.Sprintf(" and %d more", rest)
 	}
-	return fmt.Errorf("%s: %s", names, what)
+	return fmt.Errorf("%s: %s", text, what)
 }
 
 func (m *mesh) summary() status.Probe {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -215,9 +216,18 @@ func (p *planned) follow(gone, come backend.Plan) (changed bool) {
 // writeSubnetFile tells CNI plugins the subnet and the MTU.
 func (a *Agent) writeSubnetFile() error {
 	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
-	err := writeIfChanged(a.opts.SubnetFile, subnetEnv(*a.config, self, a.mtu, a.opts.IPMasq))
-	if err != nil {
+	content := subnetEnv(*a.config, self, a.mtu, a.opts.IPMasq)
+	changed, err := writeIfChanged(a.opts.SubnetFile, content)
+	switch {
+	case err != nil:
 		err = fmt.Errorf("%s: %w", a.opts.SubnetFile, err)
+	case changed:
+		if bytes.Equal(content, a.subnetEnv) { // that was there, and is gone or another
+			a.drift.count("subnet-file", "write "+a.opts.SubnetFile)
+			a.drift.flush()
+		}
+		a.subnetEnv = content
+		a.watch.again()
 	}
 	a.health.set(condSubnetEnv, err)
 	return err

@@ -103,9 +103,13 @@ func (a *Agent) status() status.Node {
 	now := time.Now()
 	s := status.Node{
 		Name: a.opts.Identity.NodeName, ID: a.opts.Identity.NodeID, Version: a.about.Version, Started: a.started, Now: now,
+		SubnetFile: a.opts.SubnetFile, StateDir: a.opts.StateDir,
 		Ready: true, Problems: []status.Problem{}, Devices: []status.Device{}, Drift: []status.DriftKind{}, Entries: []status.KindCount{},
-		Changes:   a.changes,
-		Store:     status.Store{Endpoints: a.about.Endpoints, Prefix: a.about.Prefix, Revision: a.table().Revision, Entries: len(a.table().Entries)},
+		Changes: a.changes,
+		Store: status.Store{
+			Endpoints: a.about.Endpoints, Prefix: a.about.Prefix, Revision: a.table().Revision, Entries: len(a.table().Entries),
+			Losses: a.losses, LostAt: a.lostAt,
+		},
 		Lease:     a.leaseStatus(),
 		Reconcile: status.Reconcile{Last: a.work.last, Took: a.work.took, Rounds: a.work.rounds, Looked: a.work.looked, Failures: a.work.failures},
 		Peers:     a.peerCounts(),
@@ -176,7 +180,7 @@ func (a *Agent) afterRestart() []string {
 }
 
 func (a *Agent) leaseStatus() status.Lease {
-	l := status.Lease{Held: a.snap.Held(), Subnets: []string{}}
+	l := status.Lease{Held: a.snap.Held(), Subnets: []string{}, Losses: a.snap.Losses, LostAt: a.snap.LostAt}
 	if a.lease == (subnet.Lease{}) {
 		return l
 	}

@@ -60,6 +60,31 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 	return out, nil
 }
 
+// whatBecame says how the devices are that led to the other nodes so far.
+func whatBecame(h netstate.Host, was addr.Per[backend.Underlay]) string {
+	var out []string
+	for _, f := range addr.Families() {
+		u := was.Get(f)
+		if u.Device == "" {
+			continue
+		}
+		i := slices.IndexFunc(h.Links, func(l netstate.HostLink) bool { return l.Name == u.Device })
+		how := "is as it was, but nothing leads to it"
+		switch {
+		case i < 0:
+			how = "is gone"
+		case !h.Links[i].Up:
+			how = "is down"
+		case !h.Has(u.Addr):
+			how = fmt.Sprintf("has lost its address %s", u.Addr)
+		}
+		if s := fmt.Sprintf("%s, which it was so far, %s", u.Device, how); !slices.Contains(out, s) {
+			out = append(out, s)
+		}
+	}
+	return strings.Join(out, "; ")
+}
+
 // candidate is a device to try, and why; addr is valid where one address of it was asked for.
 type candidate struct {
 	device string

@@ -166,7 +166,9 @@ func (f *Facts) askDaemon(ctx context.Context, o Options) {
 			f.Daemon.Holder = o.Holder()
 		}
 	}
-	if f.Daemon.Running {
+	if s := f.Daemon.Status; f.Daemon.Running {
+		// A daemon says where its files are, whatever this command was told.
+		f.SubnetFile, f.StateDir = cmp.Or(s.SubnetFile, f.SubnetFile), cmp.Or(s.StateDir, f.StateDir)
 		f.Identity, f.IdentityErr = subnet.Identity{NodeName: f.Daemon.Status.Name, NodeID: f.Daemon.Status.ID}, nil
 	}
 }

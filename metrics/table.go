@@ -82,6 +82,9 @@ func leaseMetrics() []metric {
 		{"overlayd_lease_reserved", gauge, nil, "1 if the node's subnet is reserved for it, so that its lease never ends.", false, func(n reading, give emit) {
 			give(oneIf(n.Lease.Reserved))
 		}},
+		{"overlayd_lease_losses_total", counter, nil, "How often the node's lease was gone from etcd, and had to be taken again.", false, func(n reading, give emit) {
+			give(float64(n.Lease.Losses))
+		}},
 		{"overlayd_lease_expiry_timestamp_seconds", gauge, nil, "When the node's lease ends unless it is renewed, in Unix time. Absent if it never ends, or if that is not known.", false, func(n reading, give emit) {
 			giveTime(give, n.Lease.Expires)
 		}},
@@ -92,6 +95,9 @@ func etcdMetrics() []metric {
 	return []metric{
 		{"overlayd_etcd_reachable", gauge, nil, "1 if etcd answers as it should; 0 while there is an error.", false, func(n reading, give emit) {
 			give(oneIf(n.Store.Error == ""))
+		}},
+		{"overlayd_etcd_data_losses_total", counter, nil, "How often etcd was found to have lost data, or to have been restored from a backup.", false, func(n reading, give emit) {
+			give(float64(n.Store.Losses))
 		}},
 		{"overlayd_etcd_requests_total", counter, []string{"method"}, "Requests to etcd by gRPC method; a stream counts once.", false, func(n reading, give emit) {
 			each(n.Store.Requests, give)

@@ -198,12 +198,19 @@ func (m *Mesh) Peer(subnet netip.Prefix) *status.PeerProbe {
 	return &p
 }
 
-// Trouble lists the targets that don't answer, and those that answer small packets only: how many, and the first few by name.
-func (m *Mesh) Trouble(named int) (quiet, narrow Group, err error) {
+// Trouble is what is wrong with the targets.
+type Trouble struct {
+	Targets           int // of all kinds
+	Silent, SmallOnly Group
+	Err               error // why nobody can be pinged
+}
+
+// Trouble lists the targets that don't answer, and those that answer small packets only: how many, and a few by name.
+func (m *Mesh) Trouble(named int) Trouble {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	group := func(v verdict) Group { return Group{m.rot.counts[v], m.rot.named(v, named)} }
-	return group(silent), group(smallOnly), m.err
+	return Trouble{Targets: len(m.rot.order), Silent: group(silent), SmallOnly: group(smallOnly), Err: m.err}
 }
 
 // Group is some targets.

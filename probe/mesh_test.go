@@ -133,8 +133,8 @@ func TestMesh(t *testing.T) {
 	wait("both answer", func(p status.Probe) bool { return p.Answer == 2 && p.MedianRTT > 0 })
 	middle.Exec("ip", "link", "set", "dev", "p2", "mtu", "1400")
 	wait("a hole in the middle", func(p status.Probe) bool { return p.SmallOnly == 2 })
-	if silent, small, err := m.Trouble(1); silent.Count != 0 || small.Count != 2 || len(small.Names) != 1 || err != nil {
-		t.Errorf("%+v, %+v, %v", silent, small, err)
+	if x := m.Trouble(1); x.Targets != 2 || x.Silent.Count != 0 || x.SmallOnly.Count != 2 || len(x.SmallOnly.Names) != 1 || x.Err != nil {
+		t.Errorf("%+v", x)
 	}
 	peer.Exec("ip", "link", "set", "eth0", "down")
 	wait("the peer is gone", func(p status.Probe) bool { return p.Silent == 2 })

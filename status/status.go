@@ -12,6 +12,10 @@ type Node struct {
 	Started time.Time `json:"started"`
 	Now     time.Time `json:"now"`
 
+	// SubnetFile is what tells CNI plugins of the subnet, StateDir where the node remembers it.
+	SubnetFile string `json:"subnetFile"`
+	StateDir   string `json:"stateDir"`
+
 	Ready    bool      `json:"ready"`
 	Problems []Problem `json:"problems"` // the longest-standing first
 	Restart  []string  `json:"restart"`  // what would be otherwise after a restart of the daemon
@@ -44,6 +48,9 @@ type Lease struct {
 	Expires  time.Time `json:"expires,omitzero"` // zero: never, or not known
 	Reserved bool      `json:"reserved"`
 	Held     bool      `json:"held"` // etcd says so; otherwise it is remembered
+	// Losses counts how often since the start it was gone from etcd, and had to be taken again.
+	Losses int       `json:"losses"`
+	LostAt time.Time `json:"lostAt,omitzero"` // the last time
 }
 
 // Store is the way to etcd.
@@ -55,6 +62,9 @@ type Store struct {
 	Entries   int       `json:"entries"`  // in that table, this node's among them
 	Error     string    `json:"error,omitempty"`
 	Since     time.Time `json:"since,omitzero"` // of the error
+	// Losses counts how often since the start it was found to have lost data, or to have been restored from a backup.
+	Losses int       `json:"losses"`
+	LostAt time.Time `json:"lostAt,omitzero"` // the last time
 	// Requests counts those since the start, by the name of the gRPC method; a stream counts once.
 	Requests map[string]int64 `json:"requests"`
 }

@@ -49,6 +49,8 @@ func TestTexts(t *testing.T) {
 	bad.Probe = Probe{On: true, Targets: 4, Answer: 1, Lossy: 1, SmallOnly: 1, Silent: 1, Size: 1430, Round: 10 * time.Second, MedianRTT: 12 * time.Millisecond}
 	bad.Devices = slices.Clone(bad.Devices)
 	bad.Devices[0].Offloads = map[string]bool{"gro": true, "tx": false}
+	bad.Store.Losses, bad.Store.LostAt = 1, bad.Now.Add(-time.Hour)
+	bad.Lease.Losses, bad.Lease.LostAt = 2, bad.Now.Add(-time.Minute)
 	bad.Restart = []string{"another overlayd runs then: /usr/local/bin/overlayd was replaced"}
 	bad.Interface.PublicIPLocal, bad.Reconcile.Failures = false, 1
 	peers := []Peer{

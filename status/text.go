@@ -191,11 +191,17 @@ func (l Lease) text(now time.Time) string {
 			s += " (it has ended)"
 		}
 	}
+	if l.Losses > 0 {
+		s += fmt.Sprintf("; was gone from etcd %s, %s ago for the last time", times(l.Losses), ago(now, l.LostAt))
+	}
 	return s + unless(l.Held, "; etcd does not say so at the moment")
 }
 
 func (e Store) text(now time.Time) string {
 	s := fmt.Sprintf("%s, prefix %s, revision %d, %d leases", strings.Join(e.Endpoints, " "), e.Prefix, e.Revision, e.Entries)
+	if e.Losses > 0 {
+		s += fmt.Sprintf("; lost data or was restored from a backup %s, %s ago for the last time", times(e.Losses), ago(now, e.LostAt))
+	}
 	if e.Error != "" {
 		s += fmt.Sprintf("; not reached for %s: %s", ago(now, e.Since), e.Error)
 	}
@@ -303,6 +309,14 @@ func ago(now, then time.Time) string {
 		return d.Round(time.Second).String()
 	}
 	return fmt.Sprintf("%d days", int(d/(24*time.Hour)))
+}
+
+// times is a number as a person reads it.
+func times(n int) string {
+	if n == 1 {
+		return "once"
+	}
+	return fmt.Sprintf("%d times", n)
 }
 
 func or(s, otherwise string) string {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"strconv"
 	"strings"
 	"unicode"
@@ -196,9 +197,33 @@ func ParseValue(data []byte) (Attrs, error) {
 	}
 	w, err := read(data, scanLease)
 	if err != nil {
-		return Attrs{}, fmt.Errorf("the value is not a lease: %.200s", err.Error())
+		return Attrs{}, fmt.Errorf("the value is not a lease: %s", inWords(err, data))
 	}
 	return w.attrs()
+}
+
+// inWords says what is wrong with a piece of JSON without the names of this program's types.
+func inWords(err error, data []byte) string {
+	wrong := (*json.UnmarshalTypeError)(nil)
+	switch {
+	case !errors.As(err, &wrong):
+		return fmt.Sprintf("%.200s", err.Error())
+	case wrong.Field == "":
+		return fmt.Sprintf("expected a JSON object, found %s", excerpt(data))
+	}
+	return fmt.Sprintf("%s: expected %s, found a JSON %s", wrong.Field, expected(wrong.Type.Kind()), wrong.Value)
+}
+
+func expected(k reflect.Kind) string {
+	switch k {
+	case reflect.String:
+		return "a string"
+	case reflect.Bool:
+		return "true or false"
+	case reflect.Struct:
+		return "an object"
+	}
+	return "a number"
 }
 
 // read reads JSON in the one layout that fast knows, or else in any.
@@ -260,7 +285,7 @@ func parseVTEP(out *addr.Per[VTEP], f addr.Family, field string, raw json.RawMes
 	}
 	w, err := read(raw, scanVTEP)
 	if err != nil {
-		return fmt.Errorf("%s: not the data of a VXLAN lease: %.200s", field, err.Error())
+		return fmt.Errorf("%s: not the data of a VXLAN lease: %s", field, inWords(err, raw))
 	}
 	if w.VtepMAC == "" && w.VNI == 0 {
 		return nil

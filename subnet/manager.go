@@ -25,6 +25,10 @@ type Snapshot struct {
 	// ClaimErr is why the store does not say what was claimed: a conflict, a full pool, no valid config.
 	ClaimErr error
 
+	// Losses counts how often, since the start, the lease that this node held was gone from the store; LostAt is the last time.
+	Losses int
+	LostAt time.Time
+
 	// Err is why the store can't be reached at the moment; Table is then as old as Since.
 	Err   error
 	Since time.Time

@@ -74,6 +74,9 @@ func (c client) ask(ctx context.Context, method, path string, body []byte, out a
 		if op := (*net.OpError)(nil); errors.As(err, &op) && op.Op == "dial" && !errors.Is(err, os.ErrPermission) {
 			return fmt.Errorf("%w, or with another --socket than %s", errNotRunning, c.socket)
 		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			return fmt.Errorf("overlayd runs, and does not answer at %s within %v: is it stopped (ps -o pid,stat -C overlayd), or the machine overloaded?", c.socket, askWithin)
+		}
 		if u := (*url.Error)(nil); errors.As(err, &u) {
 			err = u.Err // the URL means nothing to an operator
 		}

@@ -95,13 +95,17 @@ func daemon(ctx context.Context, f flags) error {
 	} else {
 		fw.Kernel = tables
 	}
+	subnetFile, err := agent.WatchFile(opts.SubnetFile)
+	if err != nil {
+		log.Warn("changes of the subnet file are found only by looking now and then", zap.Error(err))
+	}
 	var chosen atomic.Pointer[masquerade.Decision]
 	driver := masquerade.Begin(ctx, fw, func(d masquerade.Decision) {
 		chosen.Store(&d)
 		log.Info("firewall chosen", zap.String("firewall", string(d.Kind)), zap.String("iptables_variant", string(d.Variant)), zap.String("reason", d.Reason))
 	})
 	err = agent.New(opts, agent.Parts{
-		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, Firewall: driver, FirewallChanged: changed,
+		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, SubnetFile: subnetFile, Firewall: driver, FirewallChanged: changed,
 		About: agent.About{
 			Version: version, Endpoints: storeOpts.Endpoints, Prefix: storeOpts.Prefix, Traffic: store, Restart: newRestart(level).changes,
 			Firewall: func() (kind, reason string) {

@@ -335,6 +335,7 @@ func (m *Manager) checkHeld() {
 	if !ok || e.Identity != s.held.lease.Identity {
 		m.log.Warn("the lease is no longer in the store", zap.String("key", s.held.key))
 		s.held = holding{}
+		s.losses, s.lostAt = s.losses+1, time.Now()
 		poke(m.wakeKeep)
 		return
 	}

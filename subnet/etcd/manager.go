@@ -46,9 +46,11 @@ type claimState struct {
 	held    holding
 	before  addr.Per[netip.Prefix] // the subnets held last, to come back to
 	err     error
-	said    string // the text of err that was logged
-	wrote   int64  // the revision of the last write
-	behind  bool   // a write failed because something is gone: only the watch tells what
+	losses  int       // how often the lease was gone
+	lostAt  time.Time // the last time
+	said    string    // the text of err that was logged
+	wrote   int64     // the revision of the last write
+	behind  bool      // a write failed because something is gone: only the watch tells what
 }
 
 // holding is this node's lease in the store.
@@ -134,6 +136,7 @@ func (m *Manager) deliver() {
 	s := subnet.Snapshot{
 		Table:   m.view.table(),
 		Claimed: m.claim.decided, Lease: m.claim.held.lease, Expires: m.claim.held.expires, ClaimErr: m.claim.err,
+		Losses: m.claim.losses, LostAt: m.claim.lostAt,
 	}
 	s.Since, s.Err = m.health.state()
 	select {
