@@ -2,10 +2,12 @@ package lab
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -27,6 +29,7 @@ type Node struct {
 	options Options
 	dir     string
 	segment string // the namespace of the segment it is plugged into
+	where   func() []string
 }
 
 func newNode(t Topology, spec NodeSpec, dir string) *Node {
@@ -37,6 +40,7 @@ func newNode(t Topology, spec NodeSpec, dir string) *Node {
 		dir:     filepath.Join(dir, spec.Name),
 		segment: t.Switches[spec.Segment-1].NS,
 	}
+	n.where = func() []string { return n.whereArgs(t.EtcdURLs()) }
 	n.Process = Process{name: spec.Name, ns: spec.NS, dir: dir, env: t.Options.OverlaydEnv, argv: func() []string {
 		return n.overlaydArgv(t.EtcdURLs(), filepath.Join(dir, networkFile))
 	}}
@@ -44,21 +48,25 @@ func newNode(t Topology, spec NodeSpec, dir string) *Node {
 }
 
 func (n *Node) overlaydArgv(etcd []string, config string) []string {
-	argv := []string{
-		n.options.Overlayd,
+	argv := append([]string{n.options.Overlayd}, n.whereArgs(etcd)...)
+	argv = append(argv, "--healthz-port", strconv.Itoa(healthzPort), "--init-config", config)
+	return append(argv, n.options.OverlaydArgs...)
+}
+
+// whereArgs say where everything is of this node: the daemon and its commands are told the same.
+func (n *Node) whereArgs(etcd []string) []string {
+	args := []string{
 		"--etcd-endpoints", strings.Join(etcd, ","),
 		"--node-name", n.Name,
 		"--node-id", n.spec.ID,
 		"--state-dir", n.StateDir(),
 		"--subnet-file", n.SubnetFile(),
 		"--socket", n.Socket(),
-		"--healthz-port", strconv.Itoa(healthzPort),
-		"--init-config", config,
 	}
 	if n.options.Secure {
-		argv = append(argv, secrets{filepath.Dir(n.dir)}.overlaydArgs()...)
+		args = append(args, secrets{filepath.Dir(n.dir)}.overlaydArgs()...)
 	}
-	return append(argv, n.options.OverlaydArgs...)
+	return args
 }
 
 // Use makes another file the node's overlayd from its next start on, as an upgrade does.
@@ -89,6 +97,21 @@ func (n *Node) Pods() []Machine {
 		out = append(out, Machine{Name: p.Name, NS: p.NS})
 	}
 	return out
+}
+
+// Overlayd runs a command of the node's overlayd, such as status, on the node, and returns what it printed. That it ends with an exit
+// status other than 0 is no error: it may be what it has to say.
+func (n *Node) Overlayd(ctx context.Context, command string, args ...string) (string, error) {
+	out, err := n.Run(ctx, n.options.Overlayd, append([]string{command, "--socket", n.Socket()}, args...)...)
+	if errors.As(err, new(*exec.ExitError)) {
+		err = nil
+	}
+	return out, err
+}
+
+// Doctor runs overlayd's checks on the node, and returns what they say.
+func (n *Node) Doctor(ctx context.Context) (string, error) {
+	return n.Overlayd(ctx, "doctor", n.where()...)
 }
 
 // Ready asks the daemon's /readyz.

@@ -25,6 +25,7 @@ func boot() []Fault {
 			Inject: Steps(stopDaemon, wipe, stopStore, startDaemon), Expect: All(KernelWhole, reaches),
 			Hold: 3 * time.Second, Keeps: KernelWhole, Restore: startStore,
 			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `(?i)remember|state directory|offline|without etcd`,
+			Seen: degrades("offline", "etcd has not answered since the start", `overlayd_lease_held 0`).in(10 * time.Second),
 		},
 		{
 			Name:   "reboot",
@@ -59,7 +60,8 @@ func daemon() []Fault {
 		},
 		{
 			Name: "SIGKILL", Short: true, Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
-			Inject: Steps(killDaemon, Wait(time.Second), startDaemon), Log: `overlayd starts`,
+			Inject: Steps(killDaemon, Wait(2*time.Second), startDaemon), Log: `overlayd starts`,
+			Seen: &Seen{Status: `does not run on this node`, Ready: NoAnswer, Metrics: []string{`up 0`}},
 		},
 		{
 			Name: "crash with a stack trace, as a panic ends it", On: []string{OnVXLAN, OnHostGW, OnDual},
@@ -74,9 +76,9 @@ func daemon() []Fault {
 			Name: "upgrade to another binary", Short: true, Inject: upgrade, Log: `overlayd starts`,
 		},
 		{
-			Name: "stopped in its tracks (SIGSTOP) for 5s", Soak: true,
-			Inject: func(_ context.Context, s *Site) error { return s.Victim.Pause() }, Hold: 5 * time.Second, Keeps: KernelWhole,
-			Restore: func(_ context.Context, s *Site) error { return s.Victim.Resume() },
+			Name: "stopped in its tracks (SIGSTOP) for 5s", On: []string{OnHostGW, OnVXLAN}, Short: true, Soak: true,
+			Inject: pauseDaemon, Hold: 5 * time.Second, Keeps: KernelWhole, Restore: resumeDaemon,
+			Seen: (&Seen{Status: `does not answer`, Doctor: `^FAIL daemon the daemon does not answer`, Ready: NoAnswer, Metrics: []string{`up 0`}}).in(8 * time.Second),
 		},
 		{
 			Name: "a second daemon on the node", Short: true, Inject: secondDaemon, Log: ``,
@@ -90,6 +92,7 @@ func daemon() []Fault {
 			Name: "state directory read-only", Short: true,
 			Inject: Steps(stopDaemon, Once(`mount -t tmpfs -o size=64k none "$STATE_DIR"; mount -o remount,ro "$STATE_DIR"`), startDaemon, Afterwards(freeState)),
 			Expect: All(KernelWhole, LogSays(`problem: state-dir`)), Hold: 2 * time.Second, Restore: Undo, Log: `problem: state-dir`,
+			Seen: degrades("state-dir", "read-only"),
 		},
 		{
 			Name:   "state directory full",
@@ -102,8 +105,13 @@ func daemon() []Fault {
 		},
 		{
 			Name: "subnet.env deleted", Soak: true,
-			Inject: Once(`rm "$SUBNET_FILE"; cp /dev/null "$SUBNET_FILE"`),
-			Bound:  lossless(75 * time.Second), Log: ``,
+			Inject: Once(`rm "$SUBNET_FILE"`), Restore: Wait(0), Short: true,
+			Bound: lossless(time.Second), Log: `subnet-file`, Seen: repairs("subnet-file", "subnet.env"),
+		},
+		{
+			Name: "subnet.env emptied", Soak: true,
+			Inject: Once(`cp /dev/null "$SUBNET_FILE"`), Restore: Wait(0),
+			Bound: lossless(time.Second), Log: `subnet-file`, Seen: repairs("subnet-file", "subnet.env"),
 		},
 		{
 			Name: "clock jump", Skip: "the clock is the whole machine's; time namespaces shift only clocks that never jump",
@@ -113,6 +121,8 @@ func daemon() []Fault {
 }
 
 func stopDaemon(ctx context.Context, s *Site) error { return s.Victim.Stop(ctx) }
+func pauseDaemon(_ context.Context, s *Site) error  { return s.Victim.Pause() }
+func resumeDaemon(_ context.Context, s *Site) error { return s.Victim.Resume() }
 func killDaemon(ctx context.Context, s *Site) error { return s.Victim.Kill(ctx) }
 
 // crashDaemon has the Go runtime end the daemon as it does after a panic: with a trace of all goroutines and exit status 2.

@@ -34,7 +34,7 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "stopped for " + away.String(), Short: true,
 			Inject: stopStore, Hold: away, Keeps: KernelWhole, Restore: startStore,
-			Log: `problem: etcd`,
+			Log: `problem: etcd`, Seen: storeAway("connection refused by http").diagnosed(`^FAIL etcd .*(refused|answer)`),
 		},
 		{
 			Name: "stopped for 5s", On: []string{OnHostGW, OnDual}, Soak: true,
@@ -43,6 +43,7 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "hangs (SIGSTOP) for 20s", Soak: true,
 			Inject: pauseStore, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: resumeStore, Log: `problem: etcd`,
+			Seen: storeAway("no answer from http").in(20 * time.Second),
 		},
 		{
 			Name:   "slow: 300 ms in each direction, a peer comes meanwhile",
@@ -95,6 +96,7 @@ func etcdFaults(long bool) []Fault {
 			Inject: Steps(setPassword("changed"), stopStore, startStore), Hold: 12 * time.Second, Keeps: KernelWhole,
 			Restore: setPassword(lab.EtcdPassword),
 			Log:     `problem: etcd.*(?i)(password|authenti|credential|user)`,
+			Seen:    storeAway(`wrong user name or password`).diagnosed(`^FAIL etcd .*wrong user name or password`),
 		},
 		{
 			Name: "password replaced in etcd and then on disk", On: []string{OnSecure},
@@ -110,7 +112,7 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "data lost: an empty store", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true, Soak: true,
 			Inject: emptyStore, Expect: registered, Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
-			Log: `etcd has lost data`,
+			Log: `etcd has lost data`, Seen: follows(`^etcd .*lost data`, `overlayd_etcd_data_losses_total +`),
 		},
 		{
 			Name: "data lost while a node is away: its peers keep it", On: []string{OnVXLAN},
@@ -137,7 +139,7 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "own key deleted", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true, Soak: true,
 			Inject: deleteOwnKey, Expect: registered, Restore: Wait(0),
-			Log: `(?i)lease|key`,
+			Log: `(?i)lease|key`, Seen: follows(`^Lease .*was gone from etcd`, `overlayd_lease_losses_total +`),
 		},
 		{
 			Name: "etcd lease revoked", On: []string{OnVXLAN, OnHostGW, OnDual}, Soak: true,
@@ -155,6 +157,24 @@ func etcdFaults(long bool) []Fault {
 			Expect: All(movedAway, LogSays(`\terror\t.*subnet`)), Hold: time.Second,
 			Restore: operatorAgrees, Ruins: true,
 			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `(?i)subnet was lost|lost to another`,
+			Seen: degrades("subnet-moved", "10.244.*recreate the pods").diagnosed(`^FAIL bridge .* make the bridge and the pods anew`),
+		},
+		{
+			Name: "network config is no JSON", On: []string{OnDual, OnVXLAN}, Short: true,
+			Inject: changeConfig(func(string) string { return "{" }), Hold: time.Second, Keeps: KernelWhole, Restore: Undo,
+			Bound: lossless(2 * time.Second), Log: `problem: config`, Seen: degrades("config", "/overlayd/network/config: "),
+		},
+		{
+			Name: "network config for another network", On: []string{OnDual, OnVXLAN}, Short: true,
+			Inject: changeConfig(func(old string) string { return strings.ReplaceAll(old, "10.244.", "10.99.") }),
+			Hold:   time.Second, Keeps: KernelWhole, Restore: Undo,
+			Bound: lossless(2 * time.Second), Log: `problem: config`, Seen: degrades("config", "10.244.*"),
+		},
+		{
+			Name: "network config with a misspelt key", On: []string{OnDual, OnVXLAN}, Short: true,
+			Inject: changeConfig(func(old string) string { return strings.Replace(old, "{", `{"DirectRoutin":true,`, 1) }),
+			Hold:   time.Second, Keeps: KernelWhole, Restore: Undo,
+			Bound: lossless(2 * time.Second), Log: `problem: config-keys`, Seen: degrades("config-keys", "DirectRoutin"),
 		},
 	}
 	return in(Etcd, lossless(catchUp), rows)
@@ -354,4 +374,28 @@ func operatorAgrees(ctx context.Context, s *Site) error {
 	}
 	_, err := s.await(ctx, All(func(ctx context.Context, s *Site) error { return contentOne(ctx, s.Victim) }, reaches), time.Now(), 90*time.Second)
 	return err
+}
+
+// storeAway is what is seen while etcd does not do what it should: the node goes on with what it has.
+func storeAway(reason string) *Seen {
+	return degrades("etcd", reason, `overlayd_etcd_reachable 0`).in(10 * time.Second)
+}
+
+// changeConfig writes another network config; Undo writes the one that was there.
+func changeConfig(to func(old string) string) Action {
+	key := prefix + "config"
+	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
+		resp, err := cli.Get(ctx, key)
+		if err != nil || len(resp.Kvs) != 1 {
+			return fmt.Errorf("read the network config: %w", err)
+		}
+		old := string(resp.Kvs[0].Value)
+		s.Defer(func() error {
+			return Put(func(*Site) (string, string) { return key, old })(context.WithoutCancel(ctx), s)
+		})
+		if _, err := cli.Put(ctx, key, to(old)); err != nil {
+			return fmt.Errorf("write the network config: %w", err)
+		}
+		return nil
+	})
 }

@@ -10,7 +10,7 @@ func firewall() []Fault {
 	rows := []Fault{
 		{
 			Name: "our chains flushed", On: every, Short: true, Soak: true,
-			Inject: On(`if [ -n "$NFT_TABLE" ]; then nft flush table $NFT_TABLE; else $IPT -w -t nat -F OVERLAYD-POSTRTG; $IPT -w -F OVERLAYD-FWD; fi`),
+			Inject: On(`if [ -n "$NFT_TABLE" ]; then nft flush table $NFT_TABLE; else $IPT -w -t nat -F OVERLAYD-POSTRTG; $IPT -w -F OVERLAYD-FWD; fi`), Seen: rewritten(),
 		},
 		{
 			Name: "jumps removed", On: []string{OnVXLAN, OnDual, OnLegacy},
@@ -35,11 +35,11 @@ func firewall() []Fault {
 		},
 		{
 			Name: "nft flush ruleset", On: notified, Short: true, Soak: true,
-			Inject: Once(`nft flush ruleset`),
+			Inject: Once(`nft flush ruleset`), Seen: rewritten(),
 		},
 		{
 			Name: "iptables -F; iptables -t nat -F", On: []string{OnVXLAN, OnDual, OnLegacy}, Short: true, Soak: true,
-			Inject: On(`$IPT -w -F; $IPT -w -t nat -F`),
+			Inject: On(`$IPT -w -F; $IPT -w -t nat -F`), Seen: rewritten(),
 		},
 		{
 			Name: "iptables -F; -t nat -F; -X (a firewall's reload)", On: []string{OnVXLAN, OnDual, OnLegacy},
@@ -76,4 +76,9 @@ func firewall() []Fault {
 		}
 	}
 	return rows
+}
+
+// rewritten is what is seen of rules that were put right.
+func rewritten() *Seen {
+	return &Seen{Status: `firewall: .*: \d+, last`, Metrics: []string{`overlayd_firewall_runs_total +`, `overlayd_drift_repaired_total +`}}
 }

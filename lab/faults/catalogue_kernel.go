@@ -7,16 +7,16 @@ func kernel() []Fault {
 	rows := []Fault{
 		{
 			Name: "route deleted", On: everywhere(), Short: true, Soak: true,
-			Inject: On(`ip $F route del $PEER_SUBNET`), Log: `repaired.*: route`,
+			Inject: On(`ip $F route del $PEER_SUBNET`), Log: `repaired.*: route`, Seen: repairs("route", "add route"),
 		},
 		{
 			Name: "route through another gateway", On: everywhere(), Short: true,
 			Inject: On(`ip $F route show $PEER_SUBNET | sed 's/via [^ ]*/via '"$WRONG_GW"'/' | while read -r r; do ip $F route replace $r; done`),
-			Log:    `repaired.*: route`,
+			Log:    `repaired.*: route`, Seen: repairs("route", "found route"),
 		},
 		{
 			Name: "all routes flushed (ip route flush proto 118)", On: everywhere(), Short: true, Soak: true,
-			Inject: On(`ip $F route flush proto 118 table all`), Log: `repaired.*: route`,
+			Inject: On(`ip $F route flush proto 118 table all`), Log: `repaired.*: route`, Seen: repairs("route", "add route"),
 		},
 		{
 			Name: "policy table's route deleted", On: tunnelled(), Soak: true,
@@ -28,7 +28,7 @@ func kernel() []Fault {
 		},
 		{
 			Name: "forwarding entry deleted", On: tunnelled(), Short: true, Soak: true,
-			Inject: On(`bridge fdb del $PEER_MAC dev $DEV`), Log: `repaired.*: fdb`,
+			Inject: On(`bridge fdb del $PEER_MAC dev $DEV`), Log: `repaired.*: fdb`, Seen: repairs("fdb", "add "),
 		},
 		{
 			Name: "forwarding entry to another node", On: tunnelled(), Soak: true,
@@ -52,15 +52,15 @@ func kernel() []Fault {
 		},
 		{
 			Name: "device deleted", On: tunnelled(), Short: true, Soak: true,
-			Inject: On(`ip link del $DEV`), Log: `repaired.*: device`,
+			Inject: On(`ip link del $DEV`), Log: `repaired.*: device`, Seen: repairs("device", "add "),
 		},
 		{
 			Name: "device set down", On: tunnelled(), Short: true, Soak: true,
-			Inject: On(`ip link set $DEV down`), Log: `repaired.*: device`,
+			Inject: On(`ip link set $DEV down`), Log: `repaired.*: device`, Seen: repairs("device", " down"),
 		},
 		{
-			Name: "device's MTU changed", On: tunnelled(), Soak: true,
-			Inject: On(`ip link set $DEV mtu 1300`), Log: `repaired.*: device`,
+			Name: "device's MTU changed", On: tunnelled(), Short: true, Soak: true,
+			Inject: On(`ip link set $DEV mtu 1300`), Log: `repaired.*: device`, Seen: repairs("device", "1300"),
 		},
 		{
 			Name: "device's MAC changed", On: tunnelled(), Soak: true,
@@ -69,20 +69,29 @@ func kernel() []Fault {
 		{
 			Name: "somebody deletes a route for 10 s", On: everywhere(), Short: true,
 			Inject: keepsDeleting(`ip $F route del $PEER_SUBNET`, `! ip $F route show proto 118 | grep -q "^$PEER_SUBNET "`).Do,
-			Bound:  Bound{Lost: Any, Repair: time.Second, Lines: 30}, Log: `repaired.*: route`,
+			Bound:  Bound{Lost: Any, Repair: time.Second, Lines: 30}, Log: `repaired.*: route`, Seen: repairs("route", "add route"),
 		},
 		{
 			Name: "somebody deletes the device for 10 s", On: tunnelled(),
 			Inject: keepsDeleting(`ip link del $DEV`, `! ip link show $DEV`).Do,
 			Bound:  Bound{Lost: Any, Repair: time.Second, Lines: 60}, Log: `repaired.*: device`,
 		},
-		foreignRoute("foreign route of a better metric over a peer's subnet", `$PEER_SUBNET via $GW dev eth0 metric 1`, everywhere()...),
+		foreignRoute("foreign route of a better metric over a peer's subnet", `$PEER_SUBNET via $GW dev eth0 metric 1`, everywhere()...).short(),
 		foreignRoute("foreign route to a part of a peer's subnet", `${PEER_SUBNET%%/*}/$PART via $GW dev eth0`, everywhere()...),
 		foreignRoute("foreign blackhole over a peer's subnet", `blackhole $PEER_SUBNET metric 1`, OnVXLAN, OnDual),
 		{
+			// The daemon is stopped for a moment, so that the other device surely comes first.
+			Name: "somebody else's device has the VNI", On: []string{OnVXLAN}, Short: true,
+			Inject: Steps(pauseDaemon,
+				On(`ip link del $DEV; ip link add thief type vxlan id 1 dstport 8472 local $IP dev eth0; ip link set thief up`),
+				Afterwards(On(`ip link del thief`)), resumeDaemon),
+			Hold: time.Second, Restore: Undo, Bound: Bound{Lost: Any, Repair: 2 * time.Second},
+			Log: `problem: kernel.*thief`, Seen: unreadies("kernel", "thief").diagnosed(`^FAIL VXLAN port the VXLAN device thief has VNI 1`),
+		},
+		{
 			Name: "forwarding switched off", On: everywhere(), Short: true, Soak: true,
 			Inject: On(`if [ $F = -4 ]; then echo 0 > /proc/sys/net/ipv4/ip_forward; else echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; fi`),
-			Log:    `repaired.*: sysctl`,
+			Log:    `repaired.*: sysctl`, Seen: repairs("sysctl", "forward"),
 		},
 	}
 	return in(Kernel, drift(), rows)
@@ -96,8 +105,13 @@ func foreignRoute(name, route string, on ...string) Fault {
 		Inject: Steps(On(part+`ip $F route add `+route),
 			Afterwards(On(part+`ip $F route del `+route+` 2>/dev/null || true`))),
 		Expect: LogNames(`PEER_FIRST`), Restore: Undo,
-		Log: `(?i)is not ours`,
+		Log: `(?i)is not ours`, Seen: degrades("foreign-route", "is not ours"),
 	}
+}
+
+func (f Fault) short() Fault {
+	f.Short = true
+	return f
 }
 
 func keepsDeleting(del, gone string) Deleter {

@@ -16,6 +16,8 @@ import (
 type nonsense struct {
 	what       string
 	key, value func(*Site) string
+	says       string // a regular expression for the reason that is given
+	short      bool
 }
 
 // text is a part of a lease that is the same at all sites.
@@ -38,34 +40,34 @@ func nonsenses() []nonsense {
 	at := func(ip string) func(*Site) string { return text(fields(ip, strangerMAC)) }
 	with := func(mac string) func(*Site) string { return text(fields(strangerIP, mac)) }
 	return []nonsense{
-		{"an address that is none", text("10.244.300.0-24"), honest},
-		{"host bits set", text("10.244.200.7-24"), honest},
-		{"the underlay's own subnet", text("172.31.1.0-24"), honest},
-		{"a subnet around the underlay", text("172.16.0.0-12"), honest},
-		{"0.0.0.0/0", text("0.0.0.0-0"), honest},
-		{"etcd's network", text("172.31.100.0-24"), honest},
-		{"the whole pod network", text("10.244.0.0-16"), honest},
-		{"a part of a peer's subnet", func(s *Site) string { return inside(s, false) }, honest},
-		{"a part of the node's own subnet", func(s *Site) string { return inside(s, true) }, honest},
-		{"a subnet around several", text("10.244.0.0-17"), honest},
-		{"the node's own public IP", key, func(s *Site) string { return fields(s.Victim.Addr(addr.IPv4).String(), strangerMAC) }},
-		{"a peer's public IP", key, func(s *Site) string { return fields(s.Peer.Addr(addr.IPv4).String(), strangerMAC) }},
-		{"a public IP inside the pod network", key, at("10.244.9.9")},
-		{"a multicast public IP", key, at("224.0.0.1")},
-		{"the broadcast address", key, at("255.255.255.255")},
-		{"a loopback public IP", key, at("127.0.0.1")},
-		{"no public IP (0.0.0.0)", key, at("0.0.0.0")},
-		{"a zero MAC", key, with("00:00:00:00:00:00")},
-		{"the broadcast MAC", key, with("ff:ff:ff:ff:ff:ff")},
-		{"a MAC that is none", key, with("zz:00")},
-		{"another VNI", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"VNI":1`, `"VNI":2`, 1))},
-		{"another backend", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"vxlan"`, `"host-gw"`, 1))},
-		{"broken JSON", key, text(`{"PublicIP":`)},
-		{"no backend", key, text(`{"PublicIP":"172.31.1.99"}`)},
-		{"not an object", key, text(`[1, 2]`)},
-		{"a value of 1 MB", key, text(`{"PublicIP":"` + strings.Repeat("1", 1<<20) + `"}`)},
-		{"a key of 4 kB", text("10.244.3.0-24" + strings.Repeat("0", 4096)), honest},
-		{"a key with control characters", text("10.244.3.0-24\n\x1b[31m"), honest},
+		{"an address that is none", text("10.244.300.0-24"), honest, `300`, true},
+		{"host bits set", text("10.244.200.7-24"), honest, `200`, false},
+		{"the underlay's own subnet", text("172.31.1.0-24"), honest, `172.31.1.0`, false},
+		{"a subnet around the underlay", text("172.16.0.0-12"), honest, `172.16.0.0`, false},
+		{"0.0.0.0/0", text("0.0.0.0-0"), honest, `0.0.0.0`, false},
+		{"etcd's network", text("172.31.100.0-24"), honest, `172.31.100.0`, false},
+		{"the whole pod network", text("10.244.0.0-16"), honest, `10.244.0.0`, false},
+		{"a part of a peer's subnet", func(s *Site) string { return inside(s, false) }, honest, `overlap`, false},
+		{"a part of the node's own subnet", func(s *Site) string { return inside(s, true) }, honest, `overlaps this node's own`, true},
+		{"a subnet around several", text("10.244.0.0-17"), honest, `overlap|10.244.0.0`, false},
+		{"the node's own public IP", key, func(s *Site) string { return fields(s.Victim.Addr(addr.IPv4).String(), strangerMAC) }, `public IP .* is this node's own`, true},
+		{"a peer's public IP", key, func(s *Site) string { return fields(s.Peer.Addr(addr.IPv4).String(), strangerMAC) }, `public IP .* is that of`, true},
+		{"a public IP inside the pod network", key, at("10.244.9.9"), `public IP .* inside the overlay network`, false},
+		{"a multicast public IP", key, at("224.0.0.1"), `224.0.0.1`, false},
+		{"the broadcast address", key, at("255.255.255.255"), `255.255.255.255`, false},
+		{"a loopback public IP", key, at("127.0.0.1"), `127.0.0.1`, false},
+		{"no public IP (0.0.0.0)", key, at("0.0.0.0"), `0.0.0.0|no public`, false},
+		{"a zero MAC", key, with("00:00:00:00:00:00"), `no IPv4 VtepMAC`, false},
+		{"the broadcast MAC", key, with("ff:ff:ff:ff:ff:ff"), `group address`, false},
+		{"a MAC that is none", key, with("zz:00"), `zz:00`, false},
+		{"another VNI", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"VNI":1`, `"VNI":2`, 1)), `VNI is 2`, true},
+		{"another backend", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"vxlan"`, `"host-gw"`, 1)), `host-gw`, false},
+		{"broken JSON", key, text(`{"PublicIP":`), `JSON`, true},
+		{"no backend", key, text(`{"PublicIP":"172.31.1.99"}`), `backend`, false},
+		{"not an object", key, text(`[1, 2]`), `expected a JSON object`, false},
+		{"a value of 1 MB", key, text(`{"PublicIP":"` + strings.Repeat("1", 1<<20) + `"}`), ``, false},
+		{"a key of 4 kB", text("10.244.3.0-24" + strings.Repeat("0", 4096)), honest, ``, false},
+		{"a key with control characters", text("10.244.3.0-24\n\x1b[31m"), honest, ``, false},
 	}
 }
 
@@ -87,19 +89,40 @@ func inside(s *Site, own bool) string {
 // peers is what may stand in etcd.
 func peers() []Fault {
 	var rows []Fault
-	for i, n := range nonsenses() {
+	for _, n := range nonsenses() {
 		key := func(s *Site) string { return subnets + n.key(s) }
 		rows = append(rows, Fault{
-			Name: "lease: " + n.what, On: []string{OnVXLAN}, Short: i%8 == 0,
+			Name: "lease: " + n.what, On: []string{OnVXLAN}, Short: n.short,
 			Inject: Steps(
 				Afterwards(Delete(key)),
 				Put(func(s *Site) (string, string) { return key(s), n.value(s) }),
 			),
 			Expect: All(RoutesWhole, refused), Hold: 300 * time.Millisecond, Keeps: KernelWhole,
 			Restore: Undo, Log: `problem: refused-lease`,
+			Seen: degrades("refused-lease", n.says, `overlayd_leases_refused 1`),
 		})
 	}
 	rows = append(rows,
+		Fault{
+			Name: "a clone of this node: the same name and machine-id, another address", On: []string{OnVXLAN}, Short: true,
+			Inject: clone, Hold: time.Second, Restore: deleteOwnKey,
+			Log: `problem: claim`, Seen: degrades("claim", "clone of the other"), Bound: Bound{Lost: Any, Repair: 5 * time.Second},
+		},
+		Fault{
+			Name: "another node with this one's machine-id", On: []string{OnVXLAN}, Short: true,
+			Inject: Steps(
+				Afterwards(ghostThief.goes),
+				Put(func(s *Site) (string, string) {
+					id := fmt.Sprintf("%032x", uint8(ghostThief))
+					return ghostThief.key(s), strings.Replace(ghostThief.value(s), id, s.Victim.Spec().ID, 1)
+				})),
+			Restore: Undo, Bound: lossless(letGo), Seen: (&Seen{}).diagnosed(`^FAIL leases the nodes .* have the same ID`),
+		},
+		Fault{
+			Name: "a node that is no more, whose lease still stands", On: []string{OnVXLAN},
+			Inject: ghostSlow.appears, Restore: ghostSlow.goes, Bound: lossless(letGo),
+			Log: `problem: silent-peers`, Seen: pinged("silent-peers", "ghost64: pings are not answered", `overlayd_probe_targets{verdict="silent"} `),
+		},
 		Fault{
 			Name: "two leases for overlapping subnets: the older one holds", On: []string{OnVXLAN, OnHostGW},
 			Inject: Steps(
@@ -119,6 +142,7 @@ func peers() []Fault {
 				Store(junk(10000))),
 			Expect: All(RoutesWhole, refused), Hold: 2 * time.Second, Keeps: RoutesWhole,
 			Restore: Undo, Log: `problem: refused-lease`, Bound: Bound{Repair: 5 * time.Second},
+			Seen: degrades("refused-lease", "junk", `overlayd_leases_refused 10000`),
 		},
 		Fault{
 			Name: "10,000 keys for no subnet of the network", On: []string{OnVXLAN},
@@ -186,4 +210,29 @@ func manyKeys(n int, key func(int) string, value string) func(context.Context, *
 		}
 		return nil
 	}
+}
+
+// clone writes over the victim's lease as a clone of it does, and again when the victim has put it right.
+func clone(ctx context.Context, s *Site) error {
+	own, err := s.leaseOf(ctx, s.Victim)
+	if err != nil {
+		return err
+	}
+	ip := s.Victim.Addr(addr.IPv4).String()
+	other := strings.Replace(own.value, fmt.Sprintf("%q", ip), fmt.Sprintf("%q", strangerIP), 1)
+	rewritten := func(ctx context.Context, s *Site) error {
+		l, err := s.leaseOf(ctx, s.Victim)
+		if err != nil {
+			return err
+		}
+		return unless(strings.Contains(l.value, ip), "the lease still says %s", strangerIP)
+	}
+	put := Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+		if _, err := cli.Put(ctx, own.key, other, clientv3.WithLease(own.etcdLease)); err != nil {
+			return fmt.Errorf("write over the lease of %s: %w", s.Victim.Name, err)
+		}
+		return nil
+	})
+	again := Steps(put, Until(rewritten, 5*time.Second))
+	return Steps(again, again, put)(ctx, s)
 }

@@ -18,6 +18,7 @@ func underlayFaults() []Fault {
 		{
 			Name: "interface down and up", On: everywhere(), Short: true, Soak: true,
 			Inject: linkDown, Hold: 2 * time.Second, Keeps: keepsState, Restore: linkUp, Log: `underlay|interface|eth0`,
+			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface eth0, which leads to the other nodes, is down`),
 		},
 		{
 			Name: "cable out and in", On: everywhere(), Soak: true,
@@ -30,18 +31,21 @@ func underlayFaults() []Fault {
 			Inject:  Steps(moveTo("99"), Afterwards(moveBack)),
 			Expect:  All(announces("99"), subnetKept, reaches),
 			Restore: Undo, Log: `(?i)interface chosen|underlay|address`,
+			Seen: follows(`^Public IP .*[.:]99`, `overlayd_interface_changes_total +`),
 		},
 		{
 			Name: "MTU lowered", On: everywhere(), Short: true, Soak: true,
 			Inject:  Steps(Once(`ip link set eth0 mtu 1400`), Afterwards(Once(`ip link set eth0 mtu 1500`))),
 			Expect:  All(lowerMTU, reaches),
 			Restore: Undo, Log: `(?i)mtu|device`,
+			Seen: follows(`^Network .*pods' MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
 		},
 		{
 			Name: "default route moved to another interface", On: tunnelled(), Short: true,
 			Inject:  Steps(secondInterface, On(`ip $F route replace default via $GW2 dev eth1`), Afterwards(On(`ip $F route replace default via $GW dev eth0`))),
 			Expect:  All(leavesBy("eth1"), subnetKept, reaches),
 			Restore: Undo, Log: `(?i)interface chosen.*eth1`,
+			Seen: follows(`^Interface .*eth1.*default route`, `overlayd_interface_changes_total +`),
 		},
 		{
 			Name: "second default route of a better metric", On: tunnelled(),
@@ -54,12 +58,41 @@ func underlayFaults() []Fault {
 		{
 			Name: "interface deleted and made again", On: everywhere(), Short: true,
 			Inject: recreate, Hold: 2 * time.Second, Restore: Undo, Log: `underlay|interface|eth0`,
+			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface .*eth0`),
 		},
 		{
 			Name: "no interface fits for 5 s", On: everywhere(), Soak: true,
 			Inject: Steps(Once(`ip address flush dev eth0 scope global`), Afterwards(linkUp)),
 			Expect: LogSays(`no network interface|no IPv4 address|no IPv6 address`),
 			Hold:   5 * time.Second, Keeps: keepsState, Restore: Undo, Log: `no network interface`,
+			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface .*eth0.* address`),
+		},
+		{
+			// A firewall that knows all nodes but this one.
+			Name: "a peer's firewall drops this node's tunnel packets", On: []string{OnDual, OnVXLAN}, Short: true,
+			Inject: onPeer(`nft add table inet host-$NFT_FAMILY; nft add chain inet host-$NFT_FAMILY in '{ type filter hook input priority -10; }'
+				nft add rule inet host-$NFT_FAMILY in $NFT_FAMILY saddr $IP udp dport 8472 drop`, `nft delete table inet host-$NFT_FAMILY`),
+			Restore: Undo, Log: `problem: silent-peers`,
+			Seen: pinged("silent-peers", `n1: pings are not answered`, `overlayd_probe_targets{verdict="silent"} `).diagnosed(`^(FAIL|warn) peers answer .*n1 `),
+		},
+		{
+			Name: "this node's own firewall drops tunnel packets", On: []string{OnNFTables, OnVXLAN}, Short: true,
+			Inject: Steps(
+				Once(`nft add table inet host; nft add chain inet host in '{ type filter hook input priority -10; }'
+					nft add rule inet host in udp dport 8472 drop`),
+				Afterwards(Once(`nft delete table inet host`))),
+			Restore: Undo, Log: `problem: silent-peers`,
+			Seen: pinged("silent-peers", `n1, n2: no peer at all answers pings`, `overlayd_probe_targets{verdict="silent"} `).
+				diagnosed(`^FAIL VXLAN in the firewall VXLAN packets \(UDP port 8472\).* are dropped by table inet host, chain in`),
+		},
+		{
+			// No packet of the traffic is as large.
+			Name: "the router drops large packets of the tunnel", On: []string{OnDual, OnVXLAN}, Short: true,
+			Inject: onRouter(`nft add table inet narrow; nft add chain inet narrow way '{ type filter hook forward priority 0; }'
+				nft add rule inet narrow way udp dport 8472 meta length gt 1400 drop`, `nft delete table inet narrow`),
+			Restore: Undo, Log: `problem: path-mtu`, Bound: lossless(2 * time.Second),
+			Seen: pinged("path-mtu", `n2: small packets arrive, those of 14\d\d bytes don't`, `overlayd_probe_targets{verdict="small-only"} `).
+				diagnosed(`^FAIL full-size packets .*n2`),
 		},
 	}
 	return in(Underlay, underlay(), rows)
@@ -239,5 +272,38 @@ func LogSays(pattern string) Check {
 			return fmt.Errorf("the daemon did not log /%s/", pattern)
 		}
 		return nil
+	}
+}
+
+// pinged is what is seen of peers that don't answer as they should, which takes a few pings.
+func pinged(problem, reason, metric string) *Seen {
+	return degrades(problem, reason, metric+"more").in(25 * time.Second)
+}
+
+// onPeer runs a script on the peer for each family, with the victim's variables, and another to undo it.
+func onPeer(script, undo string) Action {
+	return func(ctx context.Context, s *Site) error {
+		for _, f := range s.families {
+			s.Defer(func() error {
+				_, err := s.Peer.Run(context.WithoutCancel(ctx), "sh", "-ec", s.vars.Get(f)+undo)
+				return err
+			})
+			if _, err := s.Peer.Run(ctx, "sh", "-ec", s.vars.Get(f)+script); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// onRouter runs a script on the machine between the segments, and another to undo it.
+func onRouter(script, undo string) Action {
+	return func(ctx context.Context, s *Site) error {
+		s.Defer(func() error {
+			_, err := s.Lab.Router().Run(context.WithoutCancel(ctx), "sh", "-ec", undo)
+			return err
+		})
+		_, err := s.Lab.Router().Run(ctx, "sh", "-ec", script)
+		return err
 	}
 }

@@ -1,8 +1,8 @@
 // Package faults is the catalogue of what can happen to an overlay network, and the runner that makes each of it happen in a lab:
 // while traffic flows, with a bound on what may be lost and on how long the repair may take.
 //
-// The catalogue is data ([Catalogue]): a row says what is done, what is expected, and what the daemon has to say about it. A row
-// that breaks its bound is a bug of the daemon, or of the row.
+// The catalogue is data ([Catalogue]): a row says what is done, what is expected, and what the daemon has to say about it: in its log
+// ([Fault].Log), and to an operator who asks it ([Seen]). A row that breaks its bound is a bug of the daemon, or of the row.
 package faults
 
 import (
@@ -53,6 +53,8 @@ type Fault struct {
 	Bound Bound
 	// Log is a regular expression that a line of the daemon's log must match.
 	Log string
+	// Seen is what an operator gets to see, without the log; nil: that is not looked at.
+	Seen *Seen
 }
 
 // Bound is what a fault may cost.

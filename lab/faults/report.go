@@ -23,7 +23,17 @@ type Result struct {
 	Facts    string        `json:"facts,omitempty"`
 	Skipped  string        `json:"skipped,omitempty"`
 	Problems []string      `json:"problems,omitempty"`
-	Log      []string      `json:"log,omitempty"` // the end of the daemon's log, where there are problems
+	// What an operator saw: a line of `overlayd status` or of `overlayd doctor`, what /readyz said from before the fault to its end,
+	// and the metrics that moved.
+	Status  string        `json:"status,omitempty"`
+	Doctor  string        `json:"doctor,omitempty"`
+	Ready   string        `json:"ready,omitempty"`
+	Metrics []string      `json:"metrics,omitempty"`
+	See     time.Duration `json:"-"` // from the fault until all of it was seen
+	// StatusText is all that the status said, where there are problems.
+	StatusText []string `json:"statusText,omitempty"`
+
+	Log []string `json:"log,omitempty"` // the end of the daemon's log, where there are problems
 }
 
 func newResult(f Fault, setup string) Result {
@@ -41,8 +51,9 @@ func (r Result) MarshalJSON() ([]byte, error) {
 		plain
 		Repair float64 `json:"secondsToRepair"`
 		Stall  float64 `json:"secondsTCPStalled"`
+		See    float64 `json:"secondsToSee,omitempty"`
 		OK     bool    `json:"ok"`
-	}{plain(r), r.Repair.Seconds(), r.Stall.Seconds(), len(r.Problems) == 0})
+	}{plain(r), r.Repair.Seconds(), r.Stall.Seconds(), r.See.Seconds(), len(r.Problems) == 0})
 }
 
 func (r Result) verdict() string {
@@ -90,16 +101,20 @@ func newReport(rows []Result, took time.Duration) Report {
 const (
 	widestFault   = 60
 	widestLogged  = 70
+	widestSays    = 110
+	widestReady   = 60
+	widestMetrics = 120
 	widestVerdict = 200
 )
 
 // Text renders the report for a terminal.
 func (r Report) Text() string {
-	rows := [][]string{{"FAULT", "SETUP", "LOST", "SECONDS", "THE DAEMON SAID", "OK"}}
+	rows := [][]string{{"FAULT", "SETUP", "LOST", "SECONDS", "THE LOG SAYS", "STATUS OR DOCTOR SAYS", "/READYZ", "METRICS", "OK"}}
 	for _, x := range r.Rows {
 		rows = append(rows, []string{
 			cut(string(x.Area)+": "+x.Fault, widestFault), x.Setup, fmt.Sprint(x.Lost), seconds(x.Repair),
-			cut(x.Logged, widestLogged), cut(x.verdict(), widestVerdict),
+			cut(x.Logged, widestLogged), cut(x.says(), widestSays), cut(or(x.Ready), widestReady), cut(or(strings.Join(x.Metrics, ", ")), widestMetrics),
+			cut(x.verdict(), widestVerdict),
 		})
 	}
 	var b strings.Builder
@@ -124,7 +139,28 @@ func (r Result) details() string {
 	for _, l := range r.Log {
 		fmt.Fprintf(&b, "    | %s\n", l)
 	}
+	for _, l := range r.StatusText {
+		fmt.Fprintf(&b, "    status| %s\n", l)
+	}
 	return b.String()
+}
+
+// says is what names the fault.
+func (r Result) says() string {
+	switch {
+	case r.Status != "" && r.Doctor != "":
+		return r.Status + " / doctor: " + r.Doctor
+	case r.Doctor != "":
+		return "doctor: " + r.Doctor
+	}
+	return or(r.Status)
+}
+
+func or(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
 }
 
 func cut(s string, n int) string {

@@ -120,6 +120,9 @@ func (j job) length() time.Duration {
 	d := 4 * time.Second
 	for _, f := range j.rows {
 		d += 2*time.Second + f.Hold
+		if f.Seen != nil {
+			d += f.Seen.Within
+		}
 	}
 	return d
 }
@@ -218,8 +221,15 @@ func (s *Site) run(ctx context.Context, f Fault, r *Result) {
 		return
 	}
 	clear(s.facts)
+	w, err := watchFor(ctx, s.Victim, f.Seen)
+	if err != nil {
+		r.fail("look at %s before the fault: %v", s.Victim.Name, err)
+		return
+	}
 	began := time.Now()
-	ended := s.steps(ctx, f, r)
+	ended := s.steps(ctx, f, w, r)
+	s.settled(ctx, f, r)
+	w.after(ctx, r)
 	if ctx.Err() != nil {
 		return
 	}
@@ -230,7 +240,7 @@ func (s *Site) run(ctx context.Context, f Fault, r *Result) {
 }
 
 // steps injects, expects and restores. It returns when the fault had been made, or had ended.
-func (s *Site) steps(ctx context.Context, f Fault, r *Result) time.Time {
+func (s *Site) steps(ctx context.Context, f Fault, w *watch, r *Result) time.Time {
 	if err := f.Inject(ctx, s); err != nil {
 		r.fail("%v", err)
 		if f.Restore != nil && ctx.Err() == nil { // of what was done before it failed
@@ -248,6 +258,7 @@ func (s *Site) steps(ctx context.Context, f Fault, r *Result) time.Time {
 		s.repaired(ctx, Whole, at, f, r)
 	}
 	s.hold(ctx, f, r)
+	w.during(ctx, at, r)
 	if f.Restore == nil {
 		return at
 	}
@@ -260,6 +271,17 @@ func (s *Site) steps(ctx context.Context, f Fault, r *Result) time.Time {
 		s.repaired(ctx, Whole, at, f, r)
 	}
 	return at
+}
+
+// settled waits until the next row can begin: nobody misses a ping any more.
+func (s *Site) settled(ctx context.Context, f Fault, r *Result) {
+	pinged := func(ctx context.Context, s *Site) error { return s.pinged(ctx) }
+	if f.Ruins || len(r.Problems) > 0 {
+		return
+	}
+	if _, err := s.await(ctx, pinged, time.Now(), backWithin); err != nil && ctx.Err() == nil {
+		r.fail("afterwards: %v", err)
+	}
 }
 
 func (s *Site) repaired(ctx context.Context, c Check, at time.Time, f Fault, r *Result) {

@@ -1,0 +1,159 @@
+package faults
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// Enough rows of the short form say what is to be seen, in every area, and each of them what names the cause.
+func TestSeen(t *testing.T) {
+	t.Parallel()
+	inShort, unready := 0, 0
+	areas := map[Area]bool{}
+	for _, f := range Catalogue(true) {
+		s := f.Seen
+		if s == nil {
+			continue
+		}
+		if s.Status == "" && s.Doctor == "" {
+			t.Errorf("%s: %s: nothing names the cause", f.Area, f.Name)
+		}
+		for _, pattern := range []string{s.Status, s.Doctor, s.Ready} {
+			if _, err := regexp.Compile(pattern); err != nil {
+				t.Errorf("%s: %s: %v", f.Area, f.Name, err)
+			}
+		}
+		for _, text := range s.Metrics {
+			if _, err := parseMove(text); err != nil {
+				t.Errorf("%s: %s: %v", f.Area, f.Name, err)
+			}
+		}
+		if f.Short {
+			inShort++
+			areas[f.Area] = true
+		}
+		if f.Short && s.Ready != "" && len(s.Metrics) > 0 {
+			unready++
+		}
+	}
+	if inShort < 18 || unready < 15 || len(areas) < 6 {
+		t.Errorf("%d rows of the short form say what is to be seen, %d of them that /readyz moves, in %d areas", inShort, unready, len(areas))
+	}
+}
+
+func TestParseMove(t *testing.T) {
+	t.Parallel()
+	for _, bad := range []string{
+		"", "overlayd_ready", "overlayd_ready x", "ready 0", "overlayd_ready +", "overlayd_drift_repaired_total 3", "overlayd_drift_repaired_total more",
+	} {
+		if m, err := parseMove(bad); err == nil {
+			t.Errorf("%q is %+v", bad, m)
+		}
+	}
+}
+
+func TestMove(t *testing.T) {
+	t.Parallel()
+	const before = `# HELP overlayd_ready 1 if all is well.
+# TYPE overlayd_ready gauge
+overlayd_ready 1
+overlayd_ready_other 7
+overlayd_drift_repaired_total{kind="route"} 4
+overlayd_drift_repaired_total{kind="fdb"} 1
+overlayd_problem{fatal="false",name="etcd"} 1
+overlayd_leases_refused{cause="nonsense"} 1e+04
+`
+	for _, c := range []struct {
+		text        string
+		value, then float64
+		moved, back bool
+	}{
+		{"overlayd_ready 0", 1, 0, true, false},
+		{"overlayd_ready 0", 1, 1, false, true},
+		{`overlayd_drift_repaired_total{kind="route"} +`, 4, 5, true, true},
+		{`overlayd_drift_repaired_total{kind="route"} +`, 4, 4, false, true},
+		{`overlayd_drift_repaired_total{kind="route"} +`, 4, 3, false, false},
+		{`overlayd_drift_repaired_total +`, 5, 6, true, true},
+		{`overlayd_problem{name="etcd",fatal="false"} 1`, 1, 1, true, true},
+		{`overlayd_problem{name="etcd",fatal="true"} 1`, 0, 1, true, false},
+		{`overlayd_leases_refused more`, 10000, 10001, true, false},
+		{`overlayd_leases_refused more`, 10000, 10000, false, true},
+	} {
+		m, err := parseMove(c.text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v := m.value(before); v != c.value {
+			t.Errorf("%s: %g, want %g", c.text, v, c.value)
+		}
+		if m.moved(c.value, c.then) != c.moved || m.back(c.value, c.then) != c.back {
+			t.Errorf("%s from %g to %g: moved %v, back %v", c.text, c.value, c.then, !c.moved, !c.back)
+		}
+	}
+}
+
+func TestVerdict(t *testing.T) {
+	t.Parallel()
+	for want, lines := range map[string][]string{
+		NoAnswer:               {NoAnswer},
+		"ok":                   {readyOK},
+		"degraded: etcd, plan": {readyOK, "200 degraded: plan: a: b (since x)", "200 degraded: etcd: refused (since x)"},
+		"503: etcd, lease":     {"503 not ready: lease: it is gone (since x)", "503 degraded: etcd: refused: by it (since x)"},
+	} {
+		if got := verdict(lines); got != want {
+			t.Errorf("%q: %q, want %q", lines, got, want)
+		}
+	}
+}
+
+// A row whose signs are not seen fails, and so does one whose signs stay.
+func TestWatchJudges(t *testing.T) {
+	t.Parallel()
+	w := &watch{
+		seen: *degrades("etcd", "refused"), verdicts: []string{"ok"}, before: []float64{0}, now: []float64{0}, peaks: make([]*float64, 1), ok: true,
+	}
+	m, err := parseMove(w.seen.Metrics[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.moves = []move{m}
+	if out := w.missing(); len(out) != 3 {
+		t.Errorf("nothing was seen, and it misses only %q", out)
+	}
+	one := 1.0
+	w.said, w.unready, w.peaks[0], w.now[0], w.ok = "etcd: refused", "200 degraded: etcd: refused", &one, 1, false
+	if out := w.missing(); len(out) != 0 {
+		t.Errorf("all was seen, and it misses %q", out)
+	}
+	if out := w.left(); len(out) != 2 {
+		t.Errorf("the fault is not over, and that is seen by %q alone", out)
+	}
+	w.now[0], w.ok = 0, true
+	if out := w.left(); len(out) != 0 {
+		t.Errorf("the fault is over, and it sees %q", out)
+	}
+	if p := m.path(0, 1, 0); p != `problem{name="etcd",fatal="false"} 0→1→0` {
+		t.Error(p)
+	}
+}
+
+func TestReportShowsWhatWasSeen(t *testing.T) {
+	t.Parallel()
+	r := newReport([]Result{
+		{Area: Etcd, Fault: "gone", Setup: OnVXLAN, Status: "etcd: refused", Doctor: "FAIL etcd", Ready: "ok → degraded: etcd → ok", Metrics: []string{"ready 1→0→1"}},
+		{Area: Etcd, Fault: "other", Setup: OnVXLAN},
+	}, 0)
+	lines := slices.Collect(strings.Lines(r.Text()))
+	for _, want := range []string{"STATUS OR DOCTOR SAYS", "/READYZ", "METRICS"} {
+		if !strings.Contains(lines[0], want) {
+			t.Errorf("there is no column %s in %s", want, lines[0])
+		}
+	}
+	for _, want := range []string{"etcd: refused / doctor: FAIL etcd", "ok → degraded: etcd → ok", "ready 1→0→1"} {
+		if !strings.Contains(lines[1], want) {
+			t.Errorf("%q is missing in %s", want, lines[1])
+		}
+	}
+}
