@@ -89,7 +89,7 @@ func (f *FileWatch) run(ctx context.Context) error {
 			if e.Name != f.path && e.Name != filepath.Dir(f.path) {
 				continue
 			}
-		case <-f.watcher.Errors: // some news may have been lost
+		case <-f.watcher.Errors: //nolint:errcheck // some news may have been lost: that is news
 		}
 		select {
 		case f.changed <- struct{}{}:
