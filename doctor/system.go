@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
@@ -229,27 +230,31 @@ func unitDirs() []string {
 	return []string{"etc/systemd", "run/systemd", "usr/local/lib/systemd", "usr/lib/systemd", "lib/systemd"}
 }
 
-// firstMatch finds the file of /etc/systemd/network and its like that is taken for a VXLAN device of this name: the first in the order of
-// the names whose [Match] fits.
-func firstMatch(r root, suffix, device string) (file, text string) {
+// unitFiles lists the files that systemd finds in a folder of its directories, in the order in which it reads them.
+func unitFiles(r root, folder, suffix string) []string {
 	files := map[string]string{}
 	for _, dir := range slices.Backward(unitDirs()) {
-		list, _ := os.ReadDir(r.path(dir + "/network"))
+		list, _ := os.ReadDir(r.path(dir + "/" + folder))
 		for _, e := range list {
 			if strings.HasSuffix(e.Name(), suffix) {
-				files[e.Name()] = dir + "/network/" + e.Name()
+				files[e.Name()] = dir + "/" + folder + "/" + e.Name()
 			}
 		}
 	}
-	names := make([]string, 0, len(files))
-	for n := range files {
-		names = append(names, n)
+	out := make([]string, 0, len(files))
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		out = append(out, files[name])
 	}
-	slices.Sort(names)
-	for _, n := range names {
-		text, _ := r.read(files[n])
+	return out
+}
+
+// firstMatch finds the file of /etc/systemd/network and its like that is taken for a VXLAN device of this name: the first in the order of
+// the names whose [Match] fits.
+func firstMatch(r root, suffix, device string) (file, text string) {
+	for _, f := range unitFiles(r, "network", suffix) {
+		text, _ := r.read(f)
 		if matchesDevice(text, device) {
-			return "/" + files[n], text
+			return "/" + f, text
 		}
 	}
 	return "", ""
@@ -317,20 +322,8 @@ func networkdSetting(r root, key string) string {
 	if text, ok := r.read("etc/systemd/networkd.conf"); ok {
 		v = lastValue(text, "Network", key)
 	}
-	files := map[string]string{}
-	for _, dir := range slices.Backward(unitDirs()) {
-		list, _ := os.ReadDir(r.path(dir + "/networkd.conf.d"))
-		for _, e := range list {
-			files[e.Name()] = dir + "/networkd.conf.d/" + e.Name()
-		}
-	}
-	names := make([]string, 0, len(files))
-	for n := range files {
-		names = append(names, n)
-	}
-	slices.Sort(names)
-	for _, n := range names {
-		text, _ := r.read(files[n])
+	for _, f := range unitFiles(r, "networkd.conf.d", ".conf") {
+		text, _ := r.read(f)
 		if own := lastValue(text, "Network", key); own != "" {
 			v = own
 		}

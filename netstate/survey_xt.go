@@ -169,17 +169,7 @@ func LegacyFilterChains(f addr.Family) (chains []FilterChain, rules int, err err
 
 func legacyTable(f addr.Family, table string) ([]FilterChain, error) {
 	x := xtablesOf(f)
-	fd, err := unix.Socket(x.domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = unix.Close(fd) }()
-	info := make([]byte, xtInfoLen)
-	copy(info[:xtNameLen-1], table)
-	if err := x.get(fd, xtGetInfo, info); err != nil {
-		return nil, err
-	}
-	entries, err := x.read(table)
+	info, entries, err := x.read(table)
 	if err != nil {
 		return nil, err
 	}

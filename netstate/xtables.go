@@ -41,7 +41,7 @@ func (n *NFTables) LegacyTable(f addr.Family, table string) (uint64, error) {
 	if strconv.IntSize != 64 {
 		return 0, fmt.Errorf("table %s of iptables-legacy: %w", table, unix.ENOTSUP)
 	}
-	entries, err := xtablesOf(f).read(table)
+	_, entries, err := xtablesOf(f).read(table)
 	if err != nil {
 		return 0, fmt.Errorf("table %s of iptables-legacy: %w", table, err)
 	}
@@ -49,22 +49,23 @@ func (n *NFTables) LegacyTable(f addr.Family, table string) (uint64, error) {
 	return maphash.Bytes(n.seed, entries), nil
 }
 
-func (x xtables) read(table string) ([]byte, error) {
+// read returns what the kernel says of a table (struct ipt_getinfo), and its entries.
+func (x xtables) read(table string) (info, entries []byte, err error) {
 	fd, err := unix.Socket(x.domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer func() { _ = unix.Close(fd) }()
-	info := make([]byte, xtInfoLen)
+	info = make([]byte, xtInfoLen)
 	copy(info[:xtNameLen-1], table)
 	if err := x.get(fd, xtGetInfo, info); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	size := info[xtInfoLen-4:]
 	b := make([]byte, xtEntriesAt+int(binary.NativeEndian.Uint32(size)))
 	copy(b[:xtNameLen-1], table)
 	copy(b[xtNameLen:], size)
-	return b[xtEntriesAt:], x.get(fd, xtGetEntries, b) // EAGAIN if the size has changed
+	return info, b[xtEntriesAt:], x.get(fd, xtGetEntries, b) // EAGAIN if the size has changed
 }
 
 func (x xtables) get(fd, opt int, b []byte) error {
