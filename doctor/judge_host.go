@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -33,8 +34,8 @@ func judgeSupport(f Facts) []Finding {
 		return skipped("it takes privileges to try")
 	}
 	var out []Finding
-	for what, err := range f.Errs {
-		out = append(out, warn(fmt.Sprintf("%s can't be read: %v", what, err))...)
+	for _, what := range slices.Sorted(maps.Keys(f.Errs)) {
+		out = append(out, warn(fmt.Sprintf("%s can't be read: %v", what, f.Errs[what]))...)
 	}
 	for _, s := range f.System.Support {
 		if s.err != nil && s.mend == nil {
