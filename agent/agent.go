@@ -34,6 +34,8 @@ const (
 	firstRetry, lastRetry = 500 * time.Millisecond, 30 * time.Second
 	// waitForInterface is how often to look for an interface while none fits; most often an event says so first.
 	waitForInterface = 2 * time.Second
+	// noteEvery is how often to look whether an operator has removed the note that the subnet was lost.
+	noteEvery = 10 * time.Second
 	// offlineAfter is how long to wait for etcd before starting from what is remembered.
 	offlineAfter = 3 * time.Second
 )
@@ -115,6 +117,8 @@ type Agent struct {
 	unreachable map[netip.Prefix]string
 	drift       *driftLog
 	mesh        *mesh
+	moved       bool               // there is a note that the subnet was lost
+	refused     []netstate.Failure // in the last round
 	changes     status.Changes
 	instruments *metrics.Instruments
 }
@@ -213,6 +217,9 @@ func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) 
 		if !due.IsZero() {
 			next = earlier(next, due)
 		}
+	}
+	if a.moved { // until an operator has removed the note
+		next = earlier(next, now.Add(noteEvery))
 	}
 	if offline := a.started.Add(offlineAfter); !a.online() && now.Before(offline) {
 		next = earlier(next, offline)
@@ -371,7 +378,7 @@ func (a *Agent) current() addr.Per[netip.Addr] {
 
 // learn takes from the newest snapshot what holds, or from memory while there is none.
 func (a *Agent) learn() {
-	a.health.set(condStore, a.snap.Err)
+	a.health.set(condStore, ofStore(a.snap.Err))
 	if !a.online() {
 		a.learnOffline()
 		return
@@ -382,7 +389,9 @@ func (a *Agent) learn() {
 	if a.snap.Held() && a.snap.Lease.Subnets != a.lease.Subnets {
 		a.hold(a.snap.Lease)
 	}
-	a.health.set(condMoved, a.state.movedProblem())
+	moved := a.state.movedProblem()
+	a.moved = moved != nil
+	a.health.set(condMoved, moved)
 	switch {
 	case a.snap.Table.ConfigErr != nil:
 		a.health.set(condConfig, a.snap.Table.ConfigErr)
@@ -435,6 +444,14 @@ func (a *Agent) inUse(sn addr.Per[netip.Prefix]) bool {
 		p := sn.Get(addr.FamilyOf(h.Prefix.Addr()))
 		return p.IsValid() && p.Contains(h.Prefix.Addr())
 	})
+}
+
+// ofStore is an error of the store without the store's name, which the condition has already.
+func ofStore(err error) error {
+	if e := (interface{ Reason() string })(nil); errors.As(err, &e) {
+		return errors.New(e.Reason())
+	}
+	return err
 }
 
 // learnOffline starts from what is remembered, once etcd has been away for a moment, if the subnet is still sure to be this node's.

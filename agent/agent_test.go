@@ -921,3 +921,29 @@ func TestAnyOrderEndsInTheSameState(t *testing.T) {
 		})
 	}
 }
+
+// What the kernel takes at last, after it was refused, is nothing that somebody else changed.
+func TestWhatWasRefusedIsNoDrift(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.change(func() {
+			r.kernel.refuse = func(c netstate.Change) error {
+				if c.Kind() == "route" {
+					return errors.New("no")
+				}
+				return nil
+			}
+		})
+		r.table(onlyV4, peer(1))
+		if r.problem(condKernel) == "" {
+			t.Fatal("nothing was refused")
+		}
+		r.change(func() { r.kernel.refuse = nil })
+		r.sleep(time.Minute)
+		if r.problem(condKernel) != "" || r.routes() == 0 {
+			t.Fatalf("still %q", r.problem(condKernel))
+		}
+		if n := r.logged("repaired what somebody else changed: route"); n != 0 {
+			t.Errorf("counted as drift: %d lines", n)
+		}
+	})
+}

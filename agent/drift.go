@@ -47,7 +47,7 @@ type driftLog struct {
 type driftCount struct {
 	total, pending int
 	example        string
-	said           time.Time
+	at, said       time.Time
 }
 
 const driftEvery = time.Minute
@@ -77,7 +77,7 @@ func (d *driftLog) count(kind, example string) {
 	}
 	k.total++
 	k.pending++
-	k.example = example
+	k.example, k.at = example, d.now()
 }
 
 // flush says what has not been said yet and may be by now.
@@ -112,7 +112,7 @@ func (d *driftLog) counts() []status.DriftKind {
 	defer d.mu.Unlock()
 	out := []status.DriftKind{}
 	for kind, k := range d.kinds {
-		out = append(out, status.DriftKind{Kind: kind, Count: k.total, Last: k.example})
+		out = append(out, status.DriftKind{Kind: kind, Count: k.total, Last: k.example, At: k.at})
 	}
 	return out
 }

@@ -96,7 +96,7 @@ func (h *health) note(c condition, err error, say bool) {
 	h.log.Warn("problem: "+string(c), zap.Error(err))
 }
 
-// list returns what is wrong, the longest-standing first.
+// list returns what is wrong, the longest-standing first; what is only not there yet comes behind what keeps it from being there.
 func (h *health) list() []status.Problem {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -104,8 +104,17 @@ func (h *health) list() []status.Problem {
 	for _, p := range h.problems {
 		out = append(out, p)
 	}
-	slices.SortFunc(out, func(a, b status.Problem) int { return cmp.Or(a.Since.Compare(b.Since), cmp.Compare(a.Name, b.Name)) })
+	slices.SortFunc(out, func(a, b status.Problem) int {
+		return cmp.Or(starting(a)-starting(b), a.Since.Compare(b.Since), cmp.Compare(a.Name, b.Name))
+	})
 	return out
+}
+
+func starting(p status.Problem) int {
+	if p.Reason == errStarting.Error() {
+		return 1
+	}
+	return 0
 }
 
 // works notes that the loop has something to do, and waits that it has done it.

@@ -45,14 +45,17 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 	if !ok {
 		res, err = a.reconcile(be, in)
 	}
-	a.work.failures = len(res.Failed)
+	before := a.refused
+	a.refused = res.Failed
 	failed, minor := failures(res.Failed)
 	err = errors.Join(err, failed)
 	a.health.set(condKernel, err)
 	a.health.set(condSettings, minor)
 	switch {
 	case looked && res.Repaired:
-		a.drift.note(res.Done)
+		a.drift.note(slices.DeleteFunc(res.Done, func(c netstate.Change) bool { // what the kernel takes at last, nobody has changed
+			return slices.ContainsFunc(before, func(f netstate.Failure) bool { return f.Obj == c.Obj })
+		}))
 	case !ok:
 		logChanges(a.log, res.Done)
 	}

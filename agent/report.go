@@ -87,7 +87,9 @@ func failures(failed []netstate.Failure) (major, minor error) {
 		s, setting := f.Obj.(netstate.Sysctl)
 		switch {
 		case setting && strings.HasSuffix(s.Path, "/accept_ra"):
-			less = append(less, f.Error())
+			if !noLink { // it may be that of the device
+				less = append(less, f.Error())
+			}
 		case !noLink || f.Kind() == "device" || !errors.Is(f, netstate.ErrNoLink):
 			out = append(out, f.Error())
 		}

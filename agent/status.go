@@ -40,9 +40,9 @@ var ErrBusy = errors.New("the daemon's loop does not answer")
 
 // work is what status tells of the loop.
 type work struct {
-	last, looked     time.Time
-	took             time.Duration
-	rounds, failures int
+	last, looked time.Time
+	took         time.Duration
+	rounds       int
 }
 
 // ask has the loop do something between two rounds: all that it knows is its own.
@@ -111,7 +111,7 @@ func (a *Agent) status() status.Node {
 			Losses: a.losses, LostAt: a.lostAt,
 		},
 		Lease:     a.leaseStatus(),
-		Reconcile: status.Reconcile{Last: a.work.last, Took: a.work.took, Rounds: a.work.rounds, Looked: a.work.looked, Failures: a.work.failures},
+		Reconcile: status.Reconcile{Last: a.work.last, Took: a.work.took, Rounds: a.work.rounds, Looked: a.work.looked, Failures: len(a.refused)},
 		Peers:     a.peerCounts(),
 	}
 	for _, p := range a.health.list() {
@@ -127,7 +127,7 @@ func (a *Agent) status() status.Node {
 			pool := a.config.Pools.Get(f)
 			s.Network.Networks = append(s.Network.Networks, pool.Network.String())
 			s.Network.Pools = append(s.Network.Pools, status.Pool{
-				Network: pool.Network.String(), Subnets: int(min(pool.Size(), math.MaxInt)), Leased: leased(a.table(), f),
+				Network: pool.Network.String(), Subnets: int(min(pool.Size(), math.MaxInt)), Leased: pool.Leased(a.table()),
 			})
 		}
 	}
@@ -155,16 +155,6 @@ func (a *Agent) status() status.Node {
 	s.Drift = append(a.drift.counts(), a.firewall.drift.counts()...)
 	slices.SortFunc(s.Drift, func(a, b status.DriftKind) int { return strings.Compare(a.Kind, b.Kind) })
 	return s
-}
-
-// leased counts the subnets that are taken in one family. A pair of them is one entry of the table.
-func leased(t subnet.Table, f addr.Family) (n int) {
-	for _, e := range t.Entries {
-		if e.Subnets.Get(f).IsValid() {
-			n++
-		}
-	}
-	return n
 }
 
 // afterRestart lists what would be otherwise if the daemon were restarted now.

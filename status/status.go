@@ -201,9 +201,10 @@ type PeerProbe struct {
 
 // DriftKind counts what somebody else changed and was put right.
 type DriftKind struct {
-	Kind  string `json:"kind"`
-	Count int    `json:"count"`
-	Last  string `json:"last"` // an example
+	Kind  string    `json:"kind"`
+	Count int       `json:"count"`
+	Last  string    `json:"last"` // an example
+	At    time.Time `json:"at"`   // of the last one
 }
 
 // Peer is another node, in one family.

@@ -45,7 +45,7 @@ func TestTexts(t *testing.T) {
 	}
 	bad.Store.Error, bad.Store.Since, bad.Lease.Held = "connection refused", bad.Now.Add(-90*time.Second), false
 	bad.Peers = PeerCounts{Total: 3, Tunnel: 1, Unreachable: 2, Refused: 1, Lingering: 1}
-	bad.Drift = []DriftKind{{"fdb", 1, "add fdb"}, {"route", 12, "add route 10.244.7.0/24"}}
+	bad.Drift = []DriftKind{{"fdb", 1, "add fdb", bad.Now.Add(-time.Hour)}, {"route", 12, "add route 10.244.7.0/24", bad.Now.Add(-time.Second)}}
 	bad.Probe = Probe{On: true, Targets: 4, Answer: 1, Lossy: 1, SmallOnly: 1, Silent: 1, Size: 1430, Round: 10 * time.Second, MedianRTT: 12 * time.Millisecond}
 	bad.Devices = slices.Clone(bad.Devices)
 	bad.Devices[0].Offloads = map[string]bool{"gro": true, "tx": false}

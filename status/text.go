@@ -51,7 +51,7 @@ func (n Node) Print(w io.Writer, s Style) error {
 	}
 	line("Node", "%s (id %s), overlayd %s, up %s", n.Name, n.ID, n.Version, ago(n.Now, n.Started))
 	line("State", "%s", n.word(s))
-	for _, p := range n.Problems {
+	for _, p := range folded(n.Problems) {
 		colour := yellow
 		if p.Fatal {
 			colour = red
@@ -61,7 +61,11 @@ func (n Node) Print(w io.Writer, s Style) error {
 	line("Lease", "%s", n.Lease.text(n.Now))
 	line("etcd", "%s", n.Store.text(n.Now))
 	if n.Network.Backend != "" {
-		line("Network", "%s, %s, pods' MTU %d%s", strings.Join(n.Network.Networks, " and "), n.Network.Backend, n.Network.MTU, poolsText(n.Network.Pools))
+		mtu := ""
+		if n.Network.MTU > 0 {
+			mtu = fmt.Sprintf(", pods' MTU %d", n.Network.MTU)
+		}
+		line("Network", "%s, %s%s%s", strings.Join(n.Network.Networks, " and "), n.Network.Backend, mtu, poolsText(n.Network.Pools))
 	}
 	line("Interface", "%s", or(n.Interface.Reason, "none yet"))
 	if len(n.Interface.PublicIPs) > 0 {
@@ -87,7 +91,7 @@ func (n Node) Print(w io.Writer, s Style) error {
 		line("Repaired", "nothing: nobody has changed what is ours since the start")
 	}
 	for i, d := range n.Drift {
-		line(unless(i > 0, "Repaired"), "%s: %d, last %s", d.Kind, d.Count, d.Last)
+		line(unless(i > 0, "Repaired"), "%s: %d, last %s, %s ago", d.Kind, d.Count, d.Last, ago(n.Now, d.At))
 	}
 	if len(n.Restart) == 0 {
 		line("Restart", "would change nothing")
@@ -151,14 +155,14 @@ func (p Probe) text(s Style) string {
 	case p.Targets == 0:
 		return "nobody to ping"
 	}
-	out := fmt.Sprintf("%d of %d answer", p.Answer, p.Targets)
+	out := fmt.Sprintf("%d of %d answer", p.Answer+p.Lossy+p.SmallOnly, p.Targets)
 	if p.MedianRTT > 0 {
 		out += fmt.Sprintf(", the median after %s", short(p.MedianRTT))
 	}
 	for _, x := range []struct {
 		n    int
 		what string
-	}{{p.Silent, "silent"}, {p.SmallOnly, fmt.Sprintf("answer small packets only, not %d bytes", p.Size)}, {p.Lossy, "with losses"}} {
+	}{{p.Silent, "silent"}, {p.SmallOnly, fmt.Sprintf("of them only small packets, not %d bytes", p.Size)}, {p.Lossy, "of them with losses"}} {
 		if x.n > 0 {
 			out += ", " + s.paint(yellow, fmt.Sprintf("%d %s", x.n, x.what))
 		}
@@ -175,6 +179,20 @@ func short(d time.Duration) string {
 		return d.Round(time.Microsecond).String()
 	}
 	return d.Round(100 * time.Microsecond).String()
+}
+
+// folded puts problems with one and the same reason into one line.
+func folded(problems []Problem) []Problem {
+	var out []Problem
+	for _, p := range problems {
+		i := slices.IndexFunc(out, func(o Problem) bool { return o.Reason == p.Reason && o.Fatal == p.Fatal })
+		if i < 0 {
+			out = append(out, p)
+			continue
+		}
+		out[i].Name += ", " + p.Name
+	}
+	return out
 }
 
 func (l Lease) text(now time.Time) string {

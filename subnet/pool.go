@@ -37,6 +37,18 @@ func (p Pool) Subnet(i uint64) netip.Prefix {
 // span is a range of subnet indices, both ends inside.
 type span struct{ first, last uint64 }
 
+// Leased counts the leases that take some of the pool's subnets.
+func (p Pool) Leased(t Table) (n int) {
+	for _, e := range t.Entries {
+		for _, f := range addr.Families() {
+			if _, ok := p.span(e.Subnets.Get(f)); ok {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // span tells which of the pool's subnets a prefix overlaps; ok is false where there is none.
 func (p Pool) span(x netip.Prefix) (s span, ok bool) {
 	if !p.On() || !x.IsValid() || x.Addr().Is4() != p.Network.Addr().Is4() {

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
+	"runtime/debug"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -25,6 +27,18 @@ const lockPatience = 3 * time.Second
 
 // iptablesWait bounds how long one run of iptables waits for its lock.
 const iptablesWait = 10 * time.Second
+
+// settled is when a daemon has what it works with.
+const settled = 10 * time.Second
+
+// frugal gives back what only the start took, and lets garbage be collected earlier from then on: a daemon that has started makes
+// little of it, and the node's memory is for pods. Whoever sets GOGC decides by himself.
+func frugal() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
+	debug.FreeOSMemory()
+}
 
 // daemon runs until ctx ends. All that an operator can have got wrong is found before anything is touched.
 func daemon(ctx context.Context, f flags) error {
@@ -104,6 +118,7 @@ func daemon(ctx context.Context, f flags) error {
 		chosen.Store(&d)
 		log.Info("firewall chosen", zap.String("firewall", string(d.Kind)), zap.String("iptables_variant", string(d.Variant)), zap.String("reason", d.Reason))
 	})
+	defer time.AfterFunc(settled, frugal).Stop()
 	err = agent.New(opts, agent.Parts{
 		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, SubnetFile: subnetFile, Firewall: driver, FirewallChanged: changed,
 		About: agent.About{

@@ -20,7 +20,10 @@ type storeError struct {
 }
 
 func (e *storeError) Error() string { return "etcd: " + e.reason }
-func (e *storeError) Unwrap() error { return e.err }
+
+// Reason is the error without the word that says whose it is, for where that is said already.
+func (e *storeError) Reason() string { return e.reason }
+func (e *storeError) Unwrap() error  { return e.err }
 
 // explain puts the errors that an operator meets into words that say what to look at.
 func explain(err error, o Options) error {
