@@ -155,6 +155,7 @@ func ServeEtcd(ctx context.Context, o EtcdOptions) error {
 
 func (o EtcdOptions) config() (*embed.Config, error) {
 	c := embed.NewConfig()
+	c.BcryptCost = 4 // the least that there is: the race detector makes it slow, and there is nothing to protect
 	c.Name, c.Dir, c.UnsafeNoFsync = memberName(o.Member), o.DataDir, true
 	c.LogLevel, c.LogOutputs = "warn", []string{"stderr"}
 	// A member alone has nobody to hear from: with short ticks it leads at once.

@@ -98,6 +98,8 @@ func (c *conn) make(ctx context.Context) (*clientv3.Client, error) {
 		cancel()
 		if err == nil {
 			_ = cli.Close()
+		}
+		if ctx.Err() != nil { // the client only knows that its own context was cancelled for that
 			err = ctx.Err()
 		}
 		return nil, err
