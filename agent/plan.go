@@ -229,8 +229,10 @@ func (a *Agent) writeSubnetFile() error {
 			a.drift.count("subnet-file", "write "+a.opts.SubnetFile)
 			a.drift.flush()
 		}
-		a.subnetEnv = content
 		a.watch.again()
+	}
+	if err == nil {
+		a.subnetEnv = content
 	}
 	a.health.set(condSubnetEnv, err)
 	return err
