@@ -65,13 +65,13 @@ func (s *site) runningAt(ctx context.Context, n int) (joinFigures, error) {
 	}
 	main := n == 5000 || s.env.Quick && n == 1000
 	time.Sleep(settled)
+	if j.heap, err = d.heap(); err != nil {
+		return j, err
+	}
 	if main { // before anything else happens to it
 		if err := s.idle(ctx, d); err != nil {
 			return j, err
 		}
-	}
-	if j.heap, err = d.heap(); err != nil {
-		return j, err
 	}
 	if err := s.joins(ctx, d, &j); err != nil {
 		return j, err

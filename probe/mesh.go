@@ -37,16 +37,8 @@ func NewMesh(changed func()) *Mesh {
 func (m *Mesh) Replace(ts []Target) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	stay := make(map[netip.Prefix]bool, len(ts))
-	for _, t := range ts {
-		stay[t.Subnet] = true
-	}
-	for _, t := range slices.Clone(m.rot.order) {
-		if !stay[t.Subnet] {
-			m.rot.remove(t.Subnet)
-		}
-	}
-	m.put(ts)
+	m.rot.replace(ts)
+	m.rouse()
 }
 
 // Change removes the targets for some subnets and adds others.
@@ -58,13 +50,14 @@ func (m *Mesh) Change(gone []netip.Prefix, come []Target) {
 			m.rot.remove(p)
 		}
 	}
-	m.put(come)
-}
-
-func (m *Mesh) put(ts []Target) {
-	for _, t := range ts {
+	for _, t := range come {
 		m.rot.put(t)
 	}
+	m.rouse()
+}
+
+// rouse has Run look again how long to wait.
+func (m *Mesh) rouse() {
 	select {
 	case m.wake <- struct{}{}:
 	default:
@@ -107,7 +100,7 @@ func (m *Mesh) Run(ctx context.Context) error {
 func (m *Mesh) next(passed time.Duration) time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if len(m.rot.order)+len(m.rot.flights) == 0 {
+	if len(m.rot.targets)+len(m.rot.flights) == 0 {
 		return 0
 	}
 	return max(m.rot.pause(time.Now())-passed, 1)
@@ -190,7 +183,7 @@ func (m *Mesh) Summary() status.Probe {
 func (m *Mesh) Peer(subnet netip.Prefix) *status.PeerProbe {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	t := m.rot.targets[subnet]
+	t, _ := m.rot.find(subnet)
 	if t == nil {
 		return nil
 	}
@@ -210,7 +203,7 @@ func (m *Mesh) Trouble(named int) Trouble {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	group := func(v verdict) Group { return Group{m.rot.counts[v], m.rot.named(v, named)} }
-	return Trouble{Targets: len(m.rot.order), Silent: group(silent), SmallOnly: group(smallOnly), Err: m.err}
+	return Trouble{Targets: len(m.rot.targets), Silent: group(silent), SmallOnly: group(smallOnly), Err: m.err}
 }
 
 // Group is some targets.

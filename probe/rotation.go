@@ -78,7 +78,6 @@ type target struct {
 	queued      bool // in rotation.fresh or rotation.waiting
 	fullNext    bool // where there is time for one size only
 	gone        bool
-	place       int32 // in rotation.order
 	again       int64 // when to ask it out of turn, in ns since 1970; 0: not
 	heard       int64 // when it answered last, likewise; 0: never
 }
@@ -138,9 +137,8 @@ type flight struct {
 
 // rotation says whom to ping next, and keeps what came of it. It has no clock, no sockets and no lock.
 type rotation struct {
-	targets map[netip.Prefix]*target
-	order   []*target
-	next    int       // in order
+	targets []*target // in the order of their subnets
+	next    int       // in targets, of the round
 	credit  float64   // packets that may be sent by now
 	size    int       // of full packets
 	fresh   []*target // to be asked out of turn, at once
@@ -153,51 +151,82 @@ type rotation struct {
 }
 
 func newRotation() *rotation {
-	return &rotation{targets: map[netip.Prefix]*target{}, flights: map[uint16]flight{}}
+	return &rotation{flights: map[uint16]flight{}}
 }
 
-// put adds a target, to be visited soon. One that is there with the same address keeps what is known of it.
+// find is the target for a subnet, and where in the order it is or would be.
+func (r *rotation) find(subnet netip.Prefix) (t *target, at int) {
+	at, ok := slices.BinarySearchFunc(r.targets, subnet, func(t *target, p netip.Prefix) int { return addr.ComparePrefix(t.Subnet, p) })
+	if !ok {
+		return nil, at
+	}
+	return r.targets[at], at
+}
+
+// put adds a target, to be asked out of turn. One that is there with the same address keeps what is known of it.
 func (r *rotation) put(t Target) {
-	if old := r.targets[t.Subnet]; old != nil {
+	old, at := r.find(t.Subnet)
+	if old != nil {
 		if old.Address == t.Address {
 			old.Name = t.Name
 			return
 		}
 		r.remove(t.Subnet)
 	}
-	if len(r.order) == 0 {
-		r.credit = 2 // the first one need not wait
+	n := &target{Target: t, again: 1, queued: true} // long ago
+	r.targets = slices.Insert(r.targets, at, n)
+	if at < r.next {
+		r.next++
 	}
-	n := &target{Target: t, place: int32(len(r.order))}
-	r.targets[t.Subnet] = n
-	r.order = append(r.order, n)
 	r.counts[n.verdict]++
-	if r.next < int(n.place) {
-		r.swap(r.next, int(n.place))
-	}
+	r.fresh = append(r.fresh, n)
 }
 
 func (r *rotation) remove(subnet netip.Prefix) {
-	t := r.targets[subnet]
+	t, at := r.find(subnet)
 	if t == nil {
 		return
 	}
-	last := len(r.order) - 1
-	r.swap(int(t.place), last)
-	r.order = r.order[:last]
-	delete(r.targets, subnet)
+	r.targets = slices.Delete(r.targets, at, at+1)
+	if at < r.next {
+		r.next--
+	}
 	r.counts[t.verdict]--
 	t.gone = true
 }
 
-func (r *rotation) swap(i, j int) {
-	r.order[i], r.order[j] = r.order[j], r.order[i]
-	r.order[i].place, r.order[j].place = int32(i), int32(j)
+// replace makes these the targets, and a round begin. What is known of those that stay is kept.
+func (r *rotation) replace(ts []Target) {
+	ts = slices.Clone(ts)
+	slices.SortFunc(ts, func(a, b Target) int { return addr.ComparePrefix(a.Subnet, b.Subnet) })
+	before := r.targets
+	r.targets, r.next, r.credit, r.counts = make([]*target, 0, len(ts)), 0, perSecond, [silent + 1]int{}
+	for _, t := range ts {
+		for len(before) > 0 && addr.ComparePrefix(before[0].Subnet, t.Subnet) < 0 {
+			before[0].gone = true
+			before = before[1:]
+		}
+		n := &target{Target: t}
+		if len(before) > 0 && before[0].Subnet == t.Subnet {
+			if before[0].Address == t.Address {
+				n = before[0]
+				n.Name = t.Name
+			} else {
+				before[0].gone = true
+			}
+			before = before[1:]
+		}
+		r.targets = append(r.targets, n)
+		r.counts[n.verdict]++
+	}
+	for _, t := range before {
+		t.gone = true
+	}
 }
 
 // each is how many packets a visit in the round takes: both sizes, or one after the other in turn.
 func (r *rotation) each() int {
-	if float64(2*len(r.order)) > (perSecond-spare)*longestRound.Seconds() {
+	if float64(2*len(r.targets)) > (perSecond-spare)*longestRound.Seconds() {
 		return 1
 	}
 	return 2
@@ -205,7 +234,7 @@ func (r *rotation) each() int {
 
 // round is how long it takes to visit all targets.
 func (r *rotation) round() time.Duration {
-	n := float64(len(r.order) * r.each())
+	n := float64(len(r.targets) * r.each())
 	if n > (perSecond-spare)*longestRound.Seconds() { // then all that is allowed may be needed
 		return max(longestRound, time.Duration(n/perSecond*float64(time.Second)))
 	}
@@ -213,12 +242,12 @@ func (r *rotation) round() time.Duration {
 }
 
 // rate is how many packets a second the round takes.
-func (r *rotation) rate() float64 { return float64(r.each()*len(r.order)) / r.round().Seconds() }
+func (r *rotation) rate() float64 { return float64(r.each()*len(r.targets)) / r.round().Seconds() }
 
 // pause is how long to wait until there is something to do. Waking up costs an idle node more than sending a dozen packets does, so
 // that they go together, so long as nobody is suspected.
 func (r *rotation) pause(now time.Time) time.Duration {
-	if len(r.fresh) > 0 || len(r.order) == 0 {
+	if len(r.fresh) > 0 || len(r.targets) == 0 {
 		return shortestPause
 	}
 	pause := longestPause
@@ -230,7 +259,7 @@ func (r *rotation) pause(now time.Time) time.Duration {
 
 // due chooses what to send for a stretch of time that has passed since the last call, a second for example.
 func (r *rotation) due(now time.Time, passed time.Duration) []ping {
-	if len(r.order) == 0 {
+	if len(r.targets) == 0 {
 		return nil
 	}
 	budget := int(math.Round(perSecond * min(passed, longestPause).Seconds()))
@@ -239,10 +268,10 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 	var out []ping
 	for r.credit > float64(each)-1e-9 && len(out)+each <= budget {
 		r.credit -= float64(each)
-		if r.next >= len(r.order) {
+		if r.next >= len(r.targets) {
 			r.next = 0
 		}
-		t := r.order[r.next]
+		t := r.targets[r.next]
 		r.next++
 		out = r.visit(out, t, each, now)
 	}
@@ -374,13 +403,13 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 // summary is all that is known, without the single targets but the worst.
 func (r *rotation) summary() status.Probe {
 	p := status.Probe{
-		On: true, Targets: len(r.order), Size: r.size, Round: r.round(), Sent: r.sent, Lost: r.lost, NotAllowed: r.notAllowed,
+		On: true, Targets: len(r.targets), Size: r.size, Round: r.round(), Sent: r.sent, Lost: r.lost, NotAllowed: r.notAllowed,
 		Answer: r.counts[answers], Lossy: r.counts[lossy], SmallOnly: r.counts[smallOnly],
 		Silent: r.counts[silent], NotPinged: r.counts[notPinged], Worst: []status.Peer{},
 	}
 	var rtts []time.Duration
 	var pinged []*target
-	for _, t := range r.order {
+	for _, t := range r.targets {
 		if t.verdict == notPinged {
 			continue
 		}
@@ -415,7 +444,7 @@ func worst(ts []*target, most int) []*target {
 // named lists targets with a verdict, by name or else by subnet, in order; at most so many, whichever are found first.
 func (r *rotation) named(v verdict, most int) []string {
 	var out []string
-	for _, t := range r.order {
+	for _, t := range r.targets {
 		if len(out) == min(most, r.counts[v]) {
 			break
 		}

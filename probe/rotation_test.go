@@ -37,10 +37,13 @@ func newWorld(ts []Target) *world {
 		sent: map[netip.Addr]int{}, sizes: map[netip.Addr]map[int]bool{},
 	}
 	w.rot.size = 1450
-	for _, t := range ts {
-		w.rot.put(t)
-	}
+	w.rot.replace(ts)
 	return w
+}
+
+func (w *world) target(subnet netip.Prefix) *target {
+	t, _ := w.rot.find(subnet)
+	return t
 }
 
 // run lets seconds pass; an answer takes a millisecond.
@@ -113,10 +116,10 @@ func TestVerdicts(t *testing.T) {
 			return c.answer(p, n)
 		}
 		w.run(22) // a round, an answer that is waited for, the same again to be sure
-		if got := w.rot.targets[ts[2].Subnet].verdict.word(); got != c.want {
+		if got := w.target(ts[2].Subnet).verdict.word(); got != c.want {
 			t.Errorf("%s: %q", c.name, got)
 		}
-		if got, rest := w.rot.targets[ts[1].Subnet].verdict.word(), w.rot.counts[answers]; got != status.Answers || c.want != status.Answers && rest != 4 {
+		if got, rest := w.target(ts[1].Subnet).verdict.word(), w.rot.counts[answers]; got != status.Answers || c.want != status.Answers && rest != 4 {
 			t.Errorf("%s: another one is %q, %d answer", c.name, got, rest)
 		}
 		w.answer = func(ping) bool { return true }
@@ -139,7 +142,7 @@ func TestSuspectsAmongMany(t *testing.T) {
 	bad := ts[1234]
 	w.answer = func(p ping) bool { return p.to != bad.Address }
 	w.run(612)
-	if got := w.rot.targets[bad.Subnet].verdict.word(); got != status.Silent {
+	if got := w.target(bad.Subnet).verdict.word(); got != status.Silent {
 		t.Fatalf("%q", got)
 	}
 	if got := w.rot.named(silent, 3); !slices.Equal(got, []string{"n1234"}) {
@@ -147,7 +150,7 @@ func TestSuspectsAmongMany(t *testing.T) {
 	}
 	w.answer = func(ping) bool { return true }
 	w.run(110)
-	if got := w.rot.targets[bad.Subnet].verdict.word(); got != status.Answers {
+	if got := w.target(bad.Subnet).verdict.word(); got != status.Answers {
 		t.Errorf("afterwards: %q", got)
 	}
 	// Even if all fail, there is no more than that.
@@ -186,7 +189,7 @@ func TestTargetsChange(t *testing.T) {
 	moved.Address = netip.MustParseAddr("192.0.2.1")
 	w.rot.put(ts[0])
 	w.rot.put(moved)
-	if a, b := w.rot.targets[ts[0].Subnet].verdict.word(), w.rot.targets[ts[1].Subnet].verdict.word(); a != status.Answers || b != status.NotPinged {
+	if a, b := w.target(ts[0].Subnet).verdict.word(), w.target(ts[1].Subnet).verdict.word(); a != status.Answers || b != status.NotPinged {
 		t.Errorf("%q, %q", a, b)
 	}
 }
@@ -214,7 +217,7 @@ func TestStrangeAnswers(t *testing.T) {
 	} {
 		w.rot.answered(bad)
 	}
-	tg := w.rot.order[0]
+	tg := w.rot.targets[0]
 	if tg.verdict != notPinged {
 		t.Errorf("%d", tg.verdict)
 	}
