@@ -107,6 +107,9 @@ type Settings struct {
 	Wrong       error    // what is wrong with the settings, one line each
 	// Given says which settings of the store the command line gives; these come before the daemon's own.
 	GivenEndpoints, GivenPrefix bool
+	// GivenIdentity says that the settings are those of the daemon so far as they say who this node is: a name or an ID is given, or
+	// there is a file in which neither is.
+	GivenIdentity bool
 }
 
 // Options are what an examination needs.

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -220,11 +221,11 @@ func (w *walk) note(out outcome, f fate) {
 
 // act does what a rule says; end: the chain is left, and who called it goes on.
 func (w *walk) act(a netstate.FilterAction, c netstate.FilterChain, r netstate.FilterRule, depth int, unsure bool) (out outcome, f fate, end bool) {
-	f = fate{chain: c, rule: r, by: describeRule(r)}
+	f = fate{chain: c, rule: r, by: describeRule(c, r)}
 	switch a.Verdict {
 	case netstate.Accept:
 		return passes, f, false
-	case netstate.Drop:
+	case netstate.Drop, netstate.Translate: // the one in chains that filter, the other in those that translate
 		return dropped, f, false
 	case netstate.Unclear:
 		f.unclear = "what the rule " + f.by + " does"
@@ -381,12 +382,25 @@ func (p packet) out(device string, index int) packet {
 	return p
 }
 
+// ports says of which port and to which one a packet is; without, any rule about ports may hold.
+func (p packet) ports(from, to uint16) packet {
+	out := maps.Clone(p)
+	out[netstate.FieldSourcePort], out[netstate.FieldPort] = port16(from), port16(to)
+	return out
+}
+
 // How rules are shown.
 
-func describeRule(r netstate.FilterRule) string {
+func describeRule(c netstate.FilterChain, r netstate.FilterRule) string {
+	family := familyOf(c, r)
+	// An address says by itself which family is meant.
+	addressed := slices.ContainsFunc(r.Tests, func(t netstate.FilterTest) bool { return slices.ContainsFunc(t.Key, isAddress) })
 	var words []string
 	for _, t := range r.Tests {
-		words = append(words, describeTest(t))
+		if _, asked := familyAsked(t); asked && addressed && family != "" {
+			continue
+		}
+		words = append(words, describe(t, family))
 	}
 	if r.Map != nil {
 		words = append(words, "a map")
@@ -398,13 +412,47 @@ func describeRule(r netstate.FilterRule) string {
 	return fmt.Sprintf("%q", text)
 }
 
-func describeTest(t netstate.FilterTest) string {
+func isAddress(k netstate.FilterField) bool {
+	return k.Field == netstate.FieldSource || k.Field == netstate.FieldDestination
+}
+
+// familyOf is the family of the packets that a rule is about: "ip", "ip6", or "" where it is about both.
+func familyOf(c netstate.FilterChain, r netstate.FilterRule) string {
+	if c.Family == "ip" || c.Family == "ip6" {
+		return c.Family
+	}
+	for _, t := range r.Tests {
+		if family, asked := familyAsked(t); asked {
+			return family
+		}
+	}
+	return ""
+}
+
+// familyAsked reports whether a test does nothing but ask for one of the families.
+func familyAsked(t netstate.FilterTest) (family string, asked bool) {
+	if len(t.Key) != 1 || t.Not || len(t.Any) != 1 || len(t.Any[0]) != 1 || t.Key[0].Mask != nil {
+		return "", false
+	}
+	family = describeRange(t.Key[0], t.Any[0][0], "")
+	asked = (t.Key[0].Field == netstate.FieldFamily || t.Key[0].Field == netstate.FieldEtherType) && (family == "ip" || family == "ip6")
+	return family, asked
+}
+
+func describeTest(t netstate.FilterTest) string { return describe(t, "") }
+
+// describe writes a test as nft would; family is that of the rule's packets.
+func describe(t netstate.FilterTest, family string) string {
 	if t.What != "" {
 		return t.What
 	}
 	var fields, values []string
 	for _, k := range t.Key {
-		fields = append(fields, string(k.Field))
+		field := string(k.Field)
+		if isAddress(k) {
+			field = strings.TrimSpace(family + " " + field)
+		}
+		fields = append(fields, field)
 	}
 	const most = 3
 	for i, alt := range t.Any {
@@ -415,7 +463,7 @@ func describeTest(t netstate.FilterTest) string {
 		var parts []string
 		for j, r := range alt {
 			if j < len(t.Key) {
-				parts = append(parts, describeRange(t.Key[j], r))
+				parts = append(parts, describeRange(t.Key[j], r, family))
 			}
 		}
 		values = append(values, strings.Join(parts, " . "))
@@ -448,11 +496,11 @@ func stateNames(t netstate.FilterTest) string {
 	return strings.Join(out, ",")
 }
 
-func describeRange(k netstate.FilterField, r netstate.FilterRange) string {
+func describeRange(k netstate.FilterField, r netstate.FilterRange, family string) string {
 	show := func(b []byte) string {
 		switch k.Field {
 		case netstate.FieldSource, netstate.FieldDestination:
-			whole := make([]byte, map[bool]int{true: 4, false: 16}[len(b) <= 4])
+			whole := make([]byte, map[bool]int{true: 4, false: 16}[len(b) <= 4 && family != "ip6"])
 			copy(whole, b)
 			a, _ := netip.AddrFromSlice(whole)
 			ones := 8 * len(b)
@@ -490,6 +538,12 @@ func describeRange(k netstate.FilterField, r netstate.FilterRange) string {
 					return "ipv6-icmp"
 				}
 				return fmt.Sprint(b[0])
+			}
+		case netstate.FieldFamily, netstate.FieldEtherType:
+			for family, values := range map[string][][]byte{"ip": {{unix.NFPROTO_IPV4}, {0x08, 0x00}}, "ip6": {{unix.NFPROTO_IPV6}, {0x86, 0xdd}}} {
+				if slices.ContainsFunc(values, func(v []byte) bool { return bytes.Equal(v, b) }) {
+					return family
+				}
 			}
 		case netstate.FieldMark, netstate.FieldInIndex, netstate.FieldOutIndex:
 			if len(b) == 4 {

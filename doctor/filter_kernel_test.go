@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"testing"
@@ -33,6 +34,9 @@ func rulesets() map[string]struct {
 		"port":                     {input("udp dport 8472 drop"), "drop", false},
 		"other port":               {input("udp dport 4789 drop"), "pass", false},
 		"other protocol":           {input("tcp dport 8472 drop"), "pass", false},
+		"another port is open":     {nft("chain in { type filter hook input priority 0; policy drop; tcp dport 22 accept; }"), "drop", false},
+		"without a protocol":       {nft("chain in { type filter hook input priority 0; policy drop; th dport 22 accept; }"), "drop", false},
+		"open without a protocol":  {nft("chain in { type filter hook input priority 0; policy drop; th dport { 22, 8472 } accept; }"), "pass", false},
 		"range of ports":           {input("udp dport 8000-9000 drop"), "drop", false},
 		"ports above":              {input("udp dport > 8472 drop"), "pass", false},
 		"ports from":               {input("udp dport >= 8472 drop"), "drop", false},
@@ -171,7 +175,8 @@ func TestFilterAgreesWithKernel(t *testing.T) {
 			}
 			node.Exec("sh", "-ec", tt.script)
 
-			f, link := readFilter(t, node)
+			facts, link := readFilter(t, node)
+			f := facts.Filter
 			p := newPacket(remote, local, unix.IPPROTO_UDP).in("eth0", link.Index)
 			p[netstate.FieldPort], p[netstate.FieldTypeOfDst], p[netstate.FieldReverse] = port16(8472), native32(typeLocal), native32(1)
 			got := f.through(p, tt.v6, "ingress", "prerouting", "input")
@@ -192,7 +197,7 @@ func TestFilterAgreesWithKernel(t *testing.T) {
 	}
 }
 
-func readFilter(t *testing.T, node *nstest.NS) (filter, netstate.SurveyLink) {
+func readFilter(t *testing.T, node *nstest.NS) (Facts, netstate.SurveyLink) {
 	t.Helper()
 	var f Facts
 	var link netstate.SurveyLink
@@ -208,7 +213,85 @@ func readFilter(t *testing.T, node *nstest.NS) (filter, netstate.SurveyLink) {
 	for what, err := range f.Errs {
 		t.Errorf("%s: %v", what, err)
 	}
-	return f.Filter, link
+	return f, link
+}
+
+// Whether a rule gives a packet another sender is judged as the kernel does it.
+func TestTranslationAgreesWithKernel(t *testing.T) {
+	t.Parallel()
+	nstest.NeedRoot(t)
+	nft := func(rules string) string {
+		return "nft -f - <<'EOF'\ntable inet t {\nchain sub { masquerade; }\nchain post { type nat hook postrouting priority srcnat;\n" + rules + "\n}\n}\nEOF\n"
+	}
+	for name, tt := range map[string]struct {
+		script     string
+		translates bool
+	}{
+		"nothing":              {"true", false},
+		"all":                  {nft("masquerade"), true},
+		"by source":            {nft("ip saddr 10.244.0.0/16 masquerade"), true},
+		"but for the network":  {nft("ip saddr 10.244.0.0/16 ip daddr 10.244.0.0/16 accept; masquerade"), false},
+		"other source":         {nft("ip saddr 172.17.0.0/16 masquerade"), false},
+		"other device":         {nft(`oifname "eth7" masquerade`), false},
+		"in another chain":     {nft(`oifname "eth0" jump sub`), true},
+		"snat":                 {nft("snat ip to 192.0.2.1"), true},
+		"accept is no way out": {nft("accept") + `nft 'add table ip o; add chain ip o p { type nat hook postrouting priority 200; }; add rule ip o p masquerade'`, true},
+		"marked":               {nft("meta mark & 0x4000 == 0x4000 masquerade"), false},
+		"iptables-nft":         {"iptables-nft -t nat -A POSTROUTING -s 10.244.0.0/16 -j MASQUERADE", true},
+		"kube-proxy's":         {"iptables-nft -t nat -N K; iptables-nft -t nat -A POSTROUTING -j K; iptables-nft -t nat -A K -m mark ! --mark 0x4000/0x4000 -j RETURN; iptables-nft -t nat -A K -j MASQUERADE", false},
+		"legacy":               {"iptables-legacy -t nat -A POSTROUTING ! -d 10.244.1.0/24 -j MASQUERADE", true},
+		"legacy, excepted":     {"iptables-legacy -t nat -A POSTROUTING ! -d 10.244.0.0/16 -j MASQUERADE", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			node, other := nstest.New(t), nstest.New(t)
+			nstest.Link(node, "eth0", other, "eth0")
+			node.Addr("eth0", "192.0.2.1/24")
+			other.Addr("eth0", "192.0.2.2/24")
+			other.Addr("lo", "10.244.2.5/32")
+			node.Addr("lo", "10.244.1.5/32")
+			node.Exec("ip", "route", "add", "10.244.2.0/24", "via", "192.0.2.2")
+			other.Exec("ip", "route", "add", "10.244.1.0/24", "via", "192.0.2.1")
+			node.Exec("sh", "-ec", tt.script)
+			facts, link := readFilter(t, node)
+			src, dst := netip.MustParseAddr("10.244.1.5"), netip.MustParseAddr("10.244.2.5")
+			got := facts.Translation.through(newPacket(src, dst, unix.IPPROTO_UDP).out("eth0", link.Index).ports(49151, 49151), false, "postrouting")
+			if got.drops != tt.translates || got.maybe {
+				t.Errorf("judged %+v, want %v", got, tt.translates)
+			}
+			if from := senderOf(t, node, other, src, dst); (from != src) != tt.translates {
+				t.Errorf("the kernel lets it come from %s; judged %v", from, got.drops)
+			}
+		})
+	}
+}
+
+// senderOf is where a packet comes from in the eyes of who gets it.
+func senderOf(t *testing.T, node, other *nstest.NS, src, dst netip.Addr) netip.Addr {
+	t.Helper()
+	var l, c *net.UDPConn
+	var err error
+	other.Do(func() { l, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(dst, 4000))) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	node.Do(func() {
+		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(src, 4001)), net.UDPAddrFromAddrPort(netip.AddrPortFrom(dst, 4000)))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	_ = l.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_, from, err := l.ReadFromUDPAddrPort(make([]byte, 8))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return from.Addr().Unmap()
 }
 
 // receives sends a packet and looks whether it comes; one that is expected is waited for longer.
@@ -216,7 +299,13 @@ func receives(t *testing.T, node, from *nstest.NS, at netip.AddrPort, expected b
 	t.Helper()
 	var l *net.UDPConn
 	var err error
-	node.Do(func() { l, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at)) })
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		node.Do(func() { l, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at)) })
+		// A program that is about to be started by another test may have the last one open still.
+		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(end) {
+			break
+		}
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -246,7 +335,7 @@ func TestLegacyRulesAreCounted(t *testing.T) {
 	node.Exec("sh", "-ec", "iptables-legacy -N a; iptables-legacy -A a -j DROP; iptables-legacy -A FORWARD -j a; iptables-legacy -t nat -A POSTROUTING -o eth0 -j MASQUERADE")
 	node.Do(func() {
 		chains, rules, err := netstate.LegacyFilterChains(addr.IPv4)
-		if err != nil || rules != 3 || len(chains) != 4 {
+		if err != nil || rules != 3 || len(chains) != 5 {
 			t.Errorf("%d rules in %d chains, %v: %+v", rules, len(chains), err, chains)
 		}
 	})

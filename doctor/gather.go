@@ -44,16 +44,20 @@ type Facts struct {
 	Survey netstate.Survey
 	Errs   map[string]error // what could not be looked at, by name
 	Filter filter
+	// Translation is what may change the sender of packets that leave: the chains of the table nat behind the routing.
+	Translation filter
 	// Rules counts those of iptables-legacy and of iptables-nft, but for ours.
 	LegacyRules, NFTRules int
 	System                SystemFacts
 	Store                 *etcd.Examination // nil: it was not asked
 	Memory                *memory           // of the state directory; nil: there is none
 	MemoryErr             error
+	IdentityFromMemory    bool // and from nothing else
 
 	Config     *subnet.Config // nil: not known
 	ConfigFrom string
 	Self       subnet.Lease // its subnets are not valid where this node has none that is known
+	NoLease    string       // why none is known, where there is more to say than that
 	Underlay   Underlay
 	ChooseErr  error // why no device leads to the other nodes
 	Peers      []peer
@@ -195,7 +199,7 @@ func (f *Facts) look(o Options) {
 	f.failed("devices", err)
 	f.lookAtFilter()
 	f.System = lookAtSystem(root(o.Root), f.Survey)
-	f.Memory, f.MemoryErr = readMemory(filepath.Join(f.StateDir, "lease.json"))
+	f.remember()
 	f.System.StateDirErr = tryDir(f.StateDir)
 	f.System.SubnetEnv, f.System.SubnetEnvErr = readVars(f.SubnetFile)
 	f.failed("support", nil)
@@ -215,7 +219,7 @@ func (f *Facts) lookAtFilter() {
 	if err != nil {
 		f.failed("nftables", err)
 	}
-	f.Filter = chains
+	f.sortChains(chains)
 	for _, c := range chains {
 		if iptablesTable(c) {
 			f.NFTRules += foreign(c)
@@ -224,8 +228,20 @@ func (f *Facts) lookAtFilter() {
 	for _, fam := range addr.Families() {
 		legacy, rules, err := netstate.LegacyFilterChains(fam)
 		f.failed("iptables-legacy", err)
-		f.Filter = append(f.Filter, legacy...)
+		f.sortChains(legacy)
 		f.LegacyRules += rules
+	}
+}
+
+// sortChains tells the chains that drop from those that translate. One that others call may be called by both.
+func (f *Facts) sortChains(chains []netstate.FilterChain) {
+	for _, c := range chains {
+		if c.Hook == "" || !c.NAT {
+			f.Filter = append(f.Filter, c)
+		}
+		if c.Hook == "" || c.NAT {
+			f.Translation = append(f.Translation, c)
+		}
 	}
 }
 
@@ -246,6 +262,15 @@ func foreign(c netstate.FilterChain) int {
 		}
 	}
 	return n
+}
+
+// remember reads what the daemon remembers. Where neither it nor the settings say who this node is, that does.
+func (f *Facts) remember() {
+	f.Memory, f.MemoryErr = readMemory(filepath.Join(f.StateDir, "lease.json"))
+	if m := f.Memory; !f.Daemon.Running && !f.GivenIdentity && m != nil && m.Node.Check() == nil {
+		f.IdentityFromMemory = m.Node != f.Identity
+		f.Identity, f.IdentityErr = m.Node, nil
+	}
 }
 
 func readMemory(path string) (*memory, error) {
@@ -289,7 +314,7 @@ func (f *Facts) conclude(o Options) {
 func (f *Facts) nameHolders(r root) {
 	for _, d := range f.devices() {
 		for i, s := range f.System.Sockets {
-			if s.port == d.port && s.inode != "0" && !d.there {
+			if s.inTheWayOf(d) {
 				f.System.Sockets[i].holder = holderOf(r, s.inode)
 			}
 		}
@@ -310,22 +335,82 @@ func (f *Facts) concludeConfig() {
 
 func (f *Facts) concludeSelf() {
 	f.Self.Identity = f.Identity
+	if f.NoLease = f.leaseIsNotOurs(); f.NoLease != "" {
+		return
+	}
 	for _, s := range f.Daemon.Status.Lease.Subnets {
 		if p, err := netip.ParsePrefix(s); err == nil {
 			f.Self.Subnets.Set(addr.FamilyOf(p.Addr()), p)
 		}
 	}
 	if f.Store != nil && f.Self.Subnets == (addr.Per[netip.Prefix]{}) {
-		for _, e := range f.Store.Table.Entries {
-			if e.Identity == f.Identity && e.Err == nil && f.Identity.NodeID != "" {
-				f.Self = e.Lease
-			}
+		if own := f.ownEntry(); own != nil {
+			f.Self = own.Lease
 		}
 	}
 	if f.Memory != nil && f.Self.Subnets == (addr.Per[netip.Prefix]{}) && f.Memory.Node == f.Identity {
 		f.Self.Subnets, _ = subnet.ParseKey(f.Memory.Subnets)
 	}
 }
+
+// ownEntry is the lease in etcd that carries this node's identity; nil: there is none.
+func (f Facts) ownEntry() *subnet.Entry {
+	if f.Store == nil || f.Identity.NodeID == "" {
+		return nil
+	}
+	var own *subnet.Entry
+	for _, e := range f.Store.Table.Entries {
+		if e.Err == nil && e.Identity == f.Identity {
+			own = e
+		}
+	}
+	return own
+}
+
+// leaseIsNotOurs says why a lease that carries this node's identity is not known to be this node's. Machines that were copied have
+// the same one: what is judged by the other one's lease would be mended at its cost.
+func (f Facts) leaseIsNotOurs() string {
+	if f.Daemon.Running {
+		l, p := f.Daemon.Status.Lease, f.problem("lease")
+		switch {
+		case len(l.Subnets) == 0 && p != nil && !starting(*p):
+			return "the daemon holds no lease: see the problem lease"
+		case len(l.Subnets) == 0:
+			return "the daemon holds no lease"
+		case !l.Held && p != nil && strings.Contains(p.Reason, "is also that of"): // subnet.ConflictError
+			return "another node has this node's lease: see the problem lease"
+		}
+		return ""
+	}
+	if own := f.ownEntry(); own != nil {
+		if ip := f.elsewhere(own); ip.IsValid() {
+			return fmt.Sprintf("the lease of this node's name and ID says that it is at %s, which no device of this node has", ip)
+		}
+	}
+	return ""
+}
+
+// elsewhere is the public IP of a lease that should be on a device of this node and is on none; not valid where there is none.
+func (f Facts) elsewhere(e *subnet.Entry) netip.Addr {
+	for _, fam := range addr.Families() {
+		if ip := e.PublicIP.Get(fam); ip.IsValid() && e.PublicIPLocal && f.Errs["devices"] == nil && !f.Survey.Host.Has(ip) {
+			return ip
+		}
+	}
+	return netip.Addr{}
+}
+
+// problem is one that the daemon knows of itself; nil: it has no such.
+func (f Facts) problem(name string) *status.Problem {
+	i := slices.IndexFunc(f.Daemon.Status.Problems, func(p status.Problem) bool { return p.Name == name })
+	if i < 0 {
+		return nil
+	}
+	return &f.Daemon.Status.Problems[i]
+}
+
+// starting tells what is not there yet from what is wrong.
+func starting(p status.Problem) bool { return strings.HasSuffix(p.Reason, "overlayd is starting") }
 
 func (f *Facts) concludeUnderlay(o Options) {
 	s := f.Daemon.Status

@@ -42,11 +42,19 @@ func judgeDaemon(f Facts) []Finding {
 	case d.Holder != nil:
 		return fail(d.Holder.Error()+", and nobody answers at the socket: it has another --socket, or is about to start or end", "ps -o pid,args -C overlayd")
 	case !d.Running:
-		return fail("overlayd does not run on this node; what it made before stays as it is, and follows no change", "systemctl start overlayd", "journalctl -u overlayd -n 50")
+		return fail("overlayd does not run on this node; what it made before stays as it is, and follows no change", f.start(), "journalctl -u overlayd -n 50")
 	case !d.Status.Ready:
 		return fail("it runs, and is not ready: see its problems", "overlayd status")
 	}
 	return ok(fmt.Sprintf("%s, version %s, ready", f.name(), d.Status.Version))
+}
+
+// start starts the daemon. One on a machine that is a clone would take the lease of the other.
+func (f Facts) start() string {
+	if f.NoLease != "" {
+		return "systemctl start overlayd   # not before own lease is clear, see there"
+	}
+	return "systemctl start overlayd"
 }
 
 func judgeProblems(f Facts) []Finding {
@@ -54,7 +62,12 @@ func judgeProblems(f Facts) []Finding {
 		return nil
 	}
 	var out []Finding
+	var later []string
 	for _, p := range f.Daemon.Status.Problems {
+		if starting(p) {
+			later = append(later, p.Name)
+			continue
+		}
 		x := Finding{Mark: Warn, Reason: fmt.Sprintf("the daemon says: %s: %s, for %s", p.Name, p.Reason, f.Now.Sub(p.Since).Round(time.Second))}
 		if see := checkFor(p.Name); see != "" {
 			x.Reason += "; see " + see
@@ -65,13 +78,16 @@ func judgeProblems(f Facts) []Finding {
 		x.Mend = []string{"overlayd status"}
 		out = append(out, x)
 	}
+	if len(later) > 0 { // what waits for the rest is not the cause
+		out = append(out, fail(fmt.Sprintf("the daemon says: not there yet, overlayd is starting: %s", strings.Join(later, ", ")), "overlayd status")...)
+	}
 	return orOK(out, "the daemon has none")
 }
 
 // checkFor is the check that looks at the same thing as a problem of the daemon.
 func checkFor(problem string) string {
 	return map[string]string{
-		"underlay": "interface", "config": "network config", "config-keys": "network config", "lease": "own lease", "claim": "leases", "etcd": "etcd", "offline": "etcd",
+		"underlay": "interface", "config": "network config", "config-keys": "network config", "lease": "leases", "claim": "own lease and leases", "etcd": "etcd", "offline": "etcd",
 		"kernel": "drift and tunnel device", "firewall": "iptables variants and kernel", "subnet-file": "subnet file", "node-set": "kernel", "state-dir": "state directory",
 		"unreachable": "peers", "settings": "forwarding", "subnet-moved": "bridge", "foreign-route": "routes", "plan": "MTU", "refused-lease": "leases",
 	}[problem]
@@ -86,7 +102,33 @@ func judgeDrift(f Facts) []Finding {
 	case len(d.Diff) > 0:
 		return warn(fmt.Sprintf("the kernel is not as planned, which the daemon puts right within a second unless something refuses or undoes it: %s", few(d.Diff)), "overlayd diff")
 	}
+	if repairs := f.repairs(); repairs != "" {
+		return warn("the kernel is as planned, but somebody else changes it: "+repairs, "journalctl -u overlayd -g 'repaired what somebody else changed' -n 20")
+	}
 	return ok("the kernel is as planned")
+}
+
+// repairs says what the daemon puts right again and again, or did a moment ago; "" is nothing.
+func (f Facts) repairs() string {
+	const (
+		moment = 2 * time.Minute
+		many   = 20 // and more than one in an hour
+	)
+	var out []string
+	up := f.Daemon.Status.Now.Sub(f.Daemon.Status.Started)
+	for _, d := range f.Daemon.Status.Drift {
+		ago := f.Daemon.Status.Now.Sub(d.At)
+		often := d.Count >= many && up < time.Duration(d.Count)*time.Hour
+		if d.Count == 0 || !often && ago > moment {
+			continue
+		}
+		text := fmt.Sprintf("%s %d times since the daemon started", d.Kind, d.Count)
+		if !d.At.IsZero() {
+			text += fmt.Sprintf(", the last %s ago", ago.Round(time.Second))
+		}
+		out = append(out, fmt.Sprintf("%s (%s)", text, d.Last))
+	}
+	return few(out)
 }
 
 func judgeSettings(f Facts) []Finding {
@@ -105,7 +147,14 @@ func judgeSettings(f Facts) []Finding {
 	if len(f.UnknownKeys) > 0 {
 		out = append(out, warn(fmt.Sprintf("%s has settings that overlayd does not know: %s", f.EnvFile, few(f.UnknownKeys)))...)
 	}
-	return orOK(out, "every one makes sense")
+	var off []string
+	if f.System.SubnetEnv["FLANNEL_IPMASQ"] == "false" {
+		off = append(off, "--ip-masq is off: pods reach what is outside of the pod network only where there is a way back to their own addresses")
+	}
+	if f.Daemon.Running && f.Daemon.Status.Ready && !f.Daemon.Status.Probe.On {
+		off = append(off, "--mesh-probe is off: the daemon does not notice when other nodes stop answering")
+	}
+	return orOK(out, strings.Join(append([]string{"every one makes sense"}, off...), "; "))
 }
 
 func judgeIdentity(f Facts) []Finding {
@@ -117,6 +166,9 @@ func judgeIdentity(f Facts) []Finding {
 		return fail(f.IdentityErr.Error(), mend...)
 	}
 	reason := fmt.Sprintf("node %s, id %s", f.Identity.NodeName, f.Identity.NodeID)
+	if f.IdentityFromMemory {
+		return ok(fmt.Sprintf("%s, by %s; started without --node-name and --node-id, the daemon would take the host name and /etc/machine-id, which say otherwise", reason, filepath.Join(f.StateDir, "lease.json")))
+	}
 	if !f.Daemon.Running && f.Memory != nil && f.Memory.Node != f.Identity {
 		return warn(fmt.Sprintf("%s, but %s is the memory of node %s, id %s: it is left aside at the next start", reason,
 			filepath.Join(f.StateDir, "lease.json"), f.Memory.Node.NodeName, f.Memory.Node.NodeID))
@@ -153,7 +205,14 @@ func judgeSubnetFile(f Facts) []Finding {
 		if f.Daemon.Running && !f.Daemon.Status.Ready {
 			return fail(fmt.Sprintf("%s is not there yet, so that no pod can start: %v", f.SubnetFile, s.SubnetEnvErr), "overlayd status")
 		}
-		return fail(fmt.Sprintf("%s can't be read, and no pod can start without it: %v", f.SubnetFile, s.SubnetEnvErr), "systemctl restart overlayd")
+		again := "systemctl restart overlayd"
+		if !f.Daemon.Running {
+			again = f.start()
+		}
+		return fail(fmt.Sprintf("%s can't be read, and no pod can start without it: %v", f.SubnetFile, s.SubnetEnvErr), again)
+	}
+	if f.NoLease != "" {
+		return skipped(f.NoLease)
 	}
 	var out []Finding
 	for _, fam := range addr.Families() {

@@ -18,11 +18,13 @@ func deviceChecks() []check {
 }
 
 func judgeTunnel(f Facts) []Finding {
-	if f.Errs["devices"] != nil {
+	switch {
+	case f.Errs["devices"] != nil:
 		return skipped(f.Errs["devices"].Error())
-	}
-	if f.backend() == subnet.HostGW {
+	case f.backend() == subnet.HostGW:
 		return ok("host-gw has none")
+	case f.NoLease != "" && len(f.Daemon.Status.Devices) == 0:
+		return skipped(f.NoLease)
 	}
 	var out []Finding
 	var names []string
@@ -40,6 +42,8 @@ func judgeTunnel(f Facts) []Finding {
 		case d.link.Kind != "vxlan":
 			out = append(out, fail(fmt.Sprintf("%s is a %s device: it is in the way of ours", d.name, d.link.Kind), "ip link delete "+d.name)...)
 			continue
+		case !d.link.Up && len(f.portHolder(d)) > 0:
+			out = append(out, fail(d.name+" is down, and can't be set up while another program has its UDP port: see VXLAN port", f.portHolder(d)[0].Mend...)...)
 		case !d.link.Up:
 			out = append(out, fail(d.name+" is down", "ip link set "+d.name+" up")...)
 		case v.VNI != d.vni || v.Port != d.port:
@@ -100,19 +104,25 @@ func judgePort(f Facts) []Finding {
 				out = append(out, fail(fmt.Sprintf("the VXLAN device %s is on UDP port %d with other settings", l.Name, v.Port), "ip link delete "+l.Name, "systemctl restart overlayd")...)
 			}
 		}
-		if !d.there && !taken {
+		if !taken {
 			out = append(out, f.portHolder(d)...)
 		}
 	}
 	return orOK(out, fmt.Sprintf("UDP port %d and VNI %d are nobody else's", ds[0].port, ds[0].vni))
 }
 
+// portHolder names the program that has the port of a device which is not there, or down.
 func (f Facts) portHolder(d tunnel) []Finding {
 	for _, s := range f.System.Sockets {
-		if s.port == d.port && s.inode != "0" && s.v6 == (d.family == addr.IPv6) {
-			who := orDefault(s.holder, "another program")
-			return fail(fmt.Sprintf("UDP port %d is taken by %s", d.port, who), fmt.Sprintf("ss -ulnp 'sport = :%d'", d.port))
+		if !s.inTheWayOf(d) {
+			continue
 		}
+		who := orDefault(s.holder, "another program")
+		mend := []string{fmt.Sprintf("ss -ulnp 'sport = :%d'", d.port)}
+		if d.there {
+			mend = append(mend, "ip link set "+d.name+" up   # once that program has given the port up")
+		}
+		return fail(fmt.Sprintf("UDP port %d is taken by %s", d.port, who), mend...)
 	}
 	return nil
 }
@@ -177,9 +187,9 @@ func judgeBridge(f Facts) []Finding {
 		return skipped(f.Errs["devices"].Error())
 	}
 	if f.Self.Subnets == (addr.Per[netip.Prefix]{}) {
-		return skipped("this node's lease is not known")
+		return skipped(orDefault(f.NoLease, "this node's lease is not known"))
 	}
-	var out []Finding
+	out := f.withoutGateway()
 	names := []string{}
 	for _, b := range f.bridges() {
 		names = append(names, b.Name)
@@ -203,6 +213,49 @@ func judgeBridge(f Facts) []Finding {
 		return ok("there is none yet (the first pod brings it)")
 	}
 	return orOK(out, strings.Join(names, " and ")+" has an address of this node's subnet")
+}
+
+// withoutGateway finds the bridge that pods are on where nothing has the address that is their gateway.
+func (f Facts) withoutGateway() []Finding {
+	if f.System.SubnetEnvErr != nil {
+		return nil
+	}
+	var out []Finding
+	for _, fam := range addr.Families() {
+		own := f.Self.Subnets.Get(fam)
+		if !own.IsValid() || slices.ContainsFunc(f.Survey.Host.Addresses, func(a netstate.HostAddress) bool { return !a.Tunnel && own.Contains(a.Prefix.Addr()) }) {
+			continue
+		}
+		gateway := netip.PrefixFrom(own.Addr().Next(), own.Bits())
+		for _, l := range f.Survey.Links {
+			if l.Kind != "bridge" || !slices.ContainsFunc(f.Survey.Links, func(p netstate.SurveyLink) bool { return p.Master == l.Name && p.Kind == "veth" }) {
+				continue
+			}
+			has := f.addressesOf(l.Name)
+			ours := slices.ContainsFunc(f.bridges(), func(b netstate.SurveyLink) bool { return b.Name == l.Name })
+			reason, mend := fmt.Sprintf("nothing has the address %s, the gateway of this node's pods: %s, which has ports and no %s address, seems to have lost it", gateway, l.Name, fam), fmt.Sprintf("ip address add %s dev %s", gateway, l.Name)
+			switch {
+			case len(has) == 0 && l.Name == "cni0":
+				out = append(out, fail(reason, mend)...)
+			case len(has) == 0:
+				out = append(out, warn(reason+", if pods are on it", mend)...)
+			case ours && !slices.Contains(has, fam):
+				out = append(out, warn(reason+fmt.Sprintf(", if pods are to have addresses of %s", fam), mend)...)
+			}
+		}
+	}
+	return out
+}
+
+// addressesOf lists the families of the addresses that a device has, but for those that are good on its own network only.
+func (f Facts) addressesOf(device string) []addr.Family {
+	var out []addr.Family
+	for _, a := range f.Survey.Host.Addresses {
+		if a.Link == device && !a.Prefix.Addr().IsLinkLocalUnicast() {
+			out = append(out, addr.FamilyOf(a.Prefix.Addr()))
+		}
+	}
+	return out
 }
 
 // network is the whole pod network.

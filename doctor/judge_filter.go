@@ -14,7 +14,7 @@ import (
 )
 
 func firewallChecks() []check {
-	return []check{{"iptables variants", judgeVariants}, {"VXLAN in the firewall", judgeTunnelFilter}, {"forwarded packets", judgeForwardFilter}}
+	return []check{{"iptables variants", judgeVariants}, {"VXLAN in the firewall", judgeTunnelFilter}, {"forwarded packets", judgeForwardFilter}, {"translated packets", judgeTranslation}}
 }
 
 func judgeVariants(f Facts) []Finding {
@@ -146,7 +146,7 @@ func (f Facts) manager(c netstate.FilterChain) string {
 		return "ufw"
 	case c.Legacy:
 		return "iptables-legacy"
-	case iptablesTable(c):
+	case iptablesTable(c), (c.Family == "ip" || c.Family == "ip6") && c.Table == "nat" && (c.Name == strings.ToUpper(c.Hook) || c.Hook == ""):
 		return "iptables"
 	}
 	return "nft"
@@ -212,13 +212,11 @@ func judgeForwardFilter(f Facts) []Finding {
 	var out []Finding
 	judged := 0
 	for _, fam := range f.families() {
-		i := slices.IndexFunc(f.Peers, func(p peer) bool { return p.family() == fam && (p.way == "tunnel" || p.way == "direct") })
-		own := f.Self.Subnets.Get(fam)
-		if i < 0 || !own.IsValid() {
+		p, own, known := f.samplePeer(fam)
+		if !known {
 			continue
 		}
 		judged++
-		p := f.Peers[i]
 		here, there := addr.Last(own).Prev(), addr.Last(p.subnet).Prev()
 		outside := f.wayTo(p)
 		inside := f.bridgeOf(fam)
@@ -231,6 +229,11 @@ func judgeForwardFilter(f Facts) []Finding {
 			in   string
 		}{{"from pods of other nodes", in, outside.Name}, {"to pods of other nodes", back, inside.Name}} {
 			t := f.Filter.through(way.p, fam == addr.IPv6, "prerouting", "forward", "postrouting")
+			if t.maybe { // some ports may be open, or closed: what becomes of one that no rule is likely to name?
+				if any := f.Filter.through(way.p.ports(49151, 49151), fam == addr.IPv6, "prerouting", "forward", "postrouting"); any.drops {
+					t, way.what = any, "(all but what a rule before lets through) "+way.what
+				}
+			}
 			out = append(out, f.sayForward(fam, way.what, t)...)
 		}
 	}
@@ -238,6 +241,49 @@ func judgeForwardFilter(f Facts) []Finding {
 		return skipped("no peer, or no lease of this node, is known")
 	}
 	return orOK(out, "what pods of other nodes send, and what goes to them, is let through")
+}
+
+// judgeTranslation sends a packet from a pod here to one elsewhere through the rules that change the sender: overlayd's own leave it.
+func judgeTranslation(f Facts) []Finding {
+	if why := f.unreadable(); why != "" {
+		return skipped(why)
+	}
+	var out []Finding
+	judged := 0
+	for _, fam := range f.families() {
+		p, own, known := f.samplePeer(fam)
+		if !known {
+			continue
+		}
+		judged++
+		outside := f.wayTo(p)
+		sent := newPacket(addr.Last(own).Prev(), addr.Last(p.subnet).Prev(), unix.IPPROTO_TCP).out(outside.Name, outside.Index).ports(49151, 49151)
+		sent[netstate.FieldTypeOfDst] = native32(typeUnicast)
+		t := f.Translation.through(sent, fam == addr.IPv6, "postrouting")
+		if !t.drops {
+			continue
+		}
+		table := "nft -a list chain " + strings.Join([]string{t.chain.Family, t.chain.Table, t.chain.Name}, " ")
+		if m := f.manager(t.chain); strings.HasPrefix(m, "iptables") {
+			table = fmt.Sprintf("%s -t nat -S %s", iptables(m, fam), t.chain.Name)
+		}
+		out = append(out, warn(fmt.Sprintf("what pods here send to pods of other nodes arrives with this node's address instead of the pod's: %s translates it: %s; it should except %s", where(t.chain), t.by, f.network(fam)),
+			table+"   # change it there, and where it comes from")...)
+	}
+	if judged == 0 {
+		return skipped("no peer, or no lease of this node, is known")
+	}
+	return orOK(out, "pods of other nodes see the pods' own addresses, so far as can be told from the rules")
+}
+
+// samplePeer is one whose pods can be reached, and this node's own subnet.
+func (f Facts) samplePeer(fam addr.Family) (p peer, own netip.Prefix, known bool) {
+	i := slices.IndexFunc(f.Peers, func(p peer) bool { return p.family() == fam && (p.way == "tunnel" || p.way == "direct") })
+	own = f.Self.Subnets.Get(fam)
+	if i < 0 || !own.IsValid() {
+		return peer{}, own, false
+	}
+	return f.Peers[i], own, true
 }
 
 // wayTo is the device by which a peer's pods are reached.

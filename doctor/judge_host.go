@@ -130,10 +130,12 @@ func judgeInterface(f Facts) []Finding {
 	if f.Errs["devices"] != nil {
 		return skipped(f.Errs["devices"].Error())
 	}
-	if f.ChooseErr != nil {
-		return fail(strings.ReplaceAll(f.ChooseErr.Error(), "\n", "; "), "ip -br address", "ip route show default")
-	}
 	var out []Finding
+	if p := f.problem("underlay"); p != nil && !starting(*p) {
+		out = append(out, fail("the daemon finds none: "+p.Reason, f.wayMend()...)...)
+	} else if f.ChooseErr != nil {
+		return fail(strings.ReplaceAll(f.ChooseErr.Error(), "\n", "; "), f.wayMend()...)
+	}
 	var names []string
 	for _, fam := range f.families() {
 		u := f.Underlay.By.Get(fam)
@@ -154,30 +156,55 @@ func judgeInterface(f Facts) []Finding {
 		}
 		out = append(out, f.ambiguous(fam)...)
 	}
-	if len(names) == 0 {
-		return append(out, skipped("the network config is not known")...)
+	if len(names) == 0 && len(out) == 0 {
+		return skipped("the network config is not known")
 	}
 	return orOK(out, strings.Join(names, " and "))
 }
 
+// wayMend is what to do where no interface is found: mostly it is the default route that is missing.
+func (f Facts) wayMend() []string {
+	mend := []string{"ip -br address", "ip route show default"}
+	if !f.byDefault() {
+		return mend
+	}
+	for _, fam := range f.families() {
+		if slices.ContainsFunc(f.Survey.Host.Routes, func(r netstate.HostRoute) bool {
+			return r.Dst.Bits() == 0 && addr.FamilyOf(r.Dst.Addr()) == fam && !r.Drops
+		}) {
+			continue
+		}
+		word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip -6"}[fam]
+		mend = append(mend, fmt.Sprintf("%s route add default via GATEWAY dev %s   # there is none for %s; or say with --iface which device leads to the other nodes", word, orDefault(f.Underlay.By.Get(fam).Device, "DEVICE"), fam))
+	}
+	if len(mend) > 2 { // then that is it
+		return append(mend[2:], mend[:2]...)
+	}
+	return mend
+}
+
 // ambiguous: which device the default route goes by may be another one tomorrow.
 func (f Facts) ambiguous(fam addr.Family) []Finding {
-	byDefault := f.ByDefault
-	if f.Daemon.Running {
-		byDefault = strings.Contains(f.Underlay.Reason, "default route")
-	}
 	var devices []string
 	for _, r := range f.Survey.Host.Routes {
 		if r.Dst.Bits() == 0 && addr.FamilyOf(r.Dst.Addr()) == fam && !r.Drops && r.Link != "" && !slices.Contains(devices, r.Link) {
 			devices = append(devices, r.Link)
 		}
 	}
-	if !byDefault || len(devices) < 2 {
+	if !f.byDefault() || len(devices) < 2 {
 		return nil
 	}
 	slices.Sort(devices)
 	return warn(fmt.Sprintf("%s has default routes by %s; the one with the lowest metric is taken, which may be another one after the next start: say which with --iface", fam, strings.Join(devices, " and ")),
 		fmt.Sprintf("echo OVERLAYD_IFACE=%s >> %s && systemctl restart overlayd", f.Underlay.By.Get(fam).Device, orDefault(f.EnvFile, "/etc/overlayd/overlayd.env")))
+}
+
+// byDefault reports whether the interface is the one that the default route goes by.
+func (f Facts) byDefault() bool {
+	if f.Daemon.Running && f.Underlay.Reason != "" {
+		return strings.Contains(f.Underlay.Reason, "default route")
+	}
+	return f.ByDefault
 }
 
 func orDefault(s, otherwise string) string {
@@ -253,7 +280,7 @@ func judgeRoutes(f Facts) []Finding {
 	}
 	var out []Finding
 	if len(missing) > 0 {
-		mend := "systemctl start overlayd"
+		mend := f.start()
 		if f.Daemon.Running {
 			mend = "overlayd diff"
 		}

@@ -3,6 +3,7 @@ package doctor
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -152,12 +153,13 @@ func judgePings(f Facts) []Finding {
 		return out
 	}
 	var silent, lossy, refused []string
+	var notSent netip.Addr
 	var slowest time.Duration
 	for _, p := range f.Pings.Sample {
 		what := fmt.Sprintf("%s (%s)", p.name, p.target)
 		switch {
 		case p.small.refused():
-			refused = append(refused, fmt.Sprintf("%s: %v", what, p.small.Err))
+			refused, notSent = append(refused, fmt.Sprintf("%s: %v", what, p.small.Err)), p.target
 		case !p.answers():
 			silent = append(silent, what)
 		case p.small.Lost > 0:
@@ -168,7 +170,7 @@ func judgePings(f Facts) []Finding {
 	n := len(f.Pings.Sample)
 	var out []Finding
 	if len(refused) > 0 {
-		out = append(out, fail(fmt.Sprintf("the kernel refuses to send to %d of %d: %s", len(refused), n, few(refused)), "ip route get "+f.Pings.Sample[0].target.String())...)
+		out = append(out, fail(fmt.Sprintf("the kernel refuses to send to %d of %d: %s", len(refused), n, few(refused)), "ip route get "+notSent.String())...)
 	}
 	if len(silent) > 0 {
 		x := f.silent(silent, n)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd"
 )
@@ -76,7 +77,11 @@ func judgeStore(f Facts) []Finding {
 		if bad < len(x.Endpoints) {
 			out = append(out, warn(reason+"; others answer", f.etcdctl("endpoint health"))...)
 		} else {
-			out = append(out, fail(reason+"; traffic flows on by what was known last, changes of other nodes are not seen", f.etcdctl("endpoint health"))...)
+			meanwhile := "this node has no lease yet, and gets none until it answers"
+			if f.Self.Subnets != (addr.Per[netip.Prefix]{}) {
+				meanwhile = "traffic flows on by what was known last, changes of other nodes are not seen"
+			}
+			out = append(out, fail(reason+"; "+meanwhile, f.etcdctl("endpoint health"))...)
 		}
 	}
 	if bad < len(x.Endpoints) && x.TableErr != nil {
@@ -234,9 +239,22 @@ func judgePool(f Facts, t subnet.Table, fam addr.Family) []Finding {
 		if a.Tunnel || l.Kind == "bridge" || l.Kind == "vxlan" || !p.Network.Contains(a.Prefix.Addr()) || a.Prefix.Addr().IsLinkLocalUnicast() || f.Self.Subnets.Get(fam).Contains(a.Prefix.Addr()) {
 			continue
 		}
-		out = append(out, fail(fmt.Sprintf("the address %s of %s is inside the overlay network %s: the two must not overlap", a.Prefix, a.Link, p.Network))...)
+		out = append(out, fail(fmt.Sprintf("the address %s of %s is inside the overlay network %s: the two must not overlap", a.Prefix, a.Link, p.Network), f.outOfTheNetwork(a)...)...)
 	}
 	return out
+}
+
+// outOfTheNetwork: the address goes, unless the node itself is reached at it or it may be that of pods here; or the pod network does.
+func (f Facts) outOfTheNetwork(a netstate.HostAddress) []string {
+	fam := addr.FamilyOf(a.Prefix.Addr())
+	needed := !f.Self.Subnets.Get(fam).IsValid() || a.Prefix.Addr() == f.Underlay.By.Get(fam).Addr || slices.ContainsFunc(f.Survey.Host.Routes, func(r netstate.HostRoute) bool {
+		return r.Dst.Bits() == 0 && r.Link == a.Link
+	})
+	other := f.etcdctl("get "+f.prefix()+"/config") + "   # choose another Network, and put it there with that: all nodes get other subnets, and pods other addresses"
+	if needed {
+		return []string{other}
+	}
+	return []string{fmt.Sprintf("ip address del %s dev %s   # if nothing needs it, or:", a.Prefix, a.Link), other}
 }
 
 // judgeLeases looks for leases that are in each other's way.
@@ -385,31 +403,54 @@ func judgeOwnLease(f Facts) []Finding {
 	if f.Identity.NodeID == "" {
 		return skipped("this node's identity is not known")
 	}
-	t := f.Store.Table
-	var own *subnet.Entry
-	for _, e := range t.Entries {
-		if e.Err == nil && e.Identity == f.Identity {
-			own = e
-		}
-	}
+	own := f.ownEntry()
 	switch {
-	case own == nil && f.Daemon.Running && len(f.Daemon.Status.Lease.Subnets) > 0:
-		return fail(fmt.Sprintf("the daemon holds %s, and etcd has no lease of this node under %s/subnets/", strings.Join(f.Daemon.Status.Lease.Subnets, " and "), f.prefix()), "overlayd status")
-	case own == nil && f.Daemon.Running:
+	case f.NoLease != "" && !f.Daemon.Running:
+		ip := f.elsewhere(own)
+		return fail(f.NoLease+": the node's address has changed, or another machine has the same name and ID (one is a clone of the other). Which of the two it is has to be known before overlayd is started here",
+			fmt.Sprintf("ping -c 3 %s   # if another machine answers, and this one is the clone of it, then here:", ip), cloneMend, "systemctl start overlayd   # if nobody answers")
+	case f.NoLease != "" && own == nil:
 		return fail("this node has none, so that no pod can start here", "overlayd status")
+	case f.NoLease != "":
+		return skipped(f.NoLease)
+	case own == nil && f.Daemon.Running:
+		return fail(fmt.Sprintf("the daemon holds %s, and etcd has no lease of this node under %s/subnets/", strings.Join(f.Daemon.Status.Lease.Subnets, " and "), f.prefix()), "overlayd status")
 	case own == nil:
 		return warn(fmt.Sprintf("etcd has no lease of this node under %s/subnets/; it gets one when overlayd starts", f.prefix()))
 	}
-	for _, fam := range addr.Families() {
-		ip := own.PublicIP.Get(fam)
-		if ip.IsValid() && own.PublicIPLocal && f.Errs["devices"] == nil && !f.Survey.Host.Has(ip) {
-			return fail(fmt.Sprintf("the others send to %s, which no device of this node has: its address has changed", ip), "systemctl restart overlayd")
-		}
+	if ip, ours := f.takenOver(own); ip.IsValid() {
+		return fail(fmt.Sprintf("etcd says that this node is at %s, the daemon that it is at %s: most likely another machine with this node's name and ID (a clone of it, with /etc/machine-id and host name) has taken the lease over, and is at %s. "+
+			"Restarting overlayd here before that is mended would only take it back for a moment", ip, ours, ip), "ping -c 3 "+ip.String()+"   # if it is another machine that answers, then there:", cloneMend, "systemctl restart overlayd   # and after that here: the lease is back at once")
+	}
+	if ip := f.elsewhere(own); ip.IsValid() {
+		return fail(fmt.Sprintf("the others send to %s, which no device of this node has: its address has changed", ip), "systemctl restart overlayd")
 	}
 	if own.Subnets != f.Self.Subnets {
 		return fail(fmt.Sprintf("etcd says %s, this node works with %s", own.Key, subnet.FormatKey(f.Self.Subnets)), "overlayd status")
 	}
 	return ok(own.Key)
+}
+
+// cloneMend gives a machine that is a copy of another one a name and an ID of its own.
+const cloneMend = "hostnamectl set-hostname NEW-NAME && rm /etc/machine-id && systemd-machine-id-setup && systemctl restart overlayd"
+
+// takenOver finds out whether somebody else wrote this node's lease: it has another public IP than the daemon, which would have put
+// that right at once, and no device here has it.
+func (f Facts) takenOver(own *subnet.Entry) (theirs, ours netip.Addr) {
+	if !f.Daemon.Running || f.Errs["devices"] != nil {
+		return theirs, ours
+	}
+	for _, text := range f.Daemon.Status.Interface.PublicIPs {
+		ours, err := netip.ParseAddr(text)
+		if err != nil {
+			continue
+		}
+		theirs := own.PublicIP.Get(addr.FamilyOf(ours))
+		if theirs.IsValid() && theirs != ours && !f.Survey.Host.Has(theirs) {
+			return theirs, ours
+		}
+	}
+	return netip.Addr{}, netip.Addr{}
 }
 
 // withMTU is the network config with another MTU, on one line.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -57,7 +58,8 @@ func healthy(t *testing.T) Facts {
 			Store:     status.Store{Endpoints: []string{"http://etcd:2379"}, Prefix: "/overlayd/network"},
 			Network:   status.Network{Networks: []string{"10.244.0.0/16"}, Backend: "vxlan", MTU: 1450},
 			Interface: status.Interface{Reason: "IPv4: 192.0.2.1 on eth0 (it has the default route, metric 0)", PublicIPs: []string{"192.0.2.1"}},
-			Devices:   []status.Device{{Name: "overlay.1", MAC: self.VTEP.V4.MAC.String(), MTU: 1450, VNI: 1, Port: 8472, Local: "192.0.2.1", Underlay: "eth0"}},
+			Started:   now.Add(-time.Hour), Now: now, Probe: status.Probe{On: true},
+			Devices: []status.Device{{Name: "overlay.1", MAC: self.VTEP.V4.MAC.String(), MTU: 1450, VNI: 1, Port: 8472, Local: "192.0.2.1", Underlay: "eth0"}},
 		}},
 		Store: &etcd.Examination{
 			Endpoints: []etcd.Endpoint{{URL: "http://etcd:2379", Took: time.Millisecond, Version: "3.6.0"}}, Table: tab,
@@ -140,6 +142,126 @@ func base(family, table, name, hook, policy string, rules ...netstate.FilterRule
 	return netstate.FilterChain{Family: family, Table: table, Name: name, Hook: hook, Policy: policy, Rules: rules}
 }
 
+// tcpPort is a rule about a port of TCP.
+func tcpPort(port uint16, v netstate.Verdict) netstate.FilterRule {
+	return netstate.FilterRule{
+		Tests: []netstate.FilterTest{
+			{Key: []netstate.FilterField{{Field: netstate.FieldProtocol}}, Any: [][]netstate.FilterRange{{{From: []byte{unix.IPPROTO_TCP}, To: []byte{unix.IPPROTO_TCP}}}}},
+			{Key: []netstate.FilterField{{Field: netstate.FieldPort}}, Any: [][]netstate.FilterRange{{{From: port16(port), To: port16(port)}}}},
+		}, Action: netstate.FilterAction{Verdict: v},
+	}
+}
+
+// A lease that carries this node's identity and is not known to be its own is nothing to act by.
+func TestAnothersLease(t *testing.T) {
+	t.Parallel()
+	conflict := status.Problem{Name: "lease", Reason: `the node name "n1" is also that of node "n1" (id "id1"), which holds the lease 10.244.1.0-24: x`, Fatal: true}
+	for name, tt := range map[string]struct {
+		spoil func(f *Facts)
+		own   Mark
+		text  string
+	}{
+		"daemon without a lease": {func(f *Facts) {
+			f.Daemon.Status.Lease, f.Daemon.Status.Devices, f.Daemon.Status.Problems = status.Lease{}, nil, []status.Problem{conflict}
+		}, Skipped, "see the problem lease"},
+		"daemon with a conflict": {func(f *Facts) {
+			f.Daemon.Status.Lease.Held, f.Daemon.Status.Devices, f.Daemon.Status.Problems = false, nil, []status.Problem{conflict}
+		}, Skipped, "see the problem lease"},
+		"no daemon": {func(f *Facts) {
+			f.Daemon, f.Memory = DaemonFacts{}, &memory{Node: f.Identity, Subnets: "10.244.1.0-24"}
+		}, Fail, "192.0.2.1, which no device of this node has: the node's address has changed, or another machine"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := healthy(t)
+			// The machine is at another address, its device has another MAC, its bridge and its file another subnet.
+			f.Survey.Host.Addresses = []netstate.HostAddress{{Link: "eth0", Prefix: prefixOf("192.0.2.9/24")}, {Link: "cni0", Prefix: prefixOf("10.244.7.1/24")}}
+			f.Survey.Host = f.Survey.Host.Indexed()
+			f.link("overlay.1", func(l *netstate.SurveyLink) { l.MAC[5] = 9 })
+			f.System.SubnetEnv = map[string]string{"FLANNEL_SUBNET": "10.244.7.1/24", "FLANNEL_MTU": "1450"}
+			f.Daemon.Status.Interface.PublicIPs = []string{"192.0.2.9"}
+			tt.spoil(&f)
+			f.Self, f.Peers = subnet.Lease{}, nil
+			f.conclude(Options{Root: t.TempDir()})
+			for _, x := range judge(f) {
+				switch x.Check {
+				case "own lease":
+					if x.Mark != tt.own || !strings.Contains(x.Reason, tt.text) {
+						t.Errorf("%+v", x)
+					}
+				case "tunnel device", "bridge", "subnet file":
+					if x.Mark != Skipped && (x.Check != "tunnel device" || x.Mark != OK) {
+						t.Errorf("%+v", x)
+					}
+				}
+				for _, m := range x.Mend {
+					for _, harm := range []string{"ip link set overlay.1 address", "ip link delete", "rm -rf", " del '"} {
+						if strings.Contains(m, harm) || strings.HasPrefix(m, "systemctl start") && !strings.Contains(m, "#") {
+							t.Errorf("%s: %s", x.Reason, m)
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
+// Rules are shown as nft writes them.
+func TestRulesAreShown(t *testing.T) {
+	t.Parallel()
+	test := func(f netstate.Field, mask []byte, value ...byte) netstate.FilterTest {
+		return netstate.FilterTest{Key: []netstate.FilterField{{Field: f, Mask: mask}}, Any: [][]netstate.FilterRange{{{From: value, To: value}}}}
+	}
+	for want, tt := range map[string]struct {
+		family string
+		tests  []netstate.FilterTest
+	}{
+		`"ip saddr 10.0.0.0/8 drop"`:        {"inet", []netstate.FilterTest{test(netstate.FieldFamily, nil, 2), test(netstate.FieldSource, nil, 10)}},
+		`"ip6 daddr 2001:db8::/32 drop"`:    {"inet", []netstate.FilterTest{test(netstate.FieldFamily, nil, 10), test(netstate.FieldDestination, nil, 0x20, 1, 0xd, 0xb8)}},
+		`"ip saddr 192.0.2.0/24 drop"`:      {"netdev", []netstate.FilterTest{test(netstate.FieldEtherType, nil, 8, 0), test(netstate.FieldSource, nil, 192, 0, 2)}},
+		`"ip6 saddr 2001:db8::/32 drop"`:    {"ip6", []netstate.FilterTest{test(netstate.FieldSource, nil, 0x20, 1, 0xd, 0xb8)}},
+		`"nfproto ip6 udp dport 8472 drop"`: {"inet", []netstate.FilterTest{test(netstate.FieldFamily, nil, 10), test(netstate.FieldProtocol, nil, unix.IPPROTO_UDP), test(netstate.FieldPort, nil, port16(8472)...)}},
+		`"ip saddr . dport 192.0.2.2 . 53 drop"`: {"ip", []netstate.FilterTest{{
+			Key: []netstate.FilterField{{Field: netstate.FieldSource}, {Field: netstate.FieldPort}}, Any: [][]netstate.FilterRange{{{From: []byte{192, 0, 2, 2}, To: []byte{192, 0, 2, 2}}, {From: port16(53), To: port16(53)}}},
+		}}},
+	} {
+		c := netstate.FilterChain{Family: tt.family}
+		if got := describeRule(c, netstate.FilterRule{Tests: tt.tests, Action: netstate.FilterAction{Verdict: netstate.Drop}}); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+}
+
+// Without an answer and without settings, the daemon's memory says who this node is.
+func TestIdentityOfMemory(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	of := subnet.Identity{NodeName: "of-memory", NodeID: "id-of-memory"}
+	if err := os.WriteFile(filepath.Join(dir, "lease.json"), []byte(`{"Node":{"NodeName":"of-memory","NodeID":"id-of-memory"}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		spoil func(f *Facts)
+		want  string
+	}{
+		"nothing":    {func(*Facts) {}, of.NodeName},
+		"given":      {func(f *Facts) { f.GivenIdentity = true }, "of-host"},
+		"a daemon":   {func(f *Facts) { f.Daemon.Running = true }, "of-host"},
+		"no memory":  {func(f *Facts) { f.StateDir = "/none" }, "of-host"},
+		"no ID here": {func(f *Facts) { f.Identity.NodeID, f.IdentityErr = "", errors.New("none") }, of.NodeName},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := Facts{Settings: Settings{StateDir: dir, Identity: subnet.Identity{NodeName: "of-host", NodeID: "x"}}, Errs: map[string]error{}, Privileges: errors.New("none")}
+			tt.spoil(&f)
+			f.remember()
+			if f.Identity.NodeName != tt.want || f.IdentityFromMemory != (tt.want == of.NodeName) || tt.want == of.NodeName && f.IdentityErr != nil {
+				t.Errorf("%+v, %v, %v", f.Identity, f.IdentityFromMemory, f.IdentityErr)
+			}
+		})
+	}
+}
+
 // Each thing that is wrong is named by its check, and by no other that fails.
 func TestJudges(t *testing.T) {
 	t.Parallel()
@@ -166,6 +288,27 @@ func TestJudges(t *testing.T) {
 		}},
 		{"problem", "problems", Warn, "state-dir: full", "overlayd status", func(f *Facts) {
 			f.Daemon.Status.Problems = []status.Problem{{Name: "state-dir", Reason: "full", Since: f.Now}}
+		}},
+		{"still starting", "problems", Fail, "overlayd is starting: underlay, lease", "overlayd status", func(f *Facts) {
+			for _, name := range []string{"underlay", "lease"} {
+				f.Daemon.Status.Problems = append(f.Daemon.Status.Problems, status.Problem{Name: name, Reason: "not there yet, overlayd is starting", Since: f.Now, Fatal: true})
+			}
+		}},
+		{"repaired just now", "drift", Warn, "route 1 times since the daemon started, the last 10s ago (add route x)", "journalctl", func(f *Facts) {
+			f.Daemon.Status.Drift = []status.DriftKind{{Kind: "route", Count: 1, Last: "add route x", At: f.Now.Add(-10 * time.Second)}}
+		}},
+		{"repaired long ago", "drift", OK, "as planned", "", func(f *Facts) {
+			f.Daemon.Status.Drift = []status.DriftKind{{Kind: "route", Count: 1, Last: "add route x", At: f.Now.Add(-10 * time.Minute)}}
+		}},
+		{"repaired often", "drift", Warn, "route 50 times", "journalctl", func(f *Facts) {
+			f.Daemon.Status.Drift = []status.DriftKind{{Kind: "route", Count: 50, Last: "add route x", At: f.Now.Add(-10 * time.Minute)}}
+		}},
+		{"no masquerading", "settings", OK, "--ip-masq is off", "", func(f *Facts) {
+			f.System.SubnetEnv = map[string]string{"FLANNEL_SUBNET": "10.244.1.1/24", "FLANNEL_MTU": "1450", "FLANNEL_IPMASQ": "false"}
+		}},
+		{"no pings", "settings", OK, "--mesh-probe is off", "", func(f *Facts) { f.Daemon.Status.Probe.On = false }},
+		{"identity of memory", "identity", OK, "node n1, id id1, by " + os.TempDir() + "/lease.json", "", func(f *Facts) {
+			f.Daemon, f.IdentityFromMemory = DaemonFacts{}, true
 		}},
 		{"drift", "drift", Warn, "add route x", "overlayd diff", func(f *Facts) { f.Daemon.Diff = []string{"add route x"} }},
 		{"wrong setting", "settings", Fail, "--ip-masq: no", "", func(f *Facts) { f.Wrong = errors.New("--ip-masq: no") }},
@@ -210,6 +353,19 @@ func TestJudges(t *testing.T) {
 		}},
 		{"unknown key", "network config", Warn, "Bakend", "get /overlayd", func(f *Facts) { f.Store.Table.ConfigJSON = `{"Network":"10.244.0.0/16","Bakend":{}}` }},
 		{"address inside the network", "network config", Fail, "10.244.9.9/24 of eth0 is inside", "", func(f *Facts) { f.address("eth0", "10.244.9.9/24") }},
+		{"address inside the network, and no lease", "network config", Fail, "10.244.9.9/24 of veth1 is inside", "get /overlayd/network/config", func(f *Facts) {
+			f.address("veth1", "10.244.9.9/24")
+			f.Self.Subnets = addr.Per[netip.Prefix]{}
+		}},
+		{"needed address inside the network", "network config", Fail, "10.244.9.9/24 of eth0 is inside", "get /overlayd/network/config   # choose another Network", func(f *Facts) { f.address("eth0", "10.244.9.9/24") }},
+		{"other address inside the network", "network config", Fail, "10.244.9.9/24 of veth1 is inside", "ip address del 10.244.9.9/24 dev veth1", func(f *Facts) { f.address("veth1", "10.244.9.9/24") }},
+		{"etcd away, and no lease", "etcd", Fail, "this node has no lease yet", "endpoint health", func(f *Facts) {
+			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
+			f.Self.Subnets = addr.Per[netip.Prefix]{}
+		}},
+		{"etcd away, and a lease", "etcd", Fail, "traffic flows on", "endpoint health", func(f *Facts) {
+			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
+		}},
 		{"one address twice", "leases", Fail, "the same public IP 192.0.2.2", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) }},
 		{"overlap", "leases", Fail, "10.244.2.0/24 of n2 and 10.244.2.128/25 of n9 overlap", "del '/overlayd/network/subnets/10.244.2.128-25'", func(f *Facts) {
 			f.lease(entry("10.244.2.128-25", "n9", "id9", "192.0.2.9", 9))
@@ -229,6 +385,13 @@ func TestJudges(t *testing.T) {
 			h.Addresses[0].Prefix = prefixOf("192.0.2.9/24")
 			f.Survey.Host = h.Indexed()
 		}},
+		{"taken over by a clone", "own lease", Fail, "another machine with this node's name and ID (a clone of it, with /etc/machine-id and host name) has taken the lease over, and is at 192.0.2.77", "ping -c 3 192.0.2.77", func(f *Facts) {
+			f.Store.Table.Entries = append([]*subnet.Entry{entry("10.244.1.0-24", "n1", "id1", "192.0.2.77", 3)}, f.Store.Table.Entries[1:]...)
+		}},
+		{"address about to change", "own lease", OK, "10.244.1.0-24", "", func(f *Facts) { // the daemon is about to write the one that it has
+			f.address("eth0", "192.0.2.77/24")
+			f.Store.Table.Entries = append([]*subnet.Entry{entry("10.244.1.0-24", "n1", "id1", "192.0.2.77", 3)}, f.Store.Table.Entries[1:]...)
+		}},
 		{"no privileges", "privileges", Fail, "CAP_NET_ADMIN is missing", "sudo overlayd doctor", func(f *Facts) { f.Privileges = errors.New("CAP_NET_ADMIN is missing") }},
 		{"no vxlan", "kernel", Fail, "VXLAN devices: no", "modprobe vxlan", func(f *Facts) {
 			f.System.Support = []support{{"VXLAN devices", errors.New("no"), []string{"modprobe vxlan"}}}
@@ -241,6 +404,11 @@ func TestJudges(t *testing.T) {
 			f.route(netstate.HostRoute{Dst: prefixOf("0.0.0.0/0"), Via: addrOf("203.0.113.1"), Link: "eth1", Metric: 9})
 		}},
 		{"no interface", "interface", Fail, "none fits", "ip -br address", func(f *Facts) { f.ChooseErr = errors.New("none fits") }},
+		{"no default route", "interface", Fail, "eth0, which it was so far", "ip route add default via GATEWAY dev eth0", func(f *Facts) {
+			f.Survey.Host.Routes = slices.Clone(f.Survey.Host.Routes[1:])
+			f.Survey.Host = f.Survey.Host.Indexed()
+			f.Daemon.Status.Problems = []status.Problem{{Name: "underlay", Reason: "no network interface for IPv4 yet (x); eth0, which it was so far, is as it was, but nothing leads to it", Since: f.Now, Fatal: true}}
+		}},
 		{"strict tunnel", "rp_filter", Warn, "strict on overlay.1", "sysctl -w net/ipv4/conf/overlay.1/rp_filter=2", func(f *Facts) {
 			f.System.Sysctls[rpFilter("all")], f.Pings.Sample[0].way, f.Pings.Sample[0].small.Lost = "1", "direct", 2
 		}},
@@ -265,6 +433,18 @@ func TestJudges(t *testing.T) {
 			f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...)
 			f.System.Sockets = []udpSocket{{port: 8472, inode: "12", holder: "dnsd (process 7)"}}
 		}},
+		{"port taken while the device is down", "VXLAN port", Fail, "taken by dnsd (process 7)", "ss -ulnp", func(f *Facts) {
+			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false })
+			f.System.Sockets = []udpSocket{{port: 8472, inode: "12", holder: "dnsd (process 7)", v6: true, any: true}}
+		}},
+		{"device down and its port taken", "tunnel device", Fail, "can't be set up while another program has its UDP port", "ss -ulnp", func(f *Facts) {
+			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false })
+			f.System.Sockets = []udpSocket{{port: 8472, inode: "12"}}
+		}},
+		{"port of an IPv6 address", "VXLAN port", OK, "nobody else's", "", func(f *Facts) {
+			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false })
+			f.System.Sockets = []udpSocket{{port: 8472, inode: "12", v6: true}}
+		}},
 		{"device's MTU", "MTU", Fail, "over eth0 with 1500 only 1450 get through", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
 		{"device's MTU too small", "MTU", Fail, "it should have 1450", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1300 }) }},
 		{"bridge's MTU", "MTU", Warn, "cni0 has an MTU of 1500", "ip link set cni0 mtu 1450", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
@@ -272,6 +452,29 @@ func TestJudges(t *testing.T) {
 		{"bridge's address", "bridge", Fail, "docker0 has the address 10.244.77.1/24, this node's subnet is 10.244.1.0/24", "ip link delete docker0", func(f *Facts) {
 			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "docker0", Up: true}, Kind: "bridge"})
 			f.address("docker0", "10.244.77.1/24")
+		}},
+		{"bridge without its address", "bridge", Fail, "nothing has the address 10.244.1.1/24, the gateway of this node's pods: cni0", "ip address add 10.244.1.1/24 dev cni0", func(f *Facts) {
+			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
+			f.Survey.Host = f.Survey.Host.Indexed()
+		}},
+		{"bridge of an unknown name without an address", "bridge", Warn, "if pods are on it", "ip address add 10.244.1.1/24 dev br7", func(f *Facts) {
+			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
+			f.Survey.Host = f.Survey.Host.Indexed()
+			f.link("cni0", func(l *netstate.SurveyLink) { l.Name = "br7" })
+			f.link("veth1", func(l *netstate.SurveyLink) { l.Master = "br7" })
+		}},
+		{"bridge without its IPv6 address", "bridge", Warn, "nothing has the address fd00:1::1/64, the gateway of this node's pods: cni0", "ip address add fd00:1::1/64 dev cni0", func(f *Facts) {
+			f.Self.Subnets.V6 = prefixOf("fd00:1::/64")
+			f.address("cni0", "fe80::1/64")
+		}},
+		{"Docker's bridge before the first pod", "bridge", OK, "there is none yet", "", func(f *Facts) {
+			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
+			f.address("cni0", "172.17.0.1/16")
+		}},
+		{"no bridge yet", "bridge", OK, "there is none yet", "", func(f *Facts) {
+			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
+			f.Survey.Host = f.Survey.Host.Indexed()
+			f.Survey.Links = f.Survey.Links[:2]
 		}},
 		{"bridge down", "bridge", Fail, "cni0 is down", "ip link set cni0 up", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.Up = false }) }},
 		{"no checksums", "offloads", Warn, "overlay.1 has tx switched off", "ethtool -K overlay.1 tx on", func(f *Facts) {
@@ -300,6 +503,19 @@ func TestJudges(t *testing.T) {
 		{"forward policy", "forwarded packets", Fail, "from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD -s 10.244.0.0/16 -j ACCEPT", func(f *Facts) {
 			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop")}
 		}},
+		{"forward policy but for one port", "forwarded packets", Fail, "packets (all but what a rule before lets through) from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD", func(f *Facts) {
+			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop", tcpPort(22, netstate.Accept))}
+		}},
+		{"one port of pods closed", "forwarded packets", Warn, "not sure whether packets from pods", "iptables -I FORWARD", func(f *Facts) {
+			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "accept", tcpPort(25, netstate.Drop))}
+		}},
+		{"translated", "translated packets", Warn, "table ip foreign, chain c translates it: \"ip saddr 10.0.0.0/8 masquerade\"; it should except 10.244.0.0/16", "nft -a list chain ip foreign c", func(f *Facts) {
+			c := base("ip", "foreign", "c", "postrouting", "accept", netstate.FilterRule{
+				Tests: []netstate.FilterTest{{Key: []netstate.FilterField{{Field: netstate.FieldSource}}, Any: [][]netstate.FilterRange{{{From: []byte{10}, To: []byte{10}}}}}}, Action: netstate.FilterAction{Verdict: netstate.Translate},
+			})
+			c.NAT = true
+			f.sortChains([]netstate.FilterChain{c})
+		}},
 		{"networkd", "systemd-networkd", Warn, "/etc/systemd/network/all.network fits", "overlayd doctor --fix   # writes /etc/systemd/network/10-overlayd.network", func(f *Facts) {
 			f.System.Managers = Managers{Networkd: true, NetworkFile: "/etc/systemd/network/all.network", ForeignRoutes: true}
 		}},
@@ -318,6 +534,9 @@ func TestJudges(t *testing.T) {
 			}
 		}},
 		{"one silent", "peers answer", Fail, "1 of the 2 pinged does not answer through the pod network: n2 (10.244.2.0)", "overlayd status --peers", func(f *Facts) { f.Pings.Sample[0].small.Lost = 2 }},
+		{"kernel refuses", "peers answer", Fail, "the kernel refuses to send to 1 of 2: n3 (10.244.3.0)", "ip route get 10.244.3.0", func(f *Facts) {
+			f.Pings.Sample[1].small = Pong{Sent: 2, Lost: 2, Err: unix.EPERM}
+		}},
 		{"lossy", "peers answer", Warn, "some packets to 1 of 2 are lost", "", func(f *Facts) { f.Pings.Sample[0].small.Lost = 1 }},
 		{"black hole", "full-size packets", Fail, "the MTU of the network there is 1400", `put /overlayd/network/config '{"Backend":{"MTU":1350,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
 			f.Pings.Sample[0].full.Lost = 2

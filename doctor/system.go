@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path"
@@ -69,7 +71,13 @@ type udpSocket struct {
 	port   uint16
 	inode  string
 	v6     bool
+	any    bool   // of IPv6: it may be one that takes IPv4 as well
 	holder string // the program, where it could be found
+}
+
+// inTheWayOf reports whether a program has the port that a tunnel device needs. One that is up has it.
+func (s udpSocket) inTheWayOf(d tunnel) bool {
+	return s.port == d.port && s.inode != "0" && (!d.there || !d.link.Up) && (s.v6 == (d.family == addr.IPv6) || s.any)
 }
 
 // lookAtSystem reads what judges ask for. The settings are those of the network namespace of the calling thread.
@@ -138,15 +146,29 @@ func readSockets(r root) []udpSocket {
 			if len(words) < 10 {
 				continue
 			}
-			_, port, _ := strings.Cut(words[1], ":")
+			at, port, _ := strings.Cut(words[1], ":")
 			raw, err := hex.DecodeString(port)
 			if err != nil || len(raw) != 2 {
 				continue
 			}
-			out = append(out, udpSocket{port: uint16(raw[0])<<8 | uint16(raw[1]), inode: words[9], v6: i == 1})
+			out = append(out, udpSocket{port: uint16(raw[0])<<8 | uint16(raw[1]), inode: words[9], v6: i == 1, any: i == 1 && takesIPv4(at)})
 		}
 	}
 	return out
+}
+
+// takesIPv4 reports whether a socket at this address, as four hexadecimal words of the machine's order, may have the port for IPv4 too:
+// that at no address of its own (but for IPV6_V6ONLY, which is not shown), and that at an IPv4 address in IPv6's clothes.
+func takesIPv4(at string) bool {
+	raw, err := hex.DecodeString(at)
+	if err != nil || len(raw) != 16 {
+		return false
+	}
+	for i := 0; i < len(raw); i += 4 {
+		binary.BigEndian.PutUint32(raw[i:], binary.NativeEndian.Uint32(raw[i:]))
+	}
+	a, _ := netip.AddrFromSlice(raw)
+	return a.IsUnspecified() || a.Is4In6()
 }
 
 // runs looks for a process by its name, of which the kernel keeps 15 characters.

@@ -3,6 +3,7 @@ package doctor
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -32,6 +33,43 @@ func files(t *testing.T, content map[string]string) string {
 		}
 	}
 	return dir
+}
+
+// Of sockets of IPv6 it is known which may have a port for IPv4 too.
+func TestSocketsThatTakeIPv4(t *testing.T) {
+	t.Parallel()
+	nstest.New(t).Do(func() {
+		want := map[uint16]udpSocket{}
+		for _, x := range []struct {
+			at      string
+			v6, any bool
+		}{{"127.0.0.1:0", false, false}, {"[::]:0", true, true}, {"[::1]:0", true, false}, {"[::ffff:127.0.0.1]:0", false, false}} {
+			network := "udp"
+			if x.v6 && !x.any {
+				network = "udp6"
+			}
+			l, err := net.ListenPacket(network, x.at)
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			defer l.Close()
+			port := uint16(l.LocalAddr().(*net.UDPAddr).Port)
+			want[port] = udpSocket{port: port, v6: x.v6, any: x.any}
+		}
+		found := 0
+		for _, s := range readSockets("/") {
+			if w, ours := want[s.port]; ours {
+				found++
+				if s.v6 != w.v6 || s.any != w.any || s.inode == "0" {
+					t.Errorf("%+v, want %+v", s, w)
+				}
+			}
+		}
+		if found != len(want) || found != 4 {
+			t.Errorf("%d of %d found", found, len(want))
+		}
+	})
 }
 
 // What --fix writes is what is shipped.

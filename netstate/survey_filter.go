@@ -4,15 +4,16 @@ import (
 	"encoding/binary"
 )
 
-// What stands here is the packet filter as values that can be judged: every chain that may drop a packet, of nftables, of iptables-nft
-// and of iptables-legacy, with its rules as tests on fields of a packet. What a rule asks for that is not known here stays visible as
+// What stands here is the packet filter as values that can be judged: every chain that may drop a packet or change its sender, of
+// nftables, of iptables-nft and of iptables-legacy, with its rules as tests on fields of a packet. What a rule asks for that is not known here stays visible as
 // a test that can't be judged.
 
-// FilterChain is a chain of rules that may drop packets.
+// FilterChain is a chain of rules that may drop packets, or translate their addresses.
 type FilterChain struct {
 	Family      string // of its table: "ip", "ip6", "inet", "netdev", "bridge"
 	Table, Name string
 	Legacy      bool     // iptables-legacy holds it
+	NAT         bool     // of a base chain: it translates addresses
 	Hook        string   // "prerouting", "input", "forward", "output", "postrouting" or "ingress"; empty for one that only others call
 	Priority    int32    // of a base chain: the lower ones come first
 	Devices     []string // of an ingress chain
@@ -56,6 +57,8 @@ const (
 	Jump     Verdict = "jump"
 	Goto     Verdict = "goto"
 	Unclear  Verdict = "unclear" // it ends somewhere that is not known here
+	// Translate gives a packet another sender, which settles that for all chains that come behind.
+	Translate Verdict = "masquerade"
 )
 
 // Field is a part of a packet, or of what the kernel knows about it.

@@ -23,7 +23,8 @@ const (
 	maxFilterChainsRead = 20000
 )
 
-// FilterChains reads the packet filter that nf_tables holds: the base chains that may drop packets, and what they lead to.
+// FilterChains reads the packet filter that nf_tables holds: the base chains that may drop packets or change the sender of those that
+// leave, and what they lead to.
 func (n *NFTables) FilterChains() ([]FilterChain, error) {
 	r := filterReader{c: n.c, known: map[chainKey]FilterChain{}, sets: map[setKey]filterSet{}}
 	if err := r.heads(); err != nil {
@@ -121,8 +122,8 @@ func familyName(f uint8) string {
 	return fmt.Sprintf("family %d", f)
 }
 
-// heads reads what there is to know of all chains but their rules. Of the base chains, those are kept that are there to drop packets:
-// the others translate addresses.
+// heads reads what there is to know of all chains but their rules. Of the base chains that translate addresses, those are kept that may
+// change the sender.
 func (r *filterReader) heads() error {
 	skip := map[chainKey]bool{}
 	err := r.dump(unix.NFT_MSG_GETCHAIN, unix.NFPROTO_UNSPEC, nil, func() { clear(r.known) }, func(family uint8, attrs []byte) {
@@ -143,7 +144,8 @@ func (r *filterReader) heads() error {
 			}
 		})
 		key := chainKey{family, c.Table, c.Name}
-		if c.Hook != "" && kind == "nat" {
+		c.NAT = c.Hook != "" && kind == "nat"
+		if c.NAT && c.Hook != "postrouting" {
 			skip[key] = true
 		}
 		r.known[key] = c
@@ -426,7 +428,14 @@ func (p *filterParser) take(name string, b []byte) {
 		p.rule.Tests = append(p.rule.Tests, xtMatch(cString(attrOf(b, unix.NFTA_MATCH_NAME)), be32(attrOf(b, unix.NFTA_MATCH_REV)), attrOf(b, unix.NFTA_MATCH_INFO))...)
 	case "target":
 		p.rule.Action, p.rule.Changes = xtTarget(cString(attrOf(b, unix.NFTA_TARGET_NAME)))
-	case "queue", "tproxy", "synproxy", "fwd", "nat", "masq", "redir":
+	case "masq":
+		p.rule.Action = FilterAction{Verdict: Translate}
+	case "nat":
+		p.rule.Action = FilterAction{Verdict: Unclear}
+		if t := attrOf(b, unix.NFTA_NAT_TYPE); t != nil && be32(t) == unix.NFT_NAT_SNAT {
+			p.rule.Action = FilterAction{Verdict: Translate}
+		}
+	case "queue", "tproxy", "synproxy", "fwd", "redir":
 		p.rule.Action = FilterAction{Verdict: Unclear}
 	case "limit", "quota", "connlimit":
 		p.test(unknownTest(name))

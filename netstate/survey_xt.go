@@ -128,6 +128,8 @@ func xtTarget(name string) (FilterAction, []Field) {
 	switch name {
 	case "REJECT":
 		return FilterAction{Verdict: Drop}, nil
+	case "MASQUERADE", "SNAT":
+		return FilterAction{Verdict: Translate}, nil
 	case "LOG", "NFLOG", "ULOG", "AUDIT", "TRACE", "TCPMSS", "CHECKSUM", "CLASSIFY", "DSCP", "TOS", "TTL", "HL", "SET", "CONNSECMARK", "SECMARK", "RATEEST", "IDLETIMER", "LED":
 		return FilterAction{}, nil
 	case "MARK", "CONNMARK":
@@ -139,7 +141,7 @@ func xtTarget(name string) (FilterAction, []Field) {
 }
 
 // LegacyFilterChains reads the packet filter of iptables-legacy: the tables that there are in the network namespace of the calling
-// thread, but for the one that translates addresses. It also counts the rules of all of them.
+// thread; of the one that translates addresses, what may change the sender of packets that leave. It also counts the rules of all of them.
 func LegacyFilterChains(f addr.Family) (chains []FilterChain, rules int, err error) {
 	file := "/proc/thread-self/net/ip_tables_names"
 	if f == addr.IPv6 {
@@ -160,8 +162,11 @@ func LegacyFilterChains(f addr.Family) (chains []FilterChain, rules int, err err
 		for _, c := range cs {
 			rules += len(c.Rules)
 		}
-		if table != "nat" {
-			chains = append(chains, cs...)
+		for _, c := range cs {
+			c.NAT = table == "nat" && c.Hook != ""
+			if !c.NAT || c.Hook == "postrouting" {
+				chains = append(chains, c)
+			}
 		}
 	}
 	return chains, rules, nil
@@ -254,7 +259,7 @@ func (l legacyParser) chains() []FilterChain {
 }
 
 func legacyPriority(table string) int32 {
-	return map[string]int32{"raw": -300, "mangle": -150, "filter": 0, "security": 50}[table] // enum nf_ip_hook_priorities
+	return map[string]int32{"raw": -300, "mangle": -150, "filter": 0, "security": 50, "nat": 100}[table] // enum nf_ip_hook_priorities
 }
 
 // rule reads struct ipt_entry: the addresses and devices, then matches, then the target.

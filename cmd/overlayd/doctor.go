@@ -94,6 +94,7 @@ func (d *doctorFlags) read(s *pflag.FlagSet, f *flags) error {
 	}
 	o.ByDefault = len(f.ifaces)+len(f.ifaceRegexes) == 0 && f.ifaceCanReach == ""
 	o.Identity, o.IdentityErr = f.identity()
+	o.GivenIdentity = f.nodeName != "" || f.nodeID != "" || file != nil
 	o.Store, o.SubnetFile, o.StateDir, o.Forwards, o.ForwardFW = f.store, f.subnetFile, f.stateDir, f.ipForward, f.forwardRules
 	o.Wrong = errors.Join(wrong, f.wrong(o.IdentityErr))
 	d.settings = o

@@ -10,10 +10,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/nstest"
@@ -45,6 +47,7 @@ type patient struct {
 	node     *lab.Node
 	overlayd string
 	etcd     lab.Machine
+	where    []string // instead of what the node's own daemon is told
 }
 
 func (p patient) sh(script string) {
@@ -64,6 +67,9 @@ func (p patient) etcdctl(args ...string) string {
 }
 
 func (p patient) args(more ...string) []string {
+	if p.where != nil {
+		return append(append([]string{"doctor", "--env-file", "/none"}, p.where...), more...)
+	}
 	return append([]string{
 		"doctor", "--env-file", "/none", "--socket", p.node.Socket(), "--state-dir", p.node.StateDir(), "--subnet-file", p.node.SubnetFile(),
 		"--node-name", p.node.Name, "--node-id", p.node.Spec().ID, "--etcd-endpoints", strings.Join(p.lab.Etcd().URLs(), ","),
@@ -126,6 +132,20 @@ func (p patient) well() {
 		}
 	}
 	p.t.Errorf("it does not get well: %+v", r.with("fail", "warn"))
+}
+
+// harmless makes sure that no command is offered that acts on what is another node's.
+func (p patient) harmless() {
+	p.t.Helper()
+	for _, f := range p.examine().Findings {
+		for _, m := range f.Mend {
+			for _, harm := range []string{"ip link set overlay.1 address", "ip link delete", "rm -rf", " del "} {
+				if strings.Contains(m, harm) {
+					p.t.Errorf("%s %s: %s: %s", f.Mark, f.Check, f.Reason, m)
+				}
+			}
+		}
+	}
 }
 
 // The doctor finds nothing on a node that is well, and names the cause of each thing that is broken.
@@ -348,6 +368,90 @@ EOF`)
 		p.finds("daemon", "fail", "another overlayd is running on this node: process", "--socket", "/none")
 	})
 
+	t.Run("clone", func(t *testing.T) {
+		p := p.in(t)
+		third := p.lab.Node(3)
+		theirs, err := third.Lease()
+		if err != nil {
+			t.Fatal(err)
+		}
+		stop(t, third)
+		dir := t.TempDir()
+		at := func(name string) string { return filepath.Join(dir, name) }
+		// The first node's name and ID, on the third one's machine.
+		told := []string{
+			"--node-name", p.node.Name, "--node-id", p.node.Spec().ID, "--state-dir", dir, "--subnet-file", at("subnet.env"), "--socket", at("socket"),
+			"--etcd-endpoints", strings.Join(p.lab.Etcd().URLs(), ","),
+		}
+		clone := p
+		clone.node, clone.where = third, told
+		clone.finds("own lease", "fail", "or another machine has the same name and ID")
+		clone.finds("tunnel device", "skipped", "which no device of this node has")
+		clone.finds("bridge", "skipped", "which no device of this node has")
+		clone.harmless()
+
+		daemon := exec.Command(p.overlayd, append(slices.Clone(told), "--healthz-port", "0")...)
+		if err := third.Do(daemon.Start); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- daemon.Wait() }()
+		end := sync.OnceFunc(func() {
+			_ = daemon.Process.Signal(unix.SIGTERM)
+			<-ended
+		})
+		defer end()
+		clone.finds("problems", "fail", "the public IP 172.31.1.13 is also that of node") // the third node's lease is still there
+		clone.finds("own lease", "skipped", "see the problem lease")
+		clone.harmless()
+
+		p.etcdctl("del", "/overlayd/network/subnets/"+strings.ReplaceAll(theirs.Subnets[0].String(), "/", "-"))
+		f := p.finds("own lease", "fail", "has taken the lease over, and is at 172.31.1.13")
+		if !strings.Contains(f.Mend[1], "systemd-machine-id-setup") {
+			t.Errorf("%q", f.Mend)
+		}
+		p.harmless()
+		end()
+		stop(t, p.node)
+		for _, n := range []*lab.Node{p.node, third} {
+			if err := n.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if err := n.WaitReady(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.well()
+	})
+	t.Run("no default route", func(t *testing.T) {
+		p := p.in(t)
+		gone, err := p.node.Run(t.Context(), "ip", "route", "show", "default")
+		if err != nil || gone == "" {
+			t.Fatalf("%q: %v", gone, err)
+		}
+		p.sh("ip route del default")
+		if f := p.finds("interface", "fail", "eth0, which it was so far"); !strings.Contains(f.Mend[0], "ip route add default via GATEWAY dev eth0") {
+			t.Errorf("%q", f.Mend)
+		}
+		p.sh("ip route add " + gone)
+		p.well()
+	})
+	t.Run("bridge without its address", func(t *testing.T) {
+		p := p.in(t)
+		p.sh("ip address flush dev cni0")
+		f := p.finds("bridge", "fail", "the gateway of this node's pods: cni0")
+		p.sh(f.Mend[0])
+		p.well()
+	})
+	t.Run("another masquerade", func(t *testing.T) {
+		p := p.in(t)
+		p.sh("nft 'add table ip foreign; add chain ip foreign c { type nat hook postrouting priority 90; }; add rule ip foreign c ip saddr 10.0.0.0/8 masquerade'")
+		f := p.finds("translated packets", "warn", `"ip saddr 10.0.0.0/8 masquerade"`)
+		p.sh(f.Mend[0])
+		p.sh("nft delete table ip foreign")
+		p.well()
+	})
+
 	t.Run("daemon stopped", func(t *testing.T) {
 		p := p.in(t)
 		stop(t, p.node)
@@ -377,6 +481,9 @@ EOF`)
 			t.Fatal(err)
 		}
 		p.finds("VXLAN port", "fail", fmt.Sprintf("UDP port 8472 is taken by overlayd.test (process %d)", os.Getpid()))
+		p.sh("ip link add overlay.1 type vxlan id 1 dstport 8472 local 172.31.1.11 dev eth0")
+		p.finds("VXLAN port", "fail", fmt.Sprintf("UDP port 8472 is taken by overlayd.test (process %d)", os.Getpid()))
+		p.finds("tunnel device", "fail", "can't be set up while another program has its UDP port")
 		_ = socket.Close()
 		if err := p.node.Start(); err != nil {
 			t.Fatal(err)
@@ -462,11 +569,12 @@ func TestDoctorFindsNothing(t *testing.T) {
 			}
 			var out string
 			var err error
+			all := map[bool]string{true: "4 of 4 pinged", false: "2 of 2 pinged"}[o.Stack == lab.StackDual] // each peer in each family
 			look := func(want string) {
 				t.Helper()
 				for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 					out, err = n.Run(t.Context(), overlayd, "doctor", "--env-file", file)
-					if strings.Contains(out, want) && strings.Contains(out, "2 of 2 pinged") || o.Stack == lab.StackDual && strings.Contains(out, want) && strings.Contains(out, "4 of 4 pinged") {
+					if strings.Contains(out, want) && strings.Contains(out, all) {
 						return
 					}
 				}
