@@ -11,6 +11,8 @@ import (
 // Kernel is the network state of one network namespace: the one that the thread was in that opened it. It belongs to one
 // goroutine.
 type Kernel struct {
+	SysctlDir string // where settings are written, /proc/sys if empty: in a container that one may be read-only
+
 	conn    *conn
 	links   *netlink.Handle
 	monitor *monitor

@@ -60,7 +60,7 @@ func (k *Kernel) addLink(l Link) error {
 	if err := k.links.LinkSetIP6AddrGenMode(v, addrGenModeNone); err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) {
 		return fmt.Errorf("addrgenmode none: %w", err)
 	}
-	_ = writeSysctl(AcceptRA(l.Name)) // as early as can be; whoever wishes for the setting hears of a failure
+	_ = k.writeSysctl(AcceptRA(l.Name)) // as early as can be; whoever wishes for the setting hears of a failure
 	return k.setUp(v, l)
 }
 

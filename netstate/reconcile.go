@@ -112,7 +112,7 @@ func (k *Kernel) apply(all []Change) (done []Change, failed []Failure) {
 		case Link:
 			err = k.applyLink(all[i], obj)
 		case Sysctl:
-			err = writeSysctl(obj)
+			err = k.writeSysctl(obj)
 		default:
 			end := i + 1
 			for end < len(all) && batched(all[end].Obj) {
@@ -156,8 +156,12 @@ func isGone(err error) bool {
 // ErrNoLink is why nothing can be put on a device that could not be made.
 var ErrNoLink = errors.New("there is no such device")
 
-func writeSysctl(s Sysctl) error {
-	err := os.WriteFile(filepath.Join("/proc/sys", s.Path), []byte(s.Value), 0)
+func (k *Kernel) writeSysctl(s Sysctl) error {
+	dir := k.SysctlDir
+	if dir == "" {
+		dir = "/proc/sys"
+	}
+	err := os.WriteFile(filepath.Join(dir, s.Path), []byte(s.Value), 0)
 	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) {
 		return fmt.Errorf("%w (set it on the host: sysctl -w %s=%s)", err, strings.ReplaceAll(s.Path, "/", "."), s.Value)
 	}

@@ -91,6 +91,7 @@ func daemon(ctx context.Context, f flags) error {
 		return err
 	}
 	defer kernel.Close()
+	kernel.SysctlDir = f.sysctlDir
 
 	log.Info("overlayd starts", zap.String("version", version), zap.String("node", opts.Identity.NodeName), zap.String("id", opts.Identity.NodeID),
 		zap.Strings("etcd", storeOpts.Endpoints), zap.String("prefix", storeOpts.Prefix))

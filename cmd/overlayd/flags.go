@@ -44,6 +44,7 @@ type flags struct {
 	publicIP, publicIPv6 string
 	ipMasq, forwardRules bool
 	ipForward            bool
+	sysctlDir            string
 	masqExclude          []string
 	firewall, iptables   string
 	leaseTTL             seconds
@@ -91,6 +92,7 @@ func (f *flags) addDaemon(s *pflag.FlagSet) {
 	s.StringSliceVar(&f.masqExclude, "ip-masq-exclude", nil, "`network` (CIDR) that sees the pods' own addresses; repeatable")
 	s.BoolVar(&f.forwardRules, "iptables-forward-rules", true, "accept the pod network's packets in the FORWARD chain")
 	s.BoolVar(&f.ipForward, "ip-forward", true, "switch on forwarding in the kernel for the families in use")
+	s.StringVar(&f.sysctlDir, "sysctl-dir", "/proc/sys", "`directory` where settings of the kernel are written; in a container, a mount of the host's")
 	f.iptablesResync = seconds(10 * time.Second)
 	s.Var(&f.iptablesResync, "iptables-resync", "how often the firewall rules are looked at; a number is in seconds")
 	f.stalePeerGrace = seconds(10 * time.Minute)
