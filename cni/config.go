@@ -1,0 +1,144 @@
+package cni
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"reflect"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/utils"
+)
+
+// What holds where the configuration says nothing.
+const (
+	DefaultSubnetFile = "/run/overlayd/subnet.env"
+	DefaultDataDir    = "/var/lib/cni/overlay"
+
+	// DefaultWait is how long ADD waits for subnet.env. A daemon that starts has it within about a second, or within three
+	// without etcd. The kubelet gives a pod's network two minutes (runtimeRequestTimeout) and tries again by itself: what
+	// is waited beyond ten seconds would only hold back the event that tells the operator.
+	DefaultWait = 10 * time.Second
+	maxWait     = 90 * time.Second // leaves the delegate a quarter of those two minutes
+)
+
+// Config is a checked network configuration: what the runtime gives on stdin.
+type Config struct {
+	CNIVersion string // "" counts as 0.1.0
+	Name       string // of the network
+	Type       string // this plugin's own name
+	SubnetFile string
+	DataDir    string
+	Wait       time.Duration // for the subnet file
+
+	// Attachments are those that GC is to leave alone. KnowsAttachments tells an empty list from none at all.
+	Attachments      []types.GCAttachment
+	KnowsAttachments bool
+
+	delegate, ipam                  object
+	runtimeConfig, args, prevResult json.RawMessage
+	attachments                     json.RawMessage
+}
+
+// wire is the configuration as it comes. Letter case does not matter, as in every plugin written in Go.
+type wire struct {
+	CNIVersion       string          `json:"cniVersion"`
+	Name             string          `json:"name"`
+	Type             string          `json:"type"`
+	SubnetFile       string          `json:"subnetFile"`
+	DataDir          string          `json:"dataDir"`
+	WaitSeconds      *float64        `json:"waitSeconds"`
+	Delegate         object          `json:"delegate"`
+	IPAM             object          `json:"ipam"`
+	RuntimeConfig    json.RawMessage `json:"runtimeConfig"`
+	Args             json.RawMessage `json:"args"`
+	PrevResult       json.RawMessage `json:"prevResult"`
+	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments"`
+}
+
+// ParseConfig reads a network configuration. It refuses what no command could work with; what only the delegate's
+// configuration depends on is looked at by [Config.Generate], so that DEL still works where an operator broke that.
+// Errors are of type *types.Error and name the JSON path.
+func ParseConfig(stdin []byte) (Config, error) {
+	var w wire
+	if err := json.Unmarshal(stdin, &w); err != nil {
+		return Config{}, decodeError("", err)
+	}
+	c := Config{
+		CNIVersion: w.CNIVersion, Name: w.Name, Type: w.Type, SubnetFile: w.SubnetFile, DataDir: w.DataDir, Wait: DefaultWait,
+		delegate: w.Delegate, ipam: w.IPAM,
+		runtimeConfig: given(w.RuntimeConfig), args: given(w.Args), prevResult: given(w.PrevResult), attachments: w.ValidAttachments,
+	}
+	if err := utils.ValidateNetworkName(w.Name); err != nil {
+		return Config{}, invalid("name: expected letters, digits, dots, dashes and underscores, found %q", w.Name)
+	}
+	for _, path := range []struct {
+		key, deflt string
+		value      *string
+	}{{"subnetFile", DefaultSubnetFile, &c.SubnetFile}, {"dataDir", DefaultDataDir, &c.DataDir}} {
+		if *path.value == "" {
+			*path.value = path.deflt
+		}
+		if !filepath.IsAbs(*path.value) {
+			return Config{}, invalid("%s: expected a full path, found %q", path.key, *path.value)
+		}
+	}
+	if s := w.WaitSeconds; s != nil {
+		if !(*s >= 0 && *s <= maxWait.Seconds()) {
+			return Config{}, invalid("waitSeconds: expected a number from 0 to %g, found %g", maxWait.Seconds(), *s)
+		}
+		c.Wait = time.Duration(*s * float64(time.Second))
+	}
+	if w.ValidAttachments != nil {
+		c.KnowsAttachments = true
+		if err := json.Unmarshal(w.ValidAttachments, &c.Attachments); err != nil {
+			return Config{}, decodeError("cni.dev/valid-attachments", err)
+		}
+	}
+	return c, nil
+}
+
+// given turns a null into what an absent key is.
+func given(raw json.RawMessage) json.RawMessage {
+	if string(raw) == "null" {
+		return nil
+	}
+	return raw
+}
+
+// invalid is an error in the configuration.
+func invalid(format string, args ...any) *types.Error {
+	return types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf(format, args...), "")
+}
+
+// decodeError says in an operator's words what encoding/json found at a path.
+func decodeError(path string, err error) *types.Error {
+	wrong := new(json.UnmarshalTypeError)
+	if !errors.As(err, &wrong) {
+		return types.NewError(types.ErrDecodingFailure, fmt.Sprintf("network configuration: not JSON: %v", err), "")
+	}
+	if wrong.Field != "" && path != "" {
+		path += "."
+	}
+	if path += wrong.Field; path == "" {
+		path = "network configuration"
+	}
+	return invalid("%s: expected %s, found %s", path, expected(wrong.Type), wrong.Value)
+}
+
+func expected(t reflect.Type) string {
+	switch t.Kind() {
+	case reflect.String:
+		return "a string"
+	case reflect.Float64:
+		return "a number"
+	case reflect.Bool:
+		return "true or false"
+	case reflect.Slice:
+		return "a list"
+	default:
+		return "an object"
+	}
+}

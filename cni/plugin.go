@@ -1,0 +1,367 @@
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/version"
+)
+
+// Plugin is the CNI plugin. Nothing of it lasts longer than one command, but for the files in dataDir.
+type Plugin struct {
+	Exec       invoke.Exec // starts delegates
+	Stdout     io.Writer   // for the result of ADD, and nothing else
+	Stderr     io.Writer   // remarks; the runtime shows them or not
+	FlannelDir string      // where flannel's plugin kept what it had generated
+}
+
+// New is the plugin as it runs on a node: delegates are programs in CNI_PATH.
+func New() *Plugin {
+	return &Plugin{
+		Exec:       &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}},
+		Stdout:     os.Stdout,
+		Stderr:     os.Stderr,
+		FlannelDir: "/var/lib/cni/flannel",
+	}
+}
+
+// Funcs are the commands, for skel.
+func (p *Plugin) Funcs() skel.CNIFuncs {
+	return skel.CNIFuncs{Add: p.Add, Del: p.Del, Check: p.Check, GC: p.GC, Status: p.Status}
+}
+
+// Versions are those of the specification that the plugin speaks. 0.3.1 is the oldest that anybody should use; older ones
+// cost nothing, and flannel's plugin takes configurations without a version, which are 0.1.0.
+func Versions() version.PluginInfo { return version.All }
+
+// job is one command for one attachment.
+type job struct {
+	conf  Config
+	at    attachment
+	store store
+}
+
+func parse(args *skel.CmdArgs) (job, error) {
+	c, err := ParseConfig(args.StdinData)
+	if err != nil {
+		return job{}, err
+	}
+	at, err := newAttachment(args.ContainerID, args.IfName)
+	return job{conf: c, at: at, store: store{dir: c.DataDir, network: c.Name}}, err
+}
+
+// Add makes the container's interface by way of the delegate, and prints the delegate's result.
+func (p *Plugin) Add(args *skel.CmdArgs) error {
+	j, err := parse(args)
+	if err != nil {
+		return err
+	}
+	env, err := waitForSubnetEnv(j.conf.SubnetFile, j.conf.Wait)
+	if err != nil {
+		return subnetFileError(err, types.ErrTryAgainLater, fmt.Sprintf("; waited %v for it", j.conf.Wait))
+	}
+	d, err := j.conf.Generate(env)
+	if err != nil {
+		return err
+	}
+	// Kept first: where the delegate fails half way, the runtime calls DEL, which must know what to take back.
+	if err := j.store.save(j.at, d.Conf); err != nil {
+		return ioError(err)
+	}
+	result, err := invoke.DelegateAdd(context.Background(), d.Type, d.Conf, p.Exec)
+	if err != nil {
+		return delegateError(d.Type, err)
+	}
+	speaks, err := new(version.ConfigDecoder).Decode(args.StdinData)
+	if err != nil {
+		return types.NewError(types.ErrDecodingFailure, err.Error(), "")
+	}
+	if result, err = result.GetAsVersion(speaks); err != nil {
+		return delegateError(d.Type, err)
+	}
+	return result.PrintTo(p.Stdout)
+}
+
+// Del takes back what ADD made, with the configuration kept at ADD. What is not known is gone already.
+func (p *Plugin) Del(args *skel.CmdArgs) error {
+	j, err := parse(args)
+	if err != nil {
+		return err
+	}
+	conf, forget, err := p.kept(j)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return ioError(err)
+	}
+	d, err := p.delegateOf(j, conf)
+	if err != nil {
+		return err
+	}
+	if err := invoke.DelegateDel(context.Background(), d.Type, d.Conf, p.Exec); err != nil {
+		return delegateError(d.Type, err)
+	}
+	if err := forget(); err != nil {
+		return ioError(err)
+	}
+	return nil
+}
+
+// Check has the delegate look whether all is as ADD left it.
+func (p *Plugin) Check(args *skel.CmdArgs) error {
+	j, err := parse(args)
+	if err != nil {
+		return err
+	}
+	conf, _, err := p.kept(j)
+	if errors.Is(err, fs.ErrNotExist) {
+		return types.NewError(types.ErrUnknownContainer,
+			fmt.Sprintf("%s is missing: this plugin did not set up %s of this container, or it is deleted", j.store.path(j.at), j.at.ifname), "")
+	}
+	if err != nil {
+		return ioError(err)
+	}
+	d, err := p.delegateOf(j, conf)
+	if err != nil {
+		return err
+	}
+	if err := invoke.DelegateCheck(context.Background(), d.Type, d.Conf, p.Exec); err != nil {
+		return delegateError(d.Type, err)
+	}
+	return nil
+}
+
+// Status says whether ADD would work now: subnet.env is there and makes sense, and the delegate does not object.
+func (p *Plugin) Status(args *skel.CmdArgs) error {
+	c, err := ParseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	env, err := readSubnetEnv(c.SubnetFile)
+	if err != nil {
+		return subnetFileError(err, types.ErrPluginNotAvailable, "")
+	}
+	d, err := c.Generate(env)
+	if err != nil {
+		return err
+	}
+	ctx := context.Background()
+	if err := invoke.DelegateStatus(ctx, d.Type, d.Conf, p.Exec); err != nil && p.speaks(ctx, d.Type, args.Path) {
+		e := delegateError(d.Type, err)
+		if e.Code != types.ErrLimitedConnectivity {
+			e.Code = types.ErrPluginNotAvailable
+		}
+		return e
+	}
+	return nil
+}
+
+// GC takes back what belongs to attachments that are not valid any more, and passes the list on to the delegate. The
+// reference plugins do nothing at GC: so each attachment that was kept gets a DEL. Where the runtime gives no list, nothing
+// is known to be invalid.
+func (p *Plugin) GC(args *skel.CmdArgs) error {
+	c, err := ParseConfig(args.StdinData)
+	if err != nil {
+		return err
+	}
+	ctx := context.Background()
+	var errs []error
+	if c.KnowsAttachments {
+		errs = append(errs, p.removeInvalid(ctx, c, args.Path))
+	}
+	env, err := readSubnetEnv(c.SubnetFile)
+	if err != nil {
+		return joined(append(errs, subnetFileError(err, types.ErrTryAgainLater, ""))...)
+	}
+	d, err := c.Generate(env)
+	if err != nil {
+		return joined(append(errs, err)...)
+	}
+	if c.KnowsAttachments {
+		if d.Conf, err = withAttachments(d.Conf, c.attachments); err != nil {
+			return joined(append(errs, err)...)
+		}
+	}
+	if err := invoke.DelegateGC(ctx, d.Type, d.Conf, p.Exec); err != nil && p.speaks(ctx, d.Type, args.Path) {
+		errs = append(errs, delegateError(d.Type, err))
+	}
+	return joined(errs...)
+}
+
+func (p *Plugin) removeInvalid(ctx context.Context, c Config, path string) error {
+	s := store{dir: c.DataDir, network: c.Name}
+	all, err := s.list()
+	if err != nil {
+		return ioError(err)
+	}
+	valid := map[attachment]bool{}
+	for _, a := range c.Attachments {
+		valid[attachment{container: a.ContainerID, ifname: a.IfName}] = true
+	}
+	c.prevResult, c.runtimeConfig = nil, nil // those of one attachment, if any
+	var errs []error
+	for _, at := range all {
+		if valid[at] {
+			continue
+		}
+		if err := p.removeOne(ctx, job{conf: c, at: at, store: s}, path); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", at.file(), err))
+		}
+	}
+	return joined(errs...)
+}
+
+// removeOne is a DEL without the container's namespace, which may be another one's by now.
+func (p *Plugin) removeOne(ctx context.Context, j job, path string) error {
+	conf, err := j.store.load(j.at)
+	if err != nil {
+		return err
+	}
+	d, err := p.delegateOf(j, conf)
+	if err != nil {
+		return err
+	}
+	program, err := p.Exec.FindInPath(d.Type, filepath.SplitList(path))
+	if err != nil {
+		return delegateError(d.Type, err)
+	}
+	env := &invoke.Args{Command: "DEL", ContainerID: j.at.container, IfName: j.at.ifname, Path: path}
+	if err := invoke.ExecPluginWithoutResult(ctx, program, d.Conf, env, p.Exec); err != nil {
+		return delegateError(d.Type, err)
+	}
+	return j.store.remove(j.at)
+}
+
+// kept finds what was kept at ADD, by this plugin or by flannel's, and how to forget it.
+func (p *Plugin) kept(j job) (conf []byte, forget func() error, err error) {
+	conf, err = j.store.load(j.at)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return conf, func() error { return j.store.remove(j.at) }, err
+	}
+	for _, dir := range []string{j.conf.DataDir, p.FlannelDir} {
+		f := flannelKept{dir}
+		theirs, readErr := f.load(j.at)
+		var of struct{ Name string }
+		// Its file is the container's, whatever the network: it must be of this one.
+		if readErr == nil && json.Unmarshal(theirs, &of) == nil && of.Name == j.conf.Name {
+			return theirs, func() error { return f.remove(j.at) }, nil
+		}
+	}
+	return nil, nil, err
+}
+
+// delegateOf reads what was kept. If that is broken, it is made anew from what holds now: the delegate finds what belongs
+// to the container by the container's ID.
+func (p *Plugin) delegateOf(j job, conf []byte) (Delegate, error) {
+	d, broken := j.conf.again(conf)
+	if broken == nil {
+		return d, nil
+	}
+	_, _ = fmt.Fprintf(p.Stderr, "%s is broken (%v): made anew from %s\n", j.store.path(j.at), broken, j.conf.SubnetFile)
+	env, err := readSubnetEnv(j.conf.SubnetFile)
+	if err == nil {
+		d, err = j.conf.Generate(env)
+	}
+	if err == nil {
+		d, err = j.conf.again(d.Conf)
+	}
+	if err != nil {
+		return Delegate{}, types.NewError(types.ErrIOFailure, oneLine(fmt.Sprintf(
+			"%s is broken (%v), and can't be made anew: %v; remove it once the container is gone", j.store.path(j.at), broken, err)), "")
+	}
+	return d, nil
+}
+
+// speaks reports whether a delegate knows the commands of version 1.1.0: STATUS and GC. It is asked only when one of them
+// failed.
+func (p *Plugin) speaks(ctx context.Context, plugin, path string) bool {
+	program, err := p.Exec.FindInPath(plugin, filepath.SplitList(path))
+	if err != nil {
+		return true // the first error is the one to report
+	}
+	info, err := invoke.GetVersionInfo(ctx, program, p.Exec)
+	if err != nil {
+		return true
+	}
+	return slices.ContainsFunc(info.SupportedVersions(), func(v string) bool {
+		is, err := version.GreaterThanOrEqualTo(v, "1.1.0")
+		return err == nil && is
+	})
+}
+
+func withAttachments(conf []byte, attachments json.RawMessage) ([]byte, error) {
+	var d object
+	if err := json.Unmarshal(conf, &d); err != nil {
+		return nil, err
+	}
+	// The second is the name that a draft of the specification had, and some plugins read.
+	for _, key := range []string{"cni.dev/valid-attachments", "cni.dev/attachments"} {
+		if err := d.put(key, attachments); err != nil {
+			return nil, err
+		}
+	}
+	return json.Marshal(d)
+}
+
+// subnetFileError says what to look at while the subnet file is not there, with the given code; a file that can't be used
+// has codes of its own, but for STATUS, where all that counts is that ADD would fail.
+func subnetFileError(err error, absent uint, waited string) *types.Error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return types.NewError(absent, fmt.Sprintf("%v%s: is overlayd running on this node? "+
+			"Look at `overlayd status` and `journalctl -u overlayd`, or at the log of its pod", err, waited), "")
+	}
+	code := types.ErrIOFailure
+	if said := new(types.Error); errors.As(err, &said) {
+		code = said.Code
+	}
+	if absent == types.ErrPluginNotAvailable {
+		code = absent
+	}
+	return types.NewError(code, oneLine(err.Error()), "")
+}
+
+func ioError(err error) *types.Error {
+	return types.NewError(types.ErrIOFailure, oneLine(err.Error()), "")
+}
+
+// delegateError hands on a delegate's error with its code, and says whose it is.
+func delegateError(plugin string, err error) *types.Error {
+	said := new(types.Error)
+	if errors.As(err, &said) {
+		code := said.Code
+		if code == types.ErrUnknown { // a plugin that crashed, or of a version that had no codes
+			code = types.ErrInternal
+		}
+		return types.NewError(code, oneLine(plugin+": "+said.Msg), said.Details)
+	}
+	return types.NewError(types.ErrInternal, oneLine(plugin+": "+err.Error()), "")
+}
+
+// joined is several errors as one, on one line, with the code of the first.
+func joined(errs ...error) error {
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	if len(errs) == 0 {
+		return nil
+	}
+	code := types.ErrInternal
+	if first := new(types.Error); errors.As(errs[0], &first) {
+		code = first.Code
+	}
+	return types.NewError(code, oneLine(errors.Join(errs...).Error()), "")
+}
+
+func oneLine(s string) string {
+	return strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+}

@@ -1,0 +1,402 @@
+package cni_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/version"
+
+	"github.com/overlayd/overlayd/cni"
+)
+
+// fakeExec stands for the delegates: it notes what they are told, and answers as the test wishes.
+type fakeExec struct {
+	version.PluginDecoder
+	mu     sync.Mutex
+	calls  []call
+	answer func(c call) ([]byte, error)
+}
+
+type call struct {
+	plugin, command string // command is empty where it comes from this process's environment
+	container       string
+	conf            map[string]any
+}
+
+func (f *fakeExec) ExecPlugin(_ context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
+	c := call{plugin: filepath.Base(path)}
+	for _, e := range environ {
+		switch key, value, _ := strings.Cut(e, "="); key {
+		case "CNI_COMMAND":
+			c.command = value
+		case "CNI_CONTAINERID":
+			c.container = value
+		}
+	}
+	if err := json.Unmarshal(stdin, &c.conf); err != nil {
+		return nil, fmt.Errorf("stdin of %s: %w", path, err)
+	}
+	f.mu.Lock()
+	f.calls = append(f.calls, c)
+	f.mu.Unlock()
+	if f.answer != nil {
+		return f.answer(c)
+	}
+	return []byte(`{"cniVersion":"1.1.0","ips":[{"address":"10.244.5.2/24"}]}`), nil
+}
+
+func (f *fakeExec) FindInPath(plugin string, _ []string) (string, error) {
+	if plugin == "absent" {
+		return "", fmt.Errorf("failed to find plugin %q in path []", plugin)
+	}
+	return "/opt/cni/bin/" + plugin, nil
+}
+
+// commands lists what the delegates were told, and forgets it.
+func (f *fakeExec) commands() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var all []string
+	for _, c := range f.calls {
+		all = append(all, c.plugin+" "+c.command)
+	}
+	f.calls = nil
+	return all
+}
+
+var _ invoke.Exec = (*fakeExec)(nil)
+
+// stand is a plugin with delegates that are none, and its files in a directory of the test.
+type stand struct {
+	*testing.T
+	*cni.Plugin
+	exec   *fakeExec
+	dir    string
+	out    *bytes.Buffer
+	stderr *bytes.Buffer
+}
+
+func newStand(t *testing.T) *stand {
+	t.Helper()
+	s := &stand{T: t, exec: &fakeExec{}, dir: t.TempDir(), out: &bytes.Buffer{}, stderr: &bytes.Buffer{}}
+	s.Plugin = &cni.Plugin{Exec: s.exec, Stdout: s.out, Stderr: s.stderr, FlannelDir: filepath.Join(s.dir, "flannel")}
+	s.env(envV4)
+	return s
+}
+
+func (s *stand) env(text string) {
+	s.Helper()
+	path := filepath.Join(s.dir, "subnet.env")
+	if text == "" {
+		s.must(os.Remove(path))
+		return
+	}
+	if err := errors.Join(os.WriteFile(path+".new", []byte(text), 0o644), os.Rename(path+".new", path)); err != nil {
+		s.Error(err)
+	}
+}
+
+func (s *stand) data(parts ...string) string {
+	return filepath.Join(append([]string{s.dir, "data"}, parts...)...)
+}
+
+// args are those for container c1, with further keys of the configuration.
+func (s *stand) args(more ...string) *skel.CmdArgs {
+	conf := fmt.Sprintf(`{"cniVersion":"1.1.0","name":"pods","type":"overlay-cni","subnetFile":%q,"dataDir":%q,"waitSeconds":0%s}`,
+		filepath.Join(s.dir, "subnet.env"), s.data(), strings.Join(append([]string{""}, more...), ","))
+	return &skel.CmdArgs{ContainerID: "c1", IfName: "eth0", Netns: "/proc/1/ns/net", StdinData: []byte(conf)}
+}
+
+func (s *stand) must(err error) {
+	s.Helper()
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
+// fails holds an error against its code and the beginning of its message.
+func (s *stand) fails(err error, code uint, want string) {
+	s.Helper()
+	said := new(types.Error)
+	if !errors.As(err, &said) || said.Code != code || !strings.HasPrefix(said.Msg, want) || strings.Contains(said.Msg, "\n") {
+		s.Errorf("got %v (%+v)\nwant %s (code %d)", err, said, want, code)
+	}
+	if s.out.Len() > 0 {
+		s.Errorf("printed %s", s.out)
+	}
+}
+
+func (s *stand) absent(path string) {
+	s.Helper()
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		s.Errorf("%s is still there (%v)", path, err)
+	}
+}
+
+func TestLife(t *testing.T) {
+	t.Parallel()
+	s := newStand(t)
+	s.must(s.Add(s.args()))
+	if got := canonical(t, s.out.String()); !strings.Contains(got, "10.244.5.2/24") {
+		t.Errorf("printed %s", got)
+	}
+	info, err := os.Stat(s.data("pods", "c1:eth0"))
+	s.must(err)
+	if info.Mode().Perm() != 0o600 {
+		t.Errorf("kept with mode %v", info.Mode())
+	}
+	// The daemon is gone, the subnet was another one, and the runtime speaks another version by now.
+	s.env("")
+	result := `"prevResult":{"cniVersion":"1.0.0","ips":[]},"runtimeConfig":{"mac":"m"},"delegate":{"name":"now wrong"}`
+	again := s.args(result)
+	again.StdinData = bytes.Replace(again.StdinData, []byte("1.1.0"), []byte("1.0.0"), 1)
+	s.must(s.Check(again))
+	s.must(s.Del(again))
+	for i, c := range s.exec.calls[1:] {
+		ranges := fmt.Sprint(c.conf["ipam"].(map[string]any)["ranges"])
+		if c.conf["cniVersion"] != "1.0.0" || c.conf["prevResult"] == nil || c.conf["runtimeConfig"] == nil || !strings.Contains(ranges, "10.244.5.0/24") {
+			t.Errorf("call %d: %v", i+1, c.conf)
+		}
+	}
+	if got := s.exec.commands(); !slices.Equal(got, []string{"bridge ADD", "bridge CHECK", "bridge DEL"}) {
+		t.Errorf("the delegate was told %v", got)
+	}
+	s.absent(s.data("pods", "c1:eth0"))
+	s.must(s.Del(s.args())) // again, of what is unknown now
+	if got := s.exec.commands(); got != nil {
+		t.Errorf("DEL of what is unknown: %v", got)
+	}
+	s.out.Reset()
+	s.fails(s.Check(s.args()), types.ErrUnknownContainer, s.data("pods", "c1:eth0")+" is missing: ")
+}
+
+func TestDelegateFails(t *testing.T) {
+	t.Parallel()
+	s := newStand(t)
+	s.exec.answer = func(call) ([]byte, error) { return nil, &types.Error{Code: 5, Msg: "no\nspace", Details: "d"} }
+	s.fails(s.Add(s.args()), types.ErrIOFailure, "bridge: no; space")
+	s.fails(s.Check(s.args()), types.ErrIOFailure, "bridge: no; space")
+	s.fails(s.Del(s.args()), types.ErrIOFailure, "bridge: no; space")
+	if _, err := os.Stat(s.data("pods", "c1:eth0")); err != nil {
+		t.Errorf("forgotten though DEL failed: %v", err)
+	}
+	s.exec.answer = func(call) ([]byte, error) { return nil, &types.Error{Msg: "netplugin failed"} }
+	s.fails(s.Del(s.args()), types.ErrInternal, "bridge: netplugin failed")
+	s.exec.answer = func(call) ([]byte, error) { return []byte("nonsense"), nil }
+	s.fails(s.Add(s.args()), types.ErrInternal, "bridge: failed to unmarshal raw result")
+	s.must(s.Del(s.args()))
+	s.fails(s.Add(s.args(`"delegate":{"type":"absent"}`)), types.ErrInternal, `absent: failed to find plugin "absent"`)
+}
+
+func TestWrongAttachment(t *testing.T) {
+	t.Parallel()
+	s := newStand(t)
+	for _, wrong := range [][2]string{{"../../x", "eth0"}, {"c1", "../x"}, {"..", "eth0"}, {"", "eth0"}, {"c1", ""}, {strings.Repeat("c", 300), "eth0"}} {
+		args := s.args()
+		args.ContainerID, args.IfName = wrong[0], wrong[1]
+		want := "CNI_CONTAINERID: expected"
+		if wrong[0] == "c1" {
+			want = "CNI_IFNAME: expected"
+		}
+		for _, command := range []func(*skel.CmdArgs) error{s.Add, s.Check, s.Del} {
+			s.fails(command(args), types.ErrInvalidEnvironmentVariables, want)
+		}
+	}
+	s.absent(s.data())
+	if got := s.exec.commands(); got != nil {
+		t.Errorf("the delegate was told %v", got)
+	}
+}
+
+func TestWaitsForSubnetFile(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newStand(t)
+		s.env("")
+		// Not there at all.
+		args := s.args()
+		args.StdinData = bytes.Replace(args.StdinData, []byte(`"waitSeconds":0`), []byte(`"waitSeconds":2.5`), 1)
+		start := time.Now()
+		s.fails(s.Add(args), types.ErrTryAgainLater, "open "+filepath.Join(s.dir, "subnet.env")+": no such file or directory; waited 2.5s for it: is overlayd running on this node? Look at `overlayd status`")
+		if took := time.Since(start); took < 2500*time.Millisecond || took > 3*time.Second {
+			t.Errorf("waited %v", took)
+		}
+		// There in time: by default it is waited for ten seconds.
+		args.StdinData = bytes.Replace(args.StdinData, []byte(`"waitSeconds":2.5`), []byte(`"x":0`), 1)
+		start = time.Now()
+		go func() {
+			time.Sleep(9 * time.Second)
+			s.env(envV4)
+		}()
+		s.must(s.Add(args))
+		if took := time.Since(start); took < 9*time.Second || took > 10*time.Second {
+			t.Errorf("waited %v", took)
+		}
+		// There, but nonsense: nothing to wait for.
+		s.out.Reset()
+		s.env("nonsense")
+		start = time.Now()
+		s.fails(s.Add(args), types.ErrDecodingFailure, filepath.Join(s.dir, "subnet.env")+": line 1: expected NAME=VALUE")
+		if took := time.Since(start); took > time.Second {
+			t.Errorf("waited %v", took)
+		}
+	})
+}
+
+func TestStatus(t *testing.T) {
+	t.Parallel()
+	s := newStand(t)
+	s.must(s.Status(s.args()))
+	if got := s.exec.commands(); !slices.Equal(got, []string{"bridge STATUS"}) {
+		t.Errorf("the delegate was told %v", got)
+	}
+	s.fails(s.Status(s.args(`"delegate":{"type":"absent"}`)), types.ErrPluginNotAvailable, "absent: failed to find plugin")
+	s.exec.commands()
+
+	failing := func(versions string) func(c call) ([]byte, error) {
+		return func(c call) ([]byte, error) {
+			if c.command == "VERSION" {
+				return []byte(`{"cniVersion":"1.1.0","supportedVersions":[` + versions + `]}`), nil
+			}
+			return nil, &types.Error{Code: 1, Msg: "incompatible CNI versions"}
+		}
+	}
+	s.exec.answer = failing(`"0.4.0","1.0.0"`) // it can't know STATUS
+	s.must(s.Status(s.args()))
+	s.exec.answer = failing(`"1.0.0","1.1.0"`)
+	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable, "bridge: incompatible CNI versions")
+	s.exec.answer = func(call) ([]byte, error) { return nil, &types.Error{Code: 51, Msg: "limited"} }
+	s.fails(s.Status(s.args()), types.ErrLimitedConnectivity, "bridge: limited")
+
+	s.exec.commands()
+	s.env("nonsense")
+	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable, filepath.Join(s.dir, "subnet.env")+": line 1: expected NAME=VALUE")
+	s.env("")
+	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable, "open "+filepath.Join(s.dir, "subnet.env")+": no such file or directory: is overlayd running")
+	if got := s.exec.commands(); got != nil {
+		t.Errorf("the delegate was told %v", got)
+	}
+}
+
+func TestGC(t *testing.T) {
+	t.Parallel()
+	s := newStand(t)
+	add := func(container, ifname string) {
+		t.Helper()
+		args := s.args()
+		args.ContainerID, args.IfName = container, ifname
+		s.must(s.Add(args))
+	}
+	for _, c := range []string{"c1", "c2", "c3"} {
+		add(c, "eth0")
+	}
+	add("c1", "eth1")
+	other := s.args()
+	other.StdinData = bytes.Replace(other.StdinData, []byte(`"pods"`), []byte(`"other"`), 1)
+	s.must(s.Add(other))
+	s.exec.commands()
+	s.out.Reset()
+
+	// No list: nothing is known to be invalid.
+	s.must(s.GC(s.args()))
+	if got := s.exec.commands(); !slices.Equal(got, []string{"bridge GC"}) {
+		t.Errorf("without a list the delegate was told %v", got)
+	}
+	// One of the stale ones can't be removed: the others are, and it stays for the next time.
+	list := `"cni.dev/valid-attachments":[{"containerID":"c1","ifname":"eth0"},{"containerID":"c9","ifname":"eth0"},{"containerID":"../c2","ifname":"eth0"}]`
+	s.exec.answer = func(c call) ([]byte, error) {
+		if c.container == "c2" {
+			return nil, &types.Error{Code: 5, Msg: "busy"}
+		}
+		return nil, nil
+	}
+	s.fails(s.GC(s.args(list)), types.ErrIOFailure, "c2:eth0: bridge: busy")
+	last := s.exec.calls[len(s.exec.calls)-1]
+	for _, key := range []string{"cni.dev/valid-attachments", "cni.dev/attachments"} {
+		if list, _ := last.conf[key].([]any); len(list) != 3 {
+			t.Errorf("%s: %v", key, last.conf[key])
+		}
+	}
+	if got := s.exec.commands(); !slices.Equal(got, []string{"bridge DEL", "bridge DEL", "bridge DEL", "bridge GC"}) {
+		t.Errorf("the delegate was told %v", got)
+	}
+	for _, gone := range []string{"c1:eth1", "c3:eth0"} {
+		s.absent(s.data("pods", gone))
+	}
+	for _, there := range []string{"pods/c1:eth0", "pods/c2:eth0", "other/c1:eth0"} {
+		if _, err := os.Stat(s.data(there)); err != nil {
+			t.Error(err)
+		}
+	}
+	// An empty list, and no subnet file: what is kept suffices to remove it.
+	s.exec.answer = nil
+	s.env("")
+	s.fails(s.GC(s.args(`"cni.dev/valid-attachments":null`)), types.ErrTryAgainLater, "open "+filepath.Join(s.dir, "subnet.env"))
+	if entries, err := os.ReadDir(s.data("pods")); err != nil || len(entries) > 0 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+	if got := s.exec.commands(); !slices.Equal(got, []string{"bridge DEL", "bridge DEL"}) {
+		t.Errorf("the delegate was told %v", got)
+	}
+}
+
+func TestBrokenKept(t *testing.T) {
+	t.Parallel()
+	for _, broken := range []string{"", "{", "null", `{"type":7}`, `{"type":"../x"}`, `{"cniVersion":"1.1.0"}`} {
+		s := newStand(t)
+		s.must(s.Add(s.args()))
+		s.out.Reset()
+		s.must(os.WriteFile(s.data("pods", "c1:eth0"), []byte(broken), 0o600))
+		s.env("")
+		s.fails(s.Del(s.args()), types.ErrIOFailure, s.data("pods", "c1:eth0")+" is broken (")
+		s.env(envV4)
+		s.exec.commands()
+		s.must(s.Del(s.args()))
+		if got := s.exec.commands(); !slices.Equal(got, []string{"bridge DEL"}) {
+			t.Errorf("%q: the delegate was told %v", broken, got)
+		}
+		s.absent(s.data("pods", "c1:eth0"))
+		if !strings.Contains(s.stderr.String(), "made anew") {
+			t.Errorf("stderr: %s", s.stderr)
+		}
+	}
+}
+
+// A pod that flannel's plugin made is taken down with what that one kept, in its directory or in the one configured.
+func TestFlannelKept(t *testing.T) {
+	t.Parallel()
+	for _, dir := range []string{"flannel", "data"} {
+		s := newStand(t)
+		s.env("")
+		path := filepath.Join(s.dir, dir, "c1")
+		s.must(os.MkdirAll(filepath.Dir(path), 0o700))
+		theirs := `{"cniVersion":"0.3.1","hairpinMode":true,"ipMasq":false,"ipam":{"type":"host-local"},"isGateway":true,"mtu":1450,"name":%q,"type":"ptp"}`
+		s.must(os.WriteFile(path, fmt.Appendf(nil, theirs, "another-network"), 0o600))
+		s.must(s.Del(s.args()))
+		if got := s.exec.commands(); got != nil {
+			t.Errorf("for another network: %v", got)
+		}
+		s.must(os.WriteFile(path, fmt.Appendf(nil, theirs, "pods"), 0o600))
+		s.must(s.Check(s.args()))
+		s.must(s.Del(s.args()))
+		if got := s.exec.commands(); !slices.Equal(got, []string{"ptp CHECK", "ptp DEL"}) {
+			t.Errorf("the delegate was told %v", got)
+		}
+		s.absent(path)
+	}
+}

@@ -1,0 +1,122 @@
+package cni
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// FuzzAttachment: what a runtime gives as container and interface is refused, or is a file of its own in the directory.
+func FuzzAttachment(f *testing.F) {
+	for _, seed := range [][2]string{
+		{"a", "eth0"},
+		{"..", "eth0"},
+		{"../../etc/passwd", "eth0"},
+		{"a", ".."},
+		{"a", "../x"},
+		{"a:b", "c"},
+		{"a/b", "c"},
+		{".a", "c"},
+		{"a", "\x00"},
+		{strings.Repeat("a", 300), "eth0"},
+	} {
+		f.Add(seed[0], seed[1])
+	}
+	f.Fuzz(func(t *testing.T, container, ifname string) {
+		at, err := newAttachment(container, ifname)
+		if err != nil {
+			if strings.ContainsAny(err.Error(), "\n\r") {
+				t.Fatalf("not one line: %q", err)
+			}
+			return
+		}
+		name := at.file()
+		if !filepath.IsLocal(name) || strings.ContainsAny(name, "/\x00") || len(name) > 255 || strings.HasPrefix(name, ".") {
+			t.Fatalf("%q", name)
+		}
+		if c, i, ok := strings.Cut(name, ":"); !ok || c != container || i != ifname {
+			t.Fatalf("%q does not tell %q from %q", name, container, ifname)
+		}
+	})
+}
+
+func TestStore(t *testing.T) {
+	t.Parallel()
+	s := store{dir: filepath.Join(t.TempDir(), "not", "there"), network: "pods"}
+	at, other := attachment{"c1", "eth0"}, attachment{"c1", "eth1"}
+	if _, err := s.load(at); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("load from nowhere: %v", err)
+	}
+	if err := s.remove(at); err != nil {
+		t.Errorf("remove from nowhere: %v", err)
+	}
+	if all, err := s.list(); err != nil || len(all) != 0 {
+		t.Errorf("list of nowhere: %v, %v", all, err)
+	}
+	for _, text := range []string{"first, and long", "second"} {
+		if err := s.save(at, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := s.load(at); err != nil || string(got) != text {
+			t.Errorf("load: %q, %v", got, err)
+		}
+	}
+	if err := s.save(other, []byte("other")); err != nil {
+		t.Fatal(err)
+	}
+	if err := (store{dir: s.dir, network: "net2"}).save(at, []byte("another network's")); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := s.list(); err != nil || len(all) != 2 || all[0] != at || all[1] != other {
+		t.Errorf("list: %v, %v", all, err)
+	}
+	for _, path := range []string{s.path(at), filepath.Dir(s.path(at)), s.dir} {
+		info, err := os.Stat(path)
+		if err != nil || info.Mode().Perm()&0o077 != 0 {
+			t.Errorf("%s: %v, %v", path, info.Mode(), err)
+		}
+	}
+	for range 2 {
+		if err := s.remove(at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.load(at); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after remove: %v", err)
+	}
+	if got, err := s.load(other); err != nil || string(got) != "other" {
+		t.Errorf("the other: %q, %v", got, err)
+	}
+	if entries, err := os.ReadDir(filepath.Dir(s.path(at))); err != nil || len(entries) != 1 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
+// A symbolic link in the directory, as another user might put into /tmp, leads nowhere.
+func TestStoreFollowsNoLinkOut(t *testing.T) {
+	t.Parallel()
+	dir, outside := t.TempDir(), t.TempDir()
+	if err := os.Symlink(outside, filepath.Join(dir, "pods")); err != nil {
+		t.Fatal(err)
+	}
+	at := attachment{"c1", "eth0"}
+	if err := os.WriteFile(filepath.Join(outside, at.file()), []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := store{dir: dir, network: "pods"}
+	if err := s.save(at, []byte("x")); err == nil {
+		t.Error("wrote through a link")
+	}
+	if _, err := s.load(at); err == nil {
+		t.Error("read through a link")
+	}
+	if err := s.remove(at); err == nil {
+		t.Error("removed through a link")
+	}
+	if _, err := os.Stat(filepath.Join(outside, at.file())); err != nil {
+		t.Error(err)
+	}
+}
