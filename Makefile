@@ -23,12 +23,16 @@ SEED    ?=
 # For `make bench`.
 QUICK   ?=
 
-.PHONY: help build demo test fuzz faults soak bench bench-go lint check clean deps
+# For `make image`.
+ARCHES  ?= amd64,arm64
+IMAGE   ?= ghcr.io/overlayd/overlayd
+
+.PHONY: help build demo test fuzz faults soak bench bench-go image test-image test-dist lint check clean deps
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
-build: ## bin/overlayd, bin/overlay-lab and bin/overlay-bench, static
+build: ## bin/overlayd, bin/overlay-cni, bin/overlay-install, bin/overlay-lab and bin/overlay-bench, static
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 demo: deps build ## a whole network on this machine: NODES=3 PODS=2 BACKEND=vxlan|host-gw DIRECT=1 STACK=ipv4|dual|ipv6 KEEP=1
@@ -54,9 +58,20 @@ bench: deps build ## how fast and how small: one table, and bench/results/latest
 bench-go: deps ## the Go benchmarks, in the form that benchstat reads
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 
+image: deps ## bin/overlayd-image-ARCH.tar, for `ctr images import` and `docker load`, and what is in it (SPDX): ARCHES=amd64,arm64 IMAGE=NAME[:TAG]
+	$(GO) run -C image ./cmd/overlay-image build -root .. -arch '$(ARCHES)' -version '$(VERSION)' -name '$(IMAGE)' -go '$(GO)'
+
+test-image: deps ## the image, both architectures, built twice, its programs run
+	$(GO) vet -C image ./... && $(GO) test -C image -timeout 15m ./...
+
+test-dist: ## Kubernetes manifests and chart, strictly against the API types
+	$(GO) vet -C dist/test ./... && $(GO) test -C dist/test -timeout 10m ./...
+
 lint: bin/golangci-lint ## golangci-lint, with the rules on who may import whom
 	bin/golangci-lint run ./...
 	bin/golangci-lint fmt --diff ./...
+	cd image && ../bin/golangci-lint run -c ../.golangci.yml ./...
+	cd dist/test && ../../bin/golangci-lint run -c ../../.golangci.yml ./...
 
 bin/golangci-lint: tools/go.mod tools/go.sum
 	$(GO) build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
