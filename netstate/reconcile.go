@@ -161,7 +161,11 @@ func (k *Kernel) writeSysctl(s Sysctl) error {
 	if dir == "" {
 		dir = "/proc/sys"
 	}
-	err := os.WriteFile(filepath.Join(dir, s.Path), []byte(s.Value), 0)
+	f, err := os.OpenFile(filepath.Join(dir, s.Path), os.O_WRONLY, 0) // never made: a setting that is not there is an error
+	if err == nil {
+		_, err = f.WriteString(s.Value)
+		err = errors.Join(err, f.Close())
+	}
 	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) {
 		return fmt.Errorf("%w (set it on the host: sysctl -w %s=%s)", err, strings.ReplaceAll(s.Path, "/", "."), s.Value)
 	}
