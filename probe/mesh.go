@@ -13,6 +13,9 @@ import (
 	"github.com/overlayd/overlayd/status"
 )
 
+// errNoSocket is why a packet was not sent where no socket could be made, which is said elsewhere.
+var errNoSocket = errors.New("no socket")
+
 // remind is how often the owner is told again that there is trouble.
 const remind = 30 * time.Second
 
@@ -121,20 +124,25 @@ func (m *Mesh) close() {
 func (m *Mesh) step(passed time.Duration) {
 	m.mu.Lock()
 	before, errBefore := m.verdicts(), m.err
+	opened, err := m.open()
+	errs := []error{err}
 	for _, f := range addr.Families() {
 		if s := m.sockets.Get(f); s != nil {
 			pongs, err := s.receive(nil)
-			m.err = err
+			errs = append(errs, err)
 			for _, p := range pongs {
 				m.rot.answered(p)
 			}
 		}
 	}
+	m.err = errors.Join(errs...)
 	now := time.Now()
 	m.rot.expire(now)
-	for _, p := range m.rot.due(now, passed) {
-		at := time.Now()
-		m.rot.departed(p.seq, at, m.send(p))
+	if !opened { // the kernel begins to note when packets arrive only a moment after it was asked to
+		for _, p := range m.rot.due(now, passed) {
+			at := time.Now()
+			m.rot.departed(p.seq, at, m.send(p))
+		}
 	}
 	after := m.verdicts()
 	tell := before != after || (m.err == nil) != (errBefore == nil) || after != [3]int{} && now.Sub(m.told) >= remind
@@ -153,17 +161,27 @@ func (m *Mesh) verdicts() [3]int {
 	return [3]int{c[silent], c[smallOnly], c[lossy]}
 }
 
-func (m *Mesh) send(p ping) error {
-	f := addr.FamilyOf(p.to)
-	s := m.sockets.Get(f)
-	if s == nil {
-		var err error
-		if s, err = open(f, uint16(rand.Uint32())); err != nil {
-			m.err = err
-			return err
+// open makes the sockets that the targets need, and reports whether it made any.
+func (m *Mesh) open() (opened bool, err error) {
+	for _, f := range addr.Families() {
+		if m.sockets.Get(f) != nil || !m.rot.has(f) {
+			continue
 		}
-		m.err = nil
+		s, openErr := open(f, uint16(rand.Uint32()))
+		if openErr != nil {
+			err = errors.Join(err, openErr)
+			continue
+		}
 		m.sockets.Set(f, s)
+		opened = true
+	}
+	return opened, err
+}
+
+func (m *Mesh) send(p ping) error {
+	s := m.sockets.Get(addr.FamilyOf(p.to))
+	if s == nil {
+		return errNoSocket
 	}
 	return s.send(p.to, p.seq, p.size)
 }

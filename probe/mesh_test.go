@@ -131,6 +131,9 @@ func TestMesh(t *testing.T) {
 		}
 	}
 	wait("both answer", func(p status.Probe) bool { return p.Answer == 2 && p.MedianRTT > 0 })
+	if p := m.Summary(); p.Lost != 0 {
+		t.Errorf("at first: %+v", p)
+	}
 	middle.Exec("ip", "link", "set", "dev", "p2", "mtu", "1400")
 	wait("a hole in the middle", func(p status.Probe) bool { return p.SmallOnly == 2 })
 	if x := m.Trouble(1); x.Targets != 2 || x.Silent.Count != 0 || x.SmallOnly.Count != 2 || len(x.SmallOnly.Names) != 1 || x.Err != nil {

@@ -224,6 +224,11 @@ func (r *rotation) replace(ts []Target) {
 	}
 }
 
+// has reports whether there is a target of a family; those of IPv4 stand first.
+func (r *rotation) has(f addr.Family) bool {
+	return len(r.targets) > 0 && (addr.FamilyOf(r.targets[0].Subnet.Addr()) == f || addr.FamilyOf(r.targets[len(r.targets)-1].Subnet.Addr()) == f)
+}
+
 // each is how many packets a visit in the round takes: both sizes, or one after the other in turn.
 func (r *rotation) each() int {
 	if float64(2*len(r.targets)) > (perSecond-spare)*longestRound.Seconds() {
@@ -266,7 +271,7 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 	each := r.each()
 	r.credit = min(r.credit+r.rate()*passed.Seconds(), perSecond*longestPause.Seconds())
 	var out []ping
-	for r.credit > float64(each)-1e-9 && len(out)+each <= budget {
+	for visits := 0; visits < len(r.targets) && r.credit > float64(each)-1e-9 && len(out)+each <= budget; visits++ {
 		r.credit -= float64(each)
 		if r.next >= len(r.targets) {
 			r.next = 0
