@@ -27,7 +27,7 @@ QUICK   ?=
 ARCHES  ?= amd64,arm64
 IMAGE   ?= ghcr.io/overlayd/overlayd
 
-.PHONY: help build demo test fuzz faults soak bench bench-go image test-image test-dist lint check clean deps
+.PHONY: help build demo test fuzz faults soak bench bench-go image test-image test-dist test-kubernetes lint check clean deps
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -67,11 +67,16 @@ test-image: deps ## the image, both architectures, built twice, its programs run
 test-dist: ## Kubernetes manifests and chart, strictly against the API types
 	$(GO) vet -C dist/test ./... && $(GO) test -C dist/test -timeout 10m ./...
 
+test-kubernetes: deps ## overlayd on a real Kubernetes of three nodes: ONLY=REGEX KEEP=1
+	$(GO) build -C test/kubernetes -o ../../bin/kubernetes-test ./cmd/kubernetes-test
+	bin/kubernetes-test -go '$(GO)' $(if $(ONLY),-only '$(ONLY)') $(if $(KEEP),-keep)
+
 lint: bin/golangci-lint ## golangci-lint, with the rules on who may import whom
 	bin/golangci-lint run ./...
 	bin/golangci-lint fmt --diff ./...
 	cd image && ../bin/golangci-lint run -c ../.golangci.yml ./...
 	cd dist/test && ../../bin/golangci-lint run -c ../../.golangci.yml ./...
+	cd test/kubernetes && ../../bin/golangci-lint run -c ../../.golangci.yml ./build/... ./cluster/... ./deploy/... ./nodes/... ./oci/... ./rows/... ./cmd/kubernetes-test ./cmd/netcheck
 
 bin/golangci-lint: tools/go.mod tools/go.sum
 	$(GO) build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint

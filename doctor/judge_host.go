@@ -1,11 +1,14 @@
 package doctor
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/netstate"
@@ -38,7 +41,9 @@ func judgeSupport(f Facts) []Finding {
 		out = append(out, warn(fmt.Sprintf("%s can't be read: %v", what, f.Errs[what]))...)
 	}
 	for _, s := range f.System.Support {
-		if s.err != nil && s.mend == nil {
+		if errors.Is(s.err, unix.EPERM) { // in a container, for example
+			out = append(out, skipped(fmt.Sprintf("%s: %v", s.what, s.err))...)
+		} else if s.err != nil && s.mend == nil {
 			out = append(out, warn(fmt.Sprintf("%s: %v", s.what, s.err))...)
 		} else if s.err != nil {
 			out = append(out, fail(fmt.Sprintf("%s: %v", s.what, s.err), s.mend...)...)

@@ -1,0 +1,175 @@
+// Package build makes the programs and images that the tests need, where they are missing. What takes long to compile is kept in a
+// directory, by a hash of what it is made from.
+package build
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/overlayd/overlayd/test/kubernetes/oci"
+)
+
+// Names of the images.
+const (
+	NetcheckImage = "localhost/netcheck:test"
+	pauseImage    = "registry.k8s.io/pause:3.10"
+	CoreDNSImage  = "localhost/coredns:test"
+)
+
+const (
+	kubernetesVersion = "1.36.3" // as in go.mod
+	needed            = 6e9      // bytes, to compile it and run it
+)
+
+// Builder makes things.
+type Builder struct {
+	Root  string // of the repository
+	Cache string // directory for what is kept
+	Go    string // the go command
+	Note  func(format string, args ...any)
+}
+
+// Built are the files that were made.
+type Built struct {
+	Kubernetes, Netcheck string   // programs
+	Images               []string // archives: what pods of the tests need
+}
+
+// All makes all but overlayd's image.
+func (b Builder) All(ctx context.Context) (Built, error) {
+	var out Built
+	if err := os.MkdirAll(b.Cache, 0o755); err != nil {
+		return out, err
+	}
+	if err := b.space(); err != nil {
+		return out, err
+	}
+	for _, tool := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "ip", "iptables", "nft", "nsenter", "unshare", "mount", "sysctl", "etcdctl"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return out, fmt.Errorf("%s is missing: apt-get install --no-install-recommends containerd runc iproute2 iptables nftables util-linux procps etcd-client", tool)
+		}
+	}
+	var err error
+	if out.Kubernetes, err = b.kept(ctx, "kubernetes", "test/kubernetes", "./cmd/kubernetes", kubernetesFlags()); err != nil {
+		return out, err
+	}
+	dns, err := b.kept(ctx, "coredns", "test/kubernetes/coredns", ".", "-s -w")
+	if err != nil {
+		return out, err
+	}
+	out.Netcheck = filepath.Join(b.Cache, "netcheck")
+	if err := b.compile(ctx, "test/kubernetes", "./cmd/netcheck", out.Netcheck, "-s -w"); err != nil {
+		return out, err
+	}
+	images := map[string]oci.Image{
+		"netcheck.tar": {Names: []string{NetcheckImage, pauseImage}, Files: map[string]string{"netcheck": out.Netcheck}, Entrypoint: []string{"/netcheck"}},
+		"coredns.tar":  {Names: []string{CoreDNSImage}, Files: map[string]string{"coredns": dns}, Entrypoint: []string{"/coredns"}},
+	}
+	for name, image := range images {
+		path := filepath.Join(b.Cache, name)
+		if err := image.Write(path); err != nil {
+			return out, err
+		}
+		out.Images = append(out.Images, path)
+	}
+	return out, nil
+}
+
+// space fails where the disk would run full in the middle.
+func (b Builder) space() error {
+	var s syscall.Statfs_t
+	if err := syscall.Statfs(b.Cache, &s); err != nil {
+		return err
+	}
+	if free := float64(s.Bavail) * float64(s.Bsize); free < needed {
+		return fmt.Errorf("%s: %.1f GB are free, and Kubernetes takes %.0f GB to compile and run", b.Cache, free/1e9, needed/1e9)
+	}
+	return nil
+}
+
+// Overlayd makes the image of overlayd, under several names, and returns its archive.
+func (b Builder) Overlayd(ctx context.Context, version string, names ...string) (string, error) {
+	out := filepath.Join(b.Cache, "image")
+	err := b.run(ctx, "image", nil, "run", "./cmd/overlay-image", "build", "-root", b.Root, "-out", out, "-go", b.Go,
+		"-arch", runtime.GOARCH, "-version", version, "-name", strings.Join(names, ","))
+	return filepath.Join(out, "overlayd-image-"+runtime.GOARCH+".tar"), err
+}
+
+// kept compiles a program, unless it is there. Older ones of its name are removed.
+func (b Builder) kept(ctx context.Context, name, module, pkg, flags string) (string, error) {
+	stamp, err := b.stamp(flags, filepath.Join(module, "go.mod"), filepath.Join(module, "go.sum"), filepath.Join(module, pkg, "main.go"))
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(b.Cache, name+"-"+stamp)
+	path := filepath.Join(dir, name)
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	old, err := filepath.Glob(filepath.Join(b.Cache, name+"-*"))
+	if err != nil {
+		return "", err
+	}
+	for _, o := range old {
+		if err := os.RemoveAll(o); err != nil {
+			return "", err
+		}
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return "", err
+	}
+	b.Note("compiling %s: some minutes the first time", name)
+	start := time.Now()
+	if err := b.compile(ctx, module, pkg, path+".part", flags); err != nil {
+		return "", err
+	}
+	b.Note("compiled %s in %.0f s", name, time.Since(start).Seconds())
+	return path, os.Rename(path+".part", path)
+}
+
+func (b Builder) stamp(flags string, files ...string) (string, error) {
+	made := []string{flags, runtime.Version(), runtime.GOARCH}
+	for _, f := range files {
+		raw, err := os.ReadFile(filepath.Join(b.Root, f))
+		if err != nil {
+			return "", err
+		}
+		made = append(made, string(raw))
+	}
+	sum := sha256.Sum256([]byte(strings.Join(made, "\x00")))
+	return hex.EncodeToString(sum[:6]), nil
+}
+
+func (b Builder) compile(ctx context.Context, module, pkg, out, flags string) error {
+	return b.run(ctx, module, []string{"CGO_ENABLED=0"}, "build", "-buildvcs=false", "-trimpath", "-ldflags", flags, "-o", out, pkg)
+}
+
+func (b Builder) run(ctx context.Context, dir string, env []string, args ...string) error {
+	c := exec.CommandContext(ctx, b.Go, args...)
+	c.Dir = filepath.Join(b.Root, dir)
+	c.Env = append(append(os.Environ(), "GOFLAGS=", "GOWORK=off"), env...)
+	if out, err := c.CombinedOutput(); err != nil {
+		return fmt.Errorf("in %s: go %s: %w\n%s", dir, strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+// kubernetesFlags name the version, without which nodes would report v0.0.0.
+func kubernetesFlags() string {
+	major, rest, _ := strings.Cut(kubernetesVersion, ".")
+	minor, _, _ := strings.Cut(rest, ".")
+	flags := "-s -w"
+	for _, v := range []string{"gitVersion=v" + kubernetesVersion, "gitMajor=" + major, "gitMinor=" + minor, "gitTreeState=clean", "gitCommit=" + strings.Repeat("0", 40), "buildDate=2026-01-01T00:00:00Z"} {
+		flags += " -X k8s.io/component-base/version." + v
+	}
+	return flags
+}

@@ -1,0 +1,178 @@
+package cluster
+
+import (
+	"context"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/test/kubernetes/nodes"
+)
+
+const containerdConfig = `version = 2
+root = "/var/lib/containerd"
+state = "/run/containerd"
+[grpc]
+  address = "/run/containerd/containerd.sock"
+[plugins."io.containerd.grpc.v1.cri"]
+  restrict_oom_score_adj = true
+  sandbox_image = "registry.k8s.io/pause:3.10"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/opt/cni/bin"
+    conf_dir = "/etc/cni/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      SystemdCgroup = false
+`
+
+const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+failCgroupV1: false
+cgroupDriver: cgroupfs
+cgroupRoot: %s
+failSwapOn: false
+authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: %s}}
+authorization: {mode: Webhook}
+tlsCertFile: %s
+tlsPrivateKeyFile: %s
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+resolvConf: ""
+clusterDNS: [%s]
+clusterDomain: cluster.local
+enforceNodeAllocatable: []
+evictionHard: {memory.available: "50Mi", nodefs.available: "1%%", imagefs.available: "1%%", nodefs.inodesFree: "1%%"}
+imageGCHighThresholdPercent: 100
+maxPods: 130
+nodeStatusReportFrequency: 5s
+syncFrequency: 5s
+`
+
+const proxyConfig = `apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: %s
+clusterCIDR: %s,%s
+hostnameOverride: %s
+conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+clientConnection: {kubeconfig: %s}
+`
+
+// Add makes the node with this number and starts what belongs on it. It returns without waiting for the node to be known.
+func (k *Cluster) Add(ctx context.Context, number int) (*Node, error) {
+	machine, err := k.Lab.Node(ctx, number)
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{Node: machine}
+	err = errors.Join(
+		k.pki.user(n.Name, pkix.Name{CommonName: "system:node:" + n.Name, Organization: []string{"system:nodes"}}),
+		k.pki.issue(n.Name+"-server", pkix.Name{CommonName: "system:node:" + n.Name}, n.Name, n.IP.String(), n.IP6.String()),
+	)
+	if err != nil {
+		return nil, err
+	}
+	if err := k.Boot(ctx, n, k.Images); err != nil {
+		return nil, err
+	}
+	k.Nodes = append(k.Nodes, n)
+	return n, nil
+}
+
+// Boot starts containerd, the kubelet and kube-proxy on a node that has been switched on, and gives it images.
+func (k *Cluster) Boot(ctx context.Context, n *Node, images []string) error {
+	n.daemons = map[string]*nodes.Process{}
+	config, err := k.write(n, "containerd.toml", containerdConfig)
+	if err != nil {
+		return err
+	}
+	if n.daemons["containerd"], err = n.Start("containerd", "containerd", "--config", config); err != nil {
+		return err
+	}
+	err = Poll(ctx, 20*time.Second, "containerd on "+n.Name, func() error {
+		_, err := n.Run(ctx, "ctr", "version")
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := n.Import(ctx, images...); err != nil {
+		return err
+	}
+	f := k.pki.path
+	config, err = k.write(n, "kubelet.yaml", fmt.Sprintf(kubeletConfig, n.Cgroup(), f("ca.crt"), f(n.Name+"-server.crt"), f(n.Name+"-server.key"), DNSService))
+	if err != nil {
+		return err
+	}
+	n.daemons["kubelet"], err = n.Start("kubelet", k.Kubernetes, "kubelet", "--config="+config, "--kubeconfig="+f(n.Name+".kubeconfig"),
+		"--hostname-override="+n.Name, "--node-ip="+n.IP.String()+","+n.IP6.String(), "--v=2")
+	if err != nil {
+		return err
+	}
+	return k.Proxy(n, k.ProxyMode)
+}
+
+// Proxy starts kube-proxy on a node; where it runs, it is stopped before, and its rules are removed.
+func (k *Cluster) Proxy(n *Node, mode string) error {
+	if old := n.daemons["kube-proxy"]; old != nil {
+		old.Stop()
+		if _, err := n.Run(context.Background(), k.Kubernetes, "kube-proxy", "--cleanup"); err != nil {
+			return err
+		}
+	}
+	config, err := k.write(n, "kube-proxy.yaml", fmt.Sprintf(proxyConfig, mode, podNet, podNet6, n.Name, k.pki.path("proxy.kubeconfig")))
+	if err != nil {
+		return err
+	}
+	n.daemons["kube-proxy"], err = n.Start("kube-proxy", k.Kubernetes, "kube-proxy", "--config="+config, "--v=2")
+	return err
+}
+
+// Import gives a node images from archives.
+func (n *Node) Import(ctx context.Context, archives ...string) error {
+	for _, a := range archives {
+		if _, err := n.Run(ctx, "ctr", "--namespace", "k8s.io", "images", "import", a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *Cluster) write(n *Node, name, content string) (string, error) {
+	dir := filepath.Join(k.Lab.Dir, "config-"+n.Name)
+	path := filepath.Join(dir, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	return path, os.WriteFile(path, []byte(content), 0o644)
+}
+
+// Node finds a node by its name.
+func (k *Cluster) Node(name string) (*Node, error) {
+	for _, n := range k.Nodes {
+		if n.Name == name {
+			return n, nil
+		}
+	}
+	return nil, fmt.Errorf("there is no node %s", name)
+}
+
+// WaitReady waits until these nodes are Ready (or, with ready false, known and not Ready).
+func (k *Cluster) WaitReady(ctx context.Context, wait time.Duration, ready bool, names ...string) error {
+	return Poll(ctx, wait, "nodes "+strings.Join(names, " "), func() error {
+		out, err := k.Kubectl(ctx, append([]string{"get", "nodes", "--no-headers"}, names...)...)
+		if err != nil {
+			return err
+		}
+		for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
+			f := strings.Fields(line)
+			if len(f) < 2 || (strings.Split(f[1], ",")[0] == "Ready") != ready {
+				return errors.New(line)
+			}
+		}
+		return nil
+	})
+}

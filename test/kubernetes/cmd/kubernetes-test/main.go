@@ -1,0 +1,145 @@
+// Command kubernetes-test proves overlayd on a real Kubernetes of three nodes, which it makes of namespaces on this machine. It prints a
+// table, removes all that it made, and ends with 1 if a row failed.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/overlayd/overlayd/test/kubernetes/build"
+	"github.com/overlayd/overlayd/test/kubernetes/cluster"
+	"github.com/overlayd/overlayd/test/kubernetes/deploy"
+	"github.com/overlayd/overlayd/test/kubernetes/nodes"
+	"github.com/overlayd/overlayd/test/kubernetes/rows"
+)
+
+func main() { os.Exit(run()) }
+
+type options struct {
+	root, cache, goCommand, proxy string
+	only                          *regexp.Regexp
+	keep                          bool
+	start                         time.Time
+}
+
+func run() int {
+	if len(os.Args) == 4 && os.Args[1] == nodes.InitCommand {
+		fmt.Fprintln(os.Stderr, nodes.Init(os.Args[2], os.Args[3]))
+		return 1
+	}
+	o := options{start: time.Now()}
+	flag.StringVar(&o.root, "root", ".", "the repository's `directory`")
+	flag.StringVar(&o.goCommand, "go", "go", "the go `command`")
+	flag.StringVar(&o.proxy, "proxy", "iptables", "`mode` of kube-proxy to begin with: iptables or nftables; the other one follows")
+	flag.BoolVar(&o.keep, "keep", false, "leave the cluster running at the end; the next run removes it")
+	only := flag.String("only", "", "`pattern` of rows; what they need is done in any case")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	err := o.defaults(*only)
+	if err == nil {
+		err = o.test(ctx)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "kubernetes-test:", err)
+		return 1
+	}
+	return 0
+}
+
+func (o *options) defaults(only string) error {
+	if os.Geteuid() != 0 {
+		return errors.New("it makes namespaces and cgroups, and needs root")
+	}
+	var err error
+	if o.root, err = filepath.Abs(o.root); err != nil {
+		return err
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	o.cache = filepath.Join(cache, "overlayd-kubernetes")
+	if only != "" {
+		o.only, err = regexp.Compile(only)
+	}
+	return err
+}
+
+func (o *options) note(format string, args ...any) {
+	fmt.Printf("%6.1f s  %s\n", time.Since(o.start).Seconds(), fmt.Sprintf(format, args...))
+}
+
+func (o *options) test(ctx context.Context) (err error) {
+	b := build.Builder{Root: o.root, Cache: o.cache, Go: o.goCommand, Note: o.note}
+	built, err := b.All(ctx)
+	if err != nil {
+		return err
+	}
+	image, err := b.Overlayd(ctx, "test", deploy.First, deploy.Second)
+	if err != nil {
+		return err
+	}
+	o.note("programs and images are there")
+	lab, err := nodes.New(ctx, filepath.Join(o.cache, "run"))
+	if lab != nil && !o.keep {
+		defer func() { err = errors.Join(err, o.end(lab, err != nil)) }()
+	}
+	if err != nil {
+		return err
+	}
+	k, err := cluster.Up(ctx, lab, cluster.Config{
+		Kubernetes: built.Kubernetes, Netcheck: built.Netcheck, Images: append(built.Images, image), ProxyMode: o.proxy,
+	})
+	if err != nil {
+		return err
+	}
+	o.note("the control plane is there")
+	for i := 1; i <= 3; i++ {
+		if _, err := k.Add(ctx, i); err != nil {
+			return err
+		}
+	}
+	if err := k.WaitReady(ctx, time.Minute, false, "n1", "n2", "n3"); err != nil {
+		return err
+	}
+	o.note("three nodes are there, not Ready: they have no network")
+	d, err := deploy.New(k, o.root)
+	if err != nil {
+		return err
+	}
+	s := &rows.Suite{K: k, Only: o.only, Out: os.Stdout, Overlay: d}
+	o.note("every row is over IPv4 and IPv6")
+	s.Head()
+	if err = s.Run(ctx); errors.Is(err, context.Canceled) {
+		return errors.New("interrupted")
+	}
+	if failed := s.Failed(); len(failed) > 0 {
+		err = errors.Join(err, fmt.Errorf("%d rows failed:\n  %s", len(failed), strings.Join(failed, "\n  ")))
+	}
+	o.note("done")
+	return err
+}
+
+// end removes the lab. After a failure its logs are kept.
+func (o *options) end(lab *nodes.Lab, failed bool) error {
+	var errs []error
+	if failed {
+		kept := filepath.Join(o.cache, "logs-"+o.start.Format("20060102-150405"))
+		if err := os.Rename(lab.Logs, kept); err != nil {
+			errs = append(errs, err)
+		} else {
+			fmt.Println("logs:", kept)
+		}
+	}
+	return errors.Join(append(errs, lab.Remove(context.Background()))...)
+}

@@ -1,0 +1,322 @@
+package rows
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/test/kubernetes/cluster"
+	"github.com/overlayd/overlayd/test/kubernetes/nodes"
+)
+
+// readyWithin is how long nodes may take from the manifest to Ready, once they have the image.
+const readyWithin = 15 * time.Second
+
+// Run does all rows, and returns an error where it can't go on.
+func (s *Suite) Run(ctx context.Context) error {
+	if err := s.must(ctx, "overlayd is applied: nodes Ready within 15 s, and its doctor is content", s.install); err != nil {
+		return err
+	}
+	for _, h := range append(s.nodeHosts(), s.K.Lab.Internet) {
+		if err := s.serve(h); err != nil {
+			return err
+		}
+	}
+	err := s.must(ctx, "pods, services and CoreDNS are there", func(ctx context.Context) error {
+		for _, name := range []string{"coredns.yaml", "workload.yaml"} {
+			if err := s.apply(ctx, name); err != nil {
+				return err
+			}
+		}
+		_, _, err := s.workload(ctx)
+		if err != nil {
+			return err
+		}
+		_, err = s.K.Kubectl(ctx, "-n", "kube-system", "rollout", "status", "deployment/coredns", "--request-timeout=0", "--timeout=60s")
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.paths(ctx); err != nil {
+		return err
+	}
+	if err := s.services(ctx, s.K.ProxyMode); err != nil {
+		return err
+	}
+	if err := s.otherProxy(ctx); err != nil {
+		return err
+	}
+	s.changes(ctx)
+	return ctx.Err()
+}
+
+func (s *Suite) apply(ctx context.Context, name string) error {
+	text, err := manifest(name)
+	if err != nil {
+		return err
+	}
+	_, err = s.K.KubectlIn(ctx, text, "apply", "-f", "-")
+	return err
+}
+
+func (s *Suite) install(ctx context.Context) error {
+	start := time.Now()
+	if err := s.Overlay.Install(ctx); err != nil {
+		return err
+	}
+	var names []string
+	for _, n := range s.K.Nodes {
+		names = append(names, n.Name)
+	}
+	if err := s.K.WaitReady(ctx, 60*time.Second, true, names...); err != nil {
+		return err
+	}
+	if took := time.Since(start); took > readyWithin {
+		return fmt.Errorf("it took %s", took.Round(100*time.Millisecond))
+	}
+	return cluster.Poll(ctx, readyWithin-time.Since(start), "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+}
+
+func (s *Suite) nodeHosts() []*nodes.Host {
+	var out []*nodes.Host
+	for _, n := range s.K.Nodes {
+		out = append(out, n.Host)
+	}
+	return out
+}
+
+// serve starts a server on a host.
+func (s *Suite) serve(h *nodes.Host) error {
+	_, err := s.K.Lab.Start(h, "control", "netcheck", s.K.Netcheck, "serve", "-port", strconv.Itoa(hostServer))
+	return err
+}
+
+// otherProxy runs the rows on services again, with kube-proxy in its other mode.
+func (s *Suite) otherProxy(ctx context.Context) error {
+	mode := "nftables"
+	if s.K.ProxyMode == mode {
+		mode = "iptables"
+	}
+	s.run(ctx, "kube-proxy changes to "+mode+", under ping", func(ctx context.Context) (int, error) {
+		clients, servers, err := s.workload(ctx)
+		if err != nil {
+			return none, err
+		}
+		return under(ctx, clients, servers, func() error {
+			for _, n := range s.K.Nodes {
+				if err := s.K.Proxy(n, mode); err != nil {
+					return err
+				}
+			}
+			s.K.ProxyMode = mode
+			ips, err := s.clusterIPs(ctx, "web")
+			if err != nil {
+				return err
+			}
+			return cluster.Poll(ctx, 30*time.Second, "the service", func() error {
+				for _, h := range s.hosts() {
+					if _, err := ask(ctx, h, port(ips[0], 80)); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		})
+	})
+	if s.K.ProxyMode != mode {
+		return nil // not asked for, or it has failed
+	}
+	return s.services(ctx, mode)
+}
+
+// changes are the rows on what may happen to a running cluster.
+func (s *Suite) changes(ctx context.Context) {
+	pinging := func(name string, f func(ctx context.Context) error, only ...string) {
+		s.run(ctx, name, func(ctx context.Context) (int, error) {
+			clients, servers, err := s.workload(ctx)
+			if err != nil {
+				return none, err
+			}
+			other := func(p place) bool { return len(only) > 0 && !slices.Contains(only, p.node) }
+			return under(ctx, slices.DeleteFunc(clients, other), slices.DeleteFunc(servers, other), func() error { return f(ctx) })
+		})
+	}
+	pinging("rolling update of the DaemonSet, under ping", s.Overlay.Upgrade)
+	pinging("overlayd's etcd away for a minute, under ping", func(ctx context.Context) error { return s.away(ctx, "overlay-etcd") })
+	pinging("API server away for a minute, under ping", func(ctx context.Context) error { return s.away(ctx, "kube-apiserver") })
+	pinging("110 pods on a node, under ping", s.crowd)
+	pinging("node n3 crashes and returns, the others under ping", s.crash, "n1", "n2")
+	s.run(ctx, "its pods are back, on all ways", func(ctx context.Context) (int, error) { return none, s.allWays(ctx) })
+	pinging("node n3 is removed and n4 added, the others under ping", s.replace, "n1", "n2")
+	s.run(ctx, "its pods are there, on all ways", func(ctx context.Context) (int, error) { return none, s.allWays(ctx) })
+	s.run(ctx, "overlayd's doctor finds nothing wrong on any node", func(ctx context.Context) (int, error) {
+		return none, cluster.Poll(ctx, podsWithin, "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+	})
+	s.run(ctx, "overlayd is removed: no trace on the nodes", func(ctx context.Context) (int, error) { return none, s.remove(ctx) })
+}
+
+// away stops a daemon of the control plane for a minute.
+func (s *Suite) away(ctx context.Context, name string) error {
+	s.K.StopControl(name)
+	select {
+	case <-ctx.Done():
+	case <-time.After(time.Minute):
+	}
+	if err := s.K.StartControl(name); err != nil {
+		return err
+	}
+	if err := s.K.WaitAPI(ctx); err != nil {
+		return err
+	}
+	if _, _, err := s.workload(ctx); err != nil {
+		return err
+	}
+	return cluster.Poll(ctx, 30*time.Second, "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+}
+
+// crash switches n3 off, waits until the cluster has seen it, and switches it on again.
+func (s *Suite) crash(ctx context.Context) error {
+	n, err := s.K.Node("n3")
+	if err != nil {
+		return err
+	}
+	if err := n.Off(ctx); err != nil {
+		return err
+	}
+	if err := s.K.WaitReady(ctx, 90*time.Second, false, n.Name); err != nil {
+		return err
+	}
+	if err := n.On(ctx); err != nil {
+		return err
+	}
+	if err := s.K.Boot(ctx, n, nil); err != nil {
+		return err
+	}
+	if err := s.serve(n.Host); err != nil {
+		return err
+	}
+	return s.K.WaitReady(ctx, 60*time.Second, true, n.Name)
+}
+
+// replace takes n3 out of the cluster for good and adds n4.
+func (s *Suite) replace(ctx context.Context) error {
+	n, err := s.K.Node("n3")
+	if err != nil {
+		return err
+	}
+	if err := n.Off(ctx); err != nil {
+		return err
+	}
+	if _, err := s.K.Kubectl(ctx, "delete", "node", n.Name); err != nil {
+		return err
+	}
+	if err := s.Overlay.Forget(ctx, n.Name); err != nil {
+		return err
+	}
+	s.K.Nodes = slices.DeleteFunc(s.K.Nodes, func(k *cluster.Node) bool { return k == n })
+	added, err := s.K.Add(ctx, 4)
+	if err != nil {
+		return err
+	}
+	if err := s.serve(added.Host); err != nil {
+		return err
+	}
+	return s.K.WaitReady(ctx, 60*time.Second, true, added.Name)
+}
+
+// allWays is the table's first part, in one.
+func (s *Suite) allWays(ctx context.Context) error {
+	clients, servers, err := s.workload(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, c := range append(clients, s.hosts()...) {
+		for _, t := range servers {
+			errs = append(errs, untranslated(ctx, c, t, serverPort))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// crowd fills n2 with pods, reaches every one of them from the other nodes, and removes them.
+func (s *Suite) crowd(ctx context.Context) error {
+	if err := s.apply(ctx, "crowd.yaml"); err != nil {
+		return err
+	}
+	var list podList
+	if err := s.K.Get(ctx, &list, "pods", "-A", "--field-selector", "spec.nodeName=n2"); err != nil {
+		return err
+	}
+	var crowd []place
+	err := s.scale(ctx, 110-len(list.Items)+1, &crowd) // of those there, one is of the crowd
+	if err != nil {
+		return err
+	}
+	clients, err := s.pods(ctx, "client", len(s.K.Nodes))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i, p := range crowd {
+		for _, ip := range p.ips {
+			_, err := ask(ctx, clients[i%len(clients)], port(ip, serverPort))
+			errs = append(errs, wrap(err, "%s to %s", clients[i%len(clients)].where(), p.name))
+		}
+	}
+	errs = append(errs, s.scale(ctx, 0, &crowd))
+	return errors.Join(errs...)
+}
+
+func (s *Suite) scale(ctx context.Context, replicas int, pods *[]place) error {
+	if _, err := s.K.Kubectl(ctx, "scale", "deployment", "crowd", "--replicas", strconv.Itoa(replicas)); err != nil {
+		return err
+	}
+	if _, err := s.K.Kubectl(ctx, "rollout", "status", "deployment/crowd", "--request-timeout=0", "--timeout=240s"); err != nil {
+		return err
+	}
+	var err error
+	*pods, err = s.pods(ctx, "crowd", replicas)
+	return err
+}
+
+func (s *Suite) remove(ctx context.Context) error {
+	if _, err := s.K.Kubectl(ctx, "delete", "daemonsets,deployments", "--all", "--request-timeout=0"); err != nil {
+		return err
+	}
+	if _, err := s.K.Kubectl(ctx, "-n", "kube-system", "delete", "deployment", "coredns", "--request-timeout=0"); err != nil {
+		return err
+	}
+	for _, app := range []string{"client", "server", "crowd"} {
+		if _, err := s.pods(ctx, app, 0); err != nil {
+			return err
+		}
+	}
+	err := cluster.Poll(ctx, 60*time.Second, "the end of CoreDNS", func() error {
+		out, err := s.K.Kubectl(ctx, "-n", "kube-system", "get", "pods", "-o", "name")
+		if err == nil && strings.TrimSpace(out) != "" {
+			err = errors.New(out)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.Overlay.Uninstall(ctx); err != nil {
+		return err
+	}
+	var errs []error
+	for _, n := range s.K.Nodes {
+		left, err := s.Overlay.Leftovers(ctx, n)
+		if err == nil && left != "" {
+			err = fmt.Errorf("left behind:\n%s", left)
+		}
+		errs = append(errs, wrap(err, "%s", n.Name))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,125 @@
+// Package rows has what is proven on a cluster, each as a row of a table.
+package rows
+
+import (
+	"context"
+	"embed"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/test/kubernetes/cluster"
+)
+
+// Suite is the rows with the cluster that they are about.
+type Suite struct {
+	K       *cluster.Cluster
+	Only    *regexp.Regexp // names of rows; nil is all
+	Out     io.Writer
+	Overlay Overlay
+	results []result
+}
+
+// Overlay brings overlayd to the cluster and takes it away.
+type Overlay interface {
+	// Install does it as a user would.
+	Install(ctx context.Context) error
+	// Upgrade takes another image, and returns when all nodes have it.
+	Upgrade(ctx context.Context) error
+	// Healthy tells what is wrong with it, on any node.
+	Healthy(ctx context.Context) error
+	// Forget takes a node that is gone for good out of the network.
+	Forget(ctx context.Context, node string) error
+	// Uninstall removes it, and returns when it is gone.
+	Uninstall(ctx context.Context) error
+	// Leftovers returns what is still there of it on a node.
+	Leftovers(ctx context.Context, n *cluster.Node) (string, error)
+}
+
+type result struct {
+	name    string
+	seconds float64
+	lost    int // packets; below 0: none were counted
+	err     error
+}
+
+//go:embed manifests
+var manifests embed.FS
+
+func manifest(name string) (string, error) {
+	raw, err := manifests.ReadFile("manifests/" + name)
+	return string(raw), err
+}
+
+// none is the count of lost packets where none are counted.
+const none = -1
+
+// Run runs a row and remembers what came of it. A row that is not asked for is passed over.
+func (s *Suite) run(ctx context.Context, name string, f func(ctx context.Context) (lost int, err error)) {
+	if ctx.Err() != nil || s.Only != nil && !s.Only.MatchString(name) {
+		return
+	}
+	start := time.Now()
+	lost, err := f(ctx)
+	if ctx.Err() != nil {
+		return // it was interrupted, and proves nothing
+	}
+	if err == nil && lost > 0 {
+		err = fmt.Errorf("%d packets were lost", lost)
+	}
+	r := result{name, time.Since(start).Seconds(), lost, err}
+	s.results = append(s.results, r)
+	r.print(s.Out)
+}
+
+// must is run for what all later rows need.
+func (s *Suite) must(ctx context.Context, name string, f func(ctx context.Context) error) error {
+	only := s.Only
+	s.Only = nil
+	s.run(ctx, name, func(ctx context.Context) (int, error) { return none, f(ctx) })
+	s.Only = only
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if s.results[len(s.results)-1].err != nil {
+		return errors.New("nothing else can be tried before this works: " + name)
+	}
+	return nil
+}
+
+// shown is how many lines of an error stand in the table.
+const shown = 6
+
+func (r result) print(w io.Writer) {
+	lost, ok := "-", "ok"
+	if r.lost >= 0 {
+		lost = fmt.Sprint(r.lost)
+	}
+	if r.err != nil {
+		lines := strings.Split(r.err.Error(), "\n")
+		if more := len(lines) - shown; more > 0 {
+			lines = append(lines[:shown], fmt.Sprintf("and %d lines more", more))
+		}
+		ok = "FAILED: " + strings.Join(lines, "\n        ")
+	}
+	_, _ = fmt.Fprintf(w, "%-76s %8.1f %5s  %s\n", r.name, r.seconds, lost, ok)
+}
+
+// Head prints the head of the table.
+func (s *Suite) Head() {
+	_, _ = fmt.Fprintf(s.Out, "%-76s %8s %5s  %s\n", "ROW", "SECONDS", "LOST", "OK")
+}
+
+// Failed returns the names of the rows that failed.
+func (s *Suite) Failed() []string {
+	var out []string
+	for _, r := range s.results {
+		if r.err != nil {
+			out = append(out, r.name)
+		}
+	}
+	return out
+}
