@@ -78,6 +78,38 @@ func TestOnce(t *testing.T) {
 	}
 }
 
+// As many packets as go out together, of the largest kind, are all answered, also if nobody reads the answers meanwhile.
+func TestRoomForABurst(t *testing.T) {
+	t.Parallel()
+	node, middle, peer := site(t)
+	for _, l := range []string{"p1", "p2", "br0"} {
+		middle.Exec("ip", "link", "set", "dev", l, "mtu", "9000")
+	}
+	node.Exec("ip", "link", "set", "dev", "eth0", "mtu", "9000")
+	peer.Exec("ip", "link", "set", "dev", "eth0", "mtu", "9000")
+	const burst = perSecond * int(longestPause/time.Second)
+	node.Do(func() {
+		s, err := open(addr.IPv4, 7)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.close()
+		for seq := range burst {
+			if err := s.send(peer4, uint16(seq), 9000); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(500 * time.Millisecond) // so that all are there before the first is read
+		var got []pong
+		for end := time.Now().Add(3 * time.Second); len(got) < burst && time.Now().Before(end); time.Sleep(time.Millisecond) {
+			got, _ = s.receive(got)
+		}
+		if len(got) != burst {
+			t.Errorf("%d answers to %d packets", len(got), burst)
+		}
+	})
+}
+
 // Several who ping on one node don't take each other's answers.
 func TestSocketsAreApart(t *testing.T) {
 	t.Parallel()

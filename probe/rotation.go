@@ -26,8 +26,10 @@ const (
 	waitFor = 2 * time.Second
 	// askAgain is how often those are asked that did not answer.
 	askAgain = 10 * time.Second
-	// shortestPause and longestPause are between two looks at what came and what is due.
-	shortestPause, longestPause = time.Second, 5 * time.Second
+	// These are between two looks at what came and what is due.
+	shortestPause, usualPause, longestPause = time.Second, 5 * time.Second, 10 * time.Second
+	// many targets are those with which a round takes minutes, so that nothing is gained by looking more often than longestPause.
+	many = 1000
 	// remembered is how many outcomes are kept of each size.
 	remembered = 8
 )
@@ -255,7 +257,10 @@ func (r *rotation) pause(now time.Time) time.Duration {
 	if len(r.fresh) > 0 || len(r.targets) == 0 {
 		return shortestPause
 	}
-	pause := longestPause
+	pause := usualPause
+	if len(r.targets) > many {
+		pause = longestPause
+	}
 	if len(r.waiting) > 0 {
 		pause = min(pause, time.Duration(r.waiting[0].again-now.UnixNano()))
 	}

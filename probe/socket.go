@@ -48,7 +48,7 @@ type pong struct {
 	at   time.Time // when the kernel got it
 }
 
-// open makes a socket, which takes CAP_NET_RAW.
+// open makes a socket, which takes CAP_NET_RAW and CAP_NET_ADMIN.
 func open(f addr.Family, id uint16) (*socket, error) {
 	s := &socket{family: f, id: id}
 	domain, proto := unix.AF_INET, unix.IPPROTO_ICMP
@@ -78,7 +78,11 @@ func (s *socket) prepare() error {
 	if s.family == addr.IPv6 {
 		level, option, mode = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
 	}
+	// Room for as many packets of the largest kind as go out together, and for their answers, which nobody reads for seconds.
+	const room = 4 << 20
 	return errors.Join(
+		unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room),
+		unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, room),
 		unix.SetsockoptSockFprog(s.fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, filter),
 		unix.SetsockoptInt(s.fd, level, option, mode),
 		unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS_NEW, 1),
