@@ -31,14 +31,9 @@ const iptablesWait = 10 * time.Second
 // settled is when a daemon has what it works with.
 const settled = 10 * time.Second
 
-// frugal gives back what only the start took, and lets garbage be collected earlier from then on: a daemon that has started makes
-// little of it, and the node's memory is for pods. Whoever sets GOGC decides by himself.
-func frugal() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50)
-	}
-	debug.FreeOSMemory()
-}
+// garbage is how much garbage there may be for each 100 bytes in use: the node's memory is for pods, and a daemon that has started makes
+// little. Whoever sets GOGC decides by himself.
+const garbage = 50
 
 // daemon runs until ctx ends. All that an operator can have got wrong is found before anything is touched.
 func daemon(ctx context.Context, f flags) error {
@@ -57,6 +52,9 @@ func daemon(ctx context.Context, f flags) error {
 	health, err := f.healthAddress()
 	if err != nil {
 		return err
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(garbage)
 	}
 	log, level, err := f.logger()
 	if err != nil {
@@ -119,7 +117,7 @@ func daemon(ctx context.Context, f flags) error {
 		chosen.Store(&d)
 		log.Info("firewall chosen", zap.String("firewall", string(d.Kind)), zap.String("iptables_variant", string(d.Variant)), zap.String("reason", d.Reason))
 	})
-	defer time.AfterFunc(settled, frugal).Stop()
+	defer time.AfterFunc(settled, debug.FreeOSMemory).Stop() // what only the start took
 	err = agent.New(opts, agent.Parts{
 		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, SubnetFile: subnetFile, Firewall: driver, FirewallChanged: changed,
 		About: agent.About{
