@@ -204,21 +204,28 @@ func (f Facts) openOut(t fate, d tunnel, device string) []string {
 	}
 }
 
-// judgeForwardFilter sends a packet from a pod elsewhere to one here through the rules, and one the other way.
-func judgeForwardFilter(f Facts) []Finding {
+// betweenPods judges what becomes of packets between a pod here and one of a peer, in each family; well says that nothing was found.
+func (f Facts) betweenPods(well string, judge func(fam addr.Family, here, there netip.Addr, outside netstate.SurveyLink) []Finding) []Finding {
 	if why := f.unreadable(); why != "" {
 		return skipped(why)
 	}
 	var out []Finding
 	judged := 0
 	for _, fam := range f.families() {
-		p, own, known := f.samplePeer(fam)
-		if !known {
-			continue
+		if p, own, known := f.samplePeer(fam); known {
+			judged++
+			out = append(out, judge(fam, addr.Last(own).Prev(), addr.Last(p.subnet).Prev(), f.wayTo(p))...)
 		}
-		judged++
-		here, there := addr.Last(own).Prev(), addr.Last(p.subnet).Prev()
-		outside := f.wayTo(p)
+	}
+	if judged == 0 {
+		return skipped("no peer, or no lease of this node, is known")
+	}
+	return orOK(out, well)
+}
+
+// judgeForwardFilter sends a packet from a pod elsewhere to one here through the rules, and one the other way.
+func judgeForwardFilter(f Facts) []Finding {
+	return f.betweenPods("what pods of other nodes send, and what goes to them, is let through", func(fam addr.Family, here, there netip.Addr, outside netstate.SurveyLink) (out []Finding) {
 		inside := f.bridgeOf(fam)
 		in := newPacket(there, here, unix.IPPROTO_TCP).in(outside.Name, outside.Index).out(inside.Name, inside.Index)
 		back := newPacket(here, there, unix.IPPROTO_TCP).in(inside.Name, inside.Index).out(outside.Name, outside.Index)
@@ -226,8 +233,7 @@ func judgeForwardFilter(f Facts) []Finding {
 		for _, way := range []struct {
 			what string
 			p    packet
-			in   string
-		}{{"from pods of other nodes", in, outside.Name}, {"to pods of other nodes", back, inside.Name}} {
+		}{{"from pods of other nodes", in}, {"to pods of other nodes", back}} {
 			t := f.Filter.through(way.p, fam == addr.IPv6, "prerouting", "forward", "postrouting")
 			if t.maybe { // some ports may be open, or closed: what becomes of one that no rule is likely to name?
 				if any := f.Filter.through(way.p.ports(49151, 49151), fam == addr.IPv6, "prerouting", "forward", "postrouting"); any.drops {
@@ -236,44 +242,27 @@ func judgeForwardFilter(f Facts) []Finding {
 			}
 			out = append(out, f.sayForward(fam, way.what, t)...)
 		}
-	}
-	if judged == 0 {
-		return skipped("no peer, or no lease of this node, is known")
-	}
-	return orOK(out, "what pods of other nodes send, and what goes to them, is let through")
+		return out
+	})
 }
 
 // judgeTranslation sends a packet from a pod here to one elsewhere through the rules that change the sender: overlayd's own leave it.
 func judgeTranslation(f Facts) []Finding {
-	if why := f.unreadable(); why != "" {
-		return skipped(why)
-	}
-	var out []Finding
-	judged := 0
-	for _, fam := range f.families() {
-		p, own, known := f.samplePeer(fam)
-		if !known {
-			continue
-		}
-		judged++
-		outside := f.wayTo(p)
-		sent := newPacket(addr.Last(own).Prev(), addr.Last(p.subnet).Prev(), unix.IPPROTO_TCP).out(outside.Name, outside.Index).ports(49151, 49151)
+	well := "pods of other nodes see the pods' own addresses, so far as can be told from the rules"
+	return f.betweenPods(well, func(fam addr.Family, here, there netip.Addr, outside netstate.SurveyLink) []Finding {
+		sent := newPacket(here, there, unix.IPPROTO_TCP).out(outside.Name, outside.Index).ports(49151, 49151)
 		sent[netstate.FieldTypeOfDst] = native32(typeUnicast)
 		t := f.Translation.through(sent, fam == addr.IPv6, "postrouting")
 		if !t.drops {
-			continue
+			return nil
 		}
 		table := "nft -a list chain " + strings.Join([]string{t.chain.Family, t.chain.Table, t.chain.Name}, " ")
 		if m := f.manager(t.chain); strings.HasPrefix(m, "iptables") {
 			table = fmt.Sprintf("%s -t nat -S %s", iptables(m, fam), t.chain.Name)
 		}
-		out = append(out, warn(fmt.Sprintf("what pods here send to pods of other nodes arrives with this node's address instead of the pod's: %s translates it: %s; it should except %s", where(t.chain), t.by, f.network(fam)),
-			table+"   # change it there, and where it comes from")...)
-	}
-	if judged == 0 {
-		return skipped("no peer, or no lease of this node, is known")
-	}
-	return orOK(out, "pods of other nodes see the pods' own addresses, so far as can be told from the rules")
+		return warn(fmt.Sprintf("what pods here send to pods of other nodes arrives with this node's address instead of the pod's: %s translates it: %s; it should except %s", where(t.chain), t.by, f.network(fam)),
+			table+"   # change it there, and where it comes from")
+	})
 }
 
 // samplePeer is one whose pods can be reached, and this node's own subnet.

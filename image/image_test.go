@@ -343,7 +343,7 @@ func checkSBOM(t *testing.T, r Result, o opened) {
 func runs(t *testing.T, o opened) {
 	if os.Geteuid() != 0 {
 		if os.Getenv("OVERLAYD_SKIP_ROOT_TESTS") == "1" {
-			t.Skip("needs root; OVERLAYD_SKIP_ROOT_TESTS=1 skips it")
+			t.Skip("chroot needs root, and OVERLAYD_SKIP_ROOT_TESTS=1 is set: the programs of the image are not run")
 		}
 		t.Fatal("needs root, for chroot; OVERLAYD_SKIP_ROOT_TESTS=1 skips it")
 	}
