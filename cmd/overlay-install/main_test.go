@@ -250,6 +250,20 @@ func TestContainersLeft(t *testing.T) {
 	}
 }
 
+// What a plugin had half written when it was killed is no container.
+func TestHalfWritten(t *testing.T) {
+	r := newRig(t)
+	r.install()
+	r.write(filepath.Join(r.node.cniState, "overlay", "pods", ".0123456789abcdef"), "{")
+	r.uninstall()
+	if len(r.bridges) != 1 {
+		t.Errorf("bridges %q\n%s", r.bridges, r.out)
+	}
+	if _, err := os.Stat(filepath.Join(r.node.cniState, "overlay")); !os.IsNotExist(err) {
+		t.Error(err)
+	}
+}
+
 // An operator is told when the runtime will use another configuration.
 func TestEarlier(t *testing.T) {
 	r := newRig(t)

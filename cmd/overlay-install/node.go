@@ -178,6 +178,7 @@ func (n node) uninstallState(c conf, removeBridge func(string) error) error {
 	if err != nil {
 		return err
 	}
+	left = slices.DeleteFunc(left, func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), ".") }) // half written in a crash
 	if len(left) > 0 {
 		n.say("kept the bridge and %s: %d containers are still at the network %s", n.cniState, len(left), c.Name)
 		return nil

@@ -40,8 +40,8 @@ type Builder struct {
 
 // Built are the files that were made.
 type Built struct {
-	Kubernetes, Netcheck string   // programs
-	Images               []string // archives: what pods of the tests need
+	Kubernetes, Helm, Netcheck string   // programs
+	Images                     []string // archives: what pods of the tests need
 }
 
 // All makes all but overlayd's image.
@@ -50,7 +50,7 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 	if err := os.MkdirAll(b.Cache, 0o755); err != nil {
 		return out, err
 	}
-	if err := b.space(); err != nil {
+	if err := space(b.Cache, needed); err != nil {
 		return out, err
 	}
 	for _, tool := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "ip", "iptables", "nft", "nsenter", "unshare", "mount", "sysctl", "etcdctl"} {
@@ -60,6 +60,10 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 	}
 	var err error
 	if out.Kubernetes, err = b.kept(ctx, "kubernetes", "test/kubernetes", "./cmd/kubernetes", kubernetesFlags()); err != nil {
+		return out, err
+	}
+	// It is a tool of the module that tests the chart, since it needs newer libraries of Kubernetes than Kubernetes here has.
+	if out.Helm, err = b.kept(ctx, "helm", "dist/test", "helm.sh/helm/v3/cmd/helm", "-s -w"); err != nil {
 		return out, err
 	}
 	dns, err := b.kept(ctx, "coredns", "test/kubernetes/coredns", ".", "-s -w")
@@ -85,13 +89,13 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 }
 
 // space fails where the disk would run full in the middle.
-func (b Builder) space() error {
+func space(dir string, needed float64) error {
 	var s syscall.Statfs_t
-	if err := syscall.Statfs(b.Cache, &s); err != nil {
+	if err := syscall.Statfs(dir, &s); err != nil {
 		return err
 	}
 	if free := float64(s.Bavail) * float64(s.Bsize); free < needed {
-		return fmt.Errorf("%s: %.1f GB are free, and Kubernetes takes %.0f GB to compile and run", b.Cache, free/1e9, needed/1e9)
+		return fmt.Errorf("%s: %.1f GB are free, and Kubernetes takes %.0f GB to compile and run", dir, free/1e9, needed/1e9)
 	}
 	return nil
 }
@@ -106,7 +110,11 @@ func (b Builder) Overlayd(ctx context.Context, version string, names ...string) 
 
 // kept compiles a program, unless it is there. Older ones of its name are removed.
 func (b Builder) kept(ctx context.Context, name, module, pkg, flags string) (string, error) {
-	stamp, err := b.stamp(flags, filepath.Join(module, "go.mod"), filepath.Join(module, "go.sum"), filepath.Join(module, pkg, "main.go"))
+	files := []string{filepath.Join(module, "go.mod"), filepath.Join(module, "go.sum")}
+	if strings.HasPrefix(pkg, ".") {
+		files = append(files, filepath.Join(module, pkg, "main.go"))
+	}
+	stamp, err := b.stamp(flags, files...)
 	if err != nil {
 		return "", err
 	}
@@ -136,6 +144,7 @@ func (b Builder) kept(ctx context.Context, name, module, pkg, flags string) (str
 	return path, os.Rename(path+".part", path)
 }
 
+// stamp is a hash of what a program is made from.
 func (b Builder) stamp(flags string, files ...string) (string, error) {
 	made := []string{flags, runtime.Version(), runtime.GOARCH}
 	for _, f := range files {

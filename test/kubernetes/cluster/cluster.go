@@ -29,7 +29,8 @@ const (
 
 // Config says what the cluster is made of.
 type Config struct {
-	Kubernetes string   // the program of cmd/kubernetes
+	Kubernetes string // the program of cmd/kubernetes
+	Helm       string
 	Netcheck   string   // the program of cmd/netcheck
 	Images     []string // archives that each node gets at first
 	ProxyMode  string   // of kube-proxy: iptables or nftables
@@ -157,9 +158,18 @@ func (k *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
 
 // KubectlIn is Kubectl with a text on standard input.
 func (k *Cluster) KubectlIn(ctx context.Context, stdin string, args ...string) (string, error) {
-	c := k.Lab.Control.Command(ctx, append([]string{k.Kubernetes, "kubectl", "--kubeconfig=" + k.pki.path("admin.kubeconfig"), "--request-timeout=20s"}, args...)...)
+	return k.administer(ctx, stdin, append([]string{k.Kubernetes, "kubectl", "--request-timeout=20s"}, args...)...)
+}
+
+// RunHelm runs helm as an administrator.
+func (k *Cluster) RunHelm(ctx context.Context, args ...string) (string, error) {
+	return k.administer(ctx, "", append([]string{k.Helm}, args...)...)
+}
+
+func (k *Cluster) administer(ctx context.Context, stdin string, args ...string) (string, error) {
+	c := k.Lab.Control.Command(ctx, args...)
 	c.Stdin = strings.NewReader(stdin)
-	c.Env = append(os.Environ(), "HOME="+k.Lab.Dir) // its cache
+	c.Env = append(os.Environ(), "KUBECONFIG="+k.pki.path("admin.kubeconfig"), "HOME="+k.Lab.Dir) // their caches
 	return nodes.Output(c)
 }
 

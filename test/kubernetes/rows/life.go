@@ -52,7 +52,7 @@ func (s *Suite) Run(ctx context.Context) error {
 		return err
 	}
 	s.changes(ctx)
-	return ctx.Err()
+	return s.chart(ctx)
 }
 
 func (s *Suite) apply(ctx context.Context, name string) error {
@@ -69,17 +69,21 @@ func (s *Suite) install(ctx context.Context) error {
 	if err := s.Overlay.Install(ctx); err != nil {
 		return err
 	}
-	var names []string
-	for _, n := range s.K.Nodes {
-		names = append(names, n.Name)
-	}
-	if err := s.K.WaitReady(ctx, 60*time.Second, true, names...); err != nil {
+	if err := s.K.WaitReady(ctx, 60*time.Second, true, s.nodeNames()...); err != nil {
 		return err
 	}
 	if took := time.Since(start); took > readyWithin {
 		return fmt.Errorf("it took %s", took.Round(100*time.Millisecond))
 	}
 	return cluster.Poll(ctx, readyWithin-time.Since(start), "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+}
+
+func (s *Suite) nodeNames() []string {
+	var out []string
+	for _, n := range s.K.Nodes {
+		out = append(out, n.Name)
+	}
+	return out
 }
 
 func (s *Suite) nodeHosts() []*nodes.Host {
@@ -136,28 +140,63 @@ func (s *Suite) otherProxy(ctx context.Context) error {
 
 // changes are the rows on what may happen to a running cluster.
 func (s *Suite) changes(ctx context.Context) {
-	pinging := func(name string, f func(ctx context.Context) error, only ...string) {
-		s.run(ctx, name, func(ctx context.Context) (int, error) {
-			clients, servers, err := s.workload(ctx)
-			if err != nil {
-				return none, err
-			}
-			other := func(p place) bool { return len(only) > 0 && !slices.Contains(only, p.node) }
-			return under(ctx, slices.DeleteFunc(clients, other), slices.DeleteFunc(servers, other), func() error { return f(ctx) })
-		})
-	}
-	pinging("rolling update of the DaemonSet, under ping", s.Overlay.Upgrade)
-	pinging("overlayd's etcd away for a minute, under ping", func(ctx context.Context) error { return s.away(ctx, "overlay-etcd") })
-	pinging("API server away for a minute, under ping", func(ctx context.Context) error { return s.away(ctx, "kube-apiserver") })
-	pinging("110 pods on a node, under ping", s.crowd)
-	pinging("node n3 crashes and returns, the others under ping", s.crash, "n1", "n2")
+	s.pinging(ctx, "rolling update of the DaemonSet, under ping", s.Overlay.Upgrade)
+	s.pinging(ctx, "overlayd's etcd away for a minute, under ping", func(ctx context.Context) error { return s.away(ctx, "overlay-etcd") })
+	s.pinging(ctx, "API server away for a minute, under ping", func(ctx context.Context) error { return s.away(ctx, "kube-apiserver") })
+	s.pinging(ctx, "110 pods on a node, under ping", s.crowd)
+	s.pinging(ctx, "node n3 crashes and returns, the others under ping", s.crash, "n1", "n2")
 	s.run(ctx, "its pods are back, on all ways", func(ctx context.Context) (int, error) { return none, s.allWays(ctx) })
-	pinging("node n3 is removed and n4 added, the others under ping", s.replace, "n1", "n2")
+	s.pinging(ctx, "node n3 is removed and n4 added, the others under ping", s.replace, "n1", "n2")
 	s.run(ctx, "its pods are there, on all ways", func(ctx context.Context) (int, error) { return none, s.allWays(ctx) })
 	s.run(ctx, "overlayd's doctor finds nothing wrong on any node", func(ctx context.Context) (int, error) {
 		return none, cluster.Poll(ctx, podsWithin, "overlayd", func() error { return s.Overlay.Healthy(ctx) })
 	})
-	s.run(ctx, "overlayd is removed: no trace on the nodes", func(ctx context.Context) (int, error) { return none, s.remove(ctx) })
+}
+
+// chart are the rows on the Helm chart. The other way of installing ends here.
+func (s *Suite) chart(ctx context.Context) error {
+	const (
+		removed   = "overlayd is removed: no trace on the nodes, which are not Ready"
+		installed = "helm install: nodes Ready within 15 s, and overlayd's doctor is content"
+		ways      = "helm: its pods are there, on all ways"
+		upgraded  = "helm upgrade, under ping"
+		gone      = "helm uninstall: no trace on the nodes, which are not Ready"
+	)
+	if !s.wants(installed, ways, upgraded, gone) {
+		s.run(ctx, removed, func(ctx context.Context) (int, error) { return none, s.remove(ctx) })
+		return ctx.Err()
+	}
+	if err := s.must(ctx, removed, s.remove); err != nil {
+		return err
+	}
+	s.Overlay = s.Chart
+	if err := s.must(ctx, installed, s.install); err != nil {
+		return err
+	}
+	err := s.must(ctx, ways, func(ctx context.Context) error {
+		if err := s.apply(ctx, "workload.yaml"); err != nil {
+			return err
+		}
+		return s.allWays(ctx)
+	})
+	if err != nil {
+		return err
+	}
+	s.pinging(ctx, upgraded, s.Overlay.Upgrade)
+	s.run(ctx, gone, func(ctx context.Context) (int, error) { return none, s.remove(ctx) })
+	return ctx.Err()
+}
+
+// pinging runs a row while all clients ping all servers, of these nodes only where some are named. A ping that is lost fails it.
+func (s *Suite) pinging(ctx context.Context, name string, f func(ctx context.Context) error, only ...string) {
+	s.run(ctx, name, func(ctx context.Context) (int, error) {
+		clients, servers, err := s.workload(ctx)
+		if err != nil {
+			return none, err
+		}
+		other := func(p place) bool { return len(only) > 0 && !slices.Contains(only, p.node) }
+		return under(ctx, slices.DeleteFunc(clients, other), slices.DeleteFunc(servers, other), func() error { return f(ctx) })
+	})
 }
 
 // away stops a daemon of the control plane for a minute.
@@ -285,11 +324,12 @@ func (s *Suite) scale(ctx context.Context, replicas int, pods *[]place) error {
 	return err
 }
 
+// remove ends all pods and overlayd, and fails where something is left.
 func (s *Suite) remove(ctx context.Context) error {
 	if _, err := s.K.Kubectl(ctx, "delete", "daemonsets,deployments", "--all", "--request-timeout=0"); err != nil {
 		return err
 	}
-	if _, err := s.K.Kubectl(ctx, "-n", "kube-system", "delete", "deployment", "coredns", "--request-timeout=0"); err != nil {
+	if _, err := s.K.Kubectl(ctx, "-n", "kube-system", "delete", "deployment", "coredns", "--ignore-not-found", "--request-timeout=0"); err != nil {
 		return err
 	}
 	for _, app := range []string{"client", "server", "crowd"} {
@@ -318,5 +358,6 @@ func (s *Suite) remove(ctx context.Context) error {
 		}
 		errs = append(errs, wrap(err, "%s", n.Name))
 	}
+	errs = append(errs, s.K.WaitReady(ctx, 30*time.Second, false, s.nodeNames()...))
 	return errors.Join(errs...)
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,7 +20,8 @@ type Suite struct {
 	K       *cluster.Cluster
 	Only    *regexp.Regexp // names of rows; nil is all
 	Out     io.Writer
-	Overlay Overlay
+	Overlay Overlay // what the rows begin with
+	Chart   Overlay // what they end with, once the other one is removed
 	results []result
 }
 
@@ -57,9 +59,14 @@ func manifest(name string) (string, error) {
 // none is the count of lost packets where none are counted.
 const none = -1
 
-// Run runs a row and remembers what came of it. A row that is not asked for is passed over.
+// wants tells whether any of these rows is asked for.
+func (s *Suite) wants(names ...string) bool {
+	return s.Only == nil || slices.ContainsFunc(names, s.Only.MatchString)
+}
+
+// run runs a row and remembers what came of it. A row that is not asked for is passed over.
 func (s *Suite) run(ctx context.Context, name string, f func(ctx context.Context) (lost int, err error)) {
-	if ctx.Err() != nil || s.Only != nil && !s.Only.MatchString(name) {
+	if ctx.Err() != nil || !s.wants(name) {
 		return
 	}
 	start := time.Now()

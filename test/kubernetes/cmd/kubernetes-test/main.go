@@ -98,7 +98,7 @@ func (o *options) test(ctx context.Context) (err error) {
 		return err
 	}
 	k, err := cluster.Up(ctx, lab, cluster.Config{
-		Kubernetes: built.Kubernetes, Netcheck: built.Netcheck, Images: append(built.Images, image), ProxyMode: o.proxy,
+		Kubernetes: built.Kubernetes, Helm: built.Helm, Netcheck: built.Netcheck, Images: append(built.Images, image), ProxyMode: o.proxy,
 	})
 	if err != nil {
 		return err
@@ -113,11 +113,15 @@ func (o *options) test(ctx context.Context) (err error) {
 		return err
 	}
 	o.note("three nodes are there, not Ready: they have no network")
-	d, err := deploy.New(k, o.root)
+	kustomize, err := deploy.NewKustomize(k, o.root)
 	if err != nil {
 		return err
 	}
-	s := &rows.Suite{K: k, Only: o.only, Out: os.Stdout, Overlay: d}
+	helm, err := deploy.NewHelm(k, o.root)
+	if err != nil {
+		return err
+	}
+	s := &rows.Suite{K: k, Only: o.only, Out: os.Stdout, Overlay: kustomize, Chart: helm}
 	o.note("every row is over IPv4 and IPv6")
 	s.Head()
 	if err = s.Run(ctx); errors.Is(err, context.Canceled) {

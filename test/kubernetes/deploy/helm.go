@@ -1,0 +1,75 @@
+package deploy
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"github.com/overlayd/overlayd/test/kubernetes/cluster"
+)
+
+// values are a user's, for the chart.
+const values = `etcd:
+  endpoints: [%q]
+  tls: {secretName: overlayd-etcd-tls}
+network: %s
+`
+
+// Helm installs with `helm install`.
+type Helm struct {
+	overlay
+	chart string
+}
+
+// NewHelm is for the chart in the repository at root.
+func NewHelm(k *cluster.Cluster, root string) (Helm, error) {
+	o, err := newOverlay(k, "helm")
+	return Helm{o, filepath.Join(root, "dist", "helm", "overlayd")}, err
+}
+
+func (d Helm) helm(ctx context.Context, args ...string) error {
+	_, err := d.k.RunHelm(ctx, append(args, "--namespace", "overlayd")...)
+	return err
+}
+
+// Install makes the namespace with the certificates for etcd, and installs the chart.
+func (d Helm) Install(ctx context.Context) error {
+	path, err := d.write("values.yaml", fmt.Sprintf(values, cluster.OverlayEtcd, network))
+	if err != nil {
+		return err
+	}
+	if _, err := d.k.Kubectl(ctx, "create", "namespace", "overlayd"); err != nil {
+		return err
+	}
+	if err := d.secret(ctx); err != nil {
+		return err
+	}
+	return d.helm(ctx, "install", "overlayd", d.chart, "--values", path, "--set", "image.tag="+first)
+}
+
+// Upgrade takes another image, and waits until every node has it.
+func (d Helm) Upgrade(ctx context.Context) error {
+	if err := d.change(ctx, "image.tag="+second); err != nil {
+		return err
+	}
+	return d.rollout(ctx, "overlayd", "overlayd")
+}
+
+func (d Helm) change(ctx context.Context, value string) error {
+	return d.helm(ctx, "upgrade", "overlayd", d.chart, "--reset-then-reuse-values", "--set", value)
+}
+
+// Uninstall cleans the nodes first, as the chart's notes say.
+func (d Helm) Uninstall(ctx context.Context) error {
+	if err := d.change(ctx, "uninstall=true"); err != nil {
+		return err
+	}
+	if err := d.rollout(ctx, "overlayd", "overlayd-uninstall"); err != nil {
+		return err
+	}
+	if err := d.helm(ctx, "uninstall", "overlayd", "--wait"); err != nil {
+		return err
+	}
+	_, err := d.k.Kubectl(ctx, "delete", "namespace", "overlayd", "--request-timeout=0", "--timeout=90s")
+	return err
+}

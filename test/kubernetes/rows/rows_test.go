@@ -1,0 +1,103 @@
+package rows
+
+import (
+	"context"
+	"errors"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// A table that can't turn red proves nothing.
+func TestWhatFailsARow(t *testing.T) {
+	t.Parallel()
+	broken := errors.New("one\ntwo\nthree\nfour\nfive\nsix\nseven\neight")
+	for name, c := range map[string]struct {
+		lost   int
+		err    error
+		failed bool
+		says   string
+	}{
+		"nothing is counted":  {lost: none, says: " -  ok"},
+		"no packet was lost":  {lost: 0, says: " 0  ok"},
+		"a packet was lost":   {lost: 1, failed: true, says: " 1  FAILED: 1 packets were lost"},
+		"an error":            {lost: none, err: errors.New("refused"), failed: true, says: " -  FAILED: refused"},
+		"an error and a loss": {lost: 2, err: errors.New("refused"), failed: true, says: " 2  FAILED: refused"},
+		"a long error":        {lost: none, err: broken, failed: true, says: "six\n        and 2 lines more"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var out strings.Builder
+			s := &Suite{Out: &out}
+			s.run(t.Context(), name, func(context.Context) (int, error) { return c.lost, c.err })
+			if failed := slices.Equal(s.Failed(), []string{name}); failed != c.failed {
+				t.Errorf("failed rows: %q", s.Failed())
+			}
+			if !strings.Contains(out.String(), c.says) {
+				t.Errorf("printed %q, which lacks %q", out.String(), c.says)
+			}
+		})
+	}
+}
+
+func TestARowThatIsInterruptedProvesNothing(t *testing.T) {
+	t.Parallel()
+	var out strings.Builder
+	s := &Suite{Out: &out}
+	ctx, cancel := context.WithCancel(t.Context())
+	s.run(ctx, "a row", func(context.Context) (int, error) {
+		cancel()
+		return 0, nil
+	})
+	if err := s.must(ctx, "another", func(context.Context) error { return nil }); !errors.Is(err, context.Canceled) {
+		t.Errorf("must: %v", err)
+	}
+	if out.Len() > 0 || len(s.results) > 0 {
+		t.Errorf("printed %q", out.String())
+	}
+}
+
+func TestOnlySomeRows(t *testing.T) {
+	t.Parallel()
+	var ran []string
+	s := &Suite{Out: &strings.Builder{}, Only: regexp.MustCompile("DNS")}
+	row := func(name string) func(context.Context) (int, error) {
+		return func(context.Context) (int, error) {
+			ran = append(ran, name)
+			return none, nil
+		}
+	}
+	s.run(t.Context(), "egress", row("egress"))
+	s.run(t.Context(), "DNS over UDP", row("DNS"))
+	if err := s.must(t.Context(), "pods are there", func(context.Context) error {
+		ran = append(ran, "pods")
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if want := []string{"DNS", "pods"}; !slices.Equal(ran, want) {
+		t.Errorf("ran %q, not %q", ran, want)
+	}
+	if err := s.must(t.Context(), "nodes are there", func(context.Context) error { return errors.New("no") }); err == nil || len(s.Failed()) != 1 {
+		t.Errorf("must: %v, failed: %q", err, s.Failed())
+	}
+}
+
+func TestParse(t *testing.T) {
+	t.Parallel()
+	if a, err := parse("web-1 10.244.1.2 10.244.1.2", nil); err != nil || a != (answer{"web-1", "10.244.1.2", "10.244.1.2"}) {
+		t.Errorf("%v, %v", a, err)
+	}
+	for _, text := range []string{"", "web-1", "a b c d"} {
+		if a, err := parse(text, nil); err == nil {
+			t.Errorf("%q: %v", text, a)
+		}
+	}
+	if sent, lost, err := parsePing("sent 20 lost 3"); err != nil || sent != 20 || lost != 3 {
+		t.Errorf("%d, %d, %v", sent, lost, err)
+	}
+	if _, _, err := parsePing("no route to host"); err == nil {
+		t.Error("expected an error")
+	}
+}
