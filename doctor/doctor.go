@@ -101,6 +101,8 @@ type Settings struct {
 	ForwardFW   bool // --iptables-forward-rules
 	ByDefault   bool // nothing says which interface to take: the one with the default route
 
+	Service Service // how the daemon is restarted, and where its log is
+
 	EnvFile     string
 	EnvFileErr  error    // it is there and can't be read
 	UnknownKeys []string // of the file, which are no setting

@@ -49,8 +49,9 @@ type Done struct {
 }
 
 // Apply makes the safe changes of a report: settings of the kernel, and files that keep other programs off overlayd's devices. None of
-// them interrupts traffic that flows. What is there is not overwritten.
-func Apply(r Report, rootDir string) []Done {
+// them interrupts traffic that flows. What is there is not overwritten. Settings are written below sysctlDir (--sysctl-dir): in a
+// container /proc/sys is read-only.
+func Apply(r Report, rootDir, sysctlDir string) []Done {
 	var out []Done
 	seen := map[fix]bool{}
 	for _, f := range r.Findings {
@@ -59,7 +60,7 @@ func Apply(r Report, rootDir string) []Done {
 				continue
 			}
 			seen[x] = true
-			what, err := x.apply(root(rootDir))
+			what, err := x.apply(root(rootDir), sysctlDir)
 			d := Done{What: what}
 			if err != nil {
 				d.Err = err.Error()
@@ -70,11 +71,11 @@ func Apply(r Report, rootDir string) []Done {
 	return out
 }
 
-func (x fix) apply(r root) (string, error) {
+func (x fix) apply(r root, sysctlDir string) (string, error) {
 	if x.sysctl != "" {
 		was, _ := r.read("proc/sys/" + x.sysctl)
 		what := fmt.Sprintf("%s = %s (it was %s)", x.sysctl, x.value, was)
-		err := os.WriteFile(r.path("proc/sys/"+x.sysctl), []byte(x.value), 0o644)
+		err := os.WriteFile(r.path(filepath.Join(sysctlDir, x.sysctl)), []byte(x.value), 0o644)
 		if err != nil {
 			return what, err
 		}

@@ -38,11 +38,11 @@ func judgeDaemon(f Facts) []Finding {
 	case errors.Is(d.Err, fs.ErrPermission):
 		return skipped("only root may ask it")
 	case d.Err != nil:
-		return fail("the daemon does not answer: "+d.Err.Error(), "systemctl restart overlayd", "journalctl -u overlayd -n 50")
+		return fail("the daemon does not answer: "+d.Err.Error(), f.Service.restart(), f.Service.log())
 	case d.Holder != nil:
 		return fail(d.Holder.Error()+", and nobody answers at the socket: it has another --socket, or is about to start or end", "ps -o pid,args -C overlayd")
 	case !d.Running:
-		return fail("overlayd does not run on this node; what it made before stays as it is, and follows no change", f.start(), "journalctl -u overlayd -n 50")
+		return fail("overlayd does not run on this node; what it made before stays as it is, and follows no change", f.start(), f.Service.log())
 	case !d.Status.Ready:
 		return fail("it runs, and is not ready: see its problems", "overlayd status")
 	}
@@ -52,9 +52,9 @@ func judgeDaemon(f Facts) []Finding {
 // start starts the daemon. One on a machine that is a clone would take the lease of the other.
 func (f Facts) start() string {
 	if f.NoLease != "" {
-		return "systemctl start overlayd   # not before own lease is clear, see there"
+		return f.Service.start() + "   # not before own lease is clear, see there"
 	}
-	return "systemctl start overlayd"
+	return f.Service.start()
 }
 
 func judgeProblems(f Facts) []Finding {
@@ -103,7 +103,7 @@ func judgeDrift(f Facts) []Finding {
 		return warn(fmt.Sprintf("the kernel is not as planned, which the daemon puts right within a second unless something refuses or undoes it: %s", few(d.Diff)), "overlayd diff")
 	}
 	if repairs := f.repairs(); repairs != "" {
-		return warn("the kernel is as planned, but somebody else changes it: "+repairs, "journalctl -u overlayd -g 'repaired what somebody else changed' -n 20")
+		return warn("the kernel is as planned, but somebody else changes it: "+repairs, f.Service.logOf("repaired what somebody else changed"))
 	}
 	return ok("the kernel is as planned")
 }
@@ -205,7 +205,7 @@ func judgeSubnetFile(f Facts) []Finding {
 		if f.Daemon.Running && !f.Daemon.Status.Ready {
 			return fail(fmt.Sprintf("%s is not there yet, so that no pod can start: %v", f.SubnetFile, s.SubnetEnvErr), "overlayd status")
 		}
-		again := "systemctl restart overlayd"
+		again := f.Service.restart()
 		if !f.Daemon.Running {
 			again = f.start()
 		}
@@ -222,11 +222,11 @@ func judgeSubnetFile(f Facts) []Finding {
 		}
 		key := map[addr.Family]string{addr.IPv4: "FLANNEL_SUBNET", addr.IPv6: "FLANNEL_IPV6_SUBNET"}[fam]
 		if got := parsePrefix(s.SubnetEnv[key]); !got.IsValid() || got.Masked() != own {
-			out = append(out, fail(fmt.Sprintf("%s says %s=%s, the lease is %s", f.SubnetFile, key, s.SubnetEnv[key], own), "systemctl restart overlayd")...)
+			out = append(out, fail(fmt.Sprintf("%s says %s=%s, the lease is %s", f.SubnetFile, key, s.SubnetEnv[key], own), f.Service.restart())...)
 		}
 	}
 	if want := f.Daemon.Status.Network.MTU; want > 0 && s.SubnetEnv["FLANNEL_MTU"] != fmt.Sprint(want) {
-		out = append(out, fail(fmt.Sprintf("%s says FLANNEL_MTU=%s, pods should be told %d", f.SubnetFile, s.SubnetEnv["FLANNEL_MTU"], want), "systemctl restart overlayd")...)
+		out = append(out, fail(fmt.Sprintf("%s says FLANNEL_MTU=%s, pods should be told %d", f.SubnetFile, s.SubnetEnv["FLANNEL_MTU"], want), f.Service.restart())...)
 	}
 	if len(out) == 0 && f.Self.Subnets.V4 == f.Self.Subnets.V6 {
 		return skipped(f.SubnetFile + " is there; this node's lease is not known")

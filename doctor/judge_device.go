@@ -30,7 +30,7 @@ func judgeTunnel(f Facts) []Finding {
 	var names []string
 	for _, d := range f.devices() {
 		names = append(names, d.name)
-		again := "systemctl start overlayd"
+		again := f.Service.start()
 		if f.Daemon.Running {
 			again = "overlayd status"
 		}
@@ -98,10 +98,10 @@ func judgePort(f Facts) []Finding {
 			switch {
 			case v.VNI == d.vni:
 				taken = true
-				out = append(out, fail(fmt.Sprintf("the VXLAN device %s has VNI %d on UDP port %d, which are ours: the kernel lets only one have them", l.Name, v.VNI, v.Port), "ip link delete "+l.Name, "systemctl restart overlayd")...)
+				out = append(out, fail(fmt.Sprintf("the VXLAN device %s has VNI %d on UDP port %d, which are ours: the kernel lets only one have them", l.Name, v.VNI, v.Port), "ip link delete "+l.Name, f.Service.restart())...)
 			case !d.there && l.Up:
 				taken = true
-				out = append(out, fail(fmt.Sprintf("the VXLAN device %s is on UDP port %d with other settings", l.Name, v.Port), "ip link delete "+l.Name, "systemctl restart overlayd")...)
+				out = append(out, fail(fmt.Sprintf("the VXLAN device %s is on UDP port %d with other settings", l.Name, v.Port), "ip link delete "+l.Name, f.Service.restart())...)
 			}
 		}
 		if !taken {

@@ -326,7 +326,7 @@ func (f Facts) sayForward(fam addr.Family, what string, t fate) []Finding {
 		mend = []string{fmt.Sprintf("%s -I FORWARD -s %s -j ACCEPT", iptables(m, fam), network), fmt.Sprintf("%s -I FORWARD -d %s -j ACCEPT", iptables(m, fam), network)}
 	}
 	if !f.Daemon.Running && f.ForwardFW && !strings.EqualFold(f.manager(t.chain), "firewalld") {
-		mend = append([]string{"systemctl start overlayd   # it accepts them by itself"}, mend...)
+		mend = append([]string{f.Service.start() + "   # it accepts them by itself"}, mend...)
 	}
 	if t.drops {
 		return fail(fmt.Sprintf("packets %s are dropped by %s: %s", what, where(t.chain), t.by), mend...)

@@ -157,7 +157,7 @@ func judgeInterface(f Facts) []Finding {
 		case !l.Carrier:
 			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, has no carrier: is the cable in?", u.Device), "ip -br link show "+u.Device)...)
 		case !f.Survey.Host.Has(u.Addr):
-			out = append(out, fail(fmt.Sprintf("%s no longer has the address %s", u.Device, u.Addr), "systemctl restart overlayd")...)
+			out = append(out, fail(fmt.Sprintf("%s no longer has the address %s", u.Device, u.Addr), f.Service.restart())...)
 		}
 		out = append(out, f.ambiguous(fam)...)
 	}
@@ -201,7 +201,7 @@ func (f Facts) ambiguous(fam addr.Family) []Finding {
 	}
 	slices.Sort(devices)
 	return warn(fmt.Sprintf("%s has default routes by %s; the one with the lowest metric is taken, which may be another one after the next start: say which with --iface", fam, strings.Join(devices, " and ")),
-		fmt.Sprintf("echo OVERLAYD_IFACE=%s >> %s && systemctl restart overlayd", f.Underlay.By.Get(fam).Device, orDefault(f.EnvFile, "/etc/overlayd/overlayd.env")))
+		f.Service.set(f.EnvFile, "OVERLAYD_IFACE", f.Underlay.By.Get(fam).Device))
 }
 
 // byDefault reports whether the interface is the one that the default route goes by.

@@ -235,7 +235,7 @@ func judgeBlackHole(f Facts) []Finding {
 	case len(holes) == 0 && len(refused) == 0:
 		return ok(fmt.Sprintf("%d bytes get through to %d peers", f.podMTU(), sized))
 	case len(refused) > 0:
-		return fail(fmt.Sprintf("pods are told an MTU of %d, and this node can't send such packets to %d peers: %s", one.peer.full, len(refused), few(refused)), "ip -d link show type vxlan", "systemctl restart overlayd")
+		return fail(fmt.Sprintf("pods are told an MTU of %d, and this node can't send such packets to %d peers: %s", one.peer.full, len(refused), few(refused)), "ip -d link show type vxlan", f.Service.restart())
 	}
 	reason := fmt.Sprintf("small packets reach %s, those of %d bytes (the pods' MTU) don't: an MTU black hole on the way between the nodes", few(holes), one.peer.full)
 	largest := f.Pings.Largest

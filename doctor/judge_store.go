@@ -344,7 +344,7 @@ func (f Facts) clones(live []*subnet.Entry) []Finding {
 		if e.NodeID != "" {
 			if o := byID[e.NodeID]; o != nil && o.NodeName != e.NodeName {
 				out = append(out, fail(fmt.Sprintf("the nodes %s and %s have the same ID %s: one is a clone of the other, with its /etc/machine-id", o.Name(), e.Name(), e.NodeID),
-					fmt.Sprintf("rm /etc/machine-id && systemd-machine-id-setup && systemctl restart overlayd   # on one of the two: %s", younger(o, e).Name()))...)
+					f.Service.newID()+"   # on one of the two: "+younger(o, e).Name())...)
 			} else if o != nil {
 				out = append(out, warn(fmt.Sprintf("the node %s holds two leases: %s and %s", e.Name(), o.Key, e.Key), f.removal(younger(o, e)))...)
 			}
@@ -408,7 +408,7 @@ func judgeOwnLease(f Facts) []Finding {
 	case f.NoLease != "" && !f.Daemon.Running:
 		ip := f.elsewhere(own)
 		return fail(f.NoLease+": the node's address has changed, or another machine has the same name and ID (one is a clone of the other). Which of the two it is has to be known before overlayd is started here",
-			fmt.Sprintf("ping -c 3 %s   # if another machine answers, and this one is the clone of it, then here:", ip), cloneMend, "systemctl start overlayd   # if nobody answers")
+			fmt.Sprintf("ping -c 3 %s   # if another machine answers, and this one is the clone of it, then here:", ip), f.Service.newIdentity(), f.Service.start()+"   # if nobody answers")
 	case f.NoLease != "" && own == nil:
 		return fail("this node has none, so that no pod can start here", "overlayd status")
 	case f.NoLease != "":
@@ -420,19 +420,16 @@ func judgeOwnLease(f Facts) []Finding {
 	}
 	if ip, ours := f.takenOver(own); ip.IsValid() {
 		return fail(fmt.Sprintf("etcd says that this node is at %s, the daemon that it is at %s: most likely another machine with this node's name and ID (a clone of it, with /etc/machine-id and host name) has taken the lease over, and is at %s. "+
-			"Restarting overlayd here before that is mended would only take it back for a moment", ip, ours, ip), "ping -c 3 "+ip.String()+"   # if it is another machine that answers, then there:", cloneMend, "systemctl restart overlayd   # and after that here: the lease is back at once")
+			"Restarting overlayd here before that is mended would only take it back for a moment", ip, ours, ip), "ping -c 3 "+ip.String()+"   # if it is another machine that answers, then there:", f.Service.newIdentity(), f.Service.restart()+"   # and after that here: the lease is back at once")
 	}
 	if ip := f.elsewhere(own); ip.IsValid() {
-		return fail(fmt.Sprintf("the others send to %s, which no device of this node has: its address has changed", ip), "systemctl restart overlayd")
+		return fail(fmt.Sprintf("the others send to %s, which no device of this node has: its address has changed", ip), f.Service.restart())
 	}
 	if own.Subnets != f.Self.Subnets {
 		return fail(fmt.Sprintf("etcd says %s, this node works with %s", own.Key, subnet.FormatKey(f.Self.Subnets)), "overlayd status")
 	}
 	return ok(own.Key)
 }
-
-// cloneMend gives a machine that is a copy of another one a name and an ID of its own.
-const cloneMend = "hostnamectl set-hostname NEW-NAME && rm /etc/machine-id && systemd-machine-id-setup && systemctl restart overlayd"
 
 // takenOver finds out whether somebody else wrote this node's lease: it has another public IP than the daemon, which would have put
 // that right at once, and no device here has it.

@@ -567,6 +567,14 @@ func TestJudges(t *testing.T) {
 				}
 				t.Errorf("no %s of %s with %q", tt.mark, tt.check, tt.text)
 			}
+			f.Service = Service{Namespace: "net", Pod: "overlayd-x7"} // there is no systemd for whom runs it as a pod
+			for _, x := range judge(f) {
+				for _, m := range x.Mend {
+					if strings.Contains(m, "systemctl") || strings.Contains(m, "journalctl") || strings.Contains(m, "overlayd.env &&") {
+						t.Errorf("of a pod: %s: mend: %s", x.Reason, m)
+					}
+				}
+			}
 		})
 	}
 }

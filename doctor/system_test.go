@@ -118,7 +118,7 @@ func TestManagers(t *testing.T) {
 	if n := report.Count(Warn); n != 4 {
 		t.Errorf("%d warnings: %+v", n, report.Findings)
 	}
-	done := Apply(report, dir)
+	done := Apply(report, dir, "/proc/sys")
 	if len(done) != 4 {
 		t.Errorf("%+v", done)
 	}
@@ -134,7 +134,7 @@ func TestManagers(t *testing.T) {
 		}
 	}
 	// What is there is not overwritten.
-	for _, d := range Apply(report, dir) {
+	for _, d := range Apply(report, dir, "/proc/sys") {
 		if d.Err == "" {
 			t.Errorf("%+v", d)
 		}
@@ -150,12 +150,12 @@ func TestFixSysctl(t *testing.T) {
 	dir := files(t, map[string]string{"proc/sys/net/ipv4/ip_forward": "0\n"})
 	f := healthy(t)
 	f.System.Sysctls["net/ipv4/ip_forward"] = "0"
-	done := Apply(Report{Findings: judge(f)}, dir)
+	done := Apply(Report{Findings: judge(f)}, dir, "/proc/sys")
 	if want := []Done{{What: "net/ipv4/ip_forward = 1 (it was 0)"}}; !reflect.DeepEqual(done, want) {
 		t.Errorf("%+v", done)
 	}
 	// A kernel that does not take the value is not believed to have it.
-	if done := Apply(Report{Findings: judge(f)}, files(t, nil)); len(done) != 1 || done[0].Err == "" {
+	if done := Apply(Report{Findings: judge(f)}, files(t, nil), "/proc/sys"); len(done) != 1 || done[0].Err == "" {
 		t.Errorf("%+v", done)
 	}
 }

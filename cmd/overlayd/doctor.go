@@ -75,6 +75,7 @@ func (d *doctorFlags) read(s *pflag.FlagSet, f *flags) error {
 	if v, ok := os.LookupEnv(envName("env-file")); ok && !s.Changed("env-file") {
 		d.envFile = v
 	}
+	o.Service = doctor.Service{Namespace: os.Getenv("POD_NAMESPACE"), Pod: os.Getenv("POD_NAME")} // as dist/kubernetes sets them
 	o.EnvFile = d.envFile
 	var file map[string]string
 	file, o.EnvFileErr = doctor.ReadEnvFile(d.envFile)
@@ -128,7 +129,7 @@ func (d *doctorFlags) run(ctx context.Context, f *flags, out io.Writer) error {
 	report := doctor.Run(ctx, o)
 	var done []doctor.Done
 	if d.fix {
-		if done = doctor.Apply(report, ""); len(done) > 0 {
+		if done = doctor.Apply(report, "", f.sysctlDir); len(done) > 0 {
 			report = doctor.Run(ctx, o)
 		}
 	}
