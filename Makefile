@@ -62,12 +62,13 @@ image: deps ## bin/overlayd-image-ARCH.tar, for `ctr images import` and `docker 
 	$(GO) run -C image ./cmd/overlay-image build -root .. -arch '$(ARCHES)' -version '$(VERSION)' -name '$(IMAGE)' -go '$(GO)'
 
 test-image: deps ## the image, both architectures, built twice, its programs run
-	$(GO) vet -C image ./... && $(GO) test -C image -timeout 15m ./...
+	$(GO) vet -C image ./... && $(GO) test -C image -count 1 -timeout 15m ./...
 
 test-dist: ## Kubernetes manifests and chart, strictly against the API types
-	$(GO) vet -C dist/test ./... && $(GO) test -C dist/test -timeout 10m ./...
+	$(GO) vet -C dist/test ./... && $(GO) test -C dist/test -count 1 -timeout 10m ./...
 
 test-kubernetes: deps ## overlayd on a real Kubernetes of three nodes: ONLY=REGEX KEEP=1
+	$(GO) test -C test/kubernetes ./build ./rows
 	$(GO) build -C test/kubernetes -o ../../bin/kubernetes-test ./cmd/kubernetes-test
 	bin/kubernetes-test -go '$(GO)' $(if $(ONLY),-only '$(ONLY)') $(if $(KEEP),-keep)
 

@@ -98,7 +98,8 @@ func (h *health) serveHealthz(w http.ResponseWriter, _ *http.Request) {
 	_, _ = fmt.Fprintln(w, "ok")
 }
 
-// serveReadyz says what is wrong, and with ?verbose also what is needed and right.
+// serveReadyz says what is wrong, and with ?verbose also what is needed and right. With ?online a daemon is not ready that has not reached
+// etcd since its start and works from memory: whoever replaces daemons one after the other is to stop there.
 func (h *health) serveReadyz(w http.ResponseWriter, r *http.Request) {
 	code, text := http.StatusOK, ""
 	problems := h.list()
@@ -111,7 +112,7 @@ func (h *health) serveReadyz(w http.ResponseWriter, r *http.Request) {
 	}
 	for _, p := range problems {
 		word := "degraded"
-		if p.Fatal {
+		if p.Fatal || p.Name == string(condOffline) && r.URL.Query().Has("online") {
 			code, word = http.StatusServiceUnavailable, "not ready"
 		}
 		text += fmt.Sprintf("%s: %s: %s (since %s)\n", word, p.Name, p.Reason, p.Since.Format(time.RFC3339))

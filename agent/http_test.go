@@ -61,6 +61,16 @@ func TestReadyz(t *testing.T) {
 	if code, text := ask("/readyz"); code != 200 || !strings.Contains(text, "degraded: etcd: connection refused (since ") {
 		t.Errorf("degraded: %d %s", code, text)
 	}
+	if code, _ := ask("/readyz?online"); code != 200 {
+		t.Errorf("etcd, which was reached before, is away: %d", code)
+	}
+	h.set(condOffline, errors.New("not since the start"))
+	if code, _ := ask("/readyz"); code != 200 {
+		t.Errorf("offline: %d", code)
+	}
+	if code, text := ask("/readyz?online"); code != 503 || !strings.Contains(text, "not ready: offline: not since the start") || !strings.Contains(text, "degraded: etcd: ") {
+		t.Errorf("offline, of one that must not be: %d %s", code, text)
+	}
 	h.set(condLease, errors.New("gone"))
 	if code, text := ask("/readyz?verbose"); code != 503 || !strings.Contains(text, "not ready: lease: gone") || strings.Contains(text, "ok: lease") || !strings.Contains(text, "ok: kernel") {
 		t.Errorf("without a lease: %d %s", code, text)

@@ -102,17 +102,25 @@ func (k *Cluster) Boot(ctx context.Context, n *Node, images []string) error {
 	if err := n.Import(ctx, images...); err != nil {
 		return err
 	}
+	if err := k.StartKubelet(n); err != nil {
+		return err
+	}
+	return k.Proxy(n, k.ProxyMode)
+}
+
+// StartKubelet starts the kubelet on a node; where it runs, it is stopped before.
+func (k *Cluster) StartKubelet(n *Node) error {
+	if old := n.daemons["kubelet"]; old != nil {
+		old.Stop()
+	}
 	f := k.pki.path
-	config, err = k.write(n, "kubelet.yaml", fmt.Sprintf(kubeletConfig, n.Cgroup(), f("ca.crt"), f(n.Name+"-server.crt"), f(n.Name+"-server.key"), DNSService))
+	config, err := k.write(n, "kubelet.yaml", fmt.Sprintf(kubeletConfig, n.Cgroup(), f("ca.crt"), f(n.Name+"-server.crt"), f(n.Name+"-server.key"), DNSService))
 	if err != nil {
 		return err
 	}
 	n.daemons["kubelet"], err = n.Start("kubelet", k.Kubernetes, "kubelet", "--config="+config, "--kubeconfig="+f(n.Name+".kubeconfig"),
 		"--hostname-override="+n.Name, "--node-ip="+n.IP.String()+","+n.IP6.String(), "--v=2")
-	if err != nil {
-		return err
-	}
-	return k.Proxy(n, k.ProxyMode)
+	return err
 }
 
 // Proxy starts kube-proxy on a node; where it runs, it is stopped before, and its rules are removed.

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/overlayd/overlayd/test/kubernetes/cluster"
+	"github.com/overlayd/overlayd/test/kubernetes/nodes"
 )
 
 // Tags of the image: what is installed, and what it is upgraded to.
@@ -19,6 +20,9 @@ const (
 	First  = Image + ":" + first
 	Second = Image + ":" + second
 )
+
+// nowhere is the address of no etcd: nobody listens there.
+const nowhere = "https://" + nodes.ControlIP + ":2999"
 
 const network = `{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48", "Backend": {"Type": "vxlan"}}`
 

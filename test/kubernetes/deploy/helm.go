@@ -49,14 +49,23 @@ func (d Helm) Install(ctx context.Context) error {
 
 // Upgrade takes another image, and waits until every node has it.
 func (d Helm) Upgrade(ctx context.Context) error {
-	if err := d.change(ctx, "image.tag="+second); err != nil {
+	if err := d.change(ctx, "image.tag="+second, "etcd.endpoints={"+cluster.OverlayEtcd+"}"); err != nil {
 		return err
 	}
 	return d.rollout(ctx, "overlayd", "overlayd")
 }
 
-func (d Helm) change(ctx context.Context, value string) error {
-	return d.helm(ctx, "upgrade", "overlayd", d.chart, "--reset-then-reuse-values", "--set", value)
+// Misconfigure has the daemons ask an etcd that is not there.
+func (d Helm) Misconfigure(ctx context.Context) error {
+	return d.change(ctx, "etcd.endpoints={"+nowhere+"}")
+}
+
+func (d Helm) change(ctx context.Context, values ...string) error {
+	args := []string{"upgrade", "overlayd", d.chart, "--reset-then-reuse-values"}
+	for _, v := range values {
+		args = append(args, "--set", v)
+	}
+	return d.helm(ctx, args...)
 }
 
 // Uninstall cleans the nodes first, as the chart's notes say.

@@ -57,7 +57,7 @@ func (d Kustomize) remove(ctx context.Context) error {
 	return err
 }
 
-func with(tag string) string { return fmt.Sprintf(kustomization, cluster.OverlayEtcd, Image, tag) }
+func with(etcd, tag string) string { return fmt.Sprintf(kustomization, etcd, Image, tag) }
 
 // Install makes the namespace with the certificates for etcd, and applies.
 func (d Kustomize) Install(ctx context.Context) error {
@@ -67,15 +67,20 @@ func (d Kustomize) Install(ctx context.Context) error {
 	if err := d.secret(ctx); err != nil {
 		return err
 	}
-	return d.apply(ctx, with(first))
+	return d.apply(ctx, with(cluster.OverlayEtcd, first))
 }
 
 // Upgrade applies with another image, and waits until every node has it.
 func (d Kustomize) Upgrade(ctx context.Context) error {
-	if err := d.apply(ctx, with(second)); err != nil {
+	if err := d.apply(ctx, with(cluster.OverlayEtcd, second)); err != nil {
 		return err
 	}
 	return d.rollout(ctx, "overlayd", "overlayd")
+}
+
+// Misconfigure applies with an etcd that is not there.
+func (d Kustomize) Misconfigure(ctx context.Context) error {
+	return d.apply(ctx, with(nowhere, second))
 }
 
 // Uninstall does what dist/kubernetes/uninstall says.

@@ -141,6 +141,7 @@ func (s *Suite) otherProxy(ctx context.Context) error {
 // changes are the rows on what may happen to a running cluster.
 func (s *Suite) changes(ctx context.Context) {
 	s.pinging(ctx, "rolling update of the DaemonSet, under ping", s.Overlay.Upgrade)
+	s.pinging(ctx, "an upgrade with a wrong etcd endpoint stops at its first node, under ping", s.wrongUpgrade)
 	s.pinging(ctx, "overlayd's etcd away for a minute, under ping", func(ctx context.Context) error { return s.away(ctx, "overlay-etcd") })
 	s.pinging(ctx, "API server away for a minute, under ping", func(ctx context.Context) error { return s.away(ctx, "kube-apiserver") })
 	s.pinging(ctx, "110 pods on a node, under ping", s.crowd)
@@ -170,6 +171,12 @@ func (s *Suite) chart(ctx context.Context) error {
 		return err
 	}
 	s.Overlay = s.Chart
+	// A kubelet that has never been ready says so at once when it is; one that was before looks every ten seconds only.
+	for _, n := range s.K.Nodes {
+		if err := s.K.StartKubelet(n); err != nil {
+			return err
+		}
+	}
 	if err := s.must(ctx, installed, s.install); err != nil {
 		return err
 	}
@@ -197,6 +204,33 @@ func (s *Suite) pinging(ctx context.Context, name string, f func(ctx context.Con
 		other := func(p place) bool { return len(only) > 0 && !slices.Contains(only, p.node) }
 		return under(ctx, slices.DeleteFunc(clients, other), slices.DeleteFunc(servers, other), func() error { return f(ctx) })
 	})
+}
+
+// wrongUpgrade waits until a node has a wrong setting, sees that no other gets it, and mends it.
+func (s *Suite) wrongUpgrade(ctx context.Context) error {
+	if err := s.Overlay.Misconfigure(ctx); err != nil {
+		return err
+	}
+	rollout := func() error {
+		var d struct {
+			Status struct{ UpdatedNumberScheduled, NumberReady int }
+		}
+		if err := s.K.Get(ctx, &d, "-n", "overlayd", "daemonset", "overlayd"); err != nil {
+			return err
+		}
+		if got := d.Status; got.UpdatedNumberScheduled != 1 || got.NumberReady != len(s.K.Nodes)-1 {
+			return fmt.Errorf("%d nodes have the wrong setting, and %d of %d are ready", got.UpdatedNumberScheduled, got.NumberReady, len(s.K.Nodes))
+		}
+		return nil
+	}
+	err := cluster.Poll(ctx, 30*time.Second, "the first node", rollout)
+	for end := time.Now().Add(20 * time.Second); err == nil && time.Now().Before(end); time.Sleep(time.Second) {
+		err = rollout()
+	}
+	if err = errors.Join(err, s.Overlay.Upgrade(ctx)); err != nil {
+		return err
+	}
+	return cluster.Poll(ctx, 30*time.Second, "overlayd", func() error { return s.Overlay.Healthy(ctx) })
 }
 
 // away stops a daemon of the control plane for a minute.

@@ -31,6 +31,8 @@ type Overlay interface {
 	Install(ctx context.Context) error
 	// Upgrade takes another image, and returns when all nodes have it.
 	Upgrade(ctx context.Context) error
+	// Misconfigure gives it a wrong setting, as an operator does by mistake. Upgrade mends it.
+	Misconfigure(ctx context.Context) error
 	// Healthy tells what is wrong with it, on any node.
 	Healthy(ctx context.Context) error
 	// Forget takes a node that is gone for good out of the network.
