@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -23,6 +24,13 @@ func storeChecks() []check {
 // etcdctl is a command line with the node's own settings. A password is asked for.
 func (f Facts) etcdctl(args string) string {
 	o := f.storeOptions()
+	if f.Service.inKubernetes() { // the files are the pod's, which has no etcdctl: whoever has it has them by these names from the secret
+		for _, file := range []*string{&o.CAFile, &o.CertFile, &o.KeyFile} {
+			if *file != "" {
+				*file = filepath.Base(*file)
+			}
+		}
+	}
 	s := "etcdctl --endpoints=" + strings.Join(o.Endpoints, ",")
 	for _, x := range [][2]string{{"--cacert=", o.CAFile}, {"--cert=", o.CertFile}, {"--key=", o.KeyFile}, {"--user=", o.Username}} {
 		if x[1] != "" {

@@ -206,6 +206,26 @@ func TestAnothersLease(t *testing.T) {
 	}
 }
 
+// In a pod, etcdctl is somewhere else, and has the secret's files by their names.
+func TestEtcdctlOfAPod(t *testing.T) {
+	t.Parallel()
+	f := healthy(t)
+	f.Settings.Store.CAFile, f.Settings.Store.CertFile, f.Settings.Store.KeyFile = "/etc/tls/ca.crt", "/etc/tls/tls.crt", "/etc/tls/tls.key"
+	f.GivenEndpoints = true
+	for _, tt := range []struct {
+		service Service
+		want    string
+	}{
+		{Service{}, "--cacert=/etc/tls/ca.crt --cert=/etc/tls/tls.crt --key=/etc/tls/tls.key get x"},
+		{Service{Namespace: "net", Pod: "overlayd-x7"}, "--cacert=ca.crt --cert=tls.crt --key=tls.key get x"},
+	} {
+		f.Service = tt.service
+		if got := f.etcdctl("get x"); !strings.HasSuffix(got, " "+tt.want) {
+			t.Errorf("%+v: %s", tt.service, got)
+		}
+	}
+}
+
 // Rules are shown as nft writes them.
 func TestRulesAreShown(t *testing.T) {
 	t.Parallel()
