@@ -63,7 +63,16 @@ func Build(ctx context.Context, o Options) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	s := spec{o.Arch, o.Names, o.Version, o.Created.UTC(), layers}
+	created := o.Created.UTC()
+	s := spec{
+		arch: o.Arch, names: o.Names, version: o.Version, created: created, layers: layers,
+		entrypoint: []string{"/usr/local/bin/overlayd"},
+		env:        []string{"PATH=/usr/local/bin:/usr/sbin:/usr/bin", "SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"},
+		labels: map[string]string{
+			"org.opencontainers.image.title": "overlayd", "org.opencontainers.image.version": o.Version, "org.opencontainers.image.licenses": "Apache-2.0",
+			"org.opencontainers.image.source": "https://github.com/overlayd/overlayd", "org.opencontainers.image.created": created.Format(time.RFC3339),
+		},
+	}
 	packed, sizes, err := s.pack()
 	if err != nil {
 		return Result{}, err
@@ -78,6 +87,25 @@ func Build(ctx context.Context, o Options) (Result, error) {
 		return r, err
 	}
 	return r, os.WriteFile(r.SBOM, list, 0o644)
+}
+
+// Program writes an image of one static program and nothing else, as the tests on a cluster need it: under these names, with the program
+// at /NAME as its entrypoint.
+func Program(archive string, arch Arch, name, file string, names ...string) (Result, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return Result{}, err
+	}
+	content := tree{}
+	content.add(name, 0o755, data)
+	s := spec{arch: arch, names: names, created: time.Unix(0, 0).UTC(), layers: []layer{{name, content}}, entrypoint: []string{"/" + name}}
+	packed, sizes, err := s.pack()
+	if err != nil {
+		return Result{}, err
+	}
+	r := Result{Archive: archive, Sizes: sizes}
+	r.Size, err = save(archive, packed)
+	return r, err
 }
 
 // assemble makes the layers: what changes most seldom comes first, so that an upgrade of overlayd loads the last one only.

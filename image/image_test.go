@@ -520,3 +520,24 @@ func TestLicences(t *testing.T) {
 		t.Error(purlEscape("2:6.3.0+dfsg-3"))
 	}
 }
+
+// An image of one program, as the tests on a cluster use it.
+func TestProgram(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "echo")
+	if err := os.WriteFile(file, []byte("a program"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := Program(filepath.Join(dir, "echo.tar"), ARM64, "echo", file, "registry.example.net/overlayd:a", "registry.example.net/overlayd:b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := open(t, r)
+	if o.config.Architecture != "arm64" || !slices.Equal(o.config.Config.Entrypoint, []string{"/echo"}) {
+		t.Errorf("%+v", o.config)
+	}
+	if f := o.root["echo"]; len(o.root) != 1 || string(f.data) != "a program" || f.mode != 0o755 {
+		t.Errorf("%+v", o.root)
+	}
+}

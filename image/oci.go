@@ -122,29 +122,25 @@ func hash(data []byte) string {
 
 // spec says what an image is to be.
 type spec struct {
-	arch    Arch
-	names   []string // repository:tag
-	version string
-	created time.Time
-	layers  []layer
+	arch       Arch
+	names      []string // repository:tag
+	version    string
+	created    time.Time
+	layers     []layer
+	entrypoint []string
+	env        []string
+	labels     map[string]string
 }
 
 // pack makes the archive. It also returns the digest of the manifest, and the sizes.
 func (s spec) pack() (*archive, Sizes, error) {
 	a := &archive{data: map[string][]byte{}}
 	var sizes Sizes
-	labels := map[string]string{
-		"org.opencontainers.image.title": "overlayd", "org.opencontainers.image.version": s.version, "org.opencontainers.image.licenses": "Apache-2.0",
-		"org.opencontainers.image.source": "https://github.com/overlayd/overlayd", "org.opencontainers.image.created": s.created.Format(time.RFC3339),
-	}
 	c := imageConfig{
 		platform: s.platform(), Created: s.created, RootFS: rootFS{Type: "layers"},
-		Config: containerConfig{
-			User: "0:0", Entrypoint: []string{"/usr/local/bin/overlayd"}, WorkingDir: "/", Labels: labels,
-			Env: []string{"PATH=/usr/local/bin:/usr/sbin:/usr/bin", "SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"},
-		},
+		Config:  containerConfig{User: "0:0", Entrypoint: s.entrypoint, WorkingDir: "/", Labels: s.labels, Env: s.env},
 	}
-	m := manifest{SchemaVersion: 2, MediaType: typeManifest, Annotations: labels}
+	m := manifest{SchemaVersion: 2, MediaType: typeManifest, Annotations: s.labels}
 	docker := dockerManifest{RepoTags: s.names}
 	for _, l := range s.layers {
 		plain, err := l.files.tar()

@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/overlayd/overlayd/test/kubernetes/oci"
+	"github.com/overlayd/overlayd/image"
 )
 
 // Names of the images.
@@ -74,13 +74,12 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 	if err := b.compile(ctx, "test/kubernetes", "./cmd/netcheck", out.Netcheck, "-s -w"); err != nil {
 		return out, err
 	}
-	images := map[string]oci.Image{
-		"netcheck.tar": {Names: []string{NetcheckImage, pauseImage}, Files: map[string]string{"netcheck": out.Netcheck}, Entrypoint: []string{"/netcheck"}},
-		"coredns.tar":  {Names: []string{CoreDNSImage}, Files: map[string]string{"coredns": dns}, Entrypoint: []string{"/coredns"}},
-	}
-	for name, image := range images {
-		path := filepath.Join(b.Cache, name)
-		if err := image.Write(path); err != nil {
+	for _, x := range []struct {
+		name, program string
+		names         []string
+	}{{"netcheck", out.Netcheck, []string{NetcheckImage, pauseImage}}, {"coredns", dns, []string{CoreDNSImage}}} {
+		path := filepath.Join(b.Cache, x.name+".tar")
+		if _, err := image.Program(path, image.Arch(runtime.GOARCH), x.name, x.program, x.names...); err != nil {
 			return out, err
 		}
 		out.Images = append(out.Images, path)
