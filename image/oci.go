@@ -138,7 +138,7 @@ func (s spec) pack() (*archive, Sizes, error) {
 	var sizes Sizes
 	c := imageConfig{
 		platform: s.platform(), Created: s.created, RootFS: rootFS{Type: "layers"},
-		Config:  containerConfig{User: "0:0", Entrypoint: s.entrypoint, WorkingDir: "/", Labels: s.labels, Env: s.env},
+		Config: containerConfig{User: "0:0", Entrypoint: s.entrypoint, WorkingDir: "/", Labels: s.labels, Env: s.env},
 	}
 	m := manifest{SchemaVersion: 2, MediaType: typeManifest, Annotations: s.labels}
 	docker := dockerManifest{RepoTags: s.names}
