@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -127,14 +128,15 @@ type Agent struct {
 func New(o Options, p Parts) *Agent {
 	h := newHealth(p.Log, time.Now)
 	instruments := metrics.NewInstruments()
+	dir := stateDir{o.StateDir, "/" + strings.Trim(p.About.Prefix, "/")}
 	return &Agent{
 		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, control: p.Control, level: p.LogLevel, about: p.About, log: p.Log,
-		questions: make(chan func()), state: stateDir(o.StateDir),
+		questions: make(chan func()), state: dir,
 		firewall: &firewall{
 			driver: p.Firewall, changed: p.FirewallChanged, resync: o.IPTablesResync, health: h, log: p.Log, took: instruments.Firewall,
 			drift: newDriftLog(p.Log), wishes: newMailbox[[]masquerade.Input](),
 		},
-		keeper: newKeeper(stateDir(o.StateDir), o.Identity, h),
+		keeper: newKeeper(dir, o.Identity, h),
 		peers:  peerLog{log: p.Log},
 		drift:  newDriftLog(p.Log),
 		mesh:   newMesh(h, o.MeshProbe),

@@ -62,7 +62,7 @@ func TestWriteIfChanged(t *testing.T) {
 
 func TestStateDir(t *testing.T) {
 	t.Parallel()
-	d, self := stateDir(filepath.Join(t.TempDir(), "state")), subnet.Identity{NodeName: "self", NodeID: "id-self"}
+	d, self := stateDir{filepath.Join(t.TempDir(), "state"), "/a/network"}, subnet.Identity{NodeName: "self", NodeID: "id-self"}
 	if got, err := d.load(self); !reflect.DeepEqual(got, memory{}) || err != nil {
 		t.Fatalf("a new node remembers %+v, %v", got, err)
 	}
@@ -72,6 +72,7 @@ func TestStateDir(t *testing.T) {
 	if err := d.save(want); err != nil {
 		t.Fatal(err)
 	}
+	want.Prefix = d.prefix
 	got, err := d.load(self)
 	if err != nil || !reflect.DeepEqual(got, want) || got.subnets() != sn {
 		t.Fatalf("got %+v, %v, want %+v", got, err, want)
@@ -79,6 +80,10 @@ func TestStateDir(t *testing.T) {
 	table, err := got.table()
 	if err != nil || table.Config != config(t, onlyV4) || len(table.Entries) != 2 || table.Entries[1].Attrs != peer(2).Attrs {
 		t.Errorf("table %+v, %v", table, err)
+	}
+	other := stateDir{d.path, "/another/network"}
+	if got, err := other.load(self); err != nil || got.subnets() != sn || got.Config != nil || got.Peers != nil || got.Expires.After(time.Now()) {
+		t.Errorf("of another network: %+v, %v", got, err)
 	}
 	if got, err := d.load(subnet.Identity{NodeName: "clone", NodeID: "id-clone"}); !reflect.DeepEqual(got, memory{}) || err == nil || !strings.Contains(err.Error(), "id-self") {
 		t.Errorf("a clone remembers %+v, %v", got, err)

@@ -15,13 +15,16 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// stateDir is where a node keeps what it has to know after a restart.
-type stateDir string
+// stateDir is where a node keeps what it has to know after a restart, of the network under this prefix of the store.
+type stateDir struct {
+	path, prefix string
+}
 
 // memory is the content of the state directory's lease.json: enough to bring the node's network up again while etcd is away.
 type memory struct {
 	Node    subnet.Identity // whose memory it is: an image of a disk may be another machine's now
 	Saved   time.Time
+	Prefix  string `json:",omitempty"` // of the store: which network it is about
 	Subnets string // this node's, in the form of a lease's key
 	// Expires is when the lease ends unless it was renewed since; until then nobody else can have the subnets. Zero: never.
 	Expires time.Time
@@ -36,16 +39,17 @@ type memorizedPeer struct {
 	Value json.RawMessage
 }
 
-func (d stateDir) leaseFile() string { return filepath.Join(string(d), "lease.json") }
-func (d stateDir) movedFile() string { return filepath.Join(string(d), "subnet-changed") }
+func (d stateDir) leaseFile() string { return filepath.Join(d.path, "lease.json") }
+func (d stateDir) movedFile() string { return filepath.Join(d.path, "subnet-changed") }
 
 // Files lists all that a daemon may leave in its state directory.
 func Files(dir string) []string {
-	return []string{stateDir(dir).leaseFile(), stateDir(dir).movedFile()}
+	d := stateDir{path: dir}
+	return []string{d.leaseFile(), d.movedFile()}
 }
 
-// load returns what this node remembers; a new node remembers nothing. An error says that something could not be read; the
-// subnets may still have been.
+// load returns what this node remembers; a new node remembers nothing. Of a network under another prefix only the own subnet counts, as a
+// wish: its config and its peers are not those of this one.
 func (d stateDir) load(id subnet.Identity) (memory, error) {
 	raw, err := os.ReadFile(d.leaseFile())
 	if errors.Is(err, os.ErrNotExist) {
@@ -64,10 +68,14 @@ func (d stateDir) load(id subnet.Identity) (memory, error) {
 	if m.Node != id {
 		return memory{}, fmt.Errorf("%s is the memory of node %q (id %q), not of this one: it is left aside", d.leaseFile(), m.Node.NodeName, m.Node.NodeID)
 	}
+	if m.Prefix != "" && m.Prefix != d.prefix {
+		m.Config, m.Peers, m.Revision, m.Expires = nil, nil, 0, m.Saved
+	}
 	return m, nil
 }
 
 func (d stateDir) save(m memory) error {
+	m.Prefix = d.prefix
 	raw, err := m.encode()
 	if err != nil {
 		return err

@@ -94,6 +94,7 @@ func (p peer) family() addr.Family { return addr.FamilyOf(p.subnet.Addr()) }
 type memory struct {
 	Node    subnet.Identity
 	Saved   time.Time
+	Prefix  string // "": not noted
 	Subnets string
 	Expires time.Time
 	Config  json.RawMessage
@@ -270,6 +271,9 @@ func (f *Facts) remember() {
 	if m := f.Memory; !f.Daemon.Running && !f.GivenIdentity && m != nil && m.Node.Check() == nil {
 		f.IdentityFromMemory = m.Node != f.Identity
 		f.Identity, f.IdentityErr = m.Node, nil
+	}
+	if m := f.Memory; m != nil && m.Prefix != "" && m.Prefix != f.prefix() {
+		m.Config, m.Peers = nil, nil // those of another network, as the daemon sees it
 	}
 }
 

@@ -636,3 +636,21 @@ func TestManyFaults(t *testing.T) {
 		t.Errorf("it took %s", took)
 	}
 }
+
+// What the daemon remembers of another network says nothing of this one.
+func TestMemoryOfAnotherNetwork(t *testing.T) {
+	t.Parallel()
+	for prefix, want := range map[string]bool{"": true, "/overlayd/network": true, "/another/network": false} {
+		dir := t.TempDir()
+		content := fmt.Sprintf(`{"Node":{"NodeName":"n1","NodeID":"id1"},"Prefix":%q,"Subnets":"10.244.1.0-24","Config":{},"Peers":[{"Key":"k","Value":{}}]}`, prefix)
+		if err := os.WriteFile(filepath.Join(dir, "lease.json"), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f := healthy(t)
+		f.StateDir = dir
+		f.remember()
+		if f.MemoryErr != nil || f.Memory == nil || (f.Memory.Config != nil) != want || (f.Memory.Peers != nil) != want || f.Memory.Subnets == "" {
+			t.Errorf("%q: %+v, %v", prefix, f.Memory, f.MemoryErr)
+		}
+	}
+}
