@@ -272,7 +272,7 @@ func (f *Facts) remember() {
 		f.IdentityFromMemory = m.Node != f.Identity
 		f.Identity, f.IdentityErr = m.Node, nil
 	}
-	if m := f.Memory; m != nil && m.Prefix != "" && m.Prefix != f.prefix() {
+	if m := f.Memory; m != nil && m.Prefix != "" && m.Prefix != storePrefix(f.storeOptions()) {
 		m.Config, m.Peers = nil, nil // those of another network, as the daemon sees it
 	}
 }

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -40,12 +41,10 @@ func (f Facts) etcdctl(args string) string {
 	return s + " " + args
 }
 
-func (f Facts) prefix() string {
-	p := f.storeOptions().Prefix
-	if p == "" {
-		p = etcd.DefaultPrefix
-	}
-	return "/" + strings.Trim(p, "/")
+func (f Facts) prefix() string { return storePrefix(f.storeOptions()) }
+
+func storePrefix(o etcd.Options) string {
+	return "/" + strings.Trim(cmp.Or(o.Prefix, etcd.DefaultPrefix), "/")
 }
 
 // asked says why nothing is known of the store.
