@@ -521,15 +521,18 @@ func (a *Agent) claimProblem() error {
 	return a.snap.ClaimErr
 }
 
-func (a *Agent) forwarding() []netstate.Sysctl {
-	if !a.opts.IPForward {
-		return nil
-	}
+// settings are those of the kernel that are the node's, not a device's.
+func (a *Agent) settings() []netstate.Sysctl {
 	var out []netstate.Sysctl
 	for _, f := range a.config.Families() {
-		out = append(out, netstate.Forwarding(f))
+		if a.opts.BridgeNetfilter {
+			out = append(out, netstate.BridgeNetfilter(f))
+		}
+		if a.opts.IPForward {
+			out = append(out, netstate.Forwarding(f))
+		}
 	}
-	if a.config.Pools.V6.On() {
+	if a.opts.IPForward && a.config.Pools.V6.On() {
 		// A node that forwards takes no router advertisements any more, unless it is told to: it would lose its own way out.
 		for _, link := range a.host.AdvertisedBy() {
 			out = append(out, netstate.Sysctl{Path: "net/ipv6/conf/" + link + "/accept_ra", Value: "2"})

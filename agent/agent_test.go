@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -774,6 +775,47 @@ func TestForwardingKeepsAdvertisedRoutes(t *testing.T) {
 			t.Errorf("settings %v", r.state().Sysctls)
 		}
 		r.table(onlyV4)
+	})
+}
+
+// Without the module br_netfilter the node is degraded and says what to load; without the option nobody asks.
+func TestBridgeNetfilter(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(dual)
+		asked := func() (n int) {
+			for _, s := range locked(r.kernel, func(k *fakeKernel) netstate.State { return k.want }).Sysctls {
+				if strings.HasPrefix(s.Path, "net/bridge/") {
+					n++
+				}
+			}
+			return n
+		}
+		if asked() != 0 {
+			t.Errorf("settings %v", r.state().Sysctls)
+		}
+		r.stop()
+		r = newAgent(r)
+		r.agent.opts.BridgeNetfilter = true
+		r.start()
+		defer r.stop()
+		r.change(func() {
+			r.kernel.refuse = func(c netstate.Change) error {
+				if s, ok := c.Obj.(netstate.Sysctl); ok && s.Path == "net/bridge/bridge-nf-call-iptables" {
+					return &fs.PathError{Op: "open", Path: s.Path, Err: fs.ErrNotExist}
+				}
+				return nil
+			}
+		})
+		r.table(dual, peer(1))
+		if asked() != 2 {
+			t.Errorf("settings %v", r.state().Sysctls)
+		}
+		if p := r.problem(condSettings); !strings.Contains(p, "modprobe br_netfilter") || !strings.Contains(p, "--bridge-netfilter=false") || strings.Contains(p, "ip6tables") {
+			t.Errorf("problem %q", p)
+		}
+		if p := r.problem(condKernel); p != "" {
+			t.Errorf("problem %q", p)
+		}
 	})
 }
 

@@ -16,12 +16,15 @@ type Options struct {
 	SubnetFile string
 	StateDir   string
 
-	IPMasq         bool
-	MasqExclude    []netip.Prefix // destinations that see the pods' own addresses
-	ForwardRules   bool
-	IPForward      bool
-	IPTablesResync time.Duration
-	MeshProbe      bool // ping the other nodes
+	IPMasq       bool
+	MasqExclude  []netip.Prefix // destinations that see the pods' own addresses
+	ForwardRules bool
+	IPForward    bool
+	// BridgeNetfilter has the kernel show to iptables what crosses a bridge: kube-proxy needs it where a service's pod and its client are on
+	// one node.
+	BridgeNetfilter bool
+	IPTablesResync  time.Duration
+	MeshProbe       bool // ping the other nodes
 
 	// StalePeerGrace is how long peers are kept whose leases vanished because etcd lost its data.
 	StalePeerGrace time.Duration

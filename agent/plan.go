@@ -119,7 +119,7 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	plan := be.Plan(in)
 	in.Peers = nil
 	desired := plan.State
-	desired.Sysctls = append(desired.Sysctls, a.forwarding()...)
+	desired.Sysctls = append(desired.Sysctls, a.settings()...)
 	slices.SortFunc(desired.Sysctls, netstate.Sysctl.Compare)
 	inTheWay := shadowed(a.host, desired)
 	p := &planned{

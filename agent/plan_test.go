@@ -39,7 +39,7 @@ func TestAdjustedIsWhatWouldBePlanned(t *testing.T) {
 				in := r.agent.planned.input
 				in.Peers = r.agent.roster.Peers()
 				plan := backendOf(in.Config.Backend.Type).Plan(in)
-				want := netstate.Merge(plan.State, netstate.State{Sysctls: r.agent.forwarding()})
+				want := netstate.Merge(plan.State, netstate.State{Sysctls: r.agent.settings()})
 				if got := locked(r.kernel, func(k *fakeKernel) netstate.State { return k.want }); !reflect.DeepEqual(got, want) {
 					t.Fatalf("step %d: to do to get to the plan: %v", step, netstate.Diff(got, want))
 				}

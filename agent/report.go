@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/netip"
 	"slices"
@@ -86,6 +87,11 @@ func failures(failed []netstate.Failure) (major, minor error) {
 	for _, f := range failed {
 		s, setting := f.Obj.(netstate.Sysctl)
 		switch {
+		case setting && strings.HasPrefix(s.Path, "net/bridge/") && errors.Is(f, fs.ErrNotExist):
+			less = append(less, fmt.Sprintf("%s is not there: load the module br_netfilter on the host (modprobe br_netfilter), or pods lose the answers of services "+
+				"whose pod is on their own node (or --bridge-netfilter=false)", s.Path))
+		case setting && strings.HasPrefix(s.Path, "net/bridge/"):
+			less = append(less, f.Error())
 		case setting && strings.HasSuffix(s.Path, "/accept_ra"):
 			if !noLink { // it may be that of the device
 				less = append(less, f.Error())

@@ -112,6 +112,14 @@ func Forwarding(f addr.Family) Sysctl {
 	return Sysctl{"net/ipv6/conf/all/forwarding", "1"}
 }
 
+// BridgeNetfilter has iptables see what crosses the bridges of this node. The setting is there once the module br_netfilter is loaded.
+func BridgeNetfilter(f addr.Family) Sysctl {
+	if f == addr.IPv4 {
+		return Sysctl{"net/bridge/bridge-nf-call-iptables", "1"}
+	}
+	return Sysctl{"net/bridge/bridge-nf-call-ip6tables", "1"}
+}
+
 // Compare orders addresses by key.
 func (a Address) Compare(o Address) int {
 	if a.Link != o.Link {

@@ -44,6 +44,7 @@ type flags struct {
 	publicIP, publicIPv6 string
 	ipMasq, forwardRules bool
 	ipForward            bool
+	bridgeNetfilter      bool
 	sysctlDir            string
 	masqExclude          []string
 	firewall, iptables   string
@@ -92,6 +93,7 @@ func (f *flags) addDaemon(s *pflag.FlagSet) {
 	s.StringSliceVar(&f.masqExclude, "ip-masq-exclude", nil, "`network` (CIDR) that sees the pods' own addresses; repeatable")
 	s.BoolVar(&f.forwardRules, "iptables-forward-rules", true, "accept the pod network's packets in the FORWARD chain")
 	s.BoolVar(&f.ipForward, "ip-forward", true, "switch on forwarding in the kernel for the families in use")
+	s.BoolVar(&f.bridgeNetfilter, "bridge-netfilter", false, "keep net.bridge.bridge-nf-call-iptables and -ip6tables on, as kube-proxy needs it (module br_netfilter)")
 	s.StringVar(&f.sysctlDir, "sysctl-dir", "/proc/sys", "`directory` where settings of the kernel are written; in a container, a mount of the host's")
 	f.iptablesResync = seconds(10 * time.Second)
 	s.Var(&f.iptablesResync, "iptables-resync", "how often the firewall rules are looked at; a number is in seconds")
@@ -182,7 +184,7 @@ func (f flags) agentOptions() (agent.Options, error) {
 	}
 	o := agent.Options{
 		Identity: id, SubnetFile: f.subnetFile, StateDir: f.stateDir, IPMasq: f.ipMasq, ForwardRules: f.forwardRules,
-		IPForward: f.ipForward, MeshProbe: f.meshProbe, IPTablesResync: time.Duration(f.iptablesResync), StalePeerGrace: time.Duration(f.stalePeerGrace),
+		IPForward: f.ipForward, BridgeNetfilter: f.bridgeNetfilter, MeshProbe: f.meshProbe, IPTablesResync: time.Duration(f.iptablesResync), StalePeerGrace: time.Duration(f.stalePeerGrace),
 	}
 	var errs []error
 	o.Interface, err = f.interfaceOptions()

@@ -80,6 +80,7 @@ func TestSame(t *testing.T) {
 	if refs != 2 {
 		t.Errorf("expected two references to ConfigMaps, found %d", refs)
 	}
+	inline(t, ours)
 	theirs, _ := helm(t, "")
 	same(t, ours, theirs)
 
@@ -100,7 +101,9 @@ func TestComponents(t *testing.T) {
 		{"pod-monitor", `podMonitor: {enabled: true}`},
 	} {
 		t.Run(c.component, func(t *testing.T) {
-			ours := get[apps.DaemonSet](t, kustomize(t, kustomizeDir, c.component), "DaemonSet overlayd").Spec.Template.Spec
+			objs := kustomize(t, kustomizeDir, c.component)
+			inline(t, objs)
+			ours := get[apps.DaemonSet](t, objs, "DaemonSet overlayd").Spec.Template.Spec
 			out, _ := helm(t, c.values)
 			theirs := get[apps.DaemonSet](t, out, "DaemonSet overlayd").Spec.Template.Spec
 			for _, s := range []*core.PodSpec{&ours, &theirs} {
@@ -108,9 +111,6 @@ func TestComponents(t *testing.T) {
 					if s.Volumes[i].ConfigMap != nil {
 						s.Volumes[i].ConfigMap.Name = ""
 					}
-				}
-				for i := range s.Containers {
-					s.Containers[i].EnvFrom = nil
 				}
 				sortSpec(s)
 			}
@@ -166,6 +166,20 @@ func count[T any](all []T, is func(T) bool) (n int) {
 	return n
 }
 
+// inline puts the settings into the environment of the container, where the chart has them.
+func inline(t *testing.T, objs objects) {
+	t.Helper()
+	c := &get[apps.DaemonSet](t, objs, "DaemonSet overlayd").Spec.Template.Spec.Containers[0]
+	for _, from := range c.EnvFrom {
+		key := "ConfigMap " + from.ConfigMapRef.Name
+		for name, value := range get[core.ConfigMap](t, objs, key).Data {
+			c.Env = append(c.Env, core.EnvVar{Name: name, Value: value})
+		}
+		delete(objs, key)
+	}
+	c.EnvFrom = nil
+}
+
 // sortSpec brings lists into an order in which the order means nothing.
 func sortSpec(s *core.PodSpec) {
 	slices.SortFunc(s.Volumes, func(a, b core.Volume) int { return strings.Compare(a.Name, b.Name) })
@@ -199,6 +213,9 @@ func same(t *testing.T, ours, theirs objects) {
 	}
 	for _, o := range []objects{ours, theirs} {
 		for _, obj := range o {
+			if ds, ok := obj.(*apps.DaemonSet); ok {
+				sortSpec(&ds.Spec.Template.Spec)
+			}
 			if cm, ok := obj.(*core.ConfigMap); ok {
 				for name, text := range cm.Data {
 					if strings.HasPrefix(text, "{") { // JSON, in whatever form
@@ -338,9 +355,15 @@ func checkContainer(t *testing.T, c core.Container) {
 // Everything that is set reaches the place where it belongs.
 func TestValues(t *testing.T) {
 	objs, notes := helm(t, everything)
-	settings := get[core.ConfigMap](t, objs, "ConfigMap overlayd-settings").Data
+	settings := map[string]string{}
+	for _, e := range get[apps.DaemonSet](t, objs, "DaemonSet overlayd").Spec.Template.Spec.Containers[0].Env {
+		if e.ValueFrom == nil && !strings.HasPrefix(e.Value, "/etc/overlayd") && e.Name != "OVERLAYD_SYSCTL_DIR" {
+			settings[e.Name] = e.Value
+		}
+	}
 	if d := cmp.Diff(map[string]string{
-		"OVERLAYD_ETCD_ENDPOINTS": "https://a:2379,https://b:2379", "OVERLAYD_ETCD_PREFIX": "/pods", "OVERLAYD_IFACE": "eth1,192.0.2.1",
+		"OVERLAYD_BRIDGE_NETFILTER": "true",
+		"OVERLAYD_ETCD_ENDPOINTS":   "https://a:2379,https://b:2379", "OVERLAYD_ETCD_PREFIX": "/pods", "OVERLAYD_IFACE": "eth1,192.0.2.1",
 		"OVERLAYD_HEALTHZ_PORT": "9471", "OVERLAYD_LOG_FORMAT": "json", "OVERLAYD_IP_MASQ": "false",
 		"OVERLAYD_IP_MASQ_EXCLUDE": "192.168.0.0/16,172.16.0.0/12", "OVERLAYD_LEASE_TTL": "86400", "OVERLAYD_STALE_PEER_GRACE": "5m",
 	}, settings); d != "" {
@@ -378,7 +401,7 @@ func TestValues(t *testing.T) {
 		o, _ := helm(t, values)
 		return get[apps.DaemonSet](t, o, "DaemonSet overlayd").Spec.Template.Annotations["checksum/config"]
 	}
-	if sum("") != sum("resources: {}") || sum("") == sum("iface: [eth1]") || sum("") == sum(dualStack) {
+	if sum("") != sum("iface: [eth1]") || sum("") == sum(dualStack) { // a setting changes the pods by itself
 		t.Error("the daemons would restart when nothing changed, or not when something did")
 	}
 }

@@ -99,11 +99,11 @@ func space(dir string, needed float64) error {
 	return nil
 }
 
-// Overlayd makes the image of overlayd, under several names, and returns its archive.
-func (b Builder) Overlayd(ctx context.Context, version string, names ...string) (string, error) {
-	out := filepath.Join(b.Cache, "image")
+// Overlayd makes an image of overlayd with this version in its programs, and returns its archive.
+func (b Builder) Overlayd(ctx context.Context, version, name string) (string, error) {
+	out := filepath.Join(b.Cache, "image", version)
 	err := b.run(ctx, "image", nil, "run", "./cmd/overlay-image", "build", "-root", b.Root, "-out", out, "-go", b.Go,
-		"-arch", runtime.GOARCH, "-version", version, "-name", strings.Join(names, ","))
+		"-arch", runtime.GOARCH, "-version", version, "-name", name)
 	return filepath.Join(out, "overlayd-image-"+runtime.GOARCH+".tar"), err
 }
 

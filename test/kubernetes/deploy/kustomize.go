@@ -57,7 +57,7 @@ func (d Kustomize) remove(ctx context.Context) error {
 	return err
 }
 
-func with(etcd, tag string) string { return fmt.Sprintf(kustomization, etcd, Image, tag) }
+func with(etcd, tag string) string { return fmt.Sprintf(kustomization, etcd, image, tag) }
 
 // Install makes the namespace with the certificates for etcd, and applies.
 func (d Kustomize) Install(ctx context.Context) error {
@@ -88,7 +88,7 @@ func (d Kustomize) Uninstall(ctx context.Context) error {
 	if err := d.remove(ctx); err != nil {
 		return err
 	}
-	if err := d.apply(ctx, fmt.Sprintf(removal, Image, second)); err != nil {
+	if err := d.apply(ctx, fmt.Sprintf(removal, image, second)); err != nil {
 		return err
 	}
 	if err := d.rollout(ctx, "overlayd-uninstall", "overlayd-uninstall"); err != nil {

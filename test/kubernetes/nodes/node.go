@@ -30,7 +30,7 @@ func (l *Lab) Node(ctx context.Context, number int) (*Node, error) {
 func (n *Node) Cgroup() string { return "/" + cgroupTop + "/" + n.Name + "/pods" }
 
 // On switches the node on: its disk is as it was, all else is new. It forwards nothing that nobody has accepted, like a machine with
-// Docker on it.
+// Docker on it, and iptables does not see what crosses a bridge, as on one with a sysctl.d file of libvirt's.
 func (n *Node) On(ctx context.Context) error {
 	ns := prefix + n.Name
 	err := script(ctx, strings.NewReplacer("NS", ns, "NAME", n.Name, "IP4", n.IP.String(), "IP6", n.IP6.String()).Replace(`
@@ -43,6 +43,7 @@ netns add NS
 -n NS link set eth0 up
 -n NS route add default via 172.30.0.1
 -n NS route add default via fd00:30::1
+netns exec NS sysctl -qw net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0
 netns exec NS iptables -P FORWARD DROP
 netns exec NS ip6tables -P FORWARD DROP
 `))

@@ -57,6 +57,9 @@ func New(ctx context.Context, dir string) (*Lab, error) {
 	if err := os.MkdirAll(l.Logs, 0o755); err != nil {
 		return nil, err
 	}
+	if err := l.saveSettings(); err != nil {
+		return nil, err
+	}
 	if err := makeCgroup("control"); err != nil {
 		return nil, err
 	}
@@ -121,7 +124,7 @@ func (l *Lab) Remove(ctx context.Context) error {
 			errs = append(errs, script(ctx, "netns delete "+name))
 		}
 	}
-	return errors.Join(append(errs, os.RemoveAll(l.Dir))...)
+	return errors.Join(append(errs, l.restoreSettings(), os.RemoveAll(l.Dir))...)
 }
 
 // Command prepares a command that runs on the host.

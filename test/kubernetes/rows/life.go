@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +19,14 @@ const readyWithin = 15 * time.Second
 
 // Run does all rows, and returns an error where it can't go on.
 func (s *Suite) Run(ctx context.Context) error {
+	s.before = map[string]bool{}
+	for _, n := range s.K.Nodes {
+		state, err := snapshot(ctx, n)
+		if err != nil {
+			return err
+		}
+		maps.Copy(s.before, state)
+	}
 	if err := s.must(ctx, "overlayd is applied: nodes Ready within 15 s, and its doctor is content", s.install); err != nil {
 		return err
 	}
@@ -124,8 +133,10 @@ func (s *Suite) otherProxy(ctx context.Context) error {
 			}
 			return cluster.Poll(ctx, 30*time.Second, "the service", func() error {
 				for _, h := range s.hosts() {
-					if _, err := ask(ctx, h, port(ips[0], 80)); err != nil {
-						return err
+					for _, ip := range ips {
+						if _, err := ask(ctx, h, port(ip, 80)); err != nil {
+							return err
+						}
 					}
 				}
 				return nil
@@ -161,9 +172,10 @@ func (s *Suite) chart(ctx context.Context) error {
 		installed = "helm install: nodes Ready within 15 s, and overlayd's doctor is content"
 		ways      = "helm: its pods are there, on all ways"
 		upgraded  = "helm upgrade, under ping"
+		wrong     = "helm: an upgrade with a wrong etcd endpoint stops at its first node, under ping"
 		gone      = "helm uninstall: no trace on the nodes, which are not Ready"
 	)
-	if !s.wants(installed, ways, upgraded, gone) {
+	if !s.wants(installed, ways, upgraded, wrong, gone) {
 		s.run(ctx, removed, func(ctx context.Context) (int, error) { return none, s.remove(ctx) })
 		return ctx.Err()
 	}
@@ -190,6 +202,7 @@ func (s *Suite) chart(ctx context.Context) error {
 		return err
 	}
 	s.pinging(ctx, upgraded, s.Overlay.Upgrade)
+	s.pinging(ctx, wrong, s.wrongUpgrade)
 	s.run(ctx, gone, func(ctx context.Context) (int, error) { return none, s.remove(ctx) })
 	return ctx.Err()
 }
@@ -327,15 +340,12 @@ func (s *Suite) crowd(ctx context.Context) error {
 		return err
 	}
 	var crowd []place
-	err := s.scale(ctx, 110-len(list.Items)+1, &crowd) // of those there, one is of the crowd
-	if err != nil {
-		return err
-	}
 	clients, err := s.pods(ctx, "client", len(s.K.Nodes))
 	if err != nil {
 		return err
 	}
-	var errs []error
+	clients = slices.DeleteFunc(clients, func(p place) bool { return p.node == "n2" })
+	errs := []error{s.scale(ctx, 110-len(list.Items)+1, &crowd)} // of those there, one is of the crowd
 	for i, p := range crowd {
 		for _, ip := range p.ips {
 			_, err := ask(ctx, clients[i%len(clients)], port(ip, serverPort))
@@ -384,14 +394,5 @@ func (s *Suite) remove(ctx context.Context) error {
 	if err := s.Overlay.Uninstall(ctx); err != nil {
 		return err
 	}
-	var errs []error
-	for _, n := range s.K.Nodes {
-		left, err := s.Overlay.Leftovers(ctx, n)
-		if err == nil && left != "" {
-			err = fmt.Errorf("left behind:\n%s", left)
-		}
-		errs = append(errs, wrap(err, "%s", n.Name))
-	}
-	errs = append(errs, s.K.WaitReady(ctx, 30*time.Second, false, s.nodeNames()...))
-	return errors.Join(errs...)
+	return errors.Join(s.traces(ctx), s.K.WaitReady(ctx, 30*time.Second, false, s.nodeNames()...))
 }

@@ -20,8 +20,9 @@ type Suite struct {
 	K       *cluster.Cluster
 	Only    *regexp.Regexp // names of rows; nil is all
 	Out     io.Writer
-	Overlay Overlay // what the rows begin with
-	Chart   Overlay // what they end with, once the other one is removed
+	Overlay Overlay         // what the rows begin with
+	Chart   Overlay         // what they end with, once the other one is removed
+	before  map[string]bool // the state of all nodes before overlayd came
 	results []result
 }
 
@@ -39,8 +40,6 @@ type Overlay interface {
 	Forget(ctx context.Context, node string) error
 	// Uninstall removes it, and returns when it is gone.
 	Uninstall(ctx context.Context) error
-	// Leftovers returns what is still there of it on a node.
-	Leftovers(ctx context.Context, n *cluster.Node) (string, error)
 }
 
 type result struct {

@@ -3,6 +3,7 @@ package rows
 import (
 	"context"
 	"errors"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -99,5 +100,25 @@ func TestParse(t *testing.T) {
 	}
 	if _, _, err := parsePing("no route to host"); err == nil {
 		t.Error("expected an error")
+	}
+}
+
+// What stays on a node is what the documentation names, and nothing that looks like it.
+func TestMayStay(t *testing.T) {
+	t.Parallel()
+	for line, want := range map[string]bool{
+		"file /run/overlayd": true, "file /run/overlayd/subnet.env": false, "file /opt/cni/bin": true, "file /opt/cni/bin/bridge": false,
+		"iptables-nft-save :CNI-HOSTPORT-DNAT -": true, "iptables-nft-save -A CNI-DN-0123 -p tcp": false, "iptables-legacy-save :CNI-HOSTPORT-DNAT -": false,
+		"net.ipv4.ip_forward = 1": true, "net.ipv4.conf.all.rp_filter = 0": false, "link cni0": false, "nft table inet overlayd": false,
+		"file /var/lib/cni/networks": true, "file /var/lib/cni/networks/overlayd": false,
+	} {
+		if got := mayStay().MatchString(line); got != want {
+			t.Errorf("%q: %v", line, got)
+		}
+	}
+	got := lines("route local 172.30.0.11 dev eth0  \nroute local 172.30.0.110 dev eth0\n\nrule from fe80::1:2 x\niptables-nft-save -A FORWARD -j KUBE-FORWARD\n", "172.30.0.11")
+	want := map[string]bool{"route local OWN dev eth0": true, "route local 172.30.0.110 dev eth0": true, "rule from LINK-LOCAL x": true}
+	if !maps.Equal(got, want) {
+		t.Errorf("%v", got)
 	}
 }

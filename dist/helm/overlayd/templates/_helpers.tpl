@@ -36,6 +36,8 @@ tolerations:
 securityContext:
   runAsUser: 0 # without root's powers; the files of the host belong to root
   runAsGroup: 0
+  seLinuxOptions: # where SELinux is enforced, others can't write into directories of the host
+    type: spc_t
   seccompProfile:
     type: RuntimeDefault
 {{- with .Values.imagePullSecrets }}
@@ -67,7 +69,7 @@ securityContext:
 {{- .Values.cni.conflist | default (.Files.Get "files/cni.conflist") }}
 {{- end }}
 
-{{- /* the ConfigMaps' data, which the pods are made anew for when it changes */ -}}
+{{- /* the daemon's environment, and its files; when they change, the pods are made anew */ -}}
 {{- define "overlayd.settings" -}}
 OVERLAYD_ETCD_ENDPOINTS: {{ join "," .Values.etcd.endpoints | quote }}
 {{- with .Values.etcd.prefix }}

@@ -85,9 +85,13 @@ func (o *options) test(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	image, err := b.Overlayd(ctx, "test", deploy.First, deploy.Second)
-	if err != nil {
-		return err
+	images := built.Images
+	for version, name := range deploy.Versions() {
+		image, err := b.Overlayd(ctx, version, name)
+		if err != nil {
+			return err
+		}
+		images = append(images, image)
 	}
 	o.note("programs and images are there")
 	lab, err := nodes.New(ctx, filepath.Join(o.cache, "run"))
@@ -98,7 +102,7 @@ func (o *options) test(ctx context.Context) (err error) {
 		return err
 	}
 	k, err := cluster.Up(ctx, lab, cluster.Config{
-		Kubernetes: built.Kubernetes, Helm: built.Helm, Netcheck: built.Netcheck, Images: append(built.Images, image), ProxyMode: o.proxy,
+		Kubernetes: built.Kubernetes, Helm: built.Helm, Netcheck: built.Netcheck, Images: images, ProxyMode: o.proxy,
 	})
 	if err != nil {
 		return err
@@ -122,7 +126,7 @@ func (o *options) test(ctx context.Context) (err error) {
 		return err
 	}
 	s := &rows.Suite{K: k, Only: o.only, Out: os.Stdout, Overlay: kustomize, Chart: helm}
-	o.note("every row is over IPv4 and IPv6")
+	o.note("rows are over IPv4 and IPv6; the cluster's DNS and the API server's service are IPv4's alone")
 	s.Head()
 	if err = s.Run(ctx); errors.Is(err, context.Canceled) {
 		return errors.New("interrupted")

@@ -54,10 +54,11 @@ func (p pinging) run() error {
 		run++
 		longest = max(longest, run)
 	}
-	fmt.Printf("sent %d lost %d longest %s\n", sent, lost, time.Duration(longest)*p.every)
-	if err != nil && sent == 0 {
-		return err
+	fmt.Printf("sent %d lost %d longest %s", sent, lost, time.Duration(longest)*p.every)
+	if err != nil {
+		fmt.Printf(", the last one refused: %v", err)
 	}
+	fmt.Println()
 	return nil
 }
 
@@ -122,7 +123,7 @@ func (p pinging) listen(conn *net.IPConn, to netip.Addr) (answered func() map[ui
 
 func (p pinging) id() uint16 { return uint16(os.Getpid()) }
 
-// send returns how many went out; a request that the kernel refuses counts as sent (and is lost).
+// send returns how many went out, and why the last one was refused that was; it counts as sent (and is lost).
 func (p pinging) send(conn *net.IPConn, to netip.Addr) (int, error) {
 	end := make(chan struct{})
 	if p.n == 0 {
