@@ -37,7 +37,9 @@ type Config struct {
 	Attachments      []types.GCAttachment
 	KnowsAttachments bool
 
-	delegate, ipam                  object
+	badSubnetFile, badWait error // what is wrong with these two, which not every command needs
+
+	delegate, ipam                  json.RawMessage // nil where they are absent
 	runtimeConfig, args, prevResult json.RawMessage
 	attachments                     json.RawMessage
 }
@@ -47,50 +49,41 @@ type wire struct {
 	CNIVersion       string          `json:"cniVersion"`
 	Name             string          `json:"name"`
 	Type             string          `json:"type"`
-	SubnetFile       string          `json:"subnetFile"`
+	SubnetFile       json.RawMessage `json:"subnetFile"`
 	DataDir          string          `json:"dataDir"`
-	WaitSeconds      *float64        `json:"waitSeconds"`
-	Delegate         object          `json:"delegate"`
-	IPAM             object          `json:"ipam"`
+	WaitSeconds      json.RawMessage `json:"waitSeconds"`
+	Delegate         json.RawMessage `json:"delegate"`
+	IPAM             json.RawMessage `json:"ipam"`
 	RuntimeConfig    json.RawMessage `json:"runtimeConfig"`
 	Args             json.RawMessage `json:"args"`
 	PrevResult       json.RawMessage `json:"prevResult"`
 	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments"`
 }
 
-// ParseConfig reads a network configuration. It refuses what no command could work with; what only the delegate's
-// configuration depends on is looked at by [Config.Generate], so that DEL still works where an operator broke that.
-// Errors are of type *types.Error and name the JSON path.
+// ParseConfig reads a network configuration. It refuses what no command could work with; what only some commands need is
+// looked at by [Config.CheckForAdd] and [Config.Generate], so that DEL still works where an operator broke that. Errors are
+// of type *types.Error and name the JSON path.
 func ParseConfig(stdin []byte) (Config, error) {
 	var w wire
 	if err := json.Unmarshal(stdin, &w); err != nil {
 		return Config{}, decodeError("", err)
 	}
 	c := Config{
-		CNIVersion: w.CNIVersion, Name: w.Name, Type: w.Type, SubnetFile: w.SubnetFile, DataDir: w.DataDir, Wait: DefaultWait,
-		delegate: w.Delegate, ipam: w.IPAM,
+		CNIVersion: w.CNIVersion, Name: w.Name, Type: w.Type, DataDir: w.DataDir,
+		delegate: given(w.Delegate), ipam: given(w.IPAM),
 		runtimeConfig: given(w.RuntimeConfig), args: given(w.Args), prevResult: given(w.PrevResult), attachments: w.ValidAttachments,
 	}
 	if err := utils.ValidateNetworkName(w.Name); err != nil {
 		return Config{}, invalid("name: expected letters, digits, dots, dashes and underscores, found %q", w.Name)
 	}
-	for _, path := range []struct {
-		key, deflt string
-		value      *string
-	}{{"subnetFile", DefaultSubnetFile, &c.SubnetFile}, {"dataDir", DefaultDataDir, &c.DataDir}} {
-		if *path.value == "" {
-			*path.value = path.deflt
-		}
-		if !filepath.IsAbs(*path.value) {
-			return Config{}, invalid("%s: expected a full path, found %q", path.key, *path.value)
-		}
+	if c.DataDir == "" {
+		c.DataDir = DefaultDataDir
 	}
-	if s := w.WaitSeconds; s != nil {
-		if !(*s >= 0 && *s <= maxWait.Seconds()) {
-			return Config{}, invalid("waitSeconds: expected a number from 0 to %g, found %g", maxWait.Seconds(), *s)
-		}
-		c.Wait = time.Duration(*s * float64(time.Second))
+	if err := fullPath("dataDir", c.DataDir); err != nil {
+		return Config{}, err
 	}
+	c.SubnetFile, c.badSubnetFile = readSubnetFile(w.SubnetFile)
+	c.Wait, c.badWait = readWait(w.WaitSeconds)
 	if w.ValidAttachments != nil {
 		c.KnowsAttachments = true
 		if err := json.Unmarshal(w.ValidAttachments, &c.Attachments); err != nil {
@@ -98,6 +91,49 @@ func ParseConfig(stdin []byte) (Config, error) {
 		}
 	}
 	return c, nil
+}
+
+// CheckForAdd says what is wrong with the keys that ADD needs and DEL and CHECK do not: subnetFile and waitSeconds.
+func (c Config) CheckForAdd() error {
+	if c.badSubnetFile != nil {
+		return c.badSubnetFile
+	}
+	return c.badWait
+}
+
+func readSubnetFile(raw json.RawMessage) (string, error) {
+	var path string
+	if given(raw) != nil {
+		if err := json.Unmarshal(raw, &path); err != nil {
+			return "", decodeError("subnetFile", err)
+		}
+	}
+	if path == "" {
+		path = DefaultSubnetFile
+	}
+	return path, fullPath("subnetFile", path)
+}
+
+func readWait(raw json.RawMessage) (time.Duration, error) {
+	if given(raw) == nil {
+		return DefaultWait, nil
+	}
+	var s float64
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return 0, decodeError("waitSeconds", err)
+	}
+	if !(s >= 0 && s <= maxWait.Seconds()) {
+		return 0, invalid("waitSeconds: expected a number from 0 to %g, found %g", maxWait.Seconds(), s)
+	}
+	return time.Duration(s * float64(time.Second)), nil
+}
+
+// fullPath refuses a path that depends on where the runtime starts the plugin.
+func fullPath(key, path string) error {
+	if !filepath.IsAbs(path) {
+		return invalid("%s: expected a full path, found %q", key, path)
+	}
+	return nil
 }
 
 // given turns a null into what an absent key is.

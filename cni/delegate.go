@@ -3,7 +3,6 @@ package cni
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -20,8 +19,10 @@ type Delegate struct {
 // Generate makes the delegate's configuration. What the operator wrote under `delegate` and `ipam` wins, but for the keys
 // that only this plugin can know. Errors are of type *types.Error and name the JSON path.
 func (c Config) Generate(env SubnetEnv) (Delegate, error) {
-	d := object{}
-	maps.Copy(d, c.delegate)
+	d, err := readObject("delegate", c.delegate)
+	if err != nil {
+		return Delegate{}, err
+	}
 	for _, key := range []string{"name", "ipam"} {
 		if raw, ok := d.get(key); ok {
 			return Delegate{}, invalid("delegate.%s: expected nothing here (it is taken from %q beside delegate), found %s", key, key, excerpt(raw))
@@ -97,13 +98,15 @@ type ipamRoute struct {
 
 // generateIPAM makes the ipam section; for a bridge it decides on isDefaultGateway as well, which is a route by another name.
 func (c Config) generateIPAM(env SubnetEnv, kind string, d object) (object, error) {
-	ipam := object{}
-	maps.Copy(ipam, c.ipam)
+	ipam, err := readObject("ipam", c.ipam)
+	if err != nil {
+		return nil, err
+	}
 	plugin, err := ipam.text("ipam", "type", "host-local")
 	if err != nil {
 		return nil, err
 	}
-	routes, known, err := c.givenRoutes()
+	routes, known, err := givenRoutes(ipam)
 	if err != nil {
 		return nil, err
 	}
@@ -173,8 +176,8 @@ func defaultRoute(f addr.Family) netip.Prefix {
 }
 
 // givenRoutes reads ipam.routes: as they were written, and where those of the main table lead.
-func (c Config) givenRoutes() ([]json.RawMessage, []netip.Prefix, error) {
-	raw, _ := c.ipam.get("routes")
+func givenRoutes(ipam object) ([]json.RawMessage, []netip.Prefix, error) {
+	raw, _ := ipam.get("routes")
 	var routes []json.RawMessage
 	if given(raw) != nil {
 		if err := json.Unmarshal(raw, &routes); err != nil {

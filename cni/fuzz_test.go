@@ -18,6 +18,7 @@ func FuzzStdin(f *testing.F) {
 		`{"cniVersion":"1.1.0","name":"n","type":"t","delegate":{"type":"ptp","mtu":9,"Name":"x"},"ipam":{"routes":[{"dst":"::/0"}]}}`,
 		`{"name":"n","delegate":{"TYPE":"bridge","type":"x","isGateway":null},"ipam":{"Ranges":1,"ranges":2,"Type":"dhcp"},"waitSeconds":1.5}`,
 		`{"name":"n","cni.dev/valid-attachments":[{"containerID":"a","ifname":"b"}],"args":{"cni":{}},"prevResult":{}}`,
+		`{"name":"n","subnetFile":7,"waitSeconds":"10s","delegate":[],"ipam":""}`,
 	} {
 		f.Add([]byte(seed), envDual)
 	}
@@ -28,8 +29,13 @@ func FuzzStdin(f *testing.F) {
 			oneLine(t, err)
 			return
 		}
-		if !filepath.IsAbs(c.DataDir) || !filepath.IsAbs(c.SubnetFile) || c.Wait < 0 || !filepath.IsLocal(c.Name) || strings.Contains(c.Name, "/") {
+		if !filepath.IsAbs(c.DataDir) || !filepath.IsLocal(c.Name) || strings.Contains(c.Name, "/") {
 			t.Fatalf("accepted: %+v", c)
+		}
+		if err := c.CheckForAdd(); err != nil {
+			oneLine(t, err)
+		} else if !filepath.IsAbs(c.SubnetFile) || c.Wait < 0 {
+			t.Fatalf("accepted for ADD: %+v", c)
 		}
 		env, err := cni.ParseSubnetEnv(text)
 		if err != nil {

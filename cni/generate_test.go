@@ -165,6 +165,9 @@ func generate(conf, env string) (cni.Delegate, error) {
 	if err != nil {
 		return cni.Delegate{}, err
 	}
+	if err := c.CheckForAdd(); err != nil {
+		return cni.Delegate{}, err
+	}
 	e, err := cni.ParseSubnetEnv(env)
 	if err != nil {
 		return cni.Delegate{}, err

@@ -361,6 +361,32 @@ func TestDelWithoutDaemon(t *testing.T) {
 	n.gone(b)
 }
 
+// A pod that failed for a mistake in the list can be deleted once that is corrected.
+func TestMendedList(t *testing.T) {
+	t.Parallel()
+	for _, mistake := range []string{`{"type":"brigde"}`, `{"vlan":5000}`} {
+		t.Run(mistake, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t)
+			n.env(envV4)
+			p, q := newPod(t, "pod-a"), newPod(t, "pod-b")
+			for _, p := range []*pod{p, q} {
+				if err := n.add(n.list("1.1.0", mistake), p); err == nil {
+					t.Fatal("ADD succeeds")
+				}
+			}
+			path := filepath.Join(n.dir, "kept/pods/pod-a:eth0")
+			if err := n.del(n.list("1.1.0", mistake), p); err == nil || !strings.Contains(err.Error(), path) {
+				t.Errorf("DEL with the mistake: %v", err)
+			}
+			n.must(n.del(n.list("1.1.0", `{}`), p))
+			n.Do(func() { n.must(n.cni.GCNetworkList(context.Background(), n.list("1.1.0", `{}`), &libcni.GCArgs{})) })
+			n.gone(p)
+			n.gone(q)
+		})
+	}
+}
+
 func TestSubnetFileComesLater(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -668,7 +694,7 @@ func TestProgramPrintsOnlyJSON(t *testing.T) {
 		{`{"name":"n","cniVersion":"1.1.0","subnetFile":"/nowhere/subnet.env","waitSeconds":0}`, "../../c1", "ADD", types.ErrInvalidEnvironmentVariables},
 		{`{"name":"n","cniVersion":"1.1.0","subnetFile":"/nowhere/subnet.env"}`, "", "STATUS", types.ErrPluginNotAvailable},
 		{`{"name":"n","cniVersion":"1.0.0"}`, "", "STATUS", types.ErrIncompatibleCNIVersion},
-		{`{"name":"n","cniVersion":"1.1.0","delegate":7}`, "c1", "DEL", types.ErrInvalidNetworkConfig},
+		{`{"name":"n","cniVersion":"1.1.0","dataDir":7}`, "c1", "DEL", types.ErrInvalidNetworkConfig},
 		{`{"name":"n","cniVersion":"1.1.0"}`, "c1", "NONSENSE", types.ErrInvalidEnvironmentVariables},
 	} {
 		var out strings.Builder

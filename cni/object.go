@@ -9,6 +9,18 @@ import (
 // it unchanged. Keys are found in any letter case, since the plugins that read them do so too.
 type object map[string]json.RawMessage
 
+// readObject reads what stands at a path; where nothing does, the object is empty.
+func readObject(path string, raw json.RawMessage) (object, error) {
+	o := object{}
+	if raw == nil {
+		return o, nil
+	}
+	if err := json.Unmarshal(raw, &o); err != nil {
+		return nil, decodeError(path, err)
+	}
+	return o, nil
+}
+
 func (o object) get(key string) (json.RawMessage, bool) {
 	if v, ok := o[key]; ok {
 		return v, true

@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -67,6 +68,9 @@ func (p *Plugin) Add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	if err := j.conf.CheckForAdd(); err != nil {
+		return err
+	}
 	env, err := waitForSubnetEnv(j.conf.SubnetFile, j.conf.Wait)
 	if err != nil {
 		return subnetFileError(err, types.ErrTryAgainLater, fmt.Sprintf("; waited %v for it", j.conf.Wait))
@@ -93,30 +97,22 @@ func (p *Plugin) Add(args *skel.CmdArgs) error {
 	return result.PrintTo(p.Stdout)
 }
 
-// Del takes back what ADD made, with the configuration kept at ADD. What is not known is gone already.
+// Del takes back what ADD made, with the configuration kept at ADD if that will do. What is not known is gone already.
 func (p *Plugin) Del(args *skel.CmdArgs) error {
 	j, err := parse(args)
 	if err != nil {
 		return err
 	}
-	conf, forget, err := p.kept(j)
+	k, err := p.kept(j)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return ioError(err)
 	}
-	d, err := p.delegateOf(j, conf)
-	if err != nil {
-		return err
-	}
-	if err := invoke.DelegateDel(context.Background(), d.Type, d.Conf, p.Exec); err != nil {
-		return delegateError(d.Type, err)
-	}
-	if err := forget(); err != nil {
-		return ioError(err)
-	}
-	return nil
+	return p.takeBack(j, k, func(d Delegate) error {
+		return invoke.DelegateDel(context.Background(), d.Type, d.Conf, p.Exec)
+	})
 }
 
 // Check has the delegate look whether all is as ADD left it.
@@ -125,7 +121,7 @@ func (p *Plugin) Check(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	conf, _, err := p.kept(j)
+	k, err := p.kept(j)
 	if errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(types.ErrUnknownContainer,
 			fmt.Sprintf("%s is missing: this plugin did not set up %s of this container, or it is deleted", j.store.path(j.at), j.at.ifname), "")
@@ -133,7 +129,7 @@ func (p *Plugin) Check(args *skel.CmdArgs) error {
 	if err != nil {
 		return ioError(err)
 	}
-	d, err := p.delegateOf(j, conf)
+	d, err := p.delegateOf(j, k)
 	if err != nil {
 		return err
 	}
@@ -149,6 +145,9 @@ func (p *Plugin) Status(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	if err := c.CheckForAdd(); err != nil {
+		return err
+	}
 	env, err := readSubnetEnv(c.SubnetFile)
 	if err != nil {
 		return subnetFileError(err, types.ErrPluginNotAvailable, "")
@@ -158,8 +157,12 @@ func (p *Plugin) Status(args *skel.CmdArgs) error {
 		return err
 	}
 	ctx := context.Background()
-	if err := invoke.DelegateStatus(ctx, d.Type, d.Conf, p.Exec); err != nil && p.speaks(ctx, d.Type, args.Path) {
+	if err := invoke.DelegateStatus(ctx, d.Type, d.Conf, p.Exec); err != nil {
 		e := delegateError(d.Type, err)
+		if !p.speaks(ctx, d.Type, args.Path) { // then it refuses ADD as well, which is given the same version
+			e.Msg += fmt.Sprintf("; %s does not support CNI %s, so that every ADD fails: install a newer one, or lower cniVersion in the list",
+				d.Type, c.CNIVersion)
+		}
 		if e.Code != types.ErrLimitedConnectivity {
 			e.Code = types.ErrPluginNotAvailable
 		}
@@ -180,6 +183,9 @@ func (p *Plugin) GC(args *skel.CmdArgs) error {
 	var errs []error
 	if c.KnowsAttachments {
 		errs = append(errs, p.removeInvalid(ctx, c, args.Path))
+	}
+	if err := c.CheckForAdd(); err != nil {
+		return joined(append(errs, err)...)
 	}
 	env, err := readSubnetEnv(c.SubnetFile)
 	if err != nil {
@@ -225,30 +231,37 @@ func (p *Plugin) removeInvalid(ctx context.Context, c Config, path string) error
 
 // removeOne is a DEL without the container's namespace, which may be another one's by now.
 func (p *Plugin) removeOne(ctx context.Context, j job, path string) error {
-	conf, err := j.store.load(j.at)
+	k, err := j.keptHere()
 	if err != nil {
 		return err
 	}
-	d, err := p.delegateOf(j, conf)
-	if err != nil {
-		return err
-	}
-	program, err := p.Exec.FindInPath(d.Type, filepath.SplitList(path))
-	if err != nil {
-		return delegateError(d.Type, err)
-	}
-	env := &invoke.Args{Command: "DEL", ContainerID: j.at.container, IfName: j.at.ifname, Path: path}
-	if err := invoke.ExecPluginWithoutResult(ctx, program, d.Conf, env, p.Exec); err != nil {
-		return delegateError(d.Type, err)
-	}
-	return j.store.remove(j.at)
+	return p.takeBack(j, k, func(d Delegate) error {
+		program, err := p.Exec.FindInPath(d.Type, filepath.SplitList(path))
+		if err != nil {
+			return err
+		}
+		env := &invoke.Args{Command: "DEL", ContainerID: j.at.container, IfName: j.at.ifname, Path: path}
+		return invoke.ExecPluginWithoutResult(ctx, program, d.Conf, env, p.Exec)
+	})
 }
 
-// kept finds what was kept at ADD, by this plugin or by flannel's, and how to forget it.
-func (p *Plugin) kept(j job) (conf []byte, forget func() error, err error) {
-	conf, err = j.store.load(j.at)
+// kept is what was kept of an attachment at ADD, where, and how to forget it.
+type kept struct {
+	path   string
+	conf   []byte
+	forget func() error
+}
+
+func (j job) keptHere() (kept, error) {
+	conf, err := j.store.load(j.at)
+	return kept{path: j.store.path(j.at), conf: conf, forget: func() error { return j.store.remove(j.at) }}, err
+}
+
+// kept finds what was kept at ADD, by this plugin or by flannel's.
+func (p *Plugin) kept(j job) (kept, error) {
+	k, err := j.keptHere()
 	if !errors.Is(err, fs.ErrNotExist) {
-		return conf, func() error { return j.store.remove(j.at) }, err
+		return k, err
 	}
 	for _, dir := range []string{j.conf.DataDir, p.FlannelDir} {
 		f := flannelKept{dir}
@@ -256,32 +269,64 @@ func (p *Plugin) kept(j job) (conf []byte, forget func() error, err error) {
 		var of struct{ Name string }
 		// Its file is the container's, whatever the network: it must be of this one.
 		if readErr == nil && json.Unmarshal(theirs, &of) == nil && of.Name == j.conf.Name {
-			return theirs, func() error { return f.remove(j.at) }, nil
+			return kept{path: f.path(j.at), conf: theirs, forget: func() error { return f.remove(j.at) }}, nil
 		}
 	}
-	return nil, nil, err
+	return kept{}, err
 }
 
-// delegateOf reads what was kept. If that is broken, it is made anew from what holds now: the delegate finds what belongs
-// to the container by the container's ID.
-func (p *Plugin) delegateOf(j job, conf []byte) (Delegate, error) {
-	d, broken := j.conf.again(conf)
+// takeBack has the delegate delete an attachment, and forgets it. What was kept may hold a mistake of the list that fails
+// ADD and DEL alike. So where that fails, it is tried once more with what holds now: the list may be corrected since.
+func (p *Plugin) takeBack(j job, k kept, del func(Delegate) error) error {
+	d, err := p.delegateOf(j, k)
+	if err != nil {
+		return err
+	}
+	if first := del(d); first != nil {
+		now, err := j.conf.anew()
+		if err != nil || bytes.Equal(now.Conf, d.Conf) || del(now) != nil {
+			e := delegateError(d.Type, first)
+			e.Msg += "; ADD kept its configuration in " + k.path
+			return e
+		}
+		_, _ = fmt.Fprintf(p.Stderr, "%s: %s; deleted with what the list says now\n", k.path, oneLine(first.Error()))
+	}
+	if err := k.forget(); err != nil {
+		return ioError(err)
+	}
+	return nil
+}
+
+// delegateOf reads what was kept. If that is broken, what holds now takes its place.
+func (p *Plugin) delegateOf(j job, k kept) (Delegate, error) {
+	d, broken := j.conf.again(k.conf)
 	if broken == nil {
 		return d, nil
 	}
-	_, _ = fmt.Fprintf(p.Stderr, "%s is broken (%v): made anew from %s\n", j.store.path(j.at), broken, j.conf.SubnetFile)
-	env, err := readSubnetEnv(j.conf.SubnetFile)
-	if err == nil {
-		d, err = j.conf.Generate(env)
-	}
-	if err == nil {
-		d, err = j.conf.again(d.Conf)
-	}
+	d, err := j.conf.anew()
 	if err != nil {
 		return Delegate{}, types.NewError(types.ErrIOFailure, oneLine(fmt.Sprintf(
-			"%s is broken (%v), and can't be made anew: %v; remove it once the container is gone", j.store.path(j.at), broken, err)), "")
+			"%s is broken (%v), and can't be made anew: %v; leave it there, the next DEL tries again", k.path, broken, err)), "")
 	}
+	_, _ = fmt.Fprintf(p.Stderr, "%s is broken (%v): made anew from %s\n", k.path, broken, j.conf.SubnetFile)
 	return d, nil
+}
+
+// anew is what holds now: what ADD would generate. It serves for what an earlier ADD made, since the delegate finds what
+// belongs to a container by the container's ID.
+func (c Config) anew() (Delegate, error) {
+	if c.badSubnetFile != nil {
+		return Delegate{}, c.badSubnetFile
+	}
+	env, err := readSubnetEnv(c.SubnetFile)
+	if err != nil {
+		return Delegate{}, err
+	}
+	d, err := c.Generate(env)
+	if err != nil {
+		return Delegate{}, err
+	}
+	return c.again(d.Conf)
 }
 
 // speaks reports whether a delegate knows the commands of version 1.1.0: STATUS and GC. It is asked only when one of them

@@ -276,10 +276,14 @@ func TestStatus(t *testing.T) {
 			return nil, &types.Error{Code: 1, Msg: "incompatible CNI versions"}
 		}
 	}
-	s.exec.answer = failing(`"0.4.0","1.0.0"`) // it can't know STATUS
-	s.must(s.Status(s.args()))
+	s.exec.answer = failing(`"0.4.0","1.0.0"`) // nor can ADD work
+	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable,
+		"bridge: incompatible CNI versions; bridge does not support CNI 1.1.0, so that every ADD fails: install a newer one, or lower cniVersion")
+	s.must(s.GC(s.args()))
 	s.exec.answer = failing(`"1.0.0","1.1.0"`)
-	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable, "bridge: incompatible CNI versions")
+	if err := s.Status(s.args()); err == nil || err.Error() != "bridge: incompatible CNI versions" {
+		t.Errorf("of a delegate that is new enough: %v", err)
+	}
 	s.exec.answer = func(call) ([]byte, error) { return nil, &types.Error{Code: 51, Msg: "limited"} }
 	s.fails(s.Status(s.args()), types.ErrLimitedConnectivity, "bridge: limited")
 
@@ -362,6 +366,10 @@ func TestBrokenKept(t *testing.T) {
 		s.must(s.Add(s.args()))
 		s.out.Reset()
 		s.must(os.WriteFile(s.data("pods", "c1:eth0"), []byte(broken), 0o600))
+		s.fails(s.Del(s.args(`"subnetFile":"subnet.env"`)), types.ErrIOFailure, s.data("pods", "c1:eth0")+" is broken (")
+		if err := s.Del(s.args(`"subnetFile":7`)); err == nil || !strings.Contains(err.Error(), "can't be made anew: subnetFile: expected a string, found number") {
+			t.Errorf("with a bad path of the subnet file: %v", err)
+		}
 		s.env("")
 		s.fails(s.Del(s.args()), types.ErrIOFailure, s.data("pods", "c1:eth0")+" is broken (")
 		s.env(envV4)
@@ -373,6 +381,90 @@ func TestBrokenKept(t *testing.T) {
 		s.absent(s.data("pods", "c1:eth0"))
 		if !strings.Contains(s.stderr.String(), "made anew") {
 			t.Errorf("stderr: %s", s.stderr)
+		}
+	}
+}
+
+// A mistake that only ADD has to do with must not keep pods from being deleted.
+func TestMistakesThatOnlyAddMinds(t *testing.T) {
+	t.Parallel()
+	for mistake, want := range map[string]string{
+		`"waitSeconds":"10s"`:       "waitSeconds: expected a number, found string",
+		`"waitSeconds":-1`:          "waitSeconds: expected a number from 0 to 90, found -1",
+		`"subnetFile":7`:            "subnetFile: expected a string, found number",
+		`"subnetFile":"subnet.env"`: `subnetFile: expected a full path, found "subnet.env"`,
+		`"delegate":"ptp"`:          "delegate: expected an object, found string",
+		`"ipam":[]`:                 "ipam: expected an object, found array",
+	} {
+		s := newStand(t)
+		s.must(s.Add(s.args()))
+		other := s.args()
+		other.ContainerID = "c2"
+		s.must(s.Add(other))
+		s.out.Reset()
+		s.exec.commands()
+
+		s.fails(s.Add(s.args(mistake)), types.ErrInvalidNetworkConfig, want)
+		if err := s.Status(s.args(mistake)); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("STATUS: %v", err)
+		}
+		s.must(s.Check(s.args(mistake)))
+		s.must(s.Del(s.args(mistake)))
+		s.fails(s.GC(s.args(mistake, `"cni.dev/valid-attachments":[]`)), types.ErrInvalidNetworkConfig, want)
+		if got := s.exec.commands(); !slices.Equal(got, []string{"bridge CHECK", "bridge DEL", "bridge DEL"}) {
+			t.Errorf("%s: the delegate was told %v", mistake, got)
+		}
+		s.absent(s.data("pods", "c1:eth0"))
+		s.absent(s.data("pods", "c2:eth0"))
+	}
+}
+
+// What was kept at ADD with a mistake of the list does not outlive its correction.
+func TestMistakeIsCorrected(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ mistake, said string }{
+		{`"delegate":{"type":"absent"}`, `absent: failed to find plugin "absent" in path []`},
+		{`"delegate":{"vlan":5000}`, "bridge: invalid VLAN ID 5000"},
+	} {
+		s := newStand(t)
+		s.exec.answer = func(call call) ([]byte, error) {
+			if call.conf["vlan"] != nil {
+				return nil, &types.Error{Code: types.ErrInternal, Msg: "invalid VLAN ID 5000"}
+			}
+			return nil, nil
+		}
+		kept := s.data("pods", "c1:eth0")
+		del, gc := s.args(), s.args(`"cni.dev/valid-attachments":[]`)
+		for name, corrected := range map[string]func() error{
+			"DEL": func() error { return s.Del(del) },
+			"GC":  func() error { return s.GC(gc) },
+		} {
+			s.fails(s.Add(s.args(c.mistake)), types.ErrInternal, c.said)
+			s.exec.commands()
+			// Not yet corrected; into another mistake; and without the means to make it anew.
+			s.fails(s.Del(s.args(c.mistake)), types.ErrInternal, c.said+"; ADD kept its configuration in "+kept)
+			if n := len(s.exec.commands()); n > 1 {
+				t.Errorf("%s: the delegate was told the same %d times", c.mistake, n)
+			}
+			s.fails(s.Del(s.args(`"delegate":{"vlan":6000}`)), types.ErrInternal, c.said+"; ADD kept its configuration in "+kept)
+			s.env("")
+			s.fails(s.Del(s.args()), types.ErrInternal, c.said+"; ADD kept its configuration in "+kept)
+			s.env(envV4)
+			if _, err := os.Stat(kept); err != nil {
+				t.Errorf("forgotten though DEL failed: %v", err)
+			}
+			s.exec.commands()
+
+			if err := corrected(); err != nil {
+				t.Errorf("%s of %s: %v", name, c.mistake, err)
+			}
+			if got := s.exec.commands(); !slices.Contains(got, "bridge DEL") {
+				t.Errorf("the delegate was told %v", got)
+			}
+			if !strings.Contains(s.stderr.String(), kept+": ") {
+				t.Errorf("stderr: %s", s.stderr)
+			}
+			s.absent(kept)
 		}
 	}
 }
@@ -393,8 +485,11 @@ func TestFlannelKept(t *testing.T) {
 		}
 		s.must(os.WriteFile(path, fmt.Appendf(nil, theirs, "pods"), 0o600))
 		s.must(s.Check(s.args()))
+		s.exec.answer = func(call) ([]byte, error) { return nil, &types.Error{Code: 5, Msg: "busy"} }
+		s.fails(s.Del(s.args()), types.ErrIOFailure, "ptp: busy; ADD kept its configuration in "+path)
+		s.exec.answer = nil
 		s.must(s.Del(s.args()))
-		if got := s.exec.commands(); !slices.Equal(got, []string{"ptp CHECK", "ptp DEL"}) {
+		if got := s.exec.commands(); !slices.Equal(got, []string{"ptp CHECK", "ptp DEL", "ptp DEL"}) {
 			t.Errorf("the delegate was told %v", got)
 		}
 		s.absent(path)

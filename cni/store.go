@@ -128,6 +128,8 @@ func (s store) list() ([]attachment, error) {
 // made is taken down by it after the change to this plugin.
 type flannelKept struct{ dir string }
 
+func (f flannelKept) path(a attachment) string { return filepath.Join(f.dir, a.container) }
+
 func (f flannelKept) load(a attachment) ([]byte, error) {
 	root, err := os.OpenRoot(f.dir)
 	if err != nil {
