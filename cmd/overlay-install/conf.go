@@ -1,45 +1,101 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
-	"strings"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/utils"
+	cniversion "github.com/containernetworking/cni/pkg/version"
+
+	"github.com/overlayd/overlayd/cni"
 )
 
 // ownPlugin is ours by its name; all other plugins only where we installed them.
 const ownPlugin = "overlay-cni"
+
+// sampleEnv is what the daemon of some node could write: it shows whether our plugin makes anything of a configuration.
+const sampleEnv = `OVERLAYD_NETWORK=10.244.0.0/16
+OVERLAYD_SUBNET=10.244.1.0/24
+OVERLAYD_IPV6_NETWORK=fd00:10:244::/48
+OVERLAYD_IPV6_SUBNET=fd00:10:244:1::/64
+OVERLAYD_MTU=1450
+OVERLAYD_IPMASQ=true
+`
 
 // conf is as much of a CNI configuration list as is looked at here.
 type conf struct {
 	Name    string
 	Plugins []struct {
 		Type     string
+		DataDir  string
 		Delegate struct{ Type, Bridge string }
 		IPAM     struct{ Type string }
 	}
 }
 
-// parseConf refuses what no runtime could use, so that one that works is never replaced by it.
+// parseConf reads a list, and refuses one whose network has a name that leads elsewhere.
 func parseConf(raw []byte) (conf, error) {
 	var c conf
 	if err := json.Unmarshal(raw, &c); err != nil {
-		return c, fmt.Errorf("not a CNI configuration list: %w", err)
+		return conf{}, fmt.Errorf("not a CNI configuration list: %w", err)
 	}
-	if c.Name == "" || strings.ContainsAny(c.Name, "/\\") || c.Name == ".." {
-		return c, fmt.Errorf("name: expected the name of the network, found %q", c.Name)
-	}
-	if len(c.Plugins) == 0 {
-		return c, errors.New("plugins: expected at least one, found none")
-	}
-	for i, p := range c.Plugins {
-		if p.Type == "" {
-			return c, fmt.Errorf("plugins[%d].type: expected the name of a plugin, found nothing", i)
-		}
+	if utils.ValidateNetworkName(c.Name) != nil {
+		return conf{}, fmt.Errorf("name: expected letters, digits, dots, dashes and underscores, found %q", c.Name)
 	}
 	return c, nil
+}
+
+// checkConf refuses what no runtime could use, so that one that works is never replaced by it. It has the list read as runtimes read it, and
+// our part of it as our plugin does.
+func checkConf(raw []byte) error {
+	list, err := libcni.NetworkConfFromBytes(raw)
+	if err != nil {
+		return err
+	}
+	if _, _, _, err := cniversion.ParseVersion(list.CNIVersion); err != nil {
+		return fmt.Errorf("cniVersion: %w", err)
+	}
+	if len(list.Plugins) == 0 {
+		return errors.New("plugins: expected at least one, found none")
+	}
+	for i, p := range list.Plugins {
+		if p.Network.Type != ownPlugin {
+			continue
+		}
+		if err := checkOwn(list, p); err != nil {
+			return fmt.Errorf("plugins[%d]: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// checkOwn does what our plugin does at ADD before it needs anything of the node.
+func checkOwn(list *libcni.NetworkConfigList, p *libcni.PluginConfig) error {
+	if err := new(cniversion.Reconciler).Check(cmp.Or(list.CNIVersion, "0.1.0"), cni.Versions()); err != nil {
+		return err
+	}
+	p, err := libcni.InjectConf(p, map[string]any{"name": list.Name, "cniVersion": list.CNIVersion}) // as the runtime does
+	if err != nil {
+		return err
+	}
+	c, err := cni.ParseConfig(p.Bytes)
+	if err != nil {
+		return err
+	}
+	if err := c.CheckForAdd(); err != nil {
+		return err
+	}
+	env, err := cni.ParseSubnetEnv(sampleEnv)
+	if err != nil {
+		return err
+	}
+	_, err = c.Generate(env)
+	return err
 }
 
 // plugins lists the programs that a configuration needs.
@@ -72,6 +128,16 @@ func (c conf) bridge() string {
 			return p.Delegate.Bridge
 		default:
 			return "cni0" // the default of the plugin bridge
+		}
+	}
+	return ""
+}
+
+// dataDir is where our plugin keeps a file for each container; empty where the list is without our plugin.
+func (c conf) dataDir() string {
+	for _, p := range c.Plugins {
+		if p.Type == ownPlugin {
+			return cmp.Or(p.DataDir, cni.DefaultDataDir)
 		}
 	}
 	return ""

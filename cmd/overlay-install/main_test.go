@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,6 +26,7 @@ type rig struct {
 	from, conf string
 	out        *bytes.Buffer
 	bridges    []string // that were removed
+	busy       error    // why none can be
 }
 
 func newRig(t *testing.T) *rig {
@@ -74,6 +77,9 @@ func (r *rig) uninstall() {
 }
 
 func (r *rig) removeBridge(name string) error {
+	if r.busy != nil {
+		return r.busy
+	}
 	r.bridges = append(r.bridges, name)
 	return nil
 }
@@ -187,6 +193,90 @@ func TestOthersPlugins(t *testing.T) {
 	r.has(map[string]string{"bridge": "the distribution's", "firewall": "somebody's", "portmap": "a newer one", "host-local": "the operator's"})
 }
 
+// A plugin that is a link to where nothing is mounted here is somebody's, at install, upgrade and uninstall; but ours is never a link.
+func TestLinks(t *testing.T) {
+	r := newRig(t)
+	dir := t.TempDir()
+	theirs := filepath.Join(dir, "bridge")
+	r.write(theirs, "bridge one") // as ours, but elsewhere
+	link := func(target, name string) {
+		t.Helper()
+		_ = os.Remove(filepath.Join(r.node.binDir, name))
+		if err := os.Symlink(target, filepath.Join(r.node.binDir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	isLink := func(name string) bool {
+		_, err := os.Readlink(filepath.Join(r.node.binDir, name))
+		return err == nil
+	}
+	if err := os.MkdirAll(r.node.binDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	link("/usr/lib/cni/none/portmap", "portmap")
+	link("/usr/lib/cni/none/tuning", "tuning")
+	link(filepath.Join(r.from, "overlay-cni"), "overlay-cni")
+	r.write(r.conf, `{"name": "pods", "plugins": [{"type": "overlay-cni"}, {"type": "portmap"}, {"type": "tuning"}]}`)
+	r.install()
+	if !isLink("portmap") || !isLink("tuning") || isLink("overlay-cni") || isLink("bridge") {
+		t.Errorf("portmap %v, tuning %v, overlay-cni %v, bridge %v", isLink("portmap"), isLink("tuning"), isLink("overlay-cni"), isLink("bridge"))
+	}
+	if !strings.Contains(r.out.String(), "portmap, which is not ours") {
+		t.Errorf("nothing is said of it:\n%s", r.out)
+	}
+	link(theirs, "bridge") // that was ours
+	link("/usr/lib/cni/none/host-local", "host-local")
+	r.uninstall()
+	for _, name := range []string{"portmap", "tuning", "bridge", "host-local"} {
+		if !isLink(name) {
+			t.Errorf("%s is not there any more\n%s", name, r.out)
+		}
+	}
+	if _, err := os.Lstat(filepath.Join(r.node.binDir, "overlay-cni")); !os.IsNotExist(err) {
+		t.Error(err)
+	}
+}
+
+// A configuration under another name takes the place of the one before, and uninstalling knows it.
+func TestConfName(t *testing.T) {
+	r := newRig(t)
+	r.write(filepath.Join(r.node.confDir, "05-other.conflist"), "{}")
+	r.install()
+	r.node.confName = "20-pods.conflist"
+	want := installed("one")
+	want["05-other.conflist"], want["20-pods.conflist"] = "{}", conflist
+	delete(want, "10-overlayd.conflist")
+	for range 2 {
+		r.install()
+		r.has(want)
+	}
+	r.node.confName = "10-overlayd.conflist"
+	r.install()
+	if !strings.Contains(r.out.String(), "removed "+filepath.Join(r.node.confDir, "20-pods.conflist")) {
+		t.Errorf("nothing is said of it:\n%s", r.out)
+	}
+	r.node.confName = "30-pods.conflist"
+	r.uninstall()
+	r.has(map[string]string{"05-other.conflist": "{}"})
+	if len(r.bridges) != 1 {
+		t.Errorf("bridges %q\n%s", r.bridges, r.out)
+	}
+}
+
+// A record that can't be read says nothing of what is ours.
+func TestBrokenRecord(t *testing.T) {
+	for text, warned := range map[string]bool{`{`: true, `{"plugins": 1}`: true, `null`: false, `{"plugins": null}`: false} {
+		r := newRig(t)
+		r.install()
+		r.write(filepath.Join(r.node.stateDir, recordName), text)
+		r.install()
+		if strings.Contains(r.out.String(), "warning: ") != warned || !strings.Contains(r.out.String(), "portmap, which is not ours") {
+			t.Errorf("%s:\n%s", text, r.out)
+		}
+		r.has(installed("one"))
+	}
+}
+
 // A crash at any moment leaves nothing that the next run does not take for ours.
 func TestCrash(t *testing.T) {
 	r := newRig(t)
@@ -197,7 +287,7 @@ func TestCrash(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ours["bridge"] = []string{hash([]byte("bridge two")), hash([]byte("bridge one"))}
+	ours.Plugins["bridge"] = []string{hash([]byte("bridge two")), hash([]byte("bridge one"))}
 	if err := r.node.writeRecord(ours); err != nil {
 		t.Fatal(err)
 	}
@@ -217,36 +307,188 @@ func TestCrash(t *testing.T) {
 
 // A configuration that can't work never replaces one that does.
 func TestBadConf(t *testing.T) {
+	own := func(keys string) string {
+		return `{"name": "a", "plugins": [{"type": "portmap"}, {"type": "overlay-cni", ` + keys + `}]}`
+	}
 	for text, wrong := range map[string]string{
 		`{`:                                      "not a CNI configuration list",
 		`{"plugins": [{"type": "overlay-cni"}]}`: "name: expected",
-		`{"name": "../x", "plugins": [{"type": "overlay-cni"}]}`:                                             "name: expected",
-		`{"name": "a", "plugins": []}`:                                                                       "plugins: expected",
-		`{"name": "a", "plugins": [{}]}`:                                                                     "plugins[0].type",
-		`{"name": "a", "plugins": [{"type": "overlay-cni", "delegate": {"type": "macvlan"}}]}`:               "macvlan",
-		`{"name": "a", "plugins": [{"type": "overlay-cni", "ipam": {"type": "dhcp"}}, {"type": "portmap"}]}`: "dhcp",
+		`{"name": "../x", "plugins": [{"type": "overlay-cni"}]}`:        "name: expected",
+		`{"name": "pod network", "plugins": [{"type": "overlay-cni"}]}`: "name: expected",
+		`{"name": ".", "plugins": [{"type": "overlay-cni"}]}`:           "name: expected",
+		`{"name": "a"}`:                  "plugins: expected",
+		`{"name": "a", "plugins": []}`:   "no plugins in list",
+		`{"name": "a", "plugins": [{}]}`: "missing 'type'",
+		`{"name": "a", "cniVersion": 1.1, "plugins": [{"type": "portmap"}]}`:       "cniVersion",
+		`{"name": "a", "cniVersion": null, "plugins": [{"type": "portmap"}]}`:      "cniVersion",
+		`{"name": "a", "cniVersion": "one", "plugins": [{"type": "portmap"}]}`:     "cniVersion",
+		`{"name": "a", "cniVersion": "1.1", "plugins": [{"type": "overlay-cni"}]}`: "plugins[0]: incompatible CNI versions",
+		own(`"waitSeconds": 300`):                       "plugins[1]: waitSeconds: expected",
+		own(`"subnetFile": "subnet.env"`):               "plugins[1]: subnetFile: expected",
+		own(`"dataDir": "overlay"`):                     "plugins[1]: dataDir: expected",
+		own(`"delegate": {"name": "b"}`):                "plugins[1]: delegate.name: expected",
+		own(`"delegate": {"type": "overlay-cni"}`):      "plugins[1]: delegate.type: expected",
+		own(`"ipam": {"routes": [{"dst": "default"}]}`): "plugins[1]: ipam.routes[0]: expected",
+		own(`"delegate": {"type": "macvlan"}`):          "macvlan",
+		own(`"ipam": {"type": "dhcp"}`):                 "dhcp",
 	} {
 		r := newRig(t)
 		r.install()
 		r.write(r.conf, text)
-		if err := r.node.install(r.from, r.conf); err == nil || !strings.Contains(err.Error(), wrong) {
+		if err := r.node.install(r.from, r.conf); err == nil || !strings.Contains(err.Error(), wrong) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: expected an error with %q, found %v", text, wrong, err)
 		}
 		r.has(installed("one"))
 	}
 }
 
-// Whoever has pods keeps what they need to be deleted.
+// What runtimes and our plugin take is installed.
+func TestGoodConf(t *testing.T) {
+	for _, text := range []string{
+		`{"name": "a", "plugins": [{"type": "overlay-cni"}]}`,
+		`{"name": "a", "cniVersion": "", "plugins": [{"type": "overlay-cni"}]}`,
+		`{"name": "cbr0", "cniVersion": "0.3.1", "plugins": [{"type": "overlay-cni", "delegate": {"hairpinMode": true, "isDefaultGateway": true}}]}`,
+		`{"name": "a_b.c-d", "cniVersion": "1.1.0", "plugins": [{"type": "overlay-cni", "waitSeconds": 90, "subnetFile": "/run/flannel/subnet.env",
+		  "dataDir": "/data", "delegate": {"bridge": "pods0"}, "ipam": {"routes": [{"dst": "10.96.0.0/12"}]}}, {"type": "portmap"}]}`,
+		`{"name": "a", "cniVersions": ["1.0.0", "1.1.0"], "plugins": [{"type": "overlay-cni"}]}`,
+	} {
+		r := newRig(t)
+		r.write(r.conf, text)
+		r.install()
+	}
+}
+
+// Whoever has pods keeps what they need to be deleted, and when they are gone, the rest is removed.
 func TestContainersLeft(t *testing.T) {
+	const busy = "busy" // instead of a file: the bridge is in use
+	ours := func(keys string) string { return `{"name": "pods", "plugins": [{"type": "overlay-cni"` + keys + `}]}` }
+	for _, tt := range []struct {
+		name, conf, file, text string
+		left                   bool
+	}{
+		{"ours", conflist, "overlay/pods/abc:eth0", "{}", true},
+		{"half written", conflist, "overlay/pods/.0123456789abcdef", "{", false},
+		{"another network's", conflist, "overlay/others/abc:eth0", "{}", false},
+		{"in dataDir", ours(`, "dataDir": "/var/lib/cni/own/"`), "own/pods/abc:eth0", "{}", true},
+		{"where dataDir is not", ours(`, "dataDir": "/var/lib/cni/own"`), "overlay/pods/abc:eth0", "{}", false},
+		{"an address that is taken, dataDir is elsewhere", ours(`, "dataDir": "/data"`), "networks/pods/10.244.1.2", "abc\r\neth0", true},
+		{"another, dataDir is above", ours(`, "dataDir": "/var/lib/cni/../other"`), "networks/pods/fd00::2", "abc\r\neth0", true},
+		{"no address, dataDir is elsewhere", ours(`, "dataDir": "/data"`), "networks/pods/last_reserved_ip.0", "10.244.1.2", false},
+		{"flannel's", conflist, "flannel/abc", `{"name": "pods"}`, true},
+		{"flannel's, broken", conflist, "flannel/abc", `{"na`, true},
+		{"flannel's of another network", conflist, "flannel/abc", `{"name": "others"}`, false},
+		{"flannel's in dataDir", ours(`, "dataDir": "/var/lib/cni/own"`), "own/abc", `{"name": "pods"}`, true},
+		{"flannel's, dataDir is the same", ours(`, "dataDir": "/var/lib/cni/flannel"`), "flannel/abc", `{"name": "pods"}`, true},
+		{"no bridge", ours(`, "delegate": {"type": "portmap"}`), "overlay/pods/abc:eth0", "{}", true},
+		{"the bridge", conflist, busy, "", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRig(t)
+			r.write(r.conf, tt.conf)
+			r.install()
+			address, file := filepath.Join(r.node.cniState, "networks", "pods", "10.244.1.7"), filepath.Join(r.node.cniState, tt.file)
+			if !strings.Contains(tt.conf, "/data") && !strings.Contains(tt.conf, "..") { // else it would be one that is taken
+				r.write(address, "abc\r\neth0")
+			}
+			r.write(filepath.Join(r.node.cniState, "networks", "others", "10.245.1.2"), "abc\r\neth0")
+			if tt.file == busy {
+				r.busy = fmt.Errorf("%w by veth1", errBusy)
+			} else {
+				r.write(file, tt.text)
+			}
+			before := files(t, r.node.cniState)
+			for range 2 {
+				r.uninstall()
+				said := "kept "
+				if tt.file == busy {
+					said = "in use by veth1: "
+				} else if tt.left {
+					said = "(1, such as " + file + "): "
+				}
+				if tt.left && (len(r.bridges) > 0 || !strings.Contains(r.out.String(), said) || !strings.Contains(r.out.String(), "run uninstall again\n")) {
+					t.Errorf("bridges %q\n%s", r.bridges, r.out)
+				}
+				if d := cmp.Diff(before, files(t, r.node.cniState)); tt.left && d != "" {
+					t.Errorf("expected - + found:\n%s", d)
+				}
+				r.has(map[string]string{})
+			}
+			if tt.left && tt.file != busy {
+				if err := os.Remove(file); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r.busy = nil
+			r.uninstall()
+			if strings.Contains(r.out.String(), "kept") {
+				t.Errorf("the last time:\n%s", r.out)
+			}
+			if left := files(t, r.node.stateDir); len(left) > 0 {
+				t.Errorf("remembers %q", left)
+			}
+			for _, dir := range []string{"networks/pods", "own/pods"} {
+				if _, err := os.Stat(filepath.Join(r.node.cniState, dir)); !os.IsNotExist(err) {
+					t.Errorf("%s: %v", dir, err)
+				}
+			}
+			if _, err := os.Stat(filepath.Join(r.node.cniState, "networks", "others", "10.245.1.2")); err != nil {
+				t.Error(err)
+			}
+			if len(r.bridges) == 0 && !strings.Contains(tt.conf, "delegate") {
+				t.Error("the bridge is still there")
+			}
+		})
+	}
+}
+
+// files lists all of them below a directory.
+func files(t *testing.T, dir string) []string {
+	t.Helper()
+	var out []string
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			out = append(out, path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// What is not known of a bridge changes nothing: the addresses stay taken.
+func TestBridgeFails(t *testing.T) {
 	r := newRig(t)
 	r.install()
-	r.write(filepath.Join(r.node.cniState, "overlay", "pods", "abc:eth0"), "{}")
-	r.uninstall()
-	if len(r.bridges) > 0 || !strings.Contains(r.out.String(), "1 containers are still at the network pods") {
-		t.Errorf("bridges %q\n%s", r.bridges, r.out)
+	address := filepath.Join(r.node.cniState, "networks", "pods", "10.244.1.2")
+	r.write(address, "x")
+	if err := r.node.uninstall(func(string) error { return errors.New("no") }); err == nil {
+		t.Error("expected an error")
 	}
-	if _, err := os.Stat(filepath.Join(r.node.cniState, "overlay", "pods", "abc:eth0")); err != nil {
+	if _, err := os.Stat(address); err != nil {
 		t.Error(err)
+	}
+	r.uninstall()
+	if _, err := os.Stat(address); !os.IsNotExist(err) || len(r.bridges) != 1 {
+		t.Errorf("%v, bridges %q", err, r.bridges)
+	}
+}
+
+// A configuration that somebody broke is removed, but leads nowhere.
+func TestUninstallBrokenConf(t *testing.T) {
+	for _, text := range []string{`{`, `{"name": "../x", "plugins": [{"type": "overlay-cni"}]}`} {
+		r := newRig(t)
+		r.install()
+		r.write(filepath.Join(r.node.confDir, r.node.confName), text)
+		for _, dir := range []string{"x", "networks/x"} {
+			r.write(filepath.Join(r.node.cniState, dir, "10.244.1.2"), "x")
+		}
+		r.uninstall()
+		r.has(map[string]string{})
+		if left := files(t, r.node.cniState); len(left) != 2 || len(r.bridges) > 0 || !strings.Contains(r.out.String(), "warning: ") {
+			t.Errorf("%s: left %q, bridges %q\n%s", text, left, r.bridges, r.out)
+		}
 	}
 }
 
@@ -321,7 +563,7 @@ func TestRecordStaysInside(t *testing.T) {
 	victim := filepath.Join(filepath.Dir(r.node.binDir), "victim")
 	r.write(victim, "x")
 	r.install()
-	raw, err := json.Marshal(record{"../victim": {hash([]byte("x"))}})
+	raw, err := json.Marshal(record{Plugins: map[string][]string{"../victim": {hash([]byte("x"))}}, Conf: "../victim"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -30,8 +30,14 @@ type node struct {
 	out                                           io.Writer
 }
 
-// record says which plugins are ours: those that have one of these hashes (SHA-256). There are two while one replaces the other.
-type record map[string][]string
+// record says what is ours.
+type record struct {
+	Plugins map[string][]string `json:"plugins"`        // those that have one of these hashes (SHA-256); two while one replaces the other
+	Conf    string              `json:"conf,omitempty"` // the name of the configuration
+}
+
+// errLink: a symbolic link is never what install put there. What it leads to tells nothing: on the node that is another file than here.
+var errLink = errors.New("it is a symbolic link")
 
 func (n node) say(format string, args ...any) { _, _ = fmt.Fprintf(n.out, format+"\n", args...) }
 
@@ -43,6 +49,9 @@ func (n node) install(from, confFile string) error {
 		return err
 	}
 	c, err := parseConf(raw)
+	if err == nil {
+		err = checkConf(raw)
+	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", confFile, err)
 	}
@@ -66,7 +75,7 @@ func (n node) install(from, confFile string) error {
 		}
 	}
 	for _, p := range c.plugins() {
-		if _, err := os.Stat(filepath.Join(n.binDir, p)); err != nil {
+		if _, err := os.Lstat(filepath.Join(n.binDir, p)); err != nil {
 			return fmt.Errorf("%s: it needs the plugin %s, which is neither in the image nor on the node: %w", confFile, p, err)
 		}
 	}
@@ -76,6 +85,17 @@ func (n node) install(from, confFile string) error {
 			return err
 		}
 		n.say("installed %s", at)
+	}
+	if ours.Conf != n.confName {
+		if ours.Conf != "" { // both would be of the same network, and the runtime would use the first
+			if err := n.remove(filepath.Join(n.confDir, ours.Conf)); err != nil {
+				return err
+			}
+		}
+		ours.Conf = n.confName
+		if err := n.writeRecord(ours); err != nil {
+			return err
+		}
 	}
 	for _, other := range earlier(n.confDir, n.confName) {
 		n.say("warning: %s comes before %s: the container runtime uses that one, and not ours", filepath.Join(n.confDir, other), n.confName)
@@ -89,30 +109,32 @@ func (n node) installPlugin(source, name string, ours record) error {
 		return err
 	}
 	at, sum := filepath.Join(n.binDir, name), hash(data)
-	was, err := os.ReadFile(at)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	was, err := readPlugin(at)
+	link := errors.Is(err, errLink)
+	if err != nil && !link && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	there := err == nil
-	if there && name != ownPlugin && !slices.Contains(ours[name], hash(was)) {
-		if _, ok := ours[name]; ok {
-			delete(ours, name)
+	there := err == nil // as a link, ours is replaced as if it were not there
+	if name != ownPlugin && (link || there && !slices.Contains(ours.Plugins[name], hash(was))) {
+		err = nil
+		if _, ok := ours.Plugins[name]; ok {
+			delete(ours.Plugins, name)
 			err = n.writeRecord(ours)
 		}
 		n.say("kept %s, which is not ours", at)
 		return err
 	}
 	if there && hash(was) == sum {
-		if slices.Equal(ours[name], []string{sum}) {
+		if slices.Equal(ours.Plugins[name], []string{sum}) {
 			return nil
 		}
-		ours[name] = []string{sum}
+		ours.Plugins[name] = []string{sum}
 		return n.writeRecord(ours)
 	}
 	// Both hashes stand there while the file is replaced, so that a crash in between leaves nothing that is taken for somebody else's.
-	ours[name] = []string{sum}
+	ours.Plugins[name] = []string{sum}
 	if there {
-		ours[name] = append(ours[name], hash(was))
+		ours.Plugins[name] = append(ours.Plugins[name], hash(was))
 	}
 	if err := n.writeRecord(ours); err != nil {
 		return err
@@ -121,47 +143,35 @@ func (n node) installPlugin(source, name string, ours record) error {
 		return err
 	}
 	n.say("installed %s", at)
-	ours[name] = []string{sum}
+	ours.Plugins[name] = []string{sum}
 	return n.writeRecord(ours)
 }
 
 // uninstall removes what install put there. Where no container is left, it also removes what the plugins made: the bridge, and what they
-// remember.
+// remember. Where one is, it can be run again later.
 func (n node) uninstall(removeBridge func(string) error) error {
-	at, copied := filepath.Join(n.confDir, n.confName), filepath.Join(n.stateDir, leavingName)
-	raw, err := os.ReadFile(at)
-	if err == nil {
-		err = replace(copied, raw, 0o644) // says what is left to do, if this has to be done again
-	} else if raw, err = os.ReadFile(copied); errors.Is(err, fs.ErrNotExist) {
-		err = nil
+	ours, err := n.readRecord()
+	c, leavingErr := n.leaving(ours)
+	err = errors.Join(err, leavingErr)
+	for _, name := range n.confNames(ours) {
+		err = errors.Join(err, n.remove(filepath.Join(n.confDir, name)))
 	}
-	c, _ := parseConf(raw) // one that somebody broke is removed all the same
-	err = errors.Join(err, n.remove(at))
-	ours, recordErr := n.readRecord()
-	err = errors.Join(err, recordErr, n.remove(filepath.Join(n.binDir, ownPlugin)))
-	delete(ours, ownPlugin)
-	for _, name := range slices.Sorted(maps.Keys(ours)) {
-		plugin := filepath.Join(n.binDir, name)
-		switch raw, readErr := os.ReadFile(plugin); {
-		case errors.Is(readErr, fs.ErrNotExist):
-		case readErr != nil:
-			err = errors.Join(err, readErr)
-		case !slices.Contains(ours[name], hash(raw)):
-			n.say("kept %s, which somebody replaced", plugin)
-		default:
-			err = errors.Join(err, n.remove(plugin))
-		}
-	}
+	err = errors.Join(err, n.removePlugins(ours))
 	for _, dir := range []string{n.binDir, n.confDir, n.stateDir} {
 		removeParts(dir)
 	}
+	done := []string{recordName, leavingName}
 	if c.Name != "" {
-		err = errors.Join(err, n.uninstallState(c, removeBridge))
+		kept, stateErr := n.uninstallState(c, removeBridge)
+		err = errors.Join(err, stateErr)
+		if kept {
+			done = []string{recordName}
+		}
 	}
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{recordName, leavingName} { // last: without them nothing is known to be ours
+	for _, name := range done { // last: without them nothing is known to be ours
 		if err := os.Remove(filepath.Join(n.stateDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -169,42 +179,75 @@ func (n node) uninstall(removeBridge func(string) error) error {
 	return nil
 }
 
-func (n node) uninstallState(c conf, removeBridge func(string) error) error {
-	kept := filepath.Join(n.cniState, "overlay", c.Name)
-	left, err := os.ReadDir(kept)
+// confNames are those under which a configuration may be ours.
+func (n node) confNames(ours record) []string {
+	if ours.Conf == "" || ours.Conf == n.confName {
+		return []string{n.confName}
+	}
+	return []string{ours.Conf, n.confName}
+}
+
+// leaving reads the configuration that is to be removed, and keeps a copy: it says what is left to do if this has to be done again.
+func (n node) leaving(ours record) (conf, error) {
+	copied := filepath.Join(n.stateDir, leavingName)
+	for _, name := range n.confNames(ours) {
+		c, raw, err := n.readConf(filepath.Join(n.confDir, name))
+		if err != nil {
+			return conf{}, err
+		}
+		if c.Name != "" {
+			return c, replace(copied, raw, 0o644)
+		}
+	}
+	c, _, err := n.readConf(copied)
+	return c, err
+}
+
+// readConf reads a configuration that is to be removed; one that is not there, or that somebody broke, has no name.
+func (n node) readConf(path string) (conf, []byte, error) {
+	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
+		return conf{}, nil, nil
 	}
 	if err != nil {
-		return err
+		return conf{}, nil, err
 	}
-	left = slices.DeleteFunc(left, func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), ".") }) // half written in a crash
-	if len(left) > 0 {
-		n.say("kept the bridge and %s: %d containers are still at the network %s", n.cniState, len(left), c.Name)
-		return nil
+	c, err := parseConf(raw)
+	if err != nil {
+		n.say("warning: %s does not tell what to remove from %s: %v", path, n.cniState, err)
 	}
-	for _, dir := range []string{kept, filepath.Join(n.cniState, "networks", c.Name)} {
-		if _, statErr := os.Stat(dir); statErr != nil {
-			continue
-		}
-		if removeErr := os.RemoveAll(dir); removeErr != nil {
-			err = errors.Join(err, removeErr)
-			continue
-		}
-		n.say("removed %s", dir)
-	}
-	_ = os.Remove(filepath.Dir(kept)) // if nothing else is in it
-	if b := c.bridge(); b != "" {
-		switch bridgeErr := removeBridge(b); {
-		case bridgeErr == nil:
-			n.say("removed the bridge %s", b)
-		case errors.Is(bridgeErr, errBusy):
-			n.say("kept the bridge %s: %v", b, bridgeErr)
-		case !errors.Is(bridgeErr, errNoBridge):
-			err = errors.Join(err, bridgeErr)
+	return c, raw, nil
+}
+
+// removePlugins removes our own, and those others that are still as they were installed.
+func (n node) removePlugins(ours record) error {
+	err := n.remove(filepath.Join(n.binDir, ownPlugin))
+	delete(ours.Plugins, ownPlugin)
+	for _, name := range slices.Sorted(maps.Keys(ours.Plugins)) {
+		plugin := filepath.Join(n.binDir, name)
+		switch raw, readErr := readPlugin(plugin); {
+		case errors.Is(readErr, fs.ErrNotExist):
+		case errors.Is(readErr, errLink), readErr == nil && !slices.Contains(ours.Plugins[name], hash(raw)):
+			n.say("kept %s, which somebody replaced", plugin)
+		case readErr != nil:
+			err = errors.Join(err, readErr)
+		default:
+			err = errors.Join(err, n.remove(plugin))
 		}
 	}
 	return err
+}
+
+// readPlugin reads a plugin on the node, but does not follow a link.
+func readPlugin(path string) ([]byte, error) {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode()&fs.ModeSymlink != 0 {
+		return nil, errLink
+	}
+	return os.ReadFile(path)
 }
 
 // remove says what it removed; what is not there is no error.
@@ -220,23 +263,27 @@ func (n node) remove(path string) error {
 }
 
 func (n node) readRecord() (record, error) {
-	r := record{}
+	none := record{Plugins: map[string][]string{}}
 	at := filepath.Join(n.stateDir, recordName)
 	raw, err := os.ReadFile(at)
 	if errors.Is(err, fs.ErrNotExist) {
-		return r, nil
+		return none, nil
 	}
 	if err != nil {
-		return r, err
+		return none, err
 	}
+	var r record
 	if err := json.Unmarshal(raw, &r); err != nil {
 		n.say("warning: %s is not readable, plugins that are on the node are taken for somebody else's: %v", at, err)
-		return record{}, nil
+		return none, nil
 	}
-	for name := range r {
-		if name != filepath.Base(name) || strings.HasPrefix(name, ".") { // nothing leads out of the directory
-			delete(r, name)
-		}
+	if r.Plugins == nil {
+		r.Plugins = none.Plugins
+	}
+	outside := func(name string) bool { return name != filepath.Base(name) || strings.HasPrefix(name, ".") } // nothing leads out of a directory
+	maps.DeleteFunc(r.Plugins, func(name string, _ []string) bool { return outside(name) })
+	if outside(r.Conf) {
+		r.Conf = ""
 	}
 	return r, nil
 }
