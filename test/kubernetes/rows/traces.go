@@ -49,10 +49,12 @@ func lines(state string, own ...string) map[string]bool {
 	return out
 }
 
-// mayStay is what Documentation/kubernetes.md says that stays on a node. The plugin portmap leaves its chains, when the last of its ports is gone.
+// mayStay is what Documentation/kubernetes.md says that stays on a node. The plugin portmap leaves its chains when the last of its ports is
+// gone. A kernel that begins to forward takes no redirects any more, and answers to the anycast addresses of routers (RFC 4291 section 2.6.1).
 func mayStay() *regexp.Regexp {
 	return regexp.MustCompile(`^(file (/run/overlayd|/var/lib/overlayd|/run/xtables\.lock|/opt/cni|/opt/cni/bin|/etc/cni|/etc/cni/net\.d|/var/lib/cni|/var/lib/cni/(networks|results))` +
 		`|ip6?tables-nft-save .*CNI-HOSTPORT-(DNAT|MASQ|SETMARK).*` +
+		`|route anycast \S+ dev eth0 table local .*|net\.ipv4\.conf\.all\.accept_redirects = 0` +
 		`|net\.ipv4\.ip_forward = 1|net\.ipv4\.conf\.(all|default)\.forwarding = 1|net\.ipv6\.conf\.(all|default)\.forwarding = 1|net\.bridge\.bridge-nf-call-ip6?tables = 1)$`)
 }
 
