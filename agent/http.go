@@ -24,11 +24,24 @@ const (
 	stuckAfter = time.Minute
 	// answerWithin bounds how long a question waits for the loop.
 	answerWithin = 2 * time.Second
+
+	// The port may be one that strangers reach: nobody may hold a connection, and what it takes, for as long as he likes. A question has a
+	// few headers, and a body of one word at most.
+	headerWithin, questionWithin = 5 * time.Second, 10 * time.Second
+	// readWithin bounds an answer from the question to its last byte: /peers of a large cluster has megabytes, and the line may be slow.
+	readWithin = 30 * time.Second
+	// idleFor is how long a connection stays open for the next question: longer than it is from one scrape to the next, usually.
+	idleFor = 2 * time.Minute
+	// largestHeader has room for the cookies that a browser brings from whatever else is at the same address.
+	largestHeader = 32 << 10
 )
 
 // serve answers until ctx ends.
 func serve(ctx context.Context, l net.Listener, h http.Handler) error {
-	srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: headerWithin, ReadTimeout: questionWithin, WriteTimeout: readWithin, IdleTimeout: idleFor,
+		MaxHeaderBytes: largestHeader,
+	}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {

@@ -1,11 +1,17 @@
 package agent
 
 import (
+	"bufio"
+	"context"
 	"errors"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -76,3 +82,101 @@ func TestReadyz(t *testing.T) {
 		t.Errorf("without a lease: %d %s", code, text)
 	}
 }
+
+// pipes is a listener without a network, for a bubble of its own time.
+type pipes struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	close  func()
+}
+
+func newPipes() *pipes {
+	p := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
+	p.close = sync.OnceFunc(func() { close(p.closed) })
+	return p
+}
+
+func (p *pipes) dial() net.Conn {
+	here, there := net.Pipe()
+	p.conns <- there
+	return here
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error   { p.close(); return nil }
+func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipes", Net: "unix"} }
+
+// Whoever is slow, or says nothing, keeps his connection for a while only.
+func TestServeOutlastsSlowClients(t *testing.T) {
+	t.Parallel()
+	const question = "GET / HTTP/1.1\r\nHost: node\r\n"
+	for _, c := range []struct {
+		name   string
+		says   string
+		answer string        // its first line; empty: any
+		reads  bool          // the rest of it, too
+		within time.Duration // until the connection ends, and no less than half of that
+	}{
+		{"half a header", "GET / HT", "", true, headerWithin},
+		{"half a body", question + "Content-Length: 2\r\n\r\nx", "HTTP/1.1 200 OK", true, questionWithin},
+		{"no second question", question + "\r\n", "HTTP/1.1 200 OK", true, idleFor},
+		{"an answer that nobody reads", question + "\r\n", "HTTP/1.1 200 OK", false, readWithin},
+		{"a long header", question + "Cookie: " + strings.Repeat("x", 2*largestHeader) + "\r\n\r\n", "HTTP/1.1 431 Request Header Fields Too Large", true, time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				l, done, ended := newPipes(), make(chan error), make(chan struct{})
+				go func() {
+					done <- serve(ctx, l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+						_, _ = io.Copy(w, io.LimitReader(zeros{}, 1<<20))
+					}))
+				}()
+				conn := l.dial()
+				go func() {
+					_, _ = io.WriteString(conn, c.says) // as much as the server takes
+				}()
+				began := time.Now()
+				answer := bufio.NewReader(conn)
+				line, _ := answer.ReadString('\n')
+				if got := strings.TrimSpace(line); c.answer != "" && got != c.answer {
+					t.Errorf("answer: %q", got)
+				}
+				if !c.reads {
+					time.Sleep(c.within + time.Second/2)
+				}
+				go func() {
+					defer close(ended)
+					_, _ = io.Copy(io.Discard, answer)
+				}()
+				select {
+				case <-ended:
+				case <-time.After(time.Hour):
+					t.Error("the connection is still open")
+				}
+				if took := time.Since(began); took > c.within+time.Second || took < c.within/2 && c.within > time.Second {
+					t.Errorf("it took %v", took)
+				}
+				_ = conn.Close()
+				cancel()
+				if err := <-done; !errors.Is(err, context.Canceled) {
+					t.Errorf("serve returned %v", err)
+				}
+			})
+		})
+	}
+}
+
+// zeros never ends.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }

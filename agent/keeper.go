@@ -3,6 +3,7 @@ package agent
 import (
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
@@ -10,7 +11,8 @@ import (
 )
 
 const (
-	// rememberEvery is how often what is known of the others is written to the state directory at most.
+	// rememberEvery is how often what is known of the others is written to the state directory at most, and how long after a write that
+	// failed it is tried again.
 	rememberEvery = 30 * time.Second
 	// leaseProgress is how much longer a lease must have become to be worth a write.
 	leaseProgress = 10 * time.Minute
@@ -29,7 +31,10 @@ type keeper struct {
 	entries []*subnet.Entry
 	expires time.Time
 	at      time.Time
-	late    bool // something is worth a write, and it was too early for it
+	number  uint64 // of times that something was
+	late    bool   // something is worth a write, or may have to be written again, and it was too early for it
+
+	written atomic.Uint64 // the number of what was written last
 }
 
 // keepsake is what is worth to be remembered.
@@ -38,7 +43,8 @@ type keepsake struct {
 	expires time.Time
 	table   subnet.Table
 	// own says that only this node's own lease is to be written, and what is remembered of the others stays.
-	own bool
+	own    bool
+	number uint64
 }
 
 func newKeeper(dir stateDir, node subnet.Identity, h *health) *keeper {
@@ -50,28 +56,34 @@ func (k *keeper) begin(m memory) {
 	k.subnets, k.expires, k.at = m.subnets(), m.Expires, time.Now()
 }
 
-// note has something written if it is time: the own subnet at once, the rest now and then. others says that what is known of the
-// others may replace what is remembered of them.
+// note has something written if it is time: the own subnet at once, the rest now and then, and again what has not been written by then.
+// others says that what is known of the others may replace what is remembered of them.
 func (k *keeper) note(s keepsake, others, last bool) {
-	news := others && (s.expires.Sub(k.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.entries))
-	due := news && (last || time.Since(k.at) >= rememberEvery)
-	k.late = news && !due
-	if s.own = !due; s.own && s.subnets == k.subnets {
+	written := k.written.Load() == k.number
+	early := !last && time.Since(k.at) < rememberEvery
+	again := !written && !early
+	news := others && (again || s.expires.Sub(k.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.entries))
+	full := news && !early
+	if s.own = !full; s.own && !again && s.subnets == k.subnets {
+		k.late = early && (news || !written)
 		return
 	}
-	if due {
-		k.entries, k.expires, k.at = s.table.Entries, s.expires, time.Now()
+	switch {
+	case full:
+		k.entries, k.expires = s.table.Entries, s.expires
+	case !written: // this takes the place of something that may have said more
+		k.entries, k.expires = nil, time.Time{}
 	}
-	k.subnets = s.subnets
-	select {
-	case waits := <-k.jobs:
-		s.own = s.own && waits.own
-	default:
+	if !early {
+		k.at = time.Now()
 	}
+	k.subnets, k.late = s.subnets, true
+	k.number++
+	s.number = k.number
 	k.jobs.put(s)
 }
 
-// due is when there will be something to write; the zero time: nothing waits.
+// due is when there may be something to write; the zero time: nothing waits.
 func (k *keeper) due() time.Time {
 	if !k.late {
 		return time.Time{}
@@ -84,7 +96,11 @@ func (k *keeper) end() { close(k.jobs) }
 
 func (k *keeper) run() {
 	for s := range k.jobs {
-		k.health.set(condStateDir, k.write(s))
+		err := k.write(s)
+		k.health.set(condStateDir, err)
+		if err == nil {
+			k.written.Store(s.number)
+		}
 	}
 }
 
@@ -105,6 +121,7 @@ func (k *keeper) write(s keepsake) error {
 // save writes down what a start without etcd needs.
 func (a *Agent) save(last bool) {
 	if !a.online() || !a.snap.Held() {
+		a.keeper.late = false // the store says when there is something again
 		return
 	}
 	// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that they are lost.

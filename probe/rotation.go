@@ -197,11 +197,12 @@ func (r *rotation) remove(subnet netip.Prefix) {
 	t.gone = true
 }
 
-// replace makes these the targets, and a round begin. What is known of those that stay is kept.
+// replace makes these the targets. What is known of those that stay is kept, and the round goes on behind the target that was visited
+// last: it may take longer than the time until the next call.
 func (r *rotation) replace(ts []Target) {
 	ts = slices.Clone(ts)
 	slices.SortFunc(ts, func(a, b Target) int { return addr.ComparePrefix(a.Subnet, b.Subnet) })
-	before := r.targets
+	before, visited := r.targets, r.targets[:r.next]
 	r.targets, r.next, r.credit, r.counts = make([]*target, 0, len(ts)), 0, perSecond, [silent + 1]int{}
 	for _, t := range ts {
 		for len(before) > 0 && addr.ComparePrefix(before[0].Subnet, t.Subnet) < 0 {
@@ -223,6 +224,12 @@ func (r *rotation) replace(ts []Target) {
 	}
 	for _, t := range before {
 		t.gone = true
+	}
+	if len(visited) > 0 {
+		last, at := r.find(visited[len(visited)-1].Subnet)
+		if r.next = at; last != nil {
+			r.next++
+		}
 	}
 }
 

@@ -194,6 +194,50 @@ func TestTargetsChange(t *testing.T) {
 	}
 }
 
+// A round goes on where it was, however often the targets are replaced: those that stand last get their turn, too.
+func TestReplaceKeepsItsPlace(t *testing.T) {
+	t.Parallel()
+	const n = 5000 // a round takes ten minutes
+	ts := targets(n)
+	w := newWorld(ts[1:])
+	for i := range 11 {
+		w.run(60)
+		w.rot.replace(ts[(i+1)%2:]) // one that stands first comes and goes
+	}
+	w.rot.replace(ts)
+	if got := len(w.sent); got < n-1 {
+		t.Errorf("%d of %d targets were pinged in eleven minutes", got, n)
+	}
+
+	for _, c := range []struct {
+		name    string
+		before  []Target
+		visited int
+		now     []Target
+		next    string
+	}{
+		{"the same", ts[:6], 3, ts[:6], "n3"},
+		{"the one visited last is gone", ts[:6], 3, slices.Concat(ts[:2], ts[3:6]), "n3"},
+		{"the one that was due is gone", ts[:6], 3, slices.Concat(ts[:3], ts[4:6]), "n4"},
+		{"all behind it are gone", ts[:6], 3, ts[:3], "n0"},
+		{"others come before it", ts[2:6], 1, ts[:6], "n3"},
+		{"others come at the end of the round", ts[:6], 6, ts[:9], "n6"},
+		{"all are others", ts[:6], 3, ts[10:20], "n10"},
+		{"none is left", ts[:6], 3, nil, ""},
+	} {
+		w := newWorld(c.before)
+		w.rot.next = c.visited
+		w.rot.replace(c.now)
+		got := ""
+		if pings := w.rot.due(w.now, time.Second); len(pings) > 0 {
+			got = w.rot.flights[pings[0].seq].target.Name
+		}
+		if got != c.next {
+			t.Errorf("%s: %q is next, not %q", c.name, got, c.next)
+		}
+	}
+}
+
 // What is not this node's answer to this packet is none; and clocks that are set are no round trips.
 func TestStrangeAnswers(t *testing.T) {
 	t.Parallel()
