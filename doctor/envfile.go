@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// ReadEnvFile reads a file as systemd's EnvironmentFile= does: NAME=value, comments with # or ;, quotes, and a backslash at the end of
-// a line. A file that is not there has nothing in it. Errors name the line, and never show a value.
+// ReadEnvFile reads a file as systemd's EnvironmentFile= does: NAME=value, comments with # or ;, quotes, and backslashes. A file
+// that is not there has nothing in it. Errors name the line, and never show a value.
 func ReadEnvFile(path string) (map[string]string, error) {
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -27,52 +27,100 @@ func ReadEnvFile(path string) (map[string]string, error) {
 func parseEnv(text string) (map[string]string, error) {
 	out := map[string]string{}
 	var errs []error
-	number := 0
-	for text != "" {
-		var line string
-		line, text, _ = strings.Cut(text, "\n")
-		number++
-		first := number
-		for strings.HasSuffix(line, "\\") && text != "" {
-			var next string
-			next, text, _ = strings.Cut(text, "\n")
-			line = strings.TrimSuffix(line, "\\") + next
-			number++
-		}
-		line = strings.TrimSpace(line)
-		if line == "" || line[0] == '#' || line[0] == ';' {
+	t := envText{rest: text, line: 1}
+	for t.skip(blank); t.rest != ""; t.skip(blank) {
+		line, before := t.line, t.rest
+		if c := before[0]; c == '#' || c == ';' {
+			t.skip(func(c byte) bool { return !newline(c) })
 			continue
 		}
-		name, value, ok := strings.Cut(line, "=")
-		name = strings.TrimSpace(name)
-		if !ok || name == "" || strings.ContainsAny(name, " \t\"'") {
-			errs = append(errs, fmt.Errorf("line %d is not of the form NAME=value (systemd leaves it out)", first))
+		t.skip(func(c byte) bool { return c != '=' && !newline(c) })
+		name := strings.TrimSpace(before[:len(before)-len(t.rest)])
+		c, _ := t.next()
+		value := ""
+		if c == '=' {
+			value = t.value()
+		}
+		if c != '=' || name == "" || strings.ContainsAny(name, " \t\"'") {
+			errs = append(errs, fmt.Errorf("line %d is not of the form NAME=value (systemd leaves it out)", line))
 			continue
 		}
-		out[name] = unquote(strings.TrimSpace(value))
+		out[name] = value
 	}
 	return out, errors.Join(errs...)
 }
 
-// unquote takes quotes off, and backslashes: outside of quotes and in double ones they keep the next character as it is.
-func unquote(s string) string {
+func newline(c byte) bool { return c == '\n' || c == '\r' }
+func blank(c byte) bool   { return c == ' ' || c == '\t' || newline(c) }
+
+// envText is what is left of a file, and the number of its first line.
+type envText struct {
+	rest string
+	line int
+}
+
+func (t *envText) next() (c byte, more bool) {
+	if t.rest == "" {
+		return 0, false
+	}
+	c, t.rest = t.rest[0], t.rest[1:]
+	if c == '\n' {
+		t.line++
+	}
+	return c, true
+}
+
+func (t *envText) skip(what func(byte) bool) {
+	for t.rest != "" && what(t.rest[0]) {
+		t.next()
+	}
+}
+
+// value reads what stands behind the equals sign, as systemd.exec(5) has it (EnvironmentFile=). Quotes count at the beginning only, or
+// behind others. Outside of quotes a backslash keeps the next character as it is, and joins lines.
+func (t *envText) value() string {
 	var b strings.Builder
-	quote := byte(0)
-	for i := 0; i < len(s); i++ {
-		c := s[i]
+	plain, keep := false, 0 // what is not kept is white space at the end
+	for c, more := t.next(); more && !newline(c); c, more = t.next() {
 		switch {
-		case c == '\\' && quote != '\'' && i+1 < len(s):
-			i++
-			b.WriteByte(s[i])
-		case quote == 0 && (c == '"' || c == '\''):
-			quote = c
-		case quote != 0 && c == quote:
-			quote = 0
+		case c == '\\':
+			if c, more := t.next(); more && !newline(c) {
+				b.WriteByte(c)
+			}
+			plain, keep = true, b.Len()
+		case !plain && (c == '"' || c == '\''):
+			t.quoted(&b, c)
+			keep = b.Len()
+		case !blank(c):
+			b.WriteByte(c)
+			plain, keep = true, b.Len()
+		case plain:
+			b.WriteByte(c)
+		}
+	}
+	return b.String()[:keep]
+}
+
+// quoted reads up to the quote that ends it, over lines. In double quotes a backslash before one of "\`$ goes, and joins lines; before
+// any other character it stays, and so it does in single quotes.
+func (t *envText) quoted(b *strings.Builder, quote byte) {
+	for c, more := t.next(); more && c != quote; c, more = t.next() {
+		if c != '\\' || quote == '\'' {
+			b.WriteByte(c)
+			continue
+		}
+		c, more := t.next()
+		switch {
+		case !more:
+			return
+		case c == '\n':
+		case strings.IndexByte("\"\\`$", c) < 0:
+			b.WriteByte('\\')
+			fallthrough
 		default:
 			b.WriteByte(c)
 		}
 	}
-	return b.String()
 }
 
 // readVars reads a file like subnet.env.

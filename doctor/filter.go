@@ -40,6 +40,11 @@ const (
 // filter is the node's packet filter: every chain, of whichever program.
 type filter []netstate.FilterChain
 
+// has reports whether there is a chain of one of these names.
+func (f filter) has(names ...string) bool {
+	return slices.ContainsFunc(f, func(c netstate.FilterChain) bool { return slices.Contains(names, c.Name) })
+}
+
 // through sends a packet through the hooks, in the order in which the kernel does. The first hook that drops it decides.
 func (f filter) through(p packet, v6 bool, hooks ...string) fate {
 	var doubt fate

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,7 +27,8 @@ import (
 
 // How long each part may take. The parts run side by side.
 const (
-	askDaemonFor = 800 * time.Millisecond
+	askDaemonFor = 3 * time.Second        // more than the two seconds after which it says by itself that its loop is busy
+	hurry        = 500 * time.Millisecond // after which etcd is asked without waiting for the daemon's word where it is
 	askStoreFor  = 1500 * time.Millisecond
 	pingFor      = 500 * time.Millisecond // for the last answer
 )
@@ -67,13 +67,14 @@ type Facts struct {
 
 // DaemonFacts is what the daemon says.
 type DaemonFacts struct {
-	Running bool
-	Err     error
-	Holder  error // who works on this node although nobody answers at the socket; nil: nobody
-	Status  status.Node
-	Peers   []status.Peer
-	Diff    []string
-	DiffErr error
+	Running  bool
+	Err      error
+	Holder   error // who works on this node although nobody answers at the socket; nil: nobody
+	Status   status.Node
+	Peers    []status.Peer
+	PeersErr error
+	Diff     []string
+	DiffErr  error
 }
 
 // peer is another node in one family.
@@ -116,55 +117,104 @@ func (f Facts) name() string { return cmp.Or(f.Daemon.Status.Name, f.Identity.No
 func gather(ctx context.Context, o Options) Facts {
 	began := time.Now()
 	f := Facts{Settings: o.Settings, Now: o.Now(), Privileges: o.Privileges, Errs: map[string]error{}}
-	f.askDaemon(ctx, o)
-	store := make(chan etcd.Examination, 1)
-	opts := f.storeOptions()
-	opts.RequestTimeout = askStoreFor
-	go func() { store <- etcd.Examine(ctx, opts) }()
-	diff := make(chan struct{})
-	go func() {
-		defer close(diff)
-		if f.Daemon.Running {
-			ctx, cancel := context.WithTimeout(ctx, askDaemonFor)
-			defer cancel()
-			f.Daemon.Diff, f.Daemon.DiffErr = o.Daemon.Diff(ctx)
-		}
-	}()
+	asking, cancel := context.WithTimeout(ctx, askDaemonFor)
+	defer cancel()
+	node, peers := later(asking, o.Daemon.Status), later(asking, o.Daemon.Peers)
+	var said answer[status.Node]
+	var early examination
+	select {
+	case said = <-node:
+	case <-time.After(hurry):
+		early = f.askStore(ctx)
+		said = <-node
+	}
+	f.takeStatus(o, said)
+	store := early
+	if !early.serves(f.storeOptions()) {
+		store = f.askStore(ctx)
+	}
+	var diff <-chan answer[[]string]
+	if f.Daemon.Running {
+		diff = later(asking, o.Daemon.Diff)
+	}
 	f.look(o)
-	<-diff
+	listed := <-peers
+	f.Daemon.Peers, f.Daemon.PeersErr = listed.value, listed.err
+	if f.Daemon.Running {
+		differs := <-diff
+		f.Daemon.Diff, f.Daemon.DiffErr = differs.value, differs.err
+	}
 	f.Took = time.Since(began)
-	conclude := func() {
+	timed := func(do func()) {
 		began := time.Now()
-		f.conclude(o)
+		do()
 		f.Took += time.Since(began)
 	}
 	if f.Daemon.Running && len(f.Daemon.Peers) > 0 { // the daemon knows all that the pings need
-		conclude()
+		timed(func() { f.conclude(o) })
 		f.ping(ctx, o)
-		x := <-store
-		f.Store = &x
+		f.Store = store.result()
 		f.concludeConfig()
-		return f
+	} else {
+		f.Store = store.result()
+		timed(func() { f.conclude(o) })
+		f.ping(ctx, o)
 	}
-	x := <-store
-	f.Store = &x
-	conclude()
-	f.ping(ctx, o)
+	if f.Privileges == nil { // only now it is known what this node needs
+		timed(func() { f.System.Support = trySupport(&f) })
+	}
 	return f
 }
 
-func (f *Facts) askDaemon(ctx context.Context, o Options) {
-	ctx, cancel := context.WithTimeout(ctx, askDaemonFor)
-	defer cancel()
-	var wg sync.WaitGroup
-	var peersErr error
-	wg.Go(func() { f.Daemon.Status, f.Daemon.Err = o.Daemon.Status(ctx) })
-	wg.Go(func() { f.Daemon.Peers, peersErr = o.Daemon.Peers(ctx) })
-	wg.Wait()
+// answer is what came of a question.
+type answer[T any] struct {
+	value T
+	err   error
+}
+
+// later asks the daemon beside other work. An answer that is late is told by how long was waited for it here: whoever asks knows only how
+// long it would have waited itself.
+func later[T any](asking context.Context, ask func(context.Context) (T, error)) <-chan answer[T] {
+	c := make(chan answer[T], 1)
+	go func() {
+		v, err := ask(asking)
+		if err != nil && errors.Is(asking.Err(), context.DeadlineExceeded) {
+			err = fmt.Errorf("nothing came within %v: is it stopped (ps -o pid,stat -C overlayd), or the machine overloaded?", askDaemonFor)
+		}
+		c <- answer[T]{v, err}
+	}()
+	return c
+}
+
+// examination is one of the store that is under way; the zero value is none.
+type examination struct {
+	of   etcd.Options
+	came <-chan etcd.Examination
+}
+
+func (f *Facts) askStore(ctx context.Context) examination {
+	o := f.storeOptions()
+	came := make(chan etcd.Examination, 1)
+	x := examination{of: o, came: came}
+	o.RequestTimeout = askStoreFor
+	go func() { came <- etcd.Examine(ctx, o) }()
+	return x
+}
+
+// serves reports whether it asks the store that is meant: a daemon that answers late may know another one than the settings.
+func (x examination) serves(o etcd.Options) bool {
+	return x.came != nil && slices.Equal(x.of.Endpoints, o.Endpoints) && x.of.Prefix == o.Prefix
+}
+
+func (x examination) result() *etcd.Examination {
+	e := <-x.came
+	return &e
+}
+
+// takeStatus notes what the daemon says of itself, or why it says nothing.
+func (f *Facts) takeStatus(o Options, said answer[status.Node]) {
+	f.Daemon.Status, f.Daemon.Err = said.value, said.err
 	f.Daemon.Running = f.Daemon.Err == nil
-	if f.Daemon.Err == nil && peersErr != nil {
-		f.Daemon.Err = peersErr
-	}
 	if f.Daemon.Err != nil && o.NotRunning(f.Daemon.Err) {
 		f.Daemon.Err = nil
 		if o.Holder != nil {
@@ -203,10 +253,6 @@ func (f *Facts) look(o Options) {
 	f.remember()
 	f.System.StateDirErr = tryDir(f.StateDir)
 	f.System.SubnetEnv, f.System.SubnetEnvErr = readVars(f.SubnetFile)
-	f.failed("support", nil)
-	if f.Privileges == nil {
-		f.System.Support = trySupport(f)
-	}
 }
 
 func (f *Facts) lookAtFilter() {
@@ -446,7 +492,7 @@ func (f *Facts) concludeUnderlay(o Options) {
 
 func (f *Facts) concludePeers() {
 	switch {
-	case f.Daemon.Running:
+	case f.Daemon.Running && f.Daemon.PeersErr == nil:
 		f.PeersFrom = "the daemon"
 		for _, p := range f.Daemon.Peers {
 			sn, err := netip.ParsePrefix(p.Subnet)
@@ -494,12 +540,13 @@ func (f *Facts) peersOf(t subnet.Table) {
 	}
 }
 
-// aim decides what to ping at a peer: the address of its tunnel device, or that of its pods' bridge where there is no such device.
+// aim decides what to ping at a peer, as the daemon does: the address of its tunnel device, or its own where there is no such device. Its
+// pods' bridge is no target: it comes with the first pod.
 func (f *Facts) aim(p *peer) {
 	if !p.target.IsValid() {
 		p.target = p.subnet.Addr()
 		if f.backend() == subnet.HostGW {
-			p.target = p.subnet.Addr().Next()
+			p.target = p.publicIP
 		}
 	}
 	p.full = f.podMTU()

@@ -45,6 +45,8 @@ func judgeDaemon(f Facts) []Finding {
 		return fail("overlayd does not run on this node; what it made before stays as it is, and follows no change", f.start(), f.Service.log())
 	case !d.Status.Ready:
 		return fail("it runs, and is not ready: see its problems", "overlayd status")
+	case d.PeersErr != nil:
+		return warn("it runs, but does not say who the other nodes are: "+d.PeersErr.Error(), "overlayd status --peers")
 	}
 	return ok(fmt.Sprintf("%s, version %s, ready", f.name(), d.Status.Version))
 }

@@ -197,6 +197,7 @@ func judgeBridge(f Facts) []Finding {
 			out = append(out, fail(b.Name+" is down: pods can't send", "ip link set "+b.Name+" up")...)
 		}
 	}
+	ours := slices.ContainsFunc(f.bridges(), func(b netstate.SurveyLink) bool { return b.Kind == "bridge" })
 	for _, a := range f.Survey.Host.Addresses {
 		fam := addr.FamilyOf(a.Prefix.Addr())
 		own, network := f.Self.Subnets.Get(fam), f.network(fam)
@@ -204,15 +205,33 @@ func judgeBridge(f Facts) []Finding {
 		if a.Tunnel || !own.IsValid() || own.Contains(a.Prefix.Addr()) || l.Kind != "bridge" {
 			continue
 		}
-		if network.IsValid() && network.Contains(a.Prefix.Addr()) {
-			out = append(out, fail(fmt.Sprintf("%s has the address %s, this node's subnet is %s: pods there have addresses that lead to another node; make the bridge and the pods anew", a.Link, a.Prefix, own),
-				"ip link delete "+a.Link, "rm -rf /var/lib/cni/networks/*   # then start the pods of this node again")...)
+		if !network.IsValid() || !network.Contains(a.Prefix.Addr()) {
+			continue
+		}
+		reason := fmt.Sprintf("%s has the address %s, this node's subnet is %s: ", a.Link, a.Prefix, own)
+		if ours { // that of the pods is another one
+			out = append(out, fail(reason+"what is on it has addresses that lead to another node; whoever made it (Docker, say) has to take another network",
+				"ip -br link show master "+a.Link, "ip -d link show "+a.Link)...)
+		} else {
+			out = append(out, fail(reason+"pods there have addresses that lead to another node; make the bridge and the pods anew", f.anew(a)...)...)
 		}
 	}
 	if len(out) == 0 && len(names) == 0 {
 		return ok("there is none yet (the first pod brings it)")
 	}
 	return orOK(out, strings.Join(names, " and ")+" has an address of this node's subnet")
+}
+
+// anew removes a bridge, and what the plugin host-local remembers of the addresses on it: only where it is known under which name.
+func (f Facts) anew(a netstate.HostAddress) []string {
+	const again = "   # then start the pods of this node again"
+	bridge := "ip link delete " + a.Link + "   # if pods are on it"
+	for _, n := range f.System.CNI {
+		if n.within(a.Prefix.Masked()) {
+			return []string{bridge, "rm -rf " + n.dir + again}
+		}
+	}
+	return []string{bridge, "ls /var/lib/cni/networks   # and remove the directory of the pods' network," + strings.TrimPrefix(again, "   #")}
 }
 
 // withoutGateway finds the bridge that pods are on where nothing has the address that is their gateway.

@@ -22,8 +22,9 @@ func judgeVariants(f Facts) []Finding {
 		return skipped("it takes privileges to look")
 	}
 	if f.LegacyRules > 0 && f.NFTRules > 0 {
-		return warn(fmt.Sprintf("iptables-legacy holds %d rules and iptables-nft %d: a packet must pass both, and each program shows its own only", f.LegacyRules, f.NFTRules),
-			"iptables-legacy-save; iptables-nft-save   # move what is wanted to one of them, then:", "iptables-legacy -F; iptables-legacy -t nat -F")
+		return warn(fmt.Sprintf("iptables-legacy holds %d rules and iptables-nft %d: a packet must pass both, and each program shows its own only; at a quiet time, "+
+			"have whoever makes the legacy ones use nft (update-alternatives --config iptables, and ip6tables), and delete those that stay, one by one", f.LegacyRules, f.NFTRules),
+			"iptables-legacy-save", "ip6tables-legacy-save")
 	}
 	return ok(fmt.Sprintf("one is in use at most (legacy %d rules, nft %d)", f.LegacyRules, f.NFTRules))
 }
@@ -137,12 +138,16 @@ func (f Facts) sayTunnel(d tunnel, device, verb string, t fate) []Finding {
 	return nil
 }
 
-// manager is who holds the rules of a chain.
+// manager is who holds the rules of a chain. In a pod the host's files can't be seen that say who is on; the chains of both can.
 func (f Facts) manager(c netstate.FilterChain) string {
+	firewalld, ufw := f.System.Firewalld, f.System.UFW
+	if f.Service.inKubernetes() {
+		firewalld, ufw = f.Filter.has("INPUT_ZONES"), f.Filter.has("ufw-user-input", "ufw6-user-input")
+	}
 	switch {
-	case c.Table == "firewalld" || strings.HasPrefix(c.Name, "IN_") && f.System.Firewalld:
+	case c.Table == "firewalld" || strings.HasPrefix(c.Name, "IN_") && firewalld:
 		return "firewalld"
-	case strings.HasPrefix(c.Name, "ufw") || f.System.UFW && (c.Table == "filter" && (c.Family == "ip" || c.Family == "ip6")):
+	case strings.HasPrefix(c.Name, "ufw") || ufw && (c.Table == "filter" && (c.Family == "ip" || c.Family == "ip6")):
 		return "ufw"
 	case c.Legacy:
 		return "iptables-legacy"

@@ -16,7 +16,13 @@ import (
 
 func hostChecks() []check {
 	return []check{
-		{"privileges", judgePrivileges}, {"kernel", judgeSupport}, {"forwarding", judgeForwarding}, {"interface", judgeInterface}, {"rp_filter", judgeRPFilter}, {"routes", judgeRoutes},
+		{"privileges", judgePrivileges},
+		{"kernel", judgeSupport},
+		{"forwarding", judgeForwarding},
+		{"bridge netfilter", judgeBridgeFilter},
+		{"interface", judgeInterface},
+		{"rp_filter", judgeRPFilter},
+		{"routes", judgeRoutes},
 	}
 }
 
@@ -87,6 +93,38 @@ func judgeForwarding(f Facts) []Finding {
 		}
 	}
 	return orOK(out, "it is on")
+}
+
+// judgeBridgeFilter: kube-proxy sends what goes to a service to one of its pods. The answers of a pod on the same bridge don't pass the
+// routing, and only where the packet filter sees them all the same is the address of the service put back into them.
+func judgeBridgeFilter(f Facts) []Finding {
+	const lost = "pods lose answers of services (also of the cluster's DNS) whose pod is on the same node"
+	if why := f.unreadable(); why != "" {
+		return skipped(why)
+	}
+	pods := slices.ContainsFunc(f.bridges(), func(l netstate.SurveyLink) bool { return l.Kind == "bridge" })
+	switch {
+	case !f.kubeProxy():
+		return skipped("no rules of kube-proxy are on this node")
+	case !pods && !f.Service.inKubernetes():
+		return skipped("there is no bridge for pods")
+	}
+	var out []Finding
+	for _, fam := range f.families() {
+		v, known := f.System.Sysctls[netstate.BridgeNetfilter(fam).Path]
+		if !known {
+			return fail("the module br_netfilter is not loaded: "+lost, "modprobe br_netfilter && echo br_netfilter > /etc/modules-load.d/br_netfilter.conf")
+		}
+		if v == "0" {
+			out = append(out, fixable(Fail, fmt.Sprintf("%s is 0: %s", netstate.BridgeNetfilter(fam).Path, lost), sysctlFix(netstate.BridgeNetfilter(fam).Path, "1"))...)
+		}
+	}
+	return orOK(out, "kube-proxy's rules see what crosses the bridge")
+}
+
+// kubeProxy reports whether kube-proxy has rules here: it is known by its chains in iptables, and by its table in nftables.
+func (f Facts) kubeProxy() bool {
+	return f.Filter.has("KUBE-SERVICES", "KUBE-FORWARD") || slices.ContainsFunc(f.Filter, func(c netstate.FilterChain) bool { return c.Table == "kube-proxy" })
 }
 
 // forwardingFixes: a kernel that begins to forward IPv6 drops the routes that it has from router advertisements, unless a device was
@@ -308,6 +346,9 @@ func judgeRoutes(f Facts) []Finding {
 			out = append(out, fail(fmt.Sprintf("%s is not ours and comes before the way to the peer %s", what, p), fmt.Sprintf("ip route del %s metric %d", how, r.Metric))...)
 			break
 		}
+	}
+	if len(out) == 0 && f.PeersFrom == "" {
+		return skipped("who the others are is not known")
 	}
 	return orOK(atMost(out), fmt.Sprintf("%d of ours, and nobody else's before them", len(f.Survey.Ours.Routes)))
 }

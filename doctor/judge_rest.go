@@ -4,18 +4,28 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/subnet"
 )
 
 func managerChecks() []check {
 	return []check{{"systemd-networkd", judgeNetworkd}, {"NetworkManager", judgeNetworkManager}, {"udev", judgeUdev}}
 }
 
+// unseen is said in a pod, which sees neither the processes nor the files of its host.
+func (f Facts) unseen(look string) []Finding {
+	return skipped("not visible from a pod; to see on the node whether it leaves overlayd's devices alone: " + look)
+}
+
 func judgeNetworkd(f Facts) []Finding {
 	m := f.System.Managers
+	if f.Service.inKubernetes() {
+		return f.unseen("networkctl status " + f.someDevice())
+	}
 	if !m.Networkd {
 		return ok("it does not run")
 	}
@@ -34,6 +44,8 @@ func judgeNetworkd(f Facts) []Finding {
 func judgeNetworkManager(f Facts) []Finding {
 	m := f.System.Managers
 	switch {
+	case f.Service.inKubernetes():
+		return f.unseen("nmcli device status")
 	case !m.NetworkManager:
 		return ok("it does not run")
 	case !m.NMIgnores:
@@ -45,6 +57,8 @@ func judgeNetworkManager(f Facts) []Finding {
 func judgeUdev(f Facts) []Finding {
 	m := f.System.Managers
 	switch {
+	case f.Service.inKubernetes():
+		return f.unseen("udevadm test-builtin net_setup_link /sys/class/net/" + f.someDevice())
 	case !m.Udev:
 		return ok("it does not run")
 	case m.LinkFile != "" && m.MACPolicy != "" && m.MACPolicy != "none":
@@ -86,16 +100,36 @@ func judgeNeighbours(f Facts) []Finding {
 				next *= 2
 			}
 			out = append(out, fixable(Warn, fmt.Sprintf("%s is %d: %d nodes are on a network of this node, which with its pods may be more", threshold(fam, "3"), hard, need-spare),
-				sysctlFix(threshold(fam, "3"), fmt.Sprint(next)), sysctlFix(threshold(fam, "2"), fmt.Sprint(next/2)), sysctlFix(threshold(fam, "1"), fmt.Sprint(next/8)))...)
+				f.moreNeighbours(fam, next)...)...)
 		}
 	}
 	if !known {
 		return skipped("the limits are not visible in this network namespace")
 	}
 	if n := f.System.NeighbourTable.Overflows; n > 0 && len(out) == 0 {
-		out = append(out, warn(fmt.Sprintf("it was full %d times since the machine started (gc_thresh3)", n), "sysctl -w net.ipv4.neigh.default.gc_thresh3=8192", "sysctl -w net.ipv6.neigh.default.gc_thresh3=8192")...)
+		var more []fix
+		for _, fam := range addr.Families() {
+			if hard, known := f.System.number(threshold(fam, "3")); known {
+				more = append(more, f.moreNeighbours(fam, max(8192, 2*hard))...)
+			}
+		}
+		out = append(out, warn(fmt.Sprintf("it was full %d times since the machine started (gc_thresh3)", n), commands(more)...)...)
 	}
 	return orOK(out, "there is room for all nodes that are on a network of this one")
+}
+
+// moreNeighbours makes the table larger, and no limit smaller than it is.
+func (f Facts) moreNeighbours(fam addr.Family, hard int) []fix {
+	var out []fix
+	for _, x := range []struct {
+		n    string
+		want int
+	}{{"3", hard}, {"2", hard / 2}, {"1", hard / 8}} {
+		if is, known := f.System.number(threshold(fam, x.n)); !known || is < x.want {
+			out = append(out, sysctlFix(threshold(fam, x.n), fmt.Sprint(x.want)))
+		}
+	}
+	return out
 }
 
 func judgeConntrack(f Facts) []Finding {
@@ -197,6 +231,14 @@ func (f Facts) silent(silent []string, n int) []Finding {
 	return fail(fmt.Sprintf("%s %s not answer through the pod network: %s; run overlayd doctor there", who, verb, few(silent)), "overlayd status --peers", f.capture())
 }
 
+// someDevice is a device of ours.
+func (f Facts) someDevice() string {
+	if ds := f.devices(); len(ds) > 0 {
+		return ds[0].name
+	}
+	return "cni0"
+}
+
 // capture shows the tunnel's packets on the wire.
 func (f Facts) capture() string {
 	for _, d := range f.devices() {
@@ -212,7 +254,7 @@ func judgeBlackHole(f Facts) []Finding {
 	if out := f.unpinged(); out != nil {
 		return out
 	}
-	var holes, refused []string
+	var holes, refused, lossy []string
 	sized := 0
 	var one pinged
 	for _, p := range f.Pings.Sample {
@@ -227,11 +269,17 @@ func judgeBlackHole(f Facts) []Finding {
 		case p.hole():
 			holes = append(holes, what)
 			one = p
+		case p.answers() && p.full.answered() && p.full.Lost >= pingCount: // which was reason to send more, and some got through
+			lossy = append(lossy, fmt.Sprintf("%s: %d of %d", what, p.full.Lost, p.full.Sent))
 		}
 	}
 	switch {
+	case len(holes) == 0 && len(refused) == 0 && f.Pings.FullErr != nil:
+		return skipped(f.Pings.FullErr.Error())
 	case len(holes) == 0 && len(refused) == 0 && sized == 0:
 		return skipped("no peer answers small ones, or the MTU is not known")
+	case len(holes) == 0 && len(refused) == 0 && len(lossy) > 0:
+		return warn(fmt.Sprintf("some packets of %d bytes to %d of %d are lost: %s", f.podMTU(), len(lossy), sized, few(lossy)))
 	case len(holes) == 0 && len(refused) == 0:
 		return ok(fmt.Sprintf("%d bytes get through to %d peers", f.podMTU(), sized))
 	case len(refused) > 0:
@@ -239,27 +287,44 @@ func judgeBlackHole(f Facts) []Finding {
 	}
 	reason := fmt.Sprintf("small packets reach %s, those of %d bytes (the pods' MTU) don't: an MTU black hole on the way between the nodes", few(holes), one.peer.full)
 	largest := f.Pings.Largest
-	if largest.Size <= smallSize {
+	around := 0
+	if largest.Peer.way == "tunnel" {
+		around = overhead(largest.Peer.family())
+	}
+	switch least := f.leastMTU(); {
+	case largest.Size <= smallSize:
 		return fail(reason, f.capture())
+	case !largest.Exact:
+		reason += fmt.Sprintf("; at least %d get through to %s, the search for more did not end: run overlayd doctor again", largest.Size, largest.Peer.name)
+		return fail(reason, f.capture())
+	default:
+		reason += fmt.Sprintf("; the largest that gets through to %s is %d, so that the MTU of the network there is %d", largest.Peer.name, largest.Size, largest.Size+around)
+		if largest.Size < least {
+			return fail(fmt.Sprintf("%s: less than pods can have (%d is the least), the network has to be mended", reason, least), f.capture())
+		}
 	}
-	least := ""
-	if !largest.Exact {
-		least = "at least "
+	return fail(reason, f.lowerMTU(largest.Size, largest.Size+around)...)
+}
+
+// leastMTU is what a network must carry: for IPv6 by RFC 8200 section 5 (the kernel switches it off on a device with less), for IPv4 what
+// every host must take by RFC 791. No network config may have less.
+func (f Facts) leastMTU() int {
+	if slices.Contains(f.families(), addr.IPv6) {
+		return 1280
 	}
-	reason += fmt.Sprintf("; the largest that gets through to %s is %s%d, so that the MTU of the network there is %s%d", largest.Peer.name, least, largest.Size, least, largest.Size+overhead(largest.Peer.family()))
-	return fail(reason, f.lowerMTU(largest.Size)...)
+	return 576
 }
 
 // lowerMTU: for all nodes in the network config, or for this one at the device.
-func (f Facts) lowerMTU(size int) []string {
-	if f.Store != nil && f.Store.Table.ConfigJSON != "" && f.backend() == "vxlan" {
-		if doc, ok := withMTU(f.Store.Table.ConfigJSON, size); ok {
+func (f Facts) lowerMTU(pods, underlay int) []string {
+	if f.Store != nil && f.Store.Table.ConfigJSON != "" && f.backend() == subnet.VXLAN {
+		if doc, ok := withMTU(f.Store.Table.ConfigJSON, pods); ok {
 			return []string{f.etcdctl(fmt.Sprintf("put %s/config '%s'", f.prefix(), strings.ReplaceAll(doc, "'", `'\''`)))}
 		}
 	}
-	fam := addr.IPv4
-	if len(f.families()) > 0 {
-		fam = f.families()[0]
+	dev := f.Underlay.By.Get(f.Pings.Largest.Peer.family()).Device
+	if dev == "" {
+		return []string{f.capture()}
 	}
-	return []string{fmt.Sprintf("ip link set %s mtu %d", f.Underlay.By.Get(fam).Device, size+overhead(fam))}
+	return []string{fmt.Sprintf("ip link set %s mtu %d", dev, underlay)}
 }

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -93,12 +95,19 @@ func healthy(t *testing.T) Facts {
 	f.System = SystemFacts{
 		Sysctls: map[string]string{
 			"net/ipv4/ip_forward": "1", rpFilter("all"): "0", rpFilter("eth0"): "0", rpFilter("overlay.1"): "0", deviceForwarding("overlay.1"): "1", deviceForwarding("cni0"): "1",
-			threshold(addr.IPv4, "3"): "1024", "net/netfilter/nf_conntrack_count": "10", "net/netfilter/nf_conntrack_max": "1000",
+			netstate.BridgeNetfilter(addr.IPv4).Path: "1", threshold(addr.IPv4, "3"): "1024", "net/netfilter/nf_conntrack_count": "10", "net/netfilter/nf_conntrack_max": "1000",
 		},
 		MachineID: "id1", HasMachineID: true,
 		SubnetEnv: map[string]string{"FLANNEL_NETWORK": "10.244.0.0/16", "FLANNEL_SUBNET": "10.244.1.1/24", "FLANNEL_MTU": "1450"},
 	}
 	return f
+}
+
+// dual makes the network one of both families.
+func (f *Facts) dual(t *testing.T) {
+	tab := table(t, `{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48"}`)
+	f.Config = &tab.Config
+	f.System.Sysctls["net/ipv6/conf/all/forwarding"], f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv6).Path] = "1", "1"
 }
 
 // link changes a device in the facts.
@@ -282,9 +291,37 @@ func TestIdentityOfMemory(t *testing.T) {
 	}
 }
 
-// Each thing that is wrong is named by its check, and by no other that fails.
+// destructive reports whether a command throws away what somebody else made, however it is printed.
+func destructive(mend string) bool {
+	return regexp.MustCompile(`(^|\s)(-F|-X|flush|--flush)(\s|;|$)|-P (INPUT|FORWARD|OUTPUT)|rm -rf? .*\*|del .*--prefix|delete table`).MatchString(mend)
+}
+
+func TestDestructive(t *testing.T) {
+	t.Parallel()
+	for _, m := range []string{"iptables-legacy -F; x", "x; iptables -t nat -F", "nft flush ruleset", "rm -rf /var/lib/cni/networks/*   # y", "etcdctl del --prefix /", "iptables -P INPUT ACCEPT"} {
+		if !destructive(m) {
+			t.Error(m)
+		}
+	}
+}
+
+// Each thing that is wrong is named by its check, and by no other that fails, but for what follows from it.
 func TestJudges(t *testing.T) {
 	t.Parallel()
+	also := map[string][]string{ // by the name of the case, the checks that rightly fail too
+		"address changed":                          {"interface"},
+		"address inside the network, and no lease": {"own lease"},
+		"nothing under the prefix":                 {"own lease"},
+		"identity of memory":                       {"daemon"},
+		"bridge without its IPv6 address":          {"subnet file", "own lease", "forwarding"}, // of the second family, all else is missing too
+		"port of an IPv6 address":                  {"tunnel device"},
+		"port taken while the device is down":      {"tunnel device"},
+		"device down and its port taken":           {"VXLAN port"},
+		"port taken":                               {"tunnel device"},
+		"silent to all sizes":                      {"peers answer"},
+		"strict tunnel":                            {"peers answer"},
+		"no default route":                         {"problems"},
+	}
 	dropPort := netstate.FilterRule{
 		Tests: []netstate.FilterTest{
 			{Key: []netstate.FilterField{{Field: netstate.FieldProtocol}}, Any: [][]netstate.FilterRange{{{From: []byte{unix.IPPROTO_UDP}, To: []byte{unix.IPPROTO_UDP}}}}},
@@ -301,6 +338,9 @@ func TestJudges(t *testing.T) {
 		spoil func(f *Facts)
 	}{
 		{"daemon away", "daemon", Fail, "does not run", "systemctl start overlayd", func(f *Facts) { f.Daemon = DaemonFacts{} }},
+		{"peers late", "daemon", Warn, "it runs, but does not say who the other nodes are: nothing came", "overlayd status --peers", func(f *Facts) {
+			f.Daemon.PeersErr = errors.New("nothing came")
+		}},
 		{"daemon silent", "daemon", Fail, "does not answer: late", "systemctl restart", func(f *Facts) { f.Daemon = DaemonFacts{Err: errors.New("late")} }},
 		{"not ready", "daemon", Fail, "not ready", "overlayd status", func(f *Facts) { f.Daemon.Status.Ready = false }},
 		{"fatal problem", "problems", Fail, "kernel: it says no, for 1m0s", "overlayd status", func(f *Facts) {
@@ -418,6 +458,33 @@ func TestJudges(t *testing.T) {
 		}},
 		{"no forwarding", "forwarding", Fail, "net/ipv4/ip_forward is 0", "sysctl -w net/ipv4/ip_forward=1", func(f *Facts) { f.System.Sysctls["net/ipv4/ip_forward"] = "0" }},
 		{"no forwarding on a device", "forwarding", Fail, "cni0/forwarding is 0", "sysctl -w net/ipv4/conf/cni0/forwarding=1", func(f *Facts) { f.System.Sysctls[deviceForwarding("cni0")] = "0" }},
+		{"no br_netfilter", "bridge netfilter", Fail, "the module br_netfilter is not loaded: pods lose answers of services", "modprobe br_netfilter && echo br_netfilter", func(f *Facts) {
+			f.Filter = filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
+			delete(f.System.Sysctls, netstate.BridgeNetfilter(addr.IPv4).Path)
+		}},
+		{"no br_netfilter, kube-proxy of nftables", "bridge netfilter", Fail, "the module br_netfilter is not loaded", "modprobe br_netfilter", func(f *Facts) {
+			f.Filter = filter{base("ip", "kube-proxy", "filter-forward", "forward", "accept")}
+			delete(f.System.Sysctls, netstate.BridgeNetfilter(addr.IPv4).Path)
+		}},
+		{"bridge netfilter off", "bridge netfilter", Fail, "net/bridge/bridge-nf-call-iptables is 0: pods lose answers", "sysctl -w net/bridge/bridge-nf-call-iptables=1", func(f *Facts) {
+			f.Filter = filter{base("ip", "filter", "KUBE-FORWARD", "", "")}
+			f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv4).Path] = "0"
+		}},
+		{"bridge netfilter off for IPv6", "bridge netfilter", Fail, "bridge-nf-call-ip6tables is 0", "bridge-nf-call-ip6tables=1", func(f *Facts) {
+			f.Filter = filter{base("ip6", "filter", "KUBE-FORWARD", "", "")}
+			f.dual(t)
+			f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv6).Path] = "0"
+		}},
+		{"bridge netfilter on", "bridge netfilter", OK, "see what crosses", "", func(f *Facts) {
+			f.Filter = filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
+		}},
+		{"no kube-proxy", "bridge netfilter", Skipped, "no rules of kube-proxy", "", func(f *Facts) { f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv4).Path] = "0" }},
+		{"kube-proxy and no bridge", "bridge netfilter", Skipped, "no bridge for pods", "", func(f *Facts) {
+			f.Filter = filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
+			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
+			f.Survey.Host = f.Survey.Host.Indexed()
+			f.Survey.Links = f.Survey.Links[:2]
+		}},
 		{"interface down", "interface", Fail, "eth0, which leads to the other nodes, is down", "ip link set eth0 up", func(f *Facts) { f.link("eth0", func(l *netstate.SurveyLink) { l.Up = false }) }},
 		{"cable", "interface", Fail, "no carrier", "ip -br link show eth0", func(f *Facts) { f.link("eth0", func(l *netstate.SurveyLink) { l.Carrier = false }) }},
 		{"two default routes", "interface", Warn, "default routes by eth0 and eth1", "echo OVERLAYD_IFACE=eth0", func(f *Facts) {
@@ -469,7 +536,7 @@ func TestJudges(t *testing.T) {
 		{"device's MTU too small", "MTU", Fail, "it should have 1450", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1300 }) }},
 		{"bridge's MTU", "MTU", Warn, "cni0 has an MTU of 1500", "ip link set cni0 mtu 1450", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
 		{"pod's MTU", "MTU", Warn, "veth1 1500", "ip link set veth1 mtu 1450", func(f *Facts) { f.link("veth1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
-		{"bridge's address", "bridge", Fail, "docker0 has the address 10.244.77.1/24, this node's subnet is 10.244.1.0/24", "ip link delete docker0", func(f *Facts) {
+		{"bridge's address", "bridge", Fail, "docker0 has the address 10.244.77.1/24, this node's subnet is 10.244.1.0/24: what is on it", "ip -br link show master docker0", func(f *Facts) {
 			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "docker0", Up: true}, Kind: "bridge"})
 			f.address("docker0", "10.244.77.1/24")
 		}},
@@ -545,7 +612,10 @@ func TestJudges(t *testing.T) {
 			f.System.Managers = Managers{Udev: true, LinkFile: "/usr/lib/systemd/network/99-default.link", MACPolicy: "persistent"}
 		}},
 		{"neighbours", "neighbour table", Warn, "gc_thresh3 is 128", "sysctl -w net/ipv4/neigh/default/gc_thresh3=2048", func(f *Facts) { f.System.Sysctls[threshold(addr.IPv4, "3")] = "128" }},
-		{"neighbours refused", "neighbour table", Warn, "full 5 times", "gc_thresh3", func(f *Facts) { f.System.NeighbourTable.Overflows = 5 }},
+		{"neighbours refused", "neighbour table", Warn, "full 5 times", "gc_thresh3=8192", func(f *Facts) { f.System.NeighbourTable.Overflows = 5 }},
+		{"neighbours refused by a large table", "neighbour table", Warn, "full 5 times", "gc_thresh3=65536", func(f *Facts) {
+			f.System.NeighbourTable.Overflows, f.System.Sysctls[threshold(addr.IPv4, "3")] = 5, "32768"
+		}},
 		{"connections", "connection table", Fail, "990 of 1000 connections (99 %)", "nf_conntrack_max=2000", func(f *Facts) { f.System.Sysctls["net/netfilter/nf_conntrack_count"] = "990" }},
 		{"unreachable", "peers", Fail, "n2 (10.244.2.0/24): no route", "overlayd status --peers", func(f *Facts) { f.Peers[0].way, f.Peers[0].reason = "unreachable", "no route" }},
 		{"silent", "peers answer", Fail, "none of the 2 pinged", "tcpdump -ni eth0 -c 20 udp port 8472", func(f *Facts) {
@@ -562,6 +632,35 @@ func TestJudges(t *testing.T) {
 			f.Pings.Sample[0].full.Lost = 2
 			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1350, true
 		}},
+		{"black hole, not measured to the end", "full-size packets", Fail, "at least 1350 get through to n2, the search for more did not end", "tcpdump", func(f *Facts) {
+			f.Pings.Sample[0].full.Lost = 2
+			f.Pings.Largest.Peer, f.Pings.Largest.Size = f.Peers[0], 1350
+		}},
+		{"black hole too small for IPv6", "full-size packets", Fail, "less than pods can have (1280 is the least)", "tcpdump", func(f *Facts) {
+			f.dual(t)
+			f.Pings.Sample[0].full.Lost = 2
+			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1279, true
+		}},
+		{"black hole without a tunnel", "full-size packets", Fail, "the largest that gets through to n2 is 1400, so that the MTU of the network there is 1400", "ip link set eth0 mtu 1400", func(f *Facts) {
+			f.Daemon.Status.Network.Backend = "host-gw"
+			f.Pings.Sample[0].full.Lost = 2
+			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1400, true
+			f.Pings.Largest.Peer.way = "direct"
+		}},
+		{"full packets lossy", "full-size packets", Warn, "some packets of 1450 bytes to 1 of 2 are lost: n2 (10.244.2.0): 2 of 5", "", func(f *Facts) {
+			f.Pings.Sample[0].full.Sent, f.Pings.Sample[0].full.Lost = 5, 2
+		}},
+		{"silent to all sizes", "full-size packets", Skipped, "no peer answers small ones", "", func(f *Facts) {
+			for i := range f.Pings.Sample {
+				f.Pings.Sample[i].small.Lost, f.Pings.Sample[i].full.Lost = 2, 2
+			}
+		}},
+		{"full packets not sent", "full-size packets", Skipped, "took longer", "", func(f *Facts) {
+			f.Pings.FullErr = errors.New("it took longer")
+			for i := range f.Pings.Sample {
+				f.Pings.Sample[i].sized = false
+			}
+		}},
 		{"too large to send", "full-size packets", Fail, "this node can't send such packets", "ip -d link", func(f *Facts) {
 			f.Pings.Sample[0].full = Pong{Sent: 2, Lost: 2, Err: unix.EMSGSIZE}
 		}},
@@ -572,6 +671,12 @@ func TestJudges(t *testing.T) {
 			tt.spoil(&f)
 			found := false
 			for _, x := range judge(f) {
+				if x.Mark == Fail && x.Check != tt.check && !slices.Contains(also[tt.name], x.Check) {
+					t.Errorf("it fails too: %s: %s", x.Check, x.Reason)
+				}
+				if slices.ContainsFunc(x.Mend, destructive) {
+					t.Errorf("%s: mend: %q", x.Reason, x.Mend)
+				}
 				if x.Check == tt.check && x.Mark == tt.mark && strings.Contains(x.Reason, tt.text) {
 					found = true
 					if len(x.Mend) == 0 && tt.mend != "" || len(x.Mend) > 0 && !strings.Contains(x.Mend[0], tt.mend) {
@@ -590,7 +695,7 @@ func TestJudges(t *testing.T) {
 			f.Service = Service{Namespace: "net", Pod: "overlayd-x7"} // there is no systemd for whom runs it as a pod
 			for _, x := range judge(f) {
 				for _, m := range x.Mend {
-					if strings.Contains(m, "systemctl") || strings.Contains(m, "journalctl") || strings.Contains(m, "overlayd.env &&") {
+					if destructive(m) || strings.Contains(m, "systemctl") || strings.Contains(m, "journalctl") || strings.Contains(m, "overlayd.env &&") {
 						t.Errorf("of a pod: %s: mend: %s", x.Reason, m)
 					}
 				}
@@ -609,6 +714,135 @@ func TestNoFacts(t *testing.T) {
 		if x.Mark == Fail && !slices.Contains([]string{"daemon", "subnet file", "forwarding"}, x.Check) || x.Reason == "" {
 			t.Errorf("%+v", x)
 		}
+	}
+}
+
+// A bridge goes only where it must be that of pods, and of what is remembered of addresses only what is theirs.
+func TestBridgeAnew(t *testing.T) {
+	t.Parallel()
+	given := func(dir string, as ...string) cniNetwork {
+		n := cniNetwork{dir: "/var/lib/cni/networks/" + dir}
+		for _, a := range as {
+			n.given = append(n.given, addrOf(a))
+		}
+		return n
+	}
+	const list = "ls /var/lib/cni/networks   # and remove the directory of the pods' network, then start the pods of this node again"
+	for name, tt := range map[string]struct {
+		cni  []cniNetwork
+		want string
+	}{
+		"known":     {[]cniNetwork{given("other", "172.17.0.2"), given("pods", "10.244.77.2", "10.244.77.9")}, "rm -rf /var/lib/cni/networks/pods   # then start the pods of this node again"},
+		"not known": {nil, list},
+		"shared":    {[]cniNetwork{given("pods", "10.244.77.2", "10.244.1.9")}, list},
+		"empty":     {[]cniNetwork{given("pods")}, list},
+	} {
+		f := healthy(t)
+		f.System.CNI = tt.cni
+		f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
+		f.address("cni0", "10.244.77.1/24")
+		found := false
+		for _, x := range judgeBridge(f) {
+			if strings.Contains(x.Reason, "cni0 has the address 10.244.77.1/24") {
+				found = x.Mark == Fail && slices.Equal(x.Mend, []string{"ip link delete cni0   # if pods are on it", tt.want})
+			}
+		}
+		if !found {
+			t.Errorf("%s: %+v", name, judgeBridge(f))
+		}
+	}
+	dir := files(t, map[string]string{
+		"var/lib/cni/networks/pods/10.244.1.5": "", "var/lib/cni/networks/pods/fd00::7": "", "var/lib/cni/networks/pods/last_reserved_ip.0": "", "var/lib/cni/networks/pods/lock": "",
+		"var/lib/cni/networks/a; reboot/10.244.1.6": "", "var/lib/cni/networks/-x/10.244.1.7": "",
+	})
+	if got := readCNI(root(dir)); !reflect.DeepEqual(got, []cniNetwork{given("pods", "10.244.1.5", "fd00::7")}) {
+		t.Errorf("%+v", got)
+	}
+}
+
+// What a pod can't see of its host is not judged, and not mended inside of the pod.
+func TestInAPod(t *testing.T) {
+	t.Parallel()
+	f := healthy(t)
+	f.Service = Service{Namespace: "net", Pod: "overlayd-x7"}
+	for _, m := range []Managers{{}, {Networkd: true, NetworkManager: true, Udev: true, NetworkFile: "/x", LinkFile: "/x", MACPolicy: "persistent"}} {
+		f.System.Managers = m
+		n := 0
+		for _, x := range judge(f) {
+			if slices.Contains([]string{"systemd-networkd", "NetworkManager", "udev"}, x.Check) {
+				n++
+				if x.Mark != Skipped || !strings.Contains(x.Reason, "not visible from a pod") || x.Fixable {
+					t.Errorf("%+v", x)
+				}
+			}
+		}
+		if n != 3 {
+			t.Errorf("%d findings", n)
+		}
+	}
+	// Nor are the files of firewalld and ufw there.
+	drops := base("ip", "filter", "INPUT", "input", "drop")
+	f.System.Firewalld, f.System.UFW = false, false
+	for chain, want := range map[string]string{"x": "iptables", "ufw-user-input": "ufw"} {
+		f.Filter = filter{drops, base("ip", "filter", chain, "", "")}
+		if got := f.manager(drops); got != want {
+			t.Errorf("%s: %s, want %s", chain, got, want)
+		}
+	}
+	zone := base("ip", "filter", "IN_public", "", "")
+	f.Filter = filter{drops, zone, base("ip", "filter", "INPUT_ZONES", "", "")}
+	if got := f.manager(zone); got != "firewalld" {
+		t.Error(got)
+	}
+	// kube-proxy is there before the first pod with a bridge.
+	f.Survey.Links, f.Filter = f.Survey.Links[:2], filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
+	f.Survey.Host.Addresses = f.Survey.Host.Addresses[:2]
+	f.Survey.Host = f.Survey.Host.Indexed()
+	delete(f.System.Sysctls, netstate.BridgeNetfilter(addr.IPv4).Path)
+	if x := judgeBridgeFilter(f); x[0].Mark != Fail {
+		t.Errorf("%+v", x)
+	}
+}
+
+// No limit of the neighbour table is made smaller than it is.
+func TestNeighboursOnlyGrow(t *testing.T) {
+	t.Parallel()
+	f := healthy(t)
+	f.System.Sysctls[threshold(addr.IPv4, "3")], f.System.Sysctls[threshold(addr.IPv4, "2")], f.System.Sysctls[threshold(addr.IPv4, "1")] = "128", "64", "1000"
+	want := []string{"sysctl -w net/ipv4/neigh/default/gc_thresh3=2048", "sysctl -w net/ipv4/neigh/default/gc_thresh2=1024"}
+	if x := judgeNeighbours(f); !slices.Equal(x[0].Mend, want) {
+		t.Errorf("%+v", x)
+	}
+}
+
+// Where the daemon does not list its peers, the store does, and their routes are missed.
+func TestPeersOfTheStore(t *testing.T) {
+	t.Parallel()
+	f := healthy(t)
+	f.Daemon.PeersErr, f.Peers, f.PeersFrom, f.Survey.Ours.Routes = errors.New("late"), nil, "", nil
+	f.concludePeers()
+	if f.PeersFrom != "etcd" || len(f.Peers) != 2 {
+		t.Errorf("%s: %+v", f.PeersFrom, f.Peers)
+	}
+	if x := judgeRoutes(f); x[0].Mark != Fail || !strings.Contains(x[0].Reason, "the routes to 2 peers are missing") {
+		t.Errorf("%+v", x)
+	}
+	f.Store, f.Peers, f.PeersFrom = nil, nil, ""
+	f.concludePeers()
+	if p, r := judgePeers(f), judgeRoutes(f); p[0].Mark != Skipped || r[0].Mark != Skipped {
+		t.Errorf("%+v %+v", p, r)
+	}
+}
+
+// Without a tunnel, a peer is pinged at its own address: the bridge of its pods may not be there.
+func TestAimWithoutTunnel(t *testing.T) {
+	t.Parallel()
+	f := healthy(t)
+	f.Daemon.Status.Network.Backend = "host-gw"
+	p := f.Peers[0]
+	p.target = netip.Addr{}
+	if f.aim(&p); p.target != p.publicIP {
+		t.Errorf("%+v", p)
 	}
 }
 

@@ -3,6 +3,7 @@ package doctor
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -11,14 +12,15 @@ import (
 
 // PingFacts is what came of pinging peers the way that pods' packets go.
 type PingFacts struct {
-	Err    error // why nothing was pinged
-	Sample []pinged
-	Of     int // peers that could be pinged
+	Err     error // why nothing was pinged
+	FullErr error // why not with full packets
+	Sample  []pinged
+	Of      int // peers that could be pinged
 	// Largest is, for one peer that only small packets reach, the largest that does.
 	Largest struct {
 		Peer  peer
 		Size  int
-		Exact bool // otherwise it may be a little more: the search took too long
+		Exact bool // otherwise it may be more: the search did not end
 	}
 }
 
@@ -36,6 +38,15 @@ func (p pinged) hole() bool {
 
 func (p Pong) answered() bool { return p.Sent > p.Lost }
 
+// plus is what came of pinging twice.
+func (p Pong) plus(q Pong) Pong {
+	p.Sent, p.Lost = p.Sent+q.Sent, p.Lost+q.Lost
+	if q.Err != nil {
+		p.Err = q.Err
+	}
+	return p
+}
+
 // refused: nothing left this node.
 func (p Pong) refused() bool { return p.Err != nil && !p.answered() }
 
@@ -43,7 +54,26 @@ const (
 	sampleSize = 32
 	smallSize  = 64 // bytes, with the IP header
 	pingCount  = 2
+
+	// What is lost by chance must not look like what is too large.
+	searchCount = 3 // packets of one size
+	searchFor   = 2 * time.Second
 )
+
+// longest is how long that many packets may take on a machine which is overloaded, with the wait for the last answer. Outcomes are worth
+// nothing before that is over, so that it is ample; on other machines it does not matter.
+func longest(packets int) time.Duration {
+	const each = 50 * time.Millisecond
+	return pingFor + time.Duration(packets)*each
+}
+
+// slow says what it means where that did not suffice.
+func slow(err error, packets int) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("the pings took longer than %v: is the machine overloaded?", longest(packets))
+	}
+	return err
+}
 
 // errNobody says that there is no peer to ping.
 var errNobody = errors.New("no other node is known")
@@ -63,7 +93,8 @@ func (f *Facts) ping(ctx context.Context, o Options) {
 		f.Pings.Err = errNobody
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*pingFor)
+	packets := len(sample) * pingCount
+	pinging, cancel := context.WithTimeout(ctx, longest(packets))
 	defer cancel()
 	full := sample[0].full
 	to := make([]netip.Addr, 0, len(sample))
@@ -76,7 +107,7 @@ func (f *Facts) ping(ctx context.Context, o Options) {
 	}
 	small, large := make(chan answer, 1), make(chan answer, 1)
 	go func() {
-		pongs, err := o.Ping(ctx, to, smallSize, pingCount, pingFor)
+		pongs, err := o.Ping(pinging, to, smallSize, pingCount, pingFor)
 		small <- answer{pongs, err}
 	}()
 	go func() {
@@ -84,14 +115,15 @@ func (f *Facts) ping(ctx context.Context, o Options) {
 			large <- answer{}
 			return
 		}
-		pongs, err := o.Ping(ctx, to, full, pingCount, pingFor)
+		pongs, err := o.Ping(pinging, to, full, pingCount, pingFor)
 		large <- answer{pongs, err}
 	}()
 	a, b := <-small, <-large
 	if a.err != nil {
-		f.Pings.Err = a.err
+		f.Pings.Err = slow(a.err, packets)
 		return
 	}
+	f.Pings.FullErr = slow(b.err, packets)
 	for _, p := range sample {
 		q := pinged{peer: p, small: find(a.pongs, p.target)}
 		if full > 0 && b.err == nil {
@@ -99,7 +131,9 @@ func (f *Facts) ping(ctx context.Context, o Options) {
 		}
 		f.Pings.Sample = append(f.Pings.Sample, q)
 	}
-	f.findLargest(context.WithoutCancel(ctx), o, full)
+	if f.recheck(ctx, o, full) {
+		f.findLargest(ctx, o, full)
+	}
 }
 
 func find(pongs []Pong, a netip.Addr) Pong {
@@ -128,28 +162,58 @@ func (f *Facts) sample() []peer {
 	return odd[:min(len(odd), sampleSize)]
 }
 
-// findLargest looks for the largest packet that gets through to one peer of a black hole.
-func (f *Facts) findLargest(ctx context.Context, o Options, full int) {
-	i := slices.IndexFunc(f.Pings.Sample, pinged.hole)
-	if i < 0 {
-		return
+// recheck sends more full packets to the peers that got none. It reports whether a hole is left that is worth a search.
+func (f *Facts) recheck(ctx context.Context, o Options, full int) bool {
+	var to []netip.Addr
+	for _, p := range f.Pings.Sample {
+		if p.hole() {
+			to = append(to, p.target)
+		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*pingFor)
+	if len(to) == 0 {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, longest(len(to)*searchCount))
 	defer cancel()
-	p := f.Pings.Sample[i]
-	wait := max(4*p.small.RTT, 40*time.Millisecond)
-	lo, hi := smallSize, full // lo gets through, hi does not
-	for hi-lo > 1 {
-		size := (lo + hi) / 2
-		pongs, err := o.Ping(ctx, []netip.Addr{p.target}, size, 1, wait)
-		if err != nil || ctx.Err() != nil { // what is left is not known
-			break
-		}
-		if find(pongs, p.target).answered() {
-			lo = size
-		} else {
-			hi = size
+	pongs, err := o.Ping(ctx, to, full, searchCount, pingFor)
+	if err != nil {
+		return false
+	}
+	for i := range f.Pings.Sample {
+		if p := &f.Pings.Sample[i]; p.hole() {
+			p.full = p.full.plus(find(pongs, p.target))
 		}
 	}
-	f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = p.peer, lo, hi-lo == 1
+	return slices.ContainsFunc(f.Pings.Sample, pinged.hole)
+}
+
+// findLargest looks for the largest packet that gets through to one peer of a black hole, by halves. The size that seems to be too large
+// in the end is tried once more: if it gets through, the search goes on above it.
+func (f *Facts) findLargest(ctx context.Context, o Options, full int) {
+	p := &f.Pings.Sample[slices.IndexFunc(f.Pings.Sample, pinged.hole)]
+	ctx, cancel := context.WithTimeout(ctx, searchFor)
+	defer cancel()
+	wait := max(4*p.small.RTT, 100*time.Millisecond)
+	largest := &f.Pings.Largest
+	largest.Peer, largest.Size = p.peer, smallSize
+	for tooLarge := full; largest.Size < full && !largest.Exact; {
+		size := max((largest.Size+tooLarge)/2, largest.Size+1)
+		pongs, err := o.Ping(ctx, []netip.Addr{p.target}, size, searchCount, wait)
+		if err != nil || ctx.Err() != nil { // what is left is not known
+			return
+		}
+		pong := find(pongs, p.target)
+		if size == full {
+			p.full = p.full.plus(pong)
+		}
+		switch {
+		case pong.answered() && size == tooLarge:
+			largest.Size, tooLarge = size, full
+		case pong.answered():
+			largest.Size = size
+		default:
+			largest.Exact = size == tooLarge
+			tooLarge = size
+		}
+	}
 }

@@ -45,6 +45,19 @@ type SystemFacts struct {
 	Support  []support
 
 	Firewalld, UFW bool // installed and on
+
+	CNI []cniNetwork
+}
+
+// cniNetwork is what the plugin host-local remembers of a network of CNI: the addresses that it gave to pods.
+type cniNetwork struct {
+	dir   string
+	given []netip.Addr
+}
+
+// within reports whether it is known to have given addresses of this subnet, and no others.
+func (n cniNetwork) within(subnet netip.Prefix) bool {
+	return len(n.given) > 0 && !slices.ContainsFunc(n.given, func(a netip.Addr) bool { return !subnet.Contains(a) })
 }
 
 // Managers are the programs that configure devices by themselves.
@@ -91,7 +104,30 @@ func lookAtSystem(r root, s netstate.Survey) SystemFacts {
 	f.Firewalld = r.exists("run/firewalld") || r.exists("run/firewalld.pid")
 	conf, _ := r.read("etc/ufw/ufw.conf")
 	f.UFW = slices.Contains(strings.Fields(strings.ToUpper(conf)), "ENABLED=YES")
+	f.CNI = readCNI(r)
 	return f
+}
+
+// readCNI reads the directories of host-local: one for each network, in it a file for each address. One with a name that CNI would not
+// take is left out: it may stand in a command.
+func readCNI(r root) []cniNetwork {
+	const dir = "var/lib/cni/networks"
+	var out []cniNetwork
+	networks, _ := os.ReadDir(r.path(dir))
+	for _, n := range networks {
+		if odd := strings.Trim(n.Name(), "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"); odd != "" || n.Name()[0] == '-' {
+			continue
+		}
+		x := cniNetwork{dir: "/" + dir + "/" + n.Name()}
+		addresses, _ := os.ReadDir(r.path(x.dir))
+		for _, a := range addresses {
+			if ip, err := netip.ParseAddr(a.Name()); err == nil {
+				x.given = append(x.given, ip)
+			}
+		}
+		out = append(out, x)
+	}
+	return out
 }
 
 func readSysctls(r root, s netstate.Survey) map[string]string {
@@ -100,6 +136,7 @@ func readSysctls(r root, s netstate.Survey) map[string]string {
 		"net/netfilter/nf_conntrack_count", "net/netfilter/nf_conntrack_max", "net/ipv6/conf/all/disable_ipv6",
 	}
 	for _, fam := range addr.Families() {
+		paths = append(paths, netstate.BridgeNetfilter(fam).Path)
 		for _, n := range []string{"1", "2", "3"} {
 			paths = append(paths, threshold(fam, n))
 		}

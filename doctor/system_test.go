@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/overlayd/overlayd/internal/nstest"
@@ -182,6 +183,12 @@ func TestParseEnv(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%q, %v", got, err)
 	}
+	// As systemd.exec(5) has it: in double quotes a backslash goes only before one of "\`$, in single ones never; quotes count at the beginning.
+	got, err = parseEnv(`A="C:\new \"x\" \\ \$y ` + "\\`" + `"` + "\nB=it's \"so\"  \nC='a\\b\\'\nD=\"one\ntwo\\\n three\"\nE=\"a\"'b' c \r\nF=x\\  \n# c \\\nG=1\nH=\"open\nI=1")
+	want = map[string]string{"A": `C:\new "x" \ $y ` + "`", "B": `it's "so"`, "C": `a\b\`, "D": "one\ntwo three", "E": "abc", "F": "x ", "G": "1", "H": "open\nI=1"}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%q, %v", got, err)
+	}
 	_, err = parseEnv("A=1\nexport B=2\nno sense s3cret\n")
 	if err == nil || strings.Contains(err.Error(), "s3cret") || !strings.Contains(err.Error(), "line 2 ") || !strings.Contains(err.Error(), "line 3 ") {
 		t.Errorf("%v", err)
@@ -238,6 +245,78 @@ var errNobodyThere = errors.New("nobody there")
 func (nobody) Status(context.Context) (status.Node, error)  { return status.Node{}, errNobodyThere }
 func (nobody) Peers(context.Context) ([]status.Peer, error) { return nil, errNobodyThere }
 func (nobody) Diff(context.Context) ([]string, error)       { return nil, errNobodyThere }
+
+// What is tried is what this network needs, also where only its config says so.
+func TestSupportOfHostGW(t *testing.T) {
+	t.Parallel()
+	state := files(t, map[string]string{"lease.json": `{"Node":{"NodeName":"n","NodeID":"i"},"Subnets":"10.244.1.0-24","Config":{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}}`})
+	o := Options{
+		Settings: Settings{Identity: subnet.Identity{NodeName: "n", NodeID: "i"}, Store: etcd.Options{Endpoints: []string{"http://127.0.0.1:1"}}, StateDir: state, SubnetFile: filepath.Join(state, "subnet.env")},
+		Daemon:   nobody{}, Owned: func(string) bool { return false }, NotRunning: func(err error) bool { return errors.Is(err, errNobodyThere) }, Now: time.Now,
+	}
+	var f Facts
+	nstest.New(t).Do(func() { f = gather(t.Context(), o) })
+	tried := map[string]bool{}
+	for _, s := range f.System.Support {
+		tried[s.what] = true
+	}
+	if !tried["address sets (ipset)"] || tried["VXLAN devices"] || !tried["firewall rules (nftables or iptables)"] {
+		t.Errorf("%v", tried)
+	}
+}
+
+// slowDaemon answers after a second, but for the list of its peers, which it does not give.
+type slowDaemon struct{ nobody }
+
+func (slowDaemon) Status(context.Context) (status.Node, error) {
+	time.Sleep(time.Second)
+	return status.Node{Name: "n", ID: "i", Ready: true, Network: status.Network{Backend: "vxlan"}}, nil
+}
+
+// A daemon that is busy for a second runs, and who the others are is asked elsewhere. Etcd is not asked later because of it.
+func TestSlowDaemon(t *testing.T) {
+	t.Parallel()
+	state := files(t, map[string]string{"lease.json": `{"Node":{"NodeName":"n","NodeID":"i"},"Subnets":"10.244.1.0-24","Config":` + plainConfig +
+		`,"Peers":[{"Key":"10.244.2.0-24","Value":{"PublicIP":"192.0.2.2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:02"},"NodeName":"n2"}}]}`})
+	o := Options{
+		Settings: Settings{Store: etcd.Options{Endpoints: []string{"http://127.0.0.1:1"}}, StateDir: state, SubnetFile: filepath.Join(state, "subnet.env")},
+		Daemon:   slowDaemon{}, Owned: func(string) bool { return false }, NotRunning: func(err error) bool { return errors.Is(err, errNobodyThere) }, Now: time.Now,
+	}
+	var f Facts
+	nstest.New(t).Do(func() { f = gather(t.Context(), o) })
+	if !f.Daemon.Running || f.Daemon.Err != nil || f.Daemon.PeersErr == nil || f.Store == nil || f.Store.TableErr == nil || f.PeersFrom != "the memory of the daemon" || len(f.Peers) != 1 {
+		t.Errorf("%+v, peers %+v from %s", f.Daemon, f.Peers, f.PeersFrom)
+	}
+}
+
+// An answer that is late is told by how long was waited for it.
+func TestLateAnswer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		asking, cancel := context.WithTimeout(t.Context(), askDaemonFor)
+		defer cancel()
+		a := <-later(asking, func(ctx context.Context) (int, error) {
+			<-ctx.Done()
+			return 0, errors.New("within 5s")
+		})
+		if a.err == nil || !strings.Contains(a.err.Error(), "nothing came within 3s") || strings.Contains(a.err.Error(), "5s") {
+			t.Error(a.err)
+		}
+	})
+}
+
+// The daemon is asked anew whether the store is the one that it means.
+func TestStoreOfTheDaemon(t *testing.T) {
+	t.Parallel()
+	x := examination{of: etcd.Options{Endpoints: []string{"a"}, Prefix: "/p"}, came: make(chan etcd.Examination)}
+	for want, of := range map[bool][]etcd.Options{true: {{Endpoints: []string{"a"}, Prefix: "/p"}}, false: {{Endpoints: []string{"b"}, Prefix: "/p"}, {Endpoints: []string{"a"}, Prefix: "/q"}}} {
+		for _, o := range of {
+			if x.serves(o) != want || (examination{}).serves(o) {
+				t.Errorf("%+v: not %v", o, want)
+			}
+		}
+	}
+}
 
 // A whole examination of a bare namespace, with nobody to ask: what can be known is judged, the rest is not claimed.
 func TestRunOnBareNode(t *testing.T) {
