@@ -129,11 +129,15 @@ func WriteLock(ctx context.Context, dir string, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	a, err := newApt(ctx)
+	tmp, err := os.MkdirTemp("", "overlay-image-")
 	if err != nil {
 		return err
 	}
-	defer func() { _ = os.RemoveAll(a.dir) }()
+	defer func() { _ = os.RemoveAll(tmp) }()
+	a, err := newApt(ctx, tmp)
+	if err != nil {
+		return err
+	}
 	l := lock{snapshot: now.UTC().Format("20060102T150405Z")}
 	for _, arch := range []Arch{AMD64, ARM64} {
 		found, err := a.newest(ctx, arch, want)
@@ -151,11 +155,8 @@ type apt struct {
 	options []string
 }
 
-func newApt(ctx context.Context) (*apt, error) {
-	dir, err := os.MkdirTemp("", "overlay-image-")
-	if err != nil {
-		return nil, err
-	}
+// newApt makes one that keeps all it has in a directory.
+func newApt(ctx context.Context, dir string) (*apt, error) {
 	a := &apt{dir: dir}
 	for _, d := range []string{"lists/partial", "archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
@@ -177,7 +178,7 @@ func newApt(ctx context.Context) (*apt, error) {
 	} {
 		a.options = append(a.options, "-o", o)
 	}
-	_, err = run(ctx, "", nil, "apt-get", append(a.options, "update")...)
+	_, err := run(ctx, "", nil, "apt-get", append(a.options, "update")...)
 	return a, err
 }
 

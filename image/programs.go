@@ -31,7 +31,9 @@ type compiler struct {
 }
 
 func (c compiler) run(ctx context.Context, args ...string) ([]byte, error) {
-	env := []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + string(c.arch), "GOAMD64=v1", "GOARM64=v8.0", "GOFLAGS=", "GOEXPERIMENT=", "GOWORK=off"}
+	env := []string{ // an empty variable would let that of `go env -w` through
+		"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + string(c.arch), "GOAMD64=v1", "GOARM64=v8.0", "GOFLAGS=-mod=readonly", "GOFIPS140=off", "GOEXPERIMENT=", "GOWORK=off",
+	}
 	return run(ctx, c.root, env, c.goCommand, args...)
 }
 
