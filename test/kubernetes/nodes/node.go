@@ -15,6 +15,7 @@ import (
 // Node is a machine that can be switched on and off.
 type Node struct {
 	*Host
+	mac  string // of its network card: the others remember it while it is off
 	lab  *Lab
 	init *exec.Cmd
 }
@@ -22,7 +23,10 @@ type Node struct {
 // Node makes the node with this number, from 1 to 9, and switches it on.
 func (l *Lab) Node(ctx context.Context, number int) (*Node, error) {
 	name := "n" + strconv.Itoa(number)
-	n := &Node{Host: l.host(name, fmt.Sprintf("172.30.0.1%d", number), fmt.Sprintf("fd00:30::1%d", number)), lab: l}
+	n := &Node{
+		Host: l.host(name, fmt.Sprintf("172.30.0.1%d", number), fmt.Sprintf("fd00:30::1%d", number)), lab: l,
+		mac: fmt.Sprintf("02:00:00:00:30:1%d", number),
+	}
 	return n, n.On(ctx)
 }
 
@@ -33,10 +37,10 @@ func (n *Node) Cgroup() string { return "/" + cgroupTop + "/" + n.Name + "/pods"
 // Docker on it, and iptables does not see what crosses a bridge, as on one with a sysctl.d file of libvirt's.
 func (n *Node) On(ctx context.Context) error {
 	ns := prefix + n.Name
-	err := script(ctx, strings.NewReplacer("NS", ns, "NAME", n.Name, "IP4", n.IP.String(), "IP6", n.IP6.String()).Replace(`
+	err := script(ctx, strings.NewReplacer("NS", ns, "NAME", n.Name, "MAC", n.mac, "IP4", n.IP.String(), "IP6", n.IP6.String()).Replace(`
 netns add NS
 -n NS link set lo up
--n okt-router link add NAME type veth peer name eth0 netns NS
+-n okt-router link add NAME type veth peer name eth0 address MAC netns NS
 -n okt-router link set NAME master br0 up
 -n NS addr add IP4/24 dev eth0
 -n NS addr add IP6/64 dev eth0 nodad
