@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"context"
 	"regexp"
 	"slices"
 	"strings"
@@ -50,6 +51,33 @@ func TestParseMove(t *testing.T) {
 	} {
 		if m, err := parseMove(bad); err == nil {
 			t.Errorf("%q is %+v", bad, m)
+		}
+	}
+}
+
+// A daemon that answered /readyz a moment ago may not have been asked for its metrics yet, and one that stays away never is.
+func TestAfterwardsMetricsCanBeRead(t *testing.T) {
+	t.Parallel()
+	m, err := parseMove("up 0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel() // nobody waits
+	for name, c := range map[string]struct {
+		now      []float64
+		problems []string
+		metrics  []string
+	}{
+		"not read":  {nil, []string{"afterwards: up can't be read"}, nil},
+		"back":      {[]float64{1}, nil, []string{"up 1→0→1"}},
+		"not there": {[]float64{0}, []string{"afterwards: up is 0: it was 1"}, []string{"up 1→0→0"}},
+	} {
+		w := &watch{stop: func() {}, ok: true, verdicts: []string{"ok"}, moves: []move{m}, before: []float64{1}, peaks: []*float64{new(float64)}, now: c.now}
+		r := Result{}
+		w.after(ctx, &r)
+		if !slices.Equal(r.Problems, c.problems) || !slices.Equal(r.Metrics, c.metrics) {
+			t.Errorf("%s: problems %q, metrics %q", name, r.Problems, r.Metrics)
 		}
 	}
 }

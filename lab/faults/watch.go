@@ -45,7 +45,7 @@ type watch struct {
 	unready  string        // the line of /readyz
 	verdicts []string      // what /readyz said, each change of it
 	peaks    []*float64    // the values of those that moved
-	now      []float64     // the values read last
+	now      []float64     // the values that the last look read; nil if it could not
 	took     time.Duration // from the fault until all was seen
 	ok       bool          // /readyz said so, the last time
 }
@@ -136,9 +136,7 @@ func (w *watch) lookMetrics(ctx context.Context) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if err == nil {
-		w.now = now
-	}
+	w.now = now
 	for i, m := range w.moves {
 		if m.name == up && err != nil {
 			w.peaks[i] = new(float64)
@@ -323,7 +321,7 @@ func (w *watch) after(ctx context.Context, r *Result) {
 	defer w.mu.Unlock()
 	r.Ready = strings.Join(w.verdicts, " → ")
 	for i, m := range w.moves {
-		if w.peaks[i] != nil {
+		if w.peaks[i] != nil && w.now != nil {
 			r.Metrics = append(r.Metrics, m.path(w.before[i], *w.peaks[i], w.now[i]))
 		}
 	}
@@ -335,7 +333,10 @@ func (w *watch) left() (out []string) {
 		out = append(out, "/readyz does not say ok, but "+strings.Join(w.verdicts, ", "))
 	}
 	for i, m := range w.moves {
-		if w.now != nil && !m.back(w.before[i], w.now[i]) {
+		switch {
+		case w.now == nil:
+			out = append(out, m.text+" can't be read")
+		case !m.back(w.before[i], w.now[i]):
 			out = append(out, fmt.Sprintf("%s is %g: it was %g", m.text, w.now[i], w.before[i]))
 		}
 	}
