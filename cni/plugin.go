@@ -160,7 +160,7 @@ func (p *Plugin) Status(args *skel.CmdArgs) error {
 	if err := invoke.DelegateStatus(ctx, d.Type, d.Conf, p.Exec); err != nil {
 		e := delegateError(d.Type, err)
 		if !p.speaks(ctx, d.Type, args.Path) { // then it refuses ADD as well, which is given the same version
-			e.Msg += fmt.Sprintf("; %s does not support CNI %s, so that every ADD fails: install a newer one, or lower cniVersion in the list",
+			e.Msg += fmt.Sprintf("; %s does not support CNI %s, so that every ADD fails: install a newer one, or lower cniVersion and cniVersions in the list",
 				d.Type, c.CNIVersion)
 		}
 		if e.Code != types.ErrLimitedConnectivity {

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containernetworking/cni/libcni"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/overlayd/overlayd/internal/nstest"
@@ -619,5 +620,25 @@ func TestUsage(t *testing.T) {
 	}
 	if status := run([]string{"install", "--conf", "/none"}, &out, &errs); status != exitFailure || !strings.Contains(errs.String(), "/none") {
 		t.Errorf("status %d, %q", status, errs.String())
+	}
+}
+
+// The list that the manifests bring: a runtime that knows cniVersions asks the plugin for its status, and an older one works without.
+func TestShippedList(t *testing.T) {
+	t.Parallel()
+	raw, err := os.ReadFile("../../dist/kubernetes/cni.conflist")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := checkConf(raw); err != nil {
+		t.Error(err)
+	}
+	list, err := libcni.NetworkConfFromBytes(raw)
+	if err != nil || list.CNIVersion != "1.1.0" {
+		t.Errorf("%+v, %v", list, err)
+	}
+	var old struct{ CNIVersion string }
+	if err := json.Unmarshal(raw, &old); err != nil || old.CNIVersion != "1.0.0" {
+		t.Errorf("%+v, %v", old, err)
 	}
 }
