@@ -41,6 +41,7 @@ type Builder struct {
 // Built are the files that were made.
 type Built struct {
 	Kubernetes, Helm, Netcheck string   // programs
+	Containerd                 string   // directory with the programs of containerd 2
 	Images                     []string // archives: what pods of the tests need
 }
 
@@ -59,19 +60,24 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 		}
 	}
 	var err error
-	if out.Kubernetes, err = b.kept(ctx, "kubernetes", "test/kubernetes", "./cmd/kubernetes", kubernetesFlags()); err != nil {
+	if out.Kubernetes, err = b.program(ctx, "kubernetes", "test/kubernetes", "./cmd/kubernetes", kubernetesFlags()); err != nil {
 		return out, err
 	}
 	// It is a tool of the module that tests the chart, since it needs newer libraries of Kubernetes than Kubernetes here has.
-	if out.Helm, err = b.kept(ctx, "helm", "dist/test", "helm.sh/helm/v3/cmd/helm", "-s -w"); err != nil {
+	if out.Helm, err = b.program(ctx, "helm", "dist/test", "helm.sh/helm/v3/cmd/helm", "-s -w"); err != nil {
 		return out, err
 	}
-	dns, err := b.kept(ctx, "coredns", "test/kubernetes/coredns", ".", "-s -w")
+	const containerd = "github.com/containerd/containerd/v2/cmd/"
+	out.Containerd, err = b.kept(ctx, "containerd", "test/kubernetes/containerd", "-s -w", containerd+"containerd", containerd+"containerd-shim-runc-v2", containerd+"ctr")
+	if err != nil {
+		return out, err
+	}
+	dns, err := b.program(ctx, "coredns", "test/kubernetes/coredns", ".", "-s -w")
 	if err != nil {
 		return out, err
 	}
 	out.Netcheck = filepath.Join(b.Cache, "netcheck")
-	if err := b.compile(ctx, "test/kubernetes", "./cmd/netcheck", out.Netcheck, "-s -w"); err != nil {
+	if err := b.compile(ctx, "test/kubernetes", out.Netcheck, "-s -w", "./cmd/netcheck"); err != nil {
 		return out, err
 	}
 	for _, x := range []struct {
@@ -107,20 +113,27 @@ func (b Builder) Overlayd(ctx context.Context, version, name string) (string, er
 	return filepath.Join(out, "overlayd-image-"+runtime.GOARCH+".tar"), err
 }
 
-// kept compiles a program, unless it is there. Older ones of its name are removed.
-func (b Builder) kept(ctx context.Context, name, module, pkg, flags string) (string, error) {
+// program is [Builder.kept] for one program, which has the name of its directory.
+func (b Builder) program(ctx context.Context, name, module, pkg, flags string) (string, error) {
+	dir, err := b.kept(ctx, name, module, flags, pkg)
+	return filepath.Join(dir, name), err
+}
+
+// kept compiles programs into a directory, unless they are there. An older directory of its name is removed.
+func (b Builder) kept(ctx context.Context, name, module, flags string, pkgs ...string) (string, error) {
 	files := []string{filepath.Join(module, "go.mod"), filepath.Join(module, "go.sum")}
-	if strings.HasPrefix(pkg, ".") {
-		files = append(files, filepath.Join(module, pkg, "main.go"))
+	for _, pkg := range pkgs {
+		if strings.HasPrefix(pkg, ".") {
+			files = append(files, filepath.Join(module, pkg, "main.go"))
+		}
 	}
-	stamp, err := b.stamp(flags, files...)
+	stamp, err := b.stamp(append(pkgs, flags), files...)
 	if err != nil {
 		return "", err
 	}
 	dir := filepath.Join(b.Cache, name+"-"+stamp)
-	path := filepath.Join(dir, name)
-	if _, err := os.Stat(path); err == nil {
-		return path, nil
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
 	}
 	old, err := filepath.Glob(filepath.Join(b.Cache, name+"-*"))
 	if err != nil {
@@ -131,21 +144,22 @@ func (b Builder) kept(ctx context.Context, name, module, pkg, flags string) (str
 			return "", err
 		}
 	}
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	part := dir + ".part"
+	if err := os.Mkdir(part, 0o755); err != nil {
 		return "", err
 	}
 	b.Note("compiling %s: some minutes the first time", name)
 	start := time.Now()
-	if err := b.compile(ctx, module, pkg, path+".part", flags); err != nil {
+	if err := b.compile(ctx, module, part+"/", flags, pkgs...); err != nil {
 		return "", err
 	}
 	b.Note("compiled %s in %.0f s", name, time.Since(start).Seconds())
-	return path, os.Rename(path+".part", path)
+	return dir, os.Rename(part, dir)
 }
 
-// stamp is a hash of what a program is made from.
-func (b Builder) stamp(flags string, files ...string) (string, error) {
-	made := []string{flags, runtime.Version(), runtime.GOARCH}
+// stamp is a hash of what programs are made from.
+func (b Builder) stamp(how []string, files ...string) (string, error) {
+	made := append([]string{runtime.Version(), runtime.GOARCH}, how...)
 	for _, f := range files {
 		raw, err := os.ReadFile(filepath.Join(b.Root, f))
 		if err != nil {
@@ -157,8 +171,12 @@ func (b Builder) stamp(flags string, files ...string) (string, error) {
 	return hex.EncodeToString(sum[:6]), nil
 }
 
-func (b Builder) compile(ctx context.Context, module, pkg, out, flags string) error {
-	return b.run(ctx, module, []string{"CGO_ENABLED=0"}, "build", "-buildvcs=false", "-trimpath", "-ldflags", flags, "-o", out, pkg)
+// tags leave out what containerd has for file systems that nothing here uses, and what needs C.
+const tags = "no_btrfs,no_zfs,no_devmapper"
+
+func (b Builder) compile(ctx context.Context, module, out, flags string, pkgs ...string) error {
+	args := append([]string{"build", "-buildvcs=false", "-trimpath", "-tags", tags, "-ldflags", flags, "-o", out}, pkgs...)
+	return b.run(ctx, module, []string{"CGO_ENABLED=0"}, args...)
 }
 
 func (b Builder) run(ctx context.Context, dir string, env []string, args ...string) error {

@@ -34,7 +34,7 @@ func TestKept(t *testing.T) {
 	var notes int
 	b := Builder{Root: root, Cache: t.TempDir(), Go: "go", Note: func(string, ...any) { notes++ }}
 	build := func(flags string) string {
-		path, err := b.kept(t.Context(), "hello", ".", ".", flags)
+		path, err := b.program(t.Context(), "hello", ".", ".", flags)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -59,7 +59,7 @@ func TestKept(t *testing.T) {
 		t.Errorf("kept are %q", left)
 	}
 	write("main.go", "package main\n")
-	if _, err := b.kept(t.Context(), "hello", ".", ".", ""); err == nil || !strings.Contains(err.Error(), "function main is undeclared") {
+	if _, err := b.program(t.Context(), "hello", ".", ".", ""); err == nil || !strings.Contains(err.Error(), "function main is undeclared") {
 		t.Errorf("what does not compile: %v", err)
 	}
 }

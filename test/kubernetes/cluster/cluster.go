@@ -31,6 +31,7 @@ const (
 type Config struct {
 	Kubernetes string // the program of cmd/kubernetes
 	Helm       string
+	Containerd string   // directory with the programs of containerd 2; the machine's own are those of version 1
 	Netcheck   string   // the program of cmd/netcheck
 	Images     []string // archives that each node gets at first
 	ProxyMode  string   // of kube-proxy: iptables or nftables
@@ -48,6 +49,7 @@ type Cluster struct {
 // Node is a node of the cluster.
 type Node struct {
 	*nodes.Node
+	path    string // PATH, with the programs of its containerd
 	daemons map[string]*nodes.Process
 }
 
@@ -83,7 +85,7 @@ func Up(ctx context.Context, lab *nodes.Lab, c Config) (*Cluster, error) {
 			return nil, err
 		}
 	}
-	return k, Poll(ctx, 60*time.Second, "the service account of the namespace default", func() error {
+	return k, Poll(ctx, 3*time.Minute, "the service account of the namespace default", func() error {
 		_, err := k.Kubectl(ctx, "get", "serviceaccount", "default")
 		return err
 	})
@@ -142,7 +144,7 @@ func (k *Cluster) EtcdClient() (ca, cert, key string) {
 
 // WaitAPI waits until the API server is ready.
 func (k *Cluster) WaitAPI(ctx context.Context) error {
-	return Poll(ctx, 60*time.Second, "the API server", func() error {
+	return Poll(ctx, 3*time.Minute, "the API server", func() error {
 		if k.daemons["kube-apiserver"].Ended() {
 			return errors.New("kube-apiserver has ended: see its log")
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/overlayd/overlayd/test/kubernetes/nodes"
 )
 
+// containerdConfig is in the form that containerd 1 reads, and containerd 2 turns into its own.
 const containerdConfig = `version = 2
 root = "/var/lib/containerd"
 state = "/run/containerd"
@@ -82,6 +83,14 @@ func (k *Cluster) Add(ctx context.Context, number int) (*Node, error) {
 	return n, nil
 }
 
+// oldNode is the node with the machine's containerd of version 1, as older nodes have it. The others have version 2.
+const oldNode = "n1"
+
+// withPath runs a command with the node's containerd in its PATH.
+func (n *Node) withPath(args ...string) []string {
+	return append([]string{"env", "PATH=" + n.path}, args...)
+}
+
 // Boot starts containerd, the kubelet and kube-proxy on a node that has been switched on, and gives it images.
 func (k *Cluster) Boot(ctx context.Context, n *Node, images []string) error {
 	n.daemons = map[string]*nodes.Process{}
@@ -89,11 +98,15 @@ func (k *Cluster) Boot(ctx context.Context, n *Node, images []string) error {
 	if err != nil {
 		return err
 	}
-	if n.daemons["containerd"], err = n.Start("containerd", "containerd", "--config", config); err != nil {
+	n.path = os.Getenv("PATH")
+	if n.Name != oldNode {
+		n.path = k.Containerd + ":" + n.path // containerd looks there for its shim, too
+	}
+	if n.daemons["containerd"], err = n.Start("containerd", n.withPath("containerd", "--config", config)...); err != nil {
 		return err
 	}
-	err = Poll(ctx, 20*time.Second, "containerd on "+n.Name, func() error {
-		_, err := n.Run(ctx, "ctr", "version")
+	err = Poll(ctx, time.Minute, "containerd on "+n.Name, func() error {
+		_, err := n.Run(ctx, n.withPath("ctr", "version")...)
 		return err
 	})
 	if err != nil {
@@ -105,7 +118,7 @@ func (k *Cluster) Boot(ctx context.Context, n *Node, images []string) error {
 	if err := k.StartKubelet(n); err != nil {
 		return err
 	}
-	return k.Proxy(n, k.ProxyMode)
+	return k.Proxy(ctx, n, k.ProxyMode)
 }
 
 // StartKubelet starts the kubelet on a node; where it runs, it is stopped before.
@@ -124,10 +137,14 @@ func (k *Cluster) StartKubelet(n *Node) error {
 }
 
 // Proxy starts kube-proxy on a node; where it runs, it is stopped before, and its rules are removed.
-func (k *Cluster) Proxy(n *Node, mode string) error {
+func (k *Cluster) Proxy(ctx context.Context, n *Node, mode string) error {
 	if old := n.daemons["kube-proxy"]; old != nil {
 		old.Stop()
-		if _, err := n.Run(context.Background(), k.Kubernetes, "kube-proxy", "--cleanup"); err != nil {
+		err := Poll(ctx, 30*time.Second, "the end of kube-proxy's rules", func() error { // others change the firewall, too
+			_, err := n.Run(ctx, k.Kubernetes, "kube-proxy", "--cleanup")
+			return err
+		})
+		if err != nil {
 			return err
 		}
 	}
@@ -142,7 +159,7 @@ func (k *Cluster) Proxy(n *Node, mode string) error {
 // Import gives a node images from archives.
 func (n *Node) Import(ctx context.Context, archives ...string) error {
 	for _, a := range archives {
-		if _, err := n.Run(ctx, "ctr", "--namespace", "k8s.io", "images", "import", a); err != nil {
+		if _, err := n.Run(ctx, n.withPath("ctr", "--namespace", "k8s.io", "images", "import", a)...); err != nil {
 			return err
 		}
 	}
@@ -183,4 +200,28 @@ func (k *Cluster) WaitReady(ctx context.Context, wait time.Duration, ready bool,
 		}
 		return nil
 	})
+}
+
+// Runtimes says which container runtime each node has, and fails where it is another one than it should be.
+func (k *Cluster) Runtimes(ctx context.Context) (string, error) {
+	var list struct {
+		Items []struct {
+			Metadata struct{ Name string }
+			Status   struct {
+				NodeInfo struct{ ContainerRuntimeVersion string }
+			}
+		}
+	}
+	if err := k.Get(ctx, &list, "nodes"); err != nil {
+		return "", err
+	}
+	var out []string
+	for _, n := range list.Items {
+		version := n.Status.NodeInfo.ContainerRuntimeVersion
+		if strings.HasPrefix(version, "containerd://1.") != (n.Metadata.Name == oldNode) {
+			return "", fmt.Errorf("%s has %s, and only %s should have version 1", n.Metadata.Name, version, oldNode)
+		}
+		out = append(out, n.Metadata.Name+": "+version)
+	}
+	return strings.Join(out, ", "), nil
 }

@@ -92,7 +92,7 @@ func (o overlay) Healthy(ctx context.Context) error {
 // Forget deletes the lease of a node that is gone for good, as Documentation/leases.md says.
 func (o overlay) Forget(ctx context.Context, node string) error {
 	ca, cert, key := o.k.EtcdClient()
-	etcdctl := []string{"etcdctl", "--endpoints=" + cluster.OverlayEtcd, "--cacert=" + ca, "--cert=" + cert, "--key=" + key}
+	etcdctl := []string{"etcdctl", "--endpoints=" + cluster.OverlayEtcd, "--cacert=" + ca, "--cert=" + cert, "--key=" + key, "--dial-timeout=20s", "--command-timeout=60s"}
 	out, err := o.k.Lab.Control.Run(ctx, append(etcdctl, "get", "--prefix", "/overlayd/network/subnets")...)
 	if err != nil {
 		return err

@@ -167,7 +167,7 @@ func pidsIn(name, contains string) ([]int, error) {
 
 // clearCgroup kills every process in a cgroup of ours and removes it.
 func clearCgroup(name string) error {
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		pids, err := pidsIn(name, "")
 		if err != nil {
 			return err

@@ -89,7 +89,7 @@ func (n *Node) boot() error {
 		_ = n.init.Wait()
 		close(ended)
 	}()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		if _, err := os.Stat(ready); err == nil {
 			break
 		}

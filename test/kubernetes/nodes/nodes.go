@@ -48,12 +48,11 @@ type Lab struct {
 	Control, Internet *Host
 }
 
-// New makes the network and the hosts that are not nodes. What an earlier lab left is removed before.
+// New makes the network and the hosts that are not nodes. Nothing is left of an earlier lab: see [Remove].
 func New(ctx context.Context, dir string) (*Lab, error) {
 	l := &Lab{Dir: dir, Logs: filepath.Join(dir, "logs")}
-	if err := l.Remove(ctx); err != nil {
-		return nil, fmt.Errorf("remove what an earlier run left: %w", err)
-	}
+	// Where they are modules; an error shows where what they bring is needed.
+	_ = exec.CommandContext(ctx, "modprobe", "-a", "br_netfilter", "overlay").Run()
 	if err := os.MkdirAll(l.Logs, 0o755); err != nil {
 		return nil, err
 	}
@@ -113,9 +112,9 @@ func script(ctx context.Context, lines string) error {
 	return nil
 }
 
-// Remove ends every process of the lab, and removes its namespaces, cgroups and files. It needs nothing but the names, and so
-// also removes what a killed run left.
-func (l *Lab) Remove(ctx context.Context) error {
+// Remove ends every process of the lab in a directory, and removes its namespaces, cgroups and files. It needs nothing but the names, and
+// so also removes what a killed run left.
+func Remove(ctx context.Context, dir string) error {
 	errs := []error{clearCgroup("")}
 	out, err := exec.CommandContext(ctx, "ip", "netns", "list").Output()
 	errs = append(errs, err)
@@ -124,7 +123,7 @@ func (l *Lab) Remove(ctx context.Context) error {
 			errs = append(errs, script(ctx, "netns delete "+name))
 		}
 	}
-	return errors.Join(append(errs, l.restoreSettings(), os.RemoveAll(l.Dir))...)
+	return errors.Join(append(errs, restoreSettings(dir), os.RemoveAll(dir))...)
 }
 
 // Command prepares a command that runs on the host.

@@ -17,7 +17,7 @@ func settings() []string {
 	}
 }
 
-func (l *Lab) settingsFile() string { return filepath.Join(l.Dir, "settings.json") }
+func settingsFile(dir string) string { return filepath.Join(dir, "settings.json") }
 
 // saveSettings notes what they are, also for a later run that removes what this one left.
 func (l *Lab) saveSettings() error {
@@ -33,11 +33,11 @@ func (l *Lab) saveSettings() error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(l.settingsFile(), raw, 0o644)
+	return os.WriteFile(settingsFile(l.Dir), raw, 0o644)
 }
 
-func (l *Lab) restoreSettings() error {
-	raw, err := os.ReadFile(l.settingsFile())
+func restoreSettings(dir string) error {
+	raw, err := os.ReadFile(settingsFile(dir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,13 +19,17 @@ const readyWithin = 15 * time.Second
 
 // Run does all rows, and returns an error where it can't go on.
 func (s *Suite) Run(ctx context.Context) error {
-	s.before = map[string]bool{}
+	for _, n := range s.K.Nodes {
+		if err := s.proxied(ctx, n); err != nil {
+			return err
+		}
+	}
 	for _, n := range s.K.Nodes {
 		state, err := snapshot(ctx, n)
 		if err != nil {
 			return err
 		}
-		maps.Copy(s.before, state)
+		s.before.add(state)
 	}
 	if err := s.must(ctx, "overlayd is applied: nodes Ready within 15 s, and its doctor is content", s.install); err != nil {
 		return err
@@ -84,7 +88,18 @@ func (s *Suite) install(ctx context.Context) error {
 	if took := time.Since(start); took > readyWithin {
 		return fmt.Errorf("it took %s", took.Round(100*time.Millisecond))
 	}
-	return cluster.Poll(ctx, readyWithin-time.Since(start), "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+	return cluster.Poll(ctx, time.Minute, "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+}
+
+// proxied waits until kube-proxy has done its part on a node: it changes settings of the kernel as well.
+func (s *Suite) proxied(ctx context.Context, n *cluster.Node) error {
+	return cluster.Poll(ctx, time.Minute, "kube-proxy on "+n.Name, func() error {
+		out, err := n.Run(ctx, "sh", "-c", "iptables-save -t nat; nft list tables")
+		if err == nil && !strings.Contains(out, "KUBE-SERVICES") && !strings.Contains(out, "kube-proxy") {
+			err = errors.New("its rules are missing")
+		}
+		return err
+	})
 }
 
 func (s *Suite) nodeNames() []string {
@@ -122,7 +137,7 @@ func (s *Suite) otherProxy(ctx context.Context) error {
 		}
 		return under(ctx, clients, servers, func() error {
 			for _, n := range s.K.Nodes {
-				if err := s.K.Proxy(n, mode); err != nil {
+				if err := s.K.Proxy(ctx, n, mode); err != nil {
 					return err
 				}
 			}
@@ -131,7 +146,7 @@ func (s *Suite) otherProxy(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			return cluster.Poll(ctx, 30*time.Second, "the service", func() error {
+			return cluster.Poll(ctx, 90*time.Second, "the service", func() error {
 				for _, h := range s.hosts() {
 					for _, ip := range ips {
 						if _, err := ask(ctx, h, port(ip, 80)); err != nil {
@@ -189,6 +204,15 @@ func (s *Suite) chart(ctx context.Context) error {
 			return err
 		}
 	}
+	for _, h := range s.hosts() {
+		err := cluster.Poll(ctx, time.Minute, "the kubelet of "+h.node, func() error {
+			_, err := h.run(ctx, "get", "http://127.0.0.1:10248/healthz")
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
 	if err := s.must(ctx, installed, s.install); err != nil {
 		return err
 	}
@@ -236,22 +260,38 @@ func (s *Suite) wrongUpgrade(ctx context.Context) error {
 		}
 		return nil
 	}
-	err := cluster.Poll(ctx, 30*time.Second, "the first node", rollout)
-	for end := time.Now().Add(20 * time.Second); err == nil && time.Now().Before(end); time.Sleep(time.Second) {
-		err = rollout()
+	err := cluster.Poll(ctx, time.Minute, "the first node", rollout)
+	if err == nil {
+		err = sleep(ctx, 20*time.Second) // in which it would go on
+	}
+	if err == nil {
+		err = cluster.Poll(ctx, 30*time.Second, "still the first node only", rollout)
 	}
 	if err = errors.Join(err, s.Overlay.Upgrade(ctx)); err != nil {
 		return err
 	}
-	return cluster.Poll(ctx, 30*time.Second, "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+	return s.healthy(ctx)
+}
+
+// healthy waits until doctor is content on all nodes. After a minute without etcd, a daemon may wait for 20 s until it tries again.
+func (s *Suite) healthy(ctx context.Context) error {
+	return cluster.Poll(ctx, 2*time.Minute, "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
 }
 
 // away stops a daemon of the control plane for a minute.
 func (s *Suite) away(ctx context.Context, name string) error {
 	s.K.StopControl(name)
-	select {
-	case <-ctx.Done():
-	case <-time.After(time.Minute):
+	if err := sleep(ctx, time.Minute); err != nil {
+		return err
 	}
 	if err := s.K.StartControl(name); err != nil {
 		return err
@@ -262,7 +302,7 @@ func (s *Suite) away(ctx context.Context, name string) error {
 	if _, _, err := s.workload(ctx); err != nil {
 		return err
 	}
-	return cluster.Poll(ctx, 30*time.Second, "overlayd", func() error { return s.Overlay.Healthy(ctx) })
+	return s.healthy(ctx)
 }
 
 // crash switches n3 off, waits until the cluster has seen it, and switches it on again.
@@ -274,7 +314,7 @@ func (s *Suite) crash(ctx context.Context) error {
 	if err := n.Off(ctx); err != nil {
 		return err
 	}
-	if err := s.K.WaitReady(ctx, 90*time.Second, false, n.Name); err != nil {
+	if err := s.K.WaitReady(ctx, 3*time.Minute, false, n.Name); err != nil {
 		return err
 	}
 	if err := n.On(ctx); err != nil {
@@ -289,7 +329,10 @@ func (s *Suite) crash(ctx context.Context) error {
 	return s.K.WaitReady(ctx, 60*time.Second, true, n.Name)
 }
 
-// replace takes n3 out of the cluster for good and adds n4.
+// withoutSubnet is what a node says whose overlayd has no subnet yet: what its containerd heard when it asked the plugin for its status.
+var withoutSubnet = regexp.MustCompile(`NetworkPluginNotReady.* /run/overlayd/subnet\.env: no such file or directory: is overlayd running on this node\?`)
+
+// replace takes n3 out of the cluster for good, and adds n4 while overlayd's etcd is away.
 func (s *Suite) replace(ctx context.Context) error {
 	n, err := s.K.Node("n3")
 	if err != nil {
@@ -298,21 +341,46 @@ func (s *Suite) replace(ctx context.Context) error {
 	if err := n.Off(ctx); err != nil {
 		return err
 	}
+	s.K.Nodes = slices.DeleteFunc(s.K.Nodes, func(k *cluster.Node) bool { return k == n })
 	if _, err := s.K.Kubectl(ctx, "delete", "node", n.Name); err != nil {
 		return err
 	}
 	if err := s.Overlay.Forget(ctx, n.Name); err != nil {
 		return err
 	}
-	s.K.Nodes = slices.DeleteFunc(s.K.Nodes, func(k *cluster.Node) bool { return k == n })
+	s.K.StopControl("overlay-etcd")
 	added, err := s.K.Add(ctx, 4)
-	if err != nil {
+	if err == nil {
+		err = cluster.Poll(ctx, 2*time.Minute, "n4, which has no subnet,", func() error { return s.notReady(ctx, added.Name, withoutSubnet) })
+	}
+	if err = errors.Join(err, s.K.StartControl("overlay-etcd")); err != nil {
 		return err
 	}
 	if err := s.serve(added.Host); err != nil {
 		return err
 	}
-	return s.K.WaitReady(ctx, 60*time.Second, true, added.Name)
+	if err := s.K.WaitReady(ctx, 2*time.Minute, true, added.Name); err != nil {
+		return err
+	}
+	return s.healthy(ctx)
+}
+
+// notReady fails where a node is Ready, or says something else.
+func (s *Suite) notReady(ctx context.Context, name string, why *regexp.Regexp) error {
+	var n struct {
+		Status struct {
+			Conditions []struct{ Type, Status, Message string }
+		}
+	}
+	if err := s.K.Get(ctx, &n, "node", name); err != nil {
+		return err
+	}
+	for _, c := range n.Status.Conditions {
+		if c.Type == "Ready" && c.Status == "False" && why.MatchString(c.Message) {
+			return nil
+		}
+	}
+	return fmt.Errorf("it says %+v", n.Status.Conditions)
 }
 
 // allWays is the table's first part, in one.
@@ -332,20 +400,27 @@ func (s *Suite) allWays(ctx context.Context) error {
 
 // crowd fills n2 with pods, reaches every one of them from the other nodes, and removes them.
 func (s *Suite) crowd(ctx context.Context) error {
+	const all = 110
 	if err := s.apply(ctx, "crowd.yaml"); err != nil {
 		return err
 	}
-	var list podList
-	if err := s.K.Get(ctx, &list, "pods", "-A", "--field-selector", "spec.nodeName=n2"); err != nil {
+	crowd, err := s.pods(ctx, "crowd", 1)
+	if err != nil {
 		return err
 	}
-	var crowd []place
+	there, err := s.count(ctx, "n2")
+	if err != nil {
+		return err
+	}
 	clients, err := s.pods(ctx, "client", len(s.K.Nodes))
 	if err != nil {
 		return err
 	}
 	clients = slices.DeleteFunc(clients, func(p place) bool { return p.node == "n2" })
-	errs := []error{s.scale(ctx, 110-len(list.Items)+1, &crowd)} // of those there, one is of the crowd
+	errs := []error{s.scale(ctx, all-there+len(crowd), &crowd)}
+	if now, err := s.count(ctx, "n2"); err != nil || now != all {
+		errs = append(errs, fmt.Errorf("n2 has %d pods, not %d: %w", now, all, err))
+	}
 	for i, p := range crowd {
 		for _, ip := range p.ips {
 			_, err := ask(ctx, clients[i%len(clients)], port(ip, serverPort))
@@ -356,11 +431,18 @@ func (s *Suite) crowd(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// count is how many pods a node has.
+func (s *Suite) count(ctx context.Context, node string) (int, error) {
+	var list podList
+	err := s.K.Get(ctx, &list, "pods", "-A", "--field-selector", "spec.nodeName="+node)
+	return len(list.Items), err
+}
+
 func (s *Suite) scale(ctx context.Context, replicas int, pods *[]place) error {
 	if _, err := s.K.Kubectl(ctx, "scale", "deployment", "crowd", "--replicas", strconv.Itoa(replicas)); err != nil {
 		return err
 	}
-	if _, err := s.K.Kubectl(ctx, "rollout", "status", "deployment/crowd", "--request-timeout=0", "--timeout=240s"); err != nil {
+	if _, err := s.K.Kubectl(ctx, "rollout", "status", "deployment/crowd", "--request-timeout=0", "--timeout=600s"); err != nil {
 		return err
 	}
 	var err error
@@ -394,5 +476,5 @@ func (s *Suite) remove(ctx context.Context) error {
 	if err := s.Overlay.Uninstall(ctx); err != nil {
 		return err
 	}
-	return errors.Join(s.traces(ctx), s.K.WaitReady(ctx, 30*time.Second, false, s.nodeNames()...))
+	return errors.Join(s.traces(ctx), s.K.WaitReady(ctx, 90*time.Second, false, s.nodeNames()...))
 }

@@ -106,6 +106,14 @@ func (s *Suite) egress(ctx context.Context, clients []place) error {
 }
 
 func (s *Suite) hostPorts(ctx context.Context) error {
+	_, servers, err := s.workload(ctx)
+	if err != nil {
+		return err
+	}
+	on := map[string]string{}
+	for _, p := range servers {
+		on[p.node] = p.self
+	}
 	var errs []error
 	for _, to := range s.K.Nodes {
 		for _, from := range append(s.hosts(), s.internet()) {
@@ -114,8 +122,8 @@ func (s *Suite) hostPorts(ctx context.Context) error {
 			}
 			for _, ip := range []netip.Addr{to.IP, to.IP6} {
 				a, err := ask(ctx, from, port(ip, hostPort))
-				if err == nil && a.seen != a.own {
-					err = fmt.Errorf("asked as %s and was seen as %s", a.own, a.seen)
+				if err == nil {
+					err = a.from(on[to.Name])
 				}
 				errs = append(errs, wrap(err, "%s to %s", from.where(), port(ip, hostPort)))
 			}
@@ -202,6 +210,9 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 
 // reachAll asks until each of the servers has answered.
 func reachAll(ctx context.Context, from place, to string, how func(context.Context, place, string) (answer, error), servers []place, sourceKept bool) error {
+	if len(servers) == 0 {
+		return fmt.Errorf("%s to %s: there is no server that should answer", from.where(), to)
+	}
 	missing := map[string]bool{}
 	for _, p := range servers {
 		missing[p.name] = true
@@ -227,6 +238,9 @@ func (s *Suite) clusterIPs(ctx context.Context, service string) ([]netip.Addr, e
 		Spec struct{ ClusterIPs []netip.Addr }
 	}
 	err := s.K.Get(ctx, &v, "service", service)
+	if err == nil && len(v.Spec.ClusterIPs) != 2 {
+		err = fmt.Errorf("service %s should have an address of each family, and has %v", service, v.Spec.ClusterIPs)
+	}
 	return v.Spec.ClusterIPs, err
 }
 

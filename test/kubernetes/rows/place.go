@@ -17,6 +17,7 @@ import (
 // place is where netcheck can be run: a pod or a host.
 type place struct {
 	name string
+	self string // the name with which a server there answers
 	node string // "" where it is none
 	ips  []netip.Addr
 	cmd  func(ctx context.Context, args ...string) (*exec.Cmd, error)
@@ -32,7 +33,7 @@ func (p place) run(ctx context.Context, args ...string) (string, error) {
 }
 
 func (s *Suite) host(h *nodes.Host, node string) place {
-	return place{"host " + h.Name, node, []netip.Addr{h.IP, h.IP6}, func(ctx context.Context, args ...string) (*exec.Cmd, error) {
+	return place{"host " + h.Name, h.Name, node, []netip.Addr{h.IP, h.IP6}, func(ctx context.Context, args ...string) (*exec.Cmd, error) {
 		return h.Command(ctx, append([]string{s.K.Netcheck}, args...)...), nil
 	}}
 }
@@ -48,7 +49,7 @@ func (s *Suite) hosts() []place {
 func (s *Suite) internet() place { return s.host(s.K.Lab.Internet, "") }
 
 // podsWithin is how long pods may take to be ready. After the API server was away it takes the kubelets a while to say so.
-const podsWithin = 150 * time.Second
+const podsWithin = 5 * time.Minute
 
 // podList is what is needed of a list of pods.
 type podList struct {
@@ -89,11 +90,14 @@ func (s *Suite) pods(ctx context.Context, app string, count int) ([]place, error
 				return err
 			}
 			uid := p.Metadata.UID
-			there := place{name: p.Metadata.Name, node: n.Name, cmd: func(ctx context.Context, args ...string) (*exec.Cmd, error) {
+			there := place{name: p.Metadata.Name, self: p.Metadata.Name, node: n.Name, cmd: func(ctx context.Context, args ...string) (*exec.Cmd, error) {
 				return n.InPod(ctx, uid, append([]string{"/netcheck"}, args...)...)
 			}}
 			for _, ip := range p.Status.PodIPs {
 				there.ips = append(there.ips, ip.IP)
+			}
+			if len(there.ips) != 2 {
+				return fmt.Errorf("%s should have an address of each family, and has %v", there.name, there.ips)
 			}
 			out = append(out, there)
 		}
@@ -115,6 +119,17 @@ func (s *Suite) workload(ctx context.Context) (clients, servers []place, err err
 
 // answer is what a server said, and what the client knows.
 type answer struct{ server, seen, own string }
+
+// from fails where another server answered than the one that should, or saw another address than the client's own.
+func (a answer) from(server string) error {
+	switch {
+	case a.server != server:
+		return fmt.Errorf("%s answered, not %s", a.server, server)
+	case a.seen != a.own:
+		return fmt.Errorf("asked as %s and was seen as %s", a.own, a.seen)
+	}
+	return nil
+}
 
 // ask lets a place ask over TCP; an address has a port.
 func ask(ctx context.Context, from place, to string) (answer, error) {
@@ -145,8 +160,8 @@ func untranslated(ctx context.Context, from, to place, toPort uint16) error {
 	for _, ip := range to.ips {
 		for what, f := range map[string]func(context.Context, place, string) (answer, error){"TCP": ask, "UDP": askUDP} {
 			a, err := f(ctx, from, port(ip, toPort))
-			if err == nil && a.seen != a.own {
-				err = fmt.Errorf("asked as %s and was seen as %s", a.own, a.seen)
+			if err == nil {
+				err = a.from(to.self)
 			}
 			errs = append(errs, wrap(err, "%s of %s to %s of %s", what, from.where(), ip, to.where()))
 		}
@@ -251,6 +266,9 @@ func (p *pings) stop() (int, error) {
 // under runs f while every client pings every server, and returns how many pings were lost.
 func under(ctx context.Context, from, to []place, f func() error) (int, error) {
 	p, err := startPings(ctx, from, to)
+	if err == nil && len(p.running) == 0 {
+		err = errors.New("there is nobody to ping, or to be pinged")
+	}
 	if err == nil {
 		err = f()
 	}

@@ -20,9 +20,10 @@ type Suite struct {
 	K       *cluster.Cluster
 	Only    *regexp.Regexp // names of rows; nil is all
 	Out     io.Writer
-	Overlay Overlay         // what the rows begin with
-	Chart   Overlay         // what they end with, once the other one is removed
-	before  map[string]bool // the state of all nodes before overlayd came
+	Overlay Overlay // what the rows begin with
+	Chart   Overlay // what they end with, once the other one is removed
+	before  before  // overlayd came
+	asked   bool    // a row that was asked for was run
 	results []result
 }
 
@@ -65,13 +66,26 @@ func (s *Suite) wants(names ...string) bool {
 	return s.Only == nil || slices.ContainsFunc(names, s.Only.MatchString)
 }
 
-// run runs a row and remembers what came of it. A row that is not asked for is passed over.
+// rowWithin is how long a row may take before it is taken to hang.
+const rowWithin = 15 * time.Minute
+
+// run runs a row, unless it is not asked for.
 func (s *Suite) run(ctx context.Context, name string, f func(ctx context.Context) (lost int, err error)) {
-	if ctx.Err() != nil || !s.wants(name) {
+	if s.wants(name) {
+		s.asked = true
+		s.row(ctx, name, f)
+	}
+}
+
+// row runs a row and remembers what came of it.
+func (s *Suite) row(ctx context.Context, name string, f func(ctx context.Context) (lost int, err error)) {
+	if ctx.Err() != nil {
 		return
 	}
 	start := time.Now()
-	lost, err := f(ctx)
+	within, cancel := context.WithTimeout(ctx, rowWithin)
+	defer cancel()
+	lost, err := f(within)
 	if ctx.Err() != nil {
 		return // it was interrupted, and proves nothing
 	}
@@ -85,10 +99,8 @@ func (s *Suite) run(ctx context.Context, name string, f func(ctx context.Context
 
 // must is run for what all later rows need.
 func (s *Suite) must(ctx context.Context, name string, f func(ctx context.Context) error) error {
-	only := s.Only
-	s.Only = nil
-	s.run(ctx, name, func(ctx context.Context) (int, error) { return none, f(ctx) })
-	s.Only = only
+	s.asked = s.asked || s.wants(name)
+	s.row(ctx, name, func(ctx context.Context) (int, error) { return none, f(ctx) })
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -120,6 +132,9 @@ func (r result) print(w io.Writer) {
 func (s *Suite) Head() {
 	_, _ = fmt.Fprintf(s.Out, "%-76s %8s %5s  %s\n", "ROW", "SECONDS", "LOST", "OK")
 }
+
+// Asked tells whether any row that was asked for has been run.
+func (s *Suite) Asked() bool { return s.asked }
 
 // Failed returns the names of the rows that failed.
 func (s *Suite) Failed() []string {

@@ -77,8 +77,13 @@ func TestOnlySomeRows(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
-	if want := []string{"DNS", "pods"}; !slices.Equal(ran, want) {
-		t.Errorf("ran %q, not %q", ran, want)
+	if want := []string{"DNS", "pods"}; !slices.Equal(ran, want) || !s.Asked() {
+		t.Errorf("ran %q, not %q; %v", ran, want, s.Asked())
+	}
+	other := &Suite{Out: &strings.Builder{}, Only: regexp.MustCompile("misspelt")}
+	other.run(t.Context(), "egress", row("egress"))
+	if err := other.must(t.Context(), "pods are there", func(context.Context) error { return nil }); err != nil || other.Asked() {
+		t.Errorf("%v; a row was asked for: %v", err, other.Asked())
 	}
 	if err := s.must(t.Context(), "nodes are there", func(context.Context) error { return errors.New("no") }); err == nil || len(s.Failed()) != 1 {
 		t.Errorf("must: %v, failed: %q", err, s.Failed())
@@ -120,5 +125,38 @@ func TestMayStay(t *testing.T) {
 	want := map[string]bool{"route local OWN dev eth0": true, "route local 172.30.0.110 dev eth0": true, "rule from LINK-LOCAL x": true}
 	if !maps.Equal(got, want) {
 		t.Errorf("%v", got)
+	}
+}
+
+// A node may differ from its state before in nothing but what the documentation names: neither by what it has, nor by what it lacks.
+func TestChanged(t *testing.T) {
+	t.Parallel()
+	const n1, n2 = "link lo\nroute default\nlink n1only\nnet.ipv4.ip_forward = 0", "link lo\nroute default\nnet.ipv4.ip_forward = 0"
+	var b before
+	b.add(lines(n1))
+	b.add(lines(n2))
+	for now, want := range map[string][]string{
+		n1: nil,
+		n2: nil,
+		"link lo\nroute default\nnet.ipv4.ip_forward = 1": nil,
+		n2 + "\nlink cni0":                 {"left behind: link cni0"},
+		"link lo\nnet.ipv4.ip_forward = 0": {"taken away: route default"},
+	} {
+		if got := b.changed(lines(now)); !slices.Equal(got, want) {
+			t.Errorf("%q: %q, not %q", now, got, want)
+		}
+	}
+}
+
+// Who answers matters as much as that somebody does.
+func TestFrom(t *testing.T) {
+	t.Parallel()
+	if err := (answer{"web-1", "10.244.1.2", "10.244.1.2"}).from("web-1"); err != nil {
+		t.Error(err)
+	}
+	for _, a := range []answer{{"web-2", "10.244.1.2", "10.244.1.2"}, {"web-1", "172.30.0.11", "10.244.1.2"}} {
+		if err := a.from("web-1"); err == nil {
+			t.Errorf("%v: expected an error", a)
+		}
 	}
 }

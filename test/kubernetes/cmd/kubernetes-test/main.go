@@ -43,7 +43,7 @@ func run() int {
 	flag.BoolVar(&o.keep, "keep", false, "leave the cluster running at the end; the next run removes it")
 	only := flag.String("only", "", "`pattern` of rows; what they need is done in any case")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	err := o.defaults(*only)
 	if err == nil {
@@ -80,6 +80,15 @@ func (o *options) note(format string, args ...any) {
 }
 
 func (o *options) test(ctx context.Context) (err error) {
+	unlock, err := o.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	dir := filepath.Join(o.cache, "run")
+	if err := nodes.Remove(ctx, dir); err != nil { // it may take the space that is needed
+		return fmt.Errorf("remove what an earlier run left: %w", err)
+	}
 	b := build.Builder{Root: o.root, Cache: o.cache, Go: o.goCommand, Note: o.note}
 	built, err := b.All(ctx)
 	if err != nil {
@@ -94,7 +103,7 @@ func (o *options) test(ctx context.Context) (err error) {
 		images = append(images, image)
 	}
 	o.note("programs and images are there")
-	lab, err := nodes.New(ctx, filepath.Join(o.cache, "run"))
+	lab, err := nodes.New(ctx, dir)
 	if lab != nil && !o.keep {
 		defer func() { err = errors.Join(err, o.end(lab, err != nil)) }()
 	}
@@ -102,7 +111,7 @@ func (o *options) test(ctx context.Context) (err error) {
 		return err
 	}
 	k, err := cluster.Up(ctx, lab, cluster.Config{
-		Kubernetes: built.Kubernetes, Helm: built.Helm, Netcheck: built.Netcheck, Images: images, ProxyMode: o.proxy,
+		Kubernetes: built.Kubernetes, Helm: built.Helm, Containerd: built.Containerd, Netcheck: built.Netcheck, Images: images, ProxyMode: o.proxy,
 	})
 	if err != nil {
 		return err
@@ -113,10 +122,14 @@ func (o *options) test(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if err := k.WaitReady(ctx, time.Minute, false, "n1", "n2", "n3"); err != nil {
+	if err := k.WaitReady(ctx, 3*time.Minute, false, "n1", "n2", "n3"); err != nil {
 		return err
 	}
-	o.note("three nodes are there, not Ready: they have no network")
+	runtimes, err := k.Runtimes(ctx)
+	if err != nil {
+		return err
+	}
+	o.note("three nodes are there, not Ready: they have no network. %s", runtimes)
 	kustomize, err := deploy.NewKustomize(k, o.root)
 	if err != nil {
 		return err
@@ -131,11 +144,33 @@ func (o *options) test(ctx context.Context) (err error) {
 	if err = s.Run(ctx); errors.Is(err, context.Canceled) {
 		return errors.New("interrupted")
 	}
+	if err == nil && !s.Asked() {
+		err = fmt.Errorf("-only %s: no row has such a name", o.only)
+	}
 	if failed := s.Failed(); len(failed) > 0 {
 		err = errors.Join(err, fmt.Errorf("%d rows failed:\n  %s", len(failed), strings.Join(failed, "\n  ")))
 	}
 	o.note("done")
 	return err
+}
+
+// lock keeps a second run on this machine waiting: there is one lab, and one cache.
+func (o *options) lock() (unlock func(), err error) {
+	if err := os.MkdirAll(o.cache, 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.Create(filepath.Join(o.cache, "lock"))
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
+		o.note("another run is under way: waiting for its end")
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX)
+		if err != nil {
+			return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
+	}
+	return func() { _ = f.Close() }, nil
 }
 
 // end removes the lab. After a failure its logs are kept.
@@ -149,5 +184,5 @@ func (o *options) end(lab *nodes.Lab, failed bool) error {
 			fmt.Println("logs:", kept)
 		}
 	}
-	return errors.Join(append(errs, lab.Remove(context.Background()))...)
+	return errors.Join(append(errs, nodes.Remove(context.Background(), lab.Dir))...)
 }

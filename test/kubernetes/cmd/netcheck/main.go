@@ -38,7 +38,7 @@ func run() int {
 	f := flag.NewFlagSet("netcheck", flag.ContinueOnError)
 	f.Usage = func() { fmt.Fprint(os.Stderr, usage) }
 	port := f.Int("port", 8080, "")
-	wait := f.Duration("wait", 3*time.Second, "")
+	wait := f.Duration("wait", 20*time.Second, "")
 	n := f.Int("n", 0, "")
 	every := f.Duration("every", 20*time.Millisecond, "")
 	size := f.Int("size", 0, "")

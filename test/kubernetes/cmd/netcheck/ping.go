@@ -23,8 +23,9 @@ type pinging struct {
 	df    bool
 }
 
-// replyWait is how long the last request may take. What is answered later is lost.
-const replyWait = 2 * time.Second
+// replyWait is how long the last request may take: what is answered later is lost. A machine that stands still for some seconds loses
+// nothing.
+const replyWait = 15 * time.Second
 
 const icmpHeader = 8
 
@@ -39,8 +40,8 @@ func (p pinging) run() error {
 	}
 	defer conn.Close()
 	answered := p.listen(conn, to)
-	sent, err := p.send(conn, to)
-	for wait := time.Now().Add(replyWait); time.Now().Before(wait) && len(answered()) < sent; {
+	sent, refused, err := p.send(conn, to)
+	for wait := time.Now().Add(replyWait); time.Now().Before(wait) && len(answered()) < sent-refused; {
 		time.Sleep(5 * time.Millisecond)
 	}
 	got := answered()
@@ -123,8 +124,8 @@ func (p pinging) listen(conn *net.IPConn, to netip.Addr) (answered func() map[ui
 
 func (p pinging) id() uint16 { return uint16(os.Getpid()) }
 
-// send returns how many went out, and why the last one was refused that was; it counts as sent (and is lost).
-func (p pinging) send(conn *net.IPConn, to netip.Addr) (int, error) {
+// send returns how many were to go out, how many of them were refused, and why the last of those.
+func (p pinging) send(conn *net.IPConn, to netip.Addr) (sent, refused int, last error) {
 	end := make(chan struct{})
 	if p.n == 0 {
 		go func() {
@@ -134,20 +135,17 @@ func (p pinging) send(conn *net.IPConn, to netip.Addr) (int, error) {
 	}
 	tick := time.NewTicker(p.every)
 	defer tick.Stop()
-	var last error
-	for seq := 0; ; seq++ {
-		if p.n > 0 && seq == p.n || seq == 1<<16 {
-			return seq, last
-		}
-		if _, err := conn.Write(p.request(to, seq)); err != nil {
-			last = err
+	for ; p.n == 0 && sent < 1<<16 || sent < p.n; sent++ {
+		if _, err := conn.Write(p.request(to, sent)); err != nil {
+			refused, last = refused+1, err
 		}
 		select {
 		case <-tick.C:
 		case <-end:
-			return seq + 1, last
+			return sent + 1, refused, last
 		}
 	}
+	return sent, refused, last
 }
 
 func (p pinging) request(to netip.Addr, seq int) []byte {
