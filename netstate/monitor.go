@@ -38,7 +38,7 @@ type expectation struct {
 type devices struct {
 	names map[uint32]string   // of all
 	index map[uint32]string   // of ours alone
-	cared map[uint32]hostLink // others that carry an address or a route: what they are may matter
+	cared map[uint32]hostLink // others that carry an address or a route, or are VXLAN devices: what they are may matter
 }
 
 // hostLink is what of a device of the host's decisions may depend on.

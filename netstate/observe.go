@@ -143,7 +143,8 @@ func (k *Kernel) devicesOf(s *State, h Host) devices {
 	return d
 }
 
-// others lists the links by number that are not ours and carry an address or a route.
+// others lists the links by number that are not ours and carry an address or a route, or are VXLAN devices: such a one may have the VNI
+// that one of ours is to have, and its end is all that tells that ours can be made.
 func (k *Kernel) others(s *State, h Host) map[uint32]hostLink {
 	on := map[string]bool{}
 	for _, a := range h.Addresses {
@@ -154,7 +155,7 @@ func (k *Kernel) others(s *State, h Host) map[uint32]hostLink {
 	}
 	out := map[uint32]hostLink{}
 	for _, l := range h.Links {
-		if on[l.Name] && !k.ours(s, l.Name) {
+		if (on[l.Name] || l.VXLAN != (VXLAN{})) && !k.ours(s, l.Name) {
 			out[uint32(l.Index)] = hostLink{l.Name, l.MTU, l.Up}
 		}
 	}
