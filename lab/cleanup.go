@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,7 +20,8 @@ const runDir = "/run/overlay-lab"
 func labDir(name string) string { return filepath.Join(runDir, name) }
 
 // Down removes all that the named lab left on this machine, whether it is up, half up, or crashed: the processes in its
-// namespaces, the namespaces, its directory. Processes elsewhere are never touched. A lab that is not there is no error.
+// namespaces, the namespaces, what is mounted in its directory, the directory. Processes elsewhere are never touched. A lab
+// that is not there is no error.
 func Down(ctx context.Context, name string) error {
 	if !validName.MatchString(name) {
 		return fmt.Errorf("%q is not the name of a lab", name)
@@ -36,10 +39,31 @@ func Down(ctx context.Context, name string) error {
 	for _, ns := range namespaces {
 		errs = append(errs, deleteNS(ns))
 	}
+	errs = append(errs, unmountBelow(labDir(name)))
 	if err := os.RemoveAll(labDir(name)); err != nil {
 		errs = append(errs, fmt.Errorf("remove the lab's directory: %w", err))
 	}
 	_ = os.Remove(runDir) // succeeds only for the last lab
+	return errors.Join(errs...)
+}
+
+// unmountBelow takes away what a fault has mounted below a directory, the newest first.
+func unmountBelow(dir string) error {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return fmt.Errorf("list the mounts: %w", err)
+	}
+	var errs []error
+	for _, line := range slices.Backward(strings.Split(string(b), "\n")) {
+		const mountPoint = 4 // of the fields, see proc_pid_mountinfo(5)
+		fields := strings.Fields(line)
+		if len(fields) <= mountPoint || !strings.HasPrefix(fields[mountPoint], dir+"/") {
+			continue
+		}
+		if err := unix.Unmount(fields[mountPoint], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) { // it went with another
+			errs = append(errs, fmt.Errorf("unmount %s: %w", fields[mountPoint], err))
+		}
+	}
 	return errors.Join(errs...)
 }
 

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/overlayd/overlayd/lab"
 	"github.com/overlayd/overlayd/lab/labtest"
 )
@@ -66,6 +68,14 @@ func TestDownCleansUpAfterACrash(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "n1.pid"), []byte(pid), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	for _, on := range []string{"n1/state", "n1/state", "n1"} { // over each other, and one around them
+		if err := os.MkdirAll(filepath.Join(dir, on), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("none", filepath.Join(dir, on), "tmpfs", unix.MS_RDONLY, "size=8k"); err != nil {
+			t.Fatal(err)
+		}
+	}
 	waitForLeftovers(t, name, 5) // three names, the process, the directory
 
 	if err := lab.Down(t.Context(), name); err != nil {
@@ -88,7 +98,7 @@ func TestDownCleansUpAfterACrash(t *testing.T) {
 func waitForLeftovers(t *testing.T, name string, want int) {
 	t.Helper()
 	var left []string
-	for range 100 {
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		var err error
 		if left, err = lab.Leftovers(name); err != nil {
 			t.Fatal(err)
@@ -96,7 +106,6 @@ func waitForLeftovers(t *testing.T, name string, want int) {
 		if len(left) == want {
 			return
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 	t.Fatalf("left behind: %v, want %d", left, want)
 }

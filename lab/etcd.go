@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -84,9 +85,12 @@ func (e *Etcd) WaitReady(ctx context.Context) error {
 	})
 }
 
+// dialTimeout bounds how long a client waits for an etcd that hangs.
+const dialTimeout = 20 * time.Second
+
 // EtcdClient is a client of the lab's etcd, of all its members that run, from etcd's own namespace.
 func (l *Lab) EtcdClient() (*clientv3.Client, error) {
-	c := clientv3.Config{DialTimeout: getTimeout, Logger: zap.NewNop(), DialOptions: l.DialEtcd()}
+	c := clientv3.Config{DialTimeout: dialTimeout, Logger: zap.NewNop(), DialOptions: l.DialEtcd()}
 	for _, e := range l.etcds {
 		c.Endpoints = append(c.Endpoints, e.LocalURL())
 	}

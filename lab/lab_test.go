@@ -119,7 +119,7 @@ func TestHandles(t *testing.T) {
 	flow := func(step string, want bool) {
 		t.Helper()
 		err := ping()
-		for end := time.Now().Add(3 * time.Second); err != nil && want && time.Now().Before(end); {
+		for end := time.Now().Add(15 * time.Second); err != nil && want && time.Now().Before(end); {
 			err = ping()
 		}
 		if (err == nil) != want {

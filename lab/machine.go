@@ -16,6 +16,9 @@ type Machine struct {
 	NS   string // "lab-n1"
 }
 
+// outputWait is how long a command that has ended is waited for whose output somebody else still holds open.
+const outputWait = 10 * time.Second
+
 // Do runs f on a thread inside the machine's namespace: sockets that f opens belong to the machine and can be used from
 // anywhere afterwards. Goroutines started by f do not run there.
 func (m Machine) Do(f func() error) error { return inNS(m.NS, f) }
@@ -24,7 +27,7 @@ func (m Machine) Do(f func() error) error { return inNS(m.NS, f) }
 func (m Machine) Run(ctx context.Context, name string, args ...string) (string, error) {
 	var out bytes.Buffer
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, time.Second
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, outputWait
 	if err := m.Do(cmd.Start); err != nil {
 		return "", fmt.Errorf("on %s: start %s: %w", m.Name, name, err)
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -68,7 +69,7 @@ func deleteLink(nl *netlink.Handle, name string) error {
 	if err != nil {
 		return fmt.Errorf("find %s: %w", name, err)
 	}
-	if err := nl.LinkDel(link); err != nil {
+	if err := nl.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) { // it went meanwhile, as the other end of a veth does
 		return fmt.Errorf("delete %s: %w", name, err)
 	}
 	return nil

@@ -115,19 +115,33 @@ var errNotOurs = errors.New("no such process in the lab")
 // signalIf sends the signal through a pidfd that was opened before the check, so that the process which was checked is the
 // one that gets it.
 func signalIf(pid int, sig unix.Signal, ours func() bool) error {
-	fd, err := unix.PidfdOpen(pid, 0)
-	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
-		return errNotOurs
-	}
+	fd, err := openIf(pid, ours)
 	if err != nil {
-		return fmt.Errorf("open pid %d: %w", pid, err)
+		return err
 	}
 	defer unix.Close(fd)
-	if !ours() {
-		return errNotOurs
+	return sendSignal(fd, sig)
+}
+
+// openIf opens a pidfd of a process that the check says is ours.
+func openIf(pid int, ours func() bool) (fd int, err error) {
+	fd, err = unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return -1, errNotOurs
 	}
-	if err := unix.PidfdSendSignal(fd, sig, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("signal pid %d: %w", pid, err)
+	if err != nil {
+		return -1, fmt.Errorf("open pid %d: %w", pid, err)
+	}
+	if !ours() {
+		unix.Close(fd)
+		return -1, errNotOurs
+	}
+	return fd, nil
+}
+
+func sendSignal(pidfd int, sig unix.Signal) error {
+	if err := unix.PidfdSendSignal(pidfd, sig, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("send it: %w", err)
 	}
 	return nil
 }
@@ -139,24 +153,43 @@ func (p *Process) Stop(ctx context.Context) error { return p.end(ctx, unix.SIGTE
 func (p *Process) Kill(ctx context.Context) error { return p.end(ctx, unix.SIGKILL) }
 
 func (p *Process) end(ctx context.Context, sig unix.Signal) error {
-	if err := p.Signal(sig); err != nil && !errors.Is(err, errNotOurs) {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
-	defer cancel()
-	err := poll(ctx, 5*time.Millisecond, func() error {
-		if p.Running() {
-			return fmt.Errorf("%s still runs after %s", p.name, unix.SignalName(sig))
-		}
+	pid := p.PID()
+	if pid == 0 {
 		return nil
-	})
-	if err != nil {
-		return err
+	}
+	fd, err := openIf(pid, func() bool { return livesIn(pid, p.ns) })
+	if err == nil {
+		err = endOpen(ctx, fd, sig)
+		unix.Close(fd)
+	}
+	reap(pid)
+	if err != nil && !errors.Is(err, errNotOurs) {
+		return fmt.Errorf("end %s: %w", p.name, err)
 	}
 	if err := os.Remove(p.pidFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove the pid file of %s: %w", p.name, err)
 	}
 	return nil
+}
+
+// endOpen signals the process behind a pidfd and waits until all its threads have ended: those that outlive the first one hold the
+// process' sockets still.
+func endOpen(ctx context.Context, pidfd int, sig unix.Signal) error {
+	if err := sendSignal(pidfd, sig); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	defer cancel()
+	return poll(ctx, 5*time.Millisecond, func() error {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
+		if n == 1 {
+			return nil
+		}
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return fatal{fmt.Errorf("wait for it: %w", err)}
+		}
+		return fmt.Errorf("it still runs after %s", unix.SignalName(sig))
+	})
 }
 
 // Pause stops the process in its tracks (SIGSTOP): its sockets stay open and nobody answers.

@@ -22,13 +22,13 @@ type PingStream struct {
 	conn  *net.IPConn
 	token pingToken
 	to    netip.Addr
-	wg    sync.WaitGroup
 	stop  context.CancelFunc
+
+	sender, receiver sync.WaitGroup
 
 	mu       sync.Mutex
 	sent     []time.Time // by sequence number
 	answered []bool
-	sendErrs int
 }
 
 // StreamStats is what became of a stream's packets.
@@ -48,31 +48,43 @@ func (m Machine) StreamPing(ctx context.Context, to netip.Addr, interval time.Du
 	}
 	ctx, stop := context.WithCancel(ctx)
 	s := &PingStream{conn: conn, token: newToken(), to: to, stop: stop}
-	s.wg.Go(func() { s.send(ctx, interval) })
-	s.wg.Go(s.receive)
+	s.sender.Go(func() { s.send(ctx, interval) })
+	s.receiver.Go(s.receive)
 	return s, nil
 }
 
-// Stop ends the stream, waits a moment for the last answers, and says what was lost.
+// LateAnswer is how long an answer may take until it is read on a machine that has much to do: what has none by then is lost.
+const LateAnswer = 5 * time.Second
+
+// Stop ends the stream, waits for answers that are missing, and says what was lost.
 func (s *PingStream) Stop() StreamStats {
 	s.stop()
-	_ = s.conn.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
-	s.wg.Wait()
-	_ = s.conn.Close()
-	return s.Stats(time.Time{})
+	s.sender.Wait()
+	for end := time.Now().Add(LateAnswer); time.Now().Before(end) && s.Stats(time.Time{}, end).Lost > 0; {
+		time.Sleep(20 * time.Millisecond)
+	}
+	s.Close()
+	return s.Stats(time.Time{}, time.Now())
 }
 
-// Stats says what became of the packets that were sent from a moment on. Of a stream that still runs, those sent in the last
-// 200 ms do not count: their answers may be on the way.
-func (s *PingStream) Stats(from time.Time) StreamStats {
+// Close ends the stream without waiting for answers.
+func (s *PingStream) Close() {
+	s.stop()
+	s.sender.Wait()
+	_ = s.conn.SetReadDeadline(time.Now())
+	s.receiver.Wait()
+	_ = s.conn.Close()
+}
+
+// Stats says what became of the packets that were sent from one moment to another. Answers to the last of them may be on the way.
+func (s *PingStream) Stats(from, to time.Time) StreamStats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	settled := time.Now().Add(-200 * time.Millisecond)
 	var out StreamStats
 	var lastGood time.Time
 	lost := false
 	for i, at := range s.sent {
-		if at.Before(from) || at.After(settled) {
+		if at.Before(from) || at.After(to) {
 			continue
 		}
 		out.Sent++
@@ -98,11 +110,7 @@ func (s *PingStream) send(ctx context.Context, interval time.Duration) {
 		seq := len(s.sent)
 		s.sent, s.answered = append(s.sent, time.Now()), append(s.answered, false)
 		s.mu.Unlock()
-		if _, err := s.conn.Write(s.request(seq)); err != nil { // counts as lost: there is no way at this moment
-			s.mu.Lock()
-			s.sendErrs++
-			s.mu.Unlock()
-		}
+		_, _ = s.conn.Write(s.request(seq)) // what can't be sent counts as lost: there is no way at this moment
 		select {
 		case <-ctx.Done():
 			return

@@ -66,6 +66,9 @@ func (f *flags) binaries(cmd *cobra.Command) (name, overlayd string, err error) 
 
 func (f *flags) faults(ctx context.Context, o faults.Options) error {
 	report, err := faults.Run(ctx, o)
+	if errors.Is(err, faults.ErrNoRow) {
+		return usageError{fmt.Errorf("faults: %w", err)}
+	}
 	if err != nil {
 		return err
 	}

@@ -85,12 +85,15 @@ func Afterwards(a Action) Action {
 
 // Deleter is somebody who keeps deleting something for a while.
 type Deleter struct {
-	Gone   string // succeeds while the thing is not there
+	Back   string // succeeds while the thing is there
 	Delete string
 	For    time.Duration
-	Within time.Duration // each time it must be back so soon
+	Within time.Duration // it must be back so soon, but for once: a machine that has much to do may stall
 	CPU    time.Duration // that the daemon may use meanwhile
 }
+
+// longestStall is more than the one time may take.
+const longestStall = 5 * time.Second
 
 // Do deletes, sees it come back, and deletes again.
 func (d Deleter) Do(ctx context.Context, s *Site) error {
@@ -99,23 +102,19 @@ func (d Deleter) Do(ctx context.Context, s *Site) error {
 		return err
 	}
 	var longest time.Duration
-	times := 0
+	times, slow := 0, 0
 	for end := time.Now().Add(d.For); time.Now().Before(end); times++ {
 		if err := s.script(ctx, d.Delete); err != nil {
 			return err
 		}
-		began := time.Now()
-		back := func(ctx context.Context, s *Site) error {
-			if err := s.script(ctx, d.Gone); err == nil {
-				return errors.New("it is not back")
-			}
-			return nil
-		}
-		took, err := s.await(ctx, back, began, 10*time.Second)
+		took, err := s.await(ctx, Sees(d.Back), time.Now(), 10*time.Second)
 		if err != nil {
-			return fmt.Errorf("deletion %d: %w", times+1, err)
+			return fmt.Errorf("deletion %d: it is not back: %w", times+1, err)
 		}
 		longest = max(longest, took)
+		if took > d.Within {
+			slow++
+		}
 	}
 	after, err := cpuTime(s.Victim.PID())
 	if err != nil {
@@ -123,7 +122,7 @@ func (d Deleter) Do(ctx context.Context, s *Site) error {
 	}
 	s.facts["repeated"] = fmt.Sprintf("%d times, back within %s at worst, %s of CPU", times, longest.Round(10*time.Millisecond), after-before)
 	return errors.Join(
-		unless(longest <= d.Within, "of %d times, it once took %s to come back: want %s", times, longest.Round(time.Millisecond), d.Within),
+		unless(slow <= 1 && longest <= longestStall, "of %d times, it took longer than %s to come back %d times, and up to %s", times, d.Within, slow, longest.Round(time.Millisecond)),
 		unless(after-before <= d.CPU, "the daemon used %s of CPU in %s: want %s at most", after-before, d.For, d.CPU))
 }
 

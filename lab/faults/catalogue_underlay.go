@@ -17,8 +17,8 @@ func underlayFaults() []Fault {
 	rows := []Fault{
 		{
 			Name: "interface down and up", On: everywhere(), Short: true, Soak: true,
-			Inject: linkDown, Hold: 2 * time.Second, Keeps: keepsState, Restore: linkUp, Log: `underlay|interface|eth0`,
-			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface eth0, which leads to the other nodes, is down`),
+			Inject: linkDown, Hold: 2 * time.Second, Keeps: keepsState, Restore: linkUp, Log: `problem: underlay.*eth0`,
+			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface .*eth0, which (leads to the other nodes|it was so far), is down`),
 		},
 		{
 			Name: "cable out and in", On: everywhere(), Soak: true,
@@ -30,14 +30,14 @@ func underlayFaults() []Fault {
 			Name: "address replaced", On: everywhere(), Short: true,
 			Inject:  Steps(moveTo("99"), Afterwards(moveBack)),
 			Expect:  All(announces("99"), subnetKept, reaches),
-			Restore: Undo, Log: `(?i)interface chosen|underlay|address`,
+			Restore: Undo, Log: `interface chosen.*[.:]99 on `,
 			Seen: follows(`^Public IP .*[.:]99`, `overlayd_interface_changes_total +`),
 		},
 		{
 			Name: "MTU lowered", On: everywhere(), Short: true, Soak: true,
 			Inject:  Steps(Once(`ip link set eth0 mtu 1400`), Afterwards(Once(`ip link set eth0 mtu 1500`))),
 			Expect:  All(lowerMTU, reaches),
-			Restore: Undo, Log: `(?i)mtu|device`,
+			Restore: Undo, Log: `the pods' MTU has changed`,
 			Seen: follows(`^Network .*pods' MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
 		},
 		{
@@ -57,7 +57,7 @@ func underlayFaults() []Fault {
 		},
 		{
 			Name: "interface deleted and made again", On: everywhere(), Short: true,
-			Inject: recreate, Hold: 2 * time.Second, Restore: Undo, Log: `underlay|interface|eth0`,
+			Inject: recreate, Hold: 2 * time.Second, Restore: Undo, Log: `problem: underlay.*eth0`,
 			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface .*eth0`),
 		},
 		{
@@ -277,7 +277,7 @@ func LogSays(pattern string) Check {
 
 // pinged is what is seen of peers that don't answer as they should, which takes a few pings.
 func pinged(problem, reason, metric string) *Seen {
-	return degrades(problem, reason, metric+"more").in(25 * time.Second)
+	return degrades(problem, reason, metric+"more").in(45 * time.Second)
 }
 
 // onPeer runs a script on the peer for each family, with the victim's variables, and another to undo it.

@@ -71,9 +71,12 @@ const Any = -1
 const mostLines = 60
 
 // letGo is when a peer that was removed is gone from the others: it lingers for five seconds, in case it was a mistake.
-const letGo = 7 * time.Second
+const letGo = 9 * time.Second
 
-func drift() Bound    { return Bound{Lost: Any, Repair: time.Second} }
+// withinASecond is the bound where a second is promised.
+const withinASecond = time.Second
+
+func drift() Bound    { return Bound{Lost: Any, Repair: withinASecond} }
 func underlay() Bound { return Bound{Lost: Any, Repair: 2 * time.Second} }
 
 // lossless is the bound where no packet may be lost; catching up may take a while, since those who come back must not all do so
@@ -98,7 +101,7 @@ func (f Fault) setups() []string {
 // rules are looked at.
 func (f Fault) in(setup string) Fault {
 	if setup == OnLegacy && f.Area == Firewall {
-		f.Bound.Repair = max(f.Bound.Repair, resync*time.Second+time.Second)
+		f.Bound.Repair = max(f.Bound.Repair, resync*time.Second+withinASecond)
 	}
 	return f
 }

@@ -1,7 +1,9 @@
 package faults
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"regexp"
 	"strings"
 	"testing"
@@ -104,6 +106,61 @@ func TestPlan(t *testing.T) {
 	}
 	if b := (Fault{Area: Firewall, Bound: drift()}).in(OnLegacy).Bound.Repair; b <= resync*time.Second {
 		t.Errorf("the legacy variant tells nothing and has %s all the same", b)
+	}
+}
+
+func TestNoRowIsAnError(t *testing.T) {
+	t.Parallel()
+	if _, err := Run(t.Context(), Options{Only: regexp.MustCompile("^kernle")}); !errors.Is(err, ErrNoRow) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A row that panics fails, and its lab is taken down.
+func TestRowPanics(t *testing.T) {
+	t.Parallel()
+	w := worker{name: "panics", site: &Site{}, still: &stillness{}, progress: func(line string) { t.Log(line) }} // there is no victim
+	r := w.row(t.Context(), job{}, Fault{})
+	if len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "panic: ") || len(r.Log) == 0 || w.site != nil {
+		t.Errorf("%+v", r)
+	}
+}
+
+// A check is looked at once more when the patience is over, and what is found at once is as old as the look.
+func TestAwait(t *testing.T) {
+	t.Parallel()
+	const look = 30 * time.Millisecond
+	for _, holds := range []int{1, 2} {
+		looks := 0
+		took, err := new(Site).await(t.Context(), func(context.Context, *Site) error {
+			looks++
+			time.Sleep(look)
+			return unless(looks == holds, "not yet")
+		}, time.Now(), look/2)
+		if err != nil || took < look {
+			t.Errorf("what holds at look %d: after %s, %v", holds, took, err)
+		}
+	}
+}
+
+func TestTrafficProblems(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		loss  loss
+		fault Fault
+		want  int
+	}{
+		"nothing":                     {loss{}, Fault{}, 0},
+		"too much":                    {loss{Lost: 3}, Fault{Bound: Bound{Lost: 2}}, 1},
+		"as much as it takes":         {loss{Lost: 3}, Fault{Bound: Bound{Lost: Any}}, 0},
+		"elsewhere":                   {loss{Lost: 3, Elsewhere: 1}, Fault{Bound: Bound{Lost: Any}}, 1},
+		"the victim's pods are gone":  {loss{Lost: 3, Broken: []string{"x"}}, Fault{Ruins: true}, 0},
+		"and those of others suffer":  {loss{Lost: 3, Elsewhere: 1}, Fault{Ruins: true}, 1},
+		"a connection broke, as well": {loss{Lost: 3, Broken: []string{"x"}}, Fault{}, 2},
+	} {
+		if got := c.loss.problems(c.fault); len(got) != c.want {
+			t.Errorf("%s: %q", name, got)
+		}
 	}
 }
 

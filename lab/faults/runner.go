@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -35,21 +36,33 @@ type job struct {
 // patience is how much longer than its bound a repair is waited for, so that the table can say how long it really takes.
 const patience = 10 * time.Second
 
+// ErrNoRow says that the options leave nothing to run.
+var ErrNoRow = errors.New("no row of the catalogue matches")
+
 // Run runs the catalogue.
 func Run(ctx context.Context, o Options) (Report, error) {
 	began := time.Now()
 	jobs := plan(Catalogue(o.Short), setups(ctx, o.Overlayd), o)
 	queue := make(chan job, len(jobs))
+	planned := 0
 	for _, j := range jobs {
 		queue <- j
+		planned += len(j.rows)
 	}
 	close(queue)
+	if planned == 0 {
+		return Report{}, ErrNoRow
+	}
+	watching, stop := context.WithCancel(ctx)
+	defer stop()
+	var still stillness
+	go still.run(watching)
 	var mu sync.Mutex
 	var results []Result
 	var wg sync.WaitGroup
 	for i := range max(1, o.Parallel) {
 		wg.Go(func() {
-			w := worker{name: fmt.Sprintf("%s-%d", o.Name, i+1), progress: o.Progress, report: func(r Result) {
+			w := worker{name: fmt.Sprintf("%s-%d", o.Name, i+1), progress: o.Progress, still: &still, report: func(r Result) {
 				mu.Lock()
 				defer mu.Unlock()
 				results = append(results, r)
@@ -63,6 +76,9 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	wg.Wait()
 	if ctx.Err() != nil {
 		return Report{}, fmt.Errorf("faults: %w", context.Cause(ctx))
+	}
+	if len(results) != planned {
+		return Report{}, fmt.Errorf("faults: %d rows of %d have a result", len(results), planned)
 	}
 	return newReport(results, time.Since(began)), nil
 }
@@ -132,6 +148,7 @@ type worker struct {
 	name     string
 	progress func(string)
 	report   func(Result)
+	still    *stillness
 	site     *Site
 }
 
@@ -147,7 +164,7 @@ func (w *worker) run(ctx context.Context, j job) {
 		case j.setup.Unavailable != "":
 			r.fail("%s", j.setup.Unavailable)
 		default:
-			w.row(ctx, j, f.in(j.setup.Name), &r)
+			r = w.row(ctx, j, f.in(j.setup.Name))
 		}
 		if ctx.Err() == nil {
 			w.report(r)
@@ -155,8 +172,30 @@ func (w *worker) run(ctx context.Context, j job) {
 	}
 }
 
-// row runs one row in a lab that is whole, and leaves none behind that is not.
-func (w *worker) row(ctx context.Context, j job, f Fault, r *Result) {
+// row runs one row; the second try that it may get is in another lab.
+func (w *worker) row(ctx context.Context, j job, f Fault) Result {
+	return repeated(func() Result {
+		r := newResult(f, j.setup.Name)
+		w.try(ctx, j, f, &r)
+		return r
+	}, w.still.total, func(first Result, why string) {
+		w.progress(first.line() + ": it is repeated, since " + why)
+		w.down(ctx)
+	})
+}
+
+// try runs one row in a lab that is whole, and leaves none behind that is not.
+func (w *worker) try(ctx context.Context, j job, f Fault, r *Result) {
+	defer func() {
+		if p := recover(); p != nil { // no lab may be left behind, and the other rows have something to say
+			r.fail("panic: %v", p)
+			r.Log = strings.Split(string(debug.Stack()), "\n")
+			w.down(ctx)
+		}
+	}()
+	if ctx.Err() != nil {
+		return
+	}
 	if w.site == nil {
 		if err := w.up(ctx, j.setup); err != nil {
 			r.fail("the lab did not come up: %v", err)
@@ -180,7 +219,8 @@ func (w *worker) sound(ctx context.Context, r *Result) bool {
 		return true
 	}
 	if _, err := s.await(ctx, Whole, time.Now(), 500*time.Millisecond); err == nil {
-		return len(s.traffic.since(time.Now(), s.Victim).Broken) == 0
+		now := time.Now()
+		return len(s.traffic.between(now, now, s.Victim).Broken) == 0
 	}
 	return false
 }
@@ -226,6 +266,7 @@ func (s *Site) run(ctx context.Context, f Fault, r *Result) {
 		r.fail("look at %s before the fault: %v", s.Victim.Name, err)
 		return
 	}
+	defer w.end() // if one of the steps panics
 	began := time.Now()
 	ended := s.steps(ctx, f, w, r)
 	s.settled(ctx, f, r)
@@ -233,8 +274,7 @@ func (s *Site) run(ctx context.Context, f Fault, r *Result) {
 	if ctx.Err() != nil {
 		return
 	}
-	_ = sleep(ctx, inFlight)
-	s.judgeTraffic(f, r, began, ended)
+	s.judgeTraffic(ctx, f, r, began, ended)
 	s.judgeLog(ctx, f, r)
 	r.Facts = s.facts["repeated"]
 }
@@ -307,23 +347,24 @@ func (s *Site) hold(ctx context.Context, f Fault, r *Result) {
 	}
 }
 
-func (s *Site) judgeTraffic(f Fault, r *Result, began, ended time.Time) {
-	l := s.traffic.since(began, s.Victim)
+// judgeTraffic looks at what was sent until now. An answer that is there and only was not read yet is not lost: what looks bad is looked
+// at again for a while.
+func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, began, ended time.Time) {
+	now := time.Now()
+	_ = sleep(ctx, inFlight)
+	l := s.traffic.between(began, now, s.Victim)
+	bad := func() bool { return len(l.problems(f)) > 0 || l.Last.Sub(ended) > f.Bound.Repair }
+	for bad() && time.Since(now) < lab.LateAnswer && ctx.Err() == nil {
+		_ = sleep(ctx, 50*time.Millisecond)
+		l = s.traffic.between(began, now, s.Victim)
+	}
 	r.Lost, r.Stall = l.Lost, l.Stall
 	if l.Lost > 0 && l.Last.After(ended) {
 		r.Repair = max(r.Repair, l.Last.Sub(ended))
 	}
-	if f.Ruins {
-		return // the victim's pods are others now
-	}
-	for _, b := range l.Broken {
-		r.fail("a TCP connection broke: %s", b)
-	}
-	if l.Elsewhere > 0 {
-		r.fail("%d packets lost between nodes that have nothing to do with it", l.Elsewhere)
-	}
-	if f.Bound.Lost != Any && l.Lost > f.Bound.Lost {
-		r.fail("%d packets lost, most from %s: at most %d may be", l.Lost, l.Where, f.Bound.Lost)
+	for _, p := range l.problems(f) {
+		r.suffered = true
+		r.fail("%s", p)
 	}
 }
 

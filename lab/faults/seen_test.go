@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Enough rows of the short form say what is to be seen, in every area, and each of them what names the cause.
@@ -126,6 +127,7 @@ func TestVerdict(t *testing.T) {
 	t.Parallel()
 	for want, lines := range map[string][]string{
 		NoAnswer:               {NoAnswer},
+		"an empty answer":      nil,
 		"ok":                   {readyOK},
 		"degraded: etcd, plan": {readyOK, "200 degraded: plan: a: b (since x)", "200 degraded: etcd: refused (since x)"},
 		"503: etcd, lease":     {"503 not ready: lease: it is gone (since x)", "503 degraded: etcd: refused: by it (since x)"},
@@ -133,6 +135,37 @@ func TestVerdict(t *testing.T) {
 		if got := verdict(lines); got != want {
 			t.Errorf("%q: %q, want %q", lines, got, want)
 		}
+	}
+}
+
+// A line that only got older is no new one.
+func TestPlainLines(t *testing.T) {
+	t.Parallel()
+	for line, want := range map[string]string{
+		"   Repaired   route: 2, last add route 10.244.2.0/24 via 10.244.2.0, 657ms ago\n": "Repaired route: 2, last add route 10.244.2.0/24 via 10.244.2.0, … ago",
+		"etcd: refused by http://172.31.100.2:2379, for 1m5s":                              "etcd: refused by http://172.31.100.2:2379, for …",
+		"Node n1 (id 3), overlayd v1, up 3 days":                                           "Node n1 (id 3), overlayd v1, up …",
+		"Kernel brought up to date 1.2s ago, in 813µs; looked at as a whole 2h0m1s ago":    "Kernel brought up to date … ago, in …; looked at as a whole … ago",
+		"overlayd does not answer within 5s":                                               "overlayd does not answer within 5s",
+		"Device overlay.1, VNI 1, UDP 8472 over eth0, MTU 1450":                            "Device overlay.1, VNI 1, UDP 8472 over eth0, MTU 1450",
+	} {
+		if got := plainLines(line); len(got) != 1 || got[0] != want {
+			t.Errorf("%q: %q, want %q", line, got, want)
+		}
+	}
+}
+
+// A panic of the one who looks ends nothing else, and fails the row.
+func TestWatchPanics(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	w := &watch{stop: func() {}, ok: true, verdicts: []string{"ok"}} // it looks at no node
+	w.look(ctx)
+	r := Result{}
+	w.after(ctx, &r)
+	if len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "panic: ") {
+		t.Errorf("%q", r.Problems)
 	}
 }
 

@@ -355,19 +355,23 @@ func sleep(ctx context.Context, d time.Duration) error {
 
 const lookEvery = 20 * time.Millisecond
 
-// await calls a check until it holds, and says how long after start that was.
+// await calls a check until it holds, and gives up after one that began when the patience was over. It says how long after start it
+// held, to within the time of one look.
 func (s *Site) await(ctx context.Context, c Check, start time.Time, patience time.Duration) (time.Duration, error) {
 	deadline := start.Add(patience)
-	for {
+	for first := true; ; first = false {
 		began := time.Now()
 		err := c(ctx, s)
+		if err == nil && first { // what it looked at last may have been put right while it looked
+			began = time.Now()
+		}
 		if err == nil {
 			return max(0, began.Sub(start)), nil
 		}
 		if ctx.Err() != nil {
 			return 0, context.Cause(ctx)
 		}
-		if time.Now().After(deadline) {
+		if began.After(deadline) {
 			return 0, fmt.Errorf("not within %s: %w", patience, err)
 		}
 		if err := sleep(ctx, lookEvery); err != nil {

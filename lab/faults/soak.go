@@ -187,7 +187,7 @@ func (s *soak) stream(ctx context.Context, site *Site, rows []Fault, number uint
 // once makes a fault and ends it. That it can't be made at this moment (what it would delete is gone already) is no failure.
 func (s *soak) once(ctx context.Context, site *Site, f Fault, hold time.Duration) {
 	s.say(site, f, "")
-	made := f.Inject(ctx, site)
+	made := f.Inject(context.WithoutCancel(ctx), site) // or the end of the soak would leave etcd or a daemon half stopped
 	if made == nil && f.Restore != nil {
 		_ = sleep(ctx, hold)
 	}
@@ -230,7 +230,7 @@ func (s *soak) judge(ctx context.Context, before []usage) []string {
 		s.opts.Progress("as planned " + took.Round(10*time.Millisecond).String() + " after the last fault")
 	}
 	for _, site := range s.sites {
-		if err := reaches(ctx, site); err != nil {
+		if _, err := site.await(ctx, reaches, time.Now(), 5*time.Second); err != nil {
 			problems = append(problems, err.Error())
 		}
 	}

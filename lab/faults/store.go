@@ -21,8 +21,8 @@ import (
 const (
 	prefix  = "/overlayd/network/"
 	subnets = prefix + "subnets/"
-	// storeWait bounds one request to the lab's etcd.
-	storeWait = 5 * time.Second
+	// storeWait bounds one action in the lab's etcd, which may hang.
+	storeWait = 20 * time.Second
 )
 
 // withStore runs f with a client of the lab's etcd.
@@ -236,7 +236,7 @@ func copyStore(ctx context.Context, s *Site) error {
 	if err := stopStore(ctx, s); err != nil {
 		return err
 	}
-	if err := copyDir(ctx, s.Lab.Etcd().DataDir(), s.backup()); err != nil {
+	if err := copyTo(ctx, s.Lab.Etcd().DataDir(), s.backup()); err != nil {
 		return err
 	}
 	return startStore(ctx, s)
@@ -248,7 +248,7 @@ func olderStore(ctx context.Context, s *Site) error {
 	drop := onStore(`iptables -I INPUT -i eth0 -j DROP; iptables -I OUTPUT -o eth0 -j DROP`)
 	s.Defer(func() error { return onStore(`iptables -F`)(context.WithoutCancel(ctx), s) })
 	data := func(from, to string) Action {
-		return func(ctx context.Context, _ *Site) error { return copyDir(ctx, from, to) }
+		return func(ctx context.Context, _ *Site) error { return copyTo(ctx, from, to) }
 	}
 	return Steps(
 		drop, stopStore, data(s.Lab.Etcd().DataDir(), with),
@@ -262,13 +262,15 @@ func rollBack(ctx context.Context, s *Site) error {
 	if err := stopStore(ctx, s); err != nil {
 		return err
 	}
-	if err := copyDir(ctx, s.backup(), s.Lab.Etcd().DataDir()); err != nil {
+	if err := copyTo(ctx, s.backup(), s.Lab.Etcd().DataDir()); err != nil {
 		return err
 	}
 	return startStore(ctx, s)
 }
 
-func copyDir(ctx context.Context, from, to string) error {
+// copyTo copies a file or a directory, by a process of its own: a program that this one writes can't be run while a child that was forked
+// meanwhile still holds the descriptor.
+func copyTo(ctx context.Context, from, to string) error {
 	if err := os.RemoveAll(to); err != nil {
 		return fmt.Errorf("make room at %s: %w", to, err)
 	}

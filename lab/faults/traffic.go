@@ -13,7 +13,7 @@ import (
 const (
 	pingEvery = 10 * time.Millisecond
 	tcpEvery  = 20 * time.Millisecond
-	// inFlight is how long the answer of a packet may take before it counts as lost.
+	// inFlight is how long the answer of a packet is waited for in any case.
 	inFlight = 250 * time.Millisecond
 )
 
@@ -67,7 +67,7 @@ func startFlow(ctx context.Context, a, b lab.Endpoint, f addr.Family) (flow, err
 
 func (t traffic) stop() {
 	for _, f := range t {
-		f.ping.Stop()
+		f.ping.Close()
 		f.tcp.Stop()
 	}
 }
@@ -82,12 +82,12 @@ type loss struct {
 	Where     string   // the flow that lost most
 }
 
-// since sums up what happened to the traffic since a moment.
-func (t traffic) since(from time.Time, victim *lab.Node) loss {
+// between sums up what happened to the traffic that was sent from one moment to another.
+func (t traffic) between(from, to time.Time, victim *lab.Node) loss {
 	var out loss
 	most := 0
 	for _, f := range t {
-		p := f.ping.Stats(from)
+		p := f.ping.Stats(from, to)
 		out.Lost += p.Lost
 		if f.from != victim && f.to != victim {
 			out.Elsewhere += p.Lost
@@ -103,6 +103,23 @@ func (t traffic) since(from time.Time, victim *lab.Node) loss {
 		if c.Broken != nil {
 			out.Broken = append(out.Broken, fmt.Sprintf("%s: %v", f.name, c.Broken))
 		}
+	}
+	return out
+}
+
+// problems says in what the traffic suffered more than a fault may make it suffer.
+func (l loss) problems(f Fault) (out []string) {
+	if l.Elsewhere > 0 {
+		out = append(out, fmt.Sprintf("%d packets lost between nodes that have nothing to do with it", l.Elsewhere))
+	}
+	if f.Ruins {
+		return out // the victim's pods are others now
+	}
+	for _, b := range l.Broken {
+		out = append(out, "a TCP connection broke: "+b)
+	}
+	if f.Bound.Lost != Any && l.Lost > f.Bound.Lost {
+		out = append(out, fmt.Sprintf("%d packets lost, most from %s: at most %d may be", l.Lost, l.Where, f.Bound.Lost))
 	}
 	return out
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,9 +17,11 @@ import (
 )
 
 const (
+	// beginWithin is how long a row waits for the answers to its first questions.
+	beginWithin = 10 * time.Second
 	// backWithin is how long after everything is as planned all signs of the fault may take to be gone. Peers whose pings got lost are
 	// asked again every ten seconds.
-	backWithin = 15 * time.Second
+	backWithin = 30 * time.Second
 	// watchEvery is how often /readyz and the metrics are read, statusEvery how often `overlayd status` is run.
 	watchEvery, statusEvery = 100 * time.Millisecond, 400 * time.Millisecond
 	// answerWithin is after how long a question counts as not answered.
@@ -38,7 +41,7 @@ type watch struct {
 	beforeStatus []string  // lines
 	beforeDoctor []string
 
-	stop func() // looking
+	stop func() // looking; more than once is no harm
 
 	mu       sync.Mutex
 	said     string        // the line of the status
@@ -48,6 +51,7 @@ type watch struct {
 	now      []float64     // the values that the last look read; nil if it could not
 	took     time.Duration // from the fault until all was seen
 	ok       bool          // /readyz said so, the last time
+	panicked string        // why nobody looks any more
 }
 
 // watchFor begins to look. It returns nil where a row says nothing of what is to be seen.
@@ -69,17 +73,8 @@ func watchFor(ctx context.Context, n *lab.Node, seen *Seen) (*watch, error) {
 	if errs != nil {
 		return nil, errs
 	}
-	var err error
-	if w.before, err = w.values(ctx); err != nil {
+	if err := w.first(ctx); err != nil {
 		return nil, err
-	}
-	if w.beforeStatus, err = w.statusLines(ctx); err != nil {
-		return nil, err
-	}
-	if seen.Doctor != "" {
-		if w.beforeDoctor, err = w.doctorLines(ctx); err != nil {
-			return nil, err
-		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var done sync.WaitGroup
@@ -88,26 +83,66 @@ func watchFor(ctx context.Context, n *lab.Node, seen *Seen) (*watch, error) {
 	return w, nil
 }
 
+// first takes down what there is before the fault, which may take some tries on a machine that has much to do.
+func (w *watch) first(ctx context.Context) error {
+	for end := time.Now().Add(beginWithin); ; {
+		var errValues, errStatus, errDoctor error
+		w.before, errValues = w.values(ctx)
+		w.beforeStatus, errStatus = w.statusLines(ctx)
+		if w.seen.Doctor != "" {
+			w.beforeDoctor, errDoctor = w.doctorLines(ctx)
+		}
+		err := errors.Join(errValues, errStatus, errDoctor)
+		if err == nil || ctx.Err() != nil || time.Now().After(end) {
+			return err
+		}
+		_ = sleep(ctx, watchEvery)
+	}
+}
+
+// end stops looking, where anybody does.
+func (w *watch) end() {
+	if w != nil {
+		w.stop()
+	}
+}
+
 // look goes on until ctx ends.
 func (w *watch) look(ctx context.Context) {
+	defer func() {
+		if p := recover(); p != nil {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.panicked = fmt.Sprintf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
 	began := time.Now()
 	var asked time.Time // for the status
 	for ctx.Err() == nil {
 		w.lookReady(ctx)
 		w.lookMetrics(ctx)
-		w.mu.Lock()
-		said := w.said != "" || w.seen.Status == ""
-		w.mu.Unlock()
-		if !said && time.Since(asked) >= statusEvery {
+		if w.saysNothing() && time.Since(asked) >= statusEvery {
 			w.lookStatus(ctx)
 			asked = time.Now()
 		}
-		w.mu.Lock()
-		if w.took == 0 && len(w.missing()) == 0 {
-			w.took = time.Since(began)
-		}
-		w.mu.Unlock()
+		w.time(began)
 		_ = sleep(ctx, watchEvery)
+	}
+}
+
+// saysNothing reports whether the status has not said yet what it has to.
+func (w *watch) saysNothing() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.said == "" && w.seen.Status != ""
+}
+
+// time notes how long it took until all was seen.
+func (w *watch) time(began time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.took == 0 && len(w.missing()) == 0 {
+		w.took = time.Since(began)
 	}
 }
 
@@ -188,6 +223,9 @@ func verdict(lines []string) string {
 		}
 	}
 	slices.Sort(names)
+	if len(lines) == 0 {
+		return "an empty answer"
+	}
 	code, _, _ := strings.Cut(lines[0], " ")
 	switch {
 	case lines[0] == NoAnswer:
@@ -227,12 +265,20 @@ func (w *watch) statusLines(ctx context.Context) ([]string, error) {
 	return plainLines(text), err
 }
 
+// plainLines leaves out how long something has lasted or how long ago it was: with it, a line that was there before would be a new one.
 func plainLines(text string) []string {
 	var out []string
+	age := ages()
 	for line := range strings.Lines(text) {
-		out = append(out, strings.Join(strings.Fields(line), " "))
+		out = append(out, age.ReplaceAllString(strings.Join(strings.Fields(line), " "), "$1…$2"))
 	}
 	return out
+}
+
+// ages finds how long something has lasted, or how long ago it was, as a person reads it.
+func ages() *regexp.Regexp {
+	const duration = `(?:\d+ days|(?:\d+(?:\.\d+)?(?:h|ms|m|µs|ns|s))+)`
+	return regexp.MustCompile(`(\b(?:for|up|in) )` + duration + `\b|\b` + duration + `( ago\b)`)
 }
 
 // missing says what has not been seen.
@@ -273,7 +319,8 @@ func (w *watch) during(ctx context.Context, began time.Time, r *Result) {
 	if w == nil {
 		return
 	}
-	for _, m := range w.await(ctx, w.missing, time.Until(began.Add(w.seen.within()))) {
+	// The time may be over already where the row itself took long: then one look more would be too little.
+	for _, m := range w.await(ctx, w.missing, max(time.Until(began.Add(w.seen.within())), seenSoon)) {
 		r.fail("%s", m)
 	}
 	if w.seen.Doctor != "" {
@@ -319,6 +366,9 @@ func (w *watch) after(ctx context.Context, r *Result) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.panicked != "" {
+		r.fail("%s", w.panicked)
+	}
 	r.Ready = strings.Join(w.verdicts, " → ")
 	for i, m := range w.moves {
 		if w.peaks[i] != nil && w.now != nil {
