@@ -110,14 +110,16 @@ func (d *IPTables) ensureFamily(ctx context.Context, rs Ruleset) (res Result, er
 	if err != nil {
 		return res, err
 	}
-	if res.NoSets = d.fillSets(rs); res.NoSets != nil {
+	var inSets []Drift
+	if inSets, res.NoSets = d.fillSets(rs); res.NoSets != nil {
 		rs = rs.withoutSets()
 	}
-	res.Drifts, err = d.ensureRules(ctx, t, rs)
+	inRules, err := d.ensureRules(ctx, t, rs)
 	if errors.Is(err, ErrSet) {
 		res.NoSets, rs = err, rs.withoutSets()
-		res.Drifts, err = d.ensureRules(ctx, t, rs)
+		inRules, err = d.ensureRules(ctx, t, rs)
 	}
+	res.Drifts = append(inSets, inRules...)
 	if err != nil {
 		return res, err
 	}
@@ -164,16 +166,20 @@ func (d *IPTables) legacyTables(f addr.Family) (tables [2]uint64, known bool) {
 }
 
 // fillSets makes the sets that rules name. It is cheap, and needs to be: nothing tells of changes in them.
-func (d *IPTables) fillSets(rs Ruleset) error {
+func (d *IPTables) fillSets(rs Ruleset) (drifts []Drift, err error) {
 	if d.sets == nil {
-		return nil
+		return nil, nil
 	}
 	for _, s := range rs.Sets {
-		if _, err := d.sets.Ensure(s.Name, rs.Family, s.Members); err != nil {
-			return err
+		changed, err := d.sets.Ensure(s.Name, rs.Family, s.Members)
+		if changed > 0 {
+			drifts = append(drifts, Drift{rs.Family, postRouting(), SetChanged}) // only rules there look into a set
+		}
+		if err != nil {
+			return drifts, err
 		}
 	}
-	return nil
+	return drifts, nil
 }
 
 // dropSets removes the set that no rule names any more.

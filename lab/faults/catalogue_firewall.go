@@ -50,6 +50,12 @@ func firewall() []Fault {
 			Inject: Once(`nft delete table $NFT_TABLE`),
 		},
 		{
+			// The kernel tells nobody of changes to its address sets: it is found when the rules are looked at, every 10 s.
+			Name: "set of node addresses emptied", On: []string{OnHostGW, OnDirect}, Bound: Bound{Repair: 10*time.Second + withinASecond},
+			Inject: Once(`if [ -n "$NFT_TABLE" ]; then for s in $(nft list table $NFT_TABLE | sed -n 's/^\tset \([^ ]*\).*/\1/p'); do nft flush set $NFT_TABLE $s; done
+				else ipset flush; fi`), Log: `repaired.*: firewall: set changed`,
+		},
+		{
 			Name: "xtables lock held by another for 20 s, routes go meanwhile", On: []string{OnLegacy},
 			Inject: Steps(
 				Once(`setsid flock $LOCK sleep 20 >/dev/null 2>&1 & sleep 0.2`),
@@ -69,12 +75,7 @@ func firewall() []Fault {
 			rows[i].Log = `repaired.*: firewall: `
 		}
 	}
-	return append(rows, in(Firewall, lossless(10*time.Second+withinASecond), []Fault{{
-		// The kernel tells nobody of changes to its address sets: it is found when the rules are looked at, every 10 s. The log says nothing.
-		Name: "set of node addresses emptied", On: []string{OnHostGW, OnDirect},
-		Inject: Once(`if [ -n "$NFT_TABLE" ]; then for s in $(nft list table $NFT_TABLE | sed -n 's/^\tset \([^ ]*\).*/\1/p'); do nft flush set $NFT_TABLE $s; done
-			else ipset flush; fi`),
-	}})...)
+	return rows
 }
 
 // rewritten is what is seen of rules that were put right.
