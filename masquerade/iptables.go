@@ -119,7 +119,7 @@ func (d *IPTables) ensureFamily(ctx context.Context, rs Ruleset) (res Result, er
 		res.NoSets, rs = err, rs.withoutSets()
 		inRules, err = d.ensureRules(ctx, t, rs)
 	}
-	res.Drifts = append(inSets, inRules...)
+	res.Drifts = slices.Concat(inSets, inRules)
 	if err != nil {
 		return res, err
 	}
