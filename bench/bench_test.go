@@ -47,6 +47,7 @@ func TestBounds(t *testing.T) {
 		{Row{Unit: Millis, Ours: []float64{6, 9, 5}, Bound: AtMost(5)}, false, false, "≤ 5"},
 		{Row{Unit: Count, Ours: []float64{0}, Bound: AtMost(0)}, true, true, "≤ 0"},
 		{Row{Unit: Count, Ours: []float64{1}, Bound: AtMost(0)}, false, true, "≤ 0"},
+		{Row{Unit: Count, Clock: true, Ours: []float64{6}, Bound: AtMost(5)}, false, false, "≤ 5"},
 		{Row{Unit: Millis, Ours: []float64{6}, Base: []float64{10}, Bound: RatioAtMost(0.6)}, true, false, "≤ 0.60 ×"},
 		{Row{Unit: Gbit, Ours: []float64{9}, Base: []float64{10}, Bound: RatioAtLeast(0.95)}, false, false, "≥ 0.95 ×"},
 		{Row{Unit: Millis, Bound: AtMost(5)}, false, false, "≤ 5"},

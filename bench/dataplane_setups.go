@@ -161,9 +161,9 @@ func quiet(ctx context.Context, p path, up *lab.Lab) error {
 	return errors.Join(err, up.Etcd().Pause())
 }
 
-// patiently tries something for ten seconds.
+// patiently tries something until it works.
 func patiently(ctx context.Context, f func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
 		err := f()

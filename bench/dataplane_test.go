@@ -5,22 +5,29 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/lab"
 )
 
 // Both kinds of exchange go through a real server, in both families, and a client that finds none says so.
 func TestExchange(t *testing.T) {
 	t.Parallel()
-	for i, host := range []string{"127.0.0.1", "::1"} {
-		at := netip.AddrPortFrom(netip.MustParseAddr(host), uint16(47101+i))
-		if _, err := newConnection.run(at, 1); err == nil {
+	ns := nstest.New(t)
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		at := netip.AddrPortFrom(netip.MustParseAddr(host), endPort)
+		run := func(x exchange, times int) (took time.Duration, err error) {
+			ns.Do(func() { took, err = x.run(at, times) })
+			return took, err
+		}
+		if _, err := run(newConnection, 1); err == nil {
 			t.Fatalf("somebody is at %s already", at)
 		}
-		go func() { _ = serveEnd(at) }()
+		go ns.Do(func() { _ = serveEnd(at) })
 		for _, x := range []exchange{newConnection, oneConnection} {
 			err := patiently(t.Context(), func() error {
-				took, err := x.run(at, 10)
+				took, err := run(x, 10)
 				if err == nil && took <= 0 {
 					t.Errorf("%s: 10 times at %s took %v", x, at, took)
 				}

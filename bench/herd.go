@@ -106,7 +106,7 @@ func herdRows(o herdOptions, r herdReport, leases []*subnet.Entry, etcdPeak floa
 	}
 	renewals := row(some+"renewals in the busiest tenth of their time", Count, float64(r.BusiestTenth), RatioAtMost(2.5),
 		fmt.Sprintf("Measured with a TTL of %v: an etcd lease that is found on a key is renewed somewhere in the first quarter of it.", 4*o.Renewals))
-	renewals.Base, renewals.BaseName = []float64{float64(o.Restarts) / 10}, "spread evenly"
+	renewals.Base, renewals.BaseName, renewals.Clock = []float64{float64(o.Restarts) / 10}, "spread evenly", true
 	return []Row{
 		row(all+"each has a lease", Millis, millis(r.Held), Bound{}, ""),
 		row(all+"each knows all", Millis, millis(r.Known), Bound{},

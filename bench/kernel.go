@@ -54,6 +54,15 @@ func (s *site) complete(n int) error {
 	})
 }
 
+// untilComplete waits until the node has every entry for n peers, and none of those that have left.
+func (s *site) untilComplete(n int) error {
+	for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		if err := s.complete(n); err == nil || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
 func routes(h *netlink.Handle, table int) (int, error) {
 	l, err := h.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: table, Protocol: netstate.Protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
 	return len(l), err

@@ -37,6 +37,9 @@ type Row struct {
 	Base     []float64
 	BaseName string
 
+	// Clock says that the figure moves with the machine and its load although its unit is none of time.
+	Clock bool `json:",omitempty"`
+
 	Bound Bound
 	Note  string
 }
@@ -85,7 +88,7 @@ func (r Row) Ratio() float64 {
 }
 
 // timed reports whether a row moves with the machine and its load.
-func (r Row) timed() bool { return r.Unit != Count && r.Unit != Bytes }
+func (r Row) timed() bool { return r.Clock || r.Unit != Count && r.Unit != Bytes }
 
 // Judged reports whether the row has a bound that counts: in a quick run, on a machine that does other things as well, only those on
 // what does not depend on time.

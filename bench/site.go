@@ -41,6 +41,8 @@ const (
 	siteNetwork = `{"Network": "10.128.0.0/9", "SubnetLen": 24, "Backend": {"Type": "vxlan"}}`
 	sitePort    = 8471
 	pprofPort   = 8470
+	// patience is how long to wait for what comes at once on most machines.
+	patience = 30 * time.Second
 	// batch is how many writes go into one transaction; etcd takes 128.
 	batch = 100
 )
@@ -177,7 +179,7 @@ func (s *site) start(n int, etcd string, more ...string) (*daemon, error) {
 	}
 	defer log.Close()
 	d := &daemon{site: s, n: n, log: log.Name(), http: &http.Client{
-		Timeout: time.Second, Transport: &http.Transport{DialContext: s.node.DialContext, MaxIdleConns: 1},
+		Timeout: patience, Transport: &http.Transport{DialContext: s.node.DialContext, MaxIdleConns: 1},
 	}}
 	d.cmd = exec.Command(s.env.Overlayd, append([]string{
 		"--etcd-endpoints", etcd, "--etcd-prefix", prefixFor(n), "--node-name", "bench", "--node-id", "bench",
@@ -190,7 +192,7 @@ func (s *site) start(n int, etcd string, more ...string) (*daemon, error) {
 
 // control asks the daemon by its socket.
 func (d *daemon) control() *http.Client {
-	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+	return &http.Client{Timeout: patience, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", d.site.socket())
