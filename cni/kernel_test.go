@@ -97,7 +97,7 @@ func (n *node) env(text string) {
 // list is a network of overlay-cni and what follows it.
 func (n *node) list(version, delegate string, chained ...string) *libcni.NetworkConfigList {
 	n.Helper()
-	plugin := fmt.Sprintf(`{"type":"overlay-cni","subnetFile":%q,"dataDir":%q,"waitSeconds":5,"ipam":{"dataDir":%q},"delegate":%s}`,
+	plugin := fmt.Sprintf(`{"type":"overlay-cni","subnetFile":%q,"dataDir":%q,"waitSeconds":60,"ipam":{"dataDir":%q},"delegate":%s}`,
 		filepath.Join(n.dir, "subnet.env"), filepath.Join(n.dir, "kept"), filepath.Join(n.dir, "ips"), delegate)
 	version = fmt.Sprintf("%q", version)
 	l, err := libcni.ConfListFromBytes(fmt.Appendf(nil, `{"cniVersion":%s,"name":"pods","plugins":[%s]}`,
@@ -512,11 +512,11 @@ func serve(t testing.TB, ns *nstest.NS, address string) {
 func fetch(ns *nstest.NS, address string) (got string, err error) {
 	ns.Do(func() {
 		var conn net.Conn
-		if conn, err = net.DialTimeout("tcp", address, 5*time.Second); err != nil {
+		if conn, err = net.DialTimeout("tcp", address, 20*time.Second); err != nil {
 			return
 		}
 		defer func() { _ = conn.Close() }()
-		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
 		b := make([]byte, 16)
 		var k int
 		k, err = conn.Read(b)

@@ -91,15 +91,15 @@ func rulesets() map[string]struct {
 		"iptables-nft, hashlimit":  {"iptables-nft -A INPUT -p udp --dport 8472 -m hashlimit --hashlimit-above 1000/s --hashlimit-name x -j DROP", "maybe", false},
 		"iptables-nft, addrtype":   {"iptables-nft -A INPUT -m addrtype --dst-type LOCAL -p udp --dport 8472 -j REJECT", "drop", false},
 		"ip6tables-nft":            {"ip6tables-nft -A INPUT -s 2001:db8::/64 -p udp --dport 8472 -j DROP", "drop", true},
-		"legacy":                   {"iptables-legacy -A INPUT -p udp --dport 8472 -j DROP", "drop", false},
-		"legacy, other":            {"iptables-legacy -A INPUT -p udp --dport 4789 -j DROP; iptables-legacy -A INPUT ! -i eth0 -j DROP; iptables-legacy -A INPUT -s 192.0.2.128/25 -j DROP", "pass", false},
-		"legacy, policy":           {"iptables-legacy -P INPUT DROP; iptables-legacy -A INPUT -p tcp --dport 22 -j ACCEPT", "drop", false},
-		"legacy, chains":           {"iptables-legacy -N a; iptables-legacy -N b; iptables-legacy -A INPUT -i eth+ -j a; iptables-legacy -A a -p tcp -j RETURN; iptables-legacy -A a -g b; iptables-legacy -A a -j ACCEPT; iptables-legacy -A b -p udp -m multiport --dports 22,8472 -j DROP", "drop", false},
-		"legacy, return":           {"iptables-legacy -P INPUT DROP; iptables-legacy -N a; iptables-legacy -A INPUT -j a; iptables-legacy -A INPUT -p udp --dport 8000:9000 -m conntrack --ctstate NEW -j ACCEPT; iptables-legacy -A a -s 192.0.2.2 -j RETURN; iptables-legacy -A a -j DROP", "pass", false},
-		"legacy, reject":           {"iptables-legacy -A INPUT -m addrtype --dst-type LOCAL -j REJECT", "drop", false},
-		"legacy, mangle":           {"iptables-legacy -t mangle -A PREROUTING -p udp --dport 8472 -j DROP", "drop", false},
-		"ip6tables-legacy":         {"ip6tables-legacy -A INPUT -s 2001:db8::2 -i eth0 -p udp --dport 8472 -j DROP", "drop", true},
-		"ip6tables-legacy, chains": {"ip6tables-legacy -P INPUT DROP; ip6tables-legacy -N a; ip6tables-legacy -A INPUT -g a; ip6tables-legacy -A a ! -s 2001:db8::3 -j ACCEPT", "pass", true},
+		"legacy":                   {"iptables-legacy -w 20 -A INPUT -p udp --dport 8472 -j DROP", "drop", false},
+		"legacy, other":            {"iptables-legacy -w 20 -A INPUT -p udp --dport 4789 -j DROP; iptables-legacy -w 20 -A INPUT ! -i eth0 -j DROP; iptables-legacy -w 20 -A INPUT -s 192.0.2.128/25 -j DROP", "pass", false},
+		"legacy, policy":           {"iptables-legacy -w 20 -P INPUT DROP; iptables-legacy -w 20 -A INPUT -p tcp --dport 22 -j ACCEPT", "drop", false},
+		"legacy, chains":           {"iptables-legacy -w 20 -N a; iptables-legacy -w 20 -N b; iptables-legacy -w 20 -A INPUT -i eth+ -j a; iptables-legacy -w 20 -A a -p tcp -j RETURN; iptables-legacy -w 20 -A a -g b; iptables-legacy -w 20 -A a -j ACCEPT; iptables-legacy -w 20 -A b -p udp -m multiport --dports 22,8472 -j DROP", "drop", false},
+		"legacy, return":           {"iptables-legacy -w 20 -P INPUT DROP; iptables-legacy -w 20 -N a; iptables-legacy -w 20 -A INPUT -j a; iptables-legacy -w 20 -A INPUT -p udp --dport 8000:9000 -m conntrack --ctstate NEW -j ACCEPT; iptables-legacy -w 20 -A a -s 192.0.2.2 -j RETURN; iptables-legacy -w 20 -A a -j DROP", "pass", false},
+		"legacy, reject":           {"iptables-legacy -w 20 -A INPUT -m addrtype --dst-type LOCAL -j REJECT", "drop", false},
+		"legacy, mangle":           {"iptables-legacy -w 20 -t mangle -A PREROUTING -p udp --dport 8472 -j DROP", "drop", false},
+		"ip6tables-legacy":         {"ip6tables-legacy -w 20 -A INPUT -s 2001:db8::2 -i eth0 -p udp --dport 8472 -j DROP", "drop", true},
+		"ip6tables-legacy, chains": {"ip6tables-legacy -w 20 -P INPUT DROP; ip6tables-legacy -w 20 -N a; ip6tables-legacy -w 20 -A INPUT -g a; ip6tables-legacy -w 20 -A a ! -s 2001:db8::3 -j ACCEPT", "pass", true},
 	}
 }
 
@@ -239,8 +239,8 @@ func TestTranslationAgreesWithKernel(t *testing.T) {
 		"marked":               {nft("meta mark & 0x4000 == 0x4000 masquerade"), false},
 		"iptables-nft":         {"iptables-nft -t nat -A POSTROUTING -s 10.244.0.0/16 -j MASQUERADE", true},
 		"kube-proxy's":         {"iptables-nft -t nat -N K; iptables-nft -t nat -A POSTROUTING -j K; iptables-nft -t nat -A K -m mark ! --mark 0x4000/0x4000 -j RETURN; iptables-nft -t nat -A K -j MASQUERADE", false},
-		"legacy":               {"iptables-legacy -t nat -A POSTROUTING ! -d 10.244.1.0/24 -j MASQUERADE", true},
-		"legacy, excepted":     {"iptables-legacy -t nat -A POSTROUTING ! -d 10.244.0.0/16 -j MASQUERADE", false},
+		"legacy":               {"iptables-legacy -w 20 -t nat -A POSTROUTING ! -d 10.244.1.0/24 -j MASQUERADE", true},
+		"legacy, excepted":     {"iptables-legacy -w 20 -t nat -A POSTROUTING ! -d 10.244.0.0/16 -j MASQUERADE", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -286,7 +286,7 @@ func senderOf(t *testing.T, node, other *nstest.NS, src, dst netip.Addr) netip.A
 	if _, err := c.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	_ = l.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = l.SetReadDeadline(time.Now().Add(20 * time.Second))
 	_, from, err := l.ReadFromUDPAddrPort(make([]byte, 8))
 	if err != nil {
 		t.Fatal(err)
@@ -299,7 +299,7 @@ func receives(t *testing.T, node, from *nstest.NS, at netip.AddrPort, expected b
 	t.Helper()
 	var l *net.UDPConn
 	var err error
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		node.Do(func() { l, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at)) })
 		// A program that is about to be started by another test may have the last one open still.
 		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(end) {
@@ -318,7 +318,7 @@ func receives(t *testing.T, node, from *nstest.NS, at netip.AddrPort, expected b
 	defer c.Close()
 	wait := 100 * time.Millisecond
 	if expected {
-		wait = 5 * time.Second
+		wait = 20 * time.Second
 	}
 	if _, err := c.Write([]byte("x")); err != nil {
 		t.Fatal(err)
@@ -332,7 +332,7 @@ func receives(t *testing.T, node, from *nstest.NS, at netip.AddrPort, expected b
 func TestLegacyRulesAreCounted(t *testing.T) {
 	t.Parallel()
 	node := nstest.New(t)
-	node.Exec("sh", "-ec", "iptables-legacy -N a; iptables-legacy -A a -j DROP; iptables-legacy -A FORWARD -j a; iptables-legacy -t nat -A POSTROUTING -o eth0 -j MASQUERADE")
+	node.Exec("sh", "-ec", "iptables-legacy -w 20 -N a; iptables-legacy -w 20 -A a -j DROP; iptables-legacy -w 20 -A FORWARD -j a; iptables-legacy -w 20 -t nat -A POSTROUTING -o eth0 -j MASQUERADE")
 	node.Do(func() {
 		chains, rules, err := netstate.LegacyFilterChains(addr.IPv4)
 		if err != nil || rules != 3 || len(chains) != 5 {

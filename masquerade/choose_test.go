@@ -100,7 +100,7 @@ func TestGather(t *testing.T) {
 			Facts{true, true, VariantFacts{Program: true, Kubelet: true}, both},
 		},
 		"kube-proxy in iptables-legacy": {
-			[]string{"iptables-legacy -t nat -N KUBE-SERVICES", "iptables-legacy -t nat -A OUTPUT -j KUBE-SERVICES", "ip6tables-legacy -t mangle -N KUBE-KUBELET-CANARY"},
+			[]string{"iptables-legacy -w 20 -t nat -N KUBE-SERVICES", "iptables-legacy -w 20 -t nat -A OUTPUT -j KUBE-SERVICES", "ip6tables-legacy -w 20 -t mangle -N KUBE-KUBELET-CANARY"},
 			Facts{false, false, both, VariantFacts{Program: true, KubeProxy: true, Kubelet: true, Rules: 1}},
 		},
 		"rules of ours do not count": {
@@ -165,18 +165,16 @@ func TestNewAndRemove(t *testing.T) {
 
 func TestBegin(t *testing.T) {
 	t.Parallel()
-	told := make(chan Decision)
+	told := make(chan Decision, 1)
 	d := Begin(t.Context(), Options{Kind: KindIPTables, Variant: VariantLegacy}, func(d Decision) { told <- d })
-	go func() {
-		if why := <-told; why.Variant != VariantLegacy || why.Reason != "as configured" {
-			t.Errorf("%+v", why)
-		}
-	}()
 	if d.Notified() {
 		t.Error("notified of nothing")
 	}
 	if _, err := d.Ensure(t.Context(), []Ruleset{{}}); err == nil {
 		t.Error("not the driver's own error")
+	}
+	if why := <-told; why.Variant != VariantLegacy || why.Reason != "as configured" {
+		t.Errorf("%+v", why)
 	}
 }
 

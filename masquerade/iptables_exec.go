@@ -52,7 +52,8 @@ func execRun(ctx context.Context, stdin, name string, args ...string) (string, e
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C"} // ours may hold a password
-	cmd.WaitDelay = time.Second                                 // for a killed command whose child keeps the pipes open
+	// For a killed command whose child keeps the pipes open. The time also runs for the reading of what an ended one has printed.
+	cmd.WaitDelay = 10 * time.Second
 	err := cmd.Run()
 	if err == nil {
 		return stdout.String(), nil

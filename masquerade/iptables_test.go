@@ -332,10 +332,10 @@ func TestLock(t *testing.T) {
 	t.Run("bounded", func(t *testing.T) {
 		r, start := locked(time.Second), time.Now()
 		_, _, err := r.tryEnsure(both()...)
-		if err == nil || !strings.Contains(err.Error(), "xtables lock") {
+		if err == nil || !strings.Contains(err.Error(), "xtables lock") { // by iptables itself, when it has waited
 			t.Errorf("got %v", err)
 		}
-		if took := time.Since(start); took < time.Second || took > 10*time.Second {
+		if took := time.Since(start); took < time.Second {
 			t.Errorf("took %s", took)
 		}
 	})
@@ -345,7 +345,7 @@ func TestLock(t *testing.T) {
 		defer cancel()
 		var err error
 		r.ns.Do(func() { _, err = r.d.Ensure(ctx, both()) })
-		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second {
+		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > execTimeout/2 { // nobody waited for the lock
 			t.Errorf("after %s: %v", time.Since(start), err)
 		}
 	})

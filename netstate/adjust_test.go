@@ -215,7 +215,7 @@ func TestAdjustWakesNobody(t *testing.T) {
 		n.Exec("bridge", "fdb", "del", addr.MAC{2, 1, 0, 0, 0, byte(i)}.String(), "dev", dev4)
 		break
 	}
-	if !heard(n.k, 300*time.Millisecond) {
+	if !heard(n.k, patience) {
 		t.Error("what somebody else did was not heard of")
 	}
 }

@@ -473,7 +473,7 @@ func TestUDPPortTaken(t *testing.T) {
 	}
 	_ = c.Close()
 	// A command that is just being started by another test may hold on to the socket for a moment.
-	for start := time.Now(); len(n.reconcile(want).Failed) > 0 && time.Since(start) < 10*time.Second; {
+	for start := time.Now(); len(n.reconcile(want).Failed) > 0 && time.Since(start) < patience; {
 		time.Sleep(10 * time.Millisecond)
 	}
 	n.wantState(want)

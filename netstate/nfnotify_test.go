@@ -69,7 +69,7 @@ func TestNFTablesWatch(t *testing.T) {
 		{"iptables-nft -t nat -S", false},
 		{"iptables-nft -t nat -F POSTROUTING", true},
 		{"iptables-nft -t filter -F", false},
-		{"iptables-legacy -t nat -A POSTROUTING -p tcp -j RETURN", false}, // nobody tells of these
+		{"iptables-legacy -w 20 -t nat -A POSTROUTING -p tcp -j RETURN", false}, // nobody tells of these
 		{"nft flush ruleset", true},
 		{"nft flush ruleset", false},
 	} {
@@ -78,7 +78,7 @@ func TestNFTablesWatch(t *testing.T) {
 		if after := epochOf(t, w); (after != before) != step.want { // at once: what is complete is counted
 			t.Errorf("%s: epoch %d, then %d", step.command, before, after)
 		}
-		if got := woken(w, map[bool]time.Duration{true: time.Second, false: 30 * time.Millisecond}[step.want]); got != step.want {
+		if got := woken(w, map[bool]time.Duration{true: patience, false: 30 * time.Millisecond}[step.want]); got != step.want {
 			t.Errorf("%s: woken %v", step.command, got)
 		}
 	}
@@ -96,14 +96,14 @@ func TestNFTablesWatchCoalescesAndSettles(t *testing.T) {
 		ns.Exec("nft", "add table ip t ; delete table ip t")
 	}
 	epochOf(t, w) // all of them have been heard
-	if !woken(w, time.Second) || woken(w, 30*time.Millisecond) {
+	if !woken(w, patience) || woken(w, 30*time.Millisecond) {
 		t.Error("not exactly one wake for many changes")
 	}
 	ns.Exec("nft", "add table ip t")
 	old := epochOf(t, w)
 	ns.Exec("nft", "delete table ip t")
 	w.Settled(old) // one change more has come since
-	if !woken(w, time.Second) {
+	if !woken(w, patience) {
 		t.Error("a wake got lost")
 	}
 	ns.Exec("nft", "add table ip t")
@@ -129,7 +129,7 @@ func TestNFTablesWatchOverrun(t *testing.T) {
 		ns.Exec("nft", "add chain ip t a ; add chain ip t b ; delete chain ip t a ; delete chain ip t b")
 	}
 	close(release)
-	if !woken(w, time.Second) {
+	if !woken(w, patience) {
 		t.Error("lost news do not wake")
 	}
 	if epochOf(t, w) == 0 {
@@ -144,7 +144,7 @@ func TestNFTablesWatchClosed(t *testing.T) {
 	if _, ok := w.Epoch(); ok {
 		t.Error("a closed watch hears")
 	}
-	if !woken(w, time.Second) {
+	if !woken(w, patience) {
 		t.Error("the end does not wake")
 	}
 }

@@ -40,14 +40,14 @@ func TestLegacyTable(t *testing.T) {
 			if f == addr.IPv6 {
 				change = strings.Replace(change, "192.0.2.1", "2001:db8::1", 1)
 			}
-			ns.Exec(append([]string{c.program, "-t", "nat"}, strings.Fields(change)...)...)
+			ns.Exec(append([]string{c.program, "-w", "20", "-t", "nat"}, strings.Fields(change)...)...)
 			sum := state(f)
 			if old, ok := seen[sum]; ok && change != "-P POSTROUTING ACCEPT" { // which it is
 				t.Errorf("%s: %q is like %q", f, change, old)
 			}
 			seen[sum] = change
 			_, _ = ns.Run("ping", "-c", "1", "-W", "0.1", c.ping) // counts
-			ns.Exec(c.program, "-t", "nat", "-Z")
+			ns.Exec(c.program, "-w", "20", "-t", "nat", "-Z")
 			if again := state(f); again != sum {
 				t.Errorf("%s: %q: not the same without a change", f, change)
 			}

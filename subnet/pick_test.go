@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
-	"time"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -265,22 +264,18 @@ func TestPoolFullError(t *testing.T) {
 	}
 }
 
-// Half of an immense pool is one reservation: the search steps over it at once.
+// Half of an immense pool is one reservation: the search steps over it at once. One that does not never ends.
 func TestPickStepsOverWideReservations(t *testing.T) {
 	c := mustConfig(t, `{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/16","IPv6SubnetLen":64}`)
 	var taken []*Entry
 	for _, k := range []string{"fd00::-17", "fd00:8000::-18", "fd00:c000::-19", "fd00:e000::-20", "fd00:f000::-21"} {
 		taken = append(taken, leaseAt(k, Attrs{}, 1, 0))
 	}
-	started := time.Now()
 	for i := range 1000 {
 		ch, err := pick(c, taken, addr.Per[netip.Prefix]{}, nodeIdentity(i), 0)
 		if err != nil || !netip.MustParsePrefix("fd00:f800::/21").Contains(ch.subnets.V6.Addr()) {
 			t.Fatalf("%v, %v", ch.subnets, err)
 		}
-	}
-	if took := time.Since(started); took > 5*time.Second {
-		t.Errorf("a thousand took %v", took)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -85,15 +86,28 @@ func revision(t *testing.T, l *lab.Lab) int64 {
 func watchKernel(t *testing.T, n *lab.Node) (stop func() string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	var out strings.Builder
+	var out output
 	cmd := exec.CommandContext(ctx, "sh", "-c", "exec ip -o monitor link address route rule neigh")
 	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, time.Second
 	if err := n.Do(cmd.Start); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(200 * time.Millisecond) // it says nothing when it is ready
+	// It does not say when it is ready, nor that it has ended: a route in a table that nobody uses has to be heard of, before and after.
+	hears := func(route string) {
+		t.Helper()
+		for end := time.Now().Add(patience); !strings.Contains(out.String(), route); time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("ip monitor does not hear of the route to %s:\n%s", route, out.String())
+			}
+			if text, err := n.Run(t.Context(), "sh", "-ec", fmt.Sprintf("ip route add blackhole %[1]s table 77; ip route del blackhole %[1]s table 77", route)); err != nil {
+				t.Fatal(err, text)
+			}
+		}
+	}
+	hears("203.0.113.1")
 	return func() string {
-		time.Sleep(200 * time.Millisecond)
+		t.Helper()
+		hears("203.0.113.2")
 		cancel()
 		_ = cmd.Wait()
 		var ours []string
@@ -104,6 +118,24 @@ func watchKernel(t *testing.T, n *lab.Node) (stop func() string) {
 		}
 		return strings.Join(ours, "")
 	}
+}
+
+// output is what a program has printed so far.
+type output struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.Write(b)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.String()
 }
 
 // Restarting a daemon loses no packet, writes nothing to etcd, and changes nothing in the kernel.
@@ -393,7 +425,7 @@ func stop(t *testing.T, n *lab.Node) {
 // waitLog waits for one of several texts in the log that a node wrote since its last start.
 func waitLog(t *testing.T, n *lab.Node, texts string) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		b, err := os.ReadFile(n.Log())
 		if err != nil {
 			t.Fatal(err)
@@ -419,17 +451,24 @@ func TestUnreachableEtcd(t *testing.T) {
 	}
 	endpoint := "http://" + l.Addr().String()
 	_ = l.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, overlayd, "--etcd-endpoints", endpoint, "--state-dir", t.TempDir(), "--subnet-file", t.TempDir()+"/subnet.env", "--socket", "", "--healthz-port", "0")
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	var out []byte
-	nstest.New(t).Do(func() { out, err = cmd.CombinedOutput() })
-	if cmd.ProcessState.ExitCode() != 0 {
-		t.Errorf("after SIGINT: %v\n%s", err, out)
+	var out output
+	cmd.Stdout, cmd.Stderr = &out, &out
+	nstest.New(t).Do(func() { err = cmd.Start() })
+	if err != nil {
+		t.Fatal(err)
 	}
-	if n := strings.Count(string(out), "connection refused"); n == 0 || n > 3 {
-		t.Errorf("the refused connection was named %d times:\n%s", n, out)
+	for ctx.Err() == nil && !strings.Contains(out.String(), "connection refused") {
+		time.Sleep(50 * time.Millisecond)
+	}
+	time.Sleep(4 * time.Second) // it goes on trying, and says no more of it
+	if err := errors.Join(cmd.Process.Signal(os.Interrupt), cmd.Wait()); err != nil {
+		t.Errorf("after SIGINT: %v\n%s", err, out.String())
+	}
+	if n := strings.Count(out.String(), "connection refused"); n == 0 || n > 3 {
+		t.Errorf("the refused connection was named %d times:\n%s", n, out.String())
 	}
 }
 
@@ -507,17 +546,33 @@ func TestStatusCommands(t *testing.T) {
 	overlayd := labtest.BuildOverlayd(t)
 	l := labtest.Up(t, lab.Options{Overlayd: overlayd, Pods: 1})
 	n := l.Node(1)
-	run := func(want int, args ...string) string {
+	try := func(args ...string) (out string, code int) {
 		t.Helper()
 		out, err := n.Run(t.Context(), overlayd, append(args, "--socket", n.Socket())...)
-		code := 0
 		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
-			code, out = exit.ExitCode(), out+err.Error()
+			return out + err.Error(), exit.ExitCode()
 		} else if err != nil {
 			t.Fatal(err)
 		}
+		return out, 0
+	}
+	run := func(want int, args ...string) string {
+		t.Helper()
+		out, code := try(args...)
 		if code != want {
 			t.Errorf("overlayd %s ends with %d, want %d:\n%s", args, code, want, out)
+		}
+		return out
+	}
+	// says waits until `overlayd status` says a text.
+	says := func(want int, text string) string {
+		t.Helper()
+		out, code := try("status")
+		for end := time.Now().Add(patience); !strings.Contains(out, text) && time.Now().Before(end); out, code = try("status") {
+			time.Sleep(50 * time.Millisecond)
+		}
+		if code != want {
+			t.Errorf("overlayd status ends with %d, want %d:\n%s", code, want, out)
 		}
 		return out
 	}
@@ -530,10 +585,7 @@ func TestStatusCommands(t *testing.T) {
 		}
 	}
 	// A node that is ready learns of those that come after it a moment later.
-	for end := time.Now().Add(10 * time.Second); !strings.Contains(run(0, "status"), "2: 2 by tunnel") && time.Now().Before(end); {
-		time.Sleep(50 * time.Millisecond)
-	}
-	expect(run(0, "status"), "n1 (id ", "ready", "http://172.31.100.2:2379", "172.31.1.11 on eth0", "overlay.1, VNI 1", "2: 2 by tunnel", "iptables", "nothing: nobody")
+	expect(says(0, "2: 2 by tunnel"), "n1 (id ", "ready", "http://172.31.100.2:2379", "172.31.1.11 on eth0", "overlay.1, VNI 1", "2: 2 by tunnel", "iptables", "nothing: nobody")
 	expect(run(0, "status", "--peers"), "n2", "n3", "tunnel")
 	expect(run(0, "status", "--peer", "n2"), "172.31.2.12", "fdb ", "neighbour ", "route ")
 	expect(run(0, "status", "--peer", "172.31.2.12", "-o", "json"), `"name": "n2"`, `"way": "tunnel"`)
@@ -560,15 +612,13 @@ func TestStatusCommands(t *testing.T) {
 	if _, err := n.Run(t.Context(), "sh", "-c", "ip route del $(ip route show proto 118 | head -1 | cut -d' ' -f1)"); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(time.Second)
-	expect(run(0, "status"), "Repaired", "route: 1, last add route 10.244.")
+	expect(says(0, "route: 1, last add route 10.244."), "Repaired", "route: 1, last add route 10.244.")
 
 	// An address that is gone is a problem with a name and a reason.
 	if err := n.LinkDown(); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(time.Second)
-	expect(run(1, "status"), "NOT READY", "underlay: no network interface")
+	expect(says(1, "underlay: no network interface"), "NOT READY", "underlay: no network interface")
 	if err := n.LinkUp(); err != nil {
 		t.Fatal(err)
 	}

@@ -23,15 +23,17 @@ func TestExamine(t *testing.T) {
 	before := s.Revision()
 	o := options(s)
 	o.Endpoints = append(o.Endpoints, "http://127.0.0.1:1")
+	began := time.Now()
 	x := Examine(t.Context(), o)
 	if x.OptionsErr != nil || x.TableErr != nil || x.WriteErr != nil || x.NoConfig || x.Table.ConfigErr != nil || len(x.Table.Entries) != 1 {
 		t.Fatalf("%+v", x)
 	}
+	took := time.Since(began)
 	good, bad := x.Endpoints[0], x.Endpoints[1]
 	if good.Err != nil || good.Took <= 0 || !strings.HasPrefix(good.Version, "3.") || len(good.Alarms) != 0 {
 		t.Errorf("%+v", good)
 	}
-	if good.ClockErr != nil || good.Clock.Abs() > 2*time.Second {
+	if good.ClockErr != nil || good.Clock.Abs() > time.Second+took {
 		t.Errorf("the clock is %s ahead, %v", good.Clock, good.ClockErr)
 	}
 	if bad.Err == nil || bad.Err.Error() != "etcd: connection refused by http://127.0.0.1:1" || bad.ClockErr == nil {
@@ -59,7 +61,7 @@ func TestExamineSilentStore(t *testing.T) {
 	if x.TableErr == nil || x.Endpoints[0].Err == nil || x.Endpoints[0].ClockErr == nil {
 		t.Errorf("%+v", x)
 	}
-	if took := time.Since(began); took > 3*time.Second {
+	if took := time.Since(began); took > patience { // the kernel tries for two minutes
 		t.Errorf("it took %s", took)
 	}
 }

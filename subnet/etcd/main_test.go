@@ -20,7 +20,7 @@ import (
 const (
 	prefix   = "/overlayd/network"
 	config   = `{"Network":"10.244.0.0/16"}`
-	patience = 20 * time.Second
+	patience = time.Minute
 )
 
 // node is one manager under test, and the newest snapshot that it delivered.
@@ -36,7 +36,7 @@ type node struct {
 }
 
 func options(s *etcdtest.Server) Options {
-	return Options{Endpoints: []string{s.Endpoint()}, Prefix: prefix, LeaseTTL: time.Minute, RequestTimeout: 3 * time.Second}
+	return Options{Endpoints: []string{s.Endpoint()}, Prefix: prefix, LeaseTTL: time.Minute, RequestTimeout: 15 * time.Second}
 }
 
 // start runs a manager until the end of the test, or stop.
@@ -142,6 +142,16 @@ func (n *node) sum() (total int64) {
 		total += c
 	}
 	return total
+}
+
+// shortTTL is that of an etcd lease whose renewals a test waits for: the first comes after 3 to 6 seconds, with as much time left.
+const shortTTL = 12 * time.Second
+
+// untilKept waits until the etcd lease was renewed at a time when it would have ended otherwise.
+func (n *node) untilKept(first subnet.Snapshot) subnet.Snapshot {
+	n.t.Helper()
+	n.until("a renewal", func(s subnet.Snapshot) bool { return s.Expires.After(first.Expires) })
+	return n.until("a renewal after the first end", func(s subnet.Snapshot) bool { return held(s) && s.Expires.After(first.Expires.Add(shortTTL)) })
 }
 
 // untilWatching waits until the manager has asked for news of the store.

@@ -9,18 +9,20 @@ import (
 	"encoding/pem"
 	"math/big"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 )
 
-// Certs are the files of a small CA: a server certificate for 127.0.0.1 and localhost, and a client's.
+// Certs are the files of a small CA: a server certificate for one address of the loopback, and a client's.
 type Certs struct {
 	Dir                   string
 	CA                    string
 	ServerCert, ServerKey string
 	ClientCert, ClientKey string
+	ip                    netip.Addr // the server's
 	caCert                *x509.Certificate
 	caKey                 *ecdsa.PrivateKey
 	serial                int64
@@ -32,7 +34,7 @@ func NewCerts(t testing.TB) *Certs {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
 	c := &Certs{
-		Dir: dir, CA: at("ca.pem"),
+		Dir: dir, CA: at("ca.pem"), ip: Loopback(),
 		ServerCert: at("server.pem"), ServerKey: at("server-key.pem"),
 		ClientCert: at("client.pem"), ClientKey: at("client-key.pem"),
 	}
@@ -62,7 +64,7 @@ func (c *Certs) Issue(t testing.TB, certFile, keyFile, name string, end time.Tim
 	key := newKey(t)
 	leaf := c.template(name)
 	leaf.NotAfter = end
-	leaf.DNSNames, leaf.IPAddresses = []string{"localhost"}, []net.IP{net.IPv4(127, 0, 0, 1)}
+	leaf.IPAddresses = []net.IP{c.ip.AsSlice()}
 	der, err := x509.CreateCertificate(rand.Reader, leaf, c.caCert, &key.PublicKey, c.caKey)
 	must(t, err)
 	keyDER, err := x509.MarshalECPrivateKey(key)

@@ -1,4 +1,5 @@
-// Package etcdtest runs a real etcd inside a test: one member on the loopback, with switches for what goes wrong with stores.
+// Package etcdtest runs a real etcd inside a test: one member at a loopback address of its own, with switches for what goes wrong with
+// stores.
 package etcdtest
 
 import (
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -67,9 +69,9 @@ func Start(t testing.TB, opts ...Option) *Server {
 	if s.dir == "" {
 		s.dir = filepath.Join(t.TempDir(), "etcd")
 	}
-	s.url = url.URL{Scheme: "http", Host: freePort(t)}
+	s.url = url.URL{Scheme: "http", Host: freePort(t, Loopback())}
 	if s.opts.certs != nil {
-		s.url.Scheme = "https"
+		s.url = url.URL{Scheme: "https", Host: freePort(t, s.opts.certs.ip)}
 	}
 	t.Cleanup(s.Stop)
 	s.Restart()
@@ -264,11 +266,16 @@ func (s *Server) must(err error) {
 	}
 }
 
-// freePort finds a port below those that the kernel gives out by itself, so that it is still free after a restart.
-func freePort(t testing.TB) string {
+// Loopback is an address of this machine that no other test has. A port there is still free after a restart.
+func Loopback() netip.Addr {
+	return netip.AddrFrom4([4]byte{127, byte(1 + rand.IntN(254)), byte(rand.IntN(256)), byte(1 + rand.IntN(254))})
+}
+
+// freePort finds a port below those that the kernel gives out by itself: one of these, somebody may have at all addresses at once.
+func freePort(t testing.TB, ip netip.Addr) string {
 	t.Helper()
 	for range 100 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(12000))
+		addr := fmt.Sprintf("%s:%d", ip, 20000+rand.IntN(12000))
 		l, err := net.Listen("tcp", addr)
 		if err == nil {
 			_ = l.Close()
