@@ -123,6 +123,8 @@ func TestMonitor(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	n.watch()
+	// It carries no address. Whether ours can be made may depend on it, as where both want one VNI.
+	n.sh("ip link add vxother type vxlan id 7 dstport 4789 local 192.0.2.1 dev eth0; ip link set vxother up")
 	want := fullState()
 	route := want.Routes[slices.IndexFunc(want.Routes, func(r Route) bool { return r.Table == MainTable && r.Link == "overlay.1" })].Dst.String()
 	mac := want.FDB[slices.IndexFunc(want.FDB, func(e FDBEntry) bool { return e.Link == "overlay.1" })].MAC.String()
@@ -160,6 +162,9 @@ func TestMonitor(t *testing.T) {
 		{"ip link set overlay.1 address 02:aa:00:00:00:01", true},
 		{"ip link set overlay.1 type vxlan id 1 local 192.0.2.77 dev eth0", true},
 		{"ip link del overlay.1", true},
+		{"ip link set vxother mtu 1300", true},
+		{"ip link set vxother down", true},
+		{"ip link del vxother", true},
 		{"ip rule flush proto 118; ip rule del priority 11800", true},
 		{"sysctl -qw net.ipv4.ip_forward=0", true},
 		{"ip addr add 192.0.2.99/24 dev eth0", true},
