@@ -80,7 +80,7 @@ func (o *options) note(format string, args ...any) {
 }
 
 func (o *options) test(ctx context.Context) (err error) {
-	unlock, err := o.lock()
+	unlock, err := o.lock(ctx)
 	if err != nil {
 		return err
 	}
@@ -155,7 +155,7 @@ func (o *options) test(ctx context.Context) (err error) {
 }
 
 // lock keeps a second run on this machine waiting: there is one lab, and one cache.
-func (o *options) lock() (unlock func(), err error) {
+func (o *options) lock(ctx context.Context) (unlock func(), err error) {
 	if err := os.MkdirAll(o.cache, 0o755); err != nil {
 		return nil, err
 	}
@@ -163,14 +163,21 @@ func (o *options) lock() (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
-		o.note("another run is under way: waiting for its end")
-		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX)
-		if err != nil {
-			return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+	for said := false; ; said = true {
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { _ = f.Close() }, nil
+		case !errors.Is(err, syscall.EWOULDBLOCK) || ctx.Err() != nil:
+			return nil, errors.Join(fmt.Errorf("lock %s: %w", f.Name(), err), f.Close())
+		case !said:
+			o.note("another run is under way: waiting for its end")
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
 		}
 	}
-	return func() { _ = f.Close() }, nil
 }
 
 // end removes the lab. After a failure its logs are kept.
