@@ -186,7 +186,7 @@ func (c checker) cell(ctx context.Context, r route) []Outcome {
 	}
 	return []Outcome{
 		r.outcome(CheckPing, nil),
-		r.outcome(CheckTCP, c.again(ctx, func() error { return r.transfer(ctx) })),
+		r.outcome(CheckTCP, r.transfer(ctx)),
 		r.outcome(CheckMTU, c.again(ctx, func() error { return r.ping(ctx, r.from.MTU) })),
 	}
 }

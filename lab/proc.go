@@ -120,7 +120,7 @@ func signalIf(pid int, sig unix.Signal, ours func() bool) error {
 		return err
 	}
 	defer unix.Close(fd)
-	return sendSignal(fd, sig)
+	return sendSignal(fd, pid, sig)
 }
 
 // openIf opens a pidfd of a process that the check says is ours.
@@ -139,9 +139,9 @@ func openIf(pid int, ours func() bool) (fd int, err error) {
 	return fd, nil
 }
 
-func sendSignal(pidfd int, sig unix.Signal) error {
+func sendSignal(pidfd, pid int, sig unix.Signal) error {
 	if err := unix.PidfdSendSignal(pidfd, sig, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("send it: %w", err)
+		return fmt.Errorf("signal pid %d: %w", pid, err)
 	}
 	return nil
 }
@@ -159,7 +159,7 @@ func (p *Process) end(ctx context.Context, sig unix.Signal) error {
 	}
 	fd, err := openIf(pid, func() bool { return livesIn(pid, p.ns) })
 	if err == nil {
-		err = endOpen(ctx, fd, sig)
+		err = endOpen(ctx, fd, pid, sig)
 		unix.Close(fd)
 	}
 	reap(pid)
@@ -174,8 +174,8 @@ func (p *Process) end(ctx context.Context, sig unix.Signal) error {
 
 // endOpen signals the process behind a pidfd and waits until all its threads have ended: those that outlive the first one hold the
 // process' sockets still.
-func endOpen(ctx context.Context, pidfd int, sig unix.Signal) error {
-	if err := sendSignal(pidfd, sig); err != nil {
+func endOpen(ctx context.Context, pidfd, pid int, sig unix.Signal) error {
+	if err := sendSignal(pidfd, pid, sig); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, stopTimeout)

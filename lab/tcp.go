@@ -14,7 +14,7 @@ import (
 
 const (
 	transferSize    = 1 << 20
-	transferTimeout = 5 * time.Second
+	transferTimeout = 20 * time.Second
 	checkPort       = 7007
 )
 

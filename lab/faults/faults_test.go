@@ -119,8 +119,9 @@ func TestNoRowIsAnError(t *testing.T) {
 // A row that panics fails, and its lab is taken down.
 func TestRowPanics(t *testing.T) {
 	t.Parallel()
-	w := worker{name: "panics", site: &Site{}, still: &stillness{}, progress: func(line string) { t.Log(line) }} // there is no victim
-	r := w.row(t.Context(), job{}, Fault{})
+	w := worker{name: "panics", site: &Site{}, progress: func(line string) { t.Log(line) }} // there is no victim
+	var r Result
+	w.row(t.Context(), job{}, Fault{}, &r)
 	if len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "panic: ") || len(r.Log) == 0 || w.site != nil {
 		t.Errorf("%+v", r)
 	}
@@ -129,7 +130,7 @@ func TestRowPanics(t *testing.T) {
 // A check is looked at once more when the patience is over, and what is found at once is as old as the look.
 func TestAwait(t *testing.T) {
 	t.Parallel()
-	const look = 30 * time.Millisecond
+	const look = 500 * time.Millisecond
 	for _, holds := range []int{1, 2} {
 		looks := 0
 		took, err := new(Site).await(t.Context(), func(context.Context, *Site) error {

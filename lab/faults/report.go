@@ -23,10 +23,6 @@ type Result struct {
 	Facts    string        `json:"facts,omitempty"`
 	Skipped  string        `json:"skipped,omitempty"`
 	Problems []string      `json:"problems,omitempty"`
-	suffered bool          // the traffic did, more than it may: that is among the problems
-	// Repeated says why this is what came of a second try, FirstTry what was wrong with the first.
-	Repeated string   `json:"repeated,omitempty"`
-	FirstTry []string `json:"firstTry,omitempty"`
 	// What an operator saw: a line of `overlayd status` or of `overlayd doctor`, what /readyz said from before the fault to its end,
 	// and the metrics that moved.
 	Status  string        `json:"status,omitempty"`
@@ -61,17 +57,13 @@ func (r Result) MarshalJSON() ([]byte, error) {
 }
 
 func (r Result) verdict() string {
-	text := "ok"
 	switch {
 	case r.Skipped != "":
 		return "not run: " + r.Skipped
-	case len(r.Problems) > 0:
-		text = strings.Join(r.Problems, "; ")
+	case len(r.Problems) == 0:
+		return "ok"
 	}
-	if r.Repeated != "" {
-		return "repeated, since " + r.Repeated + ": " + text
-	}
-	return text
+	return strings.Join(r.Problems, "; ")
 }
 
 func (r Result) line() string {
@@ -83,12 +75,11 @@ func seconds(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) }
 
 // Report is the table.
 type Report struct {
-	Rows     []Result      `json:"rows"`
-	Failed   int           `json:"failed"`
-	Skipped  int           `json:"skipped"`
-	Repeated int           `json:"repeated"` // since the machine stood still; they are among the others, too
-	Took     time.Duration `json:"-"`
-	Seconds  float64       `json:"seconds"`
+	Rows    []Result      `json:"rows"`
+	Failed  int           `json:"failed"`
+	Skipped int           `json:"skipped"`
+	Took    time.Duration `json:"-"`
+	Seconds float64       `json:"seconds"`
 }
 
 func newReport(rows []Result, took time.Duration) Report {
@@ -101,9 +92,6 @@ func newReport(rows []Result, took time.Duration) Report {
 			r.Failed++
 		case row.Skipped != "":
 			r.Skipped++
-		}
-		if row.Repeated != "" {
-			r.Repeated++
 		}
 	}
 	return r
@@ -132,22 +120,19 @@ func (r Report) Text() string {
 	var b strings.Builder
 	b.WriteString(lab.Table(rows, 2))
 	for _, x := range r.Rows {
-		if len(x.Problems)+len(x.FirstTry) > 0 {
+		if len(x.Problems) > 0 {
 			b.WriteString(x.details())
 		}
 	}
-	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not, %d not run, %d repeated\n",
-		len(r.Rows), r.Took.Round(time.Second), len(r.Rows)-r.Failed-r.Skipped, r.Failed, r.Skipped, r.Repeated)
+	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not, %d not run\n",
+		len(r.Rows), r.Took.Round(time.Second), len(r.Rows)-r.Failed-r.Skipped, r.Failed, r.Skipped)
 	return b.String()
 }
 
-// details shows a row that failed, once or in the end, at length.
+// details shows a failed row at length.
 func (r Result) details() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "\n%s: %s (%s)\n", r.Area, r.Fault, r.Setup)
-	for _, p := range r.FirstTry {
-		fmt.Fprintf(&b, "  - first try: %s\n", p)
-	}
 	for _, p := range r.Problems {
 		fmt.Fprintf(&b, "  - %s\n", p)
 	}

@@ -53,16 +53,12 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	if planned == 0 {
 		return Report{}, ErrNoRow
 	}
-	watching, stop := context.WithCancel(ctx)
-	defer stop()
-	var still stillness
-	go still.run(watching)
 	var mu sync.Mutex
 	var results []Result
 	var wg sync.WaitGroup
 	for i := range max(1, o.Parallel) {
 		wg.Go(func() {
-			w := worker{name: fmt.Sprintf("%s-%d", o.Name, i+1), progress: o.Progress, still: &still, report: func(r Result) {
+			w := worker{name: fmt.Sprintf("%s-%d", o.Name, i+1), progress: o.Progress, report: func(r Result) {
 				mu.Lock()
 				defer mu.Unlock()
 				results = append(results, r)
@@ -148,7 +144,6 @@ type worker struct {
 	name     string
 	progress func(string)
 	report   func(Result)
-	still    *stillness
 	site     *Site
 }
 
@@ -164,7 +159,7 @@ func (w *worker) run(ctx context.Context, j job) {
 		case j.setup.Unavailable != "":
 			r.fail("%s", j.setup.Unavailable)
 		default:
-			r = w.row(ctx, j, f.in(j.setup.Name))
+			w.row(ctx, j, f.in(j.setup.Name), &r)
 		}
 		if ctx.Err() == nil {
 			w.report(r)
@@ -172,20 +167,8 @@ func (w *worker) run(ctx context.Context, j job) {
 	}
 }
 
-// row runs one row; the second try that it may get is in another lab.
-func (w *worker) row(ctx context.Context, j job, f Fault) Result {
-	return repeated(func() Result {
-		r := newResult(f, j.setup.Name)
-		w.try(ctx, j, f, &r)
-		return r
-	}, w.still.total, func(first Result, why string) {
-		w.progress(first.line() + ": it is repeated, since " + why)
-		w.down(ctx)
-	})
-}
-
-// try runs one row in a lab that is whole, and leaves none behind that is not.
-func (w *worker) try(ctx context.Context, j job, f Fault, r *Result) {
+// row runs one row in a lab that is whole, and leaves none behind that is not.
+func (w *worker) row(ctx context.Context, j job, f Fault, r *Result) {
 	defer func() {
 		if p := recover(); p != nil { // no lab may be left behind, and the other rows have something to say
 			r.fail("panic: %v", p)
@@ -193,9 +176,6 @@ func (w *worker) try(ctx context.Context, j job, f Fault, r *Result) {
 			w.down(ctx)
 		}
 	}()
-	if ctx.Err() != nil {
-		return
-	}
 	if w.site == nil {
 		if err := w.up(ctx, j.setup); err != nil {
 			r.fail("the lab did not come up: %v", err)
@@ -363,7 +343,6 @@ func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, began, ende
 		r.Repair = max(r.Repair, l.Last.Sub(ended))
 	}
 	for _, p := range l.problems(f) {
-		r.suffered = true
 		r.fail("%s", p)
 	}
 }

@@ -187,7 +187,9 @@ func (s *soak) stream(ctx context.Context, site *Site, rows []Fault, number uint
 // once makes a fault and ends it. That it can't be made at this moment (what it would delete is gone already) is no failure.
 func (s *soak) once(ctx context.Context, site *Site, f Fault, hold time.Duration) {
 	s.say(site, f, "")
-	made := f.Inject(context.WithoutCancel(ctx), site) // or the end of the soak would leave etcd or a daemon half stopped
+	inject, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute) // the end of the soak must not leave etcd or a daemon half stopped
+	defer cancel()
+	made := f.Inject(inject, site)
 	if made == nil && f.Restore != nil {
 		_ = sleep(ctx, hold)
 	}
