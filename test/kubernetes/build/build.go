@@ -127,7 +127,7 @@ func (b Builder) kept(ctx context.Context, name, module, flags string, pkgs ...s
 			files = append(files, filepath.Join(module, pkg, "main.go"))
 		}
 	}
-	stamp, err := b.stamp(append(pkgs, flags), files...)
+	stamp, err := b.stamp(append(pkgs, flags, tags), files...)
 	if err != nil {
 		return "", err
 	}
