@@ -11,7 +11,6 @@ import (
 	"image/color"
 	"image/png"
 	"maps"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -23,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/status"
 )
 
@@ -342,7 +342,7 @@ func testLive(t *testing.T, c *chrome) {
 
 func testGone(t *testing.T, c *chrome) {
 	// An address of its own: nobody takes the port while the daemon is gone.
-	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254)))
+	l, err := net.Listen("tcp", net.JoinHostPort(nstest.Loopback().String(), "0"))
 	if err != nil {
 		t.Fatal(err)
 	}

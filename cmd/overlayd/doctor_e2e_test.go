@@ -97,6 +97,17 @@ func (p patient) examine(more ...string) doctorReport {
 	return r
 }
 
+// bounded holds the doctor to an end of its own: what does not answer would take minutes.
+func (p patient) bounded(when string) {
+	p.t.Helper()
+	began := time.Now()
+	r := p.examine()
+	p.t.Logf("%s: %s", when, r.Took)
+	if took := time.Since(began); took > 20*time.Second {
+		p.t.Errorf("%s: the doctor took %s", when, took)
+	}
+}
+
 // finds waits until a check has a mark and says a text: some of what is broken takes the daemon a moment to notice.
 func (p patient) finds(check, mark, text string, more ...string) doctorFinding {
 	p.t.Helper()
@@ -313,7 +324,7 @@ EOF`)
 			t.Fatal(err)
 		}
 		p.finds("etcd", "fail", "connection refused")
-		t.Logf("without etcd: %s", p.examine().Took)
+		p.bounded("without etcd")
 		p.finds("peers answer", "ok", "all answer")
 		if err := p.lab.Etcd().Start(); err != nil {
 			t.Fatal(err)
@@ -327,7 +338,7 @@ EOF`)
 			t.Fatal(err)
 		}
 		p.finds("etcd", "fail", "no answer from")
-		t.Logf("without an answer of etcd: %s", p.examine().Took)
+		p.bounded("without an answer of etcd")
 		if err := p.lab.Etcd().Resume(); err != nil {
 			t.Fatal(err)
 		}
@@ -353,7 +364,7 @@ EOF`)
 		if err := p.lab.Etcd().Pause(); err != nil { // the slowest case
 			t.Fatal(err)
 		}
-		t.Logf("with neither daemon nor etcd: %s", p.examine().Took)
+		p.bounded("with neither daemon nor etcd")
 		if err := p.lab.Etcd().Resume(); err != nil {
 			t.Fatal(err)
 		}

@@ -12,6 +12,7 @@
 package nstest
 
 import (
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -24,6 +25,12 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
+
+// Loopback is an address of this machine that no other test is likely to have, for a server whose port has to be free once more when it
+// comes back. It is of the host's own namespace.
+func Loopback() netip.Addr {
+	return netip.AddrFrom4([4]byte{127, byte(1 + rand.IntN(254)), byte(rand.IntN(256)), byte(1 + rand.IntN(254))})
+}
 
 // SkipEnv set to 1 lets a developer without root skip what needs it. Without it such a test fails: a skipped test
 // looks like a passed one, and nobody notices that the kernel was never asked.

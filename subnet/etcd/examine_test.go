@@ -61,7 +61,7 @@ func TestExamineSilentStore(t *testing.T) {
 	if x.TableErr == nil || x.Endpoints[0].Err == nil || x.Endpoints[0].ClockErr == nil {
 		t.Errorf("%+v", x)
 	}
-	if took := time.Since(began); took > patience { // the kernel tries for two minutes
+	if took := time.Since(began); took > 15*time.Second { // the kernel tries for two minutes
 		t.Errorf("it took %s", took)
 	}
 }

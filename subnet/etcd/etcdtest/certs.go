@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/overlayd/overlayd/internal/nstest"
 )
 
 // Certs are the files of a small CA: a server certificate for one address of the loopback, and a client's.
@@ -34,7 +36,7 @@ func NewCerts(t testing.TB) *Certs {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
 	c := &Certs{
-		Dir: dir, CA: at("ca.pem"), ip: Loopback(),
+		Dir: dir, CA: at("ca.pem"), ip: nstest.Loopback(),
 		ServerCert: at("server.pem"), ServerKey: at("server-key.pem"),
 		ClientCert: at("client.pem"), ClientKey: at("client-key.pem"),
 	}

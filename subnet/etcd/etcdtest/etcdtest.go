@@ -22,6 +22,8 @@ import (
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
+
+	"github.com/overlayd/overlayd/internal/nstest"
 )
 
 const patience = 20 * time.Second
@@ -69,7 +71,7 @@ func Start(t testing.TB, opts ...Option) *Server {
 	if s.dir == "" {
 		s.dir = filepath.Join(t.TempDir(), "etcd")
 	}
-	s.url = url.URL{Scheme: "http", Host: freePort(t, Loopback())}
+	s.url = url.URL{Scheme: "http", Host: freePort(t, nstest.Loopback())}
 	if s.opts.certs != nil {
 		s.url = url.URL{Scheme: "https", Host: freePort(t, s.opts.certs.ip)}
 	}
@@ -264,11 +266,6 @@ func (s *Server) must(err error) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-}
-
-// Loopback is an address of this machine that no other test has. A port there is still free after a restart.
-func Loopback() netip.Addr {
-	return netip.AddrFrom4([4]byte{127, byte(1 + rand.IntN(254)), byte(rand.IntN(256)), byte(1 + rand.IntN(254))})
 }
 
 // freePort finds a port below those that the kernel gives out by itself: one of these, somebody may have at all addresses at once.
