@@ -135,15 +135,15 @@ func TestChanged(t *testing.T) {
 	var b before
 	b.add(lines(n1))
 	b.add(lines(n2))
-	for now, want := range map[string][]string{
+	for state, want := range map[string][]string{
 		n1: nil,
 		n2: nil,
 		"link lo\nroute default\nnet.ipv4.ip_forward = 1": nil,
 		n2 + "\nlink cni0":                 {"left behind: link cni0"},
 		"link lo\nnet.ipv4.ip_forward = 0": {"taken away: route default"},
 	} {
-		if got := b.changed(lines(now)); !slices.Equal(got, want) {
-			t.Errorf("%q: %q, not %q", now, got, want)
+		if got := b.changed(lines(state)); !slices.Equal(got, want) {
+			t.Errorf("%q: %q, not %q", state, got, want)
 		}
 	}
 }
