@@ -76,7 +76,7 @@ func healthy(t *testing.T) Facts {
 	f.Underlay.By.V4, f.Underlay.PublicIP.V4 = backend.Underlay{Device: "eth0", Addr: addrOf("192.0.2.1"), MTU: 1500}, addrOf("192.0.2.1")
 	offloads := []netstate.Offload{{Name: "tx", On: true}, {Name: "gso", On: true}, {Name: "gro", On: true}}
 	link := func(i int, name, kind string, mtu int) netstate.SurveyLink {
-		return netstate.SurveyLink{HostLink: netstate.HostLink{Index: i, Name: name, MTU: mtu, Up: true}, Kind: kind, Carrier: true, Offloads: offloads}
+		return netstate.SurveyLink{HostLink: netstate.HostLink{Index: i, Name: name, Kind: kind, MTU: mtu, Up: true}, Carrier: true, Offloads: offloads}
 	}
 	tunnel := link(3, "overlay.1", "vxlan", 1450)
 	tunnel.MAC, tunnel.VXLAN = self.VTEP.V4.MAC, netstate.VXLAN{VNI: 1, Port: 8472, Local: addrOf("192.0.2.1"), Underlay: "eth0"}
@@ -514,7 +514,7 @@ func TestJudges(t *testing.T) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.MAC[5] = 9 })
 		}},
 		{"VNI taken", "VXLAN port", Fail, "flannel.x has VNI 1", "ip link delete flannel.x", func(f *Facts) {
-			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.x", VXLAN: netstate.VXLAN{VNI: 1, Port: 8472}}, Kind: "vxlan"})
+			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.x", VXLAN: netstate.VXLAN{VNI: 1, Port: 8472}, Kind: "vxlan"}})
 		}},
 		{"port taken", "VXLAN port", Fail, "taken by dnsd (process 7)", "ss -ulnp", func(f *Facts) {
 			f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...)
@@ -537,7 +537,7 @@ func TestJudges(t *testing.T) {
 		{"bridge's MTU", "MTU", Warn, "cni0 has an MTU of 1500", "ip link set cni0 mtu 1450", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
 		{"pod's MTU", "MTU", Warn, "veth1 1500", "ip link set veth1 mtu 1450", func(f *Facts) { f.link("veth1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
 		{"bridge's address", "bridge", Fail, "docker0 has the address 10.244.77.1/24, this node's subnet is 10.244.1.0/24: what is on it", "ip -br link show master docker0", func(f *Facts) {
-			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "docker0", Up: true}, Kind: "bridge"})
+			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "docker0", Kind: "bridge", Up: true}})
 			f.address("docker0", "10.244.77.1/24")
 		}},
 		{"bridge without its address", "bridge", Fail, "nothing has the address 10.244.1.1/24, the gateway of this node's pods: cni0", "ip address add 10.244.1.1/24 dev cni0", func(f *Facts) {
@@ -568,7 +568,7 @@ func TestJudges(t *testing.T) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Offloads = []netstate.Offload{{Name: "tx"}} })
 		}},
 		{"flannel", "other overlays", Warn, "flannel.2", "ip link delete flannel.2", func(f *Facts) {
-			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.2"}, Kind: "vxlan"})
+			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.2", Kind: "vxlan"}})
 		}},
 		{"mixed iptables", "iptables variants", Warn, "legacy holds 3 rules and iptables-nft 4", "iptables-legacy-save", func(f *Facts) { f.LegacyRules, f.NFTRules = 3, 4 }},
 		{"firewalld", "VXLAN in the firewall", Fail, "dropped by table inet firewalld, chain filter_INPUT", "firewall-cmd --zone=", func(f *Facts) {

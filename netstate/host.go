@@ -3,6 +3,7 @@ package netstate
 import (
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -15,14 +16,21 @@ type Host struct {
 	Routes    []HostRoute // unicast routes of the main table that are not ours
 
 	local   map[netip.Addr]struct{}
-	best    map[netip.Prefix]HostRoute // the one with the lowest metric
-	lengths addr.Per[[]int]            // of the prefixes in best
+	best    map[netip.Prefix]span // in Routes: the next hops of the one with the lowest metric
+	lengths addr.Per[[]int]       // of the prefixes in best
 }
+
+// span is a part of a list, without the end.
+type span struct{ from, to int }
 
 // HostLink is any device of the node.
 type HostLink struct {
 	Index    int
 	Name     string
+	AltNames string // one in each line: a HostLink is comparable
+	Kind     string // as `ip -d link` has it: "bridge", "veth", "vxlan"; "device" for one without
+	Master   string // the bridge, bond or VRF that it is a port of
+	Tunnel   bool   // a tunnel device of ours
 	MTU      int
 	Up       bool
 	Loopback bool
@@ -38,12 +46,16 @@ type HostAddress struct {
 	Tunnel   bool // it is on a device of ours
 }
 
-// HostRoute is a unicast route of the main table, or one that drops packets.
+// HostRoute is a unicast route of the main table, or one that drops packets. A route with several next hops is one HostRoute for
+// each of them, one behind the other.
 type HostRoute struct {
 	Dst    netip.Prefix
-	Via    netip.Addr // the zero Addr: on-link
+	Via    netip.Addr // the gateway, maybe of the other family; the zero Addr: on-link
 	Link   string
+	Src    netip.Addr // the source address that it prefers; the zero Addr: none
 	Metric uint32
+	// Multipath says that this is one next hop of several.
+	Multipath bool
 	// Drops is a route that throws packets away: a blackhole, or one that answers "unreachable" or "prohibited".
 	Drops bool
 	// Advertised is a route that came with a router advertisement.
@@ -53,6 +65,11 @@ type HostRoute struct {
 // Equal reports whether two looks at the host found the same.
 func (h Host) Equal(o Host) bool {
 	return h.IPv6 == o.IPv6 && slices.Equal(h.Links, o.Links) && slices.Equal(h.Addresses, o.Addresses) && slices.Equal(h.Routes, o.Routes)
+}
+
+// HasName reports whether a name means the device: its own, or an alternative one.
+func (l HostLink) HasName(name string) bool {
+	return l.Name == name || name != "" && slices.Contains(strings.Split(l.AltNames, "\n"), name)
 }
 
 // Link finds a device by name.
@@ -70,16 +87,38 @@ func (h Host) Has(a netip.Addr) bool {
 	return ok
 }
 
-// Route finds the route that the main table has for an address: the longest prefix, and of those the lowest metric. It asks
-// for each prefix length in use once, so that it stays quick for many addresses and many routes.
+// Route finds the route that the main table has for an address: the longest prefix, and of those the lowest metric; of one with
+// several next hops it is the first. It asks for each prefix length in use once, so that it stays quick for many addresses and many
+// routes.
 func (h Host) Route(a netip.Addr) (HostRoute, bool) {
+	hops := h.NextHops(a)
+	if len(hops) == 0 {
+		return HostRoute{}, false
+	}
+	return hops[0], true
+}
+
+// NextHops lists the next hops of the route to an address: one, unless it is a multipath route. There is none without a route.
+func (h Host) NextHops(a netip.Addr) []HostRoute {
 	for _, bits := range h.lengths.Get(addr.FamilyOf(a)) {
 		p, err := a.Prefix(bits)
-		if r, ok := h.best[p]; ok && err == nil {
-			return r, true
+		if s, ok := h.best[p]; ok && err == nil {
+			return h.Routes[s.from:s.to]
 		}
 	}
-	return HostRoute{}, false
+	return nil
+}
+
+// EachRoute calls do with the next hops of each route.
+func (h Host) EachRoute(do func(hops []HostRoute)) {
+	for from := 0; from < len(h.Routes); {
+		r, to := h.Routes[from], from+1
+		for r.Multipath && to < len(h.Routes) && h.Routes[to].Multipath && h.Routes[to].Dst == r.Dst && h.Routes[to].Metric == r.Metric {
+			to++
+		}
+		do(h.Routes[from:to])
+		from = to
+	}
 }
 
 // AdvertisedBy lists the devices by which routes are learned from router advertisements.
@@ -99,17 +138,20 @@ func (h Host) Indexed() Host {
 	for _, a := range h.Addresses {
 		h.local[a.Prefix.Addr()] = struct{}{}
 	}
-	h.best = make(map[netip.Prefix]HostRoute, len(h.Routes))
+	h.best = make(map[netip.Prefix]span, len(h.Routes))
 	h.lengths = addr.Per[[]int]{}
-	for _, r := range h.Routes {
-		if b, ok := h.best[r.Dst]; !ok || r.Metric < b.Metric {
-			h.best[r.Dst] = r
+	at := 0
+	h.EachRoute(func(hops []HostRoute) {
+		r := hops[0]
+		if b, ok := h.best[r.Dst]; !ok || r.Metric < h.Routes[b.from].Metric {
+			h.best[r.Dst] = span{at, at + len(hops)}
 		}
+		at += len(hops)
 		f := addr.FamilyOf(r.Dst.Addr())
 		if ls := h.lengths.Get(f); !slices.Contains(ls, r.Dst.Bits()) {
 			h.lengths.Set(f, append(ls, r.Dst.Bits()))
 		}
-	}
+	})
 	for _, f := range addr.Families() {
 		slices.SortFunc(h.lengths.Get(f), func(a, b int) int { return b - a }) // the longest first
 	}

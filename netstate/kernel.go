@@ -20,8 +20,10 @@ type Kernel struct {
 
 	index   map[string]int // of the devices, by name, as of the last look
 	devices devices        // the same for the monitor
-	known   *State         // what is in the kernel, so far as we know; nil: look; wanted itself: all is as it should be
-	had     sizes          // of what was there when it was last known
+	// nexthops says that routes of the host have nexthop objects, of which the kernel tells by themselves.
+	nexthops bool
+	known    *State // what is in the kernel, so far as we know; nil: look; wanted itself: all is as it should be
+	had      sizes  // of what was there when it was last known
 
 	wanted *State // what was last wished for; the monitor reads it too: see expect
 	lent   bool   // what it is made of belongs to who wished for it

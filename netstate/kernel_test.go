@@ -589,7 +589,7 @@ func TestHostOnly(t *testing.T) {
 		"8.8.8.8":      {Link: "eth0", Via: parseAddr(t, "192.0.2.254")},
 		"10.244.2.7":   {Link: "eth0", Via: parseAddr(t, "192.0.2.254")}, // our own routes are not the host's
 		"198.51.100.1": {Link: "eth0", Via: parseAddr(t, "2001:db8::7")},
-		"203.0.113.1":  {}, // two ways
+		"203.0.113.1":  {Link: "eth0", Via: parseAddr(t, "192.0.2.7")}, // the first of two
 	} {
 		r, ok := h.Route(parseAddr(t, ip))
 		if !ok || r.Link != want.Link || r.Via != want.Via {

@@ -35,9 +35,12 @@ const addrGenModeNone = 1 // IN6_ADDR_GEN_MODE_NONE, uapi/linux/if_link.h
 
 // addLink makes a device and brings it up. It goes up last, so that nothing is sent from it before it is what it should be.
 func (k *Kernel) addLink(l Link) error {
-	underlay, err := k.linkIndex(l.VXLAN.Underlay)
-	if err != nil {
-		return err
+	underlay := uint32(0) // bound to no device
+	if l.VXLAN.Underlay != "" {
+		var err error
+		if underlay, err = k.linkIndex(l.VXLAN.Underlay); err != nil {
+			return err
+		}
 	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.HardwareAddr = l.Name, l.MTU, net.HardwareAddr(l.MAC[:])

@@ -39,6 +39,8 @@ type devices struct {
 	names map[uint32]string   // of all
 	index map[uint32]string   // of ours alone
 	cared map[uint32]hostLink // others that carry an address or a route, or are VXLAN devices: what they are may matter
+	// nexthops says that nexthop objects matter: routes of the host follow from them, of which the kernel says nothing itself.
+	nexthops bool
 }
 
 // hostLink is what of a device of the host's decisions may depend on.
@@ -73,6 +75,7 @@ func newMonitor(own int) (*monitor, error) {
 			err = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group)
 		}
 	}
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_NEXTHOP) // since Linux 5.3
 	if err != nil {
 		_ = m.file.Close()
 		return nil, fmt.Errorf("netlink socket for events: %w", err)
@@ -186,6 +189,8 @@ func (e *expectation) contradicts(typ uint16, body []byte) bool {
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		r, protocol, ok := parseRule(body)
 		return ok && protocol == Protocol && !e.deaf && slices.Contains(e.state.Rules, r) != (typ == unix.RTM_NEWRULE)
+	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
+		return e.nexthops
 	case unix.RTM_NEWNETCONF: // a setting such as forwarding, or a device that came
 		return e.netconf(body)
 	}

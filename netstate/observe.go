@@ -84,10 +84,13 @@ func (k *Kernel) observeLinks(s *State, h *Host) (map[int]string, error) {
 	}
 	for _, l := range all {
 		a := l.Attrs()
-		hl := HostLink{Index: a.Index, Name: a.Name, MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0, Loopback: a.RawFlags&unix.IFF_LOOPBACK != 0}
+		hl := HostLink{
+			Index: a.Index, Name: a.Name, AltNames: strings.Join(a.AltNames, "\n"), Kind: l.Type(), Master: names[a.MasterIndex], MTU: a.MTU,
+			Up: a.RawFlags&unix.IFF_UP != 0, Loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
+		}
 		if v, ok := l.(*netlink.Vxlan); ok {
 			hl.VXLAN = vxlanOf(v, names)
-			if k.owned(a.Name) {
+			if hl.Tunnel = k.owned(a.Name); hl.Tunnel {
 				s.Links = append(s.Links, Link{Name: a.Name, VXLAN: hl.VXLAN, MAC: macOf(a.HardwareAddr), MTU: a.MTU, Down: !hl.Up})
 			}
 		} else if k.owned(a.Name) {
@@ -133,7 +136,7 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 
 // devicesOf is what the monitor has to know of the devices.
 func (k *Kernel) devicesOf(s *State, h Host) devices {
-	d := devices{names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.others(s, h)}
+	d := devices{names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.others(s, h), nexthops: k.nexthops}
 	for name, i := range k.index {
 		d.names[uint32(i)] = name
 		if k.owned(name) {
@@ -168,12 +171,13 @@ func (k *Kernel) ours(s *State, name string) bool {
 }
 
 func (k *Kernel) observeRoutes(names map[int]string, s *State, h *Host) error {
+	var bare []rawRoute // of which the kernel tells only the number of the nexthop object (net.ipv4.nexthop_compat_mode=0)
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		routes, host := len(s.Routes), len(h.Routes)
+		routes, host, before := len(s.Routes), len(h.Routes), len(bare)
 		header := nl.NewRtMsg()
 		header.RtMsg = unix.RtMsg{Family: family}
 		err := k.conn.dump(unix.RTM_GETROUTE, header, nil, func() {
-			s.Routes, h.Routes = s.Routes[:routes], h.Routes[:host]
+			s.Routes, h.Routes, bare = s.Routes[:routes], h.Routes[:host], bare[:before]
 		}, func(b []byte) {
 			r, ok := parseRoute(b)
 			if !ok || r.kind != unix.RTN_UNICAST && !r.drops() {
@@ -183,16 +187,67 @@ func (k *Kernel) observeRoutes(names map[int]string, s *State, h *Host) error {
 			switch {
 			case r.protocol == Protocol && !r.drops():
 				s.Routes = grown(s.Routes, r.Route)
-			case r.Table == MainTable:
-				h.Routes = append(h.Routes, HostRoute{Dst: r.Dst, Via: r.Via, Link: r.Link, Metric: r.Metric, Drops: r.drops(), Advertised: r.protocol == unix.RTPROT_RA})
+			case r.Table != MainTable:
+			case r.nexthop != 0 && r.oif == 0 && len(r.hops) == 0 && !r.drops():
+				bare = append(bare, r)
+			default:
+				h.Routes = append(h.Routes, r.ofHost(names)...)
 			}
 		})
 		if err != nil && !noFamily(err) {
 			return err
 		}
 	}
-	return nil
+	k.nexthops = len(bare) > 0
+	if !k.nexthops {
+		return nil
+	}
+	objects, err := k.nexthopObjects()
+	for _, r := range bare {
+		if r.hops = objects[r.nexthop]; len(r.hops) == 0 {
+			r.kind = unix.RTN_BLACKHOLE
+		}
+		h.Routes = append(h.Routes, r.ofHost(names)...)
+	}
+	return err
 }
+
+// ofHost is a route with the names of the devices, one for each next hop.
+func (r rawRoute) ofHost(names map[int]string) []HostRoute {
+	if len(r.hops) == 0 {
+		r.hops = []hop{{r.oif, r.Via}}
+	}
+	out := make([]HostRoute, 0, len(r.hops))
+	for _, hop := range r.hops {
+		out = append(out, HostRoute{
+			Dst: r.Dst, Via: hop.via, Link: names[int(hop.oif)], Src: r.src, Metric: r.Metric, Multipath: len(r.hops) > 1,
+			Drops: r.drops(), Advertised: r.protocol == unix.RTPROT_RA,
+		})
+	}
+	return out
+}
+
+// nexthopObjects reads the objects that routes may share instead of having next hops of their own, by number.
+func (k *Kernel) nexthopObjects() (map[uint32][]hop, error) {
+	out, groups := map[uint32][]hop{}, map[uint32][]uint32{}
+	header := &nexthopHeader{}
+	err := k.conn.dump(unix.RTM_GETNEXTHOP, header, nil, func() { clear(out); clear(groups) }, func(b []byte) {
+		id, own, group := parseNexthop(b)
+		out[id], groups[id] = own, group
+	})
+	for id, members := range groups {
+		for _, m := range members { // a group has no groups in it
+			out[id] = append(out[id], out[m]...)
+		}
+	}
+	return out, err
+}
+
+// nexthopHeader is an empty struct nhmsg (uapi/linux/nexthop.h).
+type nexthopHeader struct{}
+
+func (*nexthopHeader) Len() int          { return 8 }
+func (*nexthopHeader) Serialize() []byte { return make([]byte, 8) }
 
 func (k *Kernel) observeRules(_ map[int]string, s *State, _ *Host) error {
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {

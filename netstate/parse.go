@@ -13,7 +13,10 @@ import (
 // The dumps of routes, neighbours and FDB entries are read by hand: they are the only ones that grow with the number of
 // peers, and a parser that builds no tree takes a quarter of the time.
 
-const attrTypeMask = 0x3fff // NLA_TYPE_MASK, uapi/linux/netlink.h
+const (
+	attrTypeMask  = 0x3fff // NLA_TYPE_MASK, uapi/linux/netlink.h
+	attrNexthopID = 30     // RTA_NH_ID, uapi/linux/rtnetlink.h
+)
 
 // eachAttr walks rtattrs (struct rtattr, uapi/linux/rtnetlink.h).
 func eachAttr(b []byte, f func(typ uint16, data []byte)) {
@@ -56,6 +59,15 @@ type rawRoute struct {
 	Route
 	protocol, kind uint8
 	oif            uint32
+	src            netip.Addr
+	hops           []hop  // of a multipath route
+	nexthop        uint32 // the number of its nexthop object; 0: it has none
+}
+
+// hop is one next hop of a route.
+type hop struct {
+	oif uint32
+	via netip.Addr
 }
 
 // drops reports whether it is a route that throws packets away.
@@ -82,10 +94,16 @@ func parseRoute(b []byte) (rawRoute, bool) {
 			dst = ipOf(data)
 		case unix.RTA_GATEWAY:
 			r.Via = ipOf(data)
-		case unix.RTA_VIA: // a gateway of the other family: struct rtvia is the family, then the address
-			r.Via = ipOf(data[min(2, len(data)):])
+		case unix.RTA_VIA:
+			r.Via = otherFamily(data)
 		case unix.RTA_OIF:
 			r.oif = u32(data)
+		case unix.RTA_PREFSRC:
+			r.src = ipOf(data)
+		case unix.RTA_MULTIPATH:
+			r.hops = parseHops(data)
+		case attrNexthopID:
+			r.nexthop = u32(data)
 		case unix.RTA_PRIORITY:
 			r.Metric = u32(data)
 		case unix.RTA_TABLE:
@@ -94,6 +112,63 @@ func parseRoute(b []byte) (rawRoute, bool) {
 	})
 	r.Dst = netip.PrefixFrom(dst, dstLen)
 	return r, r.Dst.IsValid()
+}
+
+// otherFamily reads a gateway of the other family: struct rtvia is the family, then the address.
+func otherFamily(data []byte) netip.Addr { return ipOf(data[min(2, len(data)):]) }
+
+// parseHops reads the next hops of a multipath route: each is a struct rtnexthop (length, flags, weight, device) and its attributes.
+func parseHops(b []byte) []hop {
+	var out []hop
+	for len(b) >= unix.SizeofRtNexthop {
+		n := int(binary.NativeEndian.Uint16(b))
+		if n < unix.SizeofRtNexthop || n > len(b) {
+			break
+		}
+		h := hop{oif: u32(b[4:])}
+		eachAttr(b[unix.SizeofRtNexthop:n], func(typ uint16, data []byte) {
+			switch typ {
+			case unix.RTA_GATEWAY:
+				h.via = ipOf(data)
+			case unix.RTA_VIA:
+				h.via = otherFamily(data)
+			}
+		})
+		out = append(out, h)
+		b = b[min((n+3)&^3, len(b)):]
+	}
+	return out
+}
+
+// parseNexthop reads an RTM_NEWNEXTHOP body (struct nhmsg, uapi/linux/nexthop.h): an object that is one next hop, or a group of others,
+// by their numbers. One that drops packets is neither.
+func parseNexthop(b []byte) (id uint32, own []hop, group []uint32) {
+	const (
+		sizeofNhmsg  = 8
+		sizeofMember = 8 // struct nexthop_grp: the number, then the weight
+	)
+	if len(b) < sizeofNhmsg {
+		return 0, nil, nil
+	}
+	var h hop
+	eachAttr(b[sizeofNhmsg:], func(typ uint16, data []byte) {
+		switch typ {
+		case unix.NHA_ID:
+			id = u32(data)
+		case unix.NHA_GROUP:
+			for ; len(data) >= sizeofMember; data = data[sizeofMember:] {
+				group = append(group, u32(data))
+			}
+		case unix.NHA_OIF:
+			h.oif = u32(data)
+		case unix.NHA_GATEWAY:
+			h.via = ipOf(data)
+		}
+	})
+	if h.oif != 0 {
+		own = []hop{h}
+	}
+	return id, own, group
 }
 
 // parseNeighbour reads an RTM_NEWNEIGH body (struct ndmsg) of an ARP or NDP entry. Only permanent ones are set by somebody; the

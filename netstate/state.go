@@ -37,7 +37,7 @@ type VXLAN struct {
 	VNI      uint32
 	Port     uint16     // UDP, on the underlay
 	Local    netip.Addr // source address of the tunnels
-	Underlay string     // the device that they leave by; "" is one that is gone
+	Underlay string     // the device that the tunnels are bound to; "": to none, or to one that is gone
 	Learning bool
 	GBP      bool
 }
@@ -161,7 +161,10 @@ func (r Rule) Compare(o Rule) int {
 }
 
 func (l Link) String() string {
-	s := fmt.Sprintf("device %s vxlan id %d dstport %d local %s dev %s", l.Name, l.VXLAN.VNI, l.VXLAN.Port, l.VXLAN.Local, l.VXLAN.Underlay)
+	s := fmt.Sprintf("device %s vxlan id %d dstport %d local %s", l.Name, l.VXLAN.VNI, l.VXLAN.Port, l.VXLAN.Local)
+	if l.VXLAN.Underlay != "" {
+		s += " dev " + l.VXLAN.Underlay
+	}
 	for _, flag := range []struct {
 		on   bool
 		name string

@@ -20,8 +20,6 @@ type Survey struct {
 // SurveyLink is a device of the node with what a diagnosis asks about it.
 type SurveyLink struct {
 	HostLink
-	Kind     string // as `ip -d link` has it: "bridge", "veth", "vxlan"; "device" for one without
-	Master   string // the bridge or bond that it is a port of
 	MAC      addr.MAC
 	Carrier  bool
 	Offloads []Offload // nil where the driver tells none
@@ -49,10 +47,6 @@ func Look(owned func(name string) bool) (Survey, error) {
 	if err != nil {
 		return Survey{}, err
 	}
-	names := map[int]string{}
-	for _, l := range all {
-		names[l.Attrs().Index] = l.Attrs().Name
-	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return Survey{}, os.NewSyscallError("socket", err)
@@ -64,7 +58,7 @@ func Look(owned func(name string) bool) (Survey, error) {
 		if i < 0 { // it came since
 			continue
 		}
-		sl := SurveyLink{HostLink: h.Links[i], Kind: l.Type(), Master: names[a.MasterIndex], MAC: macOf(a.HardwareAddr), Carrier: a.RawFlags&unix.IFF_LOWER_UP != 0}
+		sl := SurveyLink{HostLink: h.Links[i], MAC: macOf(a.HardwareAddr), Carrier: a.RawFlags&unix.IFF_LOWER_UP != 0}
 		if sl.Kind != "veth" { // there may be hundreds, one for each pod
 			sl.Offloads = offloads(fd, a.Name)
 		}

@@ -27,10 +27,12 @@ ip route add 10.244.2.0/24 via 10.244.2.0 dev overlay.1 onlink proto 118 metric 
 		t.Fatal(err)
 	}
 	for name, want := range map[string]SurveyLink{
-		"br0": {Kind: "bridge"}, "v0": {Kind: "veth", Master: "br0"}, "eth0": {Kind: "veth", Carrier: true}, "overlay.1": {Kind: "vxlan", Carrier: true}, "lo": {Kind: "device", Carrier: true},
+		"br0": {HostLink: HostLink{Kind: "bridge"}}, "v0": {HostLink: HostLink{Kind: "veth", Master: "br0"}},
+		"eth0": {HostLink: HostLink{Kind: "veth"}, Carrier: true}, "lo": {HostLink: HostLink{Kind: "device"}, Carrier: true},
+		"overlay.1": {HostLink: HostLink{Kind: "vxlan", Tunnel: true}, Carrier: true},
 	} {
 		got, there := s.Link(name)
-		if !there || got.Kind != want.Kind || got.Master != want.Master || want.Carrier && !got.Carrier {
+		if !there || got.Kind != want.Kind || got.Master != want.Master || got.Tunnel != want.Tunnel || want.Carrier && !got.Carrier {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
