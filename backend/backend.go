@@ -169,9 +169,28 @@ func localNetworks(in Input, f addr.Family) []netstate.HostAddress {
 	return out
 }
 
-// LimitMTU lowers the pods' MTU to what gets through in one more family.
-func (p *Plan) LimitMTU(mtu int) {
+// LimitMTU lowers the pods' MTU to what gets through in one more family, and returns that.
+func (p *Plan) LimitMTU(in Input, f addr.Family) int {
+	under, b := in.Underlay.Get(f), in.Config.Backend
+	mtu := PodMTU(b, f, under.MTU)
+	if b.MTU > under.MTU {
+		// The same for both families over one device.
+		if s := fmt.Sprintf("Backend.MTU is %d, but %s has an MTU of %d, which counts: larger packets would not leave the node", b.MTU, under.Device, under.MTU); !slices.Contains(p.Problems, s) {
+			p.Problems = append(p.Problems, s)
+		}
+	}
 	if p.MTU == 0 || mtu < p.MTU {
 		p.MTU = mtu
 	}
+	return mtu
+}
+
+// PodMTU is the largest packet of a pod that leaves by an underlay of an MTU. Backend.MTU bounds what leaves, headers of the tunnel
+// included; where it is more than the underlay takes, the underlay decides, so that pods never learn an MTU that does not get through.
+func PodMTU(b subnet.Backend, f addr.Family, underlay int) int {
+	outer := underlay
+	if b.MTU != 0 {
+		outer = min(outer, b.MTU)
+	}
+	return outer - b.Overhead(f)
 }

@@ -37,7 +37,8 @@ var plans = []struct {
 	{"vxlan-v6", only6, `"Type": "vxlan"`, nil},
 	{"vxlan-dual", dual, `"Type": "vxlan"`, nil},
 	{"vxlan-direct-dual", dual, `"Type": "vxlan", "DirectRouting": true`, nil},
-	{"vxlan-settings", dual, `"Type": "vxlan", "VNI": 16777215, "Port": 4789, "GBP": true, "Learning": true, "MTU": 1300`, nil},
+	{"vxlan-settings", dual, `"Type": "vxlan", "VNI": 16777215, "Port": 4789, "GBP": true, "Learning": true, "MTU": 1420`, nil},
+	{"vxlan-mtu-too-large", dual, `"Type": "vxlan", "MTU": 9000`, func(in *backend.Input) { in.Peers = nil }},
 	{"vxlan-mtu-too-small-for-v6", dual, `"Type": "vxlan"`, func(in *backend.Input) {
 		in.Underlay.V4.MTU, in.Underlay.V6.MTU, in.Peers = 1300, 1300, nil
 	}},
@@ -50,6 +51,7 @@ var plans = []struct {
 	{"hostgw-v6", only6, `"Type": "host-gw"`, nil},
 	{"hostgw-dual", dual, `"Type": "host-gw"`, nil},
 	{"hostgw-settings", dual, `"Type": "host-gw", "MTU": 1400`, func(in *backend.Input) { in.Peers = nil }},
+	{"hostgw-mtu-too-large", dual, `"Type": "host-gw", "MTU": 9000`, func(in *backend.Input) { in.Peers = nil }},
 	{"hostgw-no-routes", only4, `"Type": "host-gw"`, func(in *backend.Input) {
 		in.Host.Routes = nil
 		in.Host = in.Host.Indexed()

@@ -606,10 +606,7 @@ func (f *Facts) devices() []tunnel {
 			u := f.Underlay.By.Get(fam)
 			t := tunnel{family: fam, name: vxlan.DeviceName(fam, f.Config.Backend.VNI), vni: f.Config.Backend.VNI, port: f.Config.Backend.Port, underlay: u.Device, local: u.Addr}
 			if u.MTU > 0 {
-				t.mtu = u.MTU - overhead(fam)
-				if b := f.Config.Backend.MTU; b > 0 && b < t.mtu {
-					t.mtu = b
-				}
+				t.mtu = backend.PodMTU(f.Config.Backend, fam, u.MTU)
 			}
 			out = append(out, t)
 		}
@@ -618,15 +615,6 @@ func (f *Facts) devices() []tunnel {
 		out[i].link, out[i].there = f.Survey.Link(out[i].name)
 	}
 	return out
-}
-
-// overhead is what encapsulation takes of the underlay's MTU: the inner Ethernet header (14 bytes), VXLAN (8), UDP (8), and the outer
-// IPv4 (20) or IPv6 (40) header (RFC 7348 section 5).
-func overhead(f addr.Family) int {
-	if f == addr.IPv4 {
-		return 50
-	}
-	return 70
 }
 
 // root is where files are looked for.

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -141,7 +142,7 @@ func judgeMTU(f Facts) []Finding {
 		if !there {
 			continue
 		}
-		room := under.MTU - overhead(d.family)
+		room := backend.PodMTU(subnet.Backend{Type: subnet.VXLAN}, d.family, under.MTU)
 		said = append(said, fmt.Sprintf("%s %d over %s %d", d.name, d.link.MTU, under.Name, under.MTU))
 		switch {
 		case d.link.MTU > room:

@@ -289,8 +289,9 @@ func judgeBlackHole(f Facts) []Finding {
 	largest := f.Pings.Largest
 	around := 0
 	if largest.Peer.way == "tunnel" {
-		around = overhead(largest.Peer.family())
+		around = subnet.Backend{Type: subnet.VXLAN}.Overhead(largest.Peer.family())
 	}
+	outer := largest.Size + around
 	switch least := f.leastMTU(); {
 	case largest.Size <= smallSize:
 		return fail(reason, f.capture())
@@ -298,27 +299,23 @@ func judgeBlackHole(f Facts) []Finding {
 		reason += fmt.Sprintf("; at least %d get through to %s, the search for more did not end: run overlayd doctor again", largest.Size, largest.Peer.name)
 		return fail(reason, f.capture())
 	default:
-		reason += fmt.Sprintf("; the largest that gets through to %s is %d, so that the MTU of the network there is %d", largest.Peer.name, largest.Size, largest.Size+around)
-		if largest.Size < least {
-			return fail(fmt.Sprintf("%s: less than pods can have (%d is the least), the network has to be mended", reason, least), f.capture())
+		reason += fmt.Sprintf("; the largest that gets through to %s is %d, so that the MTU of the network there is %d", largest.Peer.name, largest.Size, outer)
+		if outer < least {
+			return fail(fmt.Sprintf("%s: less than the overlay needs (%d), so the network between the nodes has to carry more", reason, least), f.capture())
 		}
 	}
-	return fail(reason, f.lowerMTU(largest.Size, largest.Size+around)...)
+	return fail(reason, f.lowerMTU(outer)...)
 }
 
-// leastMTU is what a network must carry: for IPv6 by RFC 8200 section 5 (the kernel switches it off on a device with less), for IPv4 what
-// every host must take by RFC 791. No network config may have less.
+// leastMTU is what the network between the nodes must carry: no network config may have less.
 func (f Facts) leastMTU() int {
-	if slices.Contains(f.families(), addr.IPv6) {
-		return 1280
-	}
-	return 576
+	return subnet.Backend{Type: f.backend()}.LeastMTU(slices.Contains(f.families(), addr.IPv6))
 }
 
-// lowerMTU: for all nodes in the network config, or for this one at the device.
-func (f Facts) lowerMTU(pods, underlay int) []string {
-	if f.Store != nil && f.Store.Table.ConfigJSON != "" && f.backend() == subnet.VXLAN {
-		if doc, ok := withMTU(f.Store.Table.ConfigJSON, pods); ok {
+// lowerMTU: for all nodes in the network config, whose Backend.MTU is that of the network between them, or for this one at the device.
+func (f Facts) lowerMTU(underlay int) []string {
+	if f.Store != nil && f.Store.Table.ConfigJSON != "" {
+		if doc, ok := withMTU(f.Store.Table.ConfigJSON, underlay); ok {
 			return []string{f.etcdctl(fmt.Sprintf("put %s/config '%s'", f.prefix(), strings.ReplaceAll(doc, "'", `'\''`)))}
 		}
 	}

@@ -457,18 +457,29 @@ func (f Facts) takenOver(own *subnet.Entry) (theirs, ours netip.Addr) {
 	return netip.Addr{}, netip.Addr{}
 }
 
-// withMTU is the network config with another MTU, on one line.
+// withMTU is the network config with another MTU, on one line. Letter case of its keys does not matter.
 func withMTU(config string, mtu int) (string, bool) {
 	var doc map[string]any
 	if json.Unmarshal([]byte(config), &doc) != nil {
 		return "", false
 	}
-	b, _ := doc["Backend"].(map[string]any)
+	key := spelled(doc, "Backend")
+	b, _ := doc[key].(map[string]any)
 	if b == nil {
 		b = map[string]any{"Type": "vxlan"}
 	}
-	b["MTU"] = mtu
-	doc["Backend"] = b
+	b[spelled(b, "MTU")] = mtu
+	doc[key] = b
 	out, err := json.Marshal(doc)
 	return string(out), err == nil
+}
+
+// spelled is how a document writes a key.
+func spelled(doc map[string]any, key string) string {
+	for k := range doc {
+		if strings.EqualFold(k, key) {
+			return k
+		}
+	}
+	return key
 }

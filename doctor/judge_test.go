@@ -628,7 +628,7 @@ func TestJudges(t *testing.T) {
 			f.Pings.Sample[1].small = Pong{Sent: 2, Lost: 2, Err: unix.EPERM}
 		}},
 		{"lossy", "peers answer", Warn, "some packets to 1 of 2 are lost", "", func(f *Facts) { f.Pings.Sample[0].small.Lost = 1 }},
-		{"black hole", "full-size packets", Fail, "the MTU of the network there is 1400", `put /overlayd/network/config '{"Backend":{"MTU":1350,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
+		{"black hole", "full-size packets", Fail, "the MTU of the network there is 1400", `put /overlayd/network/config '{"Backend":{"MTU":1400,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
 			f.Pings.Sample[0].full.Lost = 2
 			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1350, true
 		}},
@@ -636,13 +636,19 @@ func TestJudges(t *testing.T) {
 			f.Pings.Sample[0].full.Lost = 2
 			f.Pings.Largest.Peer, f.Pings.Largest.Size = f.Peers[0], 1350
 		}},
-		{"black hole too small for IPv6", "full-size packets", Fail, "less than pods can have (1280 is the least)", "tcpdump", func(f *Facts) {
+		{"black hole, keys in another letter case", "full-size packets", Fail, "the MTU of the network there is 1420", `put /overlayd/network/config '{"backend":{"mtu":1420},"network":"10.244.0.0/16"}'`, func(f *Facts) {
+			f.Store.Table.ConfigJSON = `{"network":"10.244.0.0/16","backend":{"mtu":1500}}`
+			f.Pings.Sample[0].full.Lost = 2
+			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1370, true
+		}},
+		{"black hole too small for IPv6", "full-size packets", Fail, "is 1349: less than the overlay needs (1350)", "tcpdump", func(f *Facts) {
 			f.dual(t)
 			f.Pings.Sample[0].full.Lost = 2
-			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1279, true
+			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1299, true
 		}},
-		{"black hole without a tunnel", "full-size packets", Fail, "the largest that gets through to n2 is 1400, so that the MTU of the network there is 1400", "ip link set eth0 mtu 1400", func(f *Facts) {
+		{"black hole without a tunnel", "full-size packets", Fail, "the largest that gets through to n2 is 1400, so that the MTU of the network there is 1400", `'{"Backend":{"MTU":1400,"Type":"host-gw"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
 			f.Daemon.Status.Network.Backend = "host-gw"
+			f.Store.Table.ConfigJSON = `{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}`
 			f.Pings.Sample[0].full.Lost = 2
 			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1400, true
 			f.Pings.Largest.Peer.way = "direct"

@@ -30,7 +30,7 @@ const (
 	defaultPort = 8472 // Linux's own default (drivers/net/vxlan), which flannel uses too; IANA's is 4789
 	maxVNI      = 1<<24 - 1
 	minMTU4     = 576  // RFC 791: what every IPv4 host must take
-	minMTU6     = 1280 // RFC 8200 §5
+	minMTU6     = 1280 // RFC 8200 §5: what pods with IPv6 must be able to send
 	maxMTU      = 65535
 
 	maxConfigSize = 64 << 10
@@ -44,7 +44,27 @@ type Backend struct {
 	GBP           bool   // group based policy bits in the VXLAN header
 	Learning      bool   // let the device learn where MACs are
 	DirectRouting bool   // plain routes to the peers that need no gateway
-	MTU           int    // of the overlay; 0: from the underlay
+	MTU           int    // of the packets between the nodes; 0: that of the underlay
+}
+
+// Overhead is what the backend adds to a packet of a pod: with vxlan the inner Ethernet header (14 bytes), VXLAN (8), UDP (8), and the
+// outer IPv4 (20) or IPv6 (40) header (RFC 7348 §5).
+func (b Backend) Overhead(f addr.Family) int {
+	switch {
+	case b.Type != VXLAN:
+		return 0
+	case f == addr.IPv4:
+		return 50
+	}
+	return 70
+}
+
+// LeastMTU is the smallest MTU between the nodes by which the network can work, with IPv6 among its families or without.
+func (b Backend) LeastMTU(ipv6 bool) int {
+	if ipv6 {
+		return minMTU6 + b.Overhead(addr.IPv6)
+	}
+	return minMTU4
 }
 
 // Pool is one family's part of the network, and which subnets of it may be leased. The zero Pool is a family not in use.
@@ -168,10 +188,6 @@ func parsePool(o *object, k familyKeys) Pool {
 func parseBackend(o *object, ipv6 bool) Backend {
 	b := o.object("Backend")
 	types := fmt.Sprintf("%q or %q", VXLAN, HostGW)
-	minMTU := minMTU4
-	if ipv6 {
-		minMTU = minMTU6
-	}
 	out := Backend{
 		Type:          BackendType(strings.ToLower(b.string("Type", string(VXLAN), types))), // flannel's is in any letter case
 		VNI:           uint32(b.int("VNI", defaultVNI, 1, maxVNI)),
@@ -179,8 +195,8 @@ func parseBackend(o *object, ipv6 bool) Backend {
 		GBP:           b.bool("GBP", false),
 		Learning:      b.bool("Learning", false),
 		DirectRouting: b.bool("DirectRouting", false),
-		MTU:           b.int("MTU", 0, minMTU, maxMTU),
 	}
+	out.MTU = b.int("MTU", 0, out.LeastMTU(ipv6), maxMTU)
 	if out.Port == 0 {
 		out.Port = defaultPort
 	}

@@ -94,8 +94,12 @@ func TestParseConfig(t *testing.T) {
 		},
 		{"smallest MTU", `{"Network":"10.3.0.0/16","Backend":{"MTU":576}}`, Config{addr.Per[Pool]{V4: v4}, with(func(b *Backend) { b.MTU = 576 })}},
 		{
-			"smallest MTU with IPv6", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"MTU":1280}}`,
-			Config{addr.Per[Pool]{V4: v4, V6: v6}, with(func(b *Backend) { b.MTU = 1280 })},
+			"smallest MTU with IPv6", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"MTU":1350}}`,
+			Config{addr.Per[Pool]{V4: v4, V6: v6}, with(func(b *Backend) { b.MTU = 1350 })},
+		},
+		{
+			"smallest MTU with IPv6 and without a tunnel", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw","MTU":1280}}`,
+			Config{addr.Per[Pool]{V4: v4, V6: v6}, with(func(b *Backend) { b.Type, b.MTU = HostGW, 1280 })},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -193,7 +197,8 @@ func TestParseConfigErrors(t *testing.T) {
 		{`{"Network":"10.3.0.0/16","Backend":{"Learning":"on"}}`, []string{`Backend.Learning: expected true or false, found "on"`}},
 		{`{"Network":"10.3.0.0/16","Backend":{"DirectRouting":{}}}`, []string{"Backend.DirectRouting: expected true or false, found {}"}},
 		{`{"Network":"10.3.0.0/16","Backend":{"MTU":575}}`, []string{"Backend.MTU: expected a number from 576 to 65535, found 575"}},
-		{`{` + v6 + `"IPv6Network":"fc00::/48","Backend":{"MTU":1279}}`, []string{"Backend.MTU: expected a number from 1280 to 65535, found 1279"}},
+		{`{` + v6 + `"IPv6Network":"fc00::/48","Backend":{"MTU":1349}}`, []string{"Backend.MTU: expected a number from 1350 to 65535, found 1349"}},
+		{`{` + v6 + `"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw","MTU":1279}}`, []string{"Backend.MTU: expected a number from 1280 to 65535, found 1279"}},
 
 		{
 			`{"Network":"x","EnableIPv6":true,"IPv6Network":"y","Backend":{"Type":"z","VNI":-1}}`,

@@ -20,11 +20,7 @@ func (Backend) VTEPs(subnet.Config, subnet.Identity) addr.Per[subnet.VTEP] {
 func (Backend) Plan(in backend.Input) backend.Plan {
 	var p backend.Plan
 	for _, f := range in.Config.Families() {
-		mtu := in.Underlay.Get(f).MTU
-		if in.Config.Backend.MTU != 0 {
-			mtu = in.Config.Backend.MTU
-		}
-		p.LimitMTU(mtu)
+		p.LimitMTU(in, f)
 		p.Each(in, f, func(peer *subnet.Lease) {
 			by, err := backend.OnLink(in.Host, peer.PublicIP.Get(f))
 			if err != nil {

@@ -28,15 +28,6 @@ const (
 	minIPv6MTU    = 1280
 )
 
-// overhead is what encapsulation takes from the underlay's MTU: the inner Ethernet header (14 bytes), VXLAN (8), UDP (8), and
-// the outer IPv4 (20) or IPv6 (40) header.
-func overhead(f addr.Family) int {
-	if f == addr.IPv4 {
-		return 50
-	}
-	return 70
-}
-
 // DeviceName is the name of the device in one family. A VNI too long for the usual name gets a shorter one.
 func DeviceName(f addr.Family, vni uint32) string {
 	usual, short := "overlay.", "ovl."
@@ -118,17 +109,10 @@ func (Backend) Plan(in backend.Input) backend.Plan {
 func planDevice(p *backend.Plan, in backend.Input, f addr.Family) string {
 	under, b := in.Underlay.Get(f), in.Config.Backend
 	dev := DeviceName(f, b.VNI)
-	mtu := under.MTU - overhead(f)
-	if b.MTU > mtu {
-		p.Problems = append(p.Problems, fmt.Sprintf("Backend.MTU is %d, but over %s with its MTU of %d only %d get through: that is what pods are told",
-			b.MTU, under.Device, under.MTU, mtu))
-	} else if b.MTU != 0 {
-		mtu = b.MTU
-	}
+	mtu := p.LimitMTU(in, f)
 	if mtu < minIPv6MTU && f == addr.IPv6 {
 		p.Problems = append(p.Problems, fmt.Sprintf("%s: an MTU of %d is left over the underlay's %d, IPv6 needs %d", dev, mtu, under.MTU, minIPv6MTU))
 	}
-	p.LimitMTU(mtu)
 	p.Tunnel.Set(f, dev)
 	s := &p.State
 	s.Links = append(s.Links, netstate.Link{

@@ -87,7 +87,7 @@ func TestMACs(t *testing.T) {
 func TestLargestPacketFits(t *testing.T) {
 	t.Parallel()
 	for f, ip := range map[addr.Family]int{addr.IPv4: 20, addr.IPv6: 40} {
-		if got := overhead(f); got != ip+8+8+14 {
+		if got := (subnet.Backend{Type: subnet.VXLAN}).Overhead(f); got != ip+8+8+14 {
 			t.Errorf("%s: %d", f, got)
 		}
 	}

@@ -229,7 +229,7 @@ EOF`)
 			t.Fatal(err, out)
 		}
 		f := p.finds("full-size packets", "fail", "is 1354, so that the MTU of the network there is 1404") // a bridge leaves room for a VLAN's tag
-		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil || !strings.Contains(f.Mend[0], `"MTU":1354`) {
+		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil || !strings.Contains(f.Mend[0], `"MTU":1404`) {
 			t.Errorf("%s: %v\n%s", f.Mend[0], err, out)
 		}
 		p.finds("full-size packets", "ok", "1354 bytes get through")

@@ -41,6 +41,17 @@ func underlayFaults() []Fault {
 			Seen: follows(`^Network .*pods' MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
 		},
 		{
+			Name: "Backend.MTU of a smaller network between the nodes", On: everywhere(), Short: true,
+			Inject: backendMTU(1400), Expect: All(lowerMTU, reaches),
+			Restore: Undo, Log: `the pods' MTU has changed`,
+			Seen: follows(`^Network .*pods' MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
+		},
+		{
+			Name: "Backend.MTU larger than the interface's", On: everywhere(),
+			Inject: backendMTU(9000), Hold: time.Second, Keeps: All(KernelWhole, reaches), Restore: Undo,
+			Log: `problem: plan`, Seen: degrades("plan", "Backend.MTU is 9000, but eth0 has an MTU of 1500"),
+		},
+		{
 			Name: "default route moved to another interface", On: tunnelled(), Short: true,
 			Inject:  Steps(secondInterface, On(`ip $F route replace default via $GW2 dev eth1`), Afterwards(On(`ip $F route replace default via $GW dev eth0`))),
 			Expect:  All(leavesBy("eth1"), subnetKept, reaches),
@@ -228,7 +239,12 @@ func (s *Site) pingPod(ctx context.Context, from, to *lab.Node, f addr.Family) e
 	return nil
 }
 
-// lowerMTU holds when device and subnet.env have followed an underlay of 1400.
+// backendMTU sets Backend.MTU in the network config.
+func backendMTU(mtu int) Action {
+	return changeConfig(func(old string) string { return strings.Replace(old, `"Type"`, fmt.Sprintf(`"MTU":%d,"Type"`, mtu), 1) })
+}
+
+// lowerMTU holds when device and subnet.env have followed a network of 1400 between the nodes.
 func lowerMTU(ctx context.Context, s *Site) error {
 	env, err := s.Victim.SubnetEnv()
 	if err != nil {
