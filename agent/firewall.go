@@ -23,6 +23,8 @@ type firewall struct {
 	drift   *driftLog
 	took    func(time.Duration) // told how long each look took
 
+	contested time.Time // when that was said last
+
 	mu      sync.Mutex
 	checked time.Time // when it was last looked at, without an error
 	runs    int
@@ -83,6 +85,10 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 	}
 	if again {
 		for _, d := range res.Drifts {
+			if d.Kind == masquerade.JumpContested {
+				f.leave(d)
+				continue
+			}
 			f.drift.count("firewall: "+d.Kind.String(), d.String())
 		}
 		f.drift.flush()
@@ -96,6 +102,14 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 	}
 	f.health.set(condNodeSet, noSets)
 	return err
+}
+
+// leave says once a minute that a jump is not where it belongs, and left there for now.
+func (f *firewall) leave(d masquerade.Drift) {
+	if time.Since(f.contested) >= driftEvery {
+		f.contested = time.Now()
+		f.log.Warn("another program keeps putting its rules behind the jump to ours in FORWARD, which is now moved behind them only every few seconds", zap.Stringer("place", d))
+	}
 }
 
 // saw takes note of a look.

@@ -330,7 +330,8 @@ func (f Facts) sayForward(fam addr.Family, what string, t fate) []Finding {
 		}
 		mend = []string{fmt.Sprintf("%s -I FORWARD -s %s -j ACCEPT", iptables(m, fam), network), fmt.Sprintf("%s -I FORWARD -d %s -j ACCEPT", iptables(m, fam), network)}
 	}
-	if !f.Daemon.Running && f.ForwardFW && !strings.EqualFold(f.manager(t.chain), "firewalld") {
+	// The daemon's accepts come before what decides about all packets there, and behind every other rule.
+	if t.chain.Name == "FORWARD" && len(t.rule.Tests) == 0 && !f.Daemon.Running && f.ForwardFW {
 		mend = append([]string{f.Service.start() + "   # it accepts them by itself"}, mend...)
 	}
 	if t.drops {

@@ -321,6 +321,8 @@ func TestJudges(t *testing.T) {
 		"silent to all sizes":                      {"peers answer"},
 		"strict tunnel":                            {"peers answer"},
 		"no default route":                         {"problems"},
+		"forward policy, no daemon":                {"daemon"},
+		"forward rule, no daemon":                  {"daemon"},
 	}
 	dropPort := netstate.FilterRule{
 		Tests: []netstate.FilterTest{
@@ -589,6 +591,14 @@ func TestJudges(t *testing.T) {
 		{"rate", "VXLAN in the firewall", Warn, "not sure whether", "nft insert", func(f *Facts) { f.Filter = filter{base("inet", "site", "in", "input", "accept", rate)} }},
 		{"forward policy", "forwarded packets", Fail, "from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD -s 10.244.0.0/16 -j ACCEPT", func(f *Facts) {
 			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop")}
+		}},
+		{"forward policy, no daemon", "forwarded packets", Fail, "chain FORWARD: its policy", "it accepts them by itself", func(f *Facts) {
+			f.Filter, f.Daemon.Running, f.ForwardFW = filter{base("ip", "filter", "FORWARD", "forward", "drop")}, false, true
+		}},
+		{"forward rule, no daemon", "forwarded packets", Fail, "chain FORWARD: \"ip daddr 10.244.0.0/16 drop\"", "iptables -I FORWARD", func(f *Facts) {
+			toPods := netstate.FilterTest{Key: []netstate.FilterField{{Field: netstate.FieldDestination}}, Any: [][]netstate.FilterRange{{{From: []byte{10, 244}, To: []byte{10, 244}}}}}
+			drop := netstate.FilterRule{Tests: []netstate.FilterTest{toPods}, Action: netstate.FilterAction{Verdict: netstate.Drop}}
+			f.Filter, f.Daemon.Running, f.ForwardFW = filter{base("ip", "filter", "FORWARD", "forward", "accept", drop)}, false, true
 		}},
 		{"forward policy but for one port", "forwarded packets", Fail, "packets (all but what a rule before lets through) from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD", func(f *Facts) {
 			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop", tcpPort(22, netstate.Accept))}

@@ -112,7 +112,8 @@ const (
 	ChainMissing  DriftKind = iota + 1 // our chain is not there
 	RulesChanged                       // our chain holds other rules, or in another order
 	JumpMissing                        // nothing calls our chain
-	JumpMisplaced                      // something stands before the call of our chain
+	JumpMisplaced                      // the call of our chain does not stand where it belongs
+	JumpContested                      // the same, and left so for now: it was moved too often
 	JumpRepeated                       // our chain is called more than once
 	JumpChanged                        // our chain is called under conditions
 	SetChanged                         // a set holds other members
@@ -128,7 +129,9 @@ func (k DriftKind) String() string {
 	case JumpMissing:
 		return "jump missing"
 	case JumpMisplaced:
-		return "jump not first"
+		return "jump misplaced"
+	case JumpContested:
+		return "jump contested"
 	case JumpRepeated:
 		return "jump repeated"
 	case JumpChanged:

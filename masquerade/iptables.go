@@ -62,6 +62,27 @@ type IPTables struct {
 	gone    map[site]bool
 	swept   addr.Per[bool]
 	legacy  addr.Per[legacySighting]
+	moves   addr.Per[pace]
+}
+
+// pace bounds how often the call in FORWARD is moved, since another program may want the last place for itself: moveBurst times at
+// once, and then every moveEvery.
+type pace struct{ spent time.Time }
+
+const (
+	moveBurst = 10
+	moveEvery = 5 * time.Second
+)
+
+// take returns the pace after one more move, and false while there must be none.
+func (p pace) take(now time.Time) (pace, bool) {
+	if p.spent.Sub(now) > (moveBurst-1)*moveEvery {
+		return p, false
+	}
+	if p.spent.Before(now) {
+		p.spent = now
+	}
+	return pace{p.spent.Add(moveEvery)}, true
 }
 
 // legacySighting is when a ruleset was seen in place in iptables-legacy: when the tables were like this.
@@ -225,7 +246,7 @@ func (d *IPTables) repair(ctx context.Context, t *tool, rs Ruleset) ([]Drift, er
 		}
 	}
 	if restore.Len() == 0 {
-		return nil, nil
+		return drifts, nil
 	}
 	if err := d.restore(ctx, t, restore.String()); err != nil {
 		return nil, err
@@ -264,7 +285,14 @@ func (d *IPTables) examine(ctx context.Context, t *tool, p Place, c Chain, wante
 	if s.exists && (s.text(p).equal(rendered) || s.text(p).equal(expected)) {
 		return nil, "", nil
 	}
-	return differences(p, s, expected), replaceText(p, s, rendered), nil
+	kinds := differences(p, s, expected)
+	if p.Hook == Forward && slices.Equal(kinds, []DriftKind{JumpMisplaced}) {
+		moves, ok := d.moves.Get(t.family).take(time.Now())
+		if d.moves.Set(t.family, moves); !ok {
+			return []DriftKind{JumpContested}, "", nil
+		}
+	}
+	return kinds, replaceText(p, s, rendered), nil
 }
 
 // readBack looks at what was just written and remembers how it is printed.

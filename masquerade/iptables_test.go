@@ -28,7 +28,7 @@ func TestDriftIsSeenAndRepaired(t *testing.T) {
 		want   []DriftKind
 	}{
 		{"jump missing", []string{"-t nat -D POSTROUTING " + jump}, []DriftKind{JumpMissing}},
-		{"jump not first", []string{"-t nat -I POSTROUTING 1 -p tcp --dport 9999 -j ACCEPT"}, []DriftKind{JumpMisplaced}},
+		{"jump misplaced", []string{"-t nat -I POSTROUTING 1 -p tcp --dport 9999 -j ACCEPT"}, []DriftKind{JumpMisplaced}},
 		{"jump twice", []string{"-t nat -I POSTROUTING 1 " + jump}, []DriftKind{JumpRepeated}},
 		{"jump twice, apart", []string{"-t nat -A POSTROUTING -j OVERLAYD-POSTRTG"}, []DriftKind{JumpRepeated}},
 		{"jump under a condition", []string{"-t nat -R POSTROUTING 1 -p udp -j OVERLAYD-POSTRTG"}, []DriftKind{JumpChanged}},
@@ -71,7 +71,7 @@ func TestDriftIsSeenAndRepaired(t *testing.T) {
 				}
 				r.quiet(both()...)
 				// What somebody put into the hook's chain is theirs, and stays.
-				if c.name == "jump not first" {
+				if c.name == "jump misplaced" {
 					r.iptables(f, "-t nat -D POSTROUTING -p tcp --dport 9999 -j ACCEPT")
 				}
 				if diff := cmp.Diff(intact, r.saved()); diff != "" {

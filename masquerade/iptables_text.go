@@ -3,6 +3,7 @@ package masquerade
 import (
 	"fmt"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -157,11 +158,44 @@ func (s found) jumps(p Place) []string {
 	return calls
 }
 
-// text is what was found, in the form in which it is compared. The jump is empty unless it is the one and first.
+// others are the rules in the hook's chain that do not call ours.
+func (s found) others(p Place) []string {
+	calls := s.jumps(p)
+	return slices.DeleteFunc(slices.Clone(s.hook), func(line string) bool { return slices.Contains(calls, line) })
+}
+
+// place is how many rules of others the first call of our chain stands behind, and how many it has to. In FORWARD these are all: our
+// accepts are for packets that no other rule has decided about. A rule that no packet gets past is the chain's policy by another name:
+// ours come before it, whatever another program has put behind it in vain. Where such a rule was put in front of our call, it counts
+// as that only if nothing else follows it: to stop everything for a while has its effect.
+func (s found) place(p Place) (is, want int) {
+	if calls := s.jumps(p); len(calls) > 0 {
+		is = slices.Index(s.hook, calls[0])
+	}
+	if p.Hook != Forward {
+		return is, 0
+	}
+	others := s.others(p)
+	if first := slices.IndexFunc(others, isPolicy); first >= 0 && is <= first {
+		return is, first
+	}
+	want = len(others)
+	for want > 0 && isPolicy(others[want-1]) {
+		want--
+	}
+	return is, want
+}
+
+// policyRule matches a rule without a condition that ends the chain with no accept; a comment is no condition.
+var policyRule = regexp.MustCompile(`^-A \S+( -m comment --comment ("(\\.|[^"\\])*"|\S+))* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
+
+func isPolicy(rule string) bool { return policyRule.MatchString(rule) }
+
+// text is what was found, in the form in which it is compared. The jump is empty unless it is the one, and at its place.
 func (s found) text(p Place) text {
 	t := text{rules: s.rules}
-	if calls := s.jumps(p); len(calls) == 1 && calls[0] == s.hook[0] {
-		t.jump = calls[0]
+	if is, want := s.place(p); is == want && len(s.jumps(p)) == 1 {
+		t.jump = s.jumps(p)[0]
 	}
 	return t
 }
@@ -176,12 +210,13 @@ func differences(p Place, s found, want text) []DriftKind {
 		kinds = append(kinds, RulesChanged)
 	}
 	calls := s.jumps(p)
+	is, at := s.place(p)
 	switch {
 	case len(calls) == 0:
 		kinds = append(kinds, JumpMissing)
 	case len(calls) > 1:
 		kinds = append(kinds, JumpRepeated)
-	case calls[0] != s.hook[0]:
+	case is != at:
 		kinds = append(kinds, JumpMisplaced)
 	case calls[0] != want.jump:
 		kinds = append(kinds, JumpChanged)
@@ -194,8 +229,11 @@ func replaceText(p Place, s found, want text) string {
 	lines := deleteJumps(p, s)
 	lines = append(lines, ":"+p.Name+" - [0:0]") // creates the chain, or empties it
 	lines = append(lines, want.rules...)
-	lines = append(lines, strings.Replace(want.jump, "-A "+string(p.Hook), "-I "+string(p.Hook)+" 1", 1))
-	return section(p.Table, lines)
+	jump := want.jump
+	if _, at := s.place(p); at < len(s.others(p)) {
+		jump = strings.Replace(jump, "-A "+string(p.Hook), fmt.Sprintf("-I %s %d", p.Hook, at+1), 1)
+	}
+	return section(p.Table, append(lines, jump))
 }
 
 // removeText is the input for `iptables-restore --noflush` that takes out our chain and its calls.

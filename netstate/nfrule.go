@@ -125,6 +125,8 @@ func (r *nfRule) take(name string, b []byte) bool {
 		return attrOf(b, unix.NFTA_MASQ_REG_PROTO_MIN) == nil && r.masquerade(be32(attrOf(b, unix.NFTA_MASQ_FLAGS)))
 	case "immediate":
 		return r.takeImmediate(b)
+	case "reject": // how it is refused is left out
+		return r.end("-j", "REJECT")
 	}
 	return false
 }
@@ -279,6 +281,9 @@ func (r *nfRule) takeMatch(name string, rev uint32, info []byte) bool {
 
 // takeTarget reads an extension of iptables.
 func (r *nfRule) takeTarget(name string, rev uint32, info []byte) bool {
+	if name == "REJECT" { // with what is left out
+		return r.end("-j", name)
+	}
 	if r.family == addr.IPv4 { // struct nf_nat_ipv4_multi_range_compat: the number of ranges; for IPv6 there is one
 		if len(info) < 8 || u32(info) != 1 {
 			return false

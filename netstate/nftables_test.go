@@ -90,7 +90,7 @@ func TestNFTablesUnknownRules(t *testing.T) {
 	for _, rule := range []string{
 		"udp dport 53 accept", "ct state new accept", "ct expiration 10 accept", "limit rate 1/second accept", "meta mark set 1", "meta iif lo accept",
 		"ip saddr != @s accept", "ip saddr @s accept", "ip daddr & 255.0.255.0 == 10.0.1.0 accept", "ip saddr > 10.0.0.1 accept",
-		"ip saddr 10.0.0.1-10.0.0.9 accept", "ip saddr { 10.0.0.1, 10.0.0.2 } accept", "meta l4proto tcp masquerade to :1-2", "masquerade persistent", "snat to 192.0.2.1", "reject", "log",
+		"ip saddr 10.0.0.1-10.0.0.9 accept", "ip saddr { 10.0.0.1, 10.0.0.2 } accept", "meta l4proto tcp masquerade to :1-2", "masquerade persistent", "snat to 192.0.2.1", "log",
 		"ip saddr 10.0.0.1 ip saddr 10.0.0.1 accept", "ip daddr set 10.0.0.1", "ip ttl 1 accept", "ip daddr vmap { 10.0.0.1 : accept }", "continue",
 		`oifname { "a", "b" } accept`, "ip daddr != @s accept", "fib saddr type local accept", "meta mark > 1 accept",
 	} {

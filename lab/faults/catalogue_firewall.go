@@ -1,6 +1,15 @@
 package faults
 
-import "time"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/lab"
+)
 
 // firewall is what others do to the rules. Each script works on whichever driver the setup has: NFT_TABLE is the daemon's own table
 // where there is one, IPT the iptables of the family otherwise.
@@ -21,7 +30,7 @@ func firewall() []Fault {
 			Inject: Steps(On(`$IPT -w -t nat -I POSTROUTING -d 192.0.2.1/32 -j RETURN 2>/dev/null || $IPT -w -t nat -I POSTROUTING -d 2001:db8::1/128 -j RETURN`),
 				Afterwards(On(`$IPT -w -t nat -D POSTROUTING -d 192.0.2.1/32 -j RETURN 2>/dev/null || $IPT -w -t nat -D POSTROUTING -d 2001:db8::1/128 -j RETURN 2>/dev/null || true`))),
 			Expect:  Sees(`$IPT -w -t nat -S POSTROUTING | grep -v -e '^-P' | head -n 1 | grep OVERLAYD`),
-			Restore: Undo, Log: `repaired.*: firewall: jump not first`,
+			Restore: Undo, Log: `repaired.*: firewall: jump misplaced`,
 		},
 		{
 			Name: "rules reordered", On: []string{OnVXLAN, OnDual, OnLegacy},
@@ -75,7 +84,92 @@ func firewall() []Fault {
 			rows[i].Log = `repaired.*: firewall: `
 		}
 	}
-	return rows
+	return append(rows, in(Firewall, lossless(withinASecond), forwarded())...)
+}
+
+// forwarded is what others put into FORWARD, whose policy is DROP: what they say of a packet holds, and all that they don't speak of
+// goes through. $DENIED is an address of a pod that gets nothing.
+func forwarded() []Fault {
+	const engine = `$IPT -w -N ENGINE; $IPT -w -N ENGINE-POD; $IPT -w -A ENGINE -d $DENIED -j ENGINE-POD; $IPT -w -A ENGINE-POD -j DROP; `
+	row := func(name, rules string, behind int) Fault {
+		at := fmt.Sprintf(`[ "$($IPT -w -S FORWARD | tail -n %d | head -n 1)" = "-A FORWARD -j OVERLAYD-FWD" ]`, behind+1)
+		return Fault{
+			Name: "FORWARD: " + name, On: []string{OnVXLAN, OnDual, OnNFTables, OnLegacy},
+			Inject: Steps(
+				secondAddress, Until(passes, 3*time.Second), Afterwards(On(unforward)),
+				On(`$IPT -w -P FORWARD ACCEPT`), Until(Sees(`$IPT -w -S FORWARD | grep OVERLAYD-FWD`), 3*time.Second), On(`$IPT -w -P FORWARD DROP`),
+				onDenied(rules)),
+			Expect: All(dropped, Sees(at)), Hold: 1500 * time.Millisecond, Keeps: dropped, Restore: Undo,
+		}
+	}
+	return []Fault{
+		row("a policy engine inserts its chains at the top", engine+`$IPT -w -I FORWARD 1 -j ENGINE`, 0),
+		row("a policy engine appends its chains", engine+`$IPT -w -A FORWARD -j ENGINE`, 0),
+		row("an operator inserts a REJECT", `$IPT -w -I FORWARD 1 -d $DENIED -j REJECT`, 0),
+		row("an operator appends a DROP", `$IPT -w -A FORWARD -d $DENIED -j DROP`, 0),
+		row("it ends with a REJECT of everything", engine+`$IPT -w -I FORWARD 1 -j ENGINE; $IPT -w -A FORWARD -j REJECT`, 1),
+		{
+			Name: "FORWARD: another program wants to be the last", On: []string{OnVXLAN},
+			Inject: Steps(Afterwards(On(unforward)), On(`$IPT -w -P FORWARD DROP; for i in $(seq 40); do
+				$IPT -w -D FORWARD -i eth9 -j DROP 2>/dev/null || true; $IPT -w -A FORWARD -i eth9 -j DROP; sleep 0.3; done`)),
+			Expect:  Sees(`$IPT -w -S FORWARD | tail -n 1 | grep OVERLAYD-FWD`),
+			Restore: Undo, Log: `another program keeps putting its rules behind`, Bound: lossless(11 * time.Second),
+		},
+	}
+}
+
+// unforward takes away what rows have put into FORWARD.
+const unforward = `$IPT -w -P FORWARD ACCEPT; $IPT -w -F FORWARD; for c in ENGINE ENGINE-POD; do $IPT -w -F $c; $IPT -w -X $c; done 2>/dev/null || true
+	[ -z "$NFT_TABLE" ] || nft delete table $NFT_FAMILY filter`
+
+// secondary is a second address of the victim's pod.
+func secondary(s *Site, f addr.Family) netip.Addr { return s.own.PodAddr(f, 198).Addr() }
+
+// secondAddress gives it to the pod.
+func secondAddress(ctx context.Context, s *Site) error {
+	for _, f := range s.families {
+		pod, at := s.Victim.Pods()[0], addr.Host(secondary(s, f)).String()
+		if out, err := pod.Run(ctx, "sh", "-ec", fmt.Sprintf("ip address replace %s dev eth0 %s", at, nodad(f))); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		s.Defer(func() error {
+			_, err := pod.Run(context.WithoutCancel(ctx), "ip", "address", "del", at, "dev", "eth0")
+			return err
+		})
+	}
+	return nil
+}
+
+func onDenied(script string) Action {
+	return func(ctx context.Context, s *Site) error {
+		for _, f := range s.families {
+			if out, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+"DENIED="+secondary(s, f).String()+"\n"+script); err != nil {
+				return fmt.Errorf("%w: %s", exitOnly(err), out)
+			}
+		}
+		return nil
+	}
+}
+
+// passes holds when a peer's pod reaches the second address in every family, dropped when it does in none.
+func passes(ctx context.Context, s *Site) error {
+	_, err := reached(ctx, s)
+	return err
+}
+
+func dropped(ctx context.Context, s *Site) error {
+	n, _ := reached(ctx, s)
+	return unless(n == 0, "the pod that must get nothing is reached from %s in %d families", s.Peer.Name, n)
+}
+
+func reached(ctx context.Context, s *Site) (families int, err error) {
+	for _, f := range s.families {
+		_, e := s.Peer.Pods()[0].Ping(ctx, lab.Ping{To: secondary(s, f), Wait: 200 * time.Millisecond})
+		if err = errors.Join(err, e); e == nil {
+			families++
+		}
+	}
+	return families, err
 }
 
 // rewritten is what is seen of rules that were put right.
