@@ -370,12 +370,15 @@ func (a *Agent) current() addr.Per[netip.Addr] {
 	if a.choice != nil {
 		return addr.Per[netip.Addr]{V4: a.choice.Underlay.V4.Addr, V6: a.choice.Underlay.V6.Addr}
 	}
+	var out addr.Per[netip.Addr]
 	for _, e := range a.snap.Table.Entries {
-		if e.Identity == a.opts.Identity {
-			return e.PublicIP
+		for _, f := range addr.Families() {
+			if ip := e.PublicIP.Get(f); e.Identity == a.opts.Identity && a.host.Has(ip) {
+				out.Set(f, ip)
+			}
 		}
 	}
-	return addr.Per[netip.Addr]{}
+	return out
 }
 
 // learn takes from the newest snapshot what holds, or from memory while there is none.

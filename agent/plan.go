@@ -41,6 +41,11 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
 	ch := a.believe(self)
 	in := backend.Input{Config: *a.config, Self: self, Underlay: a.choice.Underlay, Host: a.host}
+	for _, f := range in.Config.Families() {
+		u := in.Underlay.Get(f)
+		u.MTU = narrowest(a.host, in.Config, f, u.MTU, a.roster.Peers())
+		in.Underlay.Set(f, u)
+	}
 	res, ok, err := a.adjust(be, in, ch)
 	if !ok {
 		res, err = a.reconcile(be, in)

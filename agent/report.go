@@ -43,8 +43,8 @@ func refusals(refused []subnet.Refusal) error {
 	return joined(out)
 }
 
-// shadowed finds routes of somebody else that packets to a peer's subnet would take before ours: for the same destination with
-// a better metric, or for a part of it.
+// shadowed finds routes that are not ours and that packets to a peer's subnet would take before ours: for the same destination with
+// a better metric, or for a part of it. And those by which packets to the peers themselves would enter the tunnel.
 func shadowed(h netstate.Host, desired netstate.State) error {
 	var lengths []int
 	for _, r := range desired.Routes {
@@ -52,8 +52,9 @@ func shadowed(h netstate.Host, desired netstate.State) error {
 			lengths = append(lengths, r.Dst.Bits())
 		}
 	}
-	var out []string
-	for _, r := range h.Routes {
+	out := intoTunnel(h, desired)
+	h.EachRoute(func(hops []netstate.HostRoute) {
+		r := hops[0]
 		for _, bits := range lengths {
 			p, err := r.Dst.Addr().Prefix(bits)
 			if err != nil || bits > r.Dst.Bits() {
@@ -64,19 +65,43 @@ func shadowed(h netstate.Host, desired netstate.State) error {
 				continue
 			}
 			if bits < r.Dst.Bits() || r.Metric <= desired.Routes[i].Metric {
-				out = append(out, describe(r, p))
+				out = append(out, describe(hops, "is not ours and comes before the way to the peer "+p.String()))
 			}
 		}
-	}
+	})
 	return joined(out)
 }
 
-func describe(r netstate.HostRoute, peer netip.Prefix) string {
-	what, how := fmt.Sprintf("the route to %s by %s", r.Dst, r.Link), fmt.Sprintf("%s dev %s", r.Dst, r.Link)
-	if r.Drops {
-		what, how = fmt.Sprintf("the route that drops packets to %s", r.Dst), r.Dst.String()
+// intoTunnel finds routes by which the tunnel's own packets would enter it again: they never leave.
+func intoTunnel(h netstate.Host, desired netstate.State) []string {
+	var out []string
+	for _, r := range h.Routes {
+		covers := func(e netstate.FDBEntry) bool { return r.Dst.Contains(e.Dst) }
+		if !h.IsTunnel(r.Link) || r.Dst.Bits() > 0 && !slices.ContainsFunc(desired.FDB, covers) {
+			continue
+		}
+		if best := h.NextHops(r.Dst.Addr()); slices.Contains(best, r) { // no other comes before it
+			out = append(out, describe(best, "is not ours and leads packets to other nodes into the tunnel that they are to carry"))
+		}
 	}
-	return fmt.Sprintf("%s, metric %d, is not ours and comes before the way to the peer %s; to remove it: ip route del %s metric %d", what, r.Metric, peer, how, r.Metric)
+	return out
+}
+
+// describe names a route, with what is said of it, and how to remove it.
+func describe(hops []netstate.HostRoute, what string) string {
+	r := hops[0]
+	name, how := fmt.Sprintf("the route to %s by %s", r.Dst, strings.Join(devicesOf(hops), " and ")), r.Dst.String()
+	if len(hops) == 1 && !r.Drops {
+		how += " dev " + r.Link
+	}
+	if r.Drops {
+		name = fmt.Sprintf("the route that drops packets to %s", r.Dst)
+	}
+	command := "ip route del"
+	if r.Dst.Addr().Is6() {
+		command = "ip -6 route del"
+	}
+	return fmt.Sprintf("%s, metric %d, %s; to remove it: %s %s metric %d", name, r.Metric, what, command, how, r.Metric)
 }
 
 // failures says which changes the kernel refused: those without which pods can't talk, and the minor ones. What only follows from

@@ -15,9 +15,9 @@ import (
 )
 
 // InterfaceOptions say how to find the device that leads to the other nodes. The first that is set counts, in the order of the
-// fields; none means the device with the default route.
+// fields; none means the device with the default route, or the one that has the public IP.
 type InterfaceOptions struct {
-	Names    []string // device names or addresses, the first one that fits
+	Names    []string // devices, by any of their names, or addresses: the first one that fits
 	Regexes  []*regexp.Regexp
 	CanReach netip.Addr
 	PublicIP addr.Per[netip.Addr] // what the lease says, if it is not the device's own address
@@ -33,28 +33,32 @@ type Choice struct {
 
 // Choose decides which device and address each family of the network uses. It is pure: all it knows is the host as it was seen.
 //
-// Where a device has several addresses, it is the current one, if that is there still: the kernel lists a new IPv6 address first, and
-// one that comes and goes (a virtual address, a second prefix) must not move the tunnel.
+// Where there are several addresses, it is the one that the route prefers; if that prefers none, the current one, if that is there still:
+// the kernel lists a new IPv6 address first, and one that comes and goes (a virtual address, a second prefix) must not move the tunnel.
 func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.Per[netip.Addr]) (Choice, error) {
 	out := Choice{PublicIPLocal: true}
 	var reasons []string
 	for _, f := range c.Families() {
-		prefer := current.Get(f)
-		if p := o.PublicIP.Get(f); p.IsValid() && h.Has(p) {
-			prefer = p
+		public := o.PublicIP.Get(f)
+		s := search{host: h, config: c, family: f, current: current.Get(f)}
+		switch {
+		case !public.IsValid():
+		case h.Has(public):
+			s.asked = public
+		case public == s.current: // whether NAT is to lead here from now on, or the device comes back in a moment, can't be told
+			return Choice{}, fmt.Errorf("no network interface for %s: the address %s of --public-ip is on no device any more (if it leads here by NAT now, restart overlayd)", f, public)
 		}
-		u, why, err := chooseFamily(h, o, c, f, prefer)
+		u, why, err := s.choose(o)
 		if err != nil {
 			return Choice{}, err
 		}
-		public := u.Addr
-		if p := o.PublicIP.Get(f); p.IsValid() {
-			public = p
+		if !public.IsValid() {
+			public = u.Addr
 		}
 		out.Underlay.Set(f, u)
 		out.PublicIP.Set(f, public)
 		out.PublicIPLocal = out.PublicIPLocal && h.Has(public)
-		reasons = append(reasons, fmt.Sprintf("%s: %s on %s (%s)", f, u.Addr, u.Device, why))
+		reasons = append(reasons, fmt.Sprintf("%s: %s", f, why))
 	}
 	out.Reason = strings.Join(reasons, "; ")
 	return out, nil
@@ -65,111 +69,190 @@ func whatBecame(h netstate.Host, was addr.Per[backend.Underlay]) string {
 	var out []string
 	for _, f := range addr.Families() {
 		u := was.Get(f)
-		if u.Device == "" {
+		if !u.Addr.IsValid() {
 			continue
 		}
-		i := slices.IndexFunc(h.Links, func(l netstate.HostLink) bool { return l.Name == u.Device })
+		l, there := h.Link(u.Device)
+		what := u.Device + ", which it was so far,"
+		if u.Device == "" {
+			what = fmt.Sprintf("%s, which was used so far,", u.Addr)
+		}
 		how := "is as it was, but nothing leads to it"
 		switch {
-		case i < 0:
+		case u.Device == "" && !h.Has(u.Addr):
+			how = "is on no device any more"
+		case u.Device == "":
+			how = "is there still, but no route leads to other nodes"
+		case !there:
 			how = "is gone"
-		case !h.Links[i].Up:
+		case !l.Up:
 			how = "is down"
 		case !h.Has(u.Addr):
 			how = fmt.Sprintf("has lost its address %s", u.Addr)
 		}
-		if s := fmt.Sprintf("%s, which it was so far, %s", u.Device, how); !slices.Contains(out, s) {
+		if s := what + " " + how; !slices.Contains(out, s) {
 			out = append(out, s)
 		}
 	}
 	return strings.Join(out, "; ")
 }
 
-// candidate is a device to try, and why; addr is valid where one address of it was asked for.
-type candidate struct {
-	device string
-	addr   netip.Addr
-	why    string
+// search is what one family's choice is made of.
+type search struct {
+	host    netstate.Host
+	config  subnet.Config
+	family  addr.Family
+	asked   netip.Addr // --public-ip, where the node has it
+	current netip.Addr // that the node goes by so far; not valid before it goes by any
 }
 
-func chooseFamily(h netstate.Host, o InterfaceOptions, c subnet.Config, f addr.Family, prefer netip.Addr) (backend.Underlay, string, error) {
-	list, wanted := candidates(h, o, f)
+// candidate is a way to the other nodes to try, and why.
+type candidate struct {
+	uplinks []netstate.HostRoute // the next hops by which packets leave; of a device that was named, maybe nothing but the device
+	from    string               // the device whose address it has to be; "": one of the uplinks, or of the loopback device
+	addr    netip.Addr           // the one address that was asked for
+	named   bool                 // the device was named: the source that a route prefers counts only if it is on that device
+	why     string
+}
+
+func (s search) choose(o InterfaceOptions) (u backend.Underlay, why string, err error) {
+	list, wanted := s.candidates(o)
 	errs := []error{}
-	for _, cand := range list {
-		u, err := take(h, c, f, cand, prefer)
+	for _, c := range list {
+		u, why, err := s.take(c)
 		if err == nil {
-			return u, cand.why, nil
+			return u, why, nil
 		}
 		errs = append(errs, err)
 	}
 	if len(errs) == 0 {
 		errs = append(errs, errors.New("there is none such on this node"))
 	}
-	return backend.Underlay{}, "", fmt.Errorf("no network interface for %s yet (%s): %w", f, wanted, errors.Join(errs...))
+	return backend.Underlay{}, "", fmt.Errorf("no network interface for %s yet (%s): %w", s.family, wanted, errors.Join(errs...))
 }
 
-// candidates lists the devices to try, in order, and says what was looked for.
-func candidates(h netstate.Host, o InterfaceOptions, f addr.Family) ([]candidate, string) {
+// candidates lists what to try, in order, and says what was looked for.
+func (s search) candidates(o InterfaceOptions) ([]candidate, string) {
 	switch {
 	case len(o.Names) > 0:
-		return byName(h, o.Names, f), "--iface " + strings.Join(o.Names, ", ")
+		return s.byName(o.Names), "--iface " + strings.Join(o.Names, ", ")
 	case len(o.Regexes) > 0:
-		return byRegex(h, o.Regexes), fmt.Sprintf("--iface-regex %s", o.Regexes)
+		return s.byRegex(o.Regexes), fmt.Sprintf("--iface-regex %s", o.Regexes)
 	case o.CanReach.IsValid():
 		var list []candidate
-		if r, ok := h.Route(o.CanReach); ok {
-			list = append(list, candidate{device: r.Link, why: fmt.Sprintf("the way to %s", o.CanReach)})
+		if hops := s.host.NextHops(o.CanReach); len(hops) > 0 && !hops[0].Drops {
+			list = append(list, candidate{uplinks: hops, why: fmt.Sprintf("the way to %s", o.CanReach)})
 		}
 		return list, fmt.Sprintf("--iface-can-reach %s", o.CanReach)
+	case s.asked.IsValid():
+		return s.byAddress(s.asked, "--public-ip"), fmt.Sprintf("--public-ip %s", s.asked)
 	}
-	var routes []netstate.HostRoute
-	for _, r := range h.Routes {
-		if r.Dst.Bits() == 0 && addr.FamilyOf(r.Dst.Addr()) == f && r.Link != "" && !r.Drops {
-			routes = append(routes, r)
-		}
-	}
-	slices.SortStableFunc(routes, func(a, b netstate.HostRoute) int { return int(a.Metric) - int(b.Metric) })
 	var list []candidate
-	for _, r := range routes {
-		list = append(list, candidate{device: r.Link, why: fmt.Sprintf("it has the default route, metric %d", r.Metric)})
+	for _, hops := range s.defaults() {
+		have := "it has"
+		if len(devicesOf(hops)) > 1 {
+			have = "they have"
+		}
+		list = append(list, candidate{uplinks: hops, why: fmt.Sprintf("%s the default route, metric %d", have, hops[0].Metric)})
 	}
 	return list, "the one with the default route"
 }
 
-func byName(h netstate.Host, names []string, f addr.Family) []candidate {
+// defaults are the next hops of each default route, that with the lowest metric first.
+func (s search) defaults() [][]netstate.HostRoute {
+	var out [][]netstate.HostRoute
+	s.host.EachRoute(func(hops []netstate.HostRoute) {
+		if r := hops[0]; r.Dst.Bits() == 0 && addr.FamilyOf(r.Dst.Addr()) == s.family && !r.Drops {
+			out = append(out, hops)
+		}
+	})
+	slices.SortStableFunc(out, func(a, b []netstate.HostRoute) int { return int(a[0].Metric) - int(b[0].Metric) })
+	return out
+}
+
+// uplinks are the next hops by which packets leave from an address that is on none of the devices that they leave by: those of the
+// default route, or where there is none, those with any gateway.
+func (s search) uplinks() []netstate.HostRoute {
+	for _, hops := range s.defaults() {
+		if !slices.ContainsFunc(hops, func(r netstate.HostRoute) bool { return s.host.IsTunnel(r.Link) }) {
+			return hops
+		}
+	}
+	var out []netstate.HostRoute
+	for _, r := range s.host.Routes {
+		if addr.FamilyOf(r.Dst.Addr()) == s.family && r.Via.IsValid() && !r.Drops && !s.host.IsTunnel(r.Link) {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// byName finds devices by any of their names, or by an address.
+func (s search) byName(names []string) []candidate {
 	var list []candidate
 	for _, n := range names {
-		ip, err := netip.ParseAddr(n)
-		if err != nil {
-			list = append(list, candidate{device: n, why: "--iface"})
+		if ip, err := netip.ParseAddr(n); err == nil {
+			list = append(list, s.byAddress(ip, "--iface "+n)...)
 			continue
 		}
-		for _, a := range h.Addresses {
-			if a.Prefix.Addr() != ip {
-				continue
-			}
-			if addr.FamilyOf(ip) != f { // the device's address of the other family will do
-				ip = netip.Addr{}
-			}
-			list = append(list, candidate{device: a.Link, addr: ip, why: "--iface " + n})
-			break
+		i := slices.IndexFunc(s.host.Links, func(l netstate.HostLink) bool { return l.HasName(n) })
+		if i < 0 {
+			list = append(list, candidate{uplinks: []netstate.HostRoute{{Link: n}}, named: true})
+			continue
 		}
+		list = append(list, s.byDevice(s.host.Links[i], "--iface "+n))
 	}
 	return list
 }
 
-func byRegex(h netstate.Host, regexes []*regexp.Regexp) []candidate {
+// byDevice takes a device: to leave by, or the loopback device for its address.
+func (s search) byDevice(l netstate.HostLink, why string) candidate {
+	if l.Loopback {
+		return candidate{uplinks: s.uplinks(), from: l.Name, named: true, why: why}
+	}
+	c := candidate{named: true, why: why}
+	for _, hops := range s.defaults() {
+		for _, r := range hops {
+			if r.Link == l.Name && len(c.uplinks) == 0 {
+				c.uplinks = append(c.uplinks, r)
+			}
+		}
+	}
+	if len(c.uplinks) == 0 {
+		c.uplinks = []netstate.HostRoute{{Link: l.Name}}
+	}
+	return c
+}
+
+// byAddress takes the device that has an address. One of the other family says no more than which device it is.
+func (s search) byAddress(ip netip.Addr, why string) []candidate {
+	i := slices.IndexFunc(s.host.Addresses, func(a netstate.HostAddress) bool { return a.Prefix.Addr() == ip })
+	if i < 0 {
+		return nil
+	}
+	l, _ := s.host.Link(s.host.Addresses[i].Link)
+	c := s.byDevice(l, why)
+	if addr.FamilyOf(ip) == s.family {
+		c.addr = ip
+		if l.Kind == "dummy" { // as good as the loopback device
+			c.uplinks, c.from = s.uplinks(), l.Name
+		}
+	}
+	return []candidate{c}
+}
+
+func (s search) byRegex(regexes []*regexp.Regexp) []candidate {
 	var list []candidate
 	for _, re := range regexes {
-		for _, l := range h.Links {
+		for _, l := range s.host.Links {
 			why := fmt.Sprintf("--iface-regex %s", re)
-			if re.MatchString(l.Name) {
-				list = append(list, candidate{device: l.Name, why: why})
+			if slices.ContainsFunc(append(strings.Split(l.AltNames, "\n"), l.Name), func(n string) bool { return n != "" && re.MatchString(n) }) {
+				list = append(list, s.byDevice(l, why))
 				continue
 			}
-			for _, a := range h.Addresses {
+			for _, a := range s.host.Addresses {
 				if a.Link == l.Name && re.MatchString(a.Prefix.Addr().String()) {
-					list = append(list, candidate{device: l.Name, addr: a.Prefix.Addr(), why: why})
+					list = append(list, s.byAddress(a.Prefix.Addr(), why)...)
 				}
 			}
 		}
@@ -177,37 +260,199 @@ func byRegex(h netstate.Host, regexes []*regexp.Regexp) []candidate {
 	return list
 }
 
-// take looks whether a device can serve.
-func take(h netstate.Host, c subnet.Config, f addr.Family, cand candidate, prefer netip.Addr) (backend.Underlay, error) {
-	l, ok := h.Link(cand.device)
-	switch {
-	case !ok:
-		return backend.Underlay{}, fmt.Errorf("there is no device %s", cand.device)
-	case !l.Up:
-		return backend.Underlay{}, fmt.Errorf("%s is down", l.Name)
-	case l.Loopback:
-		return backend.Underlay{}, fmt.Errorf("%s is the loopback device", l.Name)
+// take looks whether a candidate can serve. The tunnel is bound to a device where there is but one uplink, and the address is on it.
+func (s search) take(c candidate) (backend.Underlay, string, error) {
+	if len(c.uplinks) == 0 {
+		return backend.Underlay{}, "", fmt.Errorf("no route leads from %s to other nodes: there is no default route, and none with a gateway", c.from)
 	}
-	var best, inside netip.Addr
-	for _, a := range h.Addresses {
-		ip := a.Prefix.Addr()
-		if a.Link == l.Name && c.Contains(ip) && addr.FamilyOf(ip) == f {
-			inside = ip
+	var u backend.Underlay
+	var up []netstate.HostRoute
+	var errs []error
+	devices := devicesOf(c.uplinks)
+	for _, d := range devices {
+		l, err := s.uplink(d)
+		if (err == nil || errors.Is(err, errDown)) && (u.MTU == 0 || l.MTU < u.MTU) { // one that comes back must not change the pods' MTU
+			u.MTU = l.MTU
 		}
-		usable := a.Link == l.Name && addr.FamilyOf(ip) == f && !a.Fleeting && ip.IsGlobalUnicast() && !c.Contains(ip)
-		if !usable || cand.addr.IsValid() && addr.FamilyOf(cand.addr) == f && ip != cand.addr {
+		if err != nil {
+			errs = append(errs, err)
 			continue
 		}
-		if !best.IsValid() || ip == prefer {
-			best = ip
+		for _, hop := range c.uplinks {
+			if hop.Link == d {
+				up = append(up, hop)
+			}
 		}
 	}
-	if !best.IsValid() && inside.IsValid() {
-		return backend.Underlay{}, fmt.Errorf("%s has the address %s, which is inside the overlay network %s: the two must not overlap",
-			l.Name, inside, c.Pools.Get(f).Network)
+	if len(up) == 0 {
+		return u, "", errors.Join(errs...)
 	}
-	if !best.IsValid() {
-		return backend.Underlay{}, fmt.Errorf("%s has no %s address to use", l.Name, f)
+	a, err := s.address(c, up)
+	if err != nil {
+		return u, "", err
 	}
-	return backend.Underlay{Device: l.Name, Addr: best, MTU: l.MTU}, nil
+	u.Addr = a.Prefix.Addr()
+	if len(devices) == 1 && a.Link == devices[0] {
+		u.Device = a.Link
+		return u, fmt.Sprintf("%s on %s (%s)", u.Addr, u.Device, c.why), nil
+	}
+	return u, fmt.Sprintf("%s of %s by %s, bound to no device (%s)", u.Addr, a.Link, strings.Join(devices, " and "), c.why), nil
+}
+
+// devicesOf lists the devices by which next hops are reached.
+func devicesOf(hops []netstate.HostRoute) []string {
+	var out []string
+	for _, r := range hops {
+		if !slices.Contains(out, r.Link) {
+			out = append(out, r.Link)
+		}
+	}
+	return out
+}
+
+var errDown = errors.New("down")
+
+// uplink looks whether packets to other nodes can leave by a device.
+func (s search) uplink(name string) (netstate.HostLink, error) {
+	l, ok := s.host.Link(name)
+	master, _ := s.host.Link(l.Master)
+	switch {
+	case name == "":
+		return l, errors.New("the route has no device")
+	case !ok:
+		if real, _, found := strings.Cut(name, "@"); found && slices.ContainsFunc(s.host.Links, func(l netstate.HostLink) bool { return l.HasName(real) }) {
+			return l, fmt.Errorf("there is no device %s: the name is %s, what ip prints behind the @ is the other end", name, real)
+		}
+		return l, fmt.Errorf("there is no device %s", name)
+	case l.Tunnel:
+		return l, fmt.Errorf("%s is a tunnel device of overlayd itself: packets to other nodes can't leave by it", name)
+	case !l.Up:
+		return l, fmt.Errorf("%s is %w", name, errDown)
+	case l.Loopback:
+		return l, fmt.Errorf("%s is the loopback device", name)
+	case master.Kind == "vrf":
+		return l, fmt.Errorf("%s is in the VRF %s: the tunnel works in the main routing table, where what the VRF leads to is not known", name, master.Name)
+	}
+	return l, nil
+}
+
+// address finds the address to send from: the one that was asked for; else the one that the route prefers, then the current one, and then
+// the one that the kernel would take: in the network of the gateway, or else the first of the device, or of the loopback device.
+func (s search) address(c candidate, up []netstate.HostRoute) (netstate.HostAddress, error) {
+	var usable []netstate.HostAddress
+	for _, a := range s.host.Addresses {
+		if addr.FamilyOf(a.Prefix.Addr()) == s.family && s.why(a) == "" {
+			usable = append(usable, a)
+		}
+	}
+	find := func(match func(a netstate.HostAddress) bool) (netstate.HostAddress, bool) {
+		i := slices.IndexFunc(usable, match)
+		if i < 0 {
+			return netstate.HostAddress{}, false
+		}
+		return usable[i], true
+	}
+	devices := devicesOf(up)
+	if c.from != "" {
+		devices = []string{c.from}
+	}
+	on := func(a netstate.HostAddress) bool { return slices.Contains(devices, a.Link) }
+	if c.addr.IsValid() {
+		if a, ok := find(func(a netstate.HostAddress) bool { return a.Prefix.Addr() == c.addr }); ok {
+			return a, nil
+		}
+		return netstate.HostAddress{}, s.unusable(c.addr, devices)
+	}
+	src := up[0].Src
+	tries := []func(a netstate.HostAddress) bool{
+		func(a netstate.HostAddress) bool { return a.Prefix.Addr() == s.asked && on(a) },
+		func(a netstate.HostAddress) bool { return a.Prefix.Addr() == src && (!c.named || on(a)) },
+		func(a netstate.HostAddress) bool { return a.Prefix.Addr() == s.current && on(a) },
+		func(a netstate.HostAddress) bool {
+			return a.Link == up[0].Link && a.Prefix.Contains(up[0].Via) && on(a)
+		},
+	}
+	for _, d := range devices {
+		tries = append(tries, func(a netstate.HostAddress) bool { return a.Link == d })
+	}
+	lost := s.current.IsValid() && !s.host.Has(s.current)    // and may be back in a moment
+	if c.from == "" && c.uplinks[0].Dst.IsValid() && !lost { // a route by devices that have no address of their own
+		loopback := func(a netstate.HostAddress) bool {
+			l, _ := s.host.Link(a.Link)
+			return l.Loopback
+		}
+		tries = append(tries,
+			func(a netstate.HostAddress) bool { return a.Prefix.Addr() == src },
+			func(a netstate.HostAddress) bool { return a.Prefix.Addr() == s.current && loopback(a) },
+			loopback)
+	}
+	for _, match := range tries {
+		if a, ok := find(match); ok {
+			return a, nil
+		}
+	}
+	return netstate.HostAddress{}, s.unusable(netip.Addr{}, devices)
+}
+
+// why says why an address of the node can't be the one that it is reached at; "": it can.
+func (s search) why(a netstate.HostAddress) string {
+	ip := a.Prefix.Addr()
+	switch {
+	case a.Tunnel:
+		return fmt.Sprintf("%s is on %s, a tunnel device of overlayd itself", ip, a.Link)
+	case s.config.Contains(ip):
+		return fmt.Sprintf("%s has the address %s, which is inside the overlay network %s: the two must not overlap", a.Link, ip, s.config.Pools.Get(s.family).Network)
+	case ip.IsLoopback():
+		return fmt.Sprintf("%s is a loopback address, which no other node reaches", ip)
+	case !ip.IsGlobalUnicast():
+		return fmt.Sprintf("%s of %s is not reached beyond its own network", ip, a.Link)
+	case a.Fleeting:
+		return fmt.Sprintf("the address %s of %s is tentative, deprecated or temporary", ip, a.Link)
+	}
+	return ""
+}
+
+// unusable says why no address serves: of those on the devices, or the one.
+func (s search) unusable(one netip.Addr, devices []string) error {
+	none := fmt.Errorf("%s has no %s address to use", strings.Join(devices, " and "), s.family)
+	for _, a := range s.host.Addresses {
+		ip := a.Prefix.Addr()
+		if addr.FamilyOf(ip) != s.family || one.IsValid() && ip != one || !one.IsValid() && (!slices.Contains(devices, a.Link) || ip.IsLinkLocalUnicast()) {
+			continue
+		}
+		if why := s.why(a); why != "" {
+			return fmt.Errorf("%w: %s", none, why)
+		}
+	}
+	for _, d := range devices {
+		if l, _ := s.host.Link(d); l.Master != "" {
+			return fmt.Errorf("%w: it is a port of %s, whose addresses count", none, l.Master)
+		}
+	}
+	return none
+}
+
+// narrowest is the MTU that gets through to all peers: that of the underlay, unless routes lead to some of them by a device with less. What
+// it costs depends on the number of peers only where there are such routes.
+func narrowest(h netstate.Host, c subnet.Config, f addr.Family, mtu int, peers []*subnet.Lease) int {
+	less := map[string]int{}
+	for _, l := range h.Links {
+		if l.Up && !l.Tunnel && l.MTU < mtu {
+			less[l.Name] = l.MTU
+		}
+	}
+	leads := func(r netstate.HostRoute) bool {
+		return less[r.Link] > 0 && addr.FamilyOf(r.Dst.Addr()) == f && !r.Drops && !r.Dst.Addr().IsLinkLocalUnicast() && !c.Contains(r.Dst.Addr())
+	}
+	if !slices.ContainsFunc(h.Routes, leads) {
+		return mtu
+	}
+	for _, p := range peers {
+		for _, r := range h.NextHops(p.PublicIP.Get(f)) {
+			if leads(r) {
+				mtu = min(mtu, less[r.Link])
+			}
+		}
+	}
+	return mtu
 }

@@ -22,12 +22,20 @@ type Backend interface {
 	Plan(in Input) Plan
 }
 
-// Underlay is how a node reaches the others in one family: the device, and its own address there. It is the zero value where
-// the family is not in use.
+// Underlay is how a node reaches the others in one family: its own address, and the device. It is the zero value where the family is not
+// in use.
 type Underlay struct {
-	Device string
+	Device string // "": none alone, since routes lead by several, or the address is on another one
 	Addr   netip.Addr
-	MTU    int
+	MTU    int // the least of the devices that lead to other nodes
+}
+
+// By says by which device packets leave.
+func (u Underlay) By() string {
+	if u.Device == "" {
+		return "the narrowest device that leads to other nodes"
+	}
+	return u.Device
 }
 
 // Input is all that a plan is made from.
@@ -92,10 +100,16 @@ func (k WayKind) String() string {
 
 // OnLink finds the route by which the host reaches a peer without a gateway, or says why there is none.
 func OnLink(h netstate.Host, peer netip.Addr) (netstate.HostRoute, error) {
-	r, ok := h.Route(peer)
+	hops := h.NextHops(peer)
+	if len(hops) == 0 {
+		return netstate.HostRoute{}, fmt.Errorf("this node has no route to %s", peer)
+	}
+	r := hops[0]
 	switch {
-	case !ok:
-		return r, fmt.Errorf("this node has no route to %s", peer)
+	case len(hops) > 1:
+		return r, fmt.Errorf("this node's route to %s (%s) has %d next hops, no single device", peer, r.Dst, len(hops))
+	case h.IsTunnel(r.Link):
+		return r, fmt.Errorf("this node's route to %s (%s) leads into the tunnel device %s", peer, r.Dst, r.Link)
 	case r.Drops:
 		return r, fmt.Errorf("this node drops packets to %s (route to %s)", peer, r.Dst)
 	case r.Via.IsValid():
@@ -175,7 +189,7 @@ func (p *Plan) LimitMTU(in Input, f addr.Family) int {
 	mtu := PodMTU(b, f, under.MTU)
 	if b.MTU > under.MTU {
 		// The same for both families over one device.
-		if s := fmt.Sprintf("Backend.MTU is %d, but %s has an MTU of %d, which counts: larger packets would not leave the node", b.MTU, under.Device, under.MTU); !slices.Contains(p.Problems, s) {
+		if s := fmt.Sprintf("Backend.MTU is %d, but %s has an MTU of %d, which counts: larger packets would not leave the node", b.MTU, under.By(), under.MTU); !slices.Contains(p.Problems, s) {
 			p.Problems = append(p.Problems, s)
 		}
 	}

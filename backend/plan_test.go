@@ -296,3 +296,29 @@ func checkRoutes(t *testing.T, in backend.Input, routes []netstate.Route) {
 		}
 	}
 }
+
+// A peer is on a network of this node where one device leads to it, with no gateway between.
+func TestOnLink(t *testing.T) {
+	t.Parallel()
+	p, a := netip.MustParsePrefix, netip.MustParseAddr
+	h := netstate.Host{
+		Links: []netstate.HostLink{{Name: "eth0"}, {Name: "eth1"}, {Name: "overlay.1", Tunnel: true}},
+		Routes: []netstate.HostRoute{
+			{Dst: p("0.0.0.0/0"), Via: a("192.0.2.254"), Link: "eth0", Multipath: true}, {Dst: p("0.0.0.0/0"), Via: a("198.51.100.254"), Link: "eth1", Multipath: true},
+			{Dst: p("192.0.2.0/24"), Link: "eth0"},
+			{Dst: p("203.0.113.0/24"), Link: "eth0", Multipath: true}, {Dst: p("203.0.113.0/24"), Link: "eth1", Multipath: true},
+			{Dst: p("203.0.113.128/25"), Link: "eth1"},
+			{Dst: p("10.9.0.0/16"), Link: "overlay.1"},
+			{Dst: p("2001:db8::/64"), Link: "eth1"},
+		},
+	}.Indexed()
+	for ip, want := range map[string]string{
+		"192.0.2.7": "eth0", "2001:db8::7": "eth1", "203.0.113.200": "eth1",
+		"8.8.8.8": "2 next hops", "203.0.113.7": "2 next hops", "10.9.0.1": "leads into the tunnel device overlay.1", "2001:db8:9::9": "no route",
+	} {
+		r, err := backend.OnLink(h, a(ip))
+		if err == nil && r.Link != want || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %s, %v; want %s", ip, r.Link, err, want)
+		}
+	}
+}

@@ -16,6 +16,7 @@ type Host struct {
 	Routes    []HostRoute // unicast routes of the main table that are not ours
 
 	local   map[netip.Addr]struct{}
+	tunnels []string              // the devices that are ours
 	best    map[netip.Prefix]span // in Routes: the next hops of the one with the lowest metric
 	lengths addr.Per[[]int]       // of the prefixes in best
 }
@@ -81,6 +82,9 @@ func (h Host) Link(name string) (HostLink, bool) {
 	return h.Links[i], true
 }
 
+// IsTunnel reports whether a device is a tunnel device of ours.
+func (h Host) IsTunnel(device string) bool { return slices.Contains(h.tunnels, device) }
+
 // Has reports whether an address is configured on the node.
 func (h Host) Has(a netip.Addr) bool {
 	_, ok := h.local[a]
@@ -137,6 +141,12 @@ func (h Host) Indexed() Host {
 	h.local = make(map[netip.Addr]struct{}, len(h.Addresses))
 	for _, a := range h.Addresses {
 		h.local[a.Prefix.Addr()] = struct{}{}
+	}
+	h.tunnels = nil
+	for _, l := range h.Links {
+		if l.Tunnel {
+			h.tunnels = append(h.tunnels, l.Name)
+		}
 	}
 	h.best = make(map[netip.Prefix]span, len(h.Routes))
 	h.lengths = addr.Per[[]int]{}

@@ -207,7 +207,7 @@ func deviceFact(d status.Device) fact {
 	f := fact{Label: "Device"}
 	f.add("%s", d.Name)
 	f.add("VNI %d, UDP %d, MTU %d", d.VNI, d.Port, d.MTU)
-	f.add("from %s over %s", d.Local, d.Underlay)
+	f.add("from %s over %s", d.Local, d.Over())
 	f.add("MAC %s", d.MAC)
 	var on, off []string
 	for _, name := range slices.Sorted(maps.Keys(d.Offloads)) {

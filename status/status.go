@@ -102,7 +102,15 @@ type Device struct {
 	VNI      uint32 `json:"vni"`
 	Port     uint16 `json:"port"`
 	Local    string `json:"local"`
-	Underlay string `json:"underlay"`
+	Underlay string `json:"underlay"` // the device that it is bound to; "": none
+}
+
+// Over says which device it is bound to.
+func (d Device) Over() string {
+	if d.Underlay == "" {
+		return "any device"
+	}
+	return d.Underlay
 }
 
 // PeerCounts counts the other nodes.
