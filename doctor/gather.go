@@ -605,6 +605,9 @@ func (f *Facts) devices() []tunnel {
 		for _, fam := range f.Config.Families() {
 			u := f.Underlay.By.Get(fam)
 			t := tunnel{family: fam, name: vxlan.DeviceName(fam, f.Config.Backend.VNI), vni: f.Config.Backend.VNI, port: f.Config.Backend.Port, underlay: u.Device, local: u.Addr}
+			for _, l := range f.uplinks(fam) {
+				u.MTU = min(u.MTU, l.MTU)
+			}
 			if u.MTU > 0 {
 				t.mtu = backend.PodMTU(f.Config.Backend, fam, u.MTU)
 			}

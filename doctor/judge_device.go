@@ -49,8 +49,8 @@ func judgeTunnel(f Facts) []Finding {
 			out = append(out, fail(d.name+" is down", "ip link set "+d.name+" up")...)
 		case v.VNI != d.vni || v.Port != d.port:
 			out = append(out, fail(fmt.Sprintf("%s has VNI %d and UDP port %d, the network %d and %d", d.name, v.VNI, v.Port, d.vni, d.port), again)...)
-		case d.underlay != "" && (v.Underlay != d.underlay || v.Local != d.local):
-			out = append(out, fail(fmt.Sprintf("%s sends from %s by %s, it should from %s by %s", d.name, v.Local, orDefault(v.Underlay, "a device that is gone"), d.local, d.underlay), again)...)
+		case d.local.IsValid() && (v.Underlay != d.underlay || v.Local != d.local):
+			out = append(out, fail(fmt.Sprintf("%s sends from %s by %s, it should from %s by %s", d.name, v.Local, orDefault(v.Underlay, "no device alone"), d.local, orDefault(d.underlay, "no device alone")), again)...)
 		}
 		if mac := f.announced(d); mac != "" && mac != d.link.MAC.String() {
 			out = append(out, fail(fmt.Sprintf("%s has the MAC address %s, the lease announces %s: what the others send is dropped", d.name, d.link.MAC, mac), "ip link set "+d.name+" address "+mac)...)
@@ -138,10 +138,11 @@ func judgeMTU(f Facts) []Finding {
 		if !d.there {
 			continue
 		}
-		under, there := f.Survey.Link(d.link.VXLAN.Underlay)
-		if !there {
+		links := f.uplinks(d.family)
+		if len(links) == 0 {
 			continue
 		}
+		under := slices.MinFunc(links, func(a, b netstate.SurveyLink) int { return a.MTU - b.MTU })
 		room := backend.PodMTU(subnet.Backend{Type: subnet.VXLAN}, d.family, under.MTU)
 		said = append(said, fmt.Sprintf("%s %d over %s %d", d.name, d.link.MTU, under.Name, under.MTU))
 		switch {
@@ -296,7 +297,7 @@ func judgeOffloads(f Facts) []Finding {
 	var out []Finding
 	seen := map[string]bool{}
 	for _, d := range f.devices() {
-		for _, name := range []string{d.name, d.link.VXLAN.Underlay} {
+		for _, name := range append(namesOf(f.uplinks(d.family)), d.name) {
 			l, there := f.Survey.Link(name)
 			if !there || seen[name] {
 				continue

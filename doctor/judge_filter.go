@@ -51,29 +51,23 @@ func judgeTunnelFilter(f Facts) []Finding {
 		return ok("host-gw sends none")
 	}
 	var out []Finding
-	judged := 0
+	var judged []string
 	for _, d := range f.devices() {
-		under, there := f.Survey.Link(orDefault(d.underlay, d.link.VXLAN.Underlay))
-		if !there {
-			continue
+		for _, l := range f.arrivals(d.family) {
+			judged = append(judged, l.Name)
+			fate := f.Filter.through(f.arriving(d, l), d.family == addr.IPv6, "ingress", "prerouting", "input")
+			out = append(out, f.sayTunnel(d, l.Name, "arrive", fate)...)
 		}
-		judged++
-		for _, way := range []struct {
-			what  string
-			p     packet
-			hooks []string
-		}{
-			{"arrive", f.arriving(d, under), []string{"ingress", "prerouting", "input"}},
-			{"leave", f.leaving(d, under), []string{"output", "postrouting"}},
-		} {
-			fate := f.Filter.through(way.p, d.family == addr.IPv6, way.hooks...)
-			out = append(out, f.sayTunnel(d, under.Name, way.what, fate)...)
+		for _, l := range f.uplinks(d.family) {
+			fate := f.Filter.through(f.leaving(d, l), d.family == addr.IPv6, "output", "postrouting")
+			out = append(out, f.sayTunnel(d, l.Name, "leave", fate)...)
 		}
 	}
-	if judged == 0 {
+	if len(judged) == 0 {
 		return skipped("it is not known by which device the packets go")
 	}
-	return orOK(out, fmt.Sprintf("UDP port %d of %s is open", f.devices()[0].port, orDefault(f.devices()[0].underlay, f.devices()[0].link.VXLAN.Underlay)))
+	slices.Sort(judged)
+	return orOK(out, fmt.Sprintf("UDP port %d of %s is open", f.devices()[0].port, strings.Join(slices.Compact(judged), " and ")))
 }
 
 // somePeer is the address of a peer; not valid where none is known.
@@ -90,13 +84,13 @@ func (f Facts) somePeer(fam addr.Family) netip.Addr {
 const typeLocal, typeUnicast = 2, 1
 
 func (f Facts) arriving(d tunnel, under netstate.SurveyLink) packet {
-	local := d.local
+	local := f.reachedAt(d.family)
 	if !local.IsValid() {
 		local = d.link.VXLAN.Local
 	}
 	p := newPacket(f.somePeer(d.family), local, unix.IPPROTO_UDP).in(under.Name, under.Index)
 	p[netstate.FieldPort], p[netstate.FieldTypeOfDst] = port16(d.port), native32(typeLocal)
-	if r, known := f.Survey.Host.Route(f.somePeer(d.family)); known && r.Link == under.Name {
+	if f.leavesBy(under.Name, f.somePeer(d.family)) {
 		p[netstate.FieldReverse] = native32(1)
 	}
 	return p
@@ -283,7 +277,8 @@ func (f Facts) samplePeer(fam addr.Family) (p peer, own netip.Prefix, known bool
 // wayTo is the device by which a peer's pods are reached.
 func (f Facts) wayTo(p peer) netstate.SurveyLink {
 	if p.way == "direct" {
-		l, _ := f.Survey.Link(f.Underlay.By.Get(p.family()).Device)
+		r, _ := f.Survey.Host.Route(p.publicIP)
+		l, _ := f.Survey.Link(r.Link)
 		return l
 	}
 	for _, d := range f.devices() {

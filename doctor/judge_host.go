@@ -182,7 +182,12 @@ func judgeInterface(f Facts) []Finding {
 	var names []string
 	for _, fam := range f.families() {
 		u := f.Underlay.By.Get(fam)
+		if !u.Addr.IsValid() {
+			continue
+		}
 		if u.Device == "" {
+			names = append(names, fmt.Sprintf("%s by %s", u.Addr, strings.Join(namesOf(f.uplinks(fam)), ", ")))
+			out = append(out, f.judgeUplinks(fam)...)
 			continue
 		}
 		names = append(names, fmt.Sprintf("%s on %s", u.Addr, u.Device))
@@ -203,6 +208,33 @@ func judgeInterface(f Facts) []Finding {
 		return skipped("the network config is not known")
 	}
 	return orOK(out, strings.Join(names, " and "))
+}
+
+// judgeUplinks judges an address that is bound to no device: it needs one that leads to the other nodes.
+func (f Facts) judgeUplinks(fam addr.Family) []Finding {
+	u, links := f.Underlay.By.Get(fam), f.uplinks(fam)
+	if !f.Survey.Host.Has(u.Addr) {
+		return fail(fmt.Sprintf("no device has the address %s any more", u.Addr), f.Service.restart())
+	}
+	if len(links) == 0 {
+		return fail(fmt.Sprintf("no route leads from %s to the other nodes", u.Addr), f.wayMend()...)
+	}
+	var dead, mend []string
+	for _, l := range links {
+		switch {
+		case !l.Up:
+			dead, mend = append(dead, l.Name+" is down"), append(mend, "ip link set "+l.Name+" up")
+		case !l.Carrier:
+			dead, mend = append(dead, l.Name+" has no carrier"), append(mend, "ip -br link show "+l.Name)
+		}
+	}
+	switch len(dead) {
+	case 0:
+		return nil
+	case len(links):
+		return fail("nothing leads to the other nodes: "+strings.Join(dead, ", "), mend...)
+	}
+	return warn(fmt.Sprintf("%d of the %d devices that lead to the other nodes: %s", len(dead), len(links), strings.Join(dead, ", ")), mend...)
 }
 
 // wayMend is what to do where no interface is found: mostly it is the default route that is missing.
@@ -229,17 +261,18 @@ func (f Facts) wayMend() []string {
 // ambiguous: which device the default route goes by may be another one tomorrow.
 func (f Facts) ambiguous(fam addr.Family) []Finding {
 	var devices []string
-	for _, r := range f.Survey.Host.Routes {
+	f.Survey.Host.EachRoute(func(hops []netstate.HostRoute) {
+		r := hops[0] // of several next hops, all are in use
 		if r.Dst.Bits() == 0 && addr.FamilyOf(r.Dst.Addr()) == fam && !r.Drops && r.Link != "" && !slices.Contains(devices, r.Link) {
 			devices = append(devices, r.Link)
 		}
-	}
+	})
 	if !f.byDefault() || len(devices) < 2 {
 		return nil
 	}
 	slices.Sort(devices)
 	return warn(fmt.Sprintf("%s has default routes by %s; the one with the lowest metric is taken, which may be another one after the next start: say which with --iface", fam, strings.Join(devices, " and ")),
-		f.Service.set(f.EnvFile, "OVERLAYD_IFACE", f.Underlay.By.Get(fam).Device))
+		f.Service.set(f.EnvFile, "OVERLAYD_IFACE", orDefault(f.Underlay.By.Get(fam).Device, f.Underlay.By.Get(fam).Addr.String())))
 }
 
 // byDefault reports whether the interface is the one that the default route goes by.
@@ -282,19 +315,24 @@ func judgeRPFilter(f Facts) []Finding {
 			out = append(out, fixable(Warn, fmt.Sprintf("it is strict on %s, so that what a node sends through the tunnel is dropped where this node reaches it without; that may be why %s does not answer", d.name, few(unanswered)), sysctlFix(rpFilter(d.name), "2"))...)
 		}
 	}
-	u := f.Underlay.By.Get(addr.IPv4)
-	if own, ok := f.System.number(rpFilter(u.Device)); ok && max(all, own) == strictRP {
+	arrivals := f.arrivals(addr.IPv4)
+	for _, l := range arrivals {
+		own, known := f.System.number(rpFilter(l.Name))
+		if !known || max(all, own) != strictRP {
+			continue
+		}
 		var odd []string
 		for _, p := range f.Peers {
-			if !p.publicIP.Is4() {
-				continue
-			}
-			if r, there := f.Survey.Host.Route(p.publicIP); there && r.Link != u.Device && r.Link != "" {
+			if r, there := f.Survey.Host.Route(p.publicIP); p.publicIP.Is4() && there && r.Link != "" && !f.leavesBy(l.Name, p.publicIP) {
 				odd = append(odd, fmt.Sprintf("%s (%s, by %s)", p.name, p.publicIP, r.Link))
 			}
 		}
-		if len(odd) > 0 {
-			out = append(out, fixable(Fail, fmt.Sprintf("it is strict on %s, and the way back to %d nodes leaves by another device, so that what they send to %s is dropped: %s", u.Device, len(odd), u.Addr, few(odd)), sysctlFix(rpFilter(u.Device), "2"))...)
+		switch {
+		case len(odd) == 0:
+		case len(arrivals) == 1:
+			out = append(out, fixable(Fail, fmt.Sprintf("it is strict on %s, and the way back to %d nodes leaves by another device, so that what they send to %s is dropped: %s", l.Name, len(odd), f.reachedAt(addr.IPv4), few(odd)), sysctlFix(rpFilter(l.Name), "2"))...)
+		default:
+			out = append(out, fixable(Warn, fmt.Sprintf("it is strict on %s, and the way back to %d nodes leaves by another device: what they send to %s is dropped if it arrives there: %s", l.Name, len(odd), f.reachedAt(addr.IPv4), few(odd)), sysctlFix(rpFilter(l.Name), "2"))...)
 		}
 	}
 	return orOK(out, "it drops nothing that comes by the devices in use")
@@ -329,7 +367,9 @@ func judgeRoutes(f Facts) []Finding {
 		}
 		out = append(out, fail(fmt.Sprintf("the routes to %d peers are missing: %s", len(missing), few(missing)), mend)...)
 	}
-	for _, r := range f.Survey.Host.Routes {
+	f.Survey.Host.EachRoute(func(hops []netstate.HostRoute) {
+		r := hops[0]
+		out = append(out, f.intoTunnel(hops)...)
 		for _, bits := range lengths {
 			p, err := r.Dst.Addr().Prefix(bits)
 			if err != nil || bits > r.Dst.Bits() {
@@ -342,13 +382,30 @@ func judgeRoutes(f Facts) []Finding {
 			what, how := fmt.Sprintf("the route to %s by %s", r.Dst, r.Link), fmt.Sprintf("%s dev %s", r.Dst, r.Link)
 			if r.Drops {
 				what, how = fmt.Sprintf("the route that drops packets to %s", r.Dst), r.Dst.String()
+			} else if len(hops) > 1 {
+				how = r.Dst.String()
 			}
 			out = append(out, fail(fmt.Sprintf("%s is not ours and comes before the way to the peer %s", what, p), fmt.Sprintf("ip route del %s metric %d", how, r.Metric))...)
 			break
 		}
-	}
+	})
 	if len(out) == 0 && f.PeersFrom == "" {
 		return skipped("who the others are is not known")
 	}
 	return orOK(atMost(out), fmt.Sprintf("%d of ours, and nobody else's before them", len(f.Survey.Ours.Routes)))
+}
+
+// intoTunnel finds a route by which the tunnel's own packets would enter it again: they never leave.
+func (f Facts) intoTunnel(hops []netstate.HostRoute) []Finding {
+	r, h := hops[0], f.Survey.Host
+	covers := func(p peer) bool { return p.publicIP.IsValid() && r.Dst.Contains(p.publicIP) }
+	if !h.IsTunnel(r.Link) || r.Dst.Bits() > 0 && !slices.ContainsFunc(f.Peers, covers) {
+		return nil
+	}
+	if best, _ := h.Route(r.Dst.Addr()); best != r { // another one comes before it
+		return nil
+	}
+	word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip -6"}[addr.FamilyOf(r.Dst.Addr())]
+	return fail(fmt.Sprintf("the route to %s by %s leads packets to other nodes into the tunnel that they are to carry; a DHCP client that works on that device may have made it", r.Dst, r.Link),
+		fmt.Sprintf("%s route del %s dev %s metric %d", word, r.Dst, r.Link, r.Metric))
 }

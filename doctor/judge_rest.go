@@ -242,8 +242,10 @@ func (f Facts) someDevice() string {
 // capture shows the tunnel's packets on the wire.
 func (f Facts) capture() string {
 	for _, d := range f.devices() {
-		if u := orDefault(d.underlay, d.link.VXLAN.Underlay); u != "" {
-			return fmt.Sprintf("tcpdump -ni %s -c 20 udp port %d", u, d.port)
+		if links := f.uplinks(d.family); len(links) == 1 {
+			return fmt.Sprintf("tcpdump -ni %s -c 20 udp port %d", links[0].Name, d.port)
+		} else if len(links) > 1 {
+			return fmt.Sprintf("tcpdump -ni any -c 20 udp port %d", d.port)
 		}
 	}
 	return "ip -s link"
@@ -319,9 +321,9 @@ func (f Facts) lowerMTU(underlay int) []string {
 			return []string{f.etcdctl(fmt.Sprintf("put %s/config '%s'", f.prefix(), strings.ReplaceAll(doc, "'", `'\''`)))}
 		}
 	}
-	dev := f.Underlay.By.Get(f.Pings.Largest.Peer.family()).Device
-	if dev == "" {
+	r, known := f.Survey.Host.Route(f.Pings.Largest.Peer.publicIP)
+	if !known || r.Link == "" {
 		return []string{f.capture()}
 	}
-	return []string{fmt.Sprintf("ip link set %s mtu %d", dev, underlay)}
+	return []string{fmt.Sprintf("ip link set %s mtu %d", r.Link, underlay)}
 }
