@@ -163,29 +163,26 @@ func (c *claimer) retry(ctx context.Context, err error) time.Duration {
 
 // write executes a decision as one transaction that succeeds only if what it was decided under still holds.
 func (c *claimer) write(ctx context.Context, t subnet.Table, d subnet.Decision) (won bool, err error) {
-	cli, err := c.conn.get(ctx)
-	if err != nil {
-		return false, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
-	defer cancel()
-	lease := d.LeaseID
-	if d.LeaseID == 0 && !d.Reserved {
-		if lease, err = c.granted(ctx, cli); err != nil {
-			return false, c.conn.failed(cli, err)
+	lease, value := d.LeaseID, subnet.FormatValue(d.Lease.Attrs)
+	var resp *clientv3.TxnResponse
+	err = c.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
+		if d.LeaseID == 0 && !d.Reserved {
+			if lease, err = c.granted(ctx, cli); err != nil {
+				return err
+			}
 		}
-	}
-	value := subnet.FormatValue(d.Lease.Attrs)
-	resp, err := cli.Txn(ctx).
-		If(c.keys.guards(t, d)...).
-		Then(c.keys.writes(d, value, lease)...).
-		Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
-		Commit()
-	if err != nil {
+		resp, err = cli.Txn(ctx).
+			If(c.keys.guards(t, d)...).
+			Then(c.keys.writes(d, value, lease)...).
+			Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
+			Commit()
 		if errors.Is(err, rpctypes.ErrLeaseNotFound) {
 			c.spare = grant{}
 		}
-		return false, c.conn.failed(cli, err)
+		return err
+	})
+	if err != nil {
+		return false, err
 	}
 	c.works(partRequests)
 	if !resp.Succeeded {
@@ -347,7 +344,7 @@ func (m *Manager) checkHeld() {
 }
 
 // granted is an etcd lease for a new key: the one left from a lost race if there is one, else a new one.
-func (c *claimer) granted(ctx context.Context, cli *clientv3.Client) (int64, error) {
+func (c *claimer) granted(ctx context.Context, cli *client) (int64, error) {
 	if c.spare.id != 0 && time.Until(c.spare.expires) > c.opts.LeaseTTL/2 {
 		return c.spare.id, nil
 	}
@@ -387,19 +384,17 @@ func (c *claimer) inUse(id int64) bool {
 
 // initConfig puts the config that was given for the case that there is none, unless somebody else did first.
 func (c *claimer) initConfig(ctx context.Context, t subnet.Table) (put bool, err error) {
-	cli, err := c.conn.get(ctx)
+	var resp *clientv3.TxnResponse
+	err = c.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
+		resp, err = cli.Txn(ctx).
+			If(clientv3.Compare(clientv3.CreateRevision(c.keys.config), "=", 0)).
+			Then(clientv3.OpPut(c.keys.config, string(c.opts.InitConfig))).
+			Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
+			Commit()
+		return err
+	})
 	if err != nil {
 		return false, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
-	defer cancel()
-	resp, err := cli.Txn(ctx).
-		If(clientv3.Compare(clientv3.CreateRevision(c.keys.config), "=", 0)).
-		Then(clientv3.OpPut(c.keys.config, string(c.opts.InitConfig))).
-		Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
-		Commit()
-	if err != nil {
-		return false, c.conn.failed(cli, err)
 	}
 	if !resp.Succeeded {
 		c.learn(resp, t)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,32 +26,59 @@ func (e *storeError) Error() string { return "etcd: " + e.reason }
 func (e *storeError) Reason() string { return e.reason }
 func (e *storeError) Unwrap() error  { return e.err }
 
-// explain puts the errors that an operator meets into words that say what to look at.
-func explain(err error, o Options) error {
+// explain puts the errors that an operator meets into words that say what to look at. Where is the endpoint that
+// failed.
+func explain(err error, o Options, where string) error {
 	if err == nil {
 		return nil
 	}
 	if s := (*storeError)(nil); errors.As(err, &s) {
 		return err
 	}
-	return &storeError{reason(err, o), rpctypes.Error(err)}
+	return &storeError{reason(err, o, where), rpctypes.Error(err)}
 }
 
-func reason(err error, o Options) string {
-	// The port on our side is another one each time: the same fault would look like a new one.
-	localPort := regexp.MustCompile(`\S+:\d+->`)
-	text := message(err)
+// noneOf is the error where no endpoint is of use: what each of them said, in the order of the list, so that the same
+// fault reads the same.
+func noneOf(endpoints []string, failed map[string]error) error {
+	var reasons []string
+	var errs []error
+	for _, e := range endpoints {
+		err := failed[e]
+		errs = append(errs, err)
+		if s := (*storeError)(nil); errors.As(err, &s) && !slices.Contains(reasons, s.reason) {
+			reasons = append(reasons, s.reason)
+		}
+	}
+	return &storeError{strings.Join(reasons, "; "), errors.Join(errs...)}
+}
+
+func reason(err error, o Options, where string) string {
 	if r := authReason(err, o); r != "" {
 		return r
 	}
-	if r := connReason(text, o); r != "" {
+	r := endpointReason(err, o, where)
+	if len(o.Endpoints) > 1 && !strings.Contains(r, where) {
+		r = where + ": " + r
+	}
+	return r
+}
+
+// endpointReason is about one endpoint.
+func endpointReason(err error, o Options, where string) string {
+	// The port on our side is another one each time: the same fault would look like a new one.
+	localPort := regexp.MustCompile(`\S+:\d+->`)
+	text := message(err)
+	if r := connReason(text, where); r != "" {
 		return r
 	}
-	switch {
+	switch known := rpctypes.Error(err); {
 	case errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded:
-		return fmt.Sprintf("no answer from %s within %s", where(o), o.RequestTimeout.Round(time.Millisecond))
-	case errors.Is(rpctypes.Error(err), rpctypes.ErrNoLeader):
+		return fmt.Sprintf("no answer from %s within %s", where, o.RequestTimeout.Round(time.Millisecond))
+	case errors.Is(known, rpctypes.ErrNoLeader):
 		return "the etcd cluster has no leader"
+	case learner(err):
+		return where + " is a learner: it serves no node before it is promoted (etcdctl member promote)"
 	}
 	return localPort.ReplaceAllString(text, "")
 }
@@ -70,7 +98,7 @@ func authReason(err error, o Options) string {
 }
 
 // connReason is about getting there.
-func connReason(text string, o Options) string {
+func connReason(text, where string) string {
 	for _, k := range []struct{ has, means string }{
 		{"certificate signed by unknown authority", "the server's certificate is signed by an unknown authority (--etcd-cafile)"},
 		{"certificate has expired or is not yet valid", "the server's certificate has expired or is not valid yet"},
@@ -83,17 +111,17 @@ func connReason(text string, o Options) string {
 		{"first record does not look like a TLS handshake", "the server does not speak TLS (http:// in --etcd-endpoints?)"},
 		{"authentication handshake failed: EOF", "the server ended the TLS handshake: most likely it does not speak TLS (http:// in --etcd-endpoints?)"},
 		{"error reading server preface: EOF", "the server closed the connection at once: it speaks TLS (https:// in --etcd-endpoints?), or it is no etcd"},
-		{"connection refused", "connection refused by " + where(o)},
-		{"keepalive ping failed", "no answer from " + where(o)},
-		{"use of closed network connection", "no answer from " + where(o)},
-		{"client connection is closing", "no answer from " + where(o)},
-		{"transport is closing", where(o) + " closed the connection"},
-		{"i/o timeout", "no answer from " + where(o)},
-		{"broken pipe", where(o) + " closed the connection"},
-		{"connection reset by peer", where(o) + " closed the connection"},
+		{"connection refused", "connection refused by " + where},
+		{"keepalive ping failed", "no answer from " + where},
+		{"use of closed network connection", "no answer from " + where},
+		{"client connection is closing", "no answer from " + where},
+		{"transport is closing", where + " closed the connection"},
+		{"i/o timeout", "no answer from " + where},
+		{"broken pipe", where + " closed the connection"},
+		{"connection reset by peer", where + " closed the connection"},
 		{"no such host", "the name in --etcd-endpoints can't be resolved: no such host"},
-		{"no route to host", "no route to " + where(o)},
-		{"network is unreachable", "the network of " + where(o) + " is unreachable"},
+		{"no route to host", "no route to " + where},
+		{"network is unreachable", "the network of " + where + " is unreachable"},
 	} {
 		if strings.Contains(text, k.has) {
 			return k.means
@@ -101,8 +129,6 @@ func connReason(text string, o Options) string {
 	}
 	return ""
 }
-
-func where(o Options) string { return strings.Join(o.Endpoints, ", ") }
 
 func user(o Options) string {
 	switch {
@@ -133,19 +159,32 @@ func cancelled(reason string) error {
 	return rpctypes.Error(err)
 }
 
-// refused reports whether the store does not accept who we are, so that a new client with freshly read credentials is due.
-func refused(err error) bool {
+// loginEnded reports whether the store no longer accepts a login, so that a new one is due.
+func loginEnded(err error) bool {
 	known := rpctypes.Error(err)
-	return errors.Is(known, rpctypes.ErrAuthFailed) || errors.Is(known, rpctypes.ErrInvalidAuthToken) ||
-		errors.Is(known, rpctypes.ErrUserEmpty)
+	return errors.Is(known, rpctypes.ErrInvalidAuthToken) || errors.Is(known, rpctypes.ErrUserEmpty) ||
+		errors.Is(known, rpctypes.ErrAuthOldRevision)
 }
 
-// unreachable reports whether it is the way to the store that failed, and not the store that said no.
-func unreachable(err error) bool {
+// learner reports whether a member said that it does not vote.
+func learner(err error) bool {
+	return errors.Is(rpctypes.Error(err), rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner))
+}
+
+// faulty reports whether it is the endpoint that failed, or the connection to it, and not the store that said no.
+func faulty(err error) bool {
 	code := status.Code(err)
 	if e := (rpctypes.EtcdError{}); errors.As(err, &e) {
 		code = e.Code()
 	}
-	return code == codes.Unavailable || code == codes.DeadlineExceeded || code == codes.Canceled || refused(err) ||
-		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+	switch code {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Internal, codes.DataLoss, codes.Unimplemented:
+		return true
+	}
+	return learner(err) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+}
+
+// unreachable reports whether the store could not be asked, or did not accept who asks.
+func unreachable(err error) bool {
+	return faulty(err) || loginEnded(err) || errors.Is(rpctypes.Error(err), rpctypes.ErrAuthFailed)
 }

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 
@@ -92,15 +93,12 @@ func (o Options) examineContent(ctx context.Context) (t subnet.Table, noConfig b
 	if t, err = m.List(ctx); err != nil {
 		return t, false, nil, err
 	}
-	cli, err := m.conn.get(ctx)
-	if err != nil {
-		return t, false, nil, err
-	}
 	// The condition never holds: what stands behind it is checked (permissions, room), and not done.
 	never := clientv3.Compare(clientv3.CreateRevision(m.keys.config), "<", 0)
-	if _, err := cli.Txn(ctx).If(never).Then(clientv3.OpPut(m.keys.subnets+"examined", "")).Commit(); err != nil {
-		writeErr = m.conn.failed(cli, err)
-	}
+	writeErr = m.conn.request(ctx, func(ctx context.Context, cli *client) error {
+		_, err := cli.Txn(ctx).If(never).Then(clientv3.OpPut(m.keys.subnets+"examined", "")).Commit()
+		return err
+	})
 	return t, t.ConfigRevision == 0, writeErr, nil
 }
 
@@ -113,23 +111,23 @@ func (o Options) examine(ctx context.Context, endpoint string) (e Endpoint) {
 	wg.Go(func() { e.Clock, e.ClockErr = o.clock(ctx, endpoint) })
 	c := newConn(o)
 	defer c.close()
-	cli, err := c.get(ctx)
-	if err == nil {
-		_, err = cli.Get(ctx, newKeys(o.Prefix).config, clientv3.WithKeysOnly()) // makes the connection
+	read := func(ctx context.Context, cli *client) error {
+		_, err := cli.Get(ctx, newKeys(o.Prefix).config, clientv3.WithKeysOnly())
+		return err
 	}
-	if err != nil {
-		e.Err = c.failed(cli, err)
+	if e.Err = c.request(ctx, read); e.Err != nil { // makes the connection
 		return e
 	}
 	began := time.Now()
-	if _, err := cli.Get(ctx, newKeys(o.Prefix).config, clientv3.WithKeysOnly()); err != nil {
-		e.Err = c.failed(cli, err)
+	if e.Err = c.request(ctx, read); e.Err != nil {
 		return e
 	}
 	e.Took = time.Since(began)
-	if s, err := cli.Status(ctx, endpoint); err == nil {
-		e.Version, e.Alarms = s.Version, s.Errors
-	}
+	_ = c.request(ctx, func(ctx context.Context, cli *client) error {
+		s, err := pb.NewMaintenanceClient(cli.cc).Status(ctx, &pb.StatusRequest{})
+		e.Version, e.Alarms = s.GetVersion(), s.GetErrors()
+		return err
+	})
 	return e
 }
 

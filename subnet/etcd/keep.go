@@ -7,7 +7,6 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
-	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 )
 
@@ -89,22 +88,16 @@ func (m *Manager) renew(ctx context.Context, id int64) (time.Duration, error) {
 }
 
 // keepAlive is one renewal. clientv3's KeepAliveOnce would try again at once, and again, while there is no connection.
-func (m *Manager) keepAlive(ctx context.Context, id int64) (time.Duration, error) {
-	cli, err := m.conn.get(ctx)
-	if err != nil {
-		return 0, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
-	defer cancel() // ends the stream as well
-	ttl, err := keepAliveOnce(ctx, cli, id)
-	if err != nil {
-		return 0, m.conn.failed(cli, err)
-	}
-	return ttl, nil
+func (m *Manager) keepAlive(ctx context.Context, id int64) (ttl time.Duration, err error) {
+	err = m.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
+		ttl, err = keepAliveOnce(ctx, cli, id)
+		return err
+	})
+	return ttl, err
 }
 
-func keepAliveOnce(ctx context.Context, cli *clientv3.Client, id int64) (time.Duration, error) {
-	stream, err := pb.NewLeaseClient(cli.ActiveConnection()).LeaseKeepAlive(ctx)
+func keepAliveOnce(ctx context.Context, cli *client, id int64) (time.Duration, error) {
+	stream, err := pb.NewLeaseClient(cli.cc).LeaseKeepAlive(ctx)
 	if err != nil {
 		return 0, err
 	}

@@ -42,11 +42,13 @@ func options(s *etcdtest.Server) Options {
 // start runs a manager until the end of the test, or stop.
 func start(t testing.TB, o Options) *node {
 	t.Helper()
+	return run(t, must[*Manager](t)(New(o, zap.NewNop())))
+}
+
+func run(t testing.TB, m *Manager) *node {
+	t.Helper()
 	core, logs := observer.New(zap.DebugLevel)
-	m, err := New(o, zap.New(core))
-	if err != nil {
-		t.Fatal(err)
-	}
+	m.log = zap.New(core)
 	n := &node{t: t, m: m, logs: logs, news: make(chan struct{})}
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

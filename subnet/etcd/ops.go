@@ -20,35 +20,33 @@ const (
 
 // List reads the table once. It is for the operator's commands, and works without Run.
 func (m *Manager) List(ctx context.Context) (subnet.Table, error) {
-	cli, err := m.conn.get(ctx)
+	resp, err := m.readAll(ctx)
 	if err != nil {
 		return subnet.Table{}, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
-	defer cancel()
-	resp, err := cli.Get(ctx, m.keys.all, clientv3.WithPrefix())
-	if err != nil {
-		return subnet.Table{}, m.conn.failed(cli, err)
 	}
 	v := newView(m.opts.Prefix, m.opts.Parse)
 	v.reset(resp.Kvs, resp.Header)
 	return v.table(), nil
 }
 
+func (m *Manager) readAll(ctx context.Context) (resp *clientv3.GetResponse, err error) {
+	err = m.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
+		resp, err = cli.Get(ctx, m.keys.all, clientv3.WithPrefix())
+		return err
+	})
+	return resp, err
+}
+
 // Expiries asks how long each etcd lease of the table still has, by its id; one that has ended is not in the answer. It is one
 // request for each: for the eyes of an operator, not for the daemon.
 func (m *Manager) Expiries(ctx context.Context, t subnet.Table) (map[int64]time.Duration, error) {
-	cli, err := m.conn.get(ctx)
-	if err != nil {
-		return nil, err
-	}
 	var mu sync.Mutex
 	out := map[int64]time.Duration{}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(askAtOnce)
 	for id := range leaseIDs(t) {
 		g.Go(func() error {
-			left, err := m.timeToLive(ctx, cli, id)
+			left, err := m.timeToLive(ctx, id)
 			if err == nil && left >= 0 {
 				mu.Lock()
 				defer mu.Unlock()
@@ -71,14 +69,15 @@ func leaseIDs(t subnet.Table) map[int64]bool {
 }
 
 // timeToLive is negative for a lease that has ended.
-func (m *Manager) timeToLive(ctx context.Context, cli *clientv3.Client, id int64) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
-	defer cancel()
-	resp, err := cli.TimeToLive(ctx, clientv3.LeaseID(id))
-	if err != nil {
-		return 0, m.conn.failed(cli, err)
-	}
-	return time.Duration(resp.TTL) * time.Second, nil
+func (m *Manager) timeToLive(ctx context.Context, id int64) (left time.Duration, err error) {
+	err = m.conn.request(ctx, func(ctx context.Context, cli *client) error {
+		resp, err := cli.TimeToLive(ctx, clientv3.LeaseID(id))
+		if err == nil {
+			left = time.Duration(resp.TTL) * time.Second
+		}
+		return err
+	})
+	return left, err
 }
 
 // Release deletes the leases that carry exactly this identity, and says which. Reservations stay. It is for taking a node out of
@@ -107,13 +106,9 @@ func (m *Manager) Release(ctx context.Context, id subnet.Identity) ([]*subnet.En
 }
 
 // remove deletes entries in one transaction, if none of them has changed.
-func (m *Manager) remove(ctx context.Context, es []*subnet.Entry) (bool, error) {
+func (m *Manager) remove(ctx context.Context, es []*subnet.Entry) (done bool, err error) {
 	if len(es) == 0 {
 		return true, nil
-	}
-	cli, err := m.conn.get(ctx)
-	if err != nil {
-		return false, err
 	}
 	var guards []clientv3.Cmp
 	var deletes []clientv3.Op
@@ -121,11 +116,12 @@ func (m *Manager) remove(ctx context.Context, es []*subnet.Entry) (bool, error) 
 		guards = append(guards, clientv3.Compare(clientv3.ModRevision(m.keys.subnets+e.Key), "=", e.Revision))
 		deletes = append(deletes, clientv3.OpDelete(m.keys.subnets+e.Key))
 	}
-	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
-	defer cancel()
-	resp, err := cli.Txn(ctx).If(guards...).Then(deletes...).Commit()
-	if err != nil {
-		return false, m.conn.failed(cli, err)
-	}
-	return resp.Succeeded, nil
+	err = m.conn.request(ctx, func(ctx context.Context, cli *client) error {
+		resp, err := cli.Txn(ctx).If(guards...).Then(deletes...).Commit()
+		if err == nil {
+			done = resp.Succeeded
+		}
+		return err
+	})
+	return done, err
 }

@@ -20,10 +20,7 @@ func (m *Manager) probeLoop(ctx context.Context) {
 		if !synced || ctx.Err() != nil {
 			continue // whoever gets in sync probes first
 		}
-		cli, err := m.conn.get(ctx)
-		if err == nil {
-			err = m.probe(ctx, cli)
-		}
+		err := m.probe(ctx)
 		if errors.Is(err, errRelist) {
 			err = nil
 		}
@@ -64,20 +61,22 @@ func (m *Manager) facts() facts {
 }
 
 // probe asks for the facts in one request. errRelist: they don't fit the view, and it was marked so.
-func (m *Manager) probe(ctx context.Context, cli *clientv3.Client) error {
+func (m *Manager) probe(ctx context.Context) error {
 	f := m.facts()
 	if f.view.watched == 0 {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
-	defer cancel()
 	var gets []clientv3.Op
 	for key := range f.revisions {
 		gets = append(gets, clientv3.OpGet(key, clientv3.WithKeysOnly()))
 	}
-	resp, err := cli.Txn(ctx).Then(gets...).Commit()
+	var resp *clientv3.TxnResponse
+	err := m.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
+		resp, err = cli.Txn(ctx).Then(gets...).Commit()
+		return err
+	})
 	if err != nil {
-		return m.conn.failed(cli, err)
+		return err
 	}
 	if err := f.check(resp.Header, revisionsIn(resp.Responses)); err != nil {
 		m.distrust(err)

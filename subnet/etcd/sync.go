@@ -22,28 +22,32 @@ func (m *Manager) syncLoop(ctx context.Context) {
 		case !errors.Is(err, errRelist):
 			m.fails(ctx, partTable, err)
 		}
-		m.conn.wait(ctx, backoff(attempt, chance()))
+		sleep(ctx, backoff(attempt, chance()), nil)
 	}
 }
 
 // syncOnce reports whether it came to watch, and why that ended.
 func (m *Manager) syncOnce(ctx context.Context) (watched bool, err error) {
-	cli, err := m.conn.get(ctx)
-	if err != nil {
-		return false, err
-	}
-	if err := m.catchUp(ctx, cli); err != nil {
+	if err := m.catchUp(ctx); err != nil {
 		return false, err
 	}
 	m.works(partRequests)
 	m.setSynced(true)
+	defer m.setSynced(false)
 	poke(m.wakeClaim)
-	if err = m.letClaim(ctx); err == nil {
-		watched, err = m.watch(ctx, cli)
+	if err = m.letClaim(ctx); err != nil {
+		return false, err
 	}
-	m.setSynced(false)
-	if err != nil && !errors.Is(err, errRelist) {
-		err = m.conn.failed(cli, err)
+	var broke error
+	err = m.conn.try(ctx, func(cli *client) error {
+		if watched, broke = m.watch(ctx, cli); !watched {
+			return broke
+		}
+		broke = m.conn.failed(cli, broke)
+		return nil
+	})
+	if watched {
+		err = broke
 	}
 	return watched, err
 }
@@ -92,26 +96,24 @@ func (m *Manager) setSynced(to bool) {
 
 // catchUp makes the view one that a watch can go on from. After a mere interruption it is that already, so that a store which
 // comes back isn't asked for the whole table by all nodes at once; but first it has to be sure that it is the same store.
-func (m *Manager) catchUp(ctx context.Context, cli *clientv3.Client) error {
+func (m *Manager) catchUp(ctx context.Context) error {
 	m.mu.Lock()
 	list := m.relist || m.view.watched == 0
 	m.mu.Unlock()
 	if !list {
-		err := m.probe(ctx, cli)
+		err := m.probe(ctx)
 		if !errors.Is(err, errRelist) {
 			return err
 		}
 	}
-	return m.list(ctx, cli)
+	return m.list(ctx)
 }
 
 // list reads everything at one revision.
-func (m *Manager) list(ctx context.Context, cli *clientv3.Client) error {
-	ctx, cancel := context.WithTimeout(ctx, m.opts.RequestTimeout)
-	defer cancel()
-	resp, err := cli.Get(ctx, m.keys.all, clientv3.WithPrefix())
+func (m *Manager) list(ctx context.Context) error {
+	resp, err := m.readAll(ctx)
 	if err != nil {
-		return m.conn.failed(cli, err)
+		return err
 	}
 	m.update(func() bool {
 		m.view.reset(resp.Kvs, resp.Header)
@@ -124,11 +126,10 @@ func (m *Manager) list(ctx context.Context, cli *clientv3.Client) error {
 
 // watch follows the store from where the view is, until something breaks. It works on the gRPC stream itself: clientv3's watcher
 // reconnects behind its caller's back, and goes on waiting for ever on a store whose revisions start anew.
-func (m *Manager) watch(ctx context.Context, cli *clientv3.Client) (watched bool, err error) {
-	// Without a leader a member hears of nothing: then the stream shall end.
-	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+func (m *Manager) watch(ctx context.Context, cli *client) (watched bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := pb.NewWatchClient(cli.ActiveConnection()).Watch(ctx)
+	stream, err := pb.NewWatchClient(cli.cc).Watch(ctx)
 	if err != nil {
 		return false, err
 	}
@@ -146,7 +147,7 @@ func (m *Manager) watch(ctx context.Context, cli *clientv3.Client) (watched bool
 		for range responses {
 		}
 	}()
-	if err := m.watchCreated(ctx, cli, responses, &recvErr); err != nil {
+	if err := m.watchCreated(ctx, responses, &recvErr); err != nil {
 		return false, err
 	}
 	m.works(partTable)
@@ -182,7 +183,7 @@ func receive(ctx context.Context, stream pb.Watch_WatchClient, to chan<- *pb.Wat
 
 // watchCreated waits for the store's word that the watch is there. A revision below ours means that the member lags behind, or
 // that the store is another one now, whose revision may be long in reaching ours: a probe tells.
-func (m *Manager) watchCreated(ctx context.Context, cli *clientv3.Client, responses <-chan *pb.WatchResponse, recvErr *error) error {
+func (m *Manager) watchCreated(ctx context.Context, responses <-chan *pb.WatchResponse, recvErr *error) error {
 	timeout := time.NewTimer(m.opts.RequestTimeout)
 	defer timeout.Stop()
 	select {
@@ -197,7 +198,7 @@ func (m *Manager) watchCreated(ctx context.Context, cli *clientv3.Client, respon
 		behind := r.GetHeader().GetRevision() < m.view.watched
 		m.mu.Unlock()
 		if behind {
-			return m.probe(ctx, cli)
+			return m.probe(ctx)
 		}
 		return nil
 	case <-timeout.C:

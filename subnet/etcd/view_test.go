@@ -276,12 +276,12 @@ func TestReason(t *testing.T) {
 		cancelled(rpctypes.ErrGRPCPermissionDenied.Error()):  `permission denied for user "me": it needs to read and write /p/`,
 		errors.New("rpc error: code = Unavailable desc = x"): "x",
 	} {
-		if err := explain(in, o); err.Error() != "etcd: "+want {
+		if err := explain(in, o, "http://a:1"); err.Error() != "etcd: "+want {
 			t.Errorf("got %q, want %q", err, want)
 		}
 	}
-	if !refused(cancelled(rpctypes.ErrGRPCInvalidAuthToken.Error())) {
-		t.Error("a watch that ends for an invalid token is a refusal")
+	if !loginEnded(cancelled(rpctypes.ErrGRPCInvalidAuthToken.Error())) {
+		t.Error("a watch that ends for an invalid token needs a new login")
 	}
 }
 

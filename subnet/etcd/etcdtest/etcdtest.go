@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
@@ -36,6 +38,10 @@ type Server struct {
 	url  url.URL
 	etcd *embed.Etcd
 	stop context.CancelFunc // ends the streams of clients
+
+	cluster *Cluster // nil for a member alone
+	name    string   // in the cluster
+	wire    *wire
 }
 
 type options struct {
@@ -43,6 +49,7 @@ type options struct {
 	certs      *Certs
 	clientCert bool
 	tokenTTL   uint
+	strict     bool
 }
 
 // Option changes how a Server is started.
@@ -60,8 +67,18 @@ func ClientCert() Option { return func(o *options) { o.clientCert = true } }
 // TokenTTL is how many seconds a login lasts, where EnableAuth is used.
 func TokenTTL(seconds uint) Option { return func(o *options) { o.tokenTTL = seconds } }
 
+// StrictLogin has the server refuse a request for a login that an ended login comes along with, as etcd 3.4 does.
+func StrictLogin() Option { return func(o *options) { o.strict = true } }
+
 // Start runs a server until the end of the test.
 func Start(t testing.TB, opts ...Option) *Server {
+	t.Helper()
+	s := newServer(t, opts...)
+	s.Restart()
+	return s
+}
+
+func newServer(t testing.TB, opts ...Option) *Server {
 	t.Helper()
 	s := &Server{t: t}
 	for _, f := range opts {
@@ -76,7 +93,6 @@ func Start(t testing.TB, opts ...Option) *Server {
 		s.url = url.URL{Scheme: "https", Host: freePort(t, s.opts.certs.ip)}
 	}
 	t.Cleanup(s.Stop)
-	s.Restart()
 	return s
 }
 
@@ -134,6 +150,12 @@ func (s *Server) config(streams context.Context) *embed.Config {
 	c.InitialCluster = c.InitialClusterFromName(c.Name)
 	c.BcryptCost = 4
 	c.GRPCAdditionalServerOptions = []grpc.ServerOption{grpc.ChainStreamInterceptor(endStreams(streams))}
+	if s.opts.strict {
+		c.GRPCAdditionalServerOptions = append(c.GRPCAdditionalServerOptions, grpc.ChainUnaryInterceptor(s.strictLogin))
+	}
+	if s.cluster != nil {
+		s.cluster.configure(c, s)
+	}
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	if s.opts.tokenTTL != 0 {
 		c.AuthTokenTTL = s.opts.tokenTTL
@@ -145,6 +167,17 @@ func (s *Server) config(streams context.Context) *embed.Config {
 		}
 	}
 	return c
+}
+
+func (s *Server) strictLogin(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler,
+) (any, error) {
+	if info.FullMethod == pb.Auth_Authenticate_FullMethodName {
+		if _, err := s.etcd.Server.AuthStore().AuthInfoFromCtx(ctx); err != nil {
+			return nil, rpctypes.ErrGRPCInvalidAuthToken
+		}
+	}
+	return next(ctx, req)
 }
 
 // endStreams ends the streams of clients (watches, renewals) along with ctx: a server that stops waits for them for seconds.
