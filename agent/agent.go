@@ -551,7 +551,7 @@ func (a *Agent) firewallWish(p *planned) []masquerade.Input {
 		in := masquerade.Input{
 			Network: c.Pools.Get(f).Network, Subnet: self.Subnets.Get(f), Tunnel: p.tunnel.Get(f),
 			DirectNodes: a.opts.IPMasq && (c.Backend.Type == subnet.HostGW || c.Backend.DirectRouting), Nodes: p.direct.Get(f),
-			Exclude: a.opts.MasqExclude, Masquerade: a.opts.IPMasq, Forward: a.opts.ForwardRules,
+			Bare: p.bare.Get(f), Exclude: a.opts.MasqExclude, Masquerade: a.opts.IPMasq, Forward: a.opts.ForwardRules,
 		}
 		if self.PublicIPLocal {
 			in.Node = self.PublicIP.Get(f)

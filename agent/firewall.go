@@ -98,7 +98,7 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 	}
 	noSets := res.NoSets
 	if noSets != nil {
-		noSets = fmt.Errorf("pods reach the nodes on their own network with a translated address: %w", noSets)
+		noSets = fmt.Errorf("some packets between pods and nodes arrive with a translated address: %w", noSets)
 	}
 	f.health.set(condNodeSet, noSets)
 	return err

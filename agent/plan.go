@@ -26,11 +26,12 @@ type planned struct {
 	input   backend.Input // without the peers
 	mtu     int
 	tunnel  addr.Per[string]
-	devices []netstate.Link        // of the node itself
-	steers  addr.Per[int]          // see steered
-	direct  addr.Per[[]netip.Addr] // see backend.Plan.DirectNodes
-	entries map[string]int         // how many objects are planned, by kind
-	online  bool                   // the peers are those of the store, not of memory
+	devices []netstate.Link          // of the node itself
+	steers  addr.Per[int]            // see steered
+	direct  addr.Per[[]netip.Addr]   // see backend.Plan.DirectNodes
+	bare    addr.Per[[]netip.Prefix] // see backend.Plan.BareSubnets
+	entries map[string]int           // how many objects are planned, by kind
+	online  bool                     // the peers are those of the store, not of memory
 	// plain: no peer is unreachable and nobody else's route is in the way, so that peers that come and go make no difference to others.
 	plain bool
 }
@@ -128,7 +129,7 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	slices.SortFunc(desired.Sysctls, netstate.Sysctl.Compare)
 	inTheWay := shadowed(a.host, desired)
 	p := &planned{
-		input: in, mtu: plan.MTU, tunnel: plan.Tunnel, devices: desired.Links, steers: steered(plan), direct: plan.DirectNodes,
+		input: in, mtu: plan.MTU, tunnel: plan.Tunnel, devices: desired.Links, steers: steered(plan), direct: plan.DirectNodes, bare: plan.BareSubnets,
 		entries: desired.Counts(), online: a.online(), plain: plain(plan, inTheWay),
 	}
 	a.firewall.wishes.put(a.firewallWish(p)) // it works meanwhile
@@ -202,23 +203,29 @@ func (p *planned) count(gone, come netstate.State) {
 	}
 }
 
-// follow takes note of the nodes that are reached without a tunnel, and reports whether they changed.
+// follow takes note of the peers that the firewall has to know, and reports whether they changed.
 func (p *planned) follow(gone, come backend.Plan) (changed bool) {
 	for _, f := range addr.Families() {
-		out, in := gone.DirectNodes.Get(f), come.DirectNodes.Get(f)
-		if slices.Equal(out, in) {
-			continue
-		}
-		left := make(map[netip.Addr]bool, len(out))
-		for _, ip := range out {
-			left[ip] = true
-		}
-		// The firewall works with the list from before, which must not change under its hands.
-		now := slices.DeleteFunc(slices.Clone(p.direct.Get(f)), func(ip netip.Addr) bool { return left[ip] })
-		p.direct.Set(f, append(now, in...))
-		changed = true
+		direct, a := replaced(p.direct.Get(f), gone.DirectNodes.Get(f), come.DirectNodes.Get(f))
+		bare, b := replaced(p.bare.Get(f), gone.BareSubnets.Get(f), come.BareSubnets.Get(f))
+		p.direct.Set(f, direct)
+		p.bare.Set(f, bare)
+		changed = changed || a || b
 	}
 	return changed
+}
+
+// replaced is a list without some entries and with others. The firewall works with the one from before, which must not change under its
+// hands.
+func replaced[T comparable](list, out, in []T) (now []T, changed bool) {
+	if slices.Equal(out, in) {
+		return list, false
+	}
+	left := make(map[T]bool, len(out))
+	for _, e := range out {
+		left[e] = true
+	}
+	return append(slices.DeleteFunc(slices.Clone(list), func(e T) bool { return left[e] }), in...), true
 }
 
 // writeSubnetFile tells CNI plugins the subnet and the MTU.

@@ -438,7 +438,7 @@ func trySets() error {
 		return err
 	}
 	defer s.Close()
-	_, err = s.Ensure("trial", addr.IPv4, nil)
+	_, err = s.Ensure("trial", addr.IPv4, false, nil)
 	return err
 }
 

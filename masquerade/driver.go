@@ -37,11 +37,11 @@ func (r *Result) add(more Result) {
 	r.NoSets = errors.Join(r.NoSets, more.NoSets)
 }
 
-// Sets keeps named sets of addresses in the kernel, for a firewall that has none of its own. A set has to exist before a
+// Sets keeps named sets of addresses or networks in the kernel, for a firewall that has none of its own. A set has to exist before a
 // rule names it, and cannot be removed before the rule is.
 type Sets interface {
 	// Ensure makes the set hold exactly these members; it returns how many changes were made for it.
-	Ensure(name string, f addr.Family, members []netip.Addr) (changed int, err error)
+	Ensure(name string, f addr.Family, networks bool, members []netip.Prefix) (changed int, err error)
 	// Remove removes the set; that there is none is fine.
 	Remove(name string) error
 }
@@ -57,8 +57,8 @@ type Kernel interface {
 	// Rules returns the rules of a chain, or of all chains in the table if none is named, as the words that `iptables -S`
 	// prints, without quotes. What is not known there is a word that begins with a question mark.
 	Rules(f addr.Family, table, chain string) ([][]string, error)
-	// Set returns the kind of a set, "ipv4_addr", and its members, sorted.
-	Set(f addr.Family, table, set string) (kind string, members []netip.Addr, err error)
+	// Set returns the kind of a set, "ipv4_addr" or, for networks, "ipv4_addr interval", and its members, sorted.
+	Set(f addr.Family, table, set string) (kind string, members []netip.Prefix, err error)
 	// LegacyTable returns a number that changes with every change of a table of iptables-legacy, which has to exist.
 	LegacyTable(f addr.Family, table string) (uint64, error)
 }
@@ -72,7 +72,7 @@ func (noKernel) Chain(addr.Family, string, string) (string, error) { return "", 
 
 func (noKernel) Rules(addr.Family, string, string) ([][]string, error) { return nil, errNoKernel }
 
-func (noKernel) Set(addr.Family, string, string) (string, []netip.Addr, error) {
+func (noKernel) Set(addr.Family, string, string) (string, []netip.Prefix, error) {
 	return "", nil, errNoKernel
 }
 

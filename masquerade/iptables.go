@@ -192,7 +192,7 @@ func (d *IPTables) fillSets(rs Ruleset) (drifts []Drift, err error) {
 		return nil, nil
 	}
 	for _, s := range rs.Sets {
-		changed, err := d.sets.Ensure(s.Name, rs.Family, s.Members)
+		changed, err := d.sets.Ensure(s.Name, rs.Family, s.Networks, s.Members)
 		if changed > 0 {
 			drifts = append(drifts, Drift{rs.Family, postRouting(), SetChanged}) // only rules there look into a set
 		}
@@ -203,12 +203,15 @@ func (d *IPTables) fillSets(rs Ruleset) (drifts []Drift, err error) {
 	return drifts, nil
 }
 
-// dropSets removes the set that no rule names any more.
+// dropSets removes the sets that no rule names any more.
 func (d *IPTables) dropSets(rs Ruleset) error {
-	if d.sets == nil || len(rs.Sets) > 0 {
-		return nil
+	var errs []error
+	for _, name := range setNames(rs.Family) {
+		if d.sets != nil && !slices.ContainsFunc(rs.Sets, func(s Set) bool { return s.Name == name }) {
+			errs = append(errs, d.sets.Remove(name))
+		}
 	}
-	return d.sets.Remove(NodeSet(rs.Family))
+	return errors.Join(errs...)
 }
 
 // sweep removes once what others of our drivers left, last, so that the packets are never without rules.

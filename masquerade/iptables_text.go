@@ -34,7 +34,11 @@ func renderRule(p Place, r Rule, randomFully bool) string {
 		words = append(words, "-m", "mark", "--mark", fmt.Sprintf("0x%x/0x%x", r.Mark.Value, r.Mark.Mask))
 	}
 	if r.DstSet != "" {
-		words = append(words, "-m", "set", "--match-set", r.DstSet, "dst")
+		words = append(words, "-m", "set")
+		if r.DstSetNot {
+			words = append(words, "!")
+		}
+		words = append(words, "--match-set", r.DstSet, "dst")
 	}
 	words = append(words, renderComment(p, r.Comment)...)
 	words = append(words, "-j", target(r.Verdict))

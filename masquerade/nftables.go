@@ -164,13 +164,15 @@ func programThere(f addr.Family, v Variant) bool {
 	return err == nil
 }
 
-// dropSets removes once the set that the other driver's rules named.
+// dropSets removes once the sets that the other driver's rules named.
 func (d *NFTables) dropSets(f addr.Family) error {
 	if d.sets == nil || d.setsGone.Get(f) {
 		return nil
 	}
-	if err := d.sets.Remove(NodeSet(f)); err != nil {
-		return err
+	for _, name := range setNames(f) {
+		if err := d.sets.Remove(name); err != nil {
+			return err
+		}
 	}
 	d.setsGone.Set(f, true)
 	return nil

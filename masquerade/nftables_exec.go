@@ -51,12 +51,14 @@ func (h host) readNFT(f addr.Family) (nftTable, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return t, fmt.Errorf("read table %s: %w", nftTableName, err)
 	}
-	s := nftSet{name: NodeSet(f)}
-	switch s.kind, s.members, err = h.kernel.Set(f, nftTableName, s.name); {
-	case err == nil:
-		t.sets = []nftSet{s}
-	case !errors.Is(err, os.ErrNotExist):
-		return t, fmt.Errorf("read table %s: %w", nftTableName, err)
+	for _, name := range setNames(f) {
+		s := nftSet{name: name}
+		switch s.kind, s.members, err = h.kernel.Set(f, nftTableName, name); {
+		case err == nil:
+			t.sets = append(t.sets, s)
+		case !errors.Is(err, os.ErrNotExist):
+			return t, fmt.Errorf("read table %s: %w", nftTableName, err)
+		}
 	}
 	return t, nil
 }
@@ -73,11 +75,13 @@ func (h host) forwardPolicy(f addr.Family) (string, error) {
 
 // changeNFT turns what is there into what is wanted, in one transaction.
 func (h host) changeNFT(ctx context.Context, rs Ruleset, have, want nftTable) error {
-	text := replaceTable(rs, have.exists)
 	if have.sameBut(want) {
-		text = changeMembers(rs, have)
+		// Versions of nft differ in what they take in one transaction of networks that overlap.
+		if _, err := h.run(ctx, changeMembers(rs, have), nftProgram, "-f", "-"); err == nil {
+			return nil
+		}
 	}
-	_, err := h.run(ctx, text, nftProgram, "-f", "-")
+	_, err := h.run(ctx, replaceTable(rs, have.exists), nftProgram, "-f", "-")
 	return err
 }
 

@@ -113,6 +113,59 @@ func TestNFTDriftIsSeenAndRepaired(t *testing.T) {
 	r.silent(want...)
 }
 
+// One network more or less changes the set and no rule, also where one takes the place of a larger one, or of several.
+func TestBareSubnetsFollow(t *testing.T) {
+	t.Parallel()
+	for name, make := range map[string]func(*testing.T, *nstest.NS, Variant) *rig{"iptables": newRig, "nftables": newNFTRig} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := make(t, nstest.New(t), VariantNFT).withSets()
+			in := fullInput(addr.IPv4)
+			in.Bare = bareSubnets()[:3]
+			r.ensure(Rules(in))
+			for _, c := range []struct {
+				with, without string
+				commits       int // that the rules take
+			}{
+				{"10.244.100.0/24", "", 0},
+				{"", "10.244.8.0/24", 0},
+				{"10.244.16.0/24", "10.244.16.0/20", 0},
+				{"10.244.16.0/20", "10.244.16.0/24", 0},
+				{"10.244.100.0/23", "10.244.100.0/24", 0},
+				{"", "10.244.9.0/24 10.244.16.0/20", 0},
+				{"", "10.244.100.0/23", 1},
+				{"10.244.7.0/24", "", 1},
+			} {
+				in.Bare = slices.DeleteFunc(slices.Clone(in.Bare), func(p netip.Prefix) bool { return strings.Contains(c.without, p.String()) })
+				if c.with != "" {
+					in.Bare = append(in.Bare, netip.MustParsePrefix(c.with))
+				}
+				want := Rules(in)
+				drifts, commits := r.ensure(want)
+				if r.nft != nil {
+					commits--
+					if c.commits == 0 && strings.Contains(strings.Join(r.calls, ""), "delete table") {
+						t.Errorf("%+v: the whole table is replaced: %s", c, r.calls)
+					}
+				}
+				if len(drifts) == 0 || r.nft == nil && commits != c.commits || r.nft != nil && commits != 0 {
+					t.Errorf("%+v: %d commits, %v", c, commits, drifts)
+				}
+				r.silent(want)
+				shown := r.ns.Exec("ipset", "list") + r.ruleset()
+				for _, p := range in.Bare {
+					if !strings.Contains(shown, p.String()) {
+						t.Errorf("%+v: no %s in\n%s", c, p, shown)
+					}
+				}
+				if without, _, _ := strings.Cut(c.without, " "); without != "" && strings.Contains(shown, without) || len(in.Bare) == 0 && strings.Contains(shown, bareSet(addr.IPv4)) {
+					t.Errorf("%+v: left in\n%s", c, shown)
+				}
+			}
+		})
+	}
+}
+
 // handle is the number by which nft knows the n-th rule of our chain.
 func (r *rig) handle(family string, n int) string {
 	r.t.Helper()

@@ -45,7 +45,7 @@ type nftTable struct {
 
 type nftSet struct {
 	name, kind string
-	members    []netip.Addr // sorted
+	members    []netip.Prefix // sorted
 }
 
 func (t nftTable) equal(o nftTable) bool {
@@ -91,12 +91,15 @@ func nftTableOf(rs Ruleset) nftTable {
 	c.Name = nftChainName
 	t.rules = render(c, true)
 	for _, s := range rs.Sets {
-		t.sets = append(t.sets, nftSet{s.Name, nftSetType(rs.Family), s.Members})
+		t.sets = append(t.sets, nftSet{s.Name, nftSetKind(rs.Family, s.Networks), s.Members})
 	}
 	return t
 }
 
-func nftSetType(f addr.Family) string { return fmt.Sprintf("ipv%d_addr", f) }
+// nftSetKind is the type of a set and, behind a space, its flag.
+func nftSetKind(f addr.Family, networks bool) string {
+	return fmt.Sprintf("ipv%d_addr%s", f, map[bool]string{true: " interval"}[networks])
+}
 
 // matches tells whether a prefix has to be looked at: the one of all addresses matches anything.
 func matches(p netip.Prefix, not bool) bool { return p.IsValid() && (p.Bits() > 0 || not) }
@@ -123,7 +126,7 @@ func nftText(f addr.Family, r Rule) string {
 		add("meta mark &", fmt.Sprintf("0x%x", r.Mark.Mask), "==", fmt.Sprintf("0x%x", r.Mark.Value))
 	}
 	if r.DstSet != "" {
-		add(ip, "daddr", "@"+r.DstSet)
+		add(ip, "daddr", map[bool]string{true: "!= "}[r.DstSetNot]+"@"+r.DstSet)
 	}
 	add(nftVerdict(r.Verdict))
 	return strings.TrimSpace(fmt.Sprintln(words...))
@@ -143,7 +146,7 @@ func replaceTable(rs Ruleset, exists bool) string {
 	}
 	fmt.Fprintf(&b, "table %s {\n", name)
 	for _, s := range rs.Sets {
-		fmt.Fprintf(&b, "\tset %s {\n\t\ttype %s\n", s.Name, nftSetType(rs.Family))
+		fmt.Fprintf(&b, "\tset %s {\n\t\ttype %s\n", s.Name, strings.Replace(nftSetKind(rs.Family, s.Networks), " ", "; flags ", 1))
 		if len(s.Members) > 0 {
 			fmt.Fprintf(&b, "\t\telements = { %s }\n", nftList(s.Members))
 		}
@@ -163,8 +166,8 @@ func changeMembers(rs Ruleset, have nftTable) string {
 	for i, s := range rs.Sets {
 		for _, change := range []struct {
 			verb string
-			list []netip.Addr
-		}{{"add", without(s.Members, have.sets[i].members)}, {"delete", without(have.sets[i].members, s.Members)}} {
+			list []netip.Prefix
+		}{{"delete", without(have.sets[i].members, s.Members)}, {"add", without(s.Members, have.sets[i].members)}} {
 			if len(change.list) > 0 {
 				fmt.Fprintf(&b, "%s element %s %s %s { %s }\n", change.verb, nftFamily(rs.Family), nftTableName, s.Name, nftList(change.list))
 			}
@@ -174,17 +177,19 @@ func changeMembers(rs Ruleset, have nftTable) string {
 }
 
 // without is what is in a and not in b; both are sorted.
-func without(a, b []netip.Addr) []netip.Addr {
-	return slices.DeleteFunc(slices.Clone(a), func(m netip.Addr) bool {
-		_, found := slices.BinarySearchFunc(b, m, netip.Addr.Compare)
+func without(a, b []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(a), func(m netip.Prefix) bool {
+		_, found := slices.BinarySearchFunc(b, m, addr.ComparePrefix)
 		return found
 	})
 }
 
-func nftList(list []netip.Addr) string {
+func nftList(list []netip.Prefix) string {
 	out := make([]string, len(list))
-	for i, a := range list {
-		out[i] = a.String()
+	for i, p := range list {
+		if out[i] = p.String(); p.IsSingleIP() {
+			out[i] = p.Addr().String()
+		}
 	}
 	return strings.Join(out, ", ")
 }

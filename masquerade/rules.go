@@ -66,7 +66,8 @@ type Rule struct {
 	Mark      Mark
 	Src, Dst  netip.Prefix
 	DstNot    bool   // Dst is meant the other way: everything but it
-	DstSet    string // the destination is a member of this set of addresses, one of the Ruleset's
+	DstSet    string // the destination is in this set, one of the Ruleset's
+	DstSetNot bool   // or is not
 	OutDevice string
 	Verdict   Verdict
 	Comment   string // why; letters, digits, spaces and hyphens, so that every firewall takes it as it is
@@ -78,10 +79,11 @@ type Chain struct {
 	Rules []Rule
 }
 
-// Set is a named set of addresses that rules look into.
+// Set is a named set that rules look into: of single addresses, or of networks.
 type Set struct {
-	Name    string
-	Members []netip.Addr // sorted, each once
+	Name     string
+	Networks bool
+	Members  []netip.Prefix // sorted, each once
 }
 
 // Ruleset is all that is wanted in the firewall for one family. One without chains means: nothing of ours.
@@ -94,7 +96,9 @@ type Ruleset struct {
 // Equal tells whether two rulesets are the same, in the same order.
 func (rs Ruleset) Equal(o Ruleset) bool {
 	return rs.Family == o.Family &&
-		slices.EqualFunc(rs.Sets, o.Sets, func(a, b Set) bool { return a.Name == b.Name && slices.Equal(a.Members, b.Members) }) &&
+		slices.EqualFunc(rs.Sets, o.Sets, func(a, b Set) bool {
+			return a.Name == b.Name && a.Networks == b.Networks && slices.Equal(a.Members, b.Members)
+		}) &&
 		slices.EqualFunc(rs.Chains, o.Chains, func(a, b Chain) bool { return a.Place == b.Place && slices.Equal(a.Rules, b.Rules) })
 }
 
@@ -139,6 +143,8 @@ type Input struct {
 	// DirectNodes says that there may be peers that are reached without the tunnel, and Nodes are their addresses.
 	DirectNodes bool
 	Nodes       []netip.Addr
+	// Bare lists the subnets of the peers behind the tunnel whose pods answer this node's own address without it.
+	Bare []netip.Prefix
 	// Exclude lists destinations that see the pods' own addresses. Those of the other family are passed over.
 	Exclude []netip.Prefix
 	// Masquerade and Forward say which of the two chains is wanted.
@@ -156,6 +162,17 @@ func NodeSet(f addr.Family) string {
 	return "overlayd-nodes6"
 }
 
+// bareSet is the name of the set with Input.Bare.
+func bareSet(f addr.Family) string {
+	if f == addr.IPv4 {
+		return "overlayd-bare4"
+	}
+	return "overlayd-bare6"
+}
+
+// setNames are all sets that can be ours.
+func setNames(f addr.Family) []string { return []string{NodeSet(f), bareSet(f)} }
+
 // Rules decides what this node's firewall has to hold for the family of in.Network, which must be valid.
 func Rules(in Input) Ruleset {
 	in.Network, in.Subnet = in.Network.Masked(), in.Subnet.Masked()
@@ -163,7 +180,10 @@ func Rules(in Input) Ruleset {
 	if in.Masquerade {
 		rs.Chains = append(rs.Chains, Chain{postRouting(), postRoutingRules(in, rs.Family)})
 		if in.DirectNodes {
-			rs.Sets = append(rs.Sets, Set{NodeSet(rs.Family), members(in.Nodes, rs.Family)})
+			rs.Sets = append(rs.Sets, Set{NodeSet(rs.Family), false, members(hosts(in.Nodes), rs.Family)})
+		}
+		if in.bare() {
+			rs.Sets = append(rs.Sets, Set{bareSet(rs.Family), true, members(in.Bare, rs.Family)})
 		}
 	}
 	if in.Forward {
@@ -182,7 +202,7 @@ func postRoutingRules(in Input, f addr.Family) []Rule {
 		{Mark: Mark{0x4000, 0x4000}, Verdict: Return, Comment: "kube-proxy masquerades this itself"},
 	}
 	rules = append(rules, nodeRules(in, f)...)
-	for _, p := range excluded(in.Exclude, f) {
+	for _, p := range members(in.Exclude, f) {
 		rules = append(rules, Rule{Src: net, Dst: p, Verdict: Return, Comment: "excluded by the operator"})
 	}
 	rules = append(rules, Rule{Src: net, Dst: multicast(f), DstNot: true, Verdict: Masquerade, Comment: "pod to the world"})
@@ -193,6 +213,9 @@ func postRoutingRules(in Input, f addr.Family) []Rule {
 		Rule{Dst: net, Verdict: Masquerade, Comment: "the world to a pod elsewhere, whose answer must come back here"},
 	)
 }
+
+// bare tells whether there are peers towards which this node itself has to be masqueraded.
+func (in Input) bare() bool { return in.Node.IsValid() && len(in.Bare) > 0 }
 
 // nodeRules keep the real addresses between pods and the nodes' own addresses. What leaves through the tunnel for
 // somebody outside of the network goes to a peer node: nothing else is routed there.
@@ -205,7 +228,11 @@ func nodeRules(in Input, f addr.Family) []Rule {
 		rules = append(rules, Rule{Src: in.Network, DstSet: NodeSet(f), Verdict: Return, Comment: "pod to a node directly"})
 	}
 	if in.Node.IsValid() {
-		rules = append(rules, Rule{Src: addr.Host(in.Node), Dst: in.Network, Verdict: Return, Comment: "this node to a pod"})
+		r := Rule{Src: addr.Host(in.Node), Dst: in.Network, Verdict: Return, Comment: "this node to a pod"}
+		if in.bare() {
+			r.DstSet, r.DstSetNot, r.Comment = bareSet(f), true, "this node to a pod whose answer comes back here"
+		}
+		rules = append(rules, r)
 	}
 	return rules
 }
@@ -217,8 +244,8 @@ func forwardRules(net netip.Prefix) []Rule {
 	}
 }
 
-// excluded picks one family out of the operator's list, sorted, so that another order of the flags changes nothing.
-func excluded(list []netip.Prefix, f addr.Family) []netip.Prefix {
+// members picks one family out of a list, sorted, so that another order changes nothing.
+func members(list []netip.Prefix, f addr.Family) []netip.Prefix {
 	var own []netip.Prefix
 	for _, p := range list {
 		if p.IsValid() && addr.FamilyOf(p.Addr()) == f {
@@ -229,11 +256,15 @@ func excluded(list []netip.Prefix, f addr.Family) []netip.Prefix {
 	return slices.Compact(own)
 }
 
-// members are the addresses of one family, sorted, so that another order changes nothing.
-func members(list []netip.Addr, f addr.Family) []netip.Addr {
-	own := slices.DeleteFunc(slices.Clone(list), func(a netip.Addr) bool { return !a.IsValid() || addr.FamilyOf(a) != f })
-	slices.SortFunc(own, netip.Addr.Compare)
-	return slices.Compact(own)
+// hosts are single addresses as networks.
+func hosts(list []netip.Addr) []netip.Prefix {
+	out := make([]netip.Prefix, 0, len(list))
+	for _, a := range list {
+		if a.IsValid() {
+			out = append(out, addr.Host(a))
+		}
+	}
+	return out
 }
 
 func multicast(f addr.Family) netip.Prefix {

@@ -14,9 +14,17 @@ import (
 
 func fullInput(f addr.Family) Input {
 	in := wanted(f)
-	in.DirectNodes = true
+	in.DirectNodes, in.Bare = true, bareSubnets()
 	in.Exclude = append(in.Exclude, netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("100.64.0.0/10"))
 	return in
+}
+
+// bareSubnets are of several lengths, and side by side.
+func bareSubnets() (out []netip.Prefix) {
+	for _, s := range []string{"10.244.8.0/24", "10.244.9.0/24", "10.244.16.0/20", "10.244.255.128/25", "fd00:10:244:8::/64", "fd00:10:244:9::/64", "fd00:10:244:1000::/52"} {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
 }
 
 // The golden files are what `iptables -S` prints: TestGoldenIsWhatIptablesPrints holds them against the real program.
@@ -58,6 +66,7 @@ func TestGoldenIsWhatIptablesPrints(t *testing.T) {
 		for _, f := range addr.Families() {
 			family := map[addr.Family]string{addr.IPv4: "inet", addr.IPv6: "inet6"}[f]
 			r.ns.Exec("ipset", "create", NodeSet(f), "hash:ip", "family", family)
+			r.ns.Exec("ipset", "create", bareSet(f), "hash:net", "family", family)
 			r.ensure(Rules(fullInput(f)))
 			var got strings.Builder
 			for line := range strings.Lines(golden(t, f, "")) {

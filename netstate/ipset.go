@@ -19,13 +19,13 @@ import (
 // Errors that a caller can act on.
 var (
 	// ErrIPSetUnsupported means that the kernel has no ipset, or none of addresses.
-	ErrIPSetUnsupported = errors.New("the kernel has no ipset support (CONFIG_IP_SET, CONFIG_IP_SET_HASH_IP)")
+	ErrIPSetUnsupported = errors.New("the kernel has no ipset support (CONFIG_IP_SET, CONFIG_IP_SET_HASH_IP, CONFIG_IP_SET_HASH_NET)")
 	// ErrIPSetType means that somebody has made a set of this name that holds something else.
 	ErrIPSetType = errors.New("a set of this name exists, but of another type")
 )
 
 const (
-	ipsetType = "hash:ip"
+	ipsetAddresses, ipsetNetworks = "hash:ip", "hash:net"
 	// ipsetMaxElements is only the bound up to which the kernel lets the hash grow; memory follows what is in it.
 	ipsetMaxElements = 1 << 20
 	ipsetHashSize    = 1 << 10 // at least: the kernel's own default
@@ -33,7 +33,7 @@ const (
 	ipsetTrust = 10 * time.Minute
 )
 
-// IPSets keeps named sets of addresses in the kernel. It belongs to one goroutine.
+// IPSets keeps named sets of addresses, or of networks, in the kernel. It belongs to one goroutine.
 //
 // Nothing tells of changes in a set, and to list one of thousands takes a millisecond and more. So a set that is wanted as it was
 // left is only asked for its type and its number of members, and listed if these are others or it was listed last ten minutes ago.
@@ -46,7 +46,8 @@ type IPSets struct {
 
 // leftSet is how a set was left.
 type leftSet struct {
-	members []netip.Addr // as they were asked for
+	kind    string
+	members []netip.Prefix // as they were asked for
 	count   uint32
 	listed  time.Time
 }
@@ -67,19 +68,24 @@ func NewIPSets() (*IPSets, error) {
 // Close closes the socket. The sets stay.
 func (s *IPSets) Close() { s.c.close() }
 
-// Ensure makes the set of this name hold exactly these members, each of the family f, and creates it if there is none.
+// Ensure makes the set of this name hold exactly these members, each of the family f, and creates it if there is none. A set that is not
+// one of networks holds single addresses.
 // It returns how many changes it made: none, if all was in place. New members are added before old ones go. The list of the
 // members must not change afterwards.
-func (s *IPSets) Ensure(name string, f addr.Family, members []netip.Addr) (changed int, err error) {
-	if s.asLeft(name, f, members) {
+func (s *IPSets) Ensure(name string, f addr.Family, networks bool, members []netip.Prefix) (changed int, err error) {
+	kind := ipsetAddresses
+	if networks {
+		kind = ipsetNetworks
+	}
+	if s.asLeft(name, f, kind, members) {
 		return 0, nil
 	}
 	delete(s.left, name)
-	want, err := memberSet(name, f, members)
+	want, err := memberSet(name, f, kind, members)
 	if err != nil {
 		return 0, err
 	}
-	have, created, err := s.open(name, f, len(want))
+	have, created, err := s.open(name, f, kind, len(want))
 	if err != nil {
 		return 0, err
 	}
@@ -88,59 +94,59 @@ func (s *IPSets) Ensure(name string, f addr.Family, members []netip.Addr) (chang
 	}
 	n, err := s.apply(name, want, have)
 	if err == nil {
-		s.left[name] = leftSet{members, uint32(len(want)), time.Now()}
+		s.left[name] = leftSet{kind, members, uint32(len(want)), time.Now()}
 	}
 	return changed + n, err
 }
 
 // asLeft tells whether the set is wanted as it was left, and looks so.
-func (s *IPSets) asLeft(name string, f addr.Family, members []netip.Addr) bool {
+func (s *IPSets) asLeft(name string, f addr.Family, kind string, members []netip.Prefix) bool {
 	l, ok := s.left[name]
-	if !ok || time.Since(l.listed) > s.trust || !slices.Equal(l.members, members) {
+	if !ok || l.kind != kind || time.Since(l.listed) > s.trust || !slices.Equal(l.members, members) {
 		return false
 	}
 	set, err := s.list(name, ipsetListHeader)
-	return err == nil && set.plain(f) && set.counted && set.count == l.count
+	return err == nil && set.plain(f, kind) && set.counted && set.count == l.count
 }
 
-func memberSet(name string, f addr.Family, members []netip.Addr) (map[netip.Addr]bool, error) {
-	set := make(map[netip.Addr]bool, len(members))
-	for _, a := range members {
-		if !a.IsValid() || addr.FamilyOf(a) != f || a.Is4In6() || a.Zone() != "" {
-			return nil, fmt.Errorf("ipset %s: %q is not a plain %s address", name, a, f)
+func memberSet(name string, f addr.Family, kind string, members []netip.Prefix) (map[netip.Prefix]bool, error) {
+	set := make(map[netip.Prefix]bool, len(members))
+	for _, p := range members {
+		if !p.IsValid() || addr.FamilyOf(p.Addr()) != f || p.Addr().Is4In6() || p != p.Masked() || kind == ipsetAddresses && !p.IsSingleIP() {
+			return nil, fmt.Errorf("ipset %s: %q is not a plain %s member of a set %s", name, p, f, kind)
 		}
-		set[a] = true
+		set[p] = true
 	}
 	return set, nil
 }
 
 // open returns what is in the set, after making it for so many members if there is none.
-func (s *IPSets) open(name string, f addr.Family, size int) (have map[netip.Addr]bool, created bool, err error) {
+func (s *IPSets) open(name string, f addr.Family, kind string, size int) (have map[netip.Prefix]bool, created bool, err error) {
 	set, err := s.list(name, 0)
 	if errors.Is(err, unix.ENOENT) {
-		return nil, true, s.create(name, f, size)
+		return nil, true, s.create(name, f, kind, size)
 	}
 	if err != nil {
 		return nil, false, unsupported(fmt.Errorf("list ipset %s: %w", name, err))
 	}
-	if !set.plain(f) {
+	if !set.plain(f, kind) {
 		return nil, false, fmt.Errorf("ipset %s: %w: %s, wanted %s for %s without timeout; remove it with `ipset destroy %s`",
-			name, ErrIPSetType, set.describe(), ipsetType, f, name)
+			name, ErrIPSetType, set.describe(), kind, f, name)
 	}
-	have = make(map[netip.Addr]bool, len(set.members))
-	for _, a := range set.members {
-		have[a] = true
+	have = make(map[netip.Prefix]bool, len(set.members))
+	for _, p := range set.members {
+		have[p] = true
 	}
 	return have, false, nil
 }
 
 // create makes a set with room for size members: to let the hash grow while they are added takes as long as to add them.
-func (s *IPSets) create(name string, f addr.Family, size int) error {
+func (s *IPSets) create(name string, f addr.Family, kind string, size int) error {
 	data := nl.NewRtAttr(nl.IPSET_ATTR_DATA|unix.NLA_F_NESTED, nil)
 	data.AddRtAttr(nl.IPSET_ATTR_MAXELEM|unix.NLA_F_NET_BYTEORDER, binary.BigEndian.AppendUint32(nil, ipsetMaxElements))
 	data.AddRtAttr(nl.IPSET_ATTR_HASHSIZE|unix.NLA_F_NET_BYTEORDER, binary.BigEndian.AppendUint32(nil, uint32(max(size, ipsetHashSize))))
 	req := ipsetRequest(nl.IPSET_CMD_CREATE, nl.NewRtAttr(nl.IPSET_ATTR_SETNAME, nl.ZeroTerminated(name)),
-		nl.NewRtAttr(nl.IPSET_ATTR_TYPENAME, nl.ZeroTerminated(ipsetType)), nl.NewRtAttr(nl.IPSET_ATTR_REVISION, []byte{0}),
+		nl.NewRtAttr(nl.IPSET_ATTR_TYPENAME, nl.ZeroTerminated(kind)), nl.NewRtAttr(nl.IPSET_ATTR_REVISION, []byte{0}),
 		nl.NewRtAttr(nl.IPSET_ATTR_FAMILY, []byte{nfFamily(f)}), data)
 	req.Flags |= unix.NLM_F_CREATE | unix.NLM_F_EXCL
 	if err := s.c.ask(req, func([]byte) {}); err != nil {
@@ -150,9 +156,9 @@ func (s *IPSets) create(name string, f addr.Family, size int) error {
 }
 
 // apply adds what is missing, then deletes what is too much. It goes on after an error, and reports the first.
-func (s *IPSets) apply(name string, want, have map[netip.Addr]bool) (changed int, err error) {
+func (s *IPSets) apply(name string, want, have map[netip.Prefix]bool) (changed int, err error) {
 	failed := 0
-	step := func(verb string, cmd uint16, list []netip.Addr) {
+	step := func(verb string, cmd uint16, list []netip.Prefix) {
 		refused := s.c.each(len(list), func(i int, out *messages) error {
 			out.member(cmd, name, list[i])
 			return nil
@@ -173,14 +179,14 @@ func (s *IPSets) apply(name string, want, have map[netip.Addr]bool) (changed int
 }
 
 // missing returns the members of a that are not in b, in order.
-func missing(a, b map[netip.Addr]bool) []netip.Addr {
-	var list []netip.Addr
+func missing(a, b map[netip.Prefix]bool) []netip.Prefix {
+	var list []netip.Prefix
 	for m := range maps.Keys(a) {
 		if !b[m] {
 			list = append(list, m)
 		}
 	}
-	slices.SortFunc(list, netip.Addr.Compare)
+	slices.SortFunc(list, addr.ComparePrefix)
 	return list
 }
 
@@ -211,9 +217,9 @@ func ipsetRequest(cmd int, attrs ...*nl.RtAttr) *nl.NetlinkRequest {
 
 // member writes a message that adds or deletes one member. That it is already there, or already gone, is fine: it does not ask
 // for NLM_F_EXCL.
-func (m *messages) member(cmd uint16, set string, a netip.Addr) {
+func (m *messages) member(cmd uint16, set string, p netip.Prefix) {
 	typ := uint16(nl.IPSET_ATTR_IPADDR_IPV4)
-	if a.Is6() {
+	if p.Addr().Is6() {
 		typ = nl.IPSET_ATTR_IPADDR_IPV6
 	}
 	m.begin(unix.NFNL_SUBSYS_IPSET<<8|cmd, 0)
@@ -222,8 +228,11 @@ func (m *messages) member(cmd uint16, set string, a netip.Addr) {
 	m.attr(nl.IPSET_ATTR_SETNAME, append([]byte(set), 0))
 	data := m.nest(nl.IPSET_ATTR_DATA)
 	ip := m.nest(nl.IPSET_ATTR_IP)
-	m.address(typ|unix.NLA_F_NET_BYTEORDER, a)
+	m.address(typ|unix.NLA_F_NET_BYTEORDER, p.Addr())
 	m.endNest(ip)
+	if !p.IsSingleIP() {
+		m.attr(nl.IPSET_ATTR_CIDR, []byte{byte(p.Bits())})
+	}
 	m.endNest(data)
 	m.end()
 }
@@ -244,12 +253,12 @@ type ipset struct {
 	timeouts bool
 	counted  bool // the kernel says how many members there are
 	count    uint32
-	members  []netip.Addr
+	members  []netip.Prefix
 }
 
 // plain tells whether it is a set as we make them.
-func (set ipset) plain(f addr.Family) bool {
-	return set.kind == ipsetType && set.family == nfFamily(f) && !set.timeouts
+func (set ipset) plain(f addr.Family, kind string) bool {
+	return set.kind == kind && set.family == nfFamily(f) && !set.timeouts
 }
 
 func (set ipset) describe() string {
@@ -302,7 +311,11 @@ func (set *ipset) take(attrs []byte) {
 			eachAttr(data, func(_ uint16, member []byte) {
 				eachAttr(attrOf(member, nl.IPSET_ATTR_IP), func(_ uint16, ip []byte) {
 					if a, ok := netip.AddrFromSlice(ip); ok {
-						set.members = append(set.members, a)
+						length := a.BitLen()
+						if cidr := attrOf(member, nl.IPSET_ATTR_CIDR); len(cidr) > 0 {
+							length = int(cidr[0])
+						}
+						set.members = append(set.members, netip.PrefixFrom(a, length))
 					}
 				})
 			})

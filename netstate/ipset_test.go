@@ -27,30 +27,52 @@ func openIPSets(t testing.TB, ns *nstest.NS) *IPSets {
 	return s
 }
 
-func ipsetAddrs(list ...string) []netip.Addr {
-	var out []netip.Addr
+func ipsetAddrs(list ...string) []netip.Prefix {
+	var out []netip.Prefix
 	for _, s := range list {
-		out = append(out, netip.MustParseAddr(s))
+		out = append(out, addr.Host(netip.MustParseAddr(s)))
 	}
 	return out
+}
+
+func ipsetNets(list ...string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range list {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
+// member is a member as ipset shows it.
+func member(p netip.Prefix) string {
+	if p.IsSingleIP() {
+		return p.Addr().String()
+	}
+	return p.String()
 }
 
 func TestIPSetFollowsTheMembers(t *testing.T) {
 	t.Parallel()
 	ns := nstest.New(t)
 	s := openIPSets(t, ns)
-	for f, all := range map[addr.Family][]netip.Addr{
-		addr.IPv4: ipsetAddrs("192.0.2.1", "192.0.2.2", "10.0.0.1", "192.0.2.9"),
-		addr.IPv6: ipsetAddrs("2001:db8::1", "2001:db8::2", "fd00::1", "2001:db8::9"),
+	for _, c := range []struct {
+		f        addr.Family
+		networks bool
+		all      []netip.Prefix
+	}{
+		{addr.IPv4, false, ipsetAddrs("192.0.2.1", "192.0.2.2", "10.0.0.1", "192.0.2.9")},
+		{addr.IPv6, false, ipsetAddrs("2001:db8::1", "2001:db8::2", "fd00::1", "2001:db8::9")},
+		{addr.IPv4, true, ipsetNets("10.244.0.0/24", "10.244.1.0/24", "10.244.128.0/18", "10.244.4.128/25")},
+		{addr.IPv6, true, ipsetNets("fd00:10:244::/64", "fd00:10:244:1::/64", "fd00:10:244:1000::/52", "fd00:10:244:2::/65")},
 	} {
-		name := "nodes-" + f.String()
+		f, all, name := c.f, c.all, fmt.Sprintf("nodes-%s-%v", c.f, c.networks)
 		for i, step := range []struct {
-			members []netip.Addr
+			members []netip.Prefix
 			changed int
 		}{
 			{nil, 1}, {nil, 0}, {all[:3], 3}, {all[:3], 0}, {append(all[:1:1], all[0], all[1]), 1}, {all[2:], 4}, {all, 2}, {nil, 4},
 		} {
-			changed, err := s.Ensure(name, f, step.members)
+			changed, err := s.Ensure(name, f, c.networks, step.members)
 			if err != nil || changed != step.changed {
 				t.Errorf("%s step %d: %d changes, %v; want %d", f, i, changed, err, step.changed)
 			}
@@ -61,13 +83,13 @@ func TestIPSetFollowsTheMembers(t *testing.T) {
 				for _, m := range step.members {
 					want = want || m == a
 				}
-				if strings.Contains("\n"+got, "\n"+a.String()+"\n") != want {
+				if strings.Contains("\n"+got, "\n"+member(a)+"\n") != want {
 					t.Errorf("%s step %d: %s wanted %v:\n%s", f, i, a, want, out)
 				}
 			}
 		}
-		ns.Exec("ipset", "add", name, all[3].String())
-		if changed, err := s.Ensure(name, f, all[:1]); err != nil || changed != 2 {
+		ns.Exec("ipset", "add", name, member(all[3]))
+		if changed, err := s.Ensure(name, f, c.networks, all[:1]); err != nil || changed != 2 {
 			t.Errorf("%s: a foreign member: %d changes, %v", f, changed, err)
 		}
 	}
@@ -80,7 +102,7 @@ func TestIPSetRemove(t *testing.T) {
 	if err := s.Remove("nodes"); err != nil {
 		t.Errorf("nothing there: %v", err)
 	}
-	if _, err := s.Ensure("nodes", addr.IPv4, nil); err != nil {
+	if _, err := s.Ensure("nodes", addr.IPv4, false, nil); err != nil {
 		t.Fatal(err)
 	}
 	rule := []string{"FORWARD", "-m", "set", "--match-set", "nodes", "dst", "-j", "ACCEPT"}
@@ -105,7 +127,7 @@ func TestIPSetOfAnotherType(t *testing.T) {
 		"net": "hash:net family inet", "six": "hash:ip family inet6", "fading": "hash:ip timeout 30", "map": "bitmap:ip range 10.0.0.0/24",
 	} {
 		ns.Exec(append([]string{"ipset", "create", name}, strings.Fields(create)...)...)
-		_, err := s.Ensure(name, addr.IPv4, ipsetAddrs("192.0.2.1"))
+		_, err := s.Ensure(name, addr.IPv4, false, ipsetAddrs("192.0.2.1"))
 		if !errors.Is(err, ErrIPSetType) || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: %v", create, err)
 		}
@@ -120,10 +142,15 @@ func TestIPSetRefusesOtherAddresses(t *testing.T) {
 	ns := nstest.New(t)
 	s := openIPSets(t, ns)
 	for f, bad := range map[addr.Family]netip.Addr{addr.IPv4: netip.MustParseAddr("::1"), addr.IPv6: netip.MustParseAddr("::ffff:1.2.3.4")} {
-		for _, a := range []netip.Addr{bad, {}} {
-			if _, err := s.Ensure("nodes", f, []netip.Addr{a}); err == nil {
-				t.Errorf("%s took %s", f, a)
+		for _, p := range []netip.Prefix{addr.Host(bad), {}} {
+			if _, err := s.Ensure("nodes", f, false, []netip.Prefix{p}); err == nil {
+				t.Errorf("%s took %s", f, p)
 			}
+		}
+	}
+	for p, networks := range map[string]bool{"10.0.0.0/24": false, "10.0.0.1/24": true} {
+		if _, err := s.Ensure("nodes", addr.IPv4, networks, []netip.Prefix{netip.MustParsePrefix(p)}); err == nil {
+			t.Errorf("took %s", p)
 		}
 	}
 	if out := ns.Exec("ipset", "list", "-name"); out != "" {
@@ -136,12 +163,12 @@ func TestIPSetGrows(t *testing.T) {
 	t.Parallel()
 	ns := nstest.New(t)
 	s := openIPSets(t, ns)
-	members := make([]netip.Addr, 0, 100_000)
+	members := make([]netip.Prefix, 0, 100_000)
 	for a := netip.MustParseAddr("10.0.0.0"); len(members) < cap(members); a = a.Next() {
-		members = append(members, a)
+		members = append(members, addr.Host(a))
 	}
 	for _, want := range []int{len(members) + 1, 0} {
-		if changed, err := s.Ensure("nodes", addr.IPv4, members); err != nil || changed != want {
+		if changed, err := s.Ensure("nodes", addr.IPv4, false, members); err != nil || changed != want {
 			t.Fatalf("%d changes, %v; want %d", changed, err, want)
 		}
 	}
@@ -152,7 +179,7 @@ func TestIPSetFull(t *testing.T) {
 	ns := nstest.New(t)
 	s := openIPSets(t, ns)
 	ns.Exec("ipset", "create", "nodes", "hash:ip", "maxelem", "2")
-	changed, err := s.Ensure("nodes", addr.IPv4, ipsetAddrs("192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"))
+	changed, err := s.Ensure("nodes", addr.IPv4, false, ipsetAddrs("192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"))
 	if changed != 2 || err == nil || !strings.Contains(err.Error(), "add 192.0.2.3") || !strings.Contains(err.Error(), "1 more") {
 		t.Errorf("%d changes, %v", changed, err)
 	}
@@ -185,7 +212,7 @@ func TestIPSetLeftAlone(t *testing.T) {
 			t.Fatalf("%s: %v\n%s", step.damage, err, out)
 		}
 		s.trust = step.trust
-		changed, err := s.Ensure("nodes", addr.IPv4, members)
+		changed, err := s.Ensure("nodes", addr.IPv4, false, members)
 		if step.changed < 0 && !errors.Is(err, ErrIPSetType) || step.changed >= 0 && (changed != step.changed || err != nil) {
 			t.Errorf("%q: %d changes, %v; want %d", step.damage, changed, err, step.changed)
 		}
@@ -194,28 +221,28 @@ func TestIPSetLeftAlone(t *testing.T) {
 
 const benchmarkMembers = 5000
 
-func benchmarkIPSet(b *testing.B, run func(b *testing.B, s *IPSets, members []netip.Addr, ns *nstest.NS)) {
+func benchmarkIPSet(b *testing.B, run func(b *testing.B, s *IPSets, members []netip.Prefix, ns *nstest.NS)) {
 	b.Run(fmt.Sprint(benchmarkMembers), func(b *testing.B) {
 		ns := nstest.New(b)
-		members := make([]netip.Addr, 0, benchmarkMembers)
+		members := make([]netip.Prefix, 0, benchmarkMembers)
 		for a := netip.MustParseAddr("172.16.0.1"); len(members) < cap(members); a = a.Next() {
-			members = append(members, a)
+			members = append(members, addr.Host(a))
 		}
 		b.ReportAllocs()
 		run(b, openIPSets(b, ns), members, ns)
 	})
 }
 
-func ensureSet(b *testing.B, s *IPSets, members []netip.Addr) {
+func ensureSet(b *testing.B, s *IPSets, members []netip.Prefix) {
 	b.Helper()
-	if _, err := s.Ensure("nodes", addr.IPv4, members); err != nil {
+	if _, err := s.Ensure("nodes", addr.IPv4, false, members); err != nil {
 		b.Fatal(err)
 	}
 }
 
 // BenchmarkIPSetCold makes a set.
 func BenchmarkIPSetCold(b *testing.B) {
-	benchmarkIPSet(b, func(b *testing.B, s *IPSets, members []netip.Addr, _ *nstest.NS) {
+	benchmarkIPSet(b, func(b *testing.B, s *IPSets, members []netip.Prefix, _ *nstest.NS) {
 		for b.Loop() {
 			ensureSet(b, s, members)
 			b.StopTimer()
@@ -229,7 +256,7 @@ func BenchmarkIPSetCold(b *testing.B) {
 
 // BenchmarkIPSetUnchanged looks at a set that is as it was left.
 func BenchmarkIPSetUnchanged(b *testing.B) {
-	benchmarkIPSet(b, func(b *testing.B, s *IPSets, members []netip.Addr, _ *nstest.NS) {
+	benchmarkIPSet(b, func(b *testing.B, s *IPSets, members []netip.Prefix, _ *nstest.NS) {
 		for b.Loop() {
 			ensureSet(b, s, members)
 		}
@@ -238,7 +265,7 @@ func BenchmarkIPSetUnchanged(b *testing.B) {
 
 // BenchmarkIPSetWarm looks at a set that another process has made.
 func BenchmarkIPSetWarm(b *testing.B) {
-	benchmarkIPSet(b, func(b *testing.B, s *IPSets, members []netip.Addr, ns *nstest.NS) {
+	benchmarkIPSet(b, func(b *testing.B, s *IPSets, members []netip.Prefix, ns *nstest.NS) {
 		ensureSet(b, s, members)
 		for b.Loop() {
 			b.StopTimer()

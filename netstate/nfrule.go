@@ -253,10 +253,11 @@ func (r *nfRule) mark(value, mask uint32, not string) bool {
 func (r *nfRule) takeLookup(b []byte) bool {
 	o := r.regs[be32(attrOf(b, unix.NFTA_LOOKUP_SREG))]
 	set := cString(attrOf(b, unix.NFTA_LOOKUP_SET))
-	if o.flag != "-d" || o.mask != nil || be32(attrOf(b, unix.NFTA_LOOKUP_FLAGS)) != 0 || attrOf(b, unix.NFTA_LOOKUP_DREG) != nil || set == "" {
+	flags := be32(attrOf(b, unix.NFTA_LOOKUP_FLAGS))
+	if o.flag != "-d" || o.mask != nil || flags&^unix.NFT_LOOKUP_F_INV != 0 || attrOf(b, unix.NFTA_LOOKUP_DREG) != nil || set == "" {
 		return false
 	}
-	r.matches = append(r.matches, "-m set --match-set "+set+" dst")
+	r.matches = append(r.matches, "-m set "+map[bool]string{true: "! "}[flags != 0]+"--match-set "+set+" dst")
 	return true
 }
 
@@ -269,11 +270,12 @@ func (r *nfRule) takeMatch(name string, rev uint32, info []byte) bool {
 	case name == "mark" && rev == 1 && len(info) >= 9: // struct xt_mark_mtinfo1
 		return r.mark(u32(info), u32(info[4:]), map[bool]string{true: "! "}[info[8] != 0])
 	case name == "set" && rev >= 1 && len(info) >= 4: // struct xt_set_info: index, dimensions, flags; then what we have no use for
-		if dst := [2]byte{1, 0}; [2]byte(info[2:4]) != dst || !zero(info[4:]) {
+		const inverted = 1 // IPSET_INV_MATCH
+		if info[2] != 1 || info[3]&^inverted != 0 || !zero(info[4:]) {
 			return false
 		}
 		r.sets = append(r.sets, binary.NativeEndian.Uint16(info))
-		r.matches = append(r.matches, "-m set --match-set "+setPlaceholder+" dst")
+		r.matches = append(r.matches, "-m set "+map[bool]string{true: "! "}[info[3] != 0]+"--match-set "+setPlaceholder+" dst")
 		return true
 	}
 	return false

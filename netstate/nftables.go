@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/maphash"
+	"math/bits"
 	"net/netip"
 	"slices"
 
@@ -205,15 +206,17 @@ func (n *NFTables) Rules(f addr.Family, table, chain string) ([][]string, error)
 	return lines, nil
 }
 
-// Set returns the members of a set, sorted, and its kind: the type of the addresses, with a question mark if there is more to it.
-func (n *NFTables) Set(f addr.Family, table, set string) (kind string, members []netip.Addr, err error) {
-	odd := false
+// Set returns the members of a set, sorted, and its kind: the type of the addresses, with " interval" if it is one of networks, and with
+// a question mark if there is more to it.
+func (n *NFTables) Set(f addr.Family, table, set string) (kind string, members []netip.Prefix, err error) {
+	odd, networks := false, false
 	err = n.get(unix.NFT_MSG_GETSET, f, stringAttrs(table, set), func(typ uint16, data []byte) {
 		switch typ {
 		case unix.NFTA_SET_KEY_TYPE:
 			kind = setType(be32(data))
 		case unix.NFTA_SET_FLAGS:
-			odd = odd || be32(data) != 0
+			networks = be32(data)&unix.NFT_SET_INTERVAL != 0
+			odd = odd || be32(data)&^unix.NFT_SET_INTERVAL != 0
 		case unix.NFTA_SET_TIMEOUT, nftaSetExpr, nftaSetExpressions:
 			odd = true
 		case unix.NFTA_SET_DESC:
@@ -223,22 +226,71 @@ func (n *NFTables) Set(f addr.Family, table, set string) (kind string, members [
 	if err != nil {
 		return "", nil, err
 	}
-	err = n.dump(unix.NFT_MSG_GETSETELEM, f, stringAttrs(table, set), func() { members = nil }, func(attrs []byte) {
+	var elems []setElem
+	err = n.dump(unix.NFT_MSG_GETSETELEM, f, stringAttrs(table, set), func() { elems = nil }, func(attrs []byte) {
 		eachAttr(attrs, func(typ uint16, list []byte) {
 			if typ == unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 				eachAttr(list, func(_ uint16, elem []byte) {
-					a, plain := setMember(elem)
+					e, plain := setMember(elem)
 					odd = odd || !plain
-					members = append(members, a)
+					elems = append(elems, e)
 				})
 			}
 		})
 	})
-	if odd {
+	members, plain := membersOf(elems, networks)
+	if networks {
+		kind += " interval"
+	}
+	if odd || !plain {
 		kind += "?"
 	}
-	slices.SortFunc(members, netip.Addr.Compare)
 	return kind, members, err
+}
+
+// setElem is an element of a set: an address, or in a set of networks where one begins, or the first address behind it.
+type setElem struct {
+	a   netip.Addr
+	end bool
+}
+
+// membersOf makes members of elements. It is plain only if each is an address, or a network that is a prefix.
+func membersOf(elems []setElem, networks bool) (members []netip.Prefix, plain bool) {
+	slices.SortFunc(elems, func(x, y setElem) int {
+		if c := x.a.Compare(y.a); c != 0 || x.end == y.end {
+			return c
+		}
+		return map[bool]int{true: -1, false: 1}[x.end] // one network ends where the next begins
+	})
+	plain = true
+	for i, e := range elems {
+		last := e.a
+		switch {
+		case e.end && networks:
+			continue
+		case networks && i+1 < len(elems):
+			last = elems[i+1].a.Prev()
+		case networks || e.end: // without an end, or an end without a beginning
+			plain = false
+		}
+		p := commonPrefix(e.a, last)
+		plain = plain && p.Addr() == e.a && addr.Last(p) == last
+		members = append(members, p)
+	}
+	return members, plain
+}
+
+// commonPrefix is the longest prefix with both addresses in it.
+func commonPrefix(a, b netip.Addr) netip.Prefix {
+	x, y := a.AsSlice(), b.AsSlice()
+	length := 0
+	for i := 0; i < len(x) && i < len(y); i++ {
+		same := bits.LeadingZeros8(x[i] ^ y[i])
+		if length += same; same < 8 {
+			break
+		}
+	}
+	return netip.PrefixFrom(a, length).Masked()
 }
 
 // What golang.org/x/sys/unix has no names for (uapi/linux/netfilter/nf_tables.h).
@@ -259,16 +311,20 @@ func setType(t uint32) string {
 }
 
 // setMember reads an element. One that carries anything beside its address is not plain.
-func setMember(elem []byte) (a netip.Addr, plain bool) {
+func setMember(elem []byte) (e setElem, plain bool) {
 	plain = true
 	eachAttr(elem, func(typ uint16, data []byte) {
-		if typ != unix.NFTA_SET_ELEM_KEY {
+		switch typ {
+		case unix.NFTA_SET_ELEM_KEY:
+			e.a = ipOf(attrOf(data, unix.NFTA_DATA_VALUE))
+		case unix.NFTA_SET_ELEM_FLAGS:
+			e.end = be32(data) == unix.NFT_SET_ELEM_INTERVAL_END
+			plain = plain && e.end
+		default:
 			plain = plain && typ == unix.NFTA_SET_ELEM_PAD
-			return
 		}
-		a = ipOf(attrOf(data, unix.NFTA_DATA_VALUE))
 	})
-	return a, plain && a.IsValid()
+	return e, plain && e.a.IsValid()
 }
 
 // attrOf is the first attribute of a type.

@@ -89,6 +89,8 @@ func (Backend) Plan(in backend.Input) backend.Plan {
 			planTunnel(&p, in.Host, dev, peer, f)
 			if peer.PublicIPLocal {
 				nodes = append(nodes, routeToNode(dev, peer, f))
+			} else {
+				p.BareSubnets.Set(f, append(p.BareSubnets.Get(f), peer.Subnets.Get(f)))
 			}
 		})
 	}

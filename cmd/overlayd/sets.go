@@ -20,5 +20,5 @@ func newSets() masquerade.Sets {
 // noSets stands for a kernel without address sets.
 type noSets struct{ err error }
 
-func (n noSets) Ensure(string, addr.Family, []netip.Addr) (int, error) { return 0, n.err }
-func (noSets) Remove(string) error                                     { return nil }
+func (n noSets) Ensure(string, addr.Family, bool, []netip.Prefix) (int, error) { return 0, n.err }
+func (noSets) Remove(string) error                                             { return nil }

@@ -4,8 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"strings"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/lab"
@@ -84,7 +88,15 @@ func firewall() []Fault {
 			rows[i].Log = `repaired.*: firewall: `
 		}
 	}
-	return append(rows, in(Firewall, lossless(withinASecond), forwarded())...)
+	rows = append(rows, in(Firewall, lossless(withinASecond), forwarded())...)
+	return append(rows, Fault{
+		// flannel's nodes are such, and those behind a NAT. The peer's daemon must not be there to put its lease right.
+		Area: Firewall, Name: "a peer that answers nodes without the tunnel, strict rp_filter", On: []string{OnVXLAN, OnDual, OnNFTables, OnLegacy},
+		Inject:  Steps(strictFilter, func(ctx context.Context, s *Site) error { return s.Peer.Stop(ctx) }, bareAnswers),
+		Expect:  All(seenFrom(true, func(s *Site) *lab.Node { return s.Peer }), seenFrom(false, (*Site).otherThan)),
+		Restore: func(_ context.Context, s *Site) error { return s.Peer.Start() },
+		Bound:   lossless(5 * time.Second),
+	})
 }
 
 // forwarded is what others put into FORWARD, whose policy is DROP: what they say of a packet holds, and all that they don't speak of
@@ -116,6 +128,86 @@ func forwarded() []Fault {
 			Restore: Undo, Log: `another program keeps putting its rules behind`, Bound: lossless(11 * time.Second),
 		},
 	}
+}
+
+// strictFilter has the victim drop what does not come by the device to which it would answer.
+func strictFilter(ctx context.Context, s *Site) error {
+	const files = "/proc/sys/net/ipv4/conf/all/rp_filter /proc/sys/net/ipv4/conf/eth0/rp_filter"
+	before, err := s.Victim.Run(ctx, "sh", "-ec", "cat "+files+"; for f in "+files+"; do echo 1 > $f; done")
+	values := strings.Fields(before)
+	if err != nil || len(values) != 2 {
+		return fmt.Errorf("set rp_filter: %q, %w", before, err)
+	}
+	s.Defer(func() error {
+		_, err := s.Victim.Run(context.WithoutCancel(ctx), "sh", "-ec", fmt.Sprintf("set -- %s; for v in %s; do echo $v > $1; shift; done", files, strings.Join(values, " ")))
+		return err
+	})
+	return nil
+}
+
+// bareAnswers makes the peer one whose lease does not say that its address is its own, and which has no way back through the tunnel for
+// what its pods answer to nodes.
+func bareAnswers(ctx context.Context, s *Site) error {
+	for _, f := range s.families {
+		if out, err := s.Peer.Run(ctx, "ip", fmt.Sprintf("-%d", uint8(f)), "rule", "del", "priority", "11800"); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	own, err := s.leaseOf(ctx, s.Peer)
+	if err != nil {
+		return err
+	}
+	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		value := strings.Replace(own.value, `,"PublicIPLocal":true`, "", 1)
+		_, err := cli.Put(ctx, own.key, value, clientv3.WithLease(own.etcdLease))
+		return errors.Join(err, unless(value != own.value, "the lease of %s: %s", s.Peer.Name, own.value))
+	})
+}
+
+// seenFrom holds when a pod of a node answers what the victim sends from its own address, and has it from there, or from its address in
+// the tunnel.
+func seenFrom(tunnel bool, node func(*Site) *lab.Node) Check {
+	return func(ctx context.Context, s *Site) error {
+		env, err := node(s).SubnetEnv()
+		if err != nil {
+			return err
+		}
+		for _, f := range s.families {
+			want := s.Victim.Addr(f)
+			if tunnel {
+				want = s.own.Gateway.Get(f).Masked().Addr()
+			}
+			got, err := connect(ctx, s.Victim, s.Victim.Addr(f), node(s).Pods()[0], env.PodAddr(f, 0).Addr())
+			if err := errors.Join(err, unless(got == want, "a pod of %s sees %s as %s, want %s", node(s).Name, s.Victim.Name, got, want)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// connect makes a TCP connection from one address to another, and returns whom the server sees.
+func connect(ctx context.Context, from *lab.Node, source netip.Addr, to lab.Machine, target netip.Addr) (seen netip.Addr, err error) {
+	l, err := to.Listen(ctx, netip.AddrPortFrom(target, 0).String())
+	if err != nil {
+		return seen, err
+	}
+	defer func() { _ = l.Close() }()
+	dialer := net.Dialer{Timeout: 500 * time.Millisecond, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+	var client net.Conn
+	if err := from.Do(func() (err error) {
+		client, err = dialer.DialContext(ctx, "tcp", l.Addr().String())
+		return err
+	}); err != nil {
+		return seen, err
+	}
+	defer func() { _ = client.Close() }()
+	server, err := l.Accept()
+	if err != nil {
+		return seen, err
+	}
+	defer func() { _ = server.Close() }()
+	return netip.MustParseAddrPort(server.RemoteAddr().String()).Addr().Unmap(), nil
 }
 
 // unforward takes away what rows have put into FORWARD.
