@@ -215,7 +215,7 @@ func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) 
 	case err != nil:
 		return now.Add(retry), min(2*retry, lastRetry)
 	}
-	for _, due := range []time.Time{a.roster.Next(), a.drift.due(), a.keeper.due()} {
+	for _, due := range []time.Time{a.roster.Next(), a.drift.due(), a.keeper.next} {
 		if !due.IsZero() {
 			next = earlier(next, due)
 		}
@@ -365,12 +365,12 @@ func (a *Agent) choose() error {
 	return nil
 }
 
-// current is the address that the node goes by, so far as that is known: also from its lease, after a restart.
+// current is the address that the node goes by, so far as that is known: after a restart from its lease, or from memory.
 func (a *Agent) current() addr.Per[netip.Addr] {
 	if a.choice != nil {
 		return addr.Per[netip.Addr]{V4: a.choice.Underlay.V4.Addr, V6: a.choice.Underlay.V6.Addr}
 	}
-	var out addr.Per[netip.Addr]
+	out := a.remembered.Addresses
 	for _, e := range a.snap.Table.Entries {
 		for _, f := range addr.Families() {
 			if ip := e.PublicIP.Get(f); e.Identity == a.opts.Identity && a.host.Has(ip) {
@@ -407,12 +407,17 @@ func (a *Agent) learn() {
 		a.health.set(condConfig, fmt.Errorf("%s %w", subnet.FormatKey(a.lease.Subnets), subnet.ErrMoved))
 	default:
 		a.health.set(condConfig, nil)
-		if text := a.snap.Table.ConfigJSON; text != a.configJSON {
-			a.configJSON = text
-			a.health.set(condConfigKeys, unknownKeys(text))
-		}
-		a.config = new(a.snap.Table.Config)
+		a.follow(a.snap.Table)
 	}
+}
+
+// follow goes on with the config of a table.
+func (a *Agent) follow(t subnet.Table) {
+	if t.ConfigJSON != a.configJSON {
+		a.configJSON = t.ConfigJSON
+		a.health.set(condConfigKeys, unknownKeys(t.ConfigJSON))
+	}
+	a.config = &t.Config
 }
 
 // configFromMemory goes on, after a restart, with the config that the node had before the one in the store was broken, and with the
@@ -423,7 +428,8 @@ func (a *Agent) configFromMemory() {
 		return e.Identity == a.opts.Identity && e.Subnets == a.remembered.subnets()
 	}
 	if err == nil && t.Config.Fits(a.remembered.subnets()) && slices.ContainsFunc(a.snap.Table.Entries, mine) {
-		a.config, a.lease = &t.Config, subnet.Lease{Subnets: a.remembered.subnets()}
+		a.follow(t)
+		a.lease = subnet.Lease{Subnets: a.remembered.subnets()}
 	}
 }
 
@@ -483,7 +489,8 @@ func (a *Agent) learnOffline() {
 	a.log.Warn("etcd does not answer: starting from what is remembered", zap.String("subnet", m.Subnets), zap.Int("peers", len(t.Entries)))
 	a.health.set(condOffline, errors.New("etcd has not answered since the start: this node works with the leases that it remembers"))
 	a.health.set(condLease, nil)
-	a.config, a.lease, a.offline = &t.Config, subnet.Lease{Subnets: m.subnets()}, t
+	a.follow(t)
+	a.lease, a.offline = subnet.Lease{Subnets: m.subnets()}, t
 }
 
 // announce claims a lease that says what the others need to know.

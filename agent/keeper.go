@@ -11,9 +11,12 @@ import (
 )
 
 const (
-	// rememberEvery is how often what is known of the others is written to the state directory at most, and how long after a write that
-	// failed it is tried again.
+	// rememberEvery is how often what is known of thousands of peers is written to the state directory at most, and how long after a write
+	// that failed it is tried again. A small file may be written more often: it grows by some 300 bytes for each peer.
 	rememberEvery = 30 * time.Second
+	rememberPeer  = 6 * time.Millisecond
+	// rememberSelf is how often it is written at most because of what concerns this node itself.
+	rememberSelf = time.Second
 	// leaseProgress is how much longer a lease must have become to be worth a write.
 	leaseProgress = 10 * time.Minute
 )
@@ -26,25 +29,29 @@ type keeper struct {
 	health *health
 	jobs   mailbox[keepsake]
 
-	// What was handed over last.
-	subnets addr.Per[netip.Prefix]
-	entries []*subnet.Entry
-	expires time.Time
-	at      time.Time
-	number  uint64 // of times that something was
-	late    bool   // something is worth a write, or may have to be written again, and it was too early for it
+	last   keepsake  // what was handed over last
+	at     time.Time // when it was
+	number uint64    // of times that something was
+	next   time.Time // when there may be something to write; zero: nothing waits
 
 	written atomic.Uint64 // the number of what was written last
 }
 
 // keepsake is what is worth to be remembered.
 type keepsake struct {
-	subnets addr.Per[netip.Prefix] // this node's
+	self    selfMemory
 	expires time.Time
 	table   subnet.Table
-	// own says that only this node's own lease is to be written, and what is remembered of the others stays.
+	// own says that what is remembered of the others stays.
 	own    bool
 	number uint64
+}
+
+// selfMemory is what a start without the store needs of this node itself.
+type selfMemory struct {
+	subnets addr.Per[netip.Prefix]
+	config  string // the network config in use
+	addrs   addr.Per[netip.Addr]
 }
 
 func newKeeper(dir stateDir, node subnet.Identity, h *health) *keeper {
@@ -53,42 +60,36 @@ func newKeeper(dir stateDir, node subnet.Identity, h *health) *keeper {
 
 // begin tells what is remembered already.
 func (k *keeper) begin(m memory) {
-	k.subnets, k.expires, k.at = m.subnets(), m.Expires, time.Now()
+	k.last = keepsake{self: selfMemory{m.subnets(), string(m.Config), m.Addresses}, expires: m.Expires}
+	k.at = time.Now()
 }
 
-// note has something written if it is time: the own subnet at once, the rest now and then, and again what has not been written by then.
-// others says that what is known of the others may replace what is remembered of them.
-func (k *keeper) note(s keepsake, others, last bool) {
-	written := k.written.Load() == k.number
-	early := !last && time.Since(k.at) < rememberEvery
-	again := !written && !early
-	news := others && (again || s.expires.Sub(k.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.entries))
-	full := news && !early
-	if s.own = !full; s.own && !again && s.subnets == k.subnets {
-		k.late = early && (news || !written)
+// note has something written if it is time: at once after a quiet time, and then the sooner, the more it matters and the less there is to
+// write.
+func (k *keeper) note(s keepsake, last bool) {
+	var gap time.Duration
+	switch {
+	case s.self != k.last.self:
+		gap = rememberSelf
+	case !s.own && (s.expires.Sub(k.last.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.last.table.Entries)):
+		gap = min(max(rememberSelf, time.Duration(len(s.table.Entries))*rememberPeer), rememberEvery)
+	case k.written.Load() != k.number:
+		gap = rememberEvery
+	default:
+		k.next = time.Time{}
 		return
 	}
-	switch {
-	case full:
-		k.entries, k.expires = s.table.Entries, s.expires
-	case !written: // this takes the place of something that may have said more
-		k.entries, k.expires = nil, time.Time{}
+	now := time.Now()
+	if k.next = k.at.Add(gap); now.Before(k.next) && !last {
+		return
 	}
-	if !early {
-		k.at = time.Now()
-	}
-	k.subnets, k.late = s.subnets, true
 	k.number++
 	s.number = k.number
 	k.jobs.put(s)
-}
-
-// due is when there may be something to write; the zero time: nothing waits.
-func (k *keeper) due() time.Time {
-	if !k.late {
-		return time.Time{}
+	k.at, k.next = now, now.Add(rememberEvery) // by then it is written, or has to be again
+	if k.last = s; s.own {                     // it may have taken the place of one that said more
+		k.last.table.Entries, k.last.expires = nil, time.Time{}
 	}
-	return k.at.Add(rememberEvery)
 }
 
 // end lets run end once everything is written.
@@ -105,15 +106,10 @@ func (k *keeper) run() {
 }
 
 func (k *keeper) write(s keepsake) error {
-	m := remember(s.table, k.node, s.subnets, s.expires)
-	if s.own || m.Config == nil {
+	m := remember(s.table, k.node, s.self, s.expires)
+	if s.own {
 		old, _ := k.dir.load(k.node) // what can't be read was said at the start, and is replaced now
-		if m.Config == nil {
-			m.Config = old.Config
-		}
-		if s.own {
-			m.Peers, m.Revision = old.Peers, old.Revision
-		}
+		m.Peers, m.Revision = old.Peers, old.Revision
 	}
 	return k.dir.save(m)
 }
@@ -121,12 +117,15 @@ func (k *keeper) write(s keepsake) error {
 // save writes down what a start without etcd needs.
 func (a *Agent) save(last bool) {
 	if !a.online() || !a.snap.Held() {
-		a.keeper.late = false // the store says when there is something again
+		a.keeper.next = time.Time{} // the store says when there is something again
 		return
 	}
-	// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that they are lost.
-	others := !time.Now().Before(a.lostUntil)
-	a.keeper.note(keepsake{subnets: a.lease.Subnets, expires: a.expires(), table: a.snap.Table}, others, last)
+	a.keeper.note(keepsake{
+		self:    selfMemory{a.lease.Subnets, a.configJSON, a.current()},
+		expires: a.expires(), table: a.snap.Table,
+		// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that they are lost.
+		own: time.Now().Before(a.lostUntil),
+	}, last)
 }
 
 // expires is when this node's lease ends; zero for a reservation. What the store has not said yet, memory knows better.

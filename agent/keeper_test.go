@@ -1,10 +1,14 @@
 package agent
 
 import (
+	"fmt"
+	"net/netip"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
 
@@ -96,6 +100,99 @@ func TestNothingIsWrittenWithoutALease(t *testing.T) {
 		r.sleep(2 * rememberEvery)
 		if n := rounds() - before; n > 1 {
 			t.Errorf("%d rounds with nothing to do", n)
+		}
+	})
+}
+
+// What a start without the store needs is written when it changes: the config in use and the address at once, a few peers within a
+// second, thousands within half a minute. So much is there after a SIGKILL, too.
+func TestWhatChangesIsRemembered(t *testing.T) {
+	const port, vni = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Port":8473}}`, `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":7}}`
+	inRig(t, func(r *rig) {
+		load := func() memory {
+			m, err := r.agent.state.load(r.agent.opts.Identity)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return m
+		}
+		remembers := func(what, config, address string, peers int) {
+			t.Helper()
+			m := load()
+			if string(m.Config) != config || m.Addresses.V4.String() != address || len(m.Peers) != peers {
+				t.Errorf("%s: remembered config %s, address %s, %d peers", what, m.Config, m.Addresses.V4, len(m.Peers))
+			}
+		}
+		r.table(onlyV4, peer(1))
+		r.sleep(2 * rememberSelf)
+		remembers("at the start", onlyV4, "192.0.2.10", 1)
+		r.table(port, peer(1))
+		remembers("port", port, "192.0.2.10", 1)
+		for _, bad := range []string{"{", `{"Network":"10.99.0.0/16"}`, `{"Network":"10.244.0.0/16","Backend":{"Port":-1}}`} {
+			r.sleep(rememberSelf)
+			r.table(bad, peer(1))
+			remembers("a config that is not used: "+bad, port, "192.0.2.10", 1)
+		}
+		r.table(port, peer(1), peer(2))
+		r.sleep(2 * rememberSelf)
+		remembers("a peer", port, "192.0.2.10", 2)
+
+		// The same value of a config every time: 100 changes within 10 s, and the last one counts.
+		before := r.agent.keeper.number
+		for i := range 100 {
+			r.table([]string{port, vni}[i%2], peer(1), peer(2))
+			r.sleep(100 * time.Millisecond)
+		}
+		if n := r.agent.keeper.number - before; n > 12 {
+			t.Errorf("written %d times within ten seconds", n)
+		}
+		r.sleep(rememberSelf)
+		remembers("the last of many", vni, "192.0.2.10", 2)
+
+		// While the store has lost its peers they stay remembered, and the config is followed all the same.
+		r.store.deliver(func(s *subnet.Snapshot) { s.Table.Epoch++ })
+		r.table(port)
+		r.sleep(2 * rememberSelf)
+		remembers("peers that were lost", port, "192.0.2.10", 2)
+
+		// Of two addresses that fit, a start without the store takes the one that the others know.
+		r.stop()
+		two := testHost()
+		at := slices.IndexFunc(two.Addresses, func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
+		newer := two.Addresses[at]
+		newer.Prefix = netip.MustParsePrefix("192.0.2.9/24")
+		two.Addresses = slices.Insert(two.Addresses, at, newer)
+		r.change(func() { r.kernel.host = two.Indexed() })
+		again := newAgent(r)
+		again.start()
+		defer again.stop()
+		r.sleep(2 * offlineAfter)
+		l := again.state().Links
+		if len(l) != 1 || l[0].VXLAN.Port != 8473 || l[0].VXLAN.Local.String() != "192.0.2.10" || again.routes() != 4 {
+			t.Errorf("started without the store: %d routes, devices %+v", again.routes(), l)
+		}
+	})
+}
+
+// Thousands of peers that come and go have the file written every half minute.
+func TestManyPeersAreWrittenSeldom(t *testing.T) {
+	inRig(t, func(r *rig) {
+		var many []*subnet.Entry
+		for i := range 5000 {
+			raw := fmt.Sprintf(`{"PublicIP":"198.18.%d.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:%02x:%02x"},"NodeName":"m%d","NodeID":"m%d"}`,
+				i>>8, i&255, i>>8, i&255, i, i)
+			many = append(many, subnet.ParseEntry(fmt.Sprintf("10.%d.%d.0-24", 128+i>>8, i&255), []byte(raw), 1, 1, 1))
+		}
+		const big = `{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`
+		r.table(big, many...)
+		r.sleep(2 * rememberEvery)
+		before := r.agent.keeper.number
+		for i := range 60 {
+			r.table(big, many[i%2:]...)
+			r.sleep(time.Second)
+		}
+		if n := r.agent.keeper.number - before; n < 2 || n > 3 {
+			t.Errorf("written %d times within a minute", n)
 		}
 	})
 }

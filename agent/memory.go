@@ -30,8 +30,10 @@ type memory struct {
 	Expires time.Time
 	// Revision is the store's. One that is at an earlier one later has lost data.
 	Revision int64           `json:",omitempty"`
-	Config   json.RawMessage `json:",omitempty"`
-	Peers    []memorizedPeer `json:",omitempty"`
+	Config   json.RawMessage `json:",omitempty"` // the one in use
+	// Addresses are those that the node goes by: of several on one device it has to be the one that the others know.
+	Addresses addr.Per[netip.Addr] `json:",omitzero"`
+	Peers     []memorizedPeer      `json:",omitempty"`
 }
 
 type memorizedPeer struct {
@@ -120,13 +122,13 @@ func (m memory) subnets() addr.Per[netip.Prefix] {
 }
 
 // remember puts the essence of a table into a memory.
-func remember(t subnet.Table, id subnet.Identity, self addr.Per[netip.Prefix], expires time.Time) memory {
-	m := memory{Node: id, Saved: time.Now().UTC().Round(0), Subnets: subnet.FormatKey(self), Expires: expires.UTC(), Revision: t.Revision}
-	if t.ConfigErr == nil {
-		m.Config = json.RawMessage(t.ConfigJSON)
+func remember(t subnet.Table, id subnet.Identity, self selfMemory, expires time.Time) memory {
+	m := memory{
+		Node: id, Saved: time.Now().UTC().Round(0), Subnets: subnet.FormatKey(self.subnets), Expires: expires.UTC(), Revision: t.Revision,
+		Config: json.RawMessage(self.config), Addresses: self.addrs,
 	}
 	for _, e := range t.Entries {
-		if e.Err == nil && !e.Blank() && e.Subnets != self {
+		if e.Err == nil && !e.Blank() && e.Subnets != self.subnets {
 			m.Peers = append(m.Peers, memorizedPeer{Key: e.Key, Value: subnet.FormatValue(e.Attrs)})
 		}
 	}

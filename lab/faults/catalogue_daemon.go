@@ -24,9 +24,26 @@ func boot() []Fault {
 		{
 			Name: "reboot with etcd away", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
 			Inject: Steps(stopDaemon, wipe, stopStore, startDaemon), Expect: All(KernelWhole, reaches),
-			Hold: 3 * time.Second, Keeps: KernelWhole, Restore: startStore,
+			Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Steps(startStore, Until(Whole, catchUp), Until(logLacks(`gone from etcd`), 0)),
 			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `starting from what is remembered`,
 			Seen: degrades("offline", "etcd has not answered since the start", `overlayd_lease_held 0`).in(10 * time.Second),
+		},
+		{
+			Name: "started with etcd away, and its key deleted meanwhile", On: []string{OnVXLAN, OnDual},
+			Inject: Steps(stopDaemon, deleteOwnKey, stopStore, startDaemon, Until(LogSays(`starting from what is remembered`), catchUp), startStore),
+			Expect: registered, Bound: Bound{Lost: Any, Repair: catchUp}, Log: `the lease is gone from etcd`, Restore: Wait(0),
+		},
+		{
+			Name: "another port, then a start with etcd away", On: []string{OnVXLAN, OnDual}, Short: true,
+			Inject: Steps(Until(remembersPort, 40*time.Second), changeConfig(otherPort), Until(usesPort, catchUp), stopDaemon, stopStore, startDaemon, Until(offline, catchUp)),
+			Expect: All(usesPort, reaches), Hold: time.Second, Keeps: usesPort, Restore: Steps(startStore, Undo),
+			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from what is remembered`,
+		},
+		{
+			Name: "another port, SIGKILL a second later, then a reboot with etcd away", On: []string{OnVXLAN, OnDual},
+			Inject: Steps(Until(remembersPort, 40*time.Second), changeConfig(otherPort), Until(usesPort, catchUp), Wait(time.Second), killDaemon, wipe, stopStore, startDaemon, Until(offline, catchUp)),
+			Expect: All(usesPort, reaches), Hold: time.Second, Keeps: usesPort, Restore: Steps(startStore, Undo),
+			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from what is remembered`,
 		},
 		{
 			Name:   "reboot",
@@ -35,7 +52,7 @@ func boot() []Fault {
 		{
 			Name: "start with etcd away, nothing else lost", On: []string{OnVXLAN, OnHostGW, OnDual},
 			Inject: Steps(stopDaemon, stopStore, startDaemon), Hold: 6 * time.Second, Keeps: KernelWhole,
-			Restore: startStore, Bound: lossless(catchUp), Log: `(?i)problem: (etcd|offline)`,
+			Restore: Steps(startStore, Until(Whole, catchUp), Until(logLacks(`gone from etcd`), 0)), Bound: lossless(catchUp), Log: `(?i)problem: (etcd|offline)`,
 		},
 		{
 			Name: "peer removed while the daemon was down: swept after the start", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
@@ -144,6 +161,33 @@ func wipe(ctx context.Context, s *Site) error {
 			ip $F route flush proto 118 table all; while ip $F rule del lookup 118 2>/dev/null; do :; done`),
 		Once(`nft flush ruleset; $IPT -w -F; $IPT -w -t nat -F; $IPT -w -X; $IPT -w -t nat -X; ipset destroy; rm -f "$SUBNET_FILE"`),
 	)(ctx, s)
+}
+
+// otherPort is a network config with another UDP port, and usesPort holds when the devices of all nodes have it.
+func otherPort(old string) string { return strings.ReplaceAll(old, "8472", "8473") }
+
+func usesPort(ctx context.Context, s *Site) error {
+	for _, n := range s.Lab.Nodes() {
+		out, err := n.Run(ctx, "ip", "-d", "link", "show", "type", "vxlan")
+		if err != nil || strings.Count(out, "dstport 8473") != len(s.families) {
+			return fmt.Errorf("%s: not every device has port 8473: %w: %s", n.Name, err, out)
+		}
+	}
+	return nil
+}
+
+// remembersPort holds when the victim has written down its peers and the lab's own port: what is written later is because of a change.
+func remembersPort(ctx context.Context, s *Site) error {
+	return Sees(`grep '"Port":8472' "$STATE_DIR/lease.json" | grep -q '"Peers":'`)(ctx, s)
+}
+
+// offline holds when the victim works with what it remembers.
+func offline(ctx context.Context, s *Site) error {
+	text, err := s.Victim.Get(ctx, "http://127.0.0.1:8471/readyz")
+	if err != nil {
+		return err
+	}
+	return unless(strings.Contains(text, "degraded: offline"), "%s does not say that it works with what it remembers: %s", s.Victim.Name, text)
 }
 
 // killOften kills the daemon at random moments; between two kills a peer comes or goes, so that there is something to be done.

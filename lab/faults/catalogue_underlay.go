@@ -291,6 +291,13 @@ func LogSays(pattern string) Check {
 	}
 }
 
+// logLacks holds when no line does.
+func logLacks(pattern string) Check {
+	return func(_ context.Context, s *Site) error {
+		return unless(!matchesAny(s.logged(), pattern), "the daemon logged /%s/", pattern)
+	}
+}
+
 // pinged is what is seen of peers that don't answer as they should, which takes a few pings.
 func pinged(problem, reason, metric string) *Seen {
 	return degrades(problem, reason, metric+"more").in(45 * time.Second)

@@ -60,6 +60,7 @@ type Fault struct {
 // Bound is what a fault may cost.
 type Bound struct {
 	Lost   int           // pings; Any: as many as the repair takes
+	Every  bool          // the fault is every node's: what is lost between others counts like the rest
 	Repair time.Duration // from the fault, or from its end, to the planned state
 	Lines  int           // of the log; 0: mostLines
 }

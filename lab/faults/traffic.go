@@ -109,7 +109,7 @@ func (t traffic) between(from, to time.Time, victim *lab.Node) loss {
 
 // problems says in what the traffic suffered more than a fault may make it suffer.
 func (l loss) problems(f Fault) (out []string) {
-	if l.Elsewhere > 0 {
+	if l.Elsewhere > 0 && !f.Bound.Every {
 		out = append(out, fmt.Sprintf("%d packets lost between nodes that have nothing to do with it", l.Elsewhere))
 	}
 	if f.Ruins {
