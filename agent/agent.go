@@ -518,10 +518,13 @@ func (a *Agent) leaseProblem() error {
 		return nil
 	case a.snap.ClaimErr != nil:
 		return a.snap.ClaimErr
-	case a.lease != (subnet.Lease{}):
-		return errors.New("the lease is gone from etcd, it is being acquired again")
+	case a.lease == (subnet.Lease{}):
+		return errStarting // if it is etcd that is away, that is said by itself
 	}
-	return errStarting // if it is etcd that is away, that is said by itself
+	if e := a.snap.Table.Find(subnet.FormatKey(a.lease.Subnets)); e != nil && e.Identity == a.opts.Identity {
+		return nil // started without etcd, which has it, and has only not been asked for it yet
+	}
+	return errors.New("the lease is gone from etcd, it is being acquired again")
 }
 
 func (a *Agent) claimProblem() error {

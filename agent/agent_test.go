@@ -672,6 +672,34 @@ func TestStartWithoutStore(t *testing.T) {
 	})
 }
 
+// A start without etcd, which has the lease, and is back before it is asked: nothing is gone.
+func TestTheLeaseIsThereWhenEtcdIsBack(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1))
+		r.sleep(time.Minute)
+		claim := r.store.claims[len(r.store.claims)-1]
+		r.stop()
+		again := newAgent(r)
+		again.start()
+		defer again.stop()
+		again.store.deliver(func(s *subnet.Snapshot) { s.Err, s.Since = errors.New("connection refused"), time.Now() })
+		r.sleep(2 * offlineAfter)
+		again.store.deliver(func(s *subnet.Snapshot) { s.Err, s.ClaimErr, s.Lease = nil, nil, subnet.Lease{} }) // its claims wait
+		own := subnet.FormatKey(claim.Remembered)
+		again.table(onlyV4, peer(1), subnet.ParseEntry(own, subnet.FormatValue(claim.Attrs), 5, 5, 1))
+		for _, p := range again.agent.health.list() {
+			t.Errorf("problem %+v", p)
+		}
+		if n := again.logged("gone from etcd"); n != 0 {
+			t.Errorf("that the lease is gone was said %d times", n)
+		}
+		again.table(onlyV4, peer(1))
+		if !strings.Contains(again.problem(condLease), "gone from etcd") {
+			t.Errorf("when it is gone: %q", again.problem(condLease))
+		}
+	})
+}
+
 func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 	inRig(t, func(r *rig) {
 		for range 5 {
@@ -697,7 +725,7 @@ func TestNoStartFromAnEndedLease(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.stop()
 		again := newAgent(r)
-		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4, Entries: []*subnet.Entry{peer(1)}}, again.agent.opts.Identity, peer(7).Subnets, time.Now().Add(-time.Minute))
+		m := remember(subnet.Table{Entries: []*subnet.Entry{peer(1)}}, again.agent.opts.Identity, selfMemory{subnets: peer(7).Subnets, config: onlyV4}, time.Now().Add(-time.Minute))
 		if err := again.agent.state.save(m); err != nil {
 			t.Fatal(err)
 		}
@@ -875,7 +903,7 @@ func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.stop()
 		again := newAgent(r)
-		m := remember(subnet.Table{Config: config(t, onlyV4), ConfigJSON: onlyV4}, again.agent.opts.Identity, peer(7).Subnets, time.Now().Add(time.Hour))
+		m := remember(subnet.Table{}, again.agent.opts.Identity, selfMemory{subnets: peer(7).Subnets, config: onlyV4}, time.Now().Add(time.Hour))
 		if err := again.agent.state.save(m); err != nil {
 			t.Fatal(err)
 		}

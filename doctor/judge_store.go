@@ -2,7 +2,9 @@ package doctor
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -81,23 +83,50 @@ func judgeStore(f Facts) []Finding {
 			continue
 		}
 		reason := fmt.Sprintf("%s: %s", e.URL, strings.TrimPrefix(e.Err.Error(), "etcd: "))
-		if bad < len(x.Endpoints) {
+		switch {
+		case bad < len(x.Endpoints):
 			out = append(out, warn(reason+"; others answer", f.etcdctl("endpoint health"))...)
-		} else {
+		case f.onlySlow(e.Err):
+			out = append(out, warn(reason+onlySlow, f.etcdctl("endpoint status -w table"))...)
+		default:
 			meanwhile := "this node has no lease yet, and gets none until it answers"
-			if f.Self.Subnets != (addr.Per[netip.Prefix]{}) {
+			if f.connected() {
+				meanwhile = "the daemon is still connected, and sees the changes of other nodes as long as that connection lasts"
+			} else if f.Self.Subnets != (addr.Per[netip.Prefix]{}) {
 				meanwhile = "traffic flows on by what was known last, changes of other nodes are not seen"
 			}
 			out = append(out, fail(reason+"; "+meanwhile, f.etcdctl("endpoint health"))...)
 		}
 	}
 	if bad < len(x.Endpoints) && x.TableErr != nil {
-		out = append(out, fail("reading "+f.prefix()+"/: "+strings.TrimPrefix(x.TableErr.Error(), "etcd: "), f.etcdctl("get --prefix --keys-only "+f.prefix()+"/"))...)
+		out = append(out, f.unlessSlow(x.TableErr, "reading "+f.prefix()+"/", f.etcdctl("get --prefix --keys-only "+f.prefix()+"/"))...)
 	}
 	if x.WriteErr != nil {
-		out = append(out, fail("leases can't be written: "+strings.TrimPrefix(x.WriteErr.Error(), "etcd: "), f.etcdctl("endpoint status -w table"), f.etcdctl("alarm list"))...)
+		out = append(out, f.unlessSlow(x.WriteErr, "leases can't be written", f.etcdctl("endpoint status -w table"), f.etcdctl("alarm list"))...)
 	}
 	return orOK(out, fmt.Sprintf("%d of %d endpoints answer, in %s at most", len(x.Endpoints)-bad, len(x.Endpoints), slowest(x.Endpoints).Round(100*time.Microsecond)))
+}
+
+// connected says that the daemon has read etcd, and has had no failure since.
+func (f Facts) connected() bool {
+	s := f.Daemon.Status.Store
+	return f.Daemon.Running && s.Revision != 0 && s.Error == ""
+}
+
+// onlySlow reports whether an error tells of no more than that an answer took longer than this command waits.
+func (f Facts) onlySlow(err error) bool {
+	return f.connected() && errors.Is(err, context.DeadlineExceeded)
+}
+
+const onlySlow = "; the daemon is connected and sees the changes of other nodes: etcd is slow, or stopped answering a moment ago"
+
+// unlessSlow is what a request that failed means.
+func (f Facts) unlessSlow(err error, what string, mend ...string) []Finding {
+	reason := what + ": " + strings.TrimPrefix(err.Error(), "etcd: ")
+	if f.onlySlow(err) {
+		return warn(reason+onlySlow, mend...)
+	}
+	return fail(reason, mend...)
 }
 
 func slowest(es []etcd.Endpoint) time.Duration {

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -331,6 +332,7 @@ func TestJudges(t *testing.T) {
 		}, Action: netstate.FilterAction{Verdict: netstate.Drop},
 	}
 	rate := netstate.FilterRule{Tests: []netstate.FilterTest{{Key: []netstate.FilterField{{}}, What: "limit"}}, Action: netstate.FilterAction{Verdict: netstate.Drop}}
+	late := fmt.Errorf("etcd: no answer within 1.5s: %w", context.DeadlineExceeded)
 	for _, tt := range []struct {
 		name  string
 		check string
@@ -427,6 +429,27 @@ func TestJudges(t *testing.T) {
 		}},
 		{"etcd away, and a lease", "etcd", Fail, "traffic flows on", "endpoint health", func(f *Facts) {
 			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
+		}},
+		{"etcd away, and the daemon still connected", "etcd", Fail, "the daemon is still connected", "endpoint health", func(f *Facts) {
+			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
+			f.Daemon.Status.Store.Revision = 9
+		}},
+		{"etcd only slow", "etcd", Warn, "within 1.5s: context deadline exceeded; the daemon is connected and sees the changes of other nodes", "endpoint status", func(f *Facts) {
+			f.Store.Endpoints[0].Err, f.Daemon.Status.Store.Revision = late, 9
+			f.Store.TableErr = f.Store.Endpoints[0].Err
+		}},
+		{"etcd slow with a large table", "etcd", Warn, "reading /overlayd/network/: no answer within 1.5s: context deadline exceeded; the daemon is connected", "get --prefix", func(f *Facts) {
+			f.Store.TableErr, f.Daemon.Status.Store.Revision = late, 9
+		}},
+		{"etcd too slow to try a write", "etcd", Warn, "leases can't be written: no answer within 1.5s: context deadline exceeded; the daemon is connected", "endpoint status", func(f *Facts) {
+			f.Store.WriteErr, f.Daemon.Status.Store.Revision = late, 9
+		}},
+		{"etcd hangs", "etcd", Fail, "deadline exceeded; traffic flows on by what was known last, changes of other nodes are not seen", "endpoint health", func(f *Facts) {
+			f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
+			f.Daemon.Status.Store.Revision, f.Daemon.Status.Store.Error = 9, "no answer from http://etcd:2379"
+		}},
+		{"etcd hangs since the start", "etcd", Fail, "changes of other nodes are not seen", "endpoint health", func(f *Facts) {
+			f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
 		}},
 		{"one address twice", "leases", Fail, "the same public IP 192.0.2.2", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) }},
 		{"overlap", "leases", Fail, "10.244.2.0/24 of n2 and 10.244.2.128/25 of n9 overlap", "del '/overlayd/network/subnets/10.244.2.128-25'", func(f *Facts) {

@@ -52,6 +52,7 @@ func etcdFaults(long bool) []Fault {
 			Name:   "slow: 300 ms in each direction, a peer comes meanwhile",
 			Inject: Steps(slowStore, Until(KernelWhole, 2*time.Second), ghostSlow.appears),
 			Expect: ghostSlow.routed, Hold: 2 * time.Second, Restore: Undo,
+			Seen: &Seen{Doctor: `^warn etcd .*the daemon is connected and sees the changes of other nodes`},
 		},
 		{
 			Name: "one of three members lost", On: []string{OnThree}, Short: true,
