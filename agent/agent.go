@@ -508,14 +508,17 @@ func (a *Agent) announce(be backend.Backend) {
 	if c != a.claim {
 		a.claim = c
 		a.store.Claim(c)
+		if a.snap.Held() { // what the store says may be about another address now
+			a.health.set(condLease, a.leadsElsewhere())
+		}
 	}
 }
 
-// leaseProblem is why no lease is held, and claimProblem why the one that is held does not say what it should.
+// leaseProblem is why no lease is held that leads here, and claimProblem why the one that is held does not say what it should.
 func (a *Agent) leaseProblem() error {
 	switch {
 	case a.snap.Held():
-		return nil
+		return a.leadsElsewhere()
 	case a.snap.ClaimErr != nil:
 		return a.snap.ClaimErr
 	case a.lease == (subnet.Lease{}):
@@ -527,8 +530,27 @@ func (a *Agent) leaseProblem() error {
 	return errors.New("the lease is gone from etcd, it is being acquired again")
 }
 
+// leadsElsewhere is why peers that go by this node's lease do not reach it, or do not go by it.
+func (a *Agent) leadsElsewhere() error {
+	var conflict *subnet.ConflictError
+	if errors.As(a.snap.ClaimErr, &conflict) && conflict.Refused {
+		return conflict
+	}
+	for _, f := range addr.Families() {
+		said, is := a.snap.Lease.PublicIP.Get(f), a.claim.PublicIP.Get(f)
+		if a.snap.Lease.Subnets.Get(f).IsValid() && is.IsValid() && said != is {
+			err := fmt.Errorf("the lease announces %s, but this node is at %s", said, is)
+			if a.snap.ClaimErr != nil {
+				err = fmt.Errorf("%w: %w", err, a.snap.ClaimErr)
+			}
+			return err
+		}
+	}
+	return nil
+}
+
 func (a *Agent) claimProblem() error {
-	if !a.snap.Held() || a.snap.Table.ConfigErr != nil || errors.Is(a.snap.ClaimErr, subnet.ErrMoved) { // said elsewhere
+	if !a.snap.Held() || a.snap.Table.ConfigErr != nil || errors.Is(a.snap.ClaimErr, subnet.ErrMoved) || a.leadsElsewhere() != nil { // said elsewhere
 		return nil
 	}
 	return a.snap.ClaimErr

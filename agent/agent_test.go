@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
@@ -468,14 +469,48 @@ func TestFirewall(t *testing.T) {
 func TestPoolFullAndConflictAreNamed(t *testing.T) {
 	inRig(t, func(r *rig) {
 		mine := peer(1)
-		mine.PublicIP.V4 = netip.MustParseAddr("192.0.2.10") // this node's own, held by n1 of another machine
-		mine.NodeName = "other"
+		mine.NodeName = "self" // this node's name, held by another machine
 		r.table(onlyV4, mine)
-		if p := r.problem(condLease); !strings.Contains(p, `"other"`) || !strings.Contains(p, "192.0.2.10") {
+		if p := r.problem(condLease); !strings.Contains(p, `"self"`) || !strings.Contains(p, mine.Key) {
 			t.Errorf("problem %q", p)
 		}
 		if len(r.state().Links) > 0 {
 			t.Error("a node without a lease has programmed something")
+		}
+	})
+}
+
+// A node whose lease leads its peers elsewhere is not ready, whichever family it is about.
+func TestLeaseThatLeadsElsewhere(t *testing.T) {
+	inRig(t, func(r *rig) {
+		const dual = `{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48"}`
+		host := testHost()
+		host.Addresses = append(host.Addresses, netstate.HostAddress{Link: "eth0", Prefix: netip.MustParsePrefix("2001:db8::10/64")})
+		host.Routes = append(host.Routes, netstate.HostRoute{Dst: netip.MustParsePrefix("::/0"), Link: "eth0"})
+		r.host(host)
+		r.table(dual, peer(1))
+		if p := r.agent.health.list(); len(p) > 0 {
+			t.Fatalf("problems %v", p)
+		}
+		lease := r.store.snap.Lease
+		for _, old := range []string{"192.0.2.77", "2001:db8::77"} {
+			ip := netip.MustParseAddr(old)
+			r.store.deliver(func(s *subnet.Snapshot) { s.Lease.PublicIP.Set(addr.FamilyOf(ip), ip) })
+			synctest.Wait()
+			if p := r.problem(condLease); !strings.Contains(p, "the lease announces "+old) || !strings.Contains(p, lease.PublicIP.Get(addr.FamilyOf(ip)).String()) {
+				t.Errorf("problem %q", p)
+			}
+			r.store.deliver(func(s *subnet.Snapshot) { s.Lease = lease })
+			synctest.Wait()
+		}
+		for refused, where := range map[bool]condition{true: condLease, false: condClaim} {
+			r.store.deliver(func(s *subnet.Snapshot) {
+				s.ClaimErr = &subnet.ConflictError{Holder: peer(1), What: "the public IP 192.0.2.10", Advice: "change it", Refused: refused}
+			})
+			synctest.Wait()
+			if p := r.agent.health.list(); len(p) != 1 || p[0].Name != string(where) || !strings.Contains(p[0].Reason, "192.0.2.10") {
+				t.Errorf("problems %v, want one of %s", p, where)
+			}
 		}
 	})
 }

@@ -35,18 +35,28 @@ type Decision struct {
 	Unchanged string
 
 	Drop []*Entry // leases of this very node that it can't use any more: they go in the same write
+
+	Rival     *Entry // the lease of another node that announces an address of this one; of several, the newest
+	Announced int64  // the revision at which the lease that stands in the store was written, if it announces the claimed addresses
 }
 
 // ConflictError says that another node holds what only this one should: nothing is taken from it, and a person has to decide.
 type ConflictError struct {
-	Holder *Entry
-	What   string // what both have
-	Advice string
+	Holder  *Entry
+	What    string // what both have
+	Advice  string
+	Refused bool // the peers go by the other one's lease
 }
 
+const adviceOnIP = "give one of the two another address or --public-ip; if that node is gone, delete its key"
+
 func (e *ConflictError) Error() string {
-	return fmt.Sprintf("%s is also that of node %q (id %q), which holds the lease %s: %s",
-		e.What, e.Holder.NodeName, e.Holder.NodeID, e.Holder.Key, e.Advice)
+	effect := ""
+	if e.Refused {
+		effect = "; until then peers do not send to this node"
+	}
+	return fmt.Sprintf("%s is also that of node %q (id %q), which holds the lease %s: %s%s",
+		e.What, e.Holder.NodeName, e.Holder.NodeID, e.Holder.Key, e.Advice, effect)
 }
 
 // ErrNoConfig says that there is no network config in the store (yet).
@@ -70,17 +80,26 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 		return Decision{}, fmt.Errorf("%s %w", FormatKey(c.Remembered), ErrMoved)
 	}
 	mine, drop := ownEntries(t, &c)
-	if mine != nil {
-		if mine.PublicIP == c.PublicIP && mine.NodeName == c.NodeName { // it stays mine, whatever others came to say since
-			return update(mine, c, drop), nil
-		}
+	settled := mine != nil && mine.PublicIP == c.PublicIP && mine.NodeName == c.NodeName // it stays mine, whatever others came to say since
+	if !settled {
 		if err := conflict(t, &c); err != nil {
 			return Decision{}, err
 		}
-		return update(mine, c, drop), nil
 	}
-	if err := conflict(t, &c); err != nil {
+	d, err := acquire(t, c, mine, drop, attempt)
+	if err != nil {
 		return Decision{}, err
+	}
+	if d.Rival = rival(t, &c, &d); mine != nil && mine.PublicIP == c.PublicIP && d.Key == mine.Key {
+		d.Announced = mine.Revision
+	}
+	return d, nil
+}
+
+// acquire finds the key for a claim that nothing speaks against.
+func acquire(t Table, c Claim, mine *Entry, drop []*Entry, attempt int) (Decision, error) {
+	if mine != nil {
+		return update(mine, c, drop), nil
 	}
 	if e := spoiled(t, &c); e != nil {
 		d := update(e, c, drop)
@@ -203,15 +222,13 @@ func conflict(t Table, c *Claim) error {
 		}
 		if e.NodeName == c.NodeName && e.NodeID != "" {
 			return &ConflictError{
-				e, fmt.Sprintf("the node name %q", c.NodeName),
-				"give one of the two another --node-name; if that machine was replaced by this one, delete its key",
+				Holder: e, What: fmt.Sprintf("the node name %q", c.NodeName),
+				Advice: "give one of the two another --node-name; if that machine was replaced by this one, delete its key",
 			}
 		}
-		if e.NodeName != c.NodeName && e.samePublicIP(&c.Attrs) {
-			return &ConflictError{
-				e, fmt.Sprintf("the public IP %s", c.publicIPs()),
-				"give one of the two another address or --public-ip; if that node is gone, delete its key",
-			}
+		// A node that has the address need not ask whether the other one still has it, too: see Contest.
+		if e.NodeName != c.NodeName && e.samePublicIP(&c.Attrs) && !c.PublicIPLocal {
+			return &ConflictError{Holder: e, What: fmt.Sprintf("the public IP %s", c.publicIPs()), Advice: adviceOnIP}
 		}
 	}
 	return nil

@@ -265,6 +265,7 @@ func checkSettled(t *testing.T, table Table, claim Claim, d Decision) {
 
 func TestDecideErrors(t *testing.T) {
 	me, other := attrs("me", "192.168.1.1"), attrs("other", "192.168.1.2")
+	me.PublicIPLocal = false // a node that has the address asks no lease for it: see TestContest
 	lease := func(a Attrs) []*Entry { return []*Entry{leaseAt("10.244.5.0-24", a, 5, 50)} }
 	mineAnd := func(a Attrs) []*Entry { return append(lease(a), leaseAt("10.244.6.0-24", me, 6, 60)) }
 	broken := errors.New("broken")

@@ -23,7 +23,14 @@ type Roster struct {
 	beaten   []*Lease             // see verdict
 	refused  map[string]Refusal   // by key
 	leaving  map[*Lease]time.Time // those that linger, and when they have to go
+
+	young    map[*Entry]time.Time // entries that were written a moment ago, and until when they count as such
+	withheld time.Time            // when to look again at a lease that is too young to take the address of another one; zero: none is
 }
+
+// challengeStands is how long a lease has to stand before it takes the address of another one. A node that runs and has the address
+// answers within that time, so that nothing of its traffic is lost: see Contest.
+const challengeStands = time.Second
 
 // Change is what a table changed: Gone are those who were in the list and are not, or not like this; Come are new, or new like this.
 type Change struct {
@@ -52,9 +59,9 @@ func (r *Roster) Lingering() int { return len(r.leaving) }
 // Lingers tells whether a peer's lease is gone.
 func (r *Roster) Lingers(l *Lease) bool { _, ok := r.leaving[l]; return ok }
 
-// Next is when the first of those that linger has to go; the zero time: none lingers.
+// Next is when the next Update is due although the table stays the same; the zero time: never.
 func (r *Roster) Next() time.Time {
-	var first time.Time
+	first := r.withheld
 	for _, t := range r.leaving {
 		if first.IsZero() || t.Before(first) {
 			first = t
@@ -66,7 +73,8 @@ func (r *Roster) Next() time.Time {
 // Update takes the next table. A peer that is newly missing lingers for the time given, unless something contradicts it: somebody
 // else, this node included, has a part of its subnets or one of its addresses, or its node has another lease.
 func (r *Roster) Update(t Table, c Config, self Lease, now time.Time, linger time.Duration) Change {
-	same := r.known && r.config == c && r.self == self
+	same := r.known && r.config == c && r.self == self && (r.withheld.IsZero() || now.Before(r.withheld))
+	r.age(t, now)
 	r.config, r.self = c, self
 	var gone, come []*Lease
 	var refused bool
@@ -83,9 +91,33 @@ func (r *Roster) Update(t Table, c Config, self Lease, now time.Time, linger tim
 	return ch
 }
 
+// age takes note of the entries that are new, and forgets those that no longer are. Of the first table none is.
+func (r *Roster) age(t Table, now time.Time) {
+	maps.DeleteFunc(r.young, func(_ *Entry, until time.Time) bool { return !now.Before(until) })
+	if !r.known {
+		return
+	}
+	gone, come := compareEntries(r.table, t.Entries)
+	for _, e := range gone {
+		delete(r.young, e)
+	}
+	if len(come) > 0 && r.young == nil {
+		r.young = map[*Entry]time.Time{}
+	}
+	for _, e := range come {
+		r.young[e] = now.Add(challengeStands)
+	}
+}
+
 // anew judges a whole table.
 func (r *Roster) anew(t Table) (gone, come []*Lease, refused bool) {
-	v := t.judge(r.config, r.self)
+	v := t.judge(r.config, r.self, r.young)
+	r.withheld = time.Time{}
+	for _, e := range v.withheld {
+		if until := r.young[e]; r.withheld.IsZero() || until.Before(r.withheld) {
+			r.withheld = until
+		}
+	}
 	refused = len(v.refused) != len(r.refused) || slices.ContainsFunc(v.refused, func(x Refusal) bool { return r.refused[x.Key] != x })
 	gone, come = compareLeases(r.believed.leases, v.believed)
 	r.believed, r.beaten, r.refused = newCircle(v.believed), v.beaten, make(map[string]Refusal, len(v.refused))

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -69,7 +70,7 @@ func (o objection) is() bool { return o != objection{} }
 // with its reason and holds nobody else back. Both lists are in the order of the subnets. A Roster does the same for one table after
 // another, at the cost of what changed.
 func (t Table) Peers(c Config, self Lease) (peers []*Lease, refused []Refusal) {
-	v := t.judge(c, self)
+	v := t.judge(c, self, nil)
 	return v.believed, v.refused
 }
 
@@ -78,6 +79,7 @@ type verdict struct {
 	believed []*Lease // in the order of their subnets
 	refused  []Refusal
 	beaten   []*Lease // of the refused, those that would be believed but for another one's claim
+	withheld []*Entry // of those, the ones that are too young to take another one's address
 }
 
 // suspect is an entry whose lease may be believed, so far as it is looked at by itself.
@@ -88,7 +90,7 @@ type suspect struct {
 	refused  bool
 }
 
-func (t Table) judge(c Config, self Lease) verdict {
+func (t Table) judge(c Config, self Lease, young map[*Entry]time.Time) verdict {
 	var v verdict
 	j := judge{config: c, self: self}
 	suspects := make([]suspect, 0, len(t.Entries))
@@ -106,7 +108,8 @@ func (t Table) judge(c Config, self Lease) verdict {
 	slices.SortFunc(suspects, func(a, b suspect) int { return CompareSubnets(a.lease.Subnets, b.lease.Subnets) })
 	markOverlaps(suspects)
 	markShared(suspects, c.Backend.Type)
-	v.refused = append(v.refused, settle(c, suspects)...)
+	refused, withheld := settle(c, suspects, young)
+	v.refused, v.withheld = append(v.refused, refused...), withheld
 	v.believed = make([]*Lease, 0, len(suspects))
 	for _, s := range suspects {
 		if s.refused {
@@ -128,35 +131,65 @@ func (e *Entry) refusal(o objection) Refusal {
 	return Refusal{Key: e.Key, Node: e.NodeName, Cause: o.cause, Reason: o.reason}
 }
 
-// settle decides between those that claim the same: one that this network leases comes before a left-over of an older config, then
-// the older one.
-func settle(c Config, suspects []suspect) (refused []Refusal) {
-	var byAge []*suspect
+// settle decides between those that claim the same. For a subnet or a MAC, one that this network leases comes before a left-over of an
+// older config, then the older one: whoever has it keeps it. An address may have moved to another node, and what was written last is closer
+// to the truth; but those that are young come behind the others.
+func settle(c Config, suspects []suspect, young map[*Entry]time.Time) (refused []Refusal, withheld []*Entry) {
+	var left []*suspect
 	for i := range suspects {
 		if suspects[i].disputed {
-			byAge = append(byAge, &suspects[i])
+			left = append(left, &suspects[i])
 		}
 	}
-	slices.SortFunc(byAge, func(a, b *suspect) int { // one transaction may have made several
-		return cmp.Or(-cmp.Compare(b2i(c.Fits(a.lease.Subnets)), b2i(c.Fits(b.lease.Subnets))), cmp.Compare(a.Created, b.Created), cmp.Compare(a.Key, b.Key))
-	})
-	held := newHolders(byAge)
-	taken := claims{backend: c.Backend.Type, macs: map[addr.MAC]string{}, ips: map[netip.Addr]string{}}
-	for _, s := range byAge {
-		o := objection{}
+	byAge := func(a, b *suspect) int { // one transaction may have made several
+		return cmp.Or(cmp.Compare(a.Created, b.Created), cmp.Compare(a.Key, b.Key))
+	}
+	fits := func(a, b *suspect) int {
+		return -cmp.Compare(b2i(c.Fits(a.lease.Subnets)), b2i(c.Fits(b.lease.Subnets)))
+	}
+	sift := func(object func(*suspect) objection) {
+		left = slices.DeleteFunc(left, func(s *suspect) bool {
+			o := object(s)
+			if s.refused = o.is(); s.refused {
+				refused = append(refused, s.refusal(o))
+			}
+			return s.refused
+		})
+	}
+	slices.SortFunc(left, func(a, b *suspect) int { return cmp.Or(fits(a, b), byAge(a, b)) })
+	held, macs := newHolders(left), claims[addr.MAC]{}
+	sift(func(s *suspect) objection {
 		if h := held.find(s.lease); h != nil {
-			o = objectTo(CauseOverlap, "its subnet overlaps %s of %s, which holds it", h.Key, h.Name())
-		} else {
-			o = taken.add(s.lease)
+			return objectTo(CauseOverlap, "its subnet overlaps %s of %s, which holds it", h.Key, h.Name())
 		}
-		if o.is() {
-			s.refused = true
-			refused = append(refused, s.refusal(o))
-			continue
+		if c.Backend.Type == VXLAN {
+			if mac, by := macs.add(s.lease, func(f addr.Family) addr.MAC { return s.lease.VTEP.Get(f).MAC }); by != nil {
+				return objectTo(CauseVTEP, "its VtepMAC %s is that of %s, which holds it", mac, by.Name())
+			}
 		}
 		held.add(s)
+		return objection{}
+	})
+	isYoung := func(s *suspect) int {
+		_, is := young[s.Entry]
+		return b2i(is)
 	}
-	return refused
+	slices.SortFunc(left, func(a, b *suspect) int {
+		return cmp.Or(fits(a, b), isYoung(a)-isYoung(b), -cmp.Compare(a.Revision, b.Revision), byAge(a, b))
+	})
+	ips := claims[netip.Addr]{}
+	sift(func(s *suspect) objection {
+		ip, by := ips.add(s.lease, s.lease.PublicIP.Get)
+		switch {
+		case by == nil:
+			return objection{}
+		case isYoung(s) > 0:
+			withheld = append(withheld, s.Entry)
+			return objectTo(CausePublicIP, "its public IP %s is that of %s, which may have it still", ip, by.Name())
+		}
+		return objectTo(CausePublicIP, "its public IP %s is that of %s, whose lease %s was written later", ip, by.Name(), FormatKey(by.Subnets))
+	})
+	return refused, withheld
 }
 
 // overlap is false where one of the two is not in use.
@@ -341,31 +374,20 @@ func reserved4(ip netip.Addr) bool {
 	return ip.Is4() && (first == 0 || first >= 240)
 }
 
-// claims are the addresses of leases, with the names of those who have them.
-type claims struct {
-	backend BackendType
-	macs    map[addr.MAC]string
-	ips     map[netip.Addr]string
-}
+// claims tells which lease has an address or a MAC.
+type claims[K comparable] map[K]*Lease
 
-// add takes note of a lease's addresses, unless another one has one of them: one MAC or address can't lead to two nodes.
-func (c claims) add(l *Lease) objection {
+// add takes note of what a lease has in each family, unless another one has it: one MAC or address can't lead to two nodes.
+func (c claims[K]) add(l *Lease, of func(addr.Family) K) (taken K, by *Lease) {
 	for _, f := range addr.Families() {
-		if !l.Subnets.Get(f).IsValid() {
-			continue
-		}
-		if by, taken := c.ips[l.PublicIP.Get(f)]; taken {
-			return objectTo(CausePublicIP, "its public IP %s is that of %s, which holds it", l.PublicIP.Get(f), by)
-		}
-		if by, taken := c.macs[l.VTEP.Get(f).MAC]; taken && c.backend == VXLAN {
-			return objectTo(CauseVTEP, "its VtepMAC %s is that of %s, which holds it", l.VTEP.Get(f).MAC, by)
+		if other := c[of(f)]; other != nil && l.Subnets.Get(f).IsValid() {
+			return of(f), other
 		}
 	}
 	for _, f := range addr.Families() {
 		if l.Subnets.Get(f).IsValid() {
-			c.ips[l.PublicIP.Get(f)] = l.Name()
-			c.macs[l.VTEP.Get(f).MAC] = l.Name()
+			c[of(f)] = l
 		}
 	}
-	return objection{}
+	return taken, nil
 }

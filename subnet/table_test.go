@@ -92,8 +92,8 @@ func TestPeersRefuses(t *testing.T) {
 		{"my MAC", net4, key, mac4(self.VTEP.V4.MAC.String()), "is this node's own"},
 		{"MAC of eight octets", net4, key, []byte(`{"PublicIP":"172.16.0.7","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:00:00:07"}}`), "BackendData.VtepMAC"},
 		{"another peer's MAC", net4, key, mac4(peer(3).VTEP.V4.MAC.String()), "is that of node-3, which holds it"},
-		{"another peer's public IP", net4, key, v4(peer(3).PublicIP.V4.String()), "is that of node-3, which holds it"},
-		{"another peer's public IPv6", netTwo, both, v6(peer(3).PublicIP.V6.String()), "is that of node-3, which holds it"},
+		{"another peer's public IP, written before", net4, key, v4(peer(3).PublicIP.V4.String()), "is that of node-3, whose lease 10.244.3.0-24 was written later"},
+		{"another peer's public IPv6", netTwo, both, v6(peer(3).PublicIP.V6.String()), "is that of node-3, whose lease 10.244.3.0-24&fd00:10:244:3::-64 was written later"},
 		{"another VNI", net4, key, bad(func(a *Attrs) { a.VTEP.V4.VNI = 2 }), "its VNI is 2, this network's is 1"},
 		{"another peer's subnet, a part of it", net4, "10.244.3.64-26", good, "overlaps 10.244.3.0-24"},
 		{"another peer's subnet and more", net4, "10.244.2.0-23", good, "overlaps 10.244.3.0-24"},
@@ -128,7 +128,7 @@ func TestPeersRefuses(t *testing.T) {
 			}
 			table := Table{Config: c, Entries: []*Entry{
 				ParseEntry(tt.key, tt.value, 9, 9, 90),
-				leaseAt(goodKey[0], goodValue(2), 2, 20), leaseAt(goodKey[1], goodValue(3), 3, 30),
+				ParseEntry(goodKey[0], FormatValue(goodValue(2)), 12, 2, 20), ParseEntry(goodKey[1], FormatValue(goodValue(3)), 13, 3, 30),
 				leaseAt(FormatKey(self.Subnets), self.Attrs, 1, 10),
 				ParseEntry("10.244.100.0-24", nil, 4, 4, 0), // blank reservations are neither peers nor refused
 			}}
@@ -223,13 +223,15 @@ func randomTable(r *rand.Rand, c Config, n int) Table {
 		}
 		if k := FormatKey(s); k != "" && !seen[k] {
 			seen[k] = true
-			table.Entries = append(table.Entries, leaseAt(k, a, 1+int64(r.IntN(n)), 1))
+			created := 1 + int64(r.IntN(n))
+			table.Entries = append(table.Entries, ParseEntry(k, FormatValue(a), created+int64(r.IntN(n)), created, 1))
 		}
 	}
 	return table
 }
 
-// naivePeers compares every lease with every other one, those that fit the network first, then the oldest.
+// naivePeers compares every lease with every other one, those that fit the network first: for subnets and MACs the oldest first, then for
+// addresses the one written last.
 func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) {
 	var es []*Entry
 	for _, e := range table.Entries {
@@ -242,38 +244,36 @@ func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) 
 		trimmed.Lease = *l
 		es = append(es, &trimmed)
 	}
-	slices.SortStableFunc(es, func(a, b *Entry) int {
-		if c.Fits(a.Subnets) != c.Fits(b.Subnets) {
-			return b2i(c.Fits(b.Subnets)) - b2i(c.Fits(a.Subnets))
-		}
-		return cmp.Or(cmp.Compare(a.Created, b.Created), strings.Compare(a.Key, b.Key))
-	})
-	var held []Lease
-	for _, e := range es {
-		l, bad := e.Lease, false
-		for _, h := range held {
-			for _, f := range addr.Families() {
-				if !l.Subnets.Get(f).IsValid() {
-					continue
-				}
-				if o := h.Subnets.Get(f); o.IsValid() && o.Overlaps(l.Subnets.Get(f)) {
-					bad = true
-				}
-				for _, g := range addr.Families() {
-					if h.Subnets.Get(g).IsValid() && (h.PublicIP.Get(g) == l.PublicIP.Get(f) || h.VTEP.Get(g).MAC == l.VTEP.Get(f).MAC) {
-						bad = true
+	sift := func(age func(a, b *Entry) int, both func(l, h Lease, f, g addr.Family) bool) {
+		slices.SortFunc(es, func(a, b *Entry) int {
+			return cmp.Or(b2i(c.Fits(b.Subnets))-b2i(c.Fits(a.Subnets)), age(a, b), cmp.Compare(a.Created, b.Created), strings.Compare(a.Key, b.Key))
+		})
+		var held []*Entry
+		for _, e := range es {
+			bad := false
+			for _, h := range held {
+				for _, f := range addr.Families() {
+					for _, g := range addr.Families() {
+						bad = bad || e.Subnets.Get(f).IsValid() && h.Subnets.Get(g).IsValid() && both(e.Lease, h.Lease, f, g)
 					}
 				}
 			}
+			if bad {
+				refused = append(refused, e.Key)
+				continue
+			}
+			held = append(held, e)
 		}
-		if bad {
-			refused = append(refused, e.Key)
-			continue
-		}
-		held = append(held, l)
+		es = held
 	}
-	slices.SortFunc(held, func(a, b Lease) int { return CompareSubnets(a.Subnets, b.Subnets) })
-	for _, h := range held {
+	sift(func(a, b *Entry) int { return 0 }, func(l, h Lease, f, g addr.Family) bool {
+		return h.Subnets.Get(g).Overlaps(l.Subnets.Get(f)) || h.VTEP.Get(g).MAC == l.VTEP.Get(f).MAC
+	})
+	sift(func(a, b *Entry) int { return cmp.Compare(b.Revision, a.Revision) }, func(l, h Lease, f, g addr.Family) bool {
+		return h.PublicIP.Get(g) == l.PublicIP.Get(f)
+	})
+	slices.SortFunc(es, func(a, b *Entry) int { return CompareSubnets(a.Subnets, b.Subnets) })
+	for _, h := range es {
 		accepted = append(accepted, FormatKey(h.Subnets))
 	}
 	slices.Sort(refused)
@@ -296,7 +296,7 @@ func TestPeersAgainstAllPairs(t *testing.T) {
 			}
 			for _, x := range refused {
 				gotRefused = append(gotRefused, x.Key)
-				if strings.Contains(x.Reason, "which holds it") {
+				if strings.Contains(x.Reason, "which holds it") || strings.Contains(x.Reason, "was written later") {
 					nested++
 				}
 			}

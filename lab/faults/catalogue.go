@@ -4,5 +4,5 @@ import "slices"
 
 // Catalogue lists all rows. In the short form, some waits are shorter.
 func Catalogue(short bool) []Fault {
-	return slices.Concat(kernel(), firewall(), underlayFaults(), etcdFaults(!short), boot(), daemon(), peers())
+	return slices.Concat(kernel(), firewall(), underlayFaults(), addresses(), etcdFaults(!short), boot(), daemon(), peers())
 }

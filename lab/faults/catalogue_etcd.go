@@ -19,6 +19,7 @@ const (
 	ghostRestart
 	ghostSlow
 	ghostKilled
+	ghostAddress
 )
 
 // catchUp is how long a node may take to be content again after etcd is back: its attempts, and those of gRPC to connect, are up to 18 s apart.

@@ -143,17 +143,18 @@ func elsewhere(s *Site, f addr.Family, last string) netip.Prefix {
 
 // moveTo replaces the victim's addresses by others of the same network, as a DHCP server may.
 func moveTo(last string) Action {
-	return func(ctx context.Context, s *Site) error {
-		for _, f := range s.families {
-			to := elsewhere(s, f, last)
-			_, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+fmt.Sprintf(
-				`ip $F address del $IP/$NET_BITS dev eth0; ip $F address add %s dev eth0 %s; ip $F route replace default via $GW dev eth0`, to, nodad(f)))
-			if err != nil {
-				return err
-			}
+	return func(ctx context.Context, s *Site) error { return s.readdress(ctx, s.Victim, last) }
+}
+
+func (s *Site) readdress(ctx context.Context, n *lab.Node, last string) error {
+	for _, f := range s.families {
+		_, err := n.Run(ctx, "sh", "-ec", s.vars.Get(f)+fmt.Sprintf(`ip $F address flush dev eth0 scope global
+			ip $F address add %s dev eth0 %s; ip $F route replace default via $GW dev eth0`, elsewhere(s, f, last), nodad(f)))
+		if err != nil {
+			return err
 		}
-		return nil
 	}
+	return nil
 }
 
 func nodad(f addr.Family) string {
@@ -163,33 +164,44 @@ func nodad(f addr.Family) string {
 	return ""
 }
 
-func moveBack(ctx context.Context, s *Site) error {
+func moveBack(ctx context.Context, s *Site) error { return s.moveBack(ctx, s.Victim) }
+
+func (s *Site) moveBack(ctx context.Context, n *lab.Node) error {
 	for _, f := range s.families {
-		if _, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+`ip $F address flush dev eth0 scope global`); err != nil {
+		if _, err := n.Run(ctx, "sh", "-ec", s.vars.Get(f)+`ip $F address flush dev eth0 scope global`); err != nil {
 			return err
 		}
 	}
-	return s.Victim.LinkUp()
+	return n.LinkUp()
 }
 
 // announces holds when the victim's lease and its peers' entries have the new address, and the device sends from it.
 func announces(last string) Check {
 	return func(ctx context.Context, s *Site) error {
-		lease, err := s.leaseOf(ctx, s.Victim)
-		if err != nil {
+		if err := s.says(ctx, s.Victim, last); err != nil {
 			return err
 		}
 		for _, f := range s.families {
-			to := elsewhere(s, f, last).Addr()
-			if !strings.Contains(lease.value, `"`+to.String()+`"`) {
-				return fmt.Errorf("the lease does not say %s: %s", to, lease.value)
-			}
-			if err := s.sendsFrom(ctx, f, to); err != nil {
+			if err := s.sendsFrom(ctx, f, elsewhere(s, f, last).Addr()); err != nil {
 				return err
 			}
 		}
 		return nil
 	}
+}
+
+// says reports whether a node's lease announces these addresses.
+func (s *Site) says(ctx context.Context, n *lab.Node, last string) error {
+	lease, err := s.leaseOf(ctx, n)
+	if err != nil {
+		return err
+	}
+	for _, f := range s.families {
+		if to := elsewhere(s, f, last).Addr(); !strings.Contains(lease.value, `"`+to.String()+`"`) {
+			return fmt.Errorf("the lease of %s does not say %s: %s", n.Name, to, lease.value)
+		}
+	}
+	return nil
 }
 
 // sendsFrom looks at the two ends of a tunnel, or at the peer's route.

@@ -47,6 +47,8 @@ type Fault struct {
 	Keeps Check
 	// Restore ends the fault. Then the site must be Whole within Bound.Repair.
 	Restore Action
+	// Peer says that it is done to the peer as well as to the victim.
+	Peer bool
 	// Ruins says that the site is not the same afterwards, and is thrown away.
 	Ruins bool
 

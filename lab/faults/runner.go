@@ -332,11 +332,15 @@ func (s *Site) hold(ctx context.Context, f Fault, r *Result) {
 func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, began, ended time.Time) {
 	now := time.Now()
 	_ = sleep(ctx, inFlight)
-	l := s.traffic.between(began, now, s.Victim)
+	hit := []*lab.Node{s.Victim}
+	if f.Peer {
+		hit = append(hit, s.Peer)
+	}
+	l := s.traffic.between(began, now, hit...)
 	bad := func() bool { return len(l.problems(f)) > 0 || l.Last.Sub(ended) > f.Bound.Repair }
 	for bad() && time.Since(now) < lab.LateAnswer && ctx.Err() == nil {
 		_ = sleep(ctx, 50*time.Millisecond)
-		l = s.traffic.between(began, now, s.Victim)
+		l = s.traffic.between(began, now, hit...)
 	}
 	r.Lost, r.Stall = l.Lost, l.Stall
 	if l.Lost > 0 && l.Last.After(ended) {

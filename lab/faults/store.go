@@ -107,6 +107,9 @@ func (g ghost) subnets(s *Site) addr.Per[netip.Prefix] {
 	return out
 }
 
+// host is the last part of its addresses.
+func (g ghost) host() string { return fmt.Sprint(uint8(g)) }
+
 func (g ghost) key(s *Site) string { return subnets + subnet.FormatKey(g.subnets(s)) }
 
 // value is a lease that makes sense: in the victim's own segment, so that it can be reached without a tunnel as well.
@@ -120,7 +123,7 @@ func (g ghost) value(s *Site) string {
 		if f == addr.IPv6 {
 			name, data = "PublicIPv6", "BackendV6Data"
 		}
-		v[name] = elsewhere(s, f, fmt.Sprint(uint8(g))).Addr()
+		v[name] = elsewhere(s, f, g.host()).Addr()
 		v[data] = map[string]any{"VNI": 1, "VtepMAC": fmt.Sprintf("02:00:00:00:%02x:%02x", uint8(f), uint8(g))}
 	}
 	raw, _ := json.Marshal(v) // strings and numbers only

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
@@ -83,13 +84,13 @@ type loss struct {
 }
 
 // between sums up what happened to the traffic that was sent from one moment to another.
-func (t traffic) between(from, to time.Time, victim *lab.Node) loss {
+func (t traffic) between(from, to time.Time, hit ...*lab.Node) loss {
 	var out loss
 	most := 0
 	for _, f := range t {
 		p := f.ping.Stats(from, to)
 		out.Lost += p.Lost
-		if f.from != victim && f.to != victim {
+		if !slices.Contains(hit, f.from) && !slices.Contains(hit, f.to) {
 			out.Elsewhere += p.Lost
 		}
 		if p.LastLost.After(out.Last) {

@@ -27,6 +27,7 @@ type claimer struct {
 	failures int   // other failures in a row
 	spare    grant // an etcd lease that no key hangs on yet
 	dispute  dispute
+	contest  subnet.Contest
 }
 
 // dispute notes that somebody with this very node's identity, but another address, writes over our lease: a clone of the machine.
@@ -101,17 +102,22 @@ func (c *claimer) settle(ctx context.Context) time.Duration {
 		return forever
 	}
 	d, err := subnet.Decide(table, *claim, c.attempt)
-	switch {
-	case err != nil:
+	if err != nil {
 		c.attempt, c.failures = 0, 0
 		c.refuse(err)
 		c.giveBackSpare(ctx)
 		return around(claimAgain, chance())
-	case !d.Write:
+	}
+	contested := c.contest.Judge(&d, time.Now())
+	refused := contested != nil && contested.Refused
+	if e := table.Find(d.Key); refused && e != nil { // it stays as it is
+		d.Lease = e.Lease
+	}
+	if refused || !d.Write {
 		c.attempt, c.failures = 0, 0
-		c.hold(d, c.expiryOf(d.LeaseID))
+		c.hold(d, c.expiryOf(d.LeaseID), contested)
 		c.giveBackSpare(ctx)
-		return forever
+		return c.contest.Next(time.Now())
 	}
 	if conflict := c.dispute.disputed(table, *claim, d, time.Now()); conflict != nil {
 		c.refuse(conflict)
@@ -270,20 +276,25 @@ func (c *claimer) took(d subnet.Decision, value []byte, lease, revision int64) {
 	}
 	d.LeaseID = lease
 	c.dispute.wrote = revision
+	c.contest.Wrote(d, time.Now())
 	c.log.Info("lease written", zap.String("key", d.Key), zap.Int64("revision", revision), zap.Int("dropped", len(dropped)))
-	c.hold(d, expires)
+	c.hold(d, expires, nil)
 }
 
-// hold says that the store says what was claimed.
-func (c *claimer) hold(d subnet.Decision, expires time.Time) {
+// hold says that the store says what was claimed, and whether another node's lease says the same of it.
+func (c *claimer) hold(d subnet.Decision, expires time.Time, contested *subnet.ConflictError) {
 	held := holding{d.Lease, d.Key, d.LeaseID, expires}
+	var err error
+	if contested != nil {
+		err = contested
+	}
 	if c.spare.id == d.LeaseID {
 		c.spare = grant{} // it came through although the answer was lost
 	}
 	c.update(func() bool {
 		s := &c.claim
-		same := s.held == held && s.err == nil
-		s.held, s.before, s.err, s.said = held, d.Lease.Subnets, nil, ""
+		same := s.held == held && text(s.err) == text(err)
+		s.held, s.before, s.err, s.said = held, d.Lease.Subnets, err, text(err)
 		if !same {
 			poke(c.wakeKeep)
 			poke(c.wakeSync)

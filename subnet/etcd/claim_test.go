@@ -107,7 +107,7 @@ func TestConflict(t *testing.T) {
 	s := store(t)
 	_, first := join(t, s, 1)
 	for what, change := range map[string]func(*subnet.Claim){
-		"the public IP": func(c *subnet.Claim) { c.PublicIP = claim(1).PublicIP },
+		"the public IP": func(c *subnet.Claim) { c.PublicIP, c.PublicIPLocal = claim(1).PublicIP, false },
 		"the node name": func(c *subnet.Claim) { c.NodeName = claim(1).NodeName },
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -131,6 +131,74 @@ func TestConflict(t *testing.T) {
 				t.Errorf("logged %d times", got)
 			}
 		})
+	}
+}
+
+// reportsConflict is a node that has its lease, and says of another one that it has the same address.
+func reportsConflict(refused bool) func(subnet.Snapshot) bool {
+	return func(s subnet.Snapshot) bool {
+		var conflict *subnet.ConflictError
+		return s.Held() && errors.As(s.ClaimErr, &conflict) && conflict.Refused == refused
+	}
+}
+
+// Two nodes that run and have the same address: the first one keeps it, both say so, and that is two writes.
+func TestTwoNodesWithOneAddress(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	first, _ := join(t, s, 1)
+	second, before := join(t, s, 2)
+	at := s.Revision()
+	c := claim(2)
+	c.PublicIP = claim(1).PublicIP
+	second.m.Claim(c)
+	first.until("a conflict", reportsConflict(false))
+	lost := second.until("a conflict", reportsConflict(true))
+	if lost.Lease.Subnets != before.Lease.Subnets {
+		t.Errorf("the second one has %v, it had %v", lost.Lease.Subnets, before.Lease.Subnets)
+	}
+	time.Sleep(time.Second)
+	if n := s.Revision() - at; n != 2 {
+		t.Errorf("%d writes, want a challenge and an answer", n)
+	}
+	peers, refused := lost.Table.Peers(lost.Table.Config, subnet.Lease{})
+	if len(peers) != 1 || peers[0].NodeName != "node-1" || len(refused) != 1 {
+		t.Errorf("the others go by %v, and refuse %v", peers, refused)
+	}
+	second.m.Claim(claim(2))
+	first.untilHeld()
+	second.untilHeld()
+}
+
+// Addresses that go round among nodes that run: all are where they should be within a moment, none waits for another.
+func TestAddressesGoRound(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	const n = 5
+	var nodes []*node
+	for i := range n {
+		one, _ := join(t, s, i+1)
+		nodes = append(nodes, one)
+	}
+	began := time.Now()
+	for i, one := range nodes {
+		c := claim(i + 1)
+		c.PublicIP = claim((i+1)%n + 1).PublicIP
+		one.m.Claim(c)
+	}
+	for i, one := range nodes {
+		one.until("the new address", func(s subnet.Snapshot) bool {
+			return held(s) && s.Lease.PublicIP == claim((i+1)%n+1).PublicIP
+		})
+	}
+	for _, one := range nodes {
+		one.until("five peers", func(s subnet.Snapshot) bool {
+			peers, _ := s.Table.Peers(s.Table.Config, subnet.Lease{})
+			return held(s) && len(peers) == n
+		})
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("it took %s", took)
 	}
 }
 

@@ -1,0 +1,123 @@
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/lab"
+)
+
+// addresses is what may happen to addresses of which two nodes are said to have one.
+func addresses() []Fault {
+	return in(Underlay, Bound{Lost: Any, Repair: 10 * time.Second}, []Fault{
+		{
+			Name: "two nodes swap their addresses", On: everywhere(), Short: true, Peer: true,
+			Inject: Steps(Afterwards(unswap), swap), Expect: All(swapped, subnetKept, reaches), Restore: Undo,
+		},
+		{
+			Name: "the address of a node that is no more is taken over", On: everywhere(), Short: true,
+			Inject: Steps(ghostAddress.appears, Until(ghostAddress.routed, 3*time.Second), Afterwards(moveBack), moveTo(ghostAddress.host())),
+			Expect: All(announces(ghostAddress.host()), subnetKept, reaches, isReady), Restore: Undo,
+		},
+		{
+			Name: "this node is given the address of another one that runs", Short: true, Peer: true,
+			Inject: Steps(Afterwards(unswap), duplicate),
+			Expect: bothReport, Hold: 3 * time.Second, Keeps: bothReport, Restore: Undo,
+			Log: `problem: lease.*public IP`, Seen: unreadies("lease", "public IP .* is also that of"),
+		},
+	})
+}
+
+// hostOf is the last part of a node's addresses, which is the same in both families.
+func (s *Site) hostOf(n *lab.Node) string {
+	ip := n.Addr(s.families[0]).String()
+	return ip[strings.LastIndexAny(ip, ".:")+1:]
+}
+
+// swap gives the victim the peer's addresses and the peer the victim's, while both run.
+func swap(ctx context.Context, s *Site) error {
+	if err := s.readdress(ctx, s.Victim, s.hostOf(s.Peer)); err != nil {
+		return err
+	}
+	if err := s.readdress(ctx, s.Peer, s.hostOf(s.Victim)); err != nil {
+		return err
+	}
+	return s.forgetNeighbours(ctx)
+}
+
+func unswap(ctx context.Context, s *Site) error {
+	return errors.Join(s.moveBack(ctx, s.Victim), s.moveBack(ctx, s.Peer), s.forgetNeighbours(ctx))
+}
+
+// forgetNeighbours stands for the announcements with which a network tool tells all others that an address has another MAC now.
+func (s *Site) forgetNeighbours(ctx context.Context) error {
+	machines := []lab.Machine{s.Lab.Router()}
+	for _, n := range s.Lab.Nodes() {
+		machines = append(machines, n.Machine)
+	}
+	for _, m := range machines {
+		if out, err := m.Run(ctx, "sh", "-c", `ip neigh flush nud reachable nud stale nud delay nud probe nud failed`); err != nil {
+			return fmt.Errorf("%s: %w (%s)", m.Name, err, out)
+		}
+	}
+	return nil
+}
+
+// duplicate gives the victim the peer's address. Both go on to reach etcd: the victim from its own address, which it has still but which is
+// deprecated, and the peer since the router knows where it is.
+func duplicate(ctx context.Context, s *Site) error {
+	peer, err := s.Peer.Run(ctx, "sh", "-c", `ip -o link show eth0 | sed 's/.*link.ether \([^ ]*\).*/\1/'`)
+	if err != nil {
+		return err
+	}
+	router := s.Lab.Router()
+	device, err := router.Run(ctx, "sh", "-ec", s.vars.Get(addr.IPv4)+`ip -o route get $PEER_IP | sed 's/.* dev \([^ ]*\).*/\1/'`)
+	if err != nil {
+		return err
+	}
+	neighbour := []string{"neigh", "replace", s.Peer.Addr(addr.IPv4).String(), "dev", strings.TrimSpace(device), "lladdr", strings.TrimSpace(peer), "nud"}
+	if _, err := router.Run(ctx, "ip", append(neighbour, "permanent")...); err != nil {
+		return err
+	}
+	s.Defer(func() error {
+		_, err := router.Run(context.WithoutCancel(ctx), "ip", append(neighbour, "stale")...)
+		return err
+	})
+	etcd := s.Lab.Topology().Etcd.Interfaces[0].Addrs[0].Addr()
+	return Once(fmt.Sprintf(`ip route add %s via $GW src $IP
+		ip address change $IP/$NET_BITS dev eth0 preferred_lft 0
+		ip address add $PEER_IP/32 dev eth0`, etcd))(ctx, s)
+}
+
+// swapped holds when the leases say so, and both nodes are ready.
+func swapped(ctx context.Context, s *Site) error {
+	if err := errors.Join(s.says(ctx, s.Victim, s.hostOf(s.Peer)), s.says(ctx, s.Peer, s.hostOf(s.Victim))); err != nil {
+		return err
+	}
+	return s.content(ctx)
+}
+
+func isReady(ctx context.Context, s *Site) error {
+	return contentOne(ctx, s.Victim, "refused-lease", "silent-peers", "path-mtu")
+}
+
+// bothReport holds when the victim says that it is not reached because of the peer, the peer speaks of the victim and stays ready, and the
+// third node goes by the peer's lease.
+func bothReport(ctx context.Context, s *Site) error {
+	for n, want := range map[*lab.Node][2]string{
+		s.Victim: {"not ready: lease: ", s.Peer.Name}, s.Peer: {"degraded: claim: ", s.Victim.Name}, s.otherThan(): {"degraded: refused-lease: ", s.Victim.Name},
+	} {
+		_, text, err := n.Ask(ctx, "http://127.0.0.1:8471/readyz")
+		if err != nil {
+			return err
+		}
+		if !strings.Contains(text, want[0]) || !strings.Contains(text, fmt.Sprintf("node %q", want[1])) {
+			return fmt.Errorf("%s does not speak of %s: %s", n.Name, want[1], strings.TrimSpace(text))
+		}
+	}
+	return nil
+}
