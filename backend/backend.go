@@ -186,6 +186,15 @@ func localNetworks(in Input, f addr.Family) []netstate.HostAddress {
 	return out
 }
 
+// AddRule plans a rule in the place where no rule of another program takes packets away from it.
+func (p *Plan) AddRule(h netstate.Host, r netstate.Rule) {
+	rules, err := h.Precede(r)
+	p.State.Rules = append(p.State.Rules, rules...)
+	if err != nil && !slices.Contains(p.Problems, err.Error()) {
+		p.Problems = append(p.Problems, err.Error())
+	}
+}
+
 // LimitMTU lowers the pods' MTU to what gets through in one more family, and returns that.
 func (p *Plan) LimitMTU(in Input, f addr.Family) int {
 	under, b := in.Underlay.Get(f), in.Config.Backend

@@ -47,6 +47,8 @@ var plans = []struct {
 		in.Host.Routes = nil
 		in.Host = in.Host.Indexed()
 	}},
+	{"vxlan-dual-beside-a-vpn", dual, `"Type": "vxlan"`, besideAVPN},
+	{"hostgw-dual-beside-a-vpn", dual, `"Type": "host-gw"`, besideAVPN},
 	{"hostgw-v4", only4, `"Type": "host-gw"`, nil},
 	{"hostgw-v6", only6, `"Type": "host-gw"`, nil},
 	{"hostgw-dual", dual, `"Type": "host-gw"`, nil},
@@ -56,6 +58,23 @@ var plans = []struct {
 		in.Host.Routes = nil
 		in.Host = in.Host.Indexed()
 	}},
+}
+
+// besideAVPN has a rule of another program, which is for marked packets, and one for all behind that.
+func besideAVPN(in *backend.Input) {
+	in.Peers = in.Peers[:1]
+	for _, all := range []string{"0.0.0.0/0", "::/0"} {
+		rule := func(priority, table, mark uint32) {
+			p := netip.MustParsePrefix(all)
+			r := netstate.HostRule{Action: netstate.RuleToTable, Mark: mark, Mask: mark}
+			r.Priority, r.From, r.To, r.Table = priority, p, p, table
+			in.Host.Rules = append(in.Host.Rules, r)
+		}
+		rule(0, 255, 0)
+		rule(5210, 254, 0x80000)
+		rule(5270, 52, 0)
+		rule(32766, 254, 0)
+	}
 }
 
 func config(t testing.TB, network, be string) subnet.Config {

@@ -200,7 +200,7 @@ func (g gen) state() State {
 	}
 	for n := g.IntN(3); n > 0; n-- {
 		os = append(os, pick[Object](g,
-			Rule{uint32(g.IntN(2)), g.prefix(), OwnTable},
+			Rule{Priority: uint32(g.IntN(2)), From: g.prefix(), Table: OwnTable},
 			Sysctl{"net/" + pick(g, "a", "b"), pick(g, "0", "1")}))
 	}
 	g.Shuffle(len(os), func(i, j int) { os[i], os[j] = os[j], os[i] })
@@ -344,7 +344,7 @@ func TestDiffOfADeviceThatCannotBeChanged(t *testing.T) {
 		Neighbours: []Neighbour{{dev.Name, netip.MustParseAddr("10.244.2.0"), addr.MAC{2, 2}}},
 		FDB:        []FDBEntry{{dev.Name, addr.MAC{2, 2}, netip.MustParseAddr("192.0.2.2")}},
 		Routes:     []Route{{Table: MainTable, Dst: netip.MustParsePrefix("10.244.2.0/24"), Metric: 1, Link: dev.Name}},
-		Rules:      []Rule{{1, netip.MustParsePrefix("10.244.1.0/24"), OwnTable}},
+		Rules:      []Rule{{Priority: 1, From: netip.MustParsePrefix("10.244.1.0/24"), Table: OwnTable}},
 	}
 	for part, change := range map[string]func(*VXLAN){
 		"VNI":      func(v *VXLAN) { v.VNI = 2 },

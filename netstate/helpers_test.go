@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -120,7 +121,9 @@ func fullState() State {
 			Name: f.dev, MAC: mac, MTU: 1400, VXLAN: VXLAN{VNI: 1, Port: 8472, Local: netip.MustParseAddr(f.local), Underlay: "eth0"},
 		})
 		s.Addresses = append(s.Addresses, Address{f.dev, addr.Host(own.Addr())})
-		s.Rules = append(s.Rules, Rule{11800, own, OwnTable})
+		s.Rules = append(s.Rules, Rule{Priority: 11800, From: own, To: orAny(netip.Prefix{}, own), Table: OwnTable})
+		network := netip.PrefixFrom(own.Addr(), 16).Masked()
+		s.Rules = append(s.Rules, Rule{Priority: 20000, From: orAny(netip.Prefix{}, own), To: network, Table: MainTable, AtLeast: 16, Unmarked: 5})
 		direct := netip.MustParsePrefix(f.direct)
 		s.Routes = append(s.Routes, Route{Table: MainTable, Dst: direct, Metric: Metric(direct), Via: netip.MustParseAddr(fmt.Sprintf(f.public, 9)), Link: "eth0"})
 		for p := 2; p <= 4; p++ {
@@ -170,7 +173,7 @@ func (n *node) witness(sysctls []Sysctl) State {
 		}
 		for _, r := range query[ipRule](n, "ip", "-N", "-j", f, "rule", "show") {
 			if r.Protocol == "118" {
-				s.Rules = append(s.Rules, Rule{r.Priority, netip.PrefixFrom(parseAddr(n.t, r.Src), r.Len), table(n.t, r.Table)})
+				s.Rules = append(s.Rules, r.rule(n.t, f == "-6"))
 			}
 		}
 	}
@@ -251,9 +254,31 @@ func (r ipRoute) route(t testing.TB, family string) Route {
 }
 
 type ipRule struct {
-	Priority             uint32
-	Src, Table, Protocol string
-	Len                  int `json:"srclen"`
+	Priority                          uint32
+	Src, Dst, Table, Protocol, FwMask string
+	SrcLen, DstLen                    int
+	Suppress                          *uint8 `json:"suppress_prefixlen"`
+}
+
+func (r ipRule) rule(t testing.TB, six bool) Rule {
+	prefix := func(a string, bits int) netip.Prefix {
+		if a == "" || a == "all" {
+			return netip.PrefixFrom(unspecified(six), 0)
+		}
+		return netip.PrefixFrom(parseAddr(t, a), bits)
+	}
+	out := Rule{Priority: r.Priority, From: prefix(r.Src, r.SrcLen), To: prefix(r.Dst, r.DstLen), Table: table(t, r.Table)}
+	if r.Suppress != nil {
+		out.AtLeast = *r.Suppress + 1
+	}
+	if r.FwMask != "" {
+		mask, err := strconv.ParseUint(r.FwMask, 0, 32)
+		if err != nil {
+			t.Error(err)
+		}
+		out.Unmarked = uint32(mask)
+	}
+	return out
 }
 
 type ipNeigh struct {

@@ -14,6 +14,7 @@ type Host struct {
 	Addresses []HostAddress
 	IPv6      bool        // the kernel has it at all
 	Routes    []HostRoute // unicast routes of the main table that are not ours
+	Rules     []HostRule  // in the order in which the kernel asks them, those of IPv4 first
 
 	local   map[netip.Addr]struct{}
 	tunnels []string              // the devices that are ours
@@ -65,7 +66,8 @@ type HostRoute struct {
 
 // Equal reports whether two looks at the host found the same.
 func (h Host) Equal(o Host) bool {
-	return h.IPv6 == o.IPv6 && slices.Equal(h.Links, o.Links) && slices.Equal(h.Addresses, o.Addresses) && slices.Equal(h.Routes, o.Routes)
+	return h.IPv6 == o.IPv6 && slices.Equal(h.Links, o.Links) && slices.Equal(h.Addresses, o.Addresses) && slices.Equal(h.Routes, o.Routes) &&
+		slices.Equal(h.Rules, o.Rules)
 }
 
 // HasName reports whether a name means the device: its own, or an alternative one.

@@ -192,14 +192,24 @@ func (k *Kernel) putRoute(m *messages, op Op, r Route) error {
 }
 
 func putRule(m *messages, op Op, r Rule) {
-	const actionToTable = 1 // FR_ACT_TO_TBL
 	m.change(op, unix.RTM_NEWRULE, unix.RTM_DELRULE)
-	m.rtmsg(unix.RtMsg{Family: familyOf(r.From.Addr()), Src_len: uint8(r.From.Bits()), Table: uint8(r.Table), Type: actionToTable})
+	m.rtmsg(unix.RtMsg{
+		Family: familyOf(r.From.Addr()), Src_len: uint8(r.From.Bits()), Dst_len: uint8(r.To.Bits()), Table: uint8(r.Table), Type: uint8(RuleToTable),
+	})
 	if r.From.Bits() > 0 {
 		m.address(unix.FRA_SRC, r.From.Addr())
 	}
+	if r.To.Bits() > 0 {
+		m.address(unix.FRA_DST, r.To.Addr())
+	}
 	if r.Table > math.MaxUint8 {
 		m.number(unix.FRA_TABLE, r.Table)
+	}
+	if r.Unmarked != 0 {
+		m.number(unix.FRA_FWMASK, r.Unmarked)
+	}
+	if r.AtLeast > 0 {
+		m.number(unix.FRA_SUPPRESS_PREFIXLEN, uint32(r.AtLeast)-1)
 	}
 	m.number(unix.FRA_PRIORITY, r.Priority)
 	m.attr(unix.FRA_PROTOCOL, []byte{Protocol})

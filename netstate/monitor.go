@@ -187,8 +187,8 @@ func (e *expectation) contradicts(typ uint16, body []byte) bool {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		return e.link(typ == unix.RTM_NEWLINK, body)
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
-		r, protocol, ok := parseRule(body)
-		return ok && protocol == Protocol && !e.deaf && slices.Contains(e.state.Rules, r) != (typ == unix.RTM_NEWRULE)
+		r, ours, ok := parseRule(body)
+		return ok && (!ours || !e.deaf && slices.Contains(e.state.Rules, r.Rule) != (typ == unix.RTM_NEWRULE))
 	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
 		return e.nexthops
 	case unix.RTM_NEWNETCONF: // a setting such as forwarding, or a device that came

@@ -249,14 +249,19 @@ type nexthopHeader struct{}
 func (*nexthopHeader) Len() int          { return 8 }
 func (*nexthopHeader) Serialize() []byte { return make([]byte, 8) }
 
-func (k *Kernel) observeRules(_ map[int]string, s *State, _ *Host) error {
+func (k *Kernel) observeRules(_ map[int]string, s *State, h *Host) error {
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		before := len(s.Rules)
+		before, others := len(s.Rules), len(h.Rules)
 		header := nl.NewRtMsg()
 		header.RtMsg = unix.RtMsg{Family: family}
-		err := k.conn.dump(unix.RTM_GETRULE, header, nil, func() { s.Rules = s.Rules[:before] }, func(b []byte) {
-			if r, protocol, ok := parseRule(b); ok && protocol == Protocol {
-				s.Rules = append(s.Rules, r)
+		err := k.conn.dump(unix.RTM_GETRULE, header, nil, func() {
+			s.Rules, h.Rules = s.Rules[:before], h.Rules[:others]
+		}, func(b []byte) {
+			switch r, ours, ok := parseRule(b); {
+			case ok && ours:
+				s.Rules = append(s.Rules, r.Rule)
+			case ok:
+				h.Rules = append(h.Rules, r)
 			}
 		})
 		if err != nil && !noFamily(err) {

@@ -204,33 +204,3 @@ func parseNeigh(b []byte) (ip netip.Addr, mac addr.MAC, ifindex uint32, permanen
 	}
 	return ip, mac, u32(b[4:]), binary.NativeEndian.Uint16(b[8:])&unix.NUD_PERMANENT != 0
 }
-
-// parseRule reads an RTM_NEWRULE body (struct fib_rule_hdr, uapi/linux/fib_rules.h).
-func parseRule(b []byte) (r Rule, protocol uint8, ok bool) {
-	const actionToTable = 1 // FR_ACT_TO_TBL
-	if len(b) < unix.SizeofRtMsg || b[7] != actionToTable {
-		return r, 0, false
-	}
-	srcLen := int(b[2])
-	r.Table = uint32(b[4])
-	src := netip.IPv4Unspecified()
-	if b[0] == unix.AF_INET6 {
-		src = netip.IPv6Unspecified()
-	}
-	eachAttr(b[unix.SizeofRtMsg:], func(typ uint16, data []byte) {
-		switch typ {
-		case unix.FRA_SRC:
-			src = ipOf(data)
-		case unix.FRA_PRIORITY:
-			r.Priority = u32(data)
-		case unix.FRA_TABLE:
-			r.Table = u32(data)
-		case unix.FRA_PROTOCOL:
-			if len(data) > 0 {
-				protocol = data[0]
-			}
-		}
-	})
-	r.From = netip.PrefixFrom(src, srcLen)
-	return r, protocol, r.From.IsValid()
-}

@@ -42,10 +42,10 @@ func reading(kind string, body []byte) string {
 		e, at, ok = parseFDB(body)
 		v = fmt.Sprintf("%s%d", e, at)
 	case "rule":
-		var r Rule
-		var protocol uint8
-		r, protocol, ok = parseRule(body)
-		v = fmt.Sprintf("%s protocol %d", r, protocol)
+		var r HostRule
+		var ours bool
+		r, ours, ok = parseRule(body)
+		v = fmt.Sprintf("%s ours %v", r, ours)
 	case "ack", "ack-with-request":
 		flags := uint16(unix.NLM_F_ACK_TLVS | unix.NLM_F_CAPPED)
 		if kind == "ack-with-request" {

@@ -75,13 +75,6 @@ type Route struct {
 	OnLink bool // take Via for reachable on Link, whatever the addresses there say
 }
 
-// Rule is a routing rule with our protocol number: packets from a source look into a table. All fields are its key.
-type Rule struct {
-	Priority uint32
-	From     netip.Prefix
-	Table    uint32
-}
-
 // Routing tables and the mark of our own (iproute2's rt_tables and rt_protos; 118 is taken by nobody there).
 const (
 	MainTable = 254
@@ -155,11 +148,6 @@ func (r Route) Compare(o Route) int {
 	return cmp.Compare(r.Metric, o.Metric)
 }
 
-// Compare orders rules by key.
-func (r Rule) Compare(o Rule) int {
-	return cmp.Or(cmp.Compare(r.Priority, o.Priority), addr.ComparePrefix(r.From, o.From), cmp.Compare(r.Table, o.Table))
-}
-
 func (l Link) String() string {
 	s := fmt.Sprintf("device %s vxlan id %d dstport %d local %s", l.Name, l.VXLAN.VNI, l.VXLAN.Port, l.VXLAN.Local)
 	if l.VXLAN.Underlay != "" {
@@ -197,10 +185,6 @@ func (r Route) String() string {
 		s += fmt.Sprintf(" table %d", r.Table)
 	}
 	return s + fmt.Sprintf(" metric %d", r.Metric)
-}
-
-func (r Rule) String() string {
-	return fmt.Sprintf("rule %d from %s lookup %d", r.Priority, r.From, r.Table)
 }
 
 // Metric is the metric that the routes to a destination get, from 1 to 1023. The kernel finds the shared part of a route

@@ -4,6 +4,7 @@ package hostgw
 import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
 
@@ -21,6 +22,7 @@ func (Backend) Plan(in backend.Input) backend.Plan {
 	var p backend.Plan
 	for _, f := range in.Config.Families() {
 		p.LimitMTU(in, f)
+		p.AddRule(in.Host, netstate.ToMain(in.Config.Pools.Get(f).Network))
 		p.Each(in, f, func(peer *subnet.Lease) {
 			by, err := backend.OnLink(in.Host, peer.PublicIP.Get(f))
 			if err != nil {

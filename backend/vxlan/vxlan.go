@@ -95,10 +95,11 @@ func (Backend) Plan(in backend.Input) backend.Plan {
 		})
 	}
 	for _, f := range families {
+		p.AddRule(in.Host, netstate.ToMain(in.Config.Pools.Get(f).Network))
 		// A rule of any kind makes the kernel look up every route the long way, which is some 8 % of the CPU of a request: only where
 		// there is something in the table.
 		if slices.ContainsFunc(nodes, func(r netstate.Route) bool { return addr.FamilyOf(r.Dst.Addr()) == f }) {
-			p.State.Rules = append(p.State.Rules, netstate.Rule{Priority: RulePriority, From: in.Self.Subnets.Get(f), Table: netstate.OwnTable})
+			p.AddRule(in.Host, netstate.Rule{Priority: RulePriority, From: in.Self.Subnets.Get(f), Table: netstate.OwnTable})
 		}
 	}
 	p.State.FDB = byMAC(p.State.FDB)

@@ -1,6 +1,12 @@
 package faults
 
-import "time"
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/overlayd/overlayd/lab"
+)
 
 // kernel is the drift of what the daemon put into the kernel. The scripts run on the victim; what they name is in Site.variables.
 func kernel() []Fault {
@@ -93,8 +99,60 @@ func kernel() []Fault {
 			Inject: On(`if [ $F = -4 ]; then echo 0 > /proc/sys/net/ipv4/ip_forward; else echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; fi`),
 			Log:    `repaired.*: sysctl`, Seen: repairs("sysctl", "forward"),
 		},
+		diverted("a VPN's rule before the main table", `5269`, vpnUp, vpnDown),
+		diverted("source routing of the node's own address", `[0-9]*`,
+			`ip $F route add default via $GW dev eth0 table 500; ip $F rule add from $IP lookup 500`,
+			`ip $F rule del from $IP lookup 500; ip $F route flush table 500`),
+		diverted("private addresses prohibited by a rule", `5269`, `ip $F rule add pref 5270 to $WIDE prohibit`, `ip $F rule del pref 5270`),
+		startsDiverted(),
 	}
 	return in(Kernel, drift(), rows)
+}
+
+// A VPN has a rule before the main table, and a table in which a wide network leads elsewhere.
+const (
+	vpnUp   = `ip $F route add $WIDE via $GW dev eth0 table 52; ip $F rule add pref 5270 lookup 52`
+	vpnDown = `ip $F rule del pref 5270; ip $F route flush table 52`
+)
+
+// wide is a network around that of the pods, and POOL is that.
+const wide = `[ $F = -4 ] && { WIDE=10.0.0.0/8; POOL=10.244.0.0/16; } || { WIDE=fd00::/12; POOL=fd00:10:244::/48; }
+`
+
+// diverted is a rule of another program that would take the pods' packets elsewhere: ours comes before it, with a priority that matches,
+// and goes with it.
+func diverted(name, priority, add, remove string) Fault {
+	return Fault{
+		Name: name, On: everywhere(), Short: true, Soak: true,
+		Inject: Steps(On(wide+add), Afterwards(On(wide+remove))),
+		Expect: All(Sees(wide+`ip $F rule show | grep -E "^`+priority+`:.*to $POOL lookup main suppress_prefixlength .* proto 118"`), reaches, reachesAcross),
+		Hold:   time.Second, Keeps: All(reaches, reachesAcross), Restore: Undo, Log: `rule`,
+	}
+}
+
+func startsDiverted() Fault {
+	f := diverted("start beside a VPN's rule before the main table", `5269`, vpnUp, vpnDown)
+	f.Inject = Steps(stopDaemon, f.Inject, startDaemon)
+	f.Bound.Repair, f.Bound.Lost, f.Soak = comeBack, Any, false
+	return f
+}
+
+// reachesAcross holds when the victim itself reaches a pod of the peer, and a pod of the victim the peer itself.
+func reachesAcross(ctx context.Context, s *Site) error {
+	env, err := s.Peer.SubnetEnv()
+	if err != nil {
+		return err
+	}
+	for _, f := range s.families {
+		const wait = 200 * time.Millisecond
+		if _, err := s.Victim.Ping(ctx, lab.Ping{To: env.PodAddr(f, 0).Addr(), Wait: wait}); err != nil {
+			return fmt.Errorf("%s does not reach a pod of %s: %w", s.Victim.Name, s.Peer.Name, err)
+		}
+		if _, err := s.Victim.Pods()[0].Ping(ctx, lab.Ping{To: s.Peer.Addr(f), Wait: wait}); err != nil {
+			return fmt.Errorf("a pod of %s does not reach %s itself: %w", s.Victim.Name, s.Peer.Name, err)
+		}
+	}
+	return nil
 }
 
 // foreignRoute is won (the planned state is back) or reported; either way it is named.
