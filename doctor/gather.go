@@ -63,6 +63,8 @@ type Facts struct {
 	Peers      []peer
 	PeersFrom  string
 	Pings      PingFacts
+	Flows      []flow // to peers
+	ToStore    []flow
 }
 
 // DaemonFacts is what the daemon says.
@@ -151,13 +153,13 @@ func gather(ctx context.Context, o Options) Facts {
 		f.Took += time.Since(began)
 	}
 	if f.Daemon.Running && len(f.Daemon.Peers) > 0 { // the daemon knows all that the pings need
-		timed(func() { f.conclude(o) })
+		timed(func() { f.conclude(ctx, o) })
 		f.ping(ctx, o)
 		f.Store = store.result()
 		f.concludeConfig()
 	} else {
 		f.Store = store.result()
-		timed(func() { f.conclude(o) })
+		timed(func() { f.conclude(ctx, o) })
 		f.ping(ctx, o)
 	}
 	if f.Privileges == nil { // only now it is known what this node needs
@@ -352,11 +354,12 @@ func tryDir(dir string) error {
 }
 
 // conclude works out what several facts say together: the config, this node's subnets, its device, its peers.
-func (f *Facts) conclude(o Options) {
+func (f *Facts) conclude(ctx context.Context, o Options) {
 	f.concludeConfig()
 	f.concludeSelf()
 	f.concludeUnderlay(o)
 	f.concludePeers()
+	f.askKernel(ctx)
 	f.nameHolders(root(o.Root))
 }
 

@@ -23,6 +23,7 @@ func hostChecks() []check {
 		{"interface", judgeInterface},
 		{"rp_filter", judgeRPFilter},
 		{"routes", judgeRoutes},
+		{"policy routing", judgePolicyRouting},
 	}
 }
 
@@ -202,8 +203,13 @@ func judgeInterface(f Facts) []Finding {
 		case !f.Survey.Host.Has(u.Addr):
 			out = append(out, fail(fmt.Sprintf("%s no longer has the address %s", u.Device, u.Addr), f.Service.restart())...)
 		}
+		if l.Kind == "dummy" {
+			out = append(out, warn(fmt.Sprintf("%s is a dummy device, by which nothing is sent: say which device leads to the other nodes", u.Device),
+				f.Service.set(f.EnvFile, "OVERLAYD_IFACE", "DEVICE"))...)
+		}
 		out = append(out, f.ambiguous(fam)...)
 	}
+	out = append(out, f.elsewhereThanStore()...)
 	if len(names) == 0 && len(out) == 0 {
 		return skipped("the network config is not known")
 	}

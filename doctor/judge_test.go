@@ -93,6 +93,13 @@ func healthy(t *testing.T) Facts {
 		f.Pings.Sample = append(f.Pings.Sample, pinged{peer: p, sized: true, small: Pong{Addr: p.target, Sent: 2, RTT: time.Millisecond}, full: Pong{Addr: p.target, Sent: 2, RTT: time.Millisecond}})
 	}
 	f.Pings.Of = 2
+	for i, p := range f.Peers {
+		for _, x := range f.flowsTo(p) {
+			x.Answer = netstate.Answer{Link: "overlay.1", Via: f.Survey.Ours.Routes[i].Via, Table: netstate.MainTable}
+			f.Flows = append(f.Flows, x)
+		}
+	}
+	f.ToStore = []flow{{Flow: netstate.Flow{To: addrOf("192.0.2.100")}, Answer: netstate.Answer{Link: "eth0", Table: netstate.MainTable}}}
 	f.System = SystemFacts{
 		Sysctls: map[string]string{
 			"net/ipv4/ip_forward": "1", rpFilter("all"): "0", rpFilter("eth0"): "0", rpFilter("overlay.1"): "0", deviceForwarding("overlay.1"): "1", deviceForwarding("cni0"): "1",
@@ -131,6 +138,16 @@ func (f *Facts) route(r netstate.HostRoute) {
 	h := f.Survey.Host
 	h.Routes = append(slices.Clone(h.Routes), r)
 	f.Survey.Host = h.Indexed()
+}
+
+// vpn has the kernel give that answer to all that goes to peers, because of a rule.
+func (f *Facts) vpn(a netstate.Answer) {
+	r := netstate.HostRule{Rule: netstate.Rule{From: prefixOf("0.0.0.0/0"), To: prefixOf("10.0.0.0/8"), Table: 52}, Action: netstate.RuleToTable}
+	f.Survey.Host.Rules = append(f.Survey.Host.Rules, r)
+	f.Flows = slices.Clone(f.Flows)
+	for i := range f.Flows {
+		f.Flows[i].Answer = a
+	}
 }
 
 func (f *Facts) lease(e *subnet.Entry) {
@@ -192,7 +209,7 @@ func TestAnothersLease(t *testing.T) {
 			f.Daemon.Status.Interface.PublicIPs = []string{"192.0.2.9"}
 			tt.spoil(&f)
 			f.Self, f.Peers = subnet.Lease{}, nil
-			f.conclude(Options{Root: t.TempDir()})
+			f.conclude(t.Context(), Options{Root: t.TempDir()})
 			for _, x := range judge(f) {
 				switch x.Check {
 				case "own lease":
@@ -324,6 +341,7 @@ func TestJudges(t *testing.T) {
 		"no default route":                         {"problems"},
 		"forward policy, no daemon":                {"daemon"},
 		"forward rule, no daemon":                  {"daemon"},
+		"a VPN, and no daemon":                     {"daemon"},
 	}
 	dropPort := netstate.FilterRule{
 		Tests: []netstate.FilterTest{
@@ -530,6 +548,35 @@ func TestJudges(t *testing.T) {
 		}},
 		{"foreign route", "routes", Fail, "10.244.2.128/25 by eth0 is not ours", "ip route del 10.244.2.128/25 dev eth0 metric 0", func(f *Facts) {
 			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.128/25"), Via: addrOf("192.0.2.7"), Link: "eth0"})
+		}},
+		{
+			"a VPN", "policy routing", Fail, `packets from this node to pods of n2 leave by vpn0 (table 52), not by overlay.1: the rule "0 from all to 10.0.0.0/8 lookup 52"`,
+			"ip rule   # give that rule a higher number, or have its program leave out 10.244.0.0/16", func(f *Facts) { f.vpn(netstate.Answer{Link: "vpn0", Table: 52}) },
+		},
+		{"a VPN, and no daemon", "policy routing", Fail, "the rule \"0 from all to 10.0.0.0/8 lookup 52\"", "systemctl start overlayd", func(f *Facts) {
+			f.vpn(netstate.Answer{Link: "vpn0", Table: 52})
+			f.Daemon = DaemonFacts{}
+		}},
+		{"prohibited", "policy routing", Fail, "are not sent (permission denied): the rule \"0 from all to 10.0.0.0/8 lookup 52\"", "ip rule", func(f *Facts) {
+			f.vpn(netstate.Answer{Err: unix.EACCES})
+		}},
+		{"our rule missing", "policy routing", Fail, "leave by eth0 (table 254), not by overlay.1", "overlayd diff; ip rule; ip route get 192.0.2.2", func(f *Facts) {
+			f.Flows[0].To, f.Flows[0].want.Table, f.Flows[0].Answer = addrOf("192.0.2.2"), netstate.OwnTable, netstate.Answer{Link: "eth0", Table: netstate.MainTable}
+		}},
+		{"the store elsewhere", "interface", Warn, "eth0 is taken to lead to the other nodes, but etcd (192.0.2.100) is reached by eth1", "OVERLAYD_IFACE=eth1", func(f *Facts) {
+			f.ToStore[0].Link = "eth1"
+		}},
+		{"the store elsewhere, as was chosen", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
+			f.ToStore[0].Link, f.Underlay.Reason = "eth1", "IPv4: 192.0.2.1 on eth0 (--iface)"
+		}},
+		{"the store elsewhere, as was chosen, and nobody answers", "interface", Warn, "is reached by eth1", "OVERLAYD_IFACE=eth1", func(f *Facts) {
+			f.ToStore[0].Link, f.Underlay.Reason, f.Pings.Sample = "eth1", "IPv4: 192.0.2.1 on eth0 (--iface)", nil
+		}},
+		{"the store on this node", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
+			f.ToStore[0].Link, f.ToStore[0].Table = "lo", unix.RT_TABLE_LOCAL
+		}},
+		{"a dummy", "interface", Warn, "eth0 is a dummy device", "OVERLAYD_IFACE=DEVICE", func(f *Facts) {
+			f.link("eth0", func(l *netstate.SurveyLink) { l.Kind = "dummy" })
 		}},
 		{"routes missing", "routes", Fail, "10.244.2.0/24 (n2)", "overlayd diff", func(f *Facts) { f.Survey.Ours.Routes = f.Survey.Ours.Routes[1:] }},
 		{"no device", "tunnel device", Fail, "overlay.1 is not there", "overlayd status", func(f *Facts) { f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...) }},

@@ -38,6 +38,7 @@ func publicOnSecond(f *Facts) {
 	f.second("eth1", 1500)
 	f.address("eth1", "203.0.113.1/24")
 	f.sendsFrom("203.0.113.1", "eth1")
+	f.Underlay.Reason = "IPv4: 203.0.113.1 on eth1 (--public-ip)"
 }
 
 // multipath is a node with a default route by two devices, whose address is on the first.

@@ -302,6 +302,18 @@ EOF`)
 		p.sh(f.Mend[0])
 		p.well()
 	})
+	t.Run("rules of another program", func(t *testing.T) {
+		p := p.in(t)
+		p.sh("ip route add 10.0.0.0/8 via 172.31.1.1 table 52; ip rule add pref 5270 lookup 52")
+		p.finds("policy routing", "ok", `before rules of other programs stands "5269 from all to 10.244.0.0/16 lookup 254 suppress_prefixlength 15"`)
+		p.well()
+		p.sh("ip rule del pref 5270; ip rule add pref 0 lookup 52") // nothing can come before that
+		p.finds("policy routing", "fail", `leave by eth0 (table 52), not by overlay.1: the rule "0 from all lookup 52" of another program takes them`)
+		p.finds("policy routing", "fail", " are not sent (invalid argument)")
+		p.finds("problems", "warn", "give that one a higher number, for ")
+		p.sh("ip rule del pref 0 lookup 52; ip route flush table 52")
+		p.well()
+	})
 	t.Run("rp_filter", func(t *testing.T) {
 		p := p.in(t)
 		// One that does not hear of a change goes on to send through the tunnel.
