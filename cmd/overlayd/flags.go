@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
+	"go.uber.org/zap/buffer"
 	"go.uber.org/zap/zapcore"
 
 	"github.com/overlayd/overlayd/addr"
@@ -293,13 +294,23 @@ func (f flags) logger() (*zap.Logger, zap.AtomicLevel, error) {
 	c.Sampling, c.DisableCaller, c.DisableStacktrace = nil, true, true
 	c.EncoderConfig.EncodeTime = zapcore.ISO8601TimeEncoder
 	c.EncoderConfig.EncodeDuration = zapcore.StringDurationEncoder
+	encoder := zapcore.NewConsoleEncoder
 	switch f.logFormat {
 	case "json":
+		encoder = zapcore.NewJSONEncoder
 	case "console":
-		c.Encoding = "console"
+		if c.Encoding = "console"; toJournal() {
+			c.EncoderConfig.TimeKey = zapcore.OmitKey
+		}
 	default:
 		return nil, zap.AtomicLevel{}, usageError{fmt.Errorf("--log-format: expected console or json, found %q", f.logFormat)}
 	}
-	log, err := c.Build()
+	var options []zap.Option
+	if toJournal() {
+		options = append(options, zap.WrapCore(func(zapcore.Core) zapcore.Core {
+			return zapcore.NewCore(journalEncoder{encoder(c.EncoderConfig), buffer.NewPool()}, zapcore.Lock(os.Stderr), c.Level)
+		}))
+	}
+	log, err := c.Build(options...)
 	return log, c.Level, err
 }

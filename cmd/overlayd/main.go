@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
 )
 
@@ -38,7 +39,11 @@ func run() int {
 		return int(said)
 	}
 	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintln(os.Stderr, "overlayd:", strings.TrimSuffix(line, "\n"))
+		line = "overlayd: " + strings.TrimSuffix(line, "\n") + "\n"
+		if toJournal() {
+			line = journalLines(zapcore.ErrorLevel, line)
+		}
+		fmt.Fprint(os.Stderr, line)
 	}
 	if errors.As(err, new(usageError)) {
 		return exitUsage
