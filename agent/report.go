@@ -117,10 +117,9 @@ func failures(failed []netstate.Failure) (major, minor error) {
 				"whose pod is on their own node (or --bridge-netfilter=false)", s.Path))
 		case setting && strings.HasPrefix(s.Path, "net/bridge/"):
 			less = append(less, f.Error())
+		case setting && noLink && strings.HasPrefix(s.Path, "net/ipv6/conf/"): // it may be that of the device
 		case setting && strings.HasSuffix(s.Path, "/accept_ra"):
-			if !noLink { // it may be that of the device
-				less = append(less, f.Error())
-			}
+			less = append(less, f.Error())
 		case !noLink || f.Kind() == "device" || !errors.Is(f, netstate.ErrNoLink):
 			out = append(out, f.Error())
 		}

@@ -521,6 +521,37 @@ func TestIPv6SwitchedOff(t *testing.T) {
 	n.wantState(State{})
 }
 
+// TestNoIPv6OnNewDevices: our own device has it all the same, and has it back when another process takes it away.
+func TestNoIPv6OnNewDevices(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.watch()
+	n.Sysctl("net.ipv6.conf.default.disable_ipv6", "1")
+	want := fullState()
+	want.Sysctls = append(want.Sysctls, IPv6On(dev6))
+	want.Sort()
+	n.converge(want)
+	n.wantState(want)
+	if on := n.Exec("cat", "/proc/sys/net/ipv6/conf/"+dev4+"/disable_ipv6"); strings.TrimSpace(on) != "1" {
+		t.Errorf("the device of IPv4 has it too: %s", on)
+	}
+	for _, which := range []string{dev6, "all"} {
+		for heard(n.k, 300*time.Millisecond) {
+		}
+		n.sh("sysctl -qw net/ipv6/conf/" + which + "/disable_ipv6=1")
+		if !heard(n.k, patience) {
+			t.Errorf("%s: it is not heard of", which)
+		}
+		n.observe()
+		now := want
+		if which == "all" { // of the underlay's device, another process has to take care
+			now.Routes = slices.DeleteFunc(slices.Clone(want.Routes), func(r Route) bool { return r.Link == "eth0" && r.Dst.Addr().Is6() })
+		}
+		n.converge(now)
+		n.wantState(now)
+	}
+}
+
 // TestSmallMTU: a device too small for IPv6 has none of it, neither settings nor addresses; IPv4 works.
 func TestSmallMTU(t *testing.T) {
 	t.Parallel()

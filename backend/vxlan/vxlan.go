@@ -124,6 +124,9 @@ func planDevice(p *backend.Plan, in backend.Input, f addr.Family) string {
 	})
 	if in.Host.IPv6 && mtu >= minIPv6MTU { // below that, a device has no IPv6 (RFC 8200 §5), nor settings for it
 		s.Sysctls = append(s.Sysctls, netstate.AcceptRA(dev))
+		if f == addr.IPv6 {
+			s.Sysctls = append(s.Sysctls, netstate.IPv6On(dev))
+		}
 	}
 	s.Addresses = append(s.Addresses, netstate.Address{Link: dev, Prefix: addr.Host(in.Self.Gateway(f))})
 	return dev

@@ -99,6 +99,18 @@ func kernel() []Fault {
 			Inject: On(`if [ $F = -4 ]; then echo 0 > /proc/sys/net/ipv4/ip_forward; else echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; fi`),
 			Log:    `repaired.*: sysctl`, Seen: repairs("sysctl", "forward"),
 		},
+		{
+			Name: "device deleted while new devices get no IPv6", On: []string{OnDual}, Short: true, Soak: true,
+			Inject: Steps(
+				Once(`echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6; ip link del overlay-v6.1`),
+				Afterwards(Once(`echo 0 > /proc/sys/net/ipv6/conf/default/disable_ipv6`))),
+			Expect: All(Whole, reaches), Log: `repaired.*: device`,
+		},
+		{
+			Name: "IPv6 switched off on the device", On: []string{OnDual}, Short: true, Soak: true,
+			Inject: Once(`echo 1 > /proc/sys/net/ipv6/conf/overlay-v6.1/disable_ipv6`), Expect: All(Whole, reaches),
+			Log: `repaired.*: sysctl`, Seen: repairs("sysctl", "disable_ipv6"),
+		},
 		diverted("a VPN's rule before the main table", `5269`, vpnUp, vpnDown),
 		diverted("source routing of the node's own address", `[0-9]*`,
 			`ip $F route add default via $GW dev eth0 table 500; ip $F rule add from $IP lookup 500`,
