@@ -22,6 +22,7 @@ type packet map[netstate.Field][]byte
 type fate struct {
 	drops   bool // nothing is known by which it could pass
 	maybe   bool // it depends on what can't be judged
+	but     bool // it drops, except for what a rule before lets through
 	by      string
 	chain   netstate.FilterChain // that drops it, or where it isn't sure
 	rule    netstate.FilterRule

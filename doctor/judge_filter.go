@@ -203,8 +203,8 @@ func (f Facts) openOut(t fate, d tunnel, device string) []string {
 	}
 }
 
-// betweenPods judges what becomes of packets between a pod here and one of a peer, in each family; well says that nothing was found.
-func (f Facts) betweenPods(well string, judge func(fam addr.Family, here, there netip.Addr, outside netstate.SurveyLink) []Finding) []Finding {
+// betweenPods judges what becomes of packets between pods here and one of a peer, in each family; well says that nothing was found.
+func (f Facts) betweenPods(well string, judge func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding) []Finding {
 	if why := f.unreadable(); why != "" {
 		return skipped(why)
 	}
@@ -213,7 +213,7 @@ func (f Facts) betweenPods(well string, judge func(fam addr.Family, here, there 
 	for _, fam := range f.families() {
 		if p, own, known := f.samplePeer(fam); known {
 			judged++
-			out = append(out, judge(fam, addr.Last(own).Prev(), addr.Last(p.subnet).Prev(), f.wayTo(p))...)
+			out = append(out, judge(fam, f.podsHere(fam, own), addr.Last(p.subnet).Prev(), f.wayTo(p))...)
 		}
 	}
 	if judged == 0 {
@@ -222,34 +222,85 @@ func (f Facts) betweenPods(well string, judge func(fam addr.Family, here, there 
 	return orOK(out, well)
 }
 
-// judgeForwardFilter sends a packet from a pod elsewhere to one here through the rules, and one the other way.
-func judgeForwardFilter(f Facts) []Finding {
-	return f.betweenPods("what pods of other nodes send, and what goes to them, is let through", func(fam addr.Family, here, there netip.Addr, outside netstate.SurveyLink) (out []Finding) {
-		inside := f.bridgeOf(fam)
-		in := newPacket(there, here, unix.IPPROTO_TCP).in(outside.Name, outside.Index).out(inside.Name, inside.Index)
-		back := newPacket(here, there, unix.IPPROTO_TCP).in(inside.Name, inside.Index).out(outside.Name, outside.Index)
-		in[netstate.FieldTypeOfDst], back[netstate.FieldTypeOfDst] = native32(typeUnicast), native32(typeUnicast)
-		for _, way := range []struct {
-			what string
-			p    packet
-		}{{"from pods of other nodes", in}, {"to pods of other nodes", back}} {
-			t := f.Filter.through(way.p, fam == addr.IPv6, "prerouting", "forward", "postrouting")
-			if t.maybe { // some ports may be open, or closed: what becomes of one that no rule is likely to name?
-				if any := f.Filter.through(way.p.ports(49151, 49151), fam == addr.IPv6, "prerouting", "forward", "postrouting"); any.drops {
-					t, way.what = any, "(all but what a rule before lets through) "+way.what
-				}
-			}
-			out = append(out, f.sayForward(fam, way.what, t)...)
+// mostPods bounds how many pods' packets are sent through the rules.
+const mostPods = 128
+
+// podsHere are the addresses in this node's subnet that are in use, so far as the node knows, with their devices: those that it has
+// found, and those that Docker's rules name. Where it knows none, it is one that no pod has.
+func (f Facts) podsHere(fam addr.Family, own netip.Prefix) (pods []netstate.Neighbour) {
+	bridge := f.bridgeOf(fam).Name
+	add := func(ip netip.Addr, device string) {
+		known := func(n netstate.Neighbour) bool { return n.IP == ip }
+		if len(pods) < mostPods && own.Contains(ip) && !f.Survey.Host.Has(ip) && !slices.ContainsFunc(pods, known) {
+			pods = append(pods, netstate.Neighbour{Link: device, IP: ip})
 		}
-		return out
+	}
+	for _, c := range f.Filter {
+		for _, r := range c.Rules {
+			if to, ok := shielded(r); ok {
+				add(to, bridge)
+			}
+		}
+	}
+	for _, n := range f.Survey.Neighbours {
+		add(n.IP, n.Link)
+	}
+	if len(pods) == 0 {
+		add(addr.Last(own).Prev(), bridge)
+	}
+	return pods
+}
+
+// shielded is the address of a container that such a rule of Docker keeps from being reached but by its bridge.
+func shielded(r netstate.FilterRule) (to netip.Addr, ok bool) {
+	notBy := false
+	for _, t := range r.Tests {
+		switch {
+		case len(t.Key) != 1:
+		case t.Key[0].Field == netstate.FieldIn:
+			notBy = notBy || t.Not
+		case t.Key[0].Field == netstate.FieldDestination && !t.Not && len(t.Any) == 1 && len(t.Any[0]) == 1:
+			r, part := t.Any[0][0], func(b byte) bool { return b != 0xff }
+			if a, whole := netip.AddrFromSlice(r.From); whole && slices.Equal(r.From, r.To) && !slices.ContainsFunc(t.Key[0].Mask, part) {
+				to = a
+			}
+		}
+	}
+	return to, notBy && to.IsValid() && r.Action.Verdict == netstate.Drop
+}
+
+// judgeForwardFilter sends a packet from a pod elsewhere to each one here through the rules, and one the other way.
+func judgeForwardFilter(f Facts) []Finding {
+	return f.betweenPods("what pods of other nodes send, and what goes to them, is let through", func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) (out []Finding) {
+		var in, back []fate
+		for _, pod := range here {
+			inside, _ := f.Survey.Link(pod.Link)
+			to := newPacket(there, pod.IP, unix.IPPROTO_TCP).in(outside.Name, outside.Index).out(inside.Name, inside.Index)
+			from := newPacket(pod.IP, there, unix.IPPROTO_TCP).in(inside.Name, inside.Index).out(outside.Name, outside.Index)
+			in, back = append(in, f.forward(to, fam)), append(back, f.forward(from, fam))
+		}
+		return append(f.sayForward(fam, here, "from pods of other nodes", "to", in), f.sayForward(fam, here, "to pods of other nodes", "from", back)...)
 	})
+}
+
+// forward sends a packet through the rules for what is forwarded.
+func (f Facts) forward(p packet, fam addr.Family) fate {
+	p[netstate.FieldTypeOfDst] = native32(typeUnicast)
+	t := f.Filter.through(p, fam == addr.IPv6, "prerouting", "forward", "postrouting")
+	if t.maybe { // some ports may be open, or closed: what becomes of one that no rule is likely to name?
+		if any := f.Filter.through(p.ports(49151, 49151), fam == addr.IPv6, "prerouting", "forward", "postrouting"); any.drops {
+			any.but = true
+			return any
+		}
+	}
+	return t
 }
 
 // judgeTranslation sends a packet from a pod here to one elsewhere through the rules that change the sender: overlayd's own leave it.
 func judgeTranslation(f Facts) []Finding {
 	well := "pods of other nodes see the pods' own addresses, so far as can be told from the rules"
-	return f.betweenPods(well, func(fam addr.Family, here, there netip.Addr, outside netstate.SurveyLink) []Finding {
-		sent := newPacket(here, there, unix.IPPROTO_TCP).out(outside.Name, outside.Index).ports(49151, 49151)
+	return f.betweenPods(well, func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
+		sent := newPacket(here[0].IP, there, unix.IPPROTO_TCP).out(outside.Name, outside.Index).ports(49151, 49151)
 		sent[netstate.FieldTypeOfDst] = native32(typeUnicast)
 		t := f.Translation.through(sent, fam == addr.IPv6, "postrouting")
 		if !t.drops {
@@ -303,16 +354,63 @@ func (f Facts) bridgeOf(fam addr.Family) netstate.SurveyLink {
 	return netstate.SurveyLink{}
 }
 
-func (f Facts) sayForward(fam addr.Family, what string, t fate) []Finding {
-	if !t.drops && !t.maybe {
-		return nil
+// sayForward names each chain that drops packets of pods, with the first of them: which says "to" or "from" a pod here.
+func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, which string, fates []fate) (out []Finding) {
+	for i, t := range fates {
+		alike := func(o fate) bool {
+			return o.drops == t.drops && o.maybe == t.maybe && where(o.chain) == where(t.chain) && f.byDocker(o) == f.byDocker(t)
+		}
+		if !t.drops && !t.maybe || slices.IndexFunc(fates, alike) < i {
+			continue
+		}
+		n := 0
+		for _, o := range fates {
+			if alike(o) {
+				n++
+			}
+		}
+		what, mark := what, Fail
+		if n < len(here) || f.byDocker(t) {
+			what += fmt.Sprintf(" %s %s", which, here[i].IP)
+			if n > 1 {
+				what += fmt.Sprintf(" (and %s %d more of %d pods)", which, n-1, len(here))
+			}
+			if n < len(here) && !f.byDocker(t) { // that may be what a policy is for
+				mark = Warn
+			}
+		}
+		if t.but {
+			what = "(all but what a rule before lets through) " + what
+		}
+		reason := fmt.Sprintf("packets %s are dropped by %s: %s", what, where(t.chain), t.by)
+		if !t.drops {
+			mark = Warn
+			reason = fmt.Sprintf("not sure whether packets %s are let through: %s (%s) may drop them, %s can't be judged", what, where(t.chain), orDefault(t.by, "a rule"), orDefault(t.unclear, "a test"))
+		}
+		out = append(out, Finding{Mark: mark, Reason: reason, Mend: f.openForward(fam, t)})
 	}
+	return out
+}
+
+// byDocker tells whether a rule is one of those by which Docker Engine 28 and later keep containers from being reached from outside.
+func (f Facts) byDocker(t fate) bool {
+	_, direct := shielded(t.rule)
+	return direct && t.chain.Hook == "prerouting" || t.chain.Name == "DOCKER" || t.chain.Table == "docker-bridges"
+}
+
+func (f Facts) openForward(fam addr.Family, t fate) []string {
 	network := f.network(fam)
 	var mend []string
-	switch m := f.manager(t.chain); m {
-	case "firewalld":
+	switch m := f.manager(t.chain); {
+	case f.byDocker(t) && t.chain.Hook == "prerouting":
+		mend = []string{`${EDITOR:-vi} /etc/docker/daemon.json && systemctl restart docker   # add "allow-direct-routing": true (Docker 28.2 or later); see Documentation/bare-metal.md`}
+	case f.byDocker(t) && t.chain.Name == "DOCKER":
+		mend = []string{fmt.Sprintf("%s -I DOCKER-USER -s %s -d %s -j ACCEPT   # see Documentation/bare-metal.md", iptables(m, fam), network, f.Self.Subnets.Get(fam))}
+	case f.byDocker(t):
+		mend = []string{"docker network create -o com.docker.network.bridge.gateway_mode_ipv4=nat-unprotected pods   # and the other options in Documentation/bare-metal.md"}
+	case m == "firewalld":
 		mend = []string{fmt.Sprintf("firewall-cmd --zone=trusted --add-source=%s && firewall-cmd --permanent --zone=trusted --add-source=%s", network, network)}
-	case "nft":
+	case m == "nft":
 		h := f.head(t.chain, "forward")
 		word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip6"}[fam]
 		mend = []string{
@@ -329,8 +427,5 @@ func (f Facts) sayForward(fam addr.Family, what string, t fate) []Finding {
 	if t.chain.Name == "FORWARD" && len(t.rule.Tests) == 0 && !f.Daemon.Running && f.ForwardFW {
 		mend = append([]string{f.Service.start() + "   # it accepts them by itself"}, mend...)
 	}
-	if t.drops {
-		return fail(fmt.Sprintf("packets %s are dropped by %s: %s", what, where(t.chain), t.by), mend...)
-	}
-	return warn(fmt.Sprintf("not sure whether packets %s are let through: %s (%s) may drop them, %s can't be judged", what, where(t.chain), orDefault(t.by, "a rule"), orDefault(t.unclear, "a test")), mend...)
+	return mend
 }

@@ -1,10 +1,14 @@
 package netstate
 
 import (
+	"errors"
+	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"unsafe"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
@@ -15,6 +19,8 @@ type Survey struct {
 	Host  Host
 	Ours  State // what is in the kernel with our marks; without settings
 	Links []SurveyLink
+	// Neighbours are the addresses that the node has found on its devices, ours excepted.
+	Neighbours []Neighbour
 }
 
 // SurveyLink is a device of the node with what a diagnosis asks about it.
@@ -64,7 +70,27 @@ func Look(owned func(name string) bool) (Survey, error) {
 		}
 		s.Links = append(s.Links, sl)
 	}
-	return s, nil
+	s.Neighbours, err = k.found(h)
+	return s, err
+}
+
+// found reads what ARP and NDP have found.
+func (k *Kernel) found(h Host) ([]Neighbour, error) {
+	var out []Neighbour
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := k.links.NeighList(0, family)
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // a part of them is better than nothing
+			return nil, fmt.Errorf("reading the neighbours: %w", err)
+		}
+		for _, n := range list {
+			i := slices.IndexFunc(h.Links, func(l HostLink) bool { return l.Index == n.LinkIndex && !l.Tunnel })
+			ip, ok := netip.AddrFromSlice(n.IP)
+			if i >= 0 && ok && n.State&(unix.NUD_FAILED|unix.NUD_INCOMPLETE|unix.NUD_NOARP) == 0 {
+				out = append(out, Neighbour{Link: h.Links[i].Name, IP: ip.Unmap(), MAC: macOf(n.HardwareAddr)})
+			}
+		}
+	}
+	return out, nil
 }
 
 // Link finds a device by name.

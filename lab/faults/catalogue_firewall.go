@@ -89,7 +89,7 @@ func firewall() []Fault {
 		}
 	}
 	rows = append(rows, in(Firewall, lossless(withinASecond), forwarded())...)
-	return append(rows, Fault{
+	return append(rows, containerRules(), Fault{
 		// flannel's nodes are such, and those behind a NAT. The peer's daemon must not be there to put its lease right.
 		Area: Firewall, Name: "a peer that answers nodes without the tunnel, strict rp_filter", On: []string{OnVXLAN, OnDual, OnNFTables, OnLegacy},
 		Inject:  Steps(strictFilter, func(ctx context.Context, s *Site) error { return s.Peer.Stop(ctx) }, bareAnswers),
@@ -208,6 +208,26 @@ func connect(ctx context.Context, from *lab.Node, source netip.Addr, to lab.Mach
 	}
 	defer func() { _ = server.Close() }()
 	return netip.MustParseAddrPort(server.RemoteAddr().String()).Addr().Unmap(), nil
+}
+
+// containerRules is what Docker Engine 28 and later put into the table raw for each container: its bridge alone may reach it.
+func containerRules() Fault {
+	rule := func(verb string) Action {
+		return func(ctx context.Context, s *Site) error {
+			for _, f := range s.families {
+				pod := s.own.PodAddr(f, 0).Addr()
+				if _, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+"$IPT -w -t raw "+verb+" PREROUTING -d "+pod.String()+" ! -i cni0 -j DROP"); err != nil {
+					return exitOnly(err)
+				}
+			}
+			return nil
+		}
+	}
+	return Fault{
+		Area: Firewall, Name: "Docker keeps its containers from being reached", On: []string{OnVXLAN, OnDual, OnLegacy},
+		Inject: Steps(rule("-A"), Afterwards(rule("-D"))), Restore: Undo, Bound: drift(),
+		Seen: (&Seen{}).diagnosed(`^FAIL forwarded packets packets from pods of other nodes to [^ ]+ are dropped by .*raw.* chain PREROUTING`),
+	}
 }
 
 // unforward takes away what rows have put into FORWARD.
