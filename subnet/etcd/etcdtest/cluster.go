@@ -26,6 +26,7 @@ type Cluster struct {
 	mu       sync.Mutex
 	existing bool // whoever starts now joins
 	off      *Server
+	offID    string // in etcd's notation
 }
 
 // StartCluster runs a cluster until the end of the test.
@@ -93,7 +94,10 @@ func (c *Cluster) configure(e *embed.Config, s *Server) {
 func (c *Cluster) CutOff(t testing.TB, s *Server) {
 	t.Helper()
 	c.mu.Lock()
-	c.off = s
+	c.off, c.offID = s, ""
+	if s != nil {
+		c.offID = s.etcd.Server.MemberID().String()
+	}
 	c.mu.Unlock()
 	for _, m := range c.Members {
 		m.wire.sever()
@@ -107,11 +111,11 @@ func (c *Cluster) CutOff(t testing.TB, s *Server) {
 	}
 }
 
-// severed reports whether nothing passes between a member and the one with this ID, in etcd's notation.
+// severed reports whether nothing passes between a member and the one with this ID.
 func (c *Cluster) severed(s *Server, from string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.off != nil && (c.off == s || c.off.etcd.Server.MemberID().String() == from)
+	return c.off != nil && (c.off == s || c.offID == from)
 }
 
 // wire passes on the connections that other members make to one.

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/auth"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -37,6 +39,7 @@ type Server struct {
 	dir  string
 	url  url.URL
 	etcd *embed.Etcd
+	auth atomic.Pointer[auth.AuthStore]
 	stop context.CancelFunc // ends the streams of clients
 
 	cluster *Cluster // nil for a member alone
@@ -129,6 +132,7 @@ func (s *Server) start() error {
 	select {
 	case <-etcd.Server.ReadyNotify():
 		s.etcd, s.stop = etcd, stop
+		s.auth.Store(new(etcd.Server.AuthStore()))
 		return nil
 	case err = <-etcd.Err():
 	case <-time.After(patience):
@@ -172,8 +176,8 @@ func (s *Server) config(streams context.Context) *embed.Config {
 func (s *Server) strictLogin(
 	ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler,
 ) (any, error) {
-	if info.FullMethod == pb.Auth_Authenticate_FullMethodName {
-		if _, err := s.etcd.Server.AuthStore().AuthInfoFromCtx(ctx); err != nil {
+	if store := s.auth.Load(); store != nil && info.FullMethod == pb.Auth_Authenticate_FullMethodName {
+		if _, err := (*store).AuthInfoFromCtx(ctx); err != nil {
 			return nil, rpctypes.ErrGRPCInvalidAuthToken
 		}
 	}
