@@ -46,7 +46,17 @@ test: deps ## everything, with the race detector, on the real kernel, etcd and i
 fuzz: ## every fuzz target for FUZZTIME
 	GO='$(GO)' FUZZTIME='$(FUZZTIME)' hack/fuzz
 
-faults: deps build ## the catalogue of faults, each with what it may cost: SHORT=1 for a part of it, ONLY=REGEX
+# The servers that users run beside the one that is linked: those of Debian 12 and 13, and the 3.6 of upstream. The short form has the first.
+bin/etcd-3.4:
+	hack/etcd bookworm 3.4 $@
+
+bin/etcd-3.5:
+	hack/etcd trixie 3.5 $@
+
+bin/etcd-3.6: test/etcd/go.mod test/etcd/go.sum
+	CGO_ENABLED=0 $(GO) build -C test/etcd -trimpath -o ../../$@ go.etcd.io/etcd/server/v3
+
+faults: deps build bin/etcd-3.4 $(if $(SHORT),,bin/etcd-3.5 bin/etcd-3.6) ## the catalogue of faults, each with what it may cost: SHORT=1 for a part of it, ONLY=REGEX
 	bin/overlay-lab faults $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)')
 
 soak: deps build ## random faults for MINUTES=10 from SEED, ending in exactly the planned state

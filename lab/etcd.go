@@ -39,6 +39,9 @@ func newEtcd(t Topology, dir string, i int) *Etcd {
 	e := &Etcd{Machine: Machine{Name: t.Etcd.Name, NS: t.Etcd.NS}, number: i, urls: t.memberURLs(i)}
 	listen := append(loopbackURLs(t.Options.Stack, clientPort(i)), e.urls...)
 	e.Process = Process{name: name, ns: e.NS, dir: dir, argv: func() []string {
+		if t.Options.EtcdVersion != "" {
+			return e.otherVersion(t.Options, listen)
+		}
 		argv := []string{
 			t.Options.Self, EtcdCommand, "--data-dir", e.DataDir(), "--listen", strings.Join(listen, ","),
 			"--member", strconv.Itoa(i), "--members", strconv.Itoa(t.Options.EtcdMembers),
@@ -51,6 +54,29 @@ func newEtcd(t Topology, dir string, i int) *Etcd {
 	}}
 	return e
 }
+
+// otherVersion is the command line of a server that is not linked. It is set up as [EtcdOptions.config] does.
+func (e *Etcd) otherVersion(o Options, listen []string) []string {
+	urls, peer := strings.Join(listen, ","), peerURL(e.number)
+	argv := []string{
+		o.etcd(), "--data-dir", e.DataDir(), "--name", memberName(e.number),
+		"--listen-client-urls", urls, "--advertise-client-urls", urls,
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", cluster(o.EtcdMembers),
+		"--bcrypt-cost", strconv.Itoa(bcryptCost), "--auth-token-ttl", strconv.Itoa(tokenTTL),
+		"--logger", "zap", "--log-level", "warn", "--log-outputs", "stderr",
+	}
+	if o.Secure {
+		s := secrets{e.dir}
+		argv = append(argv, "--cert-file", s.serverCert(), "--key-file", s.serverKey(),
+			"--trusted-ca-file", s.ca(), "--client-cert-auth")
+	}
+	return argv
+}
+
+const (
+	bcryptCost = 4 // the least that there is: the race detector makes it slow, and there is nothing to protect
+	tokenTTL   = 5 // seconds that a login lasts
+)
 
 func clientPort(member int) uint16 { return uint16(etcdPort + 10*(member-1)) }
 
@@ -159,7 +185,7 @@ func ServeEtcd(ctx context.Context, o EtcdOptions) error {
 
 func (o EtcdOptions) config() (*embed.Config, error) {
 	c := embed.NewConfig()
-	c.BcryptCost = 4 // the least that there is: the race detector makes it slow, and there is nothing to protect
+	c.BcryptCost, c.AuthTokenTTL = bcryptCost, tokenTTL
 	c.Name, c.Dir, c.UnsafeNoFsync = memberName(o.Member), o.DataDir, true
 	c.LogLevel, c.LogOutputs = "warn", []string{"stderr"}
 	// A member alone has nobody to hear from: with short ticks it leads at once.
@@ -177,15 +203,19 @@ func (o EtcdOptions) config() (*embed.Config, error) {
 	}
 	c.ListenClientUrls, c.AdvertiseClientUrls = client, client
 	c.ListenPeerUrls, c.AdvertisePeerUrls = peer, peer
-	var cluster []string
-	for i := 1; i <= o.Members; i++ {
-		cluster = append(cluster, memberName(i)+"="+peerURL(i))
-	}
-	c.InitialCluster = strings.Join(cluster, ",")
+	c.InitialCluster = cluster(o.Members)
 	if o.CertFile != "" {
 		c.ClientTLSInfo = transport.TLSInfo{CertFile: o.CertFile, KeyFile: o.KeyFile, TrustedCAFile: o.CAFile, ClientCertAuth: true}
 	}
 	return c, nil
+}
+
+func cluster(members int) string {
+	var out []string
+	for i := 1; i <= members; i++ {
+		out = append(out, memberName(i)+"="+peerURL(i))
+	}
+	return strings.Join(out, ",")
 }
 
 func memberName(i int) string { return fmt.Sprintf("lab%d", i) }

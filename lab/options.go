@@ -71,6 +71,8 @@ type Options struct {
 	// with passwords.
 	EtcdMembers int  `json:"etcdMembers,omitempty"`
 	Secure      bool `json:"secure,omitempty"`
+	// EtcdVersion is that of a server which stands next to Self as etcd-VERSION ("3.4"); empty: the one that is linked.
+	EtcdVersion string `json:"etcdVersion,omitempty"`
 
 	// ReadyTimeout bounds each wait for etcd and for the nodes to become ready.
 	ReadyTimeout time.Duration `json:"readyTimeout"`
@@ -156,8 +158,17 @@ func unless(ok bool, format string, args ...any) error {
 
 // checkBinaries finds a missing binary before anything is built up.
 func (o Options) checkBinaries() error {
-	return errors.Join(checkBinary("--overlayd", o.Overlayd), checkBinary("overlay-lab's own binary", o.Self))
+	var etcd error
+	if o.EtcdVersion != "" {
+		if etcd = checkBinary("etcd "+o.EtcdVersion, o.etcd()); etcd != nil {
+			etcd = fmt.Errorf("%w (make bin/etcd-%s)", etcd, o.EtcdVersion)
+		}
+	}
+	return errors.Join(checkBinary("--overlayd", o.Overlayd), checkBinary("overlay-lab's own binary", o.Self), etcd)
 }
+
+// etcd is the server's binary where it is another than the one that is linked.
+func (o Options) etcd() string { return filepath.Join(filepath.Dir(o.Self), "etcd-"+o.EtcdVersion) }
 
 func checkBinary(what, path string) error {
 	info, err := os.Stat(path)

@@ -3,6 +3,7 @@ package faults
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -41,7 +42,7 @@ func etcdFaults(long bool) []Fault {
 			Log: `problem: etcd`, Seen: storeAway("connection refused by http").diagnosed(`^FAIL etcd .*(refused|answer)`),
 		},
 		{
-			Name: "stopped for 5s", On: []string{OnHostGW, OnDual}, Soak: true,
+			Name: "stopped for 5s", On: []string{OnHostGW, OnDual, OnEtcd34, OnEtcd35, OnEtcd36}, Soak: true,
 			Inject: stopStore, Hold: 5 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `problem: etcd`,
 		},
 		{
@@ -96,7 +97,14 @@ func etcdFaults(long bool) []Fault {
 			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: Undo, Log: `problem: etcd`,
 		},
 		{
-			Name: "credentials refused and restored", On: []string{OnSecure}, Short: true,
+			// The connection ends after 15 s, the login before that: a token of the lab lasts 5 s.
+			Name: "out of reach for longer than a login lasts", Short: true,
+			On:     []string{OnEtcd34, OnEtcd35, OnEtcd36, OnSecure},
+			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole,
+			Restore: fewLogins(Steps(Undo, Until(Whole, catchUp))), Log: `problem: etcd`,
+		},
+		{
+			Name: "credentials refused and restored", On: []string{OnSecure, OnEtcd34, OnEtcd35, OnEtcd36}, Short: true,
 			// etcd forgets the tokens that it has given out when it starts anew.
 			Inject: Steps(setPassword("changed"), stopStore, startStore), Hold: 12 * time.Second, Keeps: KernelWhole,
 			Restore: setPassword(lab.EtcdPassword),
@@ -104,7 +112,7 @@ func etcdFaults(long bool) []Fault {
 			Seen:    storeAway(`wrong user name or password`).diagnosed(`^FAIL etcd .*wrong user name or password`),
 		},
 		{
-			Name: "password replaced in etcd and then on disk", On: []string{OnSecure},
+			Name: "password replaced in etcd and then on disk", On: []string{OnSecure, OnEtcd34, OnEtcd35, OnEtcd36},
 			Inject:  Steps(setPassword("new"), Wait(3*time.Second), writePassword("new"), stopStore, startStore),
 			Hold:    2 * time.Second,
 			Restore: Steps(Until(Whole, catchUp), setPassword(lab.EtcdPassword), writePassword(lab.EtcdPassword)),
@@ -313,6 +321,34 @@ func moveLeader(ctx context.Context, s *Site) error {
 		}
 		return nil
 	})(ctx, s)
+}
+
+// fewLogins fails where a node asks for logins again and again meanwhile.
+func fewLogins(a Action) Action {
+	const most = 10
+	count := func(ctx context.Context, n *lab.Node) (int, error) {
+		text, err := n.Get(ctx, "http://127.0.0.1:8471/metrics")
+		if err != nil {
+			return 0, err
+		}
+		_, text, _ = strings.Cut(text, `overlayd_etcd_requests_total{method="Authenticate"} `)
+		text, _, _ = strings.Cut(text, "\n")
+		return strconv.Atoi(text)
+	}
+	return func(ctx context.Context, s *Site) error {
+		before, err := count(ctx, s.Victim)
+		if err != nil {
+			return err
+		}
+		if err := a(ctx, s); err != nil {
+			return err
+		}
+		after, err := count(ctx, s.Victim)
+		if err != nil {
+			return err
+		}
+		return unless(after-before <= most, "%s asked for %d logins", s.Victim.Name, after-before)
+	}
 }
 
 func setPassword(p string) Action {

@@ -19,6 +19,9 @@ const (
 	OnNFTables = "nftables"   // the daemon's own table instead of iptables
 	OnThree    = "three-etcd" // three members of etcd
 	OnSecure   = "secure"     // etcd with TLS and passwords
+	OnEtcd34   = "etcd-3.4"   // the same with a server of another version
+	OnEtcd35   = "etcd-3.5"
+	OnEtcd36   = "etcd-3.6"
 )
 
 // everywhere is where the kernel state differs.
@@ -55,6 +58,9 @@ func setups(ctx context.Context, overlayd string) []Setup {
 	if !drivers {
 		nft.Unavailable = "this overlayd has no --firewall: there is no native nftables driver"
 	}
+	etcd := func(name, version string) Setup {
+		return with(name, func(o *lab.Options) { o.Secure, o.EtcdVersion = true, version })
+	}
 	return []Setup{
 		with(OnVXLAN, func(*lab.Options) {}),
 		with(OnHostGW, func(o *lab.Options) { o.Backend = lab.HostGW }),
@@ -64,6 +70,7 @@ func setups(ctx context.Context, overlayd string) []Setup {
 		nft,
 		with(OnThree, func(o *lab.Options) { o.EtcdMembers = 3 }),
 		with(OnSecure, func(o *lab.Options) { o.Secure = true }),
+		etcd(OnEtcd34, "3.4"), etcd(OnEtcd35, "3.5"), etcd(OnEtcd36, "3.6"),
 	}
 }
 
