@@ -204,6 +204,7 @@ func (c Config) again(kept []byte) (Delegate, error) {
 	if err := json.Unmarshal(kept, &d); err != nil {
 		return Delegate{}, err
 	}
+	delete(d, bootKey)
 	kind, err := d.text("", "type", "")
 	if err != nil {
 		return Delegate{}, err

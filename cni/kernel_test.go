@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -21,6 +22,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 
+	"github.com/overlayd/overlayd/cni"
 	"github.com/overlayd/overlayd/internal/nstest"
 )
 
@@ -68,12 +70,21 @@ type node struct {
 	testing.TB
 	*nstest.NS
 	dir string
+	net string // the network's name: the plugin finds what is kept of it in other directories, too, and tests run beside each other
 	cni *libcni.CNIConfig
 }
 
 func newNode(t testing.TB) *node {
 	t.Helper()
-	n := &node{TB: t, NS: nstest.New(t), dir: t.TempDir()}
+	n := &node{TB: t, NS: nstest.New(t), dir: t.TempDir(), net: fmt.Sprintf("pods%d", rand.Uint32())}
+	t.Cleanup(func() { // where the plugin notes which directories a list has named
+		links, _ := filepath.Glob(filepath.Join(cni.DefaultDataDir, ".dirs", "*"))
+		for _, l := range links {
+			if to, err := os.Readlink(l); err == nil && strings.HasPrefix(to, n.dir) {
+				_ = os.Remove(l)
+			}
+		}
+	})
 	// Given its exec, since it would make that one at its first use, which may be several at once.
 	n.cni = libcni.NewCNIConfigWithCacheDir([]string{programs(t)}, filepath.Join(n.dir, "cache"), &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}})
 	return n
@@ -100,8 +111,8 @@ func (n *node) list(version, delegate string, chained ...string) *libcni.Network
 	plugin := fmt.Sprintf(`{"type":"overlay-cni","subnetFile":%q,"dataDir":%q,"waitSeconds":60,"ipam":{"dataDir":%q},"delegate":%s}`,
 		filepath.Join(n.dir, "subnet.env"), filepath.Join(n.dir, "kept"), filepath.Join(n.dir, "ips"), delegate)
 	version = fmt.Sprintf("%q", version)
-	l, err := libcni.ConfListFromBytes(fmt.Appendf(nil, `{"cniVersion":%s,"name":"pods","plugins":[%s]}`,
-		version, strings.Join(append([]string{plugin}, chained...), ",")))
+	l, err := libcni.ConfListFromBytes(fmt.Appendf(nil, `{"cniVersion":%s,"name":%q,"plugins":[%s]}`,
+		version, n.net, strings.Join(append([]string{plugin}, chained...), ",")))
 	if err != nil {
 		n.Fatal(err)
 	}
@@ -168,7 +179,7 @@ func (n *node) left() []string {
 	for _, dir := range []string{"kept", "ips"} {
 		err := filepath.WalkDir(filepath.Join(n.dir, dir), func(path string, d os.DirEntry, err error) error {
 			name := filepath.Base(path)
-			if err == nil && !d.IsDir() && name != "lock" && !strings.HasPrefix(name, "last_reserved_ip") {
+			if err == nil && !d.IsDir() && name != "lock" && name != ".boot" && !strings.HasPrefix(name, "last_reserved_ip") {
 				left = append(left, path)
 			}
 			return err
@@ -375,7 +386,7 @@ func TestMendedList(t *testing.T) {
 					t.Fatal("ADD succeeds")
 				}
 			}
-			path := filepath.Join(n.dir, "kept/pods/pod-a:eth0")
+			path := filepath.Join(n.dir, "kept", n.net, "pod-a:eth0")
 			if err := n.del(n.list("1.1.0", mistake), p); err == nil || !strings.Contains(err.Error(), path) {
 				t.Errorf("DEL with the mistake: %v", err)
 			}
@@ -439,6 +450,127 @@ func TestVersions(t *testing.T) {
 	n.must(n.check(n.list("1.1.0", `{}`), p))
 	n.must(n.del(n.list("1.1.0", `{}`), p))
 	n.gone(p)
+}
+
+// Another dataDir in the list while pods run, also host-local's, and another delegate: DEL and GC use what ADD kept.
+func TestOtherDataDir(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.env(envDual)
+	old := n.list("1.1.0", `{}`)
+	a, b, c := newPod(t, "pod-a"), newPod(t, "pod-b"), newPod(t, "pod-c")
+	for _, p := range []*pod{a, b} {
+		n.must(n.add(old, p))
+	}
+	text := strings.NewReplacer("/kept", "/kept-now", "/ips", "/ips-now", `"delegate":{}`, `"delegate":{"type":"ptp"}`).Replace(string(old.Bytes))
+	now, err := libcni.ConfListFromBytes([]byte(text))
+	n.must(err)
+	n.env(strings.ReplaceAll(envDual, "244.5.", "244.6."))
+	n.must(n.add(now, c))
+	n.must(n.del(now, a))
+	if out, err := a.Run("ip", "link", "show", "eth0"); err == nil {
+		t.Errorf("the pod still has %s", out)
+	}
+	if left := n.left(); len(left) != 3 { // of b, in both families
+		t.Errorf("after DEL there is %v", left)
+	}
+	n.must(os.RemoveAll(filepath.Join(n.dir, "cache")))
+	n.Do(func() {
+		n.must(n.cni.GCNetworkList(context.Background(), now, &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "pod-c", IfName: "eth0"}}}))
+	})
+	n.gone(a)
+	n.must(n.del(now, c))
+	n.must(n.del(old, b))
+}
+
+// reboot does to a node what one does, but for its disk: no pod is left, and the bridge is gone. To the plugin it looks as if what is there
+// were of another boot.
+func (n *node) reboot(pods ...*pod) {
+	n.Helper()
+	for _, p := range pods {
+		p.Exec("ip", "link", "del", "eth0")
+	}
+	n.Exec("ip", "link", "del", "cni0")
+	raw, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	n.must(err)
+	boot, before := strings.TrimSpace(string(raw)), time.Now().Add(-10*365*24*time.Hour)
+	for _, dir := range []string{"kept", "ips"} {
+		files, err := filepath.Glob(filepath.Join(n.dir, dir, n.net, "*")) // hidden ones as well
+		n.must(err)
+		for _, f := range files {
+			raw, err := os.ReadFile(f)
+			n.must(err)
+			n.must(os.WriteFile(f, []byte(strings.ReplaceAll(string(raw), boot, "6f1c4d0e-an-earlier-boot")), 0o600))
+			n.must(os.Chtimes(f, before, before))
+		}
+	}
+}
+
+// After a reboot nothing of before it takes room, whatever the runtime does about it: nothing, a DEL, or an ADD of the same container.
+func TestReboot(t *testing.T) {
+	t.Parallel()
+	small := strings.ReplaceAll(envV4, "/24", "/29") // five addresses for pods
+	n := newNode(t)
+	n.env(small)
+	l := n.list("1.1.0", `{}`)
+	var old []*pod
+	for i := range 5 {
+		old = append(old, newPod(t, fmt.Sprintf("old-%d", i)))
+		n.must(n.add(l, old[i]))
+	}
+	full := func(who string) {
+		t.Helper()
+		if err := n.add(l, newPod(t, who)); err == nil || !strings.Contains(err.Error(), "no IP addresses available") {
+			t.Errorf("ADD where all addresses are taken: %v", err)
+		}
+	}
+	full("one-more")
+	n.reboot(old...)
+	n.must(os.Remove(filepath.Join(n.dir, "kept", n.net, "old-4:eth0"))) // the disk has lost it, or it was not on one
+
+	var now []*pod
+	for _, id := range []string{"old-0", "old-1", "new-2", "new-3", "new-4"} {
+		now = append(now, newPod(t, id))
+	}
+	var wg sync.WaitGroup
+	for _, p := range now {
+		wg.Go(func() {
+			if err := n.add(l, p); err != nil {
+				t.Errorf("ADD %s: %v", p.rt.ContainerID, err)
+			}
+		})
+	}
+	wg.Go(func() { // the runtime takes down a sandbox of before
+		if err := n.del(l, old[2]); err != nil {
+			t.Errorf("DEL: %v", err)
+		}
+	})
+	wg.Wait()
+	seen := map[netip.Prefix]string{}
+	for _, p := range now {
+		if len(p.ips) != 1 || seen[p.ips[0]] != "" {
+			t.Fatalf("%s has %v, as %s", p.rt.ContainerID, p.ips, seen[p.ips[0]])
+		}
+		seen[p.ips[0]] = p.rt.ContainerID
+		p.mustPing(t, netip.MustParseAddr("10.244.5.1"), 1450)
+		raw, err := os.ReadFile(filepath.Join(n.dir, "ips", n.net, p.ips[0].Addr().String()))
+		if err != nil || !strings.HasPrefix(string(raw), p.rt.ContainerID) {
+			t.Errorf("host-local has %s for %q, %v", p.ips[0], raw, err)
+		}
+	}
+	if left := n.left(); len(left) != 2*len(now) {
+		t.Errorf("there is %v", left)
+	}
+	// In the same boot nothing is freed, however old its file is, and whether it is kept or not.
+	before := time.Now().Add(-24 * time.Hour * 3650)
+	for _, p := range now {
+		n.must(os.Chtimes(filepath.Join(n.dir, "ips", n.net, p.ips[0].Addr().String()), before, before))
+	}
+	n.must(os.RemoveAll(filepath.Join(n.dir, "kept")))
+	full("yet-another")
+	for _, p := range now {
+		p.mustPing(t, netip.MustParseAddr("10.244.5.1"), 1450)
+	}
 }
 
 // The list that Kubernetes gets: ports of the host and bandwidth, by plugins behind this one.
@@ -550,8 +682,8 @@ func TestStatusAndGC(t *testing.T) {
 	n.Do(func() { n.must(n.cni.GCNetworkList(context.Background(), l, &libcni.GCArgs{ValidAttachments: valid})) })
 	left := n.left()
 	want := []string{
-		filepath.Join(n.dir, "kept/pods/pod-a:eth0"), filepath.Join(n.dir, "kept/pods/pod-b:eth0"),
-		filepath.Join(n.dir, "ips/pods", a.ips[0].Addr().String()), filepath.Join(n.dir, "ips/pods", b.ips[0].Addr().String()),
+		filepath.Join(n.dir, "kept", n.net, "pod-a:eth0"), filepath.Join(n.dir, "kept", n.net, "pod-b:eth0"),
+		filepath.Join(n.dir, "ips", n.net, a.ips[0].Addr().String()), filepath.Join(n.dir, "ips", n.net, b.ips[0].Addr().String()),
 	}
 	if !slices.Equal(left, want) {
 		t.Errorf("after GC there is %v\nwant %v", left, want)
@@ -653,7 +785,7 @@ func TestCnitool(t *testing.T) {
 	left, err := filepath.Glob(filepath.Join(lib, "cni/*/cbr0/*"))
 	n.must(err)
 	left = slices.DeleteFunc(left, func(path string) bool {
-		return filepath.Base(path) == "lock" || strings.HasPrefix(filepath.Base(path), "last_reserved")
+		return slices.Contains([]string{"lock", ".boot"}, filepath.Base(path)) || strings.HasPrefix(filepath.Base(path), "last_reserved")
 	})
 	if len(left) > 0 {
 		t.Errorf("left behind: %v", left)

@@ -25,6 +25,8 @@ type Plugin struct {
 	Stdout     io.Writer   // for the result of ADD, and nothing else
 	Stderr     io.Writer   // remarks; the runtime shows them or not
 	FlannelDir string      // where flannel's plugin kept what it had generated
+	Home       string      // where links to every other dataDir are, that a list has named
+	BootID     string      // of the running kernel; empty: not known
 }
 
 // New is the plugin as it runs on a node: delegates are programs in CNI_PATH.
@@ -34,6 +36,8 @@ func New() *Plugin {
 		Stdout:     os.Stdout,
 		Stderr:     os.Stderr,
 		FlannelDir: "/var/lib/cni/flannel",
+		Home:       DefaultDataDir,
+		BootID:     readBootID(),
 	}
 }
 
@@ -80,7 +84,10 @@ func (p *Plugin) Add(args *skel.CmdArgs) error {
 		return err
 	}
 	// Kept first: where the delegate fails half way, the runtime calls DEL, which must know what to take back.
-	if err := j.store.save(j.at, d.Conf); err != nil {
+	if err := p.noteDir(j.conf.DataDir); err != nil {
+		_, _ = fmt.Fprintf(p.Stderr, "DEL will not find what is kept in %s if dataDir is changed: %v\n", j.conf.DataDir, err)
+	}
+	if err := p.keep(context.Background(), j, d, args.Path); err != nil {
 		return ioError(err)
 	}
 	result, err := invoke.DelegateAdd(context.Background(), d.Type, d.Conf, p.Exec)
@@ -207,42 +214,11 @@ func (p *Plugin) GC(args *skel.CmdArgs) error {
 }
 
 func (p *Plugin) removeInvalid(ctx context.Context, c Config, path string) error {
-	s := store{dir: c.DataDir, network: c.Name}
-	all, err := s.list()
-	if err != nil {
-		return ioError(err)
-	}
 	valid := map[attachment]bool{}
 	for _, a := range c.Attachments {
 		valid[attachment{container: a.ContainerID, ifname: a.IfName}] = true
 	}
-	c.prevResult, c.runtimeConfig = nil, nil // those of one attachment, if any
-	var errs []error
-	for _, at := range all {
-		if valid[at] {
-			continue
-		}
-		if err := p.removeOne(ctx, job{conf: c, at: at, store: s}, path); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", at.file(), err))
-		}
-	}
-	return joined(errs...)
-}
-
-// removeOne is a DEL without the container's namespace, which may be another one's by now.
-func (p *Plugin) removeOne(ctx context.Context, j job, path string) error {
-	k, err := j.keptHere()
-	if err != nil {
-		return err
-	}
-	return p.takeBack(j, k, func(d Delegate) error {
-		program, err := p.Exec.FindInPath(d.Type, filepath.SplitList(path))
-		if err != nil {
-			return err
-		}
-		env := &invoke.Args{Command: "DEL", ContainerID: j.at.container, IfName: j.at.ifname, Path: path}
-		return invoke.ExecPluginWithoutResult(ctx, program, d.Conf, env, p.Exec)
-	})
+	return p.removeAll(ctx, c, path, func(at attachment, _ kept) bool { return !valid[at] })
 }
 
 // kept is what was kept of an attachment at ADD, where, and how to forget it.
@@ -259,9 +235,13 @@ func (j job) keptHere() (kept, error) {
 
 // kept finds what was kept at ADD, by this plugin or by flannel's.
 func (p *Plugin) kept(j job) (kept, error) {
-	k, err := j.keptHere()
-	if !errors.Is(err, fs.ErrNotExist) {
-		return k, err
+	var k kept
+	var err error
+	for _, dir := range p.dirs(j.conf.DataDir) {
+		j.store.dir = dir
+		if k, err = j.keptHere(); !errors.Is(err, fs.ErrNotExist) {
+			return k, err
+		}
 	}
 	for _, dir := range []string{j.conf.DataDir, p.FlannelDir} {
 		f := flannelKept{dir}

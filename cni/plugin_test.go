@@ -94,7 +94,7 @@ type stand struct {
 func newStand(t *testing.T) *stand {
 	t.Helper()
 	s := &stand{T: t, exec: &fakeExec{}, dir: t.TempDir(), out: &bytes.Buffer{}, stderr: &bytes.Buffer{}}
-	s.Plugin = &cni.Plugin{Exec: s.exec, Stdout: s.out, Stderr: s.stderr, FlannelDir: filepath.Join(s.dir, "flannel")}
+	s.Plugin = &cni.Plugin{Exec: s.exec, Stdout: s.out, Stderr: s.stderr, FlannelDir: filepath.Join(s.dir, "flannel"), Home: filepath.Join(s.dir, "home"), BootID: "boot-1"}
 	s.env(envV4)
 	return s
 }
@@ -183,6 +183,76 @@ func TestLife(t *testing.T) {
 	}
 	s.out.Reset()
 	s.fails(s.Check(s.args()), types.ErrUnknownContainer, s.data("pods", "c1:eth0")+" is missing: ")
+}
+
+// What is left of an earlier boot is taken back by the first ADD that can; where that fails, ADD goes on.
+func TestEarlierBoot(t *testing.T) {
+	t.Parallel()
+	s := newStand(t)
+	add := func(container string) {
+		t.Helper()
+		args := s.args(`"ipam":{"dataDir":"` + s.data("ips") + `"}`)
+		args.ContainerID = container
+		s.must(s.Add(args))
+	}
+	for _, c := range []string{"c1", "c2", "c3"} {
+		add(c)
+	}
+	s.must(os.WriteFile(s.data("pods", "of-no-known-boot:eth0"), []byte(`{"type":"bridge"}`), 0o600))
+	for _, c := range s.exec.calls {
+		if text := fmt.Sprint(c.conf); strings.Contains(text, "boot") {
+			t.Errorf("the delegate is told %s", text)
+		}
+	}
+	s.exec.commands()
+	ips := map[string]string{ // what host-local holds, with the time of the file
+		"10.244.5.9": "gone", "fd00:10:244:5::9": "gone", "10.244.5.10": "of-no-known-boot", "10.244.5.11": "flannels", "10.244.5.12": "of this boot",
+	}
+	for ip, container := range ips {
+		path, at := s.data("ips", "pods", ip), time.Unix(0, 0)
+		if container == "of this boot" {
+			at = time.Now()
+		}
+		s.must(os.WriteFile(path, []byte(container+"\r\neth0"), 0o600))
+		s.must(os.Chtimes(path, at, at))
+	}
+	s.must(os.MkdirAll(s.FlannelDir, 0o700))
+	s.must(os.WriteFile(filepath.Join(s.FlannelDir, "flannels"), []byte(`{"name":"pods"}`), 0o600))
+
+	s.BootID = "boot-2"
+	s.exec.answer = func(c call) ([]byte, error) {
+		if c.container == "c2" && c.command == "DEL" {
+			return nil, &types.Error{Code: 5, Msg: "busy"}
+		}
+		return []byte(`{"cniVersion":"1.1.0","ips":[{"address":"10.244.5.2/24"}]}`), nil
+	}
+	add("c1") // again
+	if !strings.Contains(s.stderr.String(), "c2:eth0: bridge: busy") {
+		t.Errorf("said %q", s.stderr)
+	}
+	s.absent(s.data("pods", "c3:eth0"))
+	s.exec.commands()
+	s.exec.answer = nil
+	add("c4")
+	if got := s.exec.commands(); !slices.Equal(got, []string{"bridge DEL", "bridge ADD"}) { // of c2, not of c1
+		t.Errorf("the delegate was told %v", got)
+	}
+	add("c5")
+	if got := s.exec.commands(); !slices.Equal(got, []string{"bridge ADD"}) {
+		t.Errorf("the delegate was told %v", got)
+	}
+	left, err := filepath.Glob(s.data("pods", "*:*"))
+	for i, path := range left {
+		left[i] = filepath.Base(path)
+	}
+	if want := []string{"c1:eth0", "c4:eth0", "c5:eth0", "of-no-known-boot:eth0"}; err != nil || !slices.Equal(left, want) {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	for ip, container := range ips {
+		if _, err := os.Stat(s.data("ips", "pods", ip)); (err != nil) != (container == "gone") {
+			t.Errorf("%s of %s: %v", ip, container, err)
+		}
+	}
 }
 
 func TestDelegateFails(t *testing.T) {
@@ -351,7 +421,7 @@ func TestGC(t *testing.T) {
 	s.exec.answer = nil
 	s.env("")
 	s.fails(s.GC(s.args(`"cni.dev/valid-attachments":null`)), types.ErrTryAgainLater, "open "+filepath.Join(s.dir, "subnet.env"))
-	if entries, err := os.ReadDir(s.data("pods")); err != nil || len(entries) > 0 {
+	if entries, err := filepath.Glob(s.data("pods", "*:*")); err != nil || len(entries) > 0 {
 		t.Errorf("left: %v, %v", entries, err)
 	}
 	if got := s.exec.commands(); !slices.Equal(got, []string{"bridge DEL", "bridge DEL"}) {

@@ -1,12 +1,14 @@
 package cni
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -78,13 +80,15 @@ func (s store) open() (*os.Root, error) {
 }
 
 // load reads what was kept; fs.ErrNotExist says that nothing was.
-func (s store) load(a attachment) ([]byte, error) {
+func (s store) load(a attachment) ([]byte, error) { return s.read(a.file()) }
+
+func (s store) read(file string) ([]byte, error) {
 	root, err := s.open()
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = root.Close() }()
-	return root.ReadFile(a.file())
+	return root.ReadFile(file)
 }
 
 // remove forgets an attachment; one that is not known is forgotten already.
@@ -122,6 +126,48 @@ func (s store) list() ([]attachment, error) {
 		}
 	}
 	return all, nil
+}
+
+// dirLinks has a link to every dataDir that a list has named, but for the default. No network's name begins with a dot.
+const dirLinks = ".dirs"
+
+// noteDir has a directory found by a DEL to which the list names another one.
+func (p *Plugin) noteDir(dir string) error {
+	if dir = filepath.Clean(dir); dir == p.Home {
+		return nil
+	}
+	links := filepath.Join(p.Home, dirLinks)
+	link := filepath.Join(links, fmt.Sprintf("%x", sha256.Sum256([]byte(dir))))
+	if to, err := os.Readlink(link); err == nil && to == dir {
+		return nil
+	}
+	if err := os.MkdirAll(links, 0o700); err != nil {
+		return err
+	}
+	if err := os.Symlink(dir, link); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// dirs are the directories in which something may be kept: the one that the list names first.
+func (p *Plugin) dirs(now string) []string {
+	out := []string{now}
+	add := func(dir string) {
+		if !slices.Contains(out, dir) {
+			out = append(out, dir)
+		}
+	}
+	if p.Home != "" {
+		add(p.Home)
+	}
+	links, _ := filepath.Glob(filepath.Join(p.Home, dirLinks, "*"))
+	for _, l := range links {
+		if dir, err := os.Readlink(l); err == nil && filepath.IsAbs(dir) {
+			add(dir)
+		}
+	}
+	return out
 }
 
 // flannelKept is what flannel's plugin kept for a container in a directory: one file, by the container's ID. A pod that it
