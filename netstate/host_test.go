@@ -166,3 +166,19 @@ func TestUnboundTunnel(t *testing.T) {
 	n.wantState(unbound)
 	n.sh(`ip link del eth1; ip link show overlay.1; ip link show overlay-v6.1`)
 }
+
+// An address that may not stay, or can't be used yet, is told from one that is only not the first of its network.
+func TestFleetingAddresses(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	n.sh(`ip address add 192.0.2.77/24 dev eth0; ip address add 2001:db8::77/64 dev eth0 nodad; ip address add 2001:db8::88/64 dev eth0 nodad preferred_lft 0`)
+	got := map[string]bool{}
+	for _, a := range n.observe().Addresses {
+		got[a.Prefix.Addr().String()] = a.Fleeting
+	}
+	for ip, want := range map[string]bool{node4: false, "192.0.2.77": false, node6: false, "2001:db8::77": false, "2001:db8::88": true} {
+		if fleeting, there := got[ip]; !there || fleeting != want {
+			t.Errorf("%s: there %v, fleeting %v", ip, there, fleeting)
+		}
+	}
+}

@@ -112,7 +112,7 @@ func (k *Kernel) linkList() ([]netlink.Link, error) {
 }
 
 func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error {
-	const fleeting = unix.IFA_F_TEMPORARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+	const fleeting = unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
 	var all []netlink.Addr
 	err := error(netlink.ErrDumpInterrupted)
 	for i := 0; i < dumpTries && errors.Is(err, netlink.ErrDumpInterrupted); i++ {
@@ -126,7 +126,8 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 		ip = ip.Unmap()
 		bits, _ := a.Mask.Size()
 		name, p := names[a.LinkIndex], netip.PrefixFrom(ip, bits)
-		h.Addresses = append(h.Addresses, HostAddress{Link: name, Prefix: p, Fleeting: a.Flags&fleeting != 0, Tunnel: k.ours(s, name)})
+		temporary := ip.Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0 // the same bit says of an IPv4 address that it is a secondary one
+		h.Addresses = append(h.Addresses, HostAddress{Link: name, Prefix: p, Fleeting: temporary || a.Flags&fleeting != 0, Tunnel: k.ours(s, name)})
 		if k.ours(s, name) && !ip.IsLinkLocalUnicast() {
 			s.Addresses = append(s.Addresses, Address{Link: name, Prefix: p})
 		}
