@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -30,6 +31,7 @@ type Node struct {
 	dir     string
 	segment string // the namespace of the segment it is plugged into
 	where   func() []string
+	more    []string // arguments of the daemon, behind all others
 }
 
 func newNode(t Topology, spec NodeSpec, dir string) *Node {
@@ -50,8 +52,11 @@ func newNode(t Topology, spec NodeSpec, dir string) *Node {
 func (n *Node) overlaydArgv(etcd []string, config string) []string {
 	argv := append([]string{n.options.Overlayd}, n.whereArgs(etcd)...)
 	argv = append(argv, "--healthz-port", strconv.Itoa(healthzPort), "--init-config", config)
-	return append(argv, n.options.OverlaydArgs...)
+	return slices.Concat(argv, n.options.OverlaydArgs, n.more)
 }
+
+// With gives the daemon more arguments from its next start on, instead of those that were given before.
+func (n *Node) With(args ...string) { n.more = args }
 
 // whereArgs say where everything is of this node: the daemon and its commands are told the same.
 func (n *Node) whereArgs(etcd []string) []string {
@@ -110,8 +115,8 @@ func (n *Node) Overlayd(ctx context.Context, command string, args ...string) (st
 }
 
 // Doctor runs overlayd's checks on the node, and returns what they say.
-func (n *Node) Doctor(ctx context.Context) (string, error) {
-	return n.Overlayd(ctx, "doctor", n.where()...)
+func (n *Node) Doctor(ctx context.Context, more ...string) (string, error) {
+	return n.Overlayd(ctx, "doctor", append(n.where(), more...)...)
 }
 
 // Ready asks the daemon's /readyz.
@@ -208,7 +213,9 @@ func (n *Node) AddLink(t Topology, name string, segment int) (at, via addr.Per[n
 		return at, via, fmt.Errorf("%s: there is no segment %d", n.Name, segment)
 	}
 	sw := t.Switches[segment-1]
-	if err := n.plugInto(sw.NS, name, n.Name+"-"+name, nil); err != nil {
+	number := lastOctet(n.Addr(n.options.Stack.Families()[0]).AsSlice())
+	mac := net.HardwareAddr{2, 0, 0, 0, byte(segment), byte(number)} // the same each time: others remember it for some seconds
+	if err := n.plugInto(sw.NS, name, n.Name+"-"+name, mac); err != nil {
 		return at, via, err
 	}
 	i := Interface{Name: name}

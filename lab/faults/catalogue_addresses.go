@@ -95,7 +95,7 @@ func duplicate(ctx context.Context, s *Site) error {
 
 // swapped holds when the leases say so, and both nodes are ready.
 func swapped(ctx context.Context, s *Site) error {
-	if err := errors.Join(s.says(ctx, s.Victim, s.hostOf(s.Peer)), s.says(ctx, s.Peer, s.hostOf(s.Victim))); err != nil {
+	if err := errors.Join(s.says(ctx, s.Victim, ending(s.hostOf(s.Peer))), s.says(ctx, s.Peer, ending(s.hostOf(s.Victim)))); err != nil {
 		return err
 	}
 	return s.content(ctx)

@@ -106,7 +106,7 @@ func underlayFaults() []Fault {
 				diagnosed(`^FAIL full-size packets .*n2`),
 		},
 	}
-	return in(Underlay, underlay(), rows)
+	return append(in(Underlay, underlay(), rows), routeFaults()...)
 }
 
 func linkDown(_ context.Context, s *Site) error { return s.Victim.LinkDown() }
@@ -176,13 +176,30 @@ func (s *Site) moveBack(ctx context.Context, n *lab.Node) error {
 }
 
 // announces holds when the victim's lease and its peers' entries have the new address, and the device sends from it.
-func announces(last string) Check {
+func announces(last string) Check { return announcesAt(ending(last)) }
+
+// ending is a node's address with another last part.
+func ending(last string) func(*Site, addr.Family) netip.Addr {
+	return func(s *Site, f addr.Family) netip.Addr { return elsewhere(s, f, last).Addr() }
+}
+
+// announces4 is announces of the IPv4 address alone.
+func announces4(last string) Check {
+	return announcesAt(func(s *Site, f addr.Family) netip.Addr {
+		if f == addr.IPv4 {
+			return elsewhere(s, f, last).Addr()
+		}
+		return s.Victim.Addr(f)
+	})
+}
+
+func announcesAt(at func(*Site, addr.Family) netip.Addr) Check {
 	return func(ctx context.Context, s *Site) error {
-		if err := s.says(ctx, s.Victim, last); err != nil {
+		if err := s.says(ctx, s.Victim, at); err != nil {
 			return err
 		}
 		for _, f := range s.families {
-			if err := s.sendsFrom(ctx, f, elsewhere(s, f, last).Addr()); err != nil {
+			if err := s.sendsFrom(ctx, f, at(s, f)); err != nil {
 				return err
 			}
 		}
@@ -191,13 +208,13 @@ func announces(last string) Check {
 }
 
 // says reports whether a node's lease announces these addresses.
-func (s *Site) says(ctx context.Context, n *lab.Node, last string) error {
+func (s *Site) says(ctx context.Context, n *lab.Node, at func(*Site, addr.Family) netip.Addr) error {
 	lease, err := s.leaseOf(ctx, n)
 	if err != nil {
 		return err
 	}
 	for _, f := range s.families {
-		if to := elsewhere(s, f, last).Addr(); !strings.Contains(lease.value, `"`+to.String()+`"`) {
+		if to := at(s, f); !strings.Contains(lease.value, `"`+to.String()+`"`) {
 			return fmt.Errorf("the lease of %s does not say %s: %s", n.Name, to, lease.value)
 		}
 	}
@@ -277,13 +294,14 @@ func lowerMTU(ctx context.Context, s *Site) error {
 // secondInterface gives the victim eth1 in the other segment, and scripts GW2.
 func secondInterface(_ context.Context, s *Site) error {
 	t := s.Lab.Topology()
-	_, via, err := s.Victim.AddLink(t, "eth1", 3-s.Victim.Spec().Segment)
+	at, via, err := s.Victim.AddLink(t, "eth1", 3-s.Victim.Spec().Segment)
 	if err != nil {
 		return err
 	}
 	s.Defer(func() error { return s.Victim.RemoveLink("eth1") })
 	for _, f := range s.families {
 		s.vars.Set(f, s.vars.Get(f)+"GW2="+via.Get(f).Addr().String()+"\n")
+		s.second.Set(f, at.Get(f).Addr())
 	}
 	return nil
 }

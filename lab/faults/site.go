@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"regexp"
 	"slices"
@@ -23,9 +24,10 @@ type Site struct {
 	Setup        string
 	Victim, Peer *lab.Node
 
-	plan     map[string]state // of each node, by name
-	own      lab.SubnetEnv    // the victim's
-	vars     addr.Per[string] // shell variables for scripts on the victim
+	plan     map[string]state     // of each node, by name
+	own      lab.SubnetEnv        // the victim's
+	vars     addr.Per[string]     // shell variables for scripts on the victim
+	second   addr.Per[netip.Addr] // the victim's addresses on a second interface
 	families []addr.Family
 	iptables string
 	traffic  traffic
