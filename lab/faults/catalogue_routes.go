@@ -81,7 +81,7 @@ func routeFaults() []Fault {
 			Seen: &Seen{Status: `^Interface .* on eth1 \(--public-ip`},
 		},
 		{
-			Name: "--public-ip of a second interface, strict rp_filter there", On: []string{OnVXLAN}, Short: true,
+			Name: "--public-ip of a second interface, strict rp_filter there", On: []string{OnVXLAN},
 			Inject: Steps(secondInterface, anySource, restart("--public-ip", "ETH1"), Until(All(bound("eth1"), reachesAll), 10*time.Second),
 				Once(`echo 1 > /proc/sys/net/ipv4/conf/eth1/rp_filter`)),
 			Expect: not(reaches), Hold: time.Second, Keeps: not(reaches),
@@ -91,7 +91,7 @@ func routeFaults() []Fault {
 			Seen: (&Seen{Status: `^Interface .* on eth1 \(--public-ip`}).diagnosed(`^FAIL rp_filter .*strict on eth1, and the way back to \d nodes leaves by another device`),
 		},
 		{
-			Name: "preferred source of the default route changes", On: everywhere(), Short: true,
+			Name: "preferred source of the default route changes", On: everywhere(),
 			Inject: Steps(On(`case $F in -4) NEW=${IP%.*}.98;; *) NEW=${IP%:*}:98; NODAD=nodad;; esac
 				ip $F address add $NEW/$NET_BITS dev eth0 $NODAD; ip $F route replace default via $GW dev eth0 src $NEW`),
 				Afterwards(On(`case $F in -4) NEW=${IP%.*}.98;; *) NEW=${IP%:*}:98;; esac
@@ -112,7 +112,7 @@ func routeFaults() []Fault {
 		},
 		{
 			// As a DHCP client does that takes any device for one of its own.
-			Name: "another program puts an address and a default route on the tunnel device", On: tunnelled(), Short: true,
+			Name: "another program puts an address and a default route on the tunnel device", On: tunnelled(),
 			Inject: intoTheTunnel,
 			Expect: bound("eth0"), Hold: 2 * time.Second, Keeps: All(bound("eth0"), announcesAt(ownAddr)),
 			Restore: Undo, Log: `problem: foreign-route.*leads packets to other nodes into the tunnel`,

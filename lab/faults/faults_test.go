@@ -101,7 +101,7 @@ func TestPlan(t *testing.T) {
 	for _, j := range plan(Catalogue(true), all, Options{Short: true}) {
 		short += len(j.rows)
 	}
-	if short < 12 || short > 55 {
+	if short < 12 || short > 70 {
 		t.Errorf("the short form has %d rows", short)
 	}
 	if b := (Fault{Area: Firewall, Bound: drift()}).in(OnLegacy).Bound.Repair; b <= resync*time.Second {
