@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,7 +34,7 @@ const (
 	auditEvery = 5 * time.Minute
 	// A round that did not reach its goal is tried again after firstRetry, then ever more slowly.
 	firstRetry, lastRetry = 500 * time.Millisecond, 30 * time.Second
-	// waitForInterface is how often to look for an interface while none fits; most often an event says so first.
+	// waitForInterface is how often to look for an interface while none fits, or for the tunnel's device; most often an event says so first.
 	waitForInterface = 2 * time.Second
 	// noteEvery is how often to look whether an operator has removed the note that the subnet was lost.
 	noteEvery = 10 * time.Second
@@ -210,6 +211,8 @@ func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) 
 	now := time.Now()
 	next := a.audit
 	switch {
+	case errors.Is(err, errNoDevice): // what else is due has to wait for it
+		return now.Add(waitForInterface), firstRetry
 	case errors.Is(err, errNoInterface):
 		next = earlier(next, now.Add(waitForInterface))
 	case err != nil:
@@ -276,7 +279,10 @@ func earlier(a, b time.Time) time.Time {
 // jitter spreads what many nodes do at a period.
 func jitter(d time.Duration) time.Duration { return d*4/5 + rand.N(d*2/5) }
 
-var errNoInterface = errors.New("waiting for a network interface")
+var (
+	errNoInterface = errors.New("waiting for a network interface")
+	errNoDevice    = errors.New("waiting for the tunnel's device")
+)
 
 // online reports whether the store has been read since the start.
 func (a *Agent) online() bool { return a.snap.Table.Revision != 0 }
@@ -335,7 +341,9 @@ func (a *Agent) round(look bool) error {
 		return underlayErr
 	}
 	be := backendOf(a.config.Backend.Type)
-	a.announce(be)
+	if err := a.announce(be); err != nil {
+		return errors.Join(underlayErr, err)
+	}
 	if a.lease == (subnet.Lease{}) {
 		return underlayErr
 	}
@@ -493,8 +501,8 @@ func (a *Agent) learnOffline() {
 	a.lease, a.offline = subnet.Lease{Subnets: m.subnets()}, t
 }
 
-// announce claims a lease that says what the others need to know.
-func (a *Agent) announce(be backend.Backend) {
+// announce claims a lease that says what the others need to know, once there is what it announces.
+func (a *Agent) announce(be backend.Backend) error {
 	c := subnet.Claim{
 		Attrs: subnet.Attrs{
 			PublicIP: a.choice.PublicIP, PublicIPLocal: a.choice.PublicIPLocal, Backend: a.config.Backend.Type,
@@ -505,6 +513,11 @@ func (a *Agent) announce(be backend.Backend) {
 	if a.lease != (subnet.Lease{}) {
 		c.Remembered, c.Keep = a.lease.Subnets, true
 	}
+	if c.VTEP != a.claim.VTEP {
+		if err := a.makeDevices(be, c.Attrs); err != nil {
+			return err
+		}
+	}
 	if c != a.claim {
 		a.claim = c
 		a.store.Claim(c)
@@ -512,6 +525,30 @@ func (a *Agent) announce(be backend.Backend) {
 			a.health.set(condLease, a.leadsElsewhere())
 		}
 	}
+	return nil
+}
+
+// makeDevices makes the tunnel's devices before a lease announces them: from then on peers send there, and if a device can't be had (another
+// one has its VNI, a program its port, there is no such module), all that they send is lost.
+func (a *Agent) makeDevices(be backend.Backend, self subnet.Attrs) error {
+	plan := be.Plan(backend.Input{Config: *a.config, Self: subnet.Lease{Attrs: self}, Underlay: a.choice.Underlay, Host: a.host})
+	missing := slices.DeleteFunc(plan.State.Links, func(l netstate.Link) bool {
+		h, ok := a.host.Link(l.Name)
+		return ok && h.Up && h.VXLAN.VNI == l.VXLAN.VNI && h.VXLAN.Port == l.VXLAN.Port
+	})
+	if len(missing) == 0 {
+		return nil
+	}
+	res, err := a.kernel.AddMissing(netstate.State{Links: missing})
+	refused, _ := failures(res.Failed)
+	if err = cmp.Or(err, refused); err != nil {
+		a.health.set(condKernel, fmt.Errorf("nothing is announced until this can be done: %w", err))
+		return errNoDevice
+	}
+	if a.planned == nil {
+		a.health.set(condKernel, errStarting)
+	}
+	return nil
 }
 
 // leaseProblem is why no lease is held that leads here, and claimProblem why the one that is held does not say what it should.

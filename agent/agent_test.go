@@ -474,7 +474,7 @@ func TestPoolFullAndConflictAreNamed(t *testing.T) {
 		if p := r.problem(condLease); !strings.Contains(p, `"self"`) || !strings.Contains(p, mine.Key) {
 			t.Errorf("problem %q", p)
 		}
-		if len(r.state().Links) > 0 {
+		if r.routes() > 0 || len(r.state().Addresses) > 0 {
 			t.Error("a node without a lease has programmed something")
 		}
 	})
@@ -511,6 +511,49 @@ func TestLeaseThatLeadsElsewhere(t *testing.T) {
 			if p := r.agent.health.list(); len(p) != 1 || p[0].Name != string(where) || !strings.Contains(p[0].Reason, "192.0.2.10") {
 				t.Errorf("problems %v, want one of %s", p, where)
 			}
+		}
+	})
+}
+
+// Nothing is claimed while the tunnel's device can't be had, in any family; and the node goes on by itself when it can.
+func TestNoLeaseWithoutADevice(t *testing.T) {
+	inRig(t, func(r *rig) {
+		refusing := true
+		r.change(func() {
+			r.kernel.refuse = func(c netstate.Change) error {
+				if refusing && c.Kind() == "device" {
+					return errors.New("the VXLAN device flannel.1 has VNI 1 on UDP port 8472 already")
+				}
+				return nil
+			}
+		})
+		r.table(onlyV4, peer(1))
+		r.sleep(time.Minute)
+		if len(r.store.claims) > 0 || r.routes() > 0 {
+			t.Errorf("claimed %v, %d routes", r.store.claims, r.routes())
+		}
+		if p := r.problem(condKernel); !strings.Contains(p, "flannel.1") || r.logged("flannel.1") != 1 {
+			t.Errorf("problem %q, logged %d times", p, r.logged("flannel.1"))
+		}
+		r.change(func() { refusing = false })
+		r.sleep(waitForInterface)
+		if p := r.agent.health.list(); len(p) > 0 || len(r.store.claims) == 0 || r.routes() == 0 {
+			t.Errorf("problems %v, claimed %v, %d routes", p, r.store.claims, r.routes())
+		}
+
+		// A new VNI is another device, and another lease.
+		claims, lease := len(r.store.claims), r.store.snap.Lease
+		r.change(func() { refusing = true })
+		other := `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":9}}`
+		r.table(other, peer(1))
+		r.sleep(time.Minute)
+		if len(r.store.claims) != claims || r.problem(condKernel) == "" || r.routes() == 0 {
+			t.Errorf("claimed %v, problem %q, %d routes", r.store.claims[claims:], r.problem(condKernel), r.routes())
+		}
+		r.change(func() { refusing = false })
+		r.sleep(waitForInterface)
+		if l := r.store.snap.Lease; l.VTEP.V4.VNI != 9 || l.Subnets != lease.Subnets {
+			t.Errorf("the lease says %+v", l)
 		}
 	})
 }

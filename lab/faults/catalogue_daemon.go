@@ -2,6 +2,7 @@ package faults
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sys/unix"
 )
 
@@ -44,6 +46,16 @@ func boot() []Fault {
 			Inject: Steps(Until(remembersPort, 40*time.Second), changeConfig(otherPort), Until(usesPort, catchUp), Wait(time.Second), killDaemon, wipe, stopStore, startDaemon, Until(offline, catchUp)),
 			Expect: All(usesPort, reaches), Hold: time.Second, Keeps: usesPort, Restore: Steps(startStore, Undo),
 			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from what is remembered`,
+		},
+		{
+			// As after flanneld was stopped and its device was left: the lease is flannel's, and so are the packets that peers send.
+			Name: "started with flannel's device in the way", On: []string{OnVXLAN, OnDual, OnDirect}, Short: true,
+			Inject: Steps(stopDaemon, wipe,
+				On(`ip link add flannel$F type vxlan id 1 dstport 8472 local $IP dev eth0; ip link set flannel$F address 02:00:00:00:00:$(( 10 - F )) up`),
+				Afterwards(On(`ip link del flannel$F 2>/dev/null || true`)), flannelsLease, startDaemon),
+			Expect: unannounced, Hold: 3 * time.Second, Keeps: unannounced,
+			Restore: Steps(On(`ip link del flannel$F`), Undo), Bound: Bound{Lost: Any, Repair: 4 * time.Second},
+			Log: `problem: kernel.*flannel`, Seen: unreadies("kernel", "the VXLAN device flannel-"),
 		},
 		{
 			Name:   "reboot",
@@ -188,6 +200,50 @@ func offline(ctx context.Context, s *Site) error {
 		return err
 	}
 	return unless(strings.Contains(text, "degraded: offline"), "%s does not say that it works with what it remembers: %s", s.Victim.Name, text)
+}
+
+// flannelsLease makes of the victim's lease the one that flannel would have.
+func flannelsLease(ctx context.Context, s *Site) error {
+	own, err := s.leaseOf(ctx, s.Victim)
+	if err != nil {
+		return err
+	}
+	var lease map[string]any
+	if err := json.Unmarshal([]byte(own.value), &lease); err != nil {
+		return err
+	}
+	for _, key := range []string{"NodeName", "NodeID", "PublicIPLocal"} {
+		delete(lease, key)
+	}
+	value, err := json.Marshal(lease)
+	if err != nil {
+		return err
+	}
+	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		put, err := cli.Put(ctx, own.key, string(value), clientv3.WithLease(own.etcdLease))
+		if err == nil {
+			s.facts[own.key] = fmt.Sprint(put.Header.Revision)
+		}
+		return err
+	})
+}
+
+// unannounced holds while nothing was written since, and the victim says why.
+func unannounced(ctx context.Context, s *Site) error {
+	_, text, err := s.Victim.Ask(ctx, "http://127.0.0.1:8471/readyz")
+	if err != nil {
+		return err
+	}
+	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		resp, err := cli.Get(ctx, subnets, clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByModRevision, clientv3.SortDescend), clientv3.WithLimit(1))
+		if err != nil || len(resp.Kvs) == 0 {
+			return fmt.Errorf("read the leases: %w", err)
+		}
+		kv := resp.Kvs[0]
+		return errors.Join(
+			unless(s.facts[string(kv.Key)] == fmt.Sprint(kv.ModRevision), "%s was written: %s", kv.Key, kv.Value),
+			unless(strings.Contains(text, "not ready: kernel: ") && strings.Contains(text, "flannel-"), "/readyz does not name the device: %s", text))
+	})
 }
 
 // killOften kills the daemon at random moments; between two kills a peer comes or goes, so that there is something to be done.
