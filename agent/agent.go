@@ -444,7 +444,7 @@ func (a *Agent) configFromMemory() {
 // hold notes the lease that this node has from now on. Another one than before is a break for the pods that run: it has to be seen.
 func (a *Agent) hold(l subnet.Lease) {
 	now, before := subnet.FormatKey(l.Subnets), subnet.FormatKey(a.lease.Subnets)
-	if before == "" && a.inUse(a.remembered.subnets()) && a.remembered.Subnets != now {
+	if before == "" && a.remembered.Subnets != now && a.inUse(a.remembered.subnets()) && !a.inUse(l.Subnets) {
 		before = a.remembered.Subnets // it was lost while the daemon was not running
 	}
 	if before == "" {

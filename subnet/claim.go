@@ -67,8 +67,8 @@ var ErrMoved = errors.New("does not fit the network config any more, which was c
 	"then the node gets another subnet")
 
 // Decide says how a claim is made good, given the table. attempt counts the races that were lost so far. In this order: the
-// lease that carries my identity; the subnets remembered, where they are free; a lease with my public IP and nobody's identity
-// (one that flannel wrote, or a reservation for this node); a new one.
+// lease that carries my identity, unless flannel wrote one for my public IP later; that one of flannel's; the subnets remembered, where they
+// are free; a reservation for this node; a new one. Where pods live in the subnets remembered, those come before flannel's.
 func Decide(t Table, c Claim, attempt int) (Decision, error) {
 	if t.ConfigErr != nil {
 		return Decision{}, t.ConfigErr
@@ -80,6 +80,9 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 		return Decision{}, fmt.Errorf("%s %w", FormatKey(c.Remembered), ErrMoved)
 	}
 	mine, drop := ownEntries(t, &c)
+	if e := flannels(t, &c); e != nil && mine != nil && !mine.Reserved() && e.Revision > mine.Revision { // flannel ran here since
+		mine, drop = nil, append(drop, mine)
+	}
 	settled := mine != nil && mine.PublicIP == c.PublicIP && mine.NodeName == c.NodeName // it stays mine, whatever others came to say since
 	if !settled {
 		if err := conflict(t, &c); err != nil {
@@ -111,10 +114,13 @@ func acquire(t Table, c Claim, mine *Entry, drop []*Entry, attempt int) (Decisio
 	if before == (addr.Per[netip.Prefix]{}) && len(drop) > 0 {
 		before = drop[0].Subnets
 	}
+	if e := flannels(t, &c); e != nil {
+		return update(e, c, append(drop, replaced(t, &c, e)...)), nil
+	}
 	if e := adoptable(t, &c); e != nil && !allFree(t.Config, before, others) {
 		return update(e, c, drop), nil
 	}
-	drop = append(drop, replaced(t, &c)...)
+	drop = append(drop, replaced(t, &c, nil)...)
 	ch, err := pick(t.Config, others, before, c.Identity, attempt)
 	if err != nil {
 		return Decision{}, err
@@ -193,6 +199,21 @@ func (e *Entry) belongsTo(c *Claim) bool {
 	return e.NodeID != "" && e.NodeID == c.NodeID && (e.NodeName == c.NodeName || e.samePublicIP(&c.Attrs))
 }
 
+// flannels finds the living lease that flannel wrote for this node, unless pods live in other subnets; of several, the newest. The pods have
+// addresses of it: this node's own, from before flannel ran here again, is out of date.
+func flannels(t Table, c *Claim) (newest *Entry) {
+	if c.Keep {
+		return nil
+	}
+	for _, e := range t.Entries {
+		if e.Identity == (Identity{}) && !e.Reserved() && e.Err == nil && e.samePublicIP(&c.Attrs) && t.Config.Fits(e.Subnets) &&
+			(newest == nil || e.Revision > newest.Revision || e.Revision == newest.Revision && e.Key < newest.Key) {
+			newest = e
+		}
+	}
+	return newest
+}
+
 // adoptable finds a lease or reservation that was made for this node by somebody who didn't know its identity.
 func adoptable(t Table, c *Claim) *Entry {
 	for _, e := range t.Entries {
@@ -204,11 +225,10 @@ func adoptable(t Table, c *Claim) *Entry {
 	return nil
 }
 
-// replaced lists the leases without identity that have my public IP and that I take no part of: being older, they would make the
-// peers refuse mine.
-func replaced(t Table, c *Claim) (out []*Entry) {
+// replaced lists the leases without identity that have my public IP and that I do not take over.
+func replaced(t Table, c *Claim, taken *Entry) (out []*Entry) {
 	for _, e := range t.Entries {
-		if e.Err == nil && e.Identity == (Identity{}) && !e.Reserved() && e.samePublicIP(&c.Attrs) {
+		if e != taken && e.Err == nil && e.Identity == (Identity{}) && !e.Reserved() && e.samePublicIP(&c.Attrs) {
 			out = append(out, e)
 		}
 	}

@@ -183,8 +183,41 @@ func TestDecide(t *testing.T) {
 			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
-			name: "flannel's, but another one is remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			name: "flannel's comes before what is remembered", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+		},
+		{
+			name: "flannel's, but pods live in another one", config: net4, claim: me, remembered: per("10.244.9.0/24"), keep: true,
 			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24", drop: "10.244.5.0-24",
+		},
+		{
+			name: "flannel's, written after mine", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.9.0-24", me, 4, 40)},
+			key:     "10.244.5.0-24", write: true, expect: 5, lease: 50, drop: "10.244.9.0-24",
+		},
+		{
+			name: "flannel's, written before mine", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.9.0-24", me, 6, 60)},
+			key:     "10.244.9.0-24", expect: 6, lease: 60,
+		},
+		{
+			name: "flannel's, written after mine, and pods live in mine", config: net4, claim: me, remembered: per("10.244.9.0/24"), keep: true,
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.9.0-24", me, 4, 40)},
+			key:     "10.244.9.0-24", expect: 4, lease: 40,
+		},
+		{
+			name: "flannel's, written after my reservation", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.9.0-24", me, 4, 0)},
+			key:     "10.244.9.0-24", expect: 4, reserved: true,
+		},
+		{
+			name: "the newest of flannel's", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.6.0-24", flannel, 6, 60)},
+			key:     "10.244.6.0-24", write: true, expect: 6, lease: 60, drop: "10.244.5.0-24",
+		},
+		{
+			name: "a reservation for my address, but another one is remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24",
 		},
 		{
 			name: "flannel's, where the remembered one is taken", config: net4, claim: me, remembered: per("10.244.9.0/24"),

@@ -46,7 +46,7 @@ func TestOrderOfAcquisition(t *testing.T) {
 	t.Run("remembered", func(t *testing.T) {
 		t.Parallel()
 		s := store(t)
-		putLease(t, s, "10.244.9.0-24", flannel("192.168.0.1")) // it has my public IP, but what is remembered comes first
+		putLease(t, s, "10.244.9.0-24", flannel("192.168.0.2")) // of another node
 		n := start(t, options(s))
 		c := claim(1)
 		c.Remembered = prefixes("10.244.77.0/24", "")
@@ -54,6 +54,26 @@ func TestOrderOfAcquisition(t *testing.T) {
 		if got := n.untilHeld().Lease.Subnets; got != c.Remembered {
 			t.Errorf("got %v", got)
 		}
+	})
+	t.Run("flannel's before what is remembered, and before mine", func(t *testing.T) {
+		t.Parallel()
+		s := store(t)
+		putLease(t, s, "10.244.77.0-24", string(subnet.FormatValue(claim(1).Attrs)))
+		putLease(t, s, "10.244.9.0-24", flannel("192.168.0.1"))
+		n := start(t, options(s))
+		c := claim(1)
+		c.Remembered = prefixes("10.244.77.0/24", "")
+		n.m.Claim(c)
+		snap := n.untilHeld()
+		if got := snap.Lease.Subnets; got != prefixes("10.244.9.0/24", "") {
+			t.Errorf("got %v", got)
+		}
+		if value, _, _ := get(t, s.Client(), prefix+"/subnets/10.244.77.0-24"); value != "" {
+			t.Errorf("the old one is there still: %s", value)
+		}
+		c.Remembered, c.Keep = snap.Lease.Subnets, true
+		n.m.Claim(c)
+		n.until("the claim with pods", func(s subnet.Snapshot) bool { return held(s) && s.Claimed == c && s.Lease == snap.Lease })
 	})
 	t.Run("flannel's", func(t *testing.T) {
 		t.Parallel()
