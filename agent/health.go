@@ -31,7 +31,7 @@ const (
 	condSettings    condition = "settings"      // the lesser settings of the kernel are as they should be
 	condOffline     condition = "offline"       // the leases are those of the store, not of memory
 	condMoved       condition = "subnet-moved"  // the pods that run have addresses of the subnet that this node holds
-	condRoutes      condition = "foreign-route" // nobody else's route comes before one of ours
+	condRoutes      condition = "foreign-route" // no route of another program comes before one of ours
 	condPlan        condition = "plan"          // nothing in the plan is known not to work
 	condPeers       condition = "refused-lease" // all leases of others make sense
 	condSilent      condition = "silent-peers"  // every peer answers when it is pinged
@@ -41,7 +41,7 @@ const (
 
 // needed are the conditions without which a node is not ready. The others degrade it: pods still talk.
 func needed() []condition {
-	return []condition{condUnderlay, condLease, condKernel, condFirewall, condSubnetEnv}
+	return []condition{condUnderlay, condLease, condKernel, condRoutes, condFirewall, condSubnetEnv}
 }
 
 // health is the one place that knows what is wrong on this node, since when and why. A problem is logged when it comes, when its

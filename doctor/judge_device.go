@@ -320,7 +320,7 @@ func judgeOffloads(f Facts) []Finding {
 	return orOK(out, "checksums, gso and gro are on; if pings get through and TCP does not, see Documentation/doctor.md")
 }
 
-// judgeLeftovers looks for devices that other overlays make.
+// judgeLeftovers looks for devices that other overlays make, and for flannel's rules.
 func judgeLeftovers(f Facts) []Finding {
 	if f.Errs["devices"] != nil {
 		return skipped(f.Errs["devices"].Error())
@@ -333,8 +333,42 @@ func judgeLeftovers(f Facts) []Finding {
 			}
 		}
 	}
+	var out []Finding
 	if len(names) > 0 {
-		return warn("devices of other overlays are there, whose routes and rules may be in the way: "+few(names), mend...)
+		out = append(out, warn("devices of other overlays are there, whose routes and rules may be in the way: "+few(names), mend...)...)
 	}
-	return ok("nothing of any")
+	return orOK(append(out, f.leftRules()...), "nothing of any")
+}
+
+// leftRules finds flannel's rules: chains of iptables, or tables of its own with EnableNFTables.
+func (f Facts) leftRules() []Finding {
+	var names, fix []string
+	note := func(name, command string) {
+		if !slices.Contains(names, name) {
+			names, fix = append(names, name), append(fix, command)
+		}
+	}
+	for _, c := range slices.Concat(f.Filter, f.Translation) {
+		switch {
+		case c.Table == "flannel-ipv4" || c.Table == "flannel-ipv6":
+			name := fmt.Sprintf("table %s %s", c.Family, c.Table)
+			note(name, "nft delete "+name)
+		case strings.HasPrefix(c.Name, "FLANNEL-"):
+			name, tool := fmt.Sprintf("table %s %s, chain %s", c.Family, c.Table, c.Name), "iptables"
+			if c.Family == "ip6" {
+				tool = "ip6tables"
+			}
+			if c.Legacy {
+				name, tool = "iptables-legacy, "+name, tool+"-legacy"
+			}
+			// In one step, with what calls the chain: nothing else of the table is written again.
+			note(name, fmt.Sprintf("{ echo '*%s'; %s-save -t %s | sed -n '/%s/s/^-A/-D/p'; echo '-X %s'; echo COMMIT; } | %s-restore --noflush",
+				c.Table, tool, c.Table, c.Name, c.Name, tool))
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	slices.Sort(fix)
+	return warn("rules of flannel are there: with them, what pods send to nodes arrives with this node's address, and they let packets pass. If flanneld does not run here any more, remove them: "+few(names), fix...)
 }

@@ -309,14 +309,15 @@ func TestIdentityOfMemory(t *testing.T) {
 	}
 }
 
-// destructive reports whether a command throws away what somebody else made, however it is printed.
+// destructive reports whether a command throws away what another program made, however it is printed; but for what flannel left.
 func destructive(mend string) bool {
+	mend = regexp.MustCompile(`delete table (ip flannel-ipv4|ip6 flannel-ipv6)$`).ReplaceAllString(mend, "")
 	return regexp.MustCompile(`(^|\s)(-F|-X|flush|--flush)(\s|;|$)|-P (INPUT|FORWARD|OUTPUT)|rm -rf? .*\*|del .*--prefix|delete table`).MatchString(mend)
 }
 
 func TestDestructive(t *testing.T) {
 	t.Parallel()
-	for _, m := range []string{"iptables-legacy -F; x", "x; iptables -t nat -F", "nft flush ruleset", "rm -rf /var/lib/cni/networks/*   # y", "etcdctl del --prefix /", "iptables -P INPUT ACCEPT"} {
+	for _, m := range []string{"iptables-legacy -F; x", "x; iptables -t nat -F", "nft flush ruleset", "rm -rf /var/lib/cni/networks/*   # y", "etcdctl del --prefix /", "iptables -P INPUT ACCEPT", "nft delete table ip nat"} {
 		if !destructive(m) {
 			t.Error(m)
 		}
@@ -578,6 +579,12 @@ func TestJudges(t *testing.T) {
 		{"a dummy", "interface", Warn, "eth0 is a dummy device", "OVERLAYD_IFACE=DEVICE", func(f *Facts) {
 			f.link("eth0", func(l *netstate.SurveyLink) { l.Kind = "dummy" })
 		}},
+		{"flannel's route to a peer", "routes", Fail, "10.244.2.0/24 by eth0 is not ours", "ip route del 10.244.2.0/24 dev eth0 metric 0", func(f *Facts) {
+			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0"})
+		}},
+		{"flannel's route to nobody", "routes", Warn, "10.244.9.0/24 via 192.0.2.9 by eth0 is not ours", "ip route del 10.244.9.0/24 via 192.0.2.9 dev eth0 metric 0", func(f *Facts) {
+			f.route(netstate.HostRoute{Dst: prefixOf("10.244.9.0/24"), Via: addrOf("192.0.2.9"), Link: "eth0"})
+		}},
 		{"routes missing", "routes", Fail, "10.244.2.0/24 (n2)", "overlayd diff", func(f *Facts) { f.Survey.Ours.Routes = f.Survey.Ours.Routes[1:] }},
 		{"no device", "tunnel device", Fail, "overlay.1 is not there", "overlayd status", func(f *Facts) { f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...) }},
 		{"device down", "tunnel device", Fail, "overlay.1 is down", "ip link set overlay.1 up", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false }) }},
@@ -641,6 +648,18 @@ func TestJudges(t *testing.T) {
 		}},
 		{"flannel", "other overlays", Warn, "flannel.2", "ip link delete flannel.2", func(f *Facts) {
 			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.2", Kind: "vxlan"}})
+		}},
+		{"flannel for IPv6", "other overlays", Warn, "flannel-v6.1", "ip link delete flannel-v6.1", func(f *Facts) {
+			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel-v6.1", Kind: "vxlan"}})
+		}},
+		{"flannel's chain", "other overlays", Warn, "table ip nat, chain FLANNEL-POSTRTG", "iptables-save -t nat | sed -n '/FLANNEL-POSTRTG/s/^-A/-D/p'", func(f *Facts) {
+			f.Translation = filter{netstate.FilterChain{Family: "ip", Table: "nat", Name: "FLANNEL-POSTRTG"}}
+		}},
+		{"flannel's chain for IPv6, legacy", "other overlays", Warn, "iptables-legacy, table ip6 filter, chain FLANNEL-FWD", "| ip6tables-legacy-restore --noflush", func(f *Facts) {
+			f.Filter = filter{netstate.FilterChain{Family: "ip6", Table: "filter", Name: "FLANNEL-FWD", Legacy: true}}
+		}},
+		{"flannel's table", "other overlays", Warn, "table ip6 flannel-ipv6", "nft delete table ip6 flannel-ipv6", func(f *Facts) {
+			f.Translation = filter{base("ip6", "flannel-ipv6", "postrtg", "postrouting", "accept")}
 		}},
 		{"mixed iptables", "iptables variants", Warn, "legacy holds 3 rules and iptables-nft 4", "iptables-legacy-save", func(f *Facts) { f.LegacyRules, f.NFTRules = 3, 4 }},
 		{"firewalld", "VXLAN in the firewall", Fail, "dropped by table inet firewalld, chain filter_INPUT", "firewall-cmd --zone=", func(f *Facts) {

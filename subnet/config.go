@@ -139,18 +139,19 @@ func ParseConfig(data []byte) (Config, error) {
 	return c, nil
 }
 
-// UnknownKeys lists the paths of a config's keys that mean nothing here, for a warning: most often a slip of the pen.
+// UnknownKeys lists the paths of a config's keys that mean nothing here, for a warning: most often a slip of the pen. Keys of flannel for
+// what each node decides here, or for other systems, are none.
 func UnknownKeys(data []byte) []string {
 	o, err := parseObject("", data)
 	if err != nil {
 		return nil
 	}
-	known := []string{"Backend"}
+	known := []string{"Backend", "EnableNFTables"}
 	for _, k := range configKeys() {
 		known = append(known, k.enable, k.network, k.len, k.min, k.max)
 	}
 	out := o.unknown(known)
-	return append(out, o.object("Backend").unknown([]string{"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU"})...)
+	return append(out, o.object("Backend").unknown([]string{"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU", "MacPrefix", "Name"})...)
 }
 
 func parsePool(o *object, k familyKeys) Pool {

@@ -263,6 +263,8 @@ func TestUnknownKeys(t *testing.T) {
 		{`{"Network":"10.3.0.0/16","subnetlen":24,"backend":{"type":"vxlan","Vni":1}}`, nil},
 		{`{"NetwerkX":"10.3.0.0/16","Backend":{"VIN":1,"Type":"vxlan"},"EnableIPv6":true}`, []string{"Backend.VIN", "NetwerkX"}},
 		{`{"Backend":"vxlan","x":1}`, []string{"x"}},
+		{`{"Network":"10.3.0.0/16","EnableNFTables":true,"Backend":{"Type":"vxlan","MacPrefix":"0E-2A","Name":"flannel.1"}}`, nil},
+		{`{"Backend":{"EnableNFTables":true},"MacPrefix":"0E-2A"}`, []string{"Backend.EnableNFTables", "MacPrefix"}},
 		{`nonsense`, nil},
 	} {
 		got := UnknownKeys([]byte(tt.json))

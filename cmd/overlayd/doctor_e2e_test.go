@@ -291,6 +291,29 @@ EOF`)
 		p.sh("ip link delete flannel.9")
 		p.well()
 	})
+	t.Run("what flannel leaves", func(t *testing.T) {
+		p := p.in(t)
+		for _, tool := range []string{"iptables", "ip6tables", "iptables-legacy"} {
+			p.sh(strings.ReplaceAll(`TOOL -t nat -N FLANNEL-POSTRTG; TOOL -t nat -A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+				TOOL -t nat -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN; TOOL -t nat -A FLANNEL-POSTRTG -j MASQUERADE --random-fully
+				TOOL -N FLANNEL-FWD; TOOL -I FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD; TOOL -A FLANNEL-FWD -m comment --comment "flanneld forward" -j ACCEPT`, "TOOL", tool))
+		}
+		p.sh(`for f in ip ip6; do t=flannel-ipv4; [ $f = ip ] || t=flannel-ipv6; nft -f - <<EOF
+			table $f $t { chain postrtg { type nat hook postrouting priority srcnat; masquerade; }; chain forward { type filter hook forward priority filter; accept; }; }
+EOF
+			done; ip route add 10.244.0.0/24 via 172.31.1.12`)
+		p.finds("routes", "warn", "10.244.0.0/24 via 172.31.1.12 by eth0 is not ours")
+		f := p.finds("other overlays", "warn", "rules of flannel are there")
+		if len(f.Mend) != 8 {
+			t.Errorf("commands for %d leftovers, want 8: %q", len(f.Mend), f.Mend)
+		}
+		for _, command := range append(f.Mend, p.finds("routes", "warn", "10.244.0.0/24").Mend...) {
+			p.sh(command)
+		}
+		p.sh(`! { iptables-save; ip6tables-save; iptables-legacy-save; nft list tables; ip route; } | grep -E 'FLANNEL|flannel|10\.244\.0\.0/24'`)
+		p.sh("iptables-legacy -t nat -F; iptables-legacy -F")
+		p.well()
+	})
 	t.Run("foreign route", func(t *testing.T) {
 		p := p.in(t)
 		other, err := p.lab.Node(2).Lease()

@@ -84,6 +84,7 @@ func kernel() []Fault {
 		},
 		foreignRoute("foreign route of a better metric over a peer's subnet", `$PEER_SUBNET via $GW dev eth0 metric 1`, everywhere()...).short(),
 		foreignRoute("foreign route to a part of a peer's subnet", `${PEER_SUBNET%%/*}/$PART via $GW dev eth0`, everywhere()...),
+		flannelsRoute(),
 		foreignRoute("foreign blackhole over a peer's subnet", `blackhole $PEER_SUBNET metric 1`, OnVXLAN, OnDual),
 		{
 			// The daemon is stopped for a moment, so that the other device surely comes first.
@@ -175,8 +176,15 @@ func foreignRoute(name, route string, on ...string) Fault {
 		Inject: Steps(On(part+`ip $F route add `+route),
 			Afterwards(On(part+`ip $F route del `+route+` 2>/dev/null || true`))),
 		Expect: LogNames(`PEER_FIRST`), Restore: Undo,
-		Log: `(?i)is not ours`, Seen: degrades("foreign-route", "is not ours"),
+		Log: `(?i)is not ours`, Seen: unreadies("foreign-route", "is not ours"),
 	}
+}
+
+// flannelsRoute has no metric, as with flannel's host-gw and DirectRouting, and leads to where the peer was before it moved.
+func flannelsRoute() Fault {
+	f := foreignRoute("flannel's route to where a peer was", `$PEER_SUBNET via $GW dev eth0`, OnHostGW, OnDirect, OnVXLAN).short()
+	f.Seen = f.Seen.diagnosed(`^FAIL routes .* by eth0 is not ours and comes before the way to the peer`)
+	return f
 }
 
 func (f Fault) short() Fault {
