@@ -314,6 +314,13 @@ func judgeLeases(f Facts) []Finding {
 	out = append(out, atMost(f.overlaps(live))...)
 	out = append(out, atMost(f.clones(live))...)
 	out = append(out, f.refused(out)...)
+	for _, e := range f.Store.Table.HarmsFlannel() {
+		fix := f.etcdctl("get --prefix " + f.prefix() + "/subnets/")
+		if e.Blank() {
+			fix = f.etcdctl(fmt.Sprintf("put '%s/subnets/%s' '{}'", f.prefix(), e.Key)) + "   # then restart flanneld on its nodes"
+		}
+		out = append(out, warn(fmt.Sprintf("the value of %.60q is not JSON: flannel nodes, of which this network has some, drop all their peers when such a key is written; '{}' reserves the same", e.Key), fix)...)
+	}
 	if len(broken) > 0 {
 		out = append(out, warn(fmt.Sprintf("%d leases can't be read and are left out: %s", len(broken), few(broken)), f.etcdctl("get --prefix "+f.prefix()+"/subnets/"))...)
 	}

@@ -478,6 +478,10 @@ func TestJudges(t *testing.T) {
 			f.lease(entry("10.244.9.0-24", "n9", "id2", "192.0.2.9", 9))
 		}},
 		{"namesake", "leases", Fail, "two machines are called n2", "10.244.2.0-24", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n2", "id9", "192.0.2.9", 9)) }},
+		{"empty reservation beside flannel", "leases", Warn, `the value of "10.244.64.0-18" is not JSON: flannel nodes`, "put '/overlayd/network/subnets/10.244.64.0-18' '{}'", func(f *Facts) {
+			f.lease(subnet.ParseEntry("10.244.64.0-18", nil, 1, 1, 0))
+			f.lease(subnet.ParseEntry("10.244.9.0-24", []byte(`{"PublicIP":"192.0.2.9","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}`), 2, 2, 7))
+		}},
 		{"unreadable lease", "leases", Warn, "1 leases can't be read", "get --prefix", func(f *Facts) { f.lease(subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)) }},
 		{"refused lease", "leases", Warn, "outside the network", "overlayd leases", func(f *Facts) { f.lease(entry("10.9.9.0-24", "n9", "id9", "192.0.2.9", 9)) }},
 		{"lease gone", "own lease", Fail, "the daemon holds 10.244.1.0/24, and etcd has no lease", "overlayd status", func(f *Facts) {

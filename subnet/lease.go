@@ -65,6 +65,7 @@ type Entry struct {
 	Revision int64 // of the store, at the key's last change
 	Created  int64 // of the store, when the key came to be: of two that overlap, the older one holds
 	LeaseID  int64 // the etcd lease that the key hangs on; 0: none, the key is a reservation
+	NotJSON  bool  // the value is empty, or nonsense
 
 	// Err says why no lease can be read from the key and its value. Subnets is then still what the key takes up, as far as
 	// that could be told, so that nobody is given the same addresses.
@@ -304,6 +305,7 @@ func ParseEntry(key string, value []byte, revision, created, leaseID int64) *Ent
 	e := &Entry{Key: key, Revision: revision, Created: created, LeaseID: leaseID}
 	e.Subnets, e.Err = ParseKey(key)
 	a, err := ParseValue(value)
+	e.NotJSON = err != nil && !json.Valid(value)
 	if errors.Is(err, ErrBlank) && e.Reserved() {
 		return e
 	}

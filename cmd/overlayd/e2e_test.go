@@ -252,6 +252,23 @@ func TestOperatorCommands(t *testing.T) {
 			t.Errorf("row %+v", r)
 		}
 	}
+	cli, err := l.EtcdClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cli.Close() }()
+	for key, value := range map[string]string{
+		"10.244.254.0-24": `{"PublicIP":"172.31.1.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}`,
+		"10.99.0.0-24":    "", "10.99.1.0-24": "{}",
+	} {
+		if _, err := cli.Put(t.Context(), "/overlayd/network/subnets/"+key, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const harms = `warning: the value of "10.99.0.0-24" is not JSON, which makes the flannel nodes of this network drop all their peers: put '{}' instead`
+	if out, err := run("leases"); err != nil || strings.Count(out, "warning") != 1 || !strings.Contains(out, harms) {
+		t.Errorf("leases beside flannel: %v\n%s", err, out)
+	}
 
 	if err := n1.Stop(t.Context()); err != nil {
 		t.Fatal(err)

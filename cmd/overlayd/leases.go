@@ -41,9 +41,12 @@ func leasesCommand(f *flags) *cobra.Command {
 			if output != "table" && output != "json" {
 				return usageError{fmt.Errorf("--output: expected table or json, found %q", output)}
 			}
-			rows, err := listLeases(cmd.Context(), *f)
+			rows, harmful, err := listLeases(cmd.Context(), *f)
 			if err != nil {
 				return err
+			}
+			for _, key := range harmful {
+				_, _ = fmt.Fprintf(cmd.ErrOrStderr(), "warning: the value of %q is not JSON, which makes the flannel nodes of this network drop all their peers: put '{}' instead, and restart flanneld on them\n", key)
 			}
 			if output == "json" {
 				enc := json.NewEncoder(cmd.OutOrStdout())
@@ -57,22 +60,23 @@ func leasesCommand(f *flags) *cobra.Command {
 	return cmd
 }
 
-func listLeases(ctx context.Context, f flags) ([]leaseRow, error) {
+// listLeases also lists the keys that harm flannel's nodes.
+func listLeases(ctx context.Context, f flags) (rows []leaseRow, harmful []string, err error) {
 	store, err := etcd.New(f.store, zap.NewNop())
 	if err != nil {
-		return nil, usageError{err}
+		return nil, nil, usageError{err}
 	}
 	defer store.Close()
 	table, err := store.List(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	expiries, err := store.Expiries(ctx, table)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	id, idErr := f.identity() // who can't be told owns none of them
-	rows := make([]leaseRow, 0, len(table.Entries))
+	id, idErr := f.identity()                      // who can't be told owns none of them
+	rows = make([]leaseRow, 0, len(table.Entries)) // not null in JSON
 	for _, e := range table.Entries {
 		r := rowOf(e)
 		r.Mine = idErr == nil && e.Identity == id
@@ -81,7 +85,10 @@ func listLeases(ctx context.Context, f flags) ([]leaseRow, error) {
 		}
 		rows = append(rows, r)
 	}
-	return rows, nil
+	for _, e := range table.HarmsFlannel() {
+		harmful = append(harmful, e.Key)
+	}
+	return rows, harmful, nil
 }
 
 func rowOf(e *subnet.Entry) leaseRow {
