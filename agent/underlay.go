@@ -14,8 +14,8 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// InterfaceOptions say how to find the device that leads to the other nodes. The first that is set counts, in the order of the
-// fields; none means the device with the default route, or the one that has the public IP.
+// InterfaceOptions say how to find the device that leads to the other nodes. They are tried in the order of the fields, as in flannel; none
+// means the device with the default route, or the one that has the public IP.
 type InterfaceOptions struct {
 	Names    []string // devices, by any of their names, or addresses: the first one that fits
 	Regexes  []*regexp.Regexp
@@ -133,21 +133,26 @@ func (s search) choose(o InterfaceOptions) (u backend.Underlay, why string, err 
 
 // candidates lists what to try, in order, and says what was looked for.
 func (s search) candidates(o InterfaceOptions) ([]candidate, string) {
-	switch {
-	case len(o.Names) > 0:
-		return s.byName(o.Names), "--iface " + strings.Join(o.Names, ", ")
-	case len(o.Regexes) > 0:
-		return s.byRegex(o.Regexes), fmt.Sprintf("--iface-regex %s", o.Regexes)
-	case o.CanReach.IsValid():
-		var list []candidate
+	var list []candidate
+	var wanted []string
+	if len(o.Names) > 0 {
+		list, wanted = s.byName(o.Names), append(wanted, "--iface "+strings.Join(o.Names, ", "))
+	}
+	if len(o.Regexes) > 0 {
+		list, wanted = append(list, s.byRegex(o.Regexes)...), append(wanted, fmt.Sprintf("--iface-regex %s", o.Regexes))
+	}
+	if o.CanReach.IsValid() {
 		if hops := s.host.NextHops(o.CanReach); len(hops) > 0 && !hops[0].Drops {
 			list = append(list, candidate{uplinks: hops, why: fmt.Sprintf("the way to %s", o.CanReach)})
 		}
-		return list, fmt.Sprintf("--iface-can-reach %s", o.CanReach)
+		wanted = append(wanted, fmt.Sprintf("--iface-can-reach %s", o.CanReach))
+	}
+	switch {
+	case len(wanted) > 0:
+		return list, strings.Join(wanted, ", ")
 	case s.asked.IsValid():
 		return s.byAddress(s.asked, "--public-ip"), fmt.Sprintf("--public-ip %s", s.asked)
 	}
-	var list []candidate
 	for _, hops := range s.defaults() {
 		have := "it has"
 		if len(devicesOf(hops)) > 1 {

@@ -80,6 +80,8 @@ func TestChoose(t *testing.T) {
 		"by second address":                    {o: InterfaceOptions{Names: []string{"192.0.2.11"}}, config: onlyV4, want: "eth0 192.0.2.11", public: "192.0.2.11", local: true},
 		"by an address of one family":          {o: InterfaceOptions{Names: []string{"192.0.2.11"}}, config: dual, want: "eth0 192.0.2.11 eth0 2001:db8::10", public: "192.0.2.11 2001:db8::10", local: true},
 		"by pattern of the name":               {o: InterfaceOptions{Regexes: regex("^eth[12]$")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
+		"by pattern, where no name fits":       {o: InterfaceOptions{Names: []string{"eth9", "eth2"}, Regexes: regex("^eth1$")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
+		"a name comes before a pattern":        {o: InterfaceOptions{Names: []string{"eth1"}, Regexes: regex("^eth0$")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
 		"by pattern of the address":            {o: InterfaceOptions{Regexes: regex(`^198\.51\.`)}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
 		"by what it reaches":                   {o: InterfaceOptions{CanReach: a("198.51.100.77")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
 		"behind NAT":                           {o: InterfaceOptions{PublicIP: addr.Per[netip.Addr]{V4: a("203.0.113.77")}}, config: onlyV4, want: "eth0 192.0.2.10", public: "203.0.113.77"},

@@ -354,6 +354,9 @@ func TestWrongOptions(t *testing.T) {
 		{[]string{"--etcd-endpoints", "https://127.0.0.1:1", "--etcd-cafile", dir + "/none"}, "", "--etcd-cafile"},
 		{[]string{"--public-ip", "fd00::1"}, "", "--public-ip: expected an IPv4 address"},
 		{[]string{"--iface-regex", "("}, "", "--iface-regex"},
+		{[]string{"--iface-regex", "eth[0-9]{1,2}", "-iface-regex=)"}, "", `found ")"`}, // a comma is part of the pattern, as in flannel
+		{[]string{"-public-ip", "nix"}, "", "--public-ip: expected an IPv4 address"},
+		{[]string{"-v=2"}, "", "-v"},
 		{[]string{"--iface-can-reach", "moon"}, "", "--iface-can-reach"},
 		{[]string{"--ip-masq-exclude", "10.0.0.0"}, "", "--ip-masq-exclude"},
 		{[]string{"--iptables-resync", "0"}, "", "--iptables-resync"},

@@ -9,6 +9,7 @@ import (
 	"log" //nolint:depguard // to silence it
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -31,7 +32,9 @@ func run() int {
 	log.SetOutput(io.Discard) // the netlink library's remarks on attributes that are newer than it
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
-	err := root().ExecuteContext(ctx)
+	cmd := root()
+	cmd.SetArgs(twoDashes(cmd, os.Args[1:]))
+	err := cmd.ExecuteContext(ctx)
 	if err == nil {
 		return 0
 	}
@@ -66,6 +69,7 @@ func root() *cobra.Command {
 
 Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ETCD_ENDPOINTS.`,
 		Args:          noArgs,
+		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
@@ -77,10 +81,30 @@ Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ET
 	f.addStore(cmd.PersistentFlags())
 	f.addNode(cmd.PersistentFlags())
 	f.addDaemon(cmd.Flags())
+	cmd.Flags().Bool("version", false, "print the version and exit") // without this, there is a -v for it, which is another thing in flannel
+	cmd.SetVersionTemplate("overlayd {{.Version}}\n")
 	cmd.AddCommand(statusCommand(&f), diffCommand(&f), logLevelCommand(&f), leasesCommand(&f), cleanupCommand(&f), versionCommand())
 	cmd.AddCommand(doctorCommand(&f))
 	cmd.CompletionOptions.DisableDefaultCmd = true
 	return cmd
+}
+
+// twoDashes lets a flag have one dash only, as flannel's documentation writes some.
+func twoDashes(cmd *cobra.Command, args []string) []string {
+	out := slices.Clone(args)
+	for i, a := range out {
+		name, _, _ := strings.Cut(strings.TrimPrefix(a, "-"), "=")
+		known := func(c *cobra.Command) bool {
+			return c.Flags().Lookup(name) != nil || c.PersistentFlags().Lookup(name) != nil
+		}
+		if a == "--" {
+			break
+		}
+		if strings.HasPrefix(a, "-") && len(name) > 1 && (known(cmd) || slices.ContainsFunc(cmd.Commands(), known)) {
+			out[i] = "-" + a
+		}
+	}
+	return out
 }
 
 func noArgs(_ *cobra.Command, args []string) error {

@@ -41,7 +41,7 @@ func underlayFaults() []Fault {
 			Seen: follows(`^Network .*pods' MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
 		},
 		{
-			Name: "Backend.MTU of a smaller network between the nodes", On: everywhere(), Short: true,
+			Name: "Backend.MTU of a smaller network between the nodes", On: everywhere(),
 			Inject: backendMTU(1400), Expect: All(lowerMTU, reaches),
 			Restore: Undo, Log: `the pods' MTU has changed`,
 			Seen: follows(`^Network .*pods' MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
