@@ -46,7 +46,7 @@ func routeFaults() []Fault {
 		{
 			Name: "an uplink of a routed host goes down", On: tunnelled(),
 			Inject: Steps(uplinks, routedHost, Until(All(bound(""), announcesAt(loAddr), reachesAll), 10*time.Second), loseUplink),
-			Expect: All(bound(""), announcesAt(loAddr), sameDevice, reachesAll), Hold: time.Second, Keeps: All(sameDevice, reachesAll),
+			Expect: All(bound(""), announcesAt(loAddr), sameDevices, reachesAll), Hold: time.Second, Keeps: All(sameDevices, reachesAll),
 			Restore: Undo, Log: `interface chosen.* of lo by eth0 and eth1, bound to no device`, Bound: routes,
 		},
 		{
@@ -127,8 +127,8 @@ func routeFaults() []Fault {
 		},
 		{
 			Name: "start beside a default route into the tunnel", On: tunnelled(),
-			Inject: Steps(intoTheTunnel, restart()),
-			Expect: All(bound("eth0"), announcesAt(ownAddr)), Hold: 2 * time.Second, Keeps: All(bound("eth0"), announcesAt(ownAddr)),
+			Inject: Steps(noteDevices, stopDaemon, intoTheTunnel, startDaemon),
+			Expect: All(LogSays(`interface chosen`), sameDevices, bound("eth0"), announcesAt(ownAddr)), Hold: 2 * time.Second, Keeps: All(sameDevices, bound("eth0")),
 			Restore: Undo, Bound: routes, Log: `interface chosen.* on eth0 .*default route`,
 		},
 		{
@@ -229,7 +229,7 @@ func routedHost(ctx context.Context, s *Site) error {
 
 // loseUplink takes the second uplink down; the router sends by the first alone.
 func loseUplink(ctx context.Context, s *Site) error {
-	if err := sameDevice(ctx, s); err != nil {
+	if err := noteDevices(ctx, s); err != nil {
 		return err
 	}
 	for _, f := range s.families {
@@ -244,16 +244,18 @@ func loseUplink(ctx context.Context, s *Site) error {
 	return Once(`ip link set eth1 down`)(ctx, s)
 }
 
-// sameDevice holds while the tunnel device is the one that it was when this was asked first.
-func sameDevice(ctx context.Context, s *Site) error {
-	out, err := s.Victim.Run(ctx, "sh", "-ec", "ip -o link show type vxlan | cut -d: -f1")
-	if err != nil {
-		return err
-	}
-	if s.facts["devices"] == "" {
-		s.facts["devices"] = out
-	}
-	return unless(out == s.facts["devices"], "the tunnel device was made again")
+const listDevices = "ip -o link show type vxlan | cut -d: -f1"
+
+// noteDevices remembers which the tunnel devices are, by their numbers.
+func noteDevices(ctx context.Context, s *Site) (err error) {
+	s.facts["devices"], err = s.Victim.Run(ctx, "sh", "-ec", listDevices)
+	return err
+}
+
+// sameDevices holds while the tunnel devices are those that were noted.
+func sameDevices(ctx context.Context, s *Site) error {
+	out, err := s.Victim.Run(ctx, "sh", "-ec", listDevices)
+	return errors.Join(err, unless(out == s.facts["devices"], "the tunnel device was made again"))
 }
 
 // intoTheTunnel puts an address and a default route on the tunnel device, before all others.
