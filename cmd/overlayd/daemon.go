@@ -71,6 +71,7 @@ func daemon(ctx context.Context, f flags) error {
 	if err != nil {
 		return err
 	}
+	logGRPC(log)
 	store, err := etcd.New(storeOpts, log)
 	if err != nil {
 		return usageError{err}

@@ -217,14 +217,38 @@ func stream(t *testing.T, l *lab.Lab) map[string]*lab.PingStream {
 func TestOperatorCommands(t *testing.T) {
 	t.Parallel()
 	overlayd := labtest.BuildOverlayd(t)
-	l := labtest.Up(t, lab.Options{Backend: lab.VXLAN, Direct: true, Stack: lab.StackDual, Overlayd: overlayd, Nodes: 3})
+	// Whatever the environment says of proxies (there is none at this address), etcd is asked directly. gRPC is silent, however much the
+	// environment asks it to say.
+	env := []string{
+		"HTTPS_PROXY=http://192.0.2.1:3128", "HTTP_PROXY=http://192.0.2.1:3128", "ALL_PROXY=socks5://192.0.2.1:1080", "https_proxy=http://192.0.2.1:3128",
+		"GRPC_GO_LOG_SEVERITY_LEVEL=info", "GRPC_GO_LOG_VERBOSITY_LEVEL=99",
+	}
+	l := labtest.Up(t, lab.Options{
+		Backend: lab.VXLAN, Direct: true, Stack: lab.StackDual, Overlayd: overlayd, Nodes: 3,
+		OverlaydEnv: env, OverlaydArgs: []string{"--log-format", "json"},
+	})
 	n1 := l.Node(1)
 	common := []string{
 		"--etcd-endpoints", strings.Join(l.Etcd().URLs(), ","), "--node-name", n1.Name, "--node-id", n1.Spec().ID,
 		"--state-dir", n1.StateDir(), "--subnet-file", n1.SubnetFile(),
 	}
-	run := func(args ...string) (string, error) { return n1.Run(t.Context(), overlayd, append(args, common...)...) }
+	run := func(args ...string) (string, error) {
+		return n1.Run(t.Context(), "env", append(append(append(slices.Clone(env), overlayd), args...), common...)...)
+	}
 
+	log, err := os.ReadFile(n1.Log())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(log)) {
+		if !json.Valid([]byte(line)) {
+			t.Errorf("another logger than overlayd's wrote %q", line)
+		}
+	}
+	out, _ := run("doctor", "--env-file", "/none", "--socket", n1.Socket())
+	if !strings.Contains(out, "2 of 2 endpoints answer") || strings.Contains(out, "[core]") {
+		t.Errorf("doctor:\n%s", out)
+	}
 	if out, err := run("--healthz-port", "0"); err == nil || !strings.Contains(out, "another overlayd is running") {
 		t.Errorf("a second daemon: %v\n%s", err, out)
 	}
@@ -232,8 +256,8 @@ func TestOperatorCommands(t *testing.T) {
 		t.Errorf("cleanup beside the daemon: %v\n%s", err, out)
 	}
 
-	out, err := run("leases")
-	if err != nil || strings.Count(out, "mine") != 1 || strings.Count(out, "other") != 2 {
+	out, err = run("leases")
+	if err != nil || strings.Count(out, "mine") != 1 || strings.Count(out, "other") != 2 || strings.Contains(out, "[core]") {
 		t.Errorf("leases: %v\n%s", err, out)
 	}
 	out, err = run("leases", "-o", "json")
@@ -343,6 +367,8 @@ func TestWrongOptions(t *testing.T) {
 		}
 		return path
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience) // what is not refused runs on
+	defer cancel()
 	for _, tt := range []struct {
 		args []string
 		env  string
@@ -364,14 +390,20 @@ func TestWrongOptions(t *testing.T) {
 		{[]string{"--firewall", "ebtables"}, "", "--firewall"},
 		{[]string{"--log-level", "loud"}, "", "--log-level"},
 		{[]string{"--log-format", "xml"}, "", "--log-format"},
-		{[]string{"--healthz-ip", "here"}, "", "--healthz-ip"},
+		{[]string{"--healthz-ip", "here"}, "", "--healthz-ip: expected an IP address"},
+		{[]string{"--healthz-port", "65536"}, "", "--healthz-port: expected 0 to 65535, found 65536"},
+		{[]string{"--pprof", "65536"}, "", "--pprof"},
+		{[]string{"--etcd-endpoints", "http://127.0.0.1:70000"}, "", "--etcd-endpoints: expected a port from 1 to 65535"},
+		{[]string{"leases", "--etcd-endpoints", "http://127.0.0.1:70000"}, "", "--etcd-endpoints: expected a port from 1 to 65535"},
+		{nil, "OVERLAYD_ETCD_ENDPOINTS=fd00::1", "--etcd-endpoints: an IPv6 address needs brackets"},
+		{[]string{"--etcd-endpoints", "srv://example.net"}, "", "--etcd-endpoints: DNS SRV records are not looked up"},
 		{[]string{"--init-config", dir + "/none"}, "", "--init-config"},
 		{[]string{"--init-config", file("broken.json", `{"Network": "10.0.0.0/16"`)}, "", "expected a JSON object"},
 		{[]string{"--init-config", file("type.json", `{"Network": "10.0.0.0/16", "Backend": {"Type": "ipip"}}`)}, "", `Backend.Type: expected "vxlan" or "host-gw", found "ipip"`},
 		{nil, "OVERLAYD_IP_MASQ=perhaps", "OVERLAYD_IP_MASQ"},
 		{[]string{"leases", "-o", "xml"}, "", "--output"},
 	} {
-		cmd := exec.CommandContext(t.Context(), overlayd, append(tt.args, "--state-dir", dir)...)
+		cmd := exec.CommandContext(ctx, overlayd, append(tt.args, "--state-dir", dir)...)
 		cmd.Env = append(os.Environ(), tt.env)
 		out, err := cmd.CombinedOutput()
 		text := string(out)

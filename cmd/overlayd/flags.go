@@ -266,8 +266,11 @@ func (f flags) healthAddress() (netip.AddrPort, error) {
 	if f.healthzPort == 0 {
 		return netip.AddrPort{}, nil
 	}
-	if err != nil || f.healthzPort < 0 || f.healthzPort > math.MaxUint16 {
-		return netip.AddrPort{}, usageError{fmt.Errorf("--healthz-ip, --healthz-port: expected an address and a port, found %q and %d", f.healthzIP, f.healthzPort)}
+	switch {
+	case err != nil:
+		return netip.AddrPort{}, usageError{fmt.Errorf("--healthz-ip: expected an IP address, found %q", f.healthzIP)}
+	case f.healthzPort < 0 || f.healthzPort > math.MaxUint16:
+		return netip.AddrPort{}, usageError{fmt.Errorf("--healthz-port: expected 0 to 65535, found %d", f.healthzPort)}
 	}
 	return netip.AddrPortFrom(ip, uint16(f.healthzPort)), nil
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
 )
@@ -30,6 +31,7 @@ const (
 
 func run() int {
 	log.SetOutput(io.Discard) // the netlink library's remarks on attributes that are newer than it
+	logGRPC(zap.NewNop())     // a command says what failed; the daemon has a log
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	cmd := root()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -106,8 +107,13 @@ func (o Options) endpoint(e string) (*url.URL, error) {
 			full = "https://" + e
 		}
 	}
+	scheme, rest, _ := strings.Cut(full, "://")
 	u, err := url.Parse(full)
 	switch {
+	case strings.Contains(scheme, "srv") || scheme == "dns" || strings.HasPrefix(rest, "_"):
+		return nil, fmt.Errorf("--etcd-endpoints: DNS SRV records are not looked up, list the endpoints; found %q", redact(e))
+	case !strings.Contains(rest, "[") && strings.Count(rest, ":") > 1 && !strings.Contains(rest, "@"):
+		return nil, fmt.Errorf("--etcd-endpoints: an IPv6 address needs brackets, as in http://[fd00::1]:2379; found %q", e)
 	case err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https":
 		return nil, fmt.Errorf("--etcd-endpoints: expected http://HOST:PORT or https://HOST:PORT, found %q", redact(e))
 	case u.User != nil:
@@ -115,7 +121,10 @@ func (o Options) endpoint(e string) (*url.URL, error) {
 	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
 		return nil, fmt.Errorf("--etcd-endpoints: expected nothing behind the port, found %q", redact(e))
 	case u.Port() == "":
-		u.Host += ":2379"
+		u.Host = strings.TrimSuffix(u.Host, ":") + ":2379"
+	}
+	if port, err := strconv.ParseUint(u.Port(), 10, 16); err != nil || port == 0 {
+		return nil, fmt.Errorf("--etcd-endpoints: expected a port from 1 to 65535, found %q", redact(e))
 	}
 	return &url.URL{Scheme: u.Scheme, Host: u.Host}, nil
 }
