@@ -947,7 +947,7 @@ func TestAddressInUseIsKept(t *testing.T) {
 		if local() != "192.0.2.10" {
 			t.Errorf("the tunnel moved to %s over a restart", local())
 		}
-		h.Addresses = slices.DeleteFunc(h.Addresses, func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
+		h.Addresses = slices.DeleteFunc(slices.Clone(h.Addresses), func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
 		again.change(func() { again.kernel.host = h.Indexed() })
 		again.sleep(2 * auditEvery)
 		if local() == "192.0.2.10" {
