@@ -442,6 +442,37 @@ func TestKernelThatCannotBeRead(t *testing.T) {
 	})
 }
 
+// The firewall learns which peers answer a node without the tunnel, as they come, change and go.
+func TestFirewallKnowsBarePeers(t *testing.T) {
+	inRig(t, func(r *rig) {
+		bare := func(i int) *subnet.Entry {
+			p := peer(i)
+			value := fmt.Sprintf(`{"PublicIP":"192.0.2.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:%02x"}}`, 100+i, i)
+			return subnet.ParseEntry(p.Key, []byte(value), int64(10+i), int64(i), 1)
+		}
+		for _, tt := range []struct {
+			peers []*subnet.Entry
+			want  string
+		}{
+			{[]*subnet.Entry{peer(1), peer(2)}, "[]"},
+			{[]*subnet.Entry{peer(1), peer(2), bare(3)}, "[10.244.103.0/24]"},
+			{[]*subnet.Entry{peer(1), bare(2), bare(3)}, "[10.244.102.0/24 10.244.103.0/24]"},
+			{[]*subnet.Entry{peer(1), bare(2), peer(3)}, "[10.244.102.0/24]"},
+			{[]*subnet.Entry{peer(1)}, "[]"},
+		} {
+			r.table(onlyV4, tt.peers...)
+			r.sleep(2 * lingerFor)
+			got := []netip.Prefix{}
+			for _, set := range r.firewall.want[0].Sets {
+				got = append(got, set.Members...)
+			}
+			if fmt.Sprint(got) != tt.want {
+				t.Errorf("got %v, want %s", got, tt.want)
+			}
+		}
+	})
+}
+
 func TestFirewall(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.change(func() { r.firewall.err = errors.New("another app is currently holding the xtables lock") })
