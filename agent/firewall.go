@@ -108,7 +108,8 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 func (f *firewall) leave(d masquerade.Drift) {
 	if time.Since(f.contested) >= driftEvery {
 		f.contested = time.Now()
-		f.log.Warn("another program keeps putting its rules behind the jump to ours in FORWARD, which is now moved behind them only every few seconds", zap.Stringer("place", d))
+		f.log.Warn("another program keeps putting its rules behind the jump to ours in FORWARD, "+
+			"which is now moved behind them only every few seconds", zap.Stringer("place", d))
 	}
 }
 

@@ -129,7 +129,8 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 	slices.SortFunc(desired.Sysctls, netstate.Sysctl.Compare)
 	inTheWay := shadowed(a.host, desired)
 	p := &planned{
-		input: in, mtu: plan.MTU, tunnel: plan.Tunnel, devices: desired.Links, steers: steered(plan), direct: plan.DirectNodes, bare: plan.BareSubnets,
+		input: in, mtu: plan.MTU, tunnel: plan.Tunnel, devices: desired.Links, steers: steered(plan),
+		direct: plan.DirectNodes, bare: plan.BareSubnets,
 		entries: desired.Counts(), online: a.online(), plain: plain(plan, inTheWay),
 	}
 	a.firewall.wishes.put(a.firewallWish(p)) // it works meanwhile
@@ -215,8 +216,8 @@ func (p *planned) follow(gone, come backend.Plan) (changed bool) {
 	return changed
 }
 
-// replaced is a list without some entries and with others. The firewall works with the one from before, which must not change under its
-// hands.
+// replaced is a list without some entries and with others. The firewall works with the one from before, which must not
+// change under its hands.
 func replaced[T comparable](list, out, in []T) (now []T, changed bool) {
 	if slices.Equal(out, in) {
 		return list, false

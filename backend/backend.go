@@ -55,8 +55,8 @@ type Plan struct {
 	Tunnel addr.Per[string] // the tunnel device, where there is one
 	// DirectNodes are the peers' own addresses that are reached without a tunnel, and that pods may talk to untranslated.
 	DirectNodes addr.Per[[]netip.Addr]
-	// BareSubnets are those of the peers behind the tunnel that don't say that their public IP is their own, flannel's for one: what their pods
-	// answer to this node's own address comes without the tunnel, and a strict rp_filter drops it.
+	// BareSubnets are those of the peers behind the tunnel that don't say that their public IP is their own, flannel's
+	// for one: what their pods answer to this node's own address comes without the tunnel, and a strict rp_filter drops it.
 	BareSubnets addr.Per[[]netip.Prefix]
 
 	Ways     []Way // one for each peer and family, in the order of the peers

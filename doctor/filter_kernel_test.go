@@ -281,9 +281,9 @@ func TestPodsThatAreNotReached(t *testing.T) {
 	}
 	const raw = "-t raw -A PREROUTING -d 10.244.1.7 ! -i cni0 -j DROP; "
 	for name, tt := range map[string]struct {
-		script, pods string
-		mark         Mark
-		text, mend   string
+		script, pods  string
+		mark          Mark
+		text, command string
 	}{
 		"nothing":                   {"true", "10.244.1.7", OK, "", ""},
 		"Docker 28":                 {docker("ACCEPT") + "iptables-nft " + raw, "10.244.1.7 10.244.1.8", Fail, "from pods of other nodes to 10.244.1.7 are dropped by table ip raw, chain PREROUTING", `"allow-direct-routing": true`},
@@ -317,7 +317,7 @@ func TestPodsThatAreNotReached(t *testing.T) {
 			f := healthy(t)
 			f.Filter, f.Survey.Neighbours = read.Filter, read.Survey.Neighbours
 			got := judgeForwardFilter(f)
-			if len(got) == 0 || got[0].Mark != tt.mark || !strings.Contains(got[0].Reason, tt.text) || tt.mend != "" && !strings.Contains(strings.Join(got[0].Mend, "\n"), tt.mend) {
+			if len(got) == 0 || got[0].Mark != tt.mark || !strings.Contains(got[0].Reason, tt.text) || tt.command != "" && !strings.Contains(strings.Join(got[0].Mend, "\n"), tt.command) {
 				t.Errorf("%+v", got)
 			}
 		})

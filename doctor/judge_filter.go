@@ -203,8 +203,12 @@ func (f Facts) openOut(t fate, d tunnel, device string) []string {
 	}
 }
 
-// betweenPods judges what becomes of packets between pods here and one of a peer, in each family; well says that nothing was found.
-func (f Facts) betweenPods(well string, judge func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding) []Finding {
+// podPair judges packets between pods here and one elsewhere, which is reached by the device outside.
+type podPair func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding
+
+// betweenPods judges what becomes of packets between pods here and one of a peer, in each family; well says that nothing
+// was found.
+func (f Facts) betweenPods(well string, judge podPair) []Finding {
 	if why := f.unreadable(); why != "" {
 		return skipped(why)
 	}
@@ -225,8 +229,8 @@ func (f Facts) betweenPods(well string, judge func(fam addr.Family, here []netst
 // mostPods bounds how many pods' packets are sent through the rules.
 const mostPods = 128
 
-// podsHere are the addresses in this node's subnet that are in use, so far as the node knows, with their devices: those that it has
-// found, and those that Docker's rules name. Where it knows none, it is one that no pod has.
+// podsHere are the addresses in this node's subnet that are in use, so far as the node knows, with their devices: those
+// that it has found, and those that Docker's rules name. Where it knows none, it is one that no pod has.
 func (f Facts) podsHere(fam addr.Family, own netip.Prefix) (pods []netstate.Neighbour) {
 	bridge := f.bridgeOf(fam).Name
 	add := func(ip netip.Addr, device string) {
@@ -261,7 +265,8 @@ func shielded(r netstate.FilterRule) (to netip.Addr, ok bool) {
 			notBy = notBy || t.Not
 		case t.Key[0].Field == netstate.FieldDestination && !t.Not && len(t.Any) == 1 && len(t.Any[0]) == 1:
 			r, part := t.Any[0][0], func(b byte) bool { return b != 0xff }
-			if a, whole := netip.AddrFromSlice(r.From); whole && slices.Equal(r.From, r.To) && !slices.ContainsFunc(t.Key[0].Mask, part) {
+			a, whole := netip.AddrFromSlice(r.From)
+			if whole && slices.Equal(r.From, r.To) && !slices.ContainsFunc(t.Key[0].Mask, part) {
 				to = a
 			}
 		}
@@ -271,26 +276,31 @@ func shielded(r netstate.FilterRule) (to netip.Addr, ok bool) {
 
 // judgeForwardFilter sends a packet from a pod elsewhere to each one here through the rules, and one the other way.
 func judgeForwardFilter(f Facts) []Finding {
-	return f.betweenPods("what pods of other nodes send, and what goes to them, is let through", func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) (out []Finding) {
+	well := "what pods of other nodes send, and what goes to them, is let through"
+	return f.betweenPods(well, func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
 		var in, back []fate
 		for _, pod := range here {
 			inside, _ := f.Survey.Link(pod.Link)
-			to := newPacket(there, pod.IP, unix.IPPROTO_TCP).in(outside.Name, outside.Index).out(inside.Name, inside.Index)
-			from := newPacket(pod.IP, there, unix.IPPROTO_TCP).in(inside.Name, inside.Index).out(outside.Name, outside.Index)
+			to := newPacket(there, pod.IP, unix.IPPROTO_TCP)
+			to.in(outside.Name, outside.Index).out(inside.Name, inside.Index)
+			from := newPacket(pod.IP, there, unix.IPPROTO_TCP)
+			from.in(inside.Name, inside.Index).out(outside.Name, outside.Index)
 			in, back = append(in, f.forward(to, fam)), append(back, f.forward(from, fam))
 		}
-		return append(f.sayForward(fam, here, "from pods of other nodes", "to", in), f.sayForward(fam, here, "to pods of other nodes", "from", back)...)
+		found := f.sayForward(fam, here, "from pods of other nodes", "to", in)
+		return append(found, f.sayForward(fam, here, "to pods of other nodes", "from", back)...)
 	})
 }
 
 // forward sends a packet through the rules for what is forwarded.
 func (f Facts) forward(p packet, fam addr.Family) fate {
 	p[netstate.FieldTypeOfDst] = native32(typeUnicast)
-	t := f.Filter.through(p, fam == addr.IPv6, "prerouting", "forward", "postrouting")
+	hooks := []string{"prerouting", "forward", "postrouting"}
+	t := f.Filter.through(p, fam == addr.IPv6, hooks...)
 	if t.maybe { // some ports may be open, or closed: what becomes of one that no rule is likely to name?
-		if any := f.Filter.through(p.ports(49151, 49151), fam == addr.IPv6, "prerouting", "forward", "postrouting"); any.drops {
-			any.but = true
-			return any
+		if other := f.Filter.through(p.ports(49151, 49151), fam == addr.IPv6, hooks...); other.drops {
+			other.but = true
+			return other
 		}
 	}
 	return t
@@ -358,7 +368,7 @@ func (f Facts) bridgeOf(fam addr.Family) netstate.SurveyLink {
 func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, which string, fates []fate) (out []Finding) {
 	for i, t := range fates {
 		alike := func(o fate) bool {
-			return o.drops == t.drops && o.maybe == t.maybe && where(o.chain) == where(t.chain) && f.byDocker(o) == f.byDocker(t)
+			return o.drops == t.drops && o.maybe == t.maybe && where(o.chain) == where(t.chain) && byDocker(o) == byDocker(t)
 		}
 		if !t.drops && !t.maybe || slices.IndexFunc(fates, alike) < i {
 			continue
@@ -370,12 +380,12 @@ func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, whic
 			}
 		}
 		what, mark := what, Fail
-		if n < len(here) || f.byDocker(t) {
+		if n < len(here) || byDocker(t) {
 			what += fmt.Sprintf(" %s %s", which, here[i].IP)
 			if n > 1 {
 				what += fmt.Sprintf(" (and %s %d more of %d pods)", which, n-1, len(here))
 			}
-			if n < len(here) && !f.byDocker(t) { // that may be what a policy is for
+			if n < len(here) && !byDocker(t) { // that may be what a policy is for
 				mark = Warn
 			}
 		}
@@ -385,35 +395,41 @@ func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, whic
 		reason := fmt.Sprintf("packets %s are dropped by %s: %s", what, where(t.chain), t.by)
 		if !t.drops {
 			mark = Warn
-			reason = fmt.Sprintf("not sure whether packets %s are let through: %s (%s) may drop them, %s can't be judged", what, where(t.chain), orDefault(t.by, "a rule"), orDefault(t.unclear, "a test"))
+			reason = fmt.Sprintf("not sure whether packets %s are let through: %s (%s) may drop them, %s can't be judged",
+				what, where(t.chain), orDefault(t.by, "a rule"), orDefault(t.unclear, "a test"))
 		}
 		out = append(out, Finding{Mark: mark, Reason: reason, Mend: f.openForward(fam, t)})
 	}
 	return out
 }
 
-// byDocker tells whether a rule is one of those by which Docker Engine 28 and later keep containers from being reached from outside.
-func (f Facts) byDocker(t fate) bool {
+// byDocker tells whether a rule is one of those by which Docker Engine 28 and later keep other hosts from reaching a
+// container.
+func byDocker(t fate) bool {
 	_, direct := shielded(t.rule)
 	return direct && t.chain.Hook == "prerouting" || t.chain.Name == "DOCKER" || t.chain.Table == "docker-bridges"
 }
 
 func (f Facts) openForward(fam addr.Family, t fate) []string {
 	network := f.network(fam)
-	var mend []string
+	var commands []string
 	switch m := f.manager(t.chain); {
-	case f.byDocker(t) && t.chain.Hook == "prerouting":
-		mend = []string{`${EDITOR:-vi} /etc/docker/daemon.json && systemctl restart docker   # add "allow-direct-routing": true (Docker 28.2 or later); see Documentation/bare-metal.md`}
-	case f.byDocker(t) && t.chain.Name == "DOCKER":
-		mend = []string{fmt.Sprintf("%s -I DOCKER-USER -s %s -d %s -j ACCEPT   # see Documentation/bare-metal.md", iptables(m, fam), network, f.Self.Subnets.Get(fam))}
-	case f.byDocker(t):
-		mend = []string{"docker network create -o com.docker.network.bridge.gateway_mode_ipv4=nat-unprotected pods   # and the other options in Documentation/bare-metal.md"}
+	case byDocker(t) && t.chain.Hook == "prerouting":
+		commands = []string{"${EDITOR:-vi} /etc/docker/daemon.json && systemctl restart docker" +
+			`   # add "allow-direct-routing": true (Docker 28.2 or later); see Documentation/bare-metal.md`}
+	case byDocker(t) && t.chain.Name == "DOCKER":
+		commands = []string{fmt.Sprintf("%s -I DOCKER-USER -s %s -d %s -j ACCEPT   # see Documentation/bare-metal.md",
+			iptables(m, fam), network, f.Self.Subnets.Get(fam))}
+	case byDocker(t):
+		commands = []string{"docker network create -o com.docker.network.bridge.gateway_mode_ipv4=nat-unprotected pods" +
+			"   # and the other options in Documentation/bare-metal.md"}
 	case m == "firewalld":
-		mend = []string{fmt.Sprintf("firewall-cmd --zone=trusted --add-source=%s && firewall-cmd --permanent --zone=trusted --add-source=%s", network, network)}
+		trust := "--zone=trusted --add-source=" + network.String()
+		commands = []string{fmt.Sprintf("firewall-cmd %s && firewall-cmd --permanent %[1]s", trust)}
 	case m == "nft":
 		h := f.head(t.chain, "forward")
 		word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip6"}[fam]
-		mend = []string{
+		commands = []string{
 			fmt.Sprintf("nft insert rule %s %s %s %s saddr %s accept", h.Family, h.Table, h.Name, word, network),
 			fmt.Sprintf("nft insert rule %s %s %s %s daddr %s accept", h.Family, h.Table, h.Name, word, network),
 		}
@@ -421,11 +437,14 @@ func (f Facts) openForward(fam addr.Family, t fate) []string {
 		if m == "ufw" {
 			m = "iptables"
 		}
-		mend = []string{fmt.Sprintf("%s -I FORWARD -s %s -j ACCEPT", iptables(m, fam), network), fmt.Sprintf("%s -I FORWARD -d %s -j ACCEPT", iptables(m, fam), network)}
+		commands = []string{
+			fmt.Sprintf("%s -I FORWARD -s %s -j ACCEPT", iptables(m, fam), network),
+			fmt.Sprintf("%s -I FORWARD -d %s -j ACCEPT", iptables(m, fam), network),
+		}
 	}
 	// The daemon's accepts come before what decides about all packets there, and behind every other rule.
 	if t.chain.Name == "FORWARD" && len(t.rule.Tests) == 0 && !f.Daemon.Running && f.ForwardFW {
-		mend = append([]string{f.Service.start() + "   # it accepts them by itself"}, mend...)
+		commands = append([]string{f.Service.start() + "   # it accepts them by itself"}, commands...)
 	}
-	return mend
+	return commands
 }

@@ -65,8 +65,8 @@ type IPTables struct {
 	moves   addr.Per[pace]
 }
 
-// pace bounds how often the call in FORWARD is moved, since another program may want the last place for itself: moveBurst times at
-// once, and then every moveEvery.
+// pace bounds how often the call in FORWARD is moved, since another program may want the last place for itself:
+// moveBurst times at once, and then every moveEvery.
 type pace struct{ spent time.Time }
 
 const (

@@ -168,10 +168,11 @@ func (s found) others(p Place) []string {
 	return slices.DeleteFunc(slices.Clone(s.hook), func(line string) bool { return slices.Contains(calls, line) })
 }
 
-// place is how many rules of others the first call of our chain stands behind, and how many it has to. In FORWARD these are all: our
-// accepts are for packets that no other rule has decided about. A rule that no packet gets past is the chain's policy by another name:
-// ours come before it, whatever another program has put behind it in vain. Where such a rule was put in front of our call, it counts
-// as that only if nothing else follows it: to stop everything for a while has its effect.
+// place is how many rules of others the first call of our chain stands behind, and how many it has to. In FORWARD these
+// are all: our accepts are for packets that no other rule has decided about. A rule that no packet gets past is the
+// chain's policy by another name: ours come before it, whatever another program has put behind it in vain. Where such a
+// rule was put in front of our call, it counts as that only if nothing else follows it: to stop everything for a while
+// has its effect.
 func (s found) place(p Place) (is, want int) {
 	if calls := s.jumps(p); len(calls) > 0 {
 		is = slices.Index(s.hook, calls[0])
@@ -191,11 +192,12 @@ func (s found) place(p Place) (is, want int) {
 }
 
 // policyRule matches a rule without a condition that ends the chain with no accept; a comment is no condition.
-var policyRule = regexp.MustCompile(`^-A \S+( -m comment --comment ("(\\.|[^"\\])*"|\S+))* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
+var policyRule = regexp.MustCompile(
+	`^-A \S+( -m comment --comment ("(\\.|[^"\\])*"|\S+))* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
 
 func isPolicy(rule string) bool { return policyRule.MatchString(rule) }
 
-// text is what was found, in the form in which it is compared. The jump is empty unless it is the one, and at its place.
+// text is what was found, in the form in which it is compared. The jump is empty unless it is the one, at its place.
 func (s found) text(p Place) text {
 	t := text{rules: s.rules}
 	if is, want := s.place(p); is == want && len(s.jumps(p)) == 1 {

@@ -146,7 +146,8 @@ func replaceTable(rs Ruleset, exists bool) string {
 	}
 	fmt.Fprintf(&b, "table %s {\n", name)
 	for _, s := range rs.Sets {
-		fmt.Fprintf(&b, "\tset %s {\n\t\ttype %s\n", s.Name, strings.Replace(nftSetKind(rs.Family, s.Networks), " ", "; flags ", 1))
+		kind := strings.Replace(nftSetKind(rs.Family, s.Networks), " ", "; flags ", 1)
+		fmt.Fprintf(&b, "\tset %s {\n\t\ttype %s\n", s.Name, kind)
 		if len(s.Members) > 0 {
 			fmt.Fprintf(&b, "\t\telements = { %s }\n", nftList(s.Members))
 		}

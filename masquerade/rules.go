@@ -21,8 +21,8 @@ const (
 	Filter Table = "filter"
 )
 
-// Hook is the place in the kernel's packet path from which a chain of ours is called: before all others there in POSTROUTING, behind
-// them in FORWARD.
+// Hook is the place in the kernel's packet path from which a chain of ours is called: before all others there in
+// POSTROUTING, behind them in FORWARD.
 type Hook string
 
 // The hooks from which chains of ours are called.

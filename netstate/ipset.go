@@ -19,7 +19,8 @@ import (
 // Errors that a caller can act on.
 var (
 	// ErrIPSetUnsupported means that the kernel has no ipset, or none of addresses.
-	ErrIPSetUnsupported = errors.New("the kernel has no ipset support (CONFIG_IP_SET, CONFIG_IP_SET_HASH_IP, CONFIG_IP_SET_HASH_NET)")
+	ErrIPSetUnsupported = errors.New(
+		"the kernel has no ipset support (CONFIG_IP_SET, CONFIG_IP_SET_HASH_IP, CONFIG_IP_SET_HASH_NET)")
 	// ErrIPSetType means that somebody has made a set of this name that holds something else.
 	ErrIPSetType = errors.New("a set of this name exists, but of another type")
 )
@@ -68,8 +69,8 @@ func NewIPSets() (*IPSets, error) {
 // Close closes the socket. The sets stay.
 func (s *IPSets) Close() { s.c.close() }
 
-// Ensure makes the set of this name hold exactly these members, each of the family f, and creates it if there is none. A set that is not
-// one of networks holds single addresses.
+// Ensure makes the set of this name hold exactly these members, each of the family f, and creates it if there is none.
+// A set that is not one of networks holds single addresses.
 // It returns how many changes it made: none, if all was in place. New members are added before old ones go. The list of the
 // members must not change afterwards.
 func (s *IPSets) Ensure(name string, f addr.Family, networks bool, members []netip.Prefix) (changed int, err error) {
@@ -112,7 +113,8 @@ func (s *IPSets) asLeft(name string, f addr.Family, kind string, members []netip
 func memberSet(name string, f addr.Family, kind string, members []netip.Prefix) (map[netip.Prefix]bool, error) {
 	set := make(map[netip.Prefix]bool, len(members))
 	for _, p := range members {
-		if !p.IsValid() || addr.FamilyOf(p.Addr()) != f || p.Addr().Is4In6() || p != p.Masked() || kind == ipsetAddresses && !p.IsSingleIP() {
+		if !p.IsValid() || addr.FamilyOf(p.Addr()) != f || p.Addr().Is4In6() || p != p.Masked() ||
+			kind == ipsetAddresses && !p.IsSingleIP() {
 			return nil, fmt.Errorf("ipset %s: %q is not a plain %s member of a set %s", name, p, f, kind)
 		}
 		set[p] = true
@@ -121,7 +123,9 @@ func memberSet(name string, f addr.Family, kind string, members []netip.Prefix) 
 }
 
 // open returns what is in the set, after making it for so many members if there is none.
-func (s *IPSets) open(name string, f addr.Family, kind string, size int) (have map[netip.Prefix]bool, created bool, err error) {
+func (s *IPSets) open(
+	name string, f addr.Family, kind string, size int,
+) (have map[netip.Prefix]bool, created bool, err error) {
 	set, err := s.list(name, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil, true, s.create(name, f, kind, size)

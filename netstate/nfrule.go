@@ -254,11 +254,17 @@ func (r *nfRule) takeLookup(b []byte) bool {
 	o := r.regs[be32(attrOf(b, unix.NFTA_LOOKUP_SREG))]
 	set := cString(attrOf(b, unix.NFTA_LOOKUP_SET))
 	flags := be32(attrOf(b, unix.NFTA_LOOKUP_FLAGS))
-	if o.flag != "-d" || o.mask != nil || flags&^unix.NFT_LOOKUP_F_INV != 0 || attrOf(b, unix.NFTA_LOOKUP_DREG) != nil || set == "" {
+	if o.flag != "-d" || o.mask != nil || flags&^unix.NFT_LOOKUP_F_INV != 0 ||
+		attrOf(b, unix.NFTA_LOOKUP_DREG) != nil || set == "" {
 		return false
 	}
-	r.matches = append(r.matches, "-m set "+map[bool]string{true: "! "}[flags != 0]+"--match-set "+set+" dst")
+	r.inSet(set, flags != 0)
 	return true
+}
+
+// inSet notes a match of the destination on a set.
+func (r *nfRule) inSet(set string, not bool) {
+	r.matches = append(r.matches, "-m set "+map[bool]string{true: "! "}[not]+"--match-set "+set+" dst")
 }
 
 // takeMatch reads an extension of iptables, whose data is a C structure.
@@ -275,7 +281,7 @@ func (r *nfRule) takeMatch(name string, rev uint32, info []byte) bool {
 			return false
 		}
 		r.sets = append(r.sets, binary.NativeEndian.Uint16(info))
-		r.matches = append(r.matches, "-m set "+map[bool]string{true: "! "}[info[3] != 0]+"--match-set "+setPlaceholder+" dst")
+		r.inSet(setPlaceholder, info[3] != 0)
 		return true
 	}
 	return false

@@ -206,8 +206,8 @@ func (n *NFTables) Rules(f addr.Family, table, chain string) ([][]string, error)
 	return lines, nil
 }
 
-// Set returns the members of a set, sorted, and its kind: the type of the addresses, with " interval" if it is one of networks, and with
-// a question mark if there is more to it.
+// Set returns the members of a set, sorted, and its kind: the type of the addresses, with " interval" if it is one of
+// networks, and with a question mark if there is more to it.
 func (n *NFTables) Set(f addr.Family, table, set string) (kind string, members []netip.Prefix, err error) {
 	odd, networks := false, false
 	err = n.get(unix.NFT_MSG_GETSET, f, stringAttrs(table, set), func(typ uint16, data []byte) {

@@ -91,7 +91,8 @@ func firewall() []Fault {
 	rows = append(rows, in(Firewall, lossless(withinASecond), forwarded())...)
 	return append(rows, containerRules(), Fault{
 		// flannel's nodes are such, and those behind a NAT. The peer's daemon must not be there to put its lease right.
-		Area: Firewall, Name: "a peer that answers nodes without the tunnel, strict rp_filter", On: []string{OnVXLAN, OnDual, OnNFTables, OnLegacy},
+		Area: Firewall, Name: "a peer that answers nodes without the tunnel, strict rp_filter",
+		On:      []string{OnVXLAN, OnDual, OnNFTables, OnLegacy},
 		Inject:  Steps(strictFilter, func(ctx context.Context, s *Site) error { return s.Peer.Stop(ctx) }, bareAnswers),
 		Expect:  All(seenFrom(true, func(s *Site) *lab.Node { return s.Peer }), seenFrom(false, (*Site).otherThan)),
 		Restore: func(_ context.Context, s *Site) error { return s.Peer.Start() },
@@ -99,17 +100,20 @@ func firewall() []Fault {
 	})
 }
 
-// forwarded is what others put into FORWARD, whose policy is DROP: what they say of a packet holds, and all that they don't speak of
-// goes through. $DENIED is an address of a pod that gets nothing.
+// forwarded is what others put into FORWARD, whose policy is DROP: what they say of a packet holds, and all that they
+// don't speak of goes through. $DENIED is an address of a pod that gets nothing.
 func forwarded() []Fault {
-	const engine = `$IPT -w -N ENGINE; $IPT -w -N ENGINE-POD; $IPT -w -A ENGINE -d $DENIED -j ENGINE-POD; $IPT -w -A ENGINE-POD -j DROP; `
+	const engine = `$IPT -w -N ENGINE; $IPT -w -N ENGINE-POD
+		$IPT -w -A ENGINE -d $DENIED -j ENGINE-POD; $IPT -w -A ENGINE-POD -j DROP; `
 	row := func(name, rules string, behind int) Fault {
-		at := fmt.Sprintf(`[ "$($IPT -w -S FORWARD | tail -n %d | head -n 1)" = "-A FORWARD -j OVERLAYD-FWD" ]`, behind+1)
+		at := fmt.Sprintf(`[ "$($IPT -w -S FORWARD | tail -n %d | head -n 1)" = "-A FORWARD -j OVERLAYD-FWD" ]`,
+			behind+1)
 		return Fault{
 			Name: "FORWARD: " + name, On: []string{OnVXLAN, OnDual, OnNFTables, OnLegacy},
 			Inject: Steps(
 				secondAddress, Until(passes, 3*time.Second), Afterwards(On(unforward)),
-				On(`$IPT -w -P FORWARD ACCEPT`), Until(Sees(`$IPT -w -S FORWARD | grep OVERLAYD-FWD`), 3*time.Second), On(`$IPT -w -P FORWARD DROP`),
+				On(`$IPT -w -P FORWARD ACCEPT`), Until(Sees(`$IPT -w -S FORWARD | grep OVERLAYD-FWD`), 3*time.Second),
+				On(`$IPT -w -P FORWARD DROP`),
 				onDenied(rules)),
 			Expect: All(dropped, Sees(at)), Hold: 1500 * time.Millisecond, Keeps: dropped, Restore: Undo,
 		}
@@ -119,11 +123,13 @@ func forwarded() []Fault {
 		row("a policy engine appends its chains", engine+`$IPT -w -A FORWARD -j ENGINE`, 0),
 		row("an operator inserts a REJECT", `$IPT -w -I FORWARD 1 -d $DENIED -j REJECT`, 0),
 		row("an operator appends a DROP", `$IPT -w -A FORWARD -d $DENIED -j DROP`, 0),
-		row("it ends with a REJECT of everything", engine+`$IPT -w -I FORWARD 1 -j ENGINE; $IPT -w -A FORWARD -j REJECT`, 1),
+		row("it ends with a REJECT of everything",
+			engine+`$IPT -w -I FORWARD 1 -j ENGINE; $IPT -w -A FORWARD -j REJECT`, 1),
 		{
 			Name: "FORWARD: another program wants to be the last", On: []string{OnVXLAN},
 			Inject: Steps(Afterwards(On(unforward)), On(`$IPT -w -P FORWARD DROP; for i in $(seq 40); do
-				$IPT -w -D FORWARD -i eth9 -j DROP 2>/dev/null || true; $IPT -w -A FORWARD -i eth9 -j DROP; sleep 0.3; done`)),
+				$IPT -w -D FORWARD -i eth9 -j DROP 2>/dev/null || true; $IPT -w -A FORWARD -i eth9 -j DROP
+				sleep 0.3; done`)),
 			Expect:  Sees(`$IPT -w -S FORWARD | tail -n 1 | grep OVERLAYD-FWD`),
 			Restore: Undo, Log: `another program keeps putting its rules behind`, Bound: lossless(11 * time.Second),
 		},
@@ -139,14 +145,15 @@ func strictFilter(ctx context.Context, s *Site) error {
 		return fmt.Errorf("set rp_filter: %q, %w", before, err)
 	}
 	s.Defer(func() error {
-		_, err := s.Victim.Run(context.WithoutCancel(ctx), "sh", "-ec", fmt.Sprintf("set -- %s; for v in %s; do echo $v > $1; shift; done", files, strings.Join(values, " ")))
+		back := fmt.Sprintf("set -- %s; for v in %s; do echo $v > $1; shift; done", files, strings.Join(values, " "))
+		_, err := s.Victim.Run(context.WithoutCancel(ctx), "sh", "-ec", back)
 		return err
 	})
 	return nil
 }
 
-// bareAnswers makes the peer one whose lease does not say that its address is its own, and which has no way back through the tunnel for
-// what its pods answer to nodes.
+// bareAnswers makes the peer one whose lease does not say that its address is its own, and which has no route back
+// through the tunnel for what its pods answer to nodes.
 func bareAnswers(ctx context.Context, s *Site) error {
 	for _, f := range s.families {
 		if out, err := s.Peer.Run(ctx, "ip", fmt.Sprintf("-%d", uint8(f)), "rule", "del", "priority", "11800"); err != nil {
@@ -164,8 +171,8 @@ func bareAnswers(ctx context.Context, s *Site) error {
 	})
 }
 
-// seenFrom holds when a pod of a node answers what the victim sends from its own address, and has it from there, or from its address in
-// the tunnel.
+// seenFrom holds when a pod of a node answers what the victim sends from its own address, and has it from there, or from
+// its address in the tunnel.
 func seenFrom(tunnel bool, node func(*Site) *lab.Node) Check {
 	return func(ctx context.Context, s *Site) error {
 		env, err := node(s).SubnetEnv()
@@ -178,7 +185,8 @@ func seenFrom(tunnel bool, node func(*Site) *lab.Node) Check {
 				want = s.own.Gateway.Get(f).Masked().Addr()
 			}
 			got, err := connect(ctx, s.Victim, s.Victim.Addr(f), node(s).Pods()[0], env.PodAddr(f, 0).Addr())
-			if err := errors.Join(err, unless(got == want, "a pod of %s sees %s as %s, want %s", node(s).Name, s.Victim.Name, got, want)); err != nil {
+			wrong := unless(got == want, "a pod of %s sees %s as %s, want %s", node(s).Name, s.Victim.Name, got, want)
+			if err := errors.Join(err, wrong); err != nil {
 				return err
 			}
 		}
@@ -187,7 +195,9 @@ func seenFrom(tunnel bool, node func(*Site) *lab.Node) Check {
 }
 
 // connect makes a TCP connection from one address to another, and returns whom the server sees.
-func connect(ctx context.Context, from *lab.Node, source netip.Addr, to lab.Machine, target netip.Addr) (seen netip.Addr, err error) {
+func connect(
+	ctx context.Context, from *lab.Node, source netip.Addr, to lab.Machine, target netip.Addr,
+) (seen netip.Addr, err error) {
 	l, err := to.Listen(ctx, netip.AddrPortFrom(target, 0).String())
 	if err != nil {
 		return seen, err
@@ -210,13 +220,14 @@ func connect(ctx context.Context, from *lab.Node, source netip.Addr, to lab.Mach
 	return netip.MustParseAddrPort(server.RemoteAddr().String()).Addr().Unmap(), nil
 }
 
-// containerRules is what Docker Engine 28 and later put into the table raw for each container: its bridge alone may reach it.
+// containerRules is what Docker Engine 28 and later put into the table raw for each container: its bridge alone may
+// reach it.
 func containerRules() Fault {
 	rule := func(verb string) Action {
 		return func(ctx context.Context, s *Site) error {
 			for _, f := range s.families {
-				pod := s.own.PodAddr(f, 0).Addr()
-				if _, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+"$IPT -w -t raw "+verb+" PREROUTING -d "+pod.String()+" ! -i cni0 -j DROP"); err != nil {
+				script := fmt.Sprintf("$IPT -w -t raw %s PREROUTING -d %s ! -i cni0 -j DROP", verb, s.own.PodAddr(f, 0).Addr())
+				if _, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+script); err != nil {
 					return exitOnly(err)
 				}
 			}
@@ -231,7 +242,8 @@ func containerRules() Fault {
 }
 
 // unforward takes away what rows have put into FORWARD.
-const unforward = `$IPT -w -P FORWARD ACCEPT; $IPT -w -F FORWARD; for c in ENGINE ENGINE-POD; do $IPT -w -F $c; $IPT -w -X $c; done 2>/dev/null || true
+const unforward = `$IPT -w -P FORWARD ACCEPT; $IPT -w -F FORWARD
+	for c in ENGINE ENGINE-POD; do $IPT -w -F $c; $IPT -w -X $c; done 2>/dev/null || true
 	[ -z "$NFT_TABLE" ] || nft delete table $NFT_FAMILY filter`
 
 // secondary is a second address of the victim's pod.
