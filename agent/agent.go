@@ -336,6 +336,7 @@ func (a *Agent) round(look bool) error {
 	if a.config == nil {
 		return nil // the next snapshot brings it
 	}
+	a.health.set(condEndpoints, inside(a.endpointsInside(), *a.config, a.lease))
 	underlayErr := a.choose()
 	if a.choice == nil {
 		return underlayErr
@@ -387,6 +388,16 @@ func (a *Agent) current() addr.Per[netip.Addr] {
 		}
 	}
 	return out
+}
+
+// endpointsInside are the addresses of etcd that a peer's subnet, or this node's own, may cover.
+func (a *Agent) endpointsInside() (inside []netip.Addr) {
+	for _, ip := range a.snap.Endpoints {
+		if a.config.Contains(ip) {
+			inside = append(inside, ip)
+		}
+	}
+	return inside
 }
 
 // learn takes from the newest snapshot what holds, or from memory while there is none.

@@ -589,6 +589,41 @@ func TestNoLeaseWithoutADevice(t *testing.T) {
 	})
 }
 
+// An endpoint of etcd inside the network is named from the start, and no route covers it; what became of it meanwhile is followed.
+func TestEndpointInsideTheNetwork(t *testing.T) {
+	inRig(t, func(r *rig) {
+		at := func(ips ...string) {
+			r.store.deliver(func(s *subnet.Snapshot) {
+				s.Endpoints = nil
+				for _, ip := range ips {
+					s.Endpoints = append(s.Endpoints, netip.MustParseAddr(ip))
+				}
+			})
+			synctest.Wait()
+		}
+		covered := func() bool {
+			return slices.ContainsFunc(r.state().Routes, func(x netstate.Route) bool { return x.Dst.Contains(netip.MustParseAddr("10.244.101.7")) })
+		}
+		at("10.244.101.7")
+		r.table(onlyV4)
+		if p := r.problem(condEndpoints); !strings.Contains(p, "10.244.101.7") || !strings.Contains(p, "10.244.0.0/16") {
+			t.Errorf("problem %q", p)
+		}
+		r.table(onlyV4, peer(1), peer(2)) // peer 1 has 10.244.101.0/24
+		if covered() || r.routes() == 0 || !strings.Contains(r.problem(condUnreachable), "10.244.101.7") {
+			t.Errorf("routes %v, problem %q", r.state().Routes, r.problem(condUnreachable))
+		}
+		at("192.0.2.1")
+		if p := r.agent.health.list(); len(p) > 0 || !covered() {
+			t.Errorf("problems %v, routes %v", p, r.state().Routes)
+		}
+		at("10.244.101.7", "192.0.2.1")
+		if r.problem(condEndpoints) == "" || covered() {
+			t.Errorf("problem %q, routes %v", r.problem(condEndpoints), r.state().Routes)
+		}
+	})
+}
+
 func TestPeerLog(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))

@@ -32,6 +32,7 @@ const (
 	condOffline     condition = "offline"       // the leases are those of the store, not of memory
 	condMoved       condition = "subnet-moved"  // the pods that run have addresses of the subnet that this node holds
 	condRoutes      condition = "foreign-route" // no route of another program comes before one of ours
+	condEndpoints   condition = "etcd-inside"   // etcd is outside of the cluster network
 	condPlan        condition = "plan"          // nothing in the plan is known not to work
 	condPeers       condition = "refused-lease" // all leases of others make sense
 	condSilent      condition = "silent-peers"  // every peer answers when it is pinged

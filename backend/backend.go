@@ -45,6 +45,8 @@ type Input struct {
 	Peers    []*subnet.Lease // that were believed, see subnet.Table.Peers
 	Underlay addr.Per[Underlay]
 	Host     netstate.Host
+	// Endpoints are the addresses of the store that are inside the network: no route may cover one of them, or this node is cut off.
+	Endpoints []netip.Addr
 }
 
 // Plan is what a backend wants of the node.
@@ -168,6 +170,10 @@ func (p *Plan) Each(in Input, f addr.Family, do func(peer *subnet.Lease)) {
 		}
 		if j := slices.IndexFunc(local, func(a netstate.HostAddress) bool { return a.Prefix.Overlaps(peer.Subnets.Get(f)) }); j >= 0 {
 			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet overlaps %s, a network of this node's device %s", local[j].Prefix.Masked(), local[j].Link))
+			continue
+		}
+		if j := slices.IndexFunc(in.Endpoints, peer.Subnets.Get(f).Contains); j >= 0 {
+			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet covers %s, an endpoint of etcd: this node would cut itself off", in.Endpoints[j]))
 			continue
 		}
 		do(peer)

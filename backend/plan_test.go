@@ -222,6 +222,32 @@ func randomInput(t *testing.T, g *rand.Rand) backend.Input {
 	return in
 }
 
+// A route that covers an endpoint of etcd is never planned, by no backend and in no family; the other peers are not held back.
+func TestNoRouteCoversAnEndpoint(t *testing.T) {
+	t.Parallel()
+	for _, network := range []string{only4, only6, dual} {
+		for _, be := range []string{`"Type": "vxlan"`, `"Type": "vxlan", "DirectRouting": true`, `"Type": "host-gw"`} {
+			in := input(config(t, network, be))
+			for _, f := range in.Config.Families() {
+				in.Endpoints = append(in.Endpoints, in.Peers[0].Subnets.Get(f).Addr().Next())
+			}
+			p := backendOf(in.Config).Plan(in)
+			for _, w := range p.Ways {
+				covers := w.Peer == in.Peers[0]
+				if covers != strings.Contains(w.Reason, "an endpoint of etcd") {
+					t.Errorf("%s, %s: way to %s: %s %s", network, be, w.Peer.Name(), w.Kind, w.Reason)
+				}
+			}
+			for _, r := range p.State.Routes {
+				if r.Table == netstate.MainTable && slices.ContainsFunc(in.Endpoints, r.Dst.Contains) {
+					t.Errorf("%s, %s: %s", network, be, r)
+				}
+			}
+			checkWays(t, in, p)
+		}
+	}
+}
+
 func strictlySorted[T interface{ Compare(T) int }](s []T) bool {
 	for i := 1; i < len(s); i++ {
 		if s[i-1].Compare(s[i]) >= 0 {

@@ -447,3 +447,39 @@ func TestSpoiledKeyIsTakenBack(t *testing.T) {
 		mine.Keep = true
 	}
 }
+
+// A subnet that covers an endpoint of the store is not free, remembered or not, in any family.
+func TestDecideKeepsClearOfEndpoints(t *testing.T) {
+	for _, tt := range []struct {
+		config, want string
+		remembered   addr.Per[netip.Prefix]
+	}{
+		{`{"Network":"10.1.0.0/22","SubnetLen":24}`, "10.1.3.0-24", per("10.1.2.0/24")},
+		{`{"Network":"10.1.0.0/22","SubnetLen":24}`, "10.1.3.0-24", addr.Per[netip.Prefix]{}},
+		{`{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd01::/62"}`, "fd01:0:0:3::-64", per("fd01:0:0:2::/64")},
+		{
+			`{"Network":"10.1.0.0/22","SubnetLen":24,"EnableIPv6":true,"IPv6Network":"fd01::/62"}`, "10.1.3.0-24&fd01:0:0:3::-64",
+			per("10.1.2.0/24", "fd01:0:0:2::/64"),
+		},
+	} {
+		table := Table{Revision: 9, Config: mustConfig(t, tt.config), Entries: []*Entry{leaseAt("10.1.1.0-24", attrs("other", "192.168.1.2"), 5, 50)}}
+		if !table.Config.Pools.V4.On() {
+			table.Entries[0] = leaseAt("fd01:0:0:1::-64", attrs("other", "2001:db8::2"), 5, 50)
+		}
+		if len(table.Config.Families()) == 2 {
+			table.Entries[0] = leaseAt("10.1.1.0-24&fd01:0:0:1::-64", peer(2), 5, 50)
+		}
+		before := slices.Clone(table.Entries)
+		var endpoints []netip.Addr
+		for _, s := range []string{"10.1.2.5", "fd01:0:0:2::5", "192.0.2.9", "10.1.2.5"} {
+			endpoints = append(endpoints, netip.MustParseAddr(s))
+		}
+		d, err := Decide(table.Reserving(endpoints), Claim{Attrs: peer(1), Remembered: tt.remembered}, 0)
+		if err != nil || d.Key != tt.want {
+			t.Errorf("%s: got %+v, %v, want %s", tt.config, d, err, tt.want)
+		}
+		if !slices.Equal(table.Entries, before) {
+			t.Errorf("the table has changed: %s", keys(table.Entries))
+		}
+	}
+}

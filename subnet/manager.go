@@ -2,6 +2,7 @@ package subnet
 
 import (
 	"context"
+	"net/netip"
 	"time"
 )
 
@@ -28,6 +29,8 @@ type Snapshot struct {
 	// Losses counts how often, since the start, the lease that this node held was gone from the store; LostAt is the last time.
 	Losses int
 	LostAt time.Time
+
+	Endpoints []netip.Addr // of the store, so far as they are known, in order
 
 	// Err is why the store can't be reached at the moment; Table is then as old as Since.
 	Err   error

@@ -33,6 +33,22 @@ func (t Table) Find(key string) *Entry {
 	return t.Entries[i]
 }
 
+// Reserving is the table with reservations for single addresses, as far as they are inside the network: no subnet that covers one of them
+// is free.
+func (t Table) Reserving(ips []netip.Addr) Table {
+	for _, ip := range ips {
+		if !t.Config.Contains(ip) {
+			continue
+		}
+		e := &Entry{Key: fmt.Sprintf("%s-%d", ip, ip.BitLen())}
+		e.Subnets.Set(addr.FamilyOf(ip), addr.Host(ip))
+		if i, found := slices.BinarySearchFunc(t.Entries, e.Key, func(e *Entry, k string) int { return strings.Compare(e.Key, k) }); !found {
+			t.Entries = slices.Insert(slices.Clip(t.Entries), i, e)
+		}
+	}
+	return t
+}
+
 // Refusal is a lease that is not believed, and why.
 type Refusal struct {
 	Key    string

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -28,6 +29,18 @@ func addresses() []Fault {
 			Inject: Steps(Afterwards(unswap), duplicate),
 			Expect: bothReport, Hold: 3 * time.Second, Keeps: bothReport, Restore: Undo,
 			Log: `problem: lease.*public IP`, Seen: unreadies("lease", "public IP .* is also that of"),
+		},
+		{
+			// The router leads there; a peer's route to the subnet would lead the node's requests into the tunnel.
+			Name: "a peer leases the subnet that an endpoint of etcd is in", On: everywhere(), Short: true,
+			Inject: Steps(stopDaemon, func(_ context.Context, s *Site) error {
+				s.Victim.With("--etcd-endpoints", "http://"+ghostEndpoint.inside(s).String()+":2379")
+				return nil
+			}, startDaemon, Until(isNamed("etcd-inside: etcd is at "), 5*time.Second), ghostEndpoint.appears),
+			Expect: All(isNamed("covers "), reaches), Hold: time.Second, Keeps: Sees(`! ip route show proto 118 | grep -F "` + ghostEndpoint.network() + `"`),
+			Restore: Steps(ghostEndpoint.goes, stopDaemon, func(_ context.Context, s *Site) error { s.Victim.With(); return nil }, startDaemon),
+			Bound:   Bound{Lost: 0, Repair: letGo}, Log: `problem: etcd-inside`,
+			Seen: degrades("etcd-inside", "inside the cluster network"),
 		},
 	})
 }
@@ -120,4 +133,20 @@ func bothReport(ctx context.Context, s *Site) error {
 		}
 	}
 	return nil
+}
+
+// inside is an address of the ghost's subnet, and network how its subnet begins.
+func (g ghost) inside(s *Site) netip.Addr { return g.subnets(s).V4.Addr().Next() }
+
+func (g ghost) network() string { return fmt.Sprintf("10.244.%d.", uint8(g)) }
+
+// isNamed holds when /readyz of the victim has a text in it.
+func isNamed(text string) Check {
+	return func(ctx context.Context, s *Site) error {
+		_, got, err := s.Victim.Ask(ctx, "http://127.0.0.1:8471/readyz")
+		if err != nil {
+			return err
+		}
+		return unless(strings.Contains(got, text), "/readyz does not say %q: %s", text, strings.TrimSpace(got))
+	}
 }

@@ -21,6 +21,7 @@ const (
 	ghostSlow
 	ghostKilled
 	ghostAddress
+	ghostEndpoint
 )
 
 // catchUp is how long a node may take to be content again after etcd is back: its attempts, and those of gRPC to connect, are up to 18 s apart.

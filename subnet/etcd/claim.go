@@ -151,7 +151,7 @@ func (c *claimer) situation() (t subnet.Table, claim *subnet.Claim, ok bool) {
 	if c.claim.before != (addr.Per[netip.Prefix]{}) {
 		claim.Remembered = c.claim.before
 	}
-	return c.view.table(), claim, true
+	return c.view.table().Reserving(c.conn.hosts.addresses()), claim, true
 }
 
 // retry is how long to wait after a failure to reach the store, or its refusal to do as asked.

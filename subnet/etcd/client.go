@@ -60,6 +60,7 @@ type conn struct {
 	count  counter
 	newest atomic.Int64 // revision, in the last answer
 	login  login
+	hosts  *hosts
 
 	making chan struct{} // holds a token while a client is made
 	mu     sync.Mutex
@@ -69,7 +70,7 @@ type conn struct {
 
 func newConn(o Options) *conn {
 	one := func() chan struct{} { return make(chan struct{}, 1) }
-	c := &conn{opts: o, making: one(), login: login{busy: one()}, order: slices.Clone(o.Endpoints)}
+	c := &conn{opts: o, making: one(), login: login{busy: one()}, hosts: newHosts(o.Endpoints), order: slices.Clone(o.Endpoints)}
 	// Nodes with the same list of endpoints don't all take the same one, neither at first nor when that fails.
 	rand.Shuffle(len(c.order), func(i, j int) { c.order[i], c.order[j] = c.order[j], c.order[i] })
 	return c
@@ -182,6 +183,7 @@ func (c *conn) dial(endpoint string) (*client, error) {
 		creds = freshTLS{c.opts.tlsFiles()}
 	}
 	cc, err := grpc.NewClient("passthrough:///"+host,
+		grpc.WithContextDialer(c.hosts.dial),
 		grpc.WithNoProxy(), // whatever HTTPS_PROXY says: the nodes' network is where etcd is
 		grpc.WithTransportCredentials(creds),
 		grpc.WithConnectParams(grpc.ConnectParams{

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -68,12 +69,17 @@ func New(o Options, log *zap.Logger) (*Manager, error) {
 		return nil, err
 	}
 	one := func() chan struct{} { return make(chan struct{}, 1) }
-	return &Manager{
+	m := &Manager{
 		opts: o, keys: newKeys(o.Prefix), log: log, conn: newConn(o),
 		updates:  make(chan subnet.Snapshot, 1),
 		wakeSync: one(), wakeClaim: one(), wakeKeep: one(), wakeProbe: one(),
 		view: newView(o.Prefix, o.Parse),
-	}, nil
+	}
+	m.conn.hosts.learned = func() {
+		m.update(func() bool { return true })
+		poke(m.wakeClaim)
+	}
+	return m, nil
 }
 
 // Run does the work until ctx ends; it can be called once. When it returns, all that it started has ended.
@@ -86,6 +92,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	for _, loop := range []func(context.Context){m.syncLoop, m.claimLoop, m.keepLoop, m.probeLoop} {
 		wg.Go(func() { loop(ctx) })
 	}
+	wg.Go(func() { m.conn.hosts.resolve(ctx, net.DefaultResolver.LookupNetIP) })
 	wg.Wait()
 	return ctx.Err()
 }
@@ -136,7 +143,7 @@ func (m *Manager) deliver() {
 	s := subnet.Snapshot{
 		Table:   m.view.table(),
 		Claimed: m.claim.decided, Lease: m.claim.held.lease, Expires: m.claim.held.expires, ClaimErr: m.claim.err,
-		Losses: m.claim.losses, LostAt: m.claim.lostAt,
+		Losses: m.claim.losses, LostAt: m.claim.lostAt, Endpoints: m.conn.hosts.addresses(),
 	}
 	s.Since, s.Err = m.health.state()
 	select {
