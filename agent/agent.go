@@ -114,6 +114,7 @@ type Agent struct {
 	remembered memory       // what the state directory said at the start
 	offline    subnet.Table // made of it, while the store has not been read
 	keeper     *keeper
+	bridges    podBridges
 	peers      peerLog
 	// unreachable says why of the peers that are.
 	unreachable map[netip.Prefix]string
@@ -154,6 +155,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.health.set(condStateDir, err) // a node that forgot its subnet still has its lease in etcd
 	a.claim.Remembered = a.remembered.subnets()
 	a.keeper.begin(a.remembered)
+	a.bridges.known = a.remembered.Bridges
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.store.Run(ctx) })
@@ -218,7 +220,7 @@ func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) 
 	case err != nil:
 		return now.Add(retry), min(2*retry, lastRetry)
 	}
-	for _, due := range []time.Time{a.roster.Next(), a.drift.due(), a.keeper.next} {
+	for _, due := range []time.Time{a.roster.Next(), a.drift.due(), a.keeper.next, a.bridges.due(now)} {
 		if !due.IsZero() {
 			next = earlier(next, due)
 		}
@@ -349,6 +351,7 @@ func (a *Agent) round(look bool) error {
 		return underlayErr
 	}
 	err := a.program(be, look)
+	a.followBridges(time.Now())
 	a.save(false)
 	return errors.Join(underlayErr, err)
 }

@@ -74,7 +74,7 @@ func TestStateDir(t *testing.T) {
 	}
 	sn := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24")}
 	bad := subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)
-	own := selfMemory{sn, onlyV4, addr.Per[netip.Addr]{V4: netip.MustParseAddr("192.0.2.10")}}
+	own := selfMemory{subnets: sn, config: onlyV4, addrs: addr.Per[netip.Addr]{V4: netip.MustParseAddr("192.0.2.10")}}
 	want := remember(subnet.Table{Entries: []*subnet.Entry{peer(1), bad, peer(2)}}, self, own, time.Now().UTC().Round(0))
 	if err := d.save(want); err != nil {
 		t.Fatal(err)

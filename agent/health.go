@@ -31,6 +31,7 @@ const (
 	condSettings    condition = "settings"      // the lesser settings of the kernel are as they should be
 	condOffline     condition = "offline"       // the leases are those of the store, not of memory
 	condMoved       condition = "subnet-moved"  // the pods that run have addresses of the subnet that this node holds
+	condBridge      condition = "pod-bridge"    // the pods' bridge has what it had
 	condRoutes      condition = "foreign-route" // no route of another program comes before one of ours
 	condEndpoints   condition = "etcd-inside"   // etcd is outside of the cluster network
 	condPlan        condition = "plan"          // nothing in the plan is known not to work

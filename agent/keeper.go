@@ -1,12 +1,14 @@
 package agent
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"sync/atomic"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
 
@@ -40,6 +42,7 @@ type keeper struct {
 // keepsake is what is worth to be remembered.
 type keepsake struct {
 	self    selfMemory
+	bridges []netstate.PodBridge
 	expires time.Time
 	table   subnet.Table
 	// own says that what is remembered of the others stays.
@@ -52,6 +55,7 @@ type selfMemory struct {
 	subnets addr.Per[netip.Prefix]
 	config  string // the network config in use
 	addrs   addr.Per[netip.Addr]
+	bridges string // their names and addresses, and what they have lost
 }
 
 func newKeeper(dir stateDir, node subnet.Identity, h *health) *keeper {
@@ -60,7 +64,7 @@ func newKeeper(dir stateDir, node subnet.Identity, h *health) *keeper {
 
 // begin tells what is remembered already.
 func (k *keeper) begin(m memory) {
-	k.last = keepsake{self: selfMemory{m.subnets(), string(m.Config), m.Addresses}, expires: m.Expires}
+	k.last = keepsake{self: selfMemory{m.subnets(), string(m.Config), m.Addresses, ""}, bridges: m.Bridges, expires: m.Expires}
 	k.at = time.Now()
 }
 
@@ -73,7 +77,7 @@ func (k *keeper) note(s keepsake, last bool) {
 		gap = rememberSelf
 	case !s.own && (s.expires.Sub(k.last.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.last.table.Entries)):
 		gap = min(max(rememberSelf, time.Duration(len(s.table.Entries))*rememberPeer), rememberEvery)
-	case k.written.Load() != k.number:
+	case k.written.Load() != k.number || last && fmt.Sprint(s.bridges) != fmt.Sprint(k.last.bridges): // the ports, which come and go
 		gap = rememberEvery
 	default:
 		k.next = time.Time{}
@@ -107,6 +111,7 @@ func (k *keeper) run() {
 
 func (k *keeper) write(s keepsake) error {
 	m := remember(s.table, k.node, s.self, s.expires)
+	m.Bridges = s.bridges
 	if s.own {
 		old, _ := k.dir.load(k.node) // what can't be read was said at the start, and is replaced now
 		m.Peers, m.Revision = old.Peers, old.Revision
@@ -121,7 +126,8 @@ func (a *Agent) save(last bool) {
 		return
 	}
 	a.keeper.note(keepsake{
-		self:    selfMemory{a.lease.Subnets, a.configJSON, a.current()},
+		self:    selfMemory{a.lease.Subnets, a.configJSON, a.current(), a.bridges.gist()},
+		bridges: a.bridges.known,
 		expires: a.expires(), table: a.snap.Table,
 		// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that they are lost.
 		own: time.Now().Before(a.lostUntil),

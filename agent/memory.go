@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
 
@@ -33,6 +34,7 @@ type memory struct {
 	Config   json.RawMessage `json:",omitempty"` // the one in use
 	// Addresses are those that the node goes by: of several on one device it has to be the one that the others know.
 	Addresses addr.Per[netip.Addr] `json:",omitzero"`
+	Bridges   []netstate.PodBridge `json:",omitempty"`
 	Peers     []memorizedPeer      `json:",omitempty"`
 }
 

@@ -548,8 +548,11 @@ func TestReboot(t *testing.T) {
 	wg.Wait()
 	seen := map[netip.Prefix]string{}
 	for _, p := range now {
-		if len(p.ips) != 1 || seen[p.ips[0]] != "" {
-			t.Fatalf("%s has %v, as %s", p.rt.ContainerID, p.ips, seen[p.ips[0]])
+		if len(p.ips) != 1 {
+			t.Fatalf("%s has the addresses %v", p.rt.ContainerID, p.ips)
+		}
+		if other := seen[p.ips[0]]; other != "" {
+			t.Errorf("%s has %v, as %s", p.rt.ContainerID, p.ips, other)
 		}
 		seen[p.ips[0]] = p.rt.ContainerID
 		p.mustPing(t, netip.MustParseAddr("10.244.5.1"), 1450)

@@ -101,6 +101,7 @@ type memory struct {
 	Subnets string
 	Expires time.Time
 	Config  json.RawMessage
+	Bridges []netstate.PodBridge
 	Peers   []struct {
 		Key   string
 		Value json.RawMessage
@@ -251,8 +252,12 @@ func (f *Facts) look(o Options) {
 	f.Survey, err = netstate.Look(o.Owned)
 	f.failed("devices", err)
 	f.lookAtFilter()
-	f.System = lookAtSystem(root(o.Root), f.Survey)
 	f.remember()
+	var bridges []netstate.PodBridge
+	if f.Memory != nil {
+		bridges = f.Memory.Bridges
+	}
+	f.System = lookAtSystem(root(o.Root), f.Survey, bridges)
 	f.System.StateDirErr = tryDir(f.StateDir)
 	f.System.SubnetEnv, f.System.SubnetEnvErr = readVars(f.SubnetFile)
 }

@@ -191,11 +191,18 @@ func judgeBridge(f Facts) []Finding {
 	if f.Self.Subnets == (addr.Per[netip.Prefix]{}) {
 		return skipped(orDefault(f.NoLease, "this node's lease is not known"))
 	}
-	out := f.withoutGateway()
+	lost := f.lostByBridges()
+	var out []Finding
+	for _, l := range lost {
+		out = append(out, fail(l.String()+f.byManager(l), l.Commands()...)...)
+	}
+	if len(lost) == 0 {
+		out = f.withoutGateway()
+	}
 	names := []string{}
 	for _, b := range f.bridges() {
 		names = append(names, b.Name)
-		if !b.Up {
+		if !b.Up && !slices.ContainsFunc(lost, func(l netstate.BridgeLoss) bool { return l.Bridge == b.Name }) {
 			out = append(out, fail(b.Name+" is down: pods can't send", "ip link set "+b.Name+" up")...)
 		}
 	}
@@ -234,6 +241,30 @@ func (f Facts) anew(a netstate.HostAddress) []string {
 		}
 	}
 	return []string{bridge, "ls /var/lib/cni/networks   # and remove the directory of the pods' network," + strings.TrimPrefix(again, "   #")}
+}
+
+// lostByBridges is what the pods' bridges have no longer that the daemon has seen on them.
+func (f Facts) lostByBridges() []netstate.BridgeLoss {
+	if f.Memory == nil {
+		return nil
+	}
+	_, lost := netstate.FollowBridges(f.Memory.Bridges, f.Survey.Host, f.Self.Subnets)
+	return lost
+}
+
+// byManager names the program that most likely took it: one that configures the devices on which pods are.
+func (f Facts) byManager(l netstate.BridgeLoss) string {
+	var names []string
+	if m := f.System.Managers; m.Networkd && m.NetworkFile != "" {
+		names = append(names, "systemd-networkd")
+	}
+	if m := f.System.Managers; m.NetworkManager && m.NMManages != "" {
+		names = append(names, "NetworkManager")
+	}
+	if len(names) == 0 || len(l.Addrs)+len(l.Ports) == 0 {
+		return ""
+	}
+	return "; another program took that, see " + strings.Join(names, " and ")
 }
 
 // withoutGateway finds the bridge that pods are on where nothing has the address that is their gateway.

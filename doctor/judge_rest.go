@@ -30,9 +30,13 @@ func judgeNetworkd(f Facts) []Finding {
 		return ok("it does not run")
 	}
 	var out []Finding
-	if m.NetworkFile != "" && !m.Unmanaged {
-		out = append(out, fixable(Warn, fmt.Sprintf("%s fits overlayd's devices: systemd-networkd may change their addresses and routes; after this: networkctl reload", m.NetworkFile),
-			fix{file: "/etc/systemd/network/10-overlayd.network", content: "10-overlayd.network"})...)
+	if m.NetworkFile != "" {
+		reason := fmt.Sprintf("%s fits %s: systemd-networkd may change its addresses, routes and ports; after this: networkctl reload", m.NetworkFile, m.Managed)
+		if dropInCovers(m.Managed) {
+			out = append(out, fixable(Warn, reason, fix{file: "/etc/systemd/network/10-overlayd.network", content: "10-overlayd.network"})...)
+		} else {
+			out = append(out, warn(reason, fmt.Sprintf(`printf '[Match]\nName=%[1]s\n[Link]\nUnmanaged=yes\n' > /etc/systemd/network/10-%[1]s.network`, m.Managed))...)
+		}
 	}
 	if !m.ForeignRoutes {
 		out = append(out, fixable(Warn, "when systemd-networkd starts or configures a device again, it removes routes and rules that it did not make; this tells it not to, from its next start on",
@@ -48,10 +52,33 @@ func judgeNetworkManager(f Facts) []Finding {
 		return f.unseen("nmcli device status")
 	case !m.NetworkManager:
 		return ok("it does not run")
+	case m.NMManages != "":
+		var out []string
+		covered := true
+		for name := range strings.SplitSeq(m.NMManages, ", ") {
+			out = append(out, "nmcli device set "+name+" managed no")
+			covered = covered && dropInCovers(name)
+		}
+		reason := fmt.Sprintf("it manages %s, and takes addresses and ports away with `nmcli networking off`, or when a connection ends", m.NMManages)
+		if m.NMIgnores || !covered {
+			return warn(reason+"; this holds until the next boot, /etc/NetworkManager/conf.d has to name the device for longer", out...)
+		}
+		found := fixable(Warn, reason+"; after this: nmcli general reload", fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"})
+		found[0].Mend = append(found[0].Mend, out...)
+		return found
+	case m.NMAnswers:
+		return ok("it manages none of overlayd's devices, nor the pods' bridge")
 	case !m.NMIgnores:
-		return fixable(Warn, "nothing tells it to leave overlayd's devices alone; after this: nmcli general reload", fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"})
+		return fixable(Warn, "it does not say what it does (nmcli device), and nothing tells it to leave overlayd's devices alone; after this: nmcli general reload",
+			fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"})
 	}
-	return ok("it leaves overlayd's devices alone")
+	return ok("it is told to leave overlayd's devices alone")
+}
+
+// dropInCovers reports whether the drop-in files name a device.
+func dropInCovers(name string) bool {
+	text, err := dropins.ReadFile("dropins/10-overlayd.network")
+	return err == nil && device{name: name}.matches(string(text))
 }
 
 func judgeUdev(f Facts) []Finding {

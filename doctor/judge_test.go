@@ -111,6 +111,18 @@ func healthy(t *testing.T) Facts {
 	return f
 }
 
+// bridgeWas has the daemon remember a bridge with an address and ports, which are devices without a master now.
+func (f *Facts) bridgeWas(name, address string, ports ...string) {
+	b := netstate.PodBridge{Name: name, Addrs: addr.Per[netip.Prefix]{V4: prefixOf(address)}}
+	h := &f.Survey.Host
+	h.Links = append(slices.Clone(h.Links), netstate.HostLink{Index: 40, Name: name, Kind: "bridge", Up: true})
+	for i, p := range ports {
+		b.Ports = append(b.Ports, netstate.BridgePort{Index: 50 + i, Name: p})
+		h.Links = append(h.Links, netstate.HostLink{Index: 50 + i, Name: p, Kind: "veth", Up: true})
+	}
+	f.Memory = &memory{Node: f.Identity, Bridges: []netstate.PodBridge{b}}
+}
+
 // dual makes the network one of both families.
 func (f *Facts) dual(t *testing.T) {
 	tab := table(t, `{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48"}`)
@@ -641,6 +653,17 @@ func TestJudges(t *testing.T) {
 			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
 			f.address("cni0", "172.17.0.1/16")
 		}},
+		{"the bridge lost its address and ports", "bridge", Fail, "cni0 has lost its address 10.244.1.1/24, the gateway of this node's pods; cni0 has lost 1 of its ports (veth1): pods there are cut off; " +
+			"another program took that, see systemd-networkd and NetworkManager", "ip address replace 10.244.1.1/24 dev cni0", func(f *Facts) {
+			f.bridgeWas("cni0", "10.244.1.1/24", "veth1")
+			f.System.Managers = Managers{Networkd: true, NetworkFile: "/all.network", Managed: "cni0", ForeignRoutes: true, NetworkManager: true, NMAnswers: true, NMManages: "cni0"}
+			f.Survey.Host.Addresses = f.Survey.Host.Addresses[:2]
+		}},
+		{"the bridge has all that it had", "bridge", OK, "cni0 has an address", "", func(f *Facts) { f.bridgeWas("cni0", "10.244.1.1/24") }},
+		{"the bridge was removed with its pods", "bridge", OK, "there is none yet", "", func(f *Facts) {
+			f.Memory = &memory{Node: f.Identity, Bridges: []netstate.PodBridge{{Name: "br-pods", Addrs: addr.Per[netip.Prefix]{V4: prefixOf("10.244.1.1/24")}, Ports: []netstate.BridgePort{{Index: 99, Name: "veth9"}}}}}
+			f.Survey.Links, f.Survey.Host.Addresses = f.Survey.Links[:2], f.Survey.Host.Addresses[:2]
+		}},
 		{"no bridge yet", "bridge", OK, "there is none yet", "", func(f *Facts) {
 			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
 			f.Survey.Host = f.Survey.Host.Indexed()
@@ -707,9 +730,27 @@ func TestJudges(t *testing.T) {
 			f.sortChains([]netstate.FilterChain{c})
 		}},
 		{"networkd", "systemd-networkd", Warn, "/etc/systemd/network/all.network fits", "overlayd doctor --fix   # writes /etc/systemd/network/10-overlayd.network", func(f *Facts) {
-			f.System.Managers = Managers{Networkd: true, NetworkFile: "/etc/systemd/network/all.network", ForeignRoutes: true}
+			f.System.Managers = Managers{Networkd: true, NetworkFile: "/etc/systemd/network/all.network", Managed: "cni0", ForeignRoutes: true}
+		}},
+		{"networkd, and a bridge that the drop-in does not name", "systemd-networkd", Warn, "all.network fits br7", "Name=br7", func(f *Facts) {
+			f.System.Managers = Managers{Networkd: true, NetworkFile: "/etc/systemd/network/all.network", Managed: "br7", ForeignRoutes: true}
 		}},
 		{"networkd's routes", "systemd-networkd", Warn, "removes routes and rules", "/etc/systemd/networkd.conf.d/overlayd.conf", func(f *Facts) { f.System.Managers = Managers{Networkd: true} }},
+		{"NetworkManager manages the bridge", "NetworkManager", Warn, "it manages br-pods, veth1,", "/etc/NetworkManager/conf.d/overlayd.conf", func(f *Facts) {
+			f.System.Managers = Managers{NetworkManager: true, NMAnswers: true, NMManages: "br-pods, veth1"}
+		}},
+		{"NetworkManager manages the bridge in spite of the file", "NetworkManager", Warn, "it manages br-pods,", "nmcli device set br-pods managed no", func(f *Facts) {
+			f.System.Managers = Managers{NetworkManager: true, NMIgnores: true, NMAnswers: true, NMManages: "br-pods"}
+		}},
+		{"NetworkManager manages a bridge that the drop-in does not name", "NetworkManager", Warn, "it manages br7,", "nmcli device set br7 managed no", func(f *Facts) {
+			f.System.Managers = Managers{NetworkManager: true, NMAnswers: true, NMManages: "br7"}
+		}},
+		{"NetworkManager manages none, by whatever file", "NetworkManager", OK, "it manages none of overlayd's devices", "", func(f *Facts) {
+			f.System.Managers = Managers{NetworkManager: true, NMAnswers: true}
+		}},
+		{"NetworkManager does not answer, and has the file", "NetworkManager", OK, "it is told to leave", "", func(f *Facts) {
+			f.System.Managers = Managers{NetworkManager: true, NMIgnores: true}
+		}},
 		{"NetworkManager", "NetworkManager", Warn, "nothing tells it", "/etc/NetworkManager/conf.d/overlayd.conf", func(f *Facts) { f.System.Managers = Managers{NetworkManager: true} }},
 		{"udev", "udev", Warn, "MACAddressPolicy=persistent", "10-overlayd.link", func(f *Facts) {
 			f.System.Managers = Managers{Udev: true, LinkFile: "/usr/lib/systemd/network/99-default.link", MACPolicy: "persistent"}

@@ -64,12 +64,14 @@ func (n cniNetwork) within(subnet netip.Prefix) bool {
 type Managers struct {
 	Networkd, NetworkManager, Udev bool // it runs
 
-	NetworkFile   string // the .network file that systemd-networkd takes for our device; "" is none
-	Unmanaged     bool   // that file says so
+	NetworkFile   string // the .network file by which systemd-networkd configures Managed; "" is none
+	Managed       string // one of our devices, the pods' bridge or a port of it
 	LinkFile      string // the .link file that udev takes for our device
 	MACPolicy     string // that file's
 	ForeignRoutes bool   // networkd is told to leave others' routes and rules alone
-	NMIgnores     bool   // NetworkManager is told to leave our devices alone
+	NMIgnores     bool   // a file of NetworkManager's names our devices
+	NMAnswers     bool   // it says what it does with those of them that are there
+	NMManages     string // those that it manages, with commas
 }
 
 // support is one thing that the kernel and the system must be able to do.
@@ -94,13 +96,16 @@ func (s udpSocket) inTheWayOf(d tunnel) bool {
 }
 
 // lookAtSystem reads what judges ask for. The settings are those of the network namespace of the calling thread.
-func lookAtSystem(r root, s netstate.Survey) SystemFacts {
+func lookAtSystem(r root, s netstate.Survey, bridges []netstate.PodBridge) SystemFacts {
 	var f SystemFacts
 	f.Sysctls = readSysctls(r, s)
 	f.MachineID, f.HasMachineID = r.read("etc/machine-id")
 	f.Sockets = readSockets(r)
 	f.NeighbourTable.Overflows, f.NeighbourTable.Known = tableOverflows(r)
-	f.Managers = lookAtManagers(r)
+	f.Managers = lookAtManagers(r, managedLike(s, bridges))
+	if f.Managers.NetworkManager {
+		f.Managers.NMManages, f.Managers.NMAnswers = askNetworkManager(managedLike(s, bridges))
+	}
 	f.Firewalld = r.exists("run/firewalld") || r.exists("run/firewalld.pid")
 	conf, _ := r.read("etc/ufw/ufw.conf")
 	f.UFW = slices.Contains(strings.Fields(strings.ToUpper(conf)), "ENABLED=YES")
@@ -263,19 +268,82 @@ func tableOverflows(r root) (int, bool) {
 	return sum, known
 }
 
-// lookAtManagers asks who else would configure a device called like ours.
-func lookAtManagers(r root) Managers {
-	const like = "overlay.1"
+// device is one that no network manager should configure.
+type device struct {
+	name, kind string
+	there      bool
+}
+
+// managedLike lists our devices, the pods' bridges and their ports. Of a kind that is not there yet it is one with the usual name; of ports,
+// which are all alike, it is one of each bridge.
+func managedLike(s netstate.Survey, bridges []netstate.PodBridge) []device {
+	out := []device{}
+	add := func(name, kind string) {
+		if l, ok := s.Host.Link(name); ok && !slices.ContainsFunc(out, func(d device) bool { return d.name == name }) {
+			out = append(out, device{name, l.Kind, true})
+		} else if !slices.ContainsFunc(out, func(d device) bool { return d.kind == kind }) {
+			out = append(out, device{name, kind, false})
+		}
+	}
+	for _, l := range s.Host.Links {
+		if l.Tunnel {
+			add(l.Name, "vxlan")
+		}
+	}
+	add("overlay.1", "vxlan")
+	for _, b := range bridges {
+		if _, ok := s.Host.Link(b.Name); !ok {
+			continue
+		}
+		add(b.Name, "bridge")
+		if i := slices.IndexFunc(s.Host.Links, func(l netstate.HostLink) bool { return l.Master == b.Name }); i >= 0 {
+			add(s.Host.Links[i].Name, "veth")
+		} else if len(b.Ports) > 0 { // it has lost them
+			add(b.Ports[0].Name, "veth")
+		}
+	}
+	add("cni0", "bridge")
+	add("veth0", "veth")
+	return out
+}
+
+// askNetworkManager lists those of the devices that NetworkManager manages. Not known: it does not answer, or none of them is there.
+func askNetworkManager(devices []device) (manages string, known bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	var names []string
+	for _, d := range devices {
+		if !d.there {
+			continue
+		}
+		cmd := exec.CommandContext(ctx, "nmcli", "-g", "GENERAL.NM-MANAGED", "device", "show", d.name)
+		cmd.Env = append(os.Environ(), "LC_ALL=C")
+		out, err := cmd.Output()
+		switch said := strings.TrimSpace(string(out)); {
+		case err == nil && said == "yes":
+			names, known = append(names, d.name), true
+		case err == nil && said == "no":
+			known = true
+		}
+	}
+	return strings.Join(names, ", "), known
+}
+
+// lookAtManagers asks who else would configure devices like these.
+func lookAtManagers(r root, devices []device) Managers {
 	m := Managers{
 		Udev: r.exists("run/udev/control"),
 		// What these two leave in /run stays when they end.
 		Networkd:       r.exists("run/systemd/netif/state") && runs(r, "systemd-network"),
 		NetworkManager: r.exists("run/NetworkManager") && runs(r, "NetworkManager"),
 	}
-	if file, text := firstMatch(r, ".network", like); file != "" {
-		m.NetworkFile, m.Unmanaged = file, isTrue(lastValue(text, "Link", "Unmanaged"))
+	for _, d := range devices {
+		if file, text := firstMatch(r, ".network", d); file != "" && !isTrue(lastValue(text, "Link", "Unmanaged")) {
+			m.NetworkFile, m.Managed = file, d.name
+			break
+		}
 	}
-	if file, text := firstMatch(r, ".link", like); file != "" {
+	if file, text := firstMatch(r, ".link", devices[0]); file != "" {
 		m.LinkFile, m.MACPolicy = file, lastValue(text, "Link", "MACAddressPolicy")
 	}
 	routes, rules := networkdSetting(r, "ManageForeignRoutes"), networkdSetting(r, "ManageForeignRoutingPolicyRules")
@@ -307,20 +375,24 @@ func unitFiles(r root, folder, suffix string) []string {
 	return out
 }
 
-// firstMatch finds the file of /etc/systemd/network and its like that is taken for a VXLAN device of this name: the first in the order of
-// the names whose [Match] fits.
-func firstMatch(r root, suffix, device string) (file, text string) {
+// firstMatch finds the file of /etc/systemd/network and its like that is taken for a device: the first in the order of the names whose
+// [Match] fits.
+func firstMatch(r root, suffix string, d device) (file, text string) {
 	for _, f := range unitFiles(r, "network", suffix) {
 		text, _ := r.read(f)
-		if matchesDevice(text, device) {
+		if d.matches(text) {
 			return "/" + f, text
 		}
 	}
 	return "", ""
 }
 
-// matchesDevice reports whether a [Match] section fits a VXLAN device of this name. A condition that is not known here does not fit.
-func matchesDevice(text, device string) bool {
+// matches reports whether a [Match] section fits a device. A condition that is not known here does not fit.
+func (d device) matches(text string) bool {
+	typ := "ether"
+	if d.kind == "bridge" {
+		typ = "bridge"
+	}
 	any := false
 	for _, kv := range section(text, "Match") {
 		any = true
@@ -328,7 +400,7 @@ func matchesDevice(text, device string) bool {
 		for word := range strings.FieldsSeq(kv[1]) {
 			not := strings.HasPrefix(word, "!")
 			pattern := strings.TrimPrefix(word, "!")
-			value := map[string]string{"Name": device, "OriginalName": device, "Type": "ether", "Kind": "vxlan"}[kv[0]]
+			value := map[string]string{"Name": d.name, "OriginalName": d.name, "Type": typ, "Kind": d.kind}[kv[0]]
 			hit, _ := path.Match(pattern, value)
 			fits = fits || hit != not && value != ""
 		}

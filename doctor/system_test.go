@@ -106,15 +106,16 @@ func TestManagers(t *testing.T) {
 		"etc/systemd/networkd.conf":               "[Network]\n#ManageForeignRoutes=no\n",
 		"etc/NetworkManager/NetworkManager.conf":  "[main]\nplugins=keyfile\n",
 	})
+	usual := managedLike(netstate.Survey{}, nil)
 	want := Managers{
-		Networkd: true, NetworkManager: true, Udev: true, NetworkFile: "/etc/systemd/network/50-all.network",
+		Networkd: true, NetworkManager: true, Udev: true, NetworkFile: "/etc/systemd/network/50-all.network", Managed: "overlay.1",
 		LinkFile: "/usr/lib/systemd/network/99-default.link", MACPolicy: "persistent",
 	}
-	if m := lookAtManagers(root(dir)); m != want {
+	if m := lookAtManagers(root(dir), usual); m != want {
 		t.Errorf("%+v", m)
 	}
 	f := healthy(t)
-	f.System.Managers = lookAtManagers(root(dir))
+	f.System.Managers = lookAtManagers(root(dir), usual)
 	report := Report{Findings: judge(f)}
 	if n := report.Count(Warn); n != 4 {
 		t.Errorf("%d warnings: %+v", n, report.Findings)
@@ -128,7 +129,7 @@ func TestManagers(t *testing.T) {
 			t.Errorf("%+v", d)
 		}
 	}
-	f.System.Managers = lookAtManagers(root(dir))
+	f.System.Managers = lookAtManagers(root(dir), usual)
 	for _, x := range judge(f) {
 		if x.Mark == Warn || x.Mark == Fail {
 			t.Errorf("%+v", x)
@@ -141,8 +142,85 @@ func TestManagers(t *testing.T) {
 		}
 	}
 	// Those that do not run are nobody.
-	if m := lookAtManagers(root(files(t, map[string]string{"run/systemd/netif/state": "", "proc/7/comm": "bash\n"}))); m.Networkd {
+	if m := lookAtManagers(root(files(t, map[string]string{"run/systemd/netif/state": "", "proc/7/comm": "bash\n"})), usual); m.Networkd {
 		t.Errorf("%+v", m)
+	}
+}
+
+// NetworkManager is asked what it does with the devices that are there: with the words of the real nmcli, which knows some of them.
+func TestAskNetworkManager(t *testing.T) {
+	bin := t.TempDir()
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	stub := func(script string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(bin, "nmcli"), []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link := func(i int, name, kind, master string) netstate.HostLink {
+		return netstate.HostLink{Index: i, Name: name, Kind: kind, Master: master, Tunnel: kind == "vxlan"}
+	}
+	s := netstate.Survey{Host: netstate.Host{Links: []netstate.HostLink{
+		link(2, "eth0", "device", ""), link(3, "overlay.1", "vxlan", ""), link(4, "br-pods", "bridge", ""), link(5, "veth1", "veth", "br-pods"), link(6, "veth2", "veth", "br-pods"),
+	}}.Indexed()}
+	devices := managedLike(s, []netstate.PodBridge{{Name: "br-pods"}, {Name: "cni0"}})
+	if want := []device{{"overlay.1", "vxlan", true}, {"br-pods", "bridge", true}, {"veth1", "veth", true}}; !reflect.DeepEqual(devices, want) {
+		t.Errorf("devices %v", devices)
+	}
+	is := func(what, manages string, known bool) {
+		t.Helper()
+		if m, k := askNetworkManager(devices); m != manages || k != known {
+			t.Errorf("%s: manages %q, known %v", what, m, k)
+		}
+	}
+	const answers = `[ "$1 $2 $3 $4" = "-g GENERAL.NM-MANAGED device show" ] && [ $# = 5 ] && [ "$LC_ALL" = C ] || exit 2
+case $5 in
+overlay.1) echo no;;
+br-pods) echo yes;;
+*) echo "Error: Device '$5' not found." >&2; exit 10;;
+esac`
+	stub(answers)
+	is("one", "br-pods", true)
+	stub(strings.Replace(answers, "echo yes", "echo no", 1))
+	is("none", "", true)
+	stub("echo 'Error: NetworkManager is not running.' >&2; exit 8")
+	is("it does not answer", "", false)
+	devices = managedLike(netstate.Survey{}, nil)
+	stub("echo yes")
+	is("no device is there", "", false)
+}
+
+// A bridge and its ports are judged as the tunnel is, by the file that comes first.
+func TestNetworkdAndTheBridge(t *testing.T) {
+	t.Parallel()
+	all := map[string]string{
+		"run/systemd/netif/state": "", "proc/7/comm": "systemd-network\n",
+		"etc/systemd/network/50-all.network": "[Match]\nName=*\n",
+	}
+	of := func(dropIn string) string {
+		files1 := map[string]string{"etc/systemd/network/10-overlayd.network": dropIn}
+		for k, v := range all {
+			files1[k] = v
+		}
+		m := lookAtManagers(root(files(t, files1)), managedLike(netstate.Survey{}, nil))
+		return m.NetworkFile + " " + m.Managed
+	}
+	now, err := dropins.ReadFile("dropins/10-overlayd.network")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for dropIn, want := range map[string]string{
+		"[Match]\nName=overlay.*\n[Link]\nUnmanaged=yes\n":             "/etc/systemd/network/50-all.network cni0",
+		"[Match]\nName=overlay.*\nKind=vxlan\n[Link]\nUnmanaged=yes\n": "/etc/systemd/network/50-all.network cni0",
+		"[Match]\nName=overlay.* cni0\n[Link]\nUnmanaged=yes\n":        "/etc/systemd/network/50-all.network veth0",
+		"[Match]\nType=bridge\n[Network]\nDHCP=yes\n":                  "/etc/systemd/network/50-all.network overlay.1",
+		"[Match]\nName=overlay.*\nType=ether\n[Link]\nUnmanaged=yes\n": "/etc/systemd/network/50-all.network cni0",
+		"[Match]\nKind=vxlan bridge veth\n[Link]\nUnmanaged=yes\n":     " ",
+		string(now): " ",
+	} {
+		if got := of(dropIn); got != want {
+			t.Errorf("%q: %q, want %q", dropIn, got, want)
+		}
 	}
 }
 

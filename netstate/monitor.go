@@ -275,8 +275,8 @@ func (e *expectation) link(added bool, body []byte) bool {
 	if len(body) < unix.SizeofIfInfomsg {
 		return false
 	}
-	if body[0] == unix.AF_BRIDGE { // about a bridge's port
-		return false
+	if body[0] == unix.AF_BRIDGE { // a port, perhaps of the pods' bridge: whether it comes makes no difference
+		return !added
 	}
 	ifindex, flags := u32(body[4:]), u32(body[8:])
 	l := Link{Down: flags&unix.IFF_UP == 0}

@@ -144,6 +144,21 @@ func daemon() []Fault {
 			Bound:  lossless(withinASecond), Log: `repaired.*: subnet-file`, Seen: repairs("subnet-file", "subnet.env"),
 		},
 		{
+			Name: "the pods' bridge stripped of its addresses and ports, as a network manager does", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
+			Inject: Once(stripBridge), Hold: 2 * time.Second, Log: `problem: pod-bridge`,
+			Restore: Once(giveBridgeBack),
+			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
+			Seen: degrades("pod-bridge", "cni0 has lost its address .*the gateway of this node's pods.*cni0 has lost 1 of its ports .*pods there are cut off: ip ").in(8 * time.Second).
+				diagnosed(`^FAIL bridge cni0 is down: .*cni0 has lost its address .*cni0 has lost 1 of its ports`),
+		},
+		{
+			Name: "the pods' bridge stripped while the daemon is down", On: []string{OnVXLAN, OnDual},
+			Inject: Steps(Wait(2*time.Second), stopDaemon, Once(stripBridge), startDaemon), Hold: 2 * time.Second, Log: `problem: pod-bridge`,
+			Restore: Once(giveBridgeBack),
+			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
+			Seen:    degrades("pod-bridge", "cni0 has lost its address ").in(12 * time.Second).diagnosed(`^FAIL bridge cni0 is down: .*cni0 has lost its address .*cni0 has lost 1 of its ports`),
+		},
+		{
 			Name: "clock jump", Skip: "the clock is the whole machine's; time namespaces shift only clocks that never jump",
 		},
 	}
@@ -174,6 +189,17 @@ func wipe(ctx context.Context, s *Site) error {
 		Once(`nft flush ruleset; $IPT -w -F; $IPT -w -t nat -F; $IPT -w -X; $IPT -w -t nat -X; ipset destroy; rm -f "$SUBNET_FILE"`),
 	)(ctx, s)
 }
+
+// stripBridge does to the pods' bridge what `nmcli networking off` does to one that NetworkManager manages.
+const stripBridge = `ip -o addr show dev cni0 scope global | sed 's/.*inet6* \([^ ]*\).*/\1/' > "$STATE_DIR/addresses"
+	ip -br link show master cni0 | sed 's/[@ ].*//' > "$STATE_DIR/ports"
+	for p in $(cat "$STATE_DIR/ports"); do ip link set $p nomaster; done
+	ip addr flush dev cni0; ip link set cni0 down`
+
+const giveBridgeBack = `ip link set cni0 up; for a in $(cat "$STATE_DIR/addresses"); do
+		case $a in *:*) ip addr replace $a dev cni0 nodad;; *) ip addr replace $a brd + dev cni0;; esac
+	done
+	for p in $(cat "$STATE_DIR/ports"); do ip link set $p up master cni0; bridge link set dev $p hairpin on; done; rm "$STATE_DIR/addresses" "$STATE_DIR/ports"`
 
 // otherPort is a network config with another UDP port, and usesPort holds when the devices of all nodes have it.
 func otherPort(old string) string { return strings.ReplaceAll(old, "8472", "8473") }
