@@ -114,6 +114,20 @@ type Settings struct {
 	GivenIdentity bool
 }
 
+// StoreOptions are the options of the store: those of the daemon where one runs, but for what the command line gives.
+// Every command that needs the store finds it so.
+func (s Settings) StoreOptions(daemon *status.Node) etcd.Options {
+	o := s.Store
+	if daemon != nil && !s.GivenEndpoints && len(daemon.Store.Endpoints) > 0 {
+		o.Endpoints = daemon.Store.Endpoints
+	}
+	if daemon != nil && !s.GivenPrefix && daemon.Store.Prefix != "" {
+		o.Prefix = daemon.Store.Prefix
+	}
+	o.InitConfig = nil
+	return o
+}
+
 // Options are what an examination needs.
 type Options struct {
 	Settings

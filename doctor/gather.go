@@ -231,19 +231,11 @@ func (f *Facts) takeStatus(o Options, said answer[status.Node]) {
 	}
 }
 
-// storeOptions are the options of the store: the daemon's own where it runs, but for what the command line gives.
 func (f *Facts) storeOptions() etcd.Options {
-	o := f.Settings.Store
 	if f.Daemon.Running {
-		if s := f.Daemon.Status.Store; !f.GivenEndpoints && len(s.Endpoints) > 0 {
-			o.Endpoints = s.Endpoints
-		}
-		if s := f.Daemon.Status.Store; !f.GivenPrefix && s.Prefix != "" {
-			o.Prefix = s.Prefix
-		}
+		return f.StoreOptions(&f.Daemon.Status)
 	}
-	o.InitConfig = nil
-	return o
+	return f.StoreOptions(nil)
 }
 
 // look reads what is on this node.

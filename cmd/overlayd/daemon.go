@@ -103,6 +103,9 @@ func daemon(ctx context.Context, f flags) error {
 	defer kernel.Close()
 	kernel.SysctlDir = f.sysctlDir
 
+	if len(f.unknown) > 0 {
+		log.Warn("unknown variables in the environment", zap.Strings("variables", f.unknown))
+	}
 	log.Info("overlayd starts", zap.String("version", version), zap.String("node", opts.Identity.NodeName), zap.String("id", opts.Identity.NodeID),
 		zap.Strings("etcd", storeOpts.Endpoints), zap.String("prefix", storeOpts.Prefix))
 	fw.Sets = newSets()

@@ -5,12 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/netip"
 	"os"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -26,12 +23,8 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// defaultEnvFile is where the systemd unit has the daemon's settings, see dist/systemd.
-const defaultEnvFile = "/etc/overlayd/overlayd.env"
-
 // doctorFlags are how the doctor is asked.
 type doctorFlags struct {
-	envFile  string
 	fix      bool
 	problems bool
 	output   string
@@ -47,11 +40,10 @@ func doctorCommand(f *flags) *cobra.Command {
 running daemon: with one, it takes the settings from it, and what it can't know (secrets, TLS files) from flags, the environment and
 the file that systemd gives to the daemon, in this order. Exit status: 0 nothing fails, 1 something does, 2 wrong usage.`,
 		// Instead of that of all commands: wrong settings are a finding here.
-		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return d.read(cmd.Flags(), f) },
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return d.read(cmd, f) },
 		RunE:              func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context(), f, cmd.OutOrStdout()) },
 	}
 	own := pflag.NewFlagSet("doctor", pflag.ContinueOnError)
-	own.StringVar(&d.envFile, "env-file", defaultEnvFile, "`file` with the daemon's environment; it need not be there")
 	own.BoolVar(&d.fix, "fix", false, "mend what is safe to mend (settings of the kernel, files that keep other programs off), and look again")
 	own.BoolVar(&d.problems, "problems", false, "show only what is not as it should be")
 	own.StringVarP(&d.output, "output", "o", "text", "text or json")
@@ -61,42 +53,17 @@ the file that systemd gives to the daemon, in this order. Exit status: 0 nothing
 	f.addDaemon(daemon)
 	daemon.VisitAll(func(x *pflag.Flag) { x.Hidden = true })
 	cmd.Flags().AddFlagSet(daemon)
-	return cmd
+	return f.addEnvFile(cmd)
 }
 
-// isOwn tells the flags of the doctor from those of the daemon.
-func isOwn(flag string) bool {
-	return slices.Contains([]string{"env-file", "fix", "problems", "output", "help"}, flag)
-}
-
-// read puts the settings together: flags come before the environment, that before the file.
-func (d *doctorFlags) read(s *pflag.FlagSet, f *flags) error {
-	o := doctor.Settings{GivenEndpoints: s.Changed("etcd-endpoints"), GivenPrefix: s.Changed("etcd-prefix")}
-	if v, ok := os.LookupEnv(envName("env-file")); ok && !s.Changed("env-file") {
-		d.envFile = v
-	}
+// read has wrong settings as findings.
+func (d *doctorFlags) read(cmd *cobra.Command, f *flags) error {
+	wrong := f.read(cmd)
+	o := f.settings()
 	o.Service = doctor.Service{Namespace: os.Getenv("POD_NAMESPACE"), Pod: os.Getenv("POD_NAME")} // as dist/kubernetes sets them
-	o.EnvFile = d.envFile
-	var file map[string]string
-	file, o.EnvFileErr = doctor.ReadEnvFile(d.envFile)
-	known := map[string]bool{}
-	s.VisitAll(func(x *pflag.Flag) { known[envName(x.Name)] = !isOwn(x.Name) })
-	wrong := fromEnvironment(s, func(name string) (string, bool) {
-		if v, ok := os.LookupEnv(name); ok {
-			return v, true
-		}
-		v, ok := file[name]
-		return v, ok && known[name]
-	})
-	for _, name := range slices.Sorted(maps.Keys(file)) {
-		if strings.HasPrefix(name, "OVERLAYD_") && !known[name] {
-			o.UnknownKeys = append(o.UnknownKeys, name)
-		}
-	}
+	o.UnknownKeys = unknownSettings(cmd.Root(), f.file.vars)
 	o.ByDefault = len(f.ifaces)+len(f.ifaceRegexes) == 0 && f.ifaceCanReach == ""
-	o.Identity, o.IdentityErr = f.identity()
-	o.GivenIdentity = f.nodeName != "" || f.nodeID != "" || file != nil
-	o.Store, o.SubnetFile, o.StateDir, o.Forwards, o.ForwardFW = f.store, f.subnetFile, f.stateDir, f.ipForward, f.forwardRules
+	o.Forwards, o.ForwardFW = f.ipForward, f.forwardRules
 	o.Wrong = errors.Join(wrong, f.wrong(o.IdentityErr))
 	d.settings = o
 	if d.output != "text" && d.output != "json" {

@@ -222,6 +222,7 @@ func TestOperatorCommands(t *testing.T) {
 	env := []string{
 		"HTTPS_PROXY=http://192.0.2.1:3128", "HTTP_PROXY=http://192.0.2.1:3128", "ALL_PROXY=socks5://192.0.2.1:1080", "https_proxy=http://192.0.2.1:3128",
 		"GRPC_GO_LOG_SEVERITY_LEVEL=info", "GRPC_GO_LOG_VERBOSITY_LEVEL=99",
+		"OVERLAYD_IFACES=eth7", "OVERLAYD_SERVICE_HOST=10.96.0.9",
 	}
 	l := labtest.Up(t, lab.Options{
 		Backend: lab.VXLAN, Direct: true, Stack: lab.StackDual, Overlayd: overlayd, Nodes: 3,
@@ -245,6 +246,36 @@ func TestOperatorCommands(t *testing.T) {
 			t.Errorf("another logger than overlayd's wrote %q", line)
 		}
 	}
+	if !strings.Contains(string(log), `"msg":"unknown variables in the environment","variables":["OVERLAYD_IFACES"]`) {
+		t.Errorf("it does not warn about the variable that it does not know:\n%s", log)
+	}
+	// Commands find the store without being told: by the daemon, and by its settings.
+	file := filepath.Join(t.TempDir(), "overlayd.env")
+	settings := fmt.Sprintf("OVERLAYD_ETCD_ENDPOINTS=%q\nOVERLAYD_NODE_NAME=%s\nOVERLAYD_NODE_ID=%s\nOVERLAYD_SOCKET=%s\n",
+		strings.Join(l.Etcd().URLs(), ","), n1.Name, n1.Spec().ID, n1.Socket())
+	if err := os.WriteFile(file, []byte(settings), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	finds := func(rc string, args ...string) string {
+		t.Helper()
+		out, err := n1.Run(t.Context(), overlayd, args...)
+		if text := fmt.Sprint(err); (rc != "") != (err != nil) || !strings.Contains(text, rc) {
+			t.Errorf("%s: %v\n%s", args, err, out)
+		}
+		return out
+	}
+	for _, args := range [][]string{
+		{"--socket", n1.Socket(), "--env-file", "/none"}, {"--env-file", file, "--socket", "/none"}, {"--env-file", file},
+	} {
+		out := finds("", append([]string{"leases"}, args...)...)
+		if strings.Count(out, "mine") != 1 || strings.Count(out, "other") != 2 {
+			t.Errorf("leases %s:\n%s", args, out)
+		}
+	}
+	if out := finds("", "status", "--env-file", file); !strings.Contains(out, n1.Name) {
+		t.Errorf("status --env-file:\n%s", out)
+	}
+	finds("exit status 1", "leases", "--env-file", file, "--etcd-endpoints", "http://127.0.0.1:1") // the command line wins
 	out, _ := run("doctor", "--env-file", "/none", "--socket", n1.Socket())
 	if !strings.Contains(out, "2 of 2 endpoints answer") || strings.Contains(out, "[core]") {
 		t.Errorf("doctor:\n%s", out)

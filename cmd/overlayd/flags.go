@@ -34,8 +34,12 @@ const (
 
 // flags is everything that an operator can set, as it was typed.
 type flags struct {
-	store      etcd.Options
-	initConfig string
+	store                       etcd.Options
+	givenEndpoints, givenPrefix bool // on the command line
+	initConfig                  string
+
+	file    envFile  // of commands; the daemon has its environment
+	unknown []string // variables of the environment that look like settings
 
 	nodeName, nodeID     string
 	subnetFile, stateDir string

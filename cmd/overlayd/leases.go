@@ -11,11 +11,9 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"go.uber.org/zap"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/subnet"
-	"github.com/overlayd/overlayd/subnet/etcd"
 )
 
 // leaseRow is one line of `overlayd leases`, and one element of its JSON.
@@ -41,7 +39,7 @@ func leasesCommand(f *flags) *cobra.Command {
 			if output != "table" && output != "json" {
 				return usageError{fmt.Errorf("--output: expected table or json, found %q", output)}
 			}
-			rows, harmful, err := listLeases(cmd.Context(), *f)
+			rows, harmful, err := f.listLeases(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -57,14 +55,14 @@ func leasesCommand(f *flags) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "table", "`form` of the list: table or json")
-	return cmd
+	return f.addEnvFile(cmd)
 }
 
 // listLeases also lists the keys that harm flannel's nodes.
-func listLeases(ctx context.Context, f flags) (rows []leaseRow, harmful []string, err error) {
-	store, err := etcd.New(f.store, zap.NewNop())
+func (f *flags) listLeases(ctx context.Context) (rows []leaseRow, harmful []string, err error) {
+	store, id, err := f.openStore(ctx)
 	if err != nil {
-		return nil, nil, usageError{err}
+		return nil, nil, err
 	}
 	defer store.Close()
 	table, err := store.List(ctx)
@@ -75,11 +73,10 @@ func listLeases(ctx context.Context, f flags) (rows []leaseRow, harmful []string
 	if err != nil {
 		return nil, nil, err
 	}
-	id, idErr := f.identity()                      // who can't be told owns none of them
 	rows = make([]leaseRow, 0, len(table.Entries)) // not null in JSON
 	for _, e := range table.Entries {
 		r := rowOf(e)
-		r.Mine = idErr == nil && e.Identity == id
+		r.Mine = e.Identity == id && id.NodeID != ""
 		if t, ok := expiries[e.LeaseID]; ok {
 			r.Expires = new(time.Now().Add(t).Round(time.Second))
 		}

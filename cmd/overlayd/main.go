@@ -70,14 +70,12 @@ func root() *cobra.Command {
 (VXLAN or direct routes), and masquerades what leaves the network. Without a subcommand it runs as the daemon.
 
 Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ETCD_ENDPOINTS.`,
-		Args:          noArgs,
-		Version:       version,
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			return fromEnvironment(cmd.Flags(), os.LookupEnv)
-		},
-		RunE: func(cmd *cobra.Command, _ []string) error { return daemon(cmd.Context(), f) },
+		Args:              noArgs,
+		Version:           version,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return f.read(cmd) },
+		RunE:              func(cmd *cobra.Command, _ []string) error { return daemon(cmd.Context(), f) },
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	f.addStore(cmd.PersistentFlags())
@@ -85,8 +83,10 @@ Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ET
 	f.addDaemon(cmd.Flags())
 	cmd.Flags().Bool("version", false, "print the version and exit") // without this, there is a -v for it, which is another thing in flannel
 	cmd.SetVersionTemplate("overlayd {{.Version}}\n")
-	cmd.AddCommand(statusCommand(&f), diffCommand(&f), logLevelCommand(&f), leasesCommand(&f), cleanupCommand(&f), versionCommand())
-	cmd.AddCommand(doctorCommand(&f))
+	for _, c := range []*cobra.Command{statusCommand(&f), diffCommand(&f), logLevelCommand(&f), cleanupCommand(&f)} {
+		cmd.AddCommand(f.addEnvFile(c)) // it may say where the socket and the files are
+	}
+	cmd.AddCommand(leasesCommand(&f), doctorCommand(&f), versionCommand())
 	cmd.CompletionOptions.DisableDefaultCmd = true
 	return cmd
 }
