@@ -23,7 +23,8 @@ type firewall struct {
 	drift   *driftLog
 	took    func(time.Duration) // told how long each look took
 
-	contested time.Time // when that was said last
+	contested bool      // another program wants the place of a jump of ours
+	said      time.Time // when that was said last
 
 	mu      sync.Mutex
 	checked time.Time // when it was last looked at, without an error
@@ -68,6 +69,9 @@ func (f *firewall) run(ctx context.Context) error {
 		if ctx.Err() == nil {
 			f.health.set(condFirewall, err)
 		}
+		if f.contested {
+			later.Reset(masquerade.MoveEvery)
+		}
 		if done = nil; err == nil {
 			done = wish
 		}
@@ -80,6 +84,7 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 	res, err := f.driver.Ensure(ctx, wish)
 	f.took(time.Since(began))
 	f.saw(err)
+	f.contested = slices.ContainsFunc(res.Drifts, func(d masquerade.Drift) bool { return d.Kind == masquerade.JumpContested })
 	if !again && len(res.Drifts) > 0 {
 		f.log.Info("firewall rules put in place", zap.Stringers("found", res.Drifts))
 	}
@@ -106,8 +111,8 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 
 // leave says once a minute that a jump is not where it belongs, and left there for now.
 func (f *firewall) leave(d masquerade.Drift) {
-	if time.Since(f.contested) >= driftEvery {
-		f.contested = time.Now()
+	if time.Since(f.said) >= driftEvery {
+		f.said = time.Now()
 		f.log.Warn("another program keeps putting its rules behind the jump to ours in FORWARD, "+
 			"which is now moved behind them only every few seconds", zap.Stringer("place", d))
 	}

@@ -164,7 +164,7 @@ func TestPace(t *testing.T) {
 		}
 		now = now.Add(time.Second)
 	}
-	if want := moveBurst + int(10*time.Minute/moveEvery); moves > want || moves < want-2 {
+	if want := moveBurst + int(10*time.Minute/MoveEvery); moves > want || moves < want-2 {
 		t.Errorf("%d moves in ten minutes, want %d", moves, want)
 	}
 }

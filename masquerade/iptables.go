@@ -66,23 +66,24 @@ type IPTables struct {
 }
 
 // pace bounds how often the call in FORWARD is moved, since another program may want the last place for itself:
-// moveBurst times at once, and then every moveEvery.
+// moveBurst times at once, and then every MoveEvery.
 type pace struct{ spent time.Time }
 
 const (
 	moveBurst = 10
-	moveEvery = 5 * time.Second
+	// MoveEvery is when to look again after a JumpContested.
+	MoveEvery = 5 * time.Second
 )
 
 // take returns the pace after one more move, and false while there must be none.
 func (p pace) take(now time.Time) (pace, bool) {
-	if p.spent.Sub(now) > (moveBurst-1)*moveEvery {
+	if p.spent.Sub(now) > (moveBurst-1)*MoveEvery {
 		return p, false
 	}
 	if p.spent.Before(now) {
 		p.spent = now
 	}
-	return pace{p.spent.Add(moveEvery)}, true
+	return pace{p.spent.Add(MoveEvery)}, true
 }
 
 // legacySighting is when a ruleset was seen in place in iptables-legacy: when the tables were like this.
