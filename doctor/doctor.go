@@ -134,6 +134,7 @@ type Options struct {
 	Root   string // where files are looked for instead of /; for tests
 	Daemon Daemon
 	Ping   Ping
+	Knock  Ping // with datagrams to a closed port, which a node refuses that ignores pings
 	Choose Choose
 	Owned  func(device string) bool // whether a VXLAN device of this name is ours
 	// NotRunning reports whether an error of Daemon says that no daemon runs.

@@ -20,6 +20,7 @@ func hostChecks() []check {
 		{"kernel", judgeSupport},
 		{"forwarding", judgeForwarding},
 		{"bridge netfilter", judgeBridgeFilter},
+		{"pings", judgeEcho},
 		{"interface", judgeInterface},
 		{"rp_filter", judgeRPFilter},
 		{"routes", judgeRoutes},
@@ -94,6 +95,18 @@ func judgeForwarding(f Facts) []Finding {
 		}
 	}
 	return orOK(out, "it is on")
+}
+
+// judgeEcho: pods don't depend on it, but what is seen of this node from outside does.
+func judgeEcho(f Facts) []Finding {
+	var out []Finding
+	for _, fam := range f.families() {
+		if s := ignoresPings(fam); f.System.Sysctls[s] == "1" {
+			out = append(out, warn(s+" is 1: this node answers no pings, so that other nodes can't tell well whether it is there",
+				fmt.Sprintf("sysctl -w %s=0", s))...)
+		}
+	}
+	return orOK(out, "this node answers them")
 }
 
 // judgeBridgeFilter: kube-proxy sends what goes to a service to one of its pods. The answers of a pod on the same bridge don't pass the

@@ -213,8 +213,9 @@ func judgePings(f Facts) []Finding {
 	if out := f.unpinged(); out != nil {
 		return out
 	}
-	var silent, lossy, refused []string
+	var silent, lossy, refused, mute []string
 	var notSent netip.Addr
+	var ignores string
 	var slowest time.Duration
 	for _, p := range f.Pings.Sample {
 		what := fmt.Sprintf("%s (%s)", p.name, p.target)
@@ -225,6 +226,9 @@ func judgePings(f Facts) []Finding {
 			silent = append(silent, what)
 		case p.small.Lost > 0:
 			lossy = append(lossy, what)
+		}
+		if p.mute {
+			mute, ignores = append(mute, what), ignoresPings(p.family())
 		}
 		slowest = max(slowest, p.small.RTT)
 	}
@@ -240,7 +244,11 @@ func judgePings(f Facts) []Finding {
 	if len(lossy) > 0 {
 		out = append(out, warn(fmt.Sprintf("some packets to %d of %d are lost: %s", len(lossy), n, few(lossy)))...)
 	}
-	return orOK(out, fmt.Sprintf("%d of %d pinged, all answer, in %s at most", n, f.Pings.Of, slowest.Round(10*time.Microsecond)))
+	all := fmt.Sprintf("%d of %d pinged, all answer, in %s at most", n, f.Pings.Of, slowest.Round(10*time.Microsecond))
+	if len(mute) > 0 {
+		all += fmt.Sprintf("; %s ignores pings (%s is 1 there?), and was asked by a datagram instead", few(mute), ignores)
+	}
+	return orOK(out, all)
 }
 
 // silent: where everybody is, it is this node or its network; where some are, it is them.
@@ -255,7 +263,7 @@ func (f Facts) silent(silent []string, n int) []Finding {
 	if len(silent) == 1 {
 		verb = "does"
 	}
-	return fail(fmt.Sprintf("%s %s not answer through the pod network: %s; run overlayd doctor there", who, verb, few(silent)), "overlayd status --peers", f.capture())
+	return fail(fmt.Sprintf("%s %s not answer through the pod network: %s; run overlayd doctor there, which also tells whether it ignores pings", who, verb, few(silent)), "overlayd status --peers", f.capture())
 }
 
 // someDevice is a device of ours.

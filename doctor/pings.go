@@ -28,6 +28,7 @@ type pinged struct {
 	peer
 	small, full Pong
 	sized       bool // a full packet was tried
+	mute        bool // it ignores pings, but refuses datagrams
 }
 
 func (p pinged) answers() bool { return p.small.answered() }
@@ -131,8 +132,33 @@ func (f *Facts) ping(ctx context.Context, o Options) {
 		}
 		f.Pings.Sample = append(f.Pings.Sample, q)
 	}
+	f.knock(ctx, o)
 	if f.recheck(ctx, o, full) {
 		f.findLargest(ctx, o, full)
+	}
+}
+
+// knock tries those that answer no ping with datagrams to a closed port.
+func (f *Facts) knock(ctx context.Context, o Options) {
+	var to []netip.Addr
+	for _, p := range f.Pings.Sample {
+		if !p.answers() && !p.small.refused() {
+			to = append(to, p.target)
+		}
+	}
+	if len(to) == 0 || o.Knock == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, longest(len(to)*pingCount))
+	defer cancel()
+	pongs, err := o.Knock(ctx, to, smallSize, pingCount, pingFor)
+	if err != nil {
+		return
+	}
+	for i := range f.Pings.Sample {
+		if p, pong := &f.Pings.Sample[i], find(pongs, f.Pings.Sample[i].target); !p.answers() && pong.answered() {
+			p.small, p.mute, p.sized = pong, true, false
+		}
 	}
 }
 

@@ -135,3 +135,27 @@ func TestFullPacketsFail(t *testing.T) {
 		t.Errorf("%+v", x)
 	}
 }
+
+// A peer that answers no ping is asked by a datagram, before it is called silent.
+func TestPeerIgnoresPings(t *testing.T) {
+	t.Parallel()
+	f := healthy(t)
+	first := f.Peers[0].target
+	f.Pings = PingFacts{}
+	pings := wire{passes: func(to netip.Addr, _ int) bool { return to != first }}
+	var knockedAt []netip.Addr
+	synctest.Test(t, func(t *testing.T) {
+		f.ping(t.Context(), Options{Ping: pings.ping, Knock: func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Pong, error) {
+			knockedAt = append(knockedAt, to...)
+			return wire{passes: func(netip.Addr, int) bool { return true }}.ping(ctx, to, size, count, wait)
+		}})
+	})
+	if len(knockedAt) != 1 || knockedAt[0] != first {
+		t.Errorf("knocked at %v", knockedAt)
+	}
+	for _, x := range append(judgePings(f), judgeBlackHole(f)...) {
+		if x.Mark != OK {
+			t.Errorf("%+v", x)
+		}
+	}
+}

@@ -141,7 +141,7 @@ func readSysctls(r root, s netstate.Survey) map[string]string {
 		"net/netfilter/nf_conntrack_count", "net/netfilter/nf_conntrack_max", "net/ipv6/conf/all/disable_ipv6",
 	}
 	for _, fam := range addr.Families() {
-		paths = append(paths, netstate.BridgeNetfilter(fam).Path)
+		paths = append(paths, netstate.BridgeNetfilter(fam).Path, ignoresPings(fam))
 		for _, n := range []string{"1", "2", "3"} {
 			paths = append(paths, threshold(fam, n))
 		}
@@ -159,6 +159,14 @@ func readSysctls(r root, s netstate.Survey) map[string]string {
 		}
 	}
 	return out
+}
+
+// ignoresPings is the setting by which a node answers no pings.
+func ignoresPings(fam addr.Family) string {
+	if fam == addr.IPv4 {
+		return "net/ipv4/icmp_echo_ignore_all"
+	}
+	return "net/ipv6/icmp/echo_ignore_all"
 }
 
 func rpFilter(device string) string         { return "net/ipv4/conf/" + device + "/rp_filter" }

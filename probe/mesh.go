@@ -183,7 +183,7 @@ func (m *Mesh) send(p ping) error {
 	if s == nil {
 		return errNoSocket
 	}
-	return s.send(p.to, p.seq, p.size)
+	return s.send(p.to, p.seq, p.size, p.knock)
 }
 
 // Summary is what is known of all targets together.
@@ -242,14 +242,23 @@ type Outcome struct {
 // spacing is how far apart the packets of Once are.
 const spacing = 2 * time.Millisecond
 
+// Knock is Once with datagrams to a closed port instead of pings: a node that ignores pings may refuse those.
+func Knock(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Outcome, error) {
+	return ask(ctx, to, size, count, wait, true)
+}
+
 // Once pings every address count times, with packets of size bytes (their IP header included) that must not be cut up on the way, and
 // waits for answers, after the last packet, no longer than wait. It takes CAP_NET_RAW. An error is that of this node's means to ping.
 func Once(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Outcome, error) {
+	return ask(ctx, to, size, count, wait, false)
+}
+
+func ask(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration, knock bool) ([]Outcome, error) {
 	out := make([]Outcome, len(to))
 	for i, a := range to {
 		out[i].Addr = a
 	}
-	o := once{out: out, flights: map[uint16]int{}, sent: map[uint16]time.Time{}}
+	o := once{out: out, knock: knock, flights: map[uint16]int{}, sent: map[uint16]time.Time{}}
 	defer o.close()
 	seq := uint16(0)
 	for range count {
@@ -279,6 +288,7 @@ func sleep(ctx context.Context, d time.Duration) {
 // once is the state of Once.
 type once struct {
 	out     []Outcome
+	knock   bool
 	sockets addr.Per[*socket]
 	flights map[uint16]int // the index in out
 	sent    map[uint16]time.Time
@@ -305,7 +315,7 @@ func (o *once) send(i int, seq uint16, size int) error {
 	o.out[i].Sent++
 	o.out[i].Lost++
 	o.flights[seq], o.sent[seq] = i, time.Now()
-	if err := s.send(o.out[i].Addr, seq, size); err != nil {
+	if err := s.send(o.out[i].Addr, seq, size, o.knock); err != nil {
 		o.out[i].Err = err
 		delete(o.flights, seq)
 	}

@@ -99,7 +99,7 @@ func TestRoomForABurst(t *testing.T) {
 		}
 		defer s.close()
 		for seq := range burst {
-			if err := s.send(peer4, uint16(seq), 9000); err != nil {
+			if err := s.send(peer4, uint16(seq), 9000, false); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -128,7 +128,7 @@ func TestSocketsAreApart(t *testing.T) {
 			defer a.close()
 			defer b.close()
 			to, began := addr.Per[netip.Addr]{V4: peer4, V6: peer6}.Get(f), time.Now()
-			if err := a.send(to, 7, SmallSize); err != nil {
+			if err := a.send(to, 7, SmallSize, false); err != nil {
 				t.Fatal(err)
 			}
 			var got []pong
@@ -143,6 +143,53 @@ func TestSocketsAreApart(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A peer that ignores pings refuses datagrams to a closed port: it is not silent, and what is too large for the way is found too.
+func TestPeerIgnoresPings(t *testing.T) {
+	t.Parallel()
+	node, middle, peer := site(t)
+	peer.Exec("sysctl", "-qw", "net.ipv4.icmp_echo_ignore_all=1", "net.ipv6.icmp.echo_ignore_all=1")
+	knock := func(size int) (out []Outcome) {
+		var err error
+		node.Do(func() { out, err = Knock(t.Context(), []netip.Addr{peer4, peer6}, size, 3, 2*time.Second) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	for _, size := range []int{SmallSize, 1500} {
+		for _, o := range knock(size) {
+			if o.Lost != 0 || o.RTT <= 0 || o.RTT > time.Second || o.Err != nil {
+				t.Errorf("%d bytes: %+v", size, o)
+			}
+		}
+	}
+	silent := false
+	var m *Mesh
+	m = NewMesh(func() { silent = silent || m.Trouble(1).Silent.Count > 0 })
+	m.Resize(1500)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go node.Do(func() { ended <- m.Run(ctx) })
+	m.Replace([]Target{{netip.MustParsePrefix("10.1.0.0/24"), "p", peer4}, {netip.MustParsePrefix("fd00::/64"), "p", peer6}})
+	wait := func(what string, ok func(status.Probe) bool) {
+		t.Helper()
+		for end := time.Now().Add(60 * time.Second); !ok(m.Summary()); time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s: %+v", what, m.Summary())
+			}
+		}
+	}
+	wait("both answer", func(p status.Probe) bool {
+		return p.Lossy+p.Answer == 2 && p.MedianRTT > 0 && p.MedianRTT < time.Second
+	})
+	middle.Exec("ip", "link", "set", "dev", "p2", "mtu", "1400")
+	wait("a hole in the middle", func(p status.Probe) bool { return p.SmallOnly == 2 })
+	cancel()
+	if <-ended; silent {
+		t.Error("it was said to be silent")
+	}
 }
 
 func TestMesh(t *testing.T) {

@@ -26,6 +26,8 @@ const (
 	waitFor = 2 * time.Second
 	// askAgain is how often those are asked that did not answer.
 	askAgain = 10 * time.Second
+	// grace is how long nothing is held against a target that is new, or that answers again: its node may still be starting.
+	grace = 20 * time.Second
 	// These are between two looks at what came and what is due.
 	shortestPause, usualPause, longestPause = time.Second, 5 * time.Second, 10 * time.Second
 	// many targets are those with which a round takes minutes, so that nothing is gained by looking more often than longestPause.
@@ -80,6 +82,8 @@ type target struct {
 	queued      bool // in rotation.fresh or rotation.waiting
 	fullNext    bool // where there is time for one size only
 	gone        bool
+	knock       bool  // it is knocked at instead of pinged, see socket
+	since       int64 // when it was asked first, or answered again after it was silent, in ns since 1970; 0: it was not yet
 	again       int64 // when to ask it out of turn, in ns since 1970; 0: not
 	heard       int64 // when it answered last, likewise; 0: never
 }
@@ -100,13 +104,14 @@ func (v verdict) word() status.Verdict {
 }
 
 // Two packets in a row that are lost may be bad luck; a third one is not, since it was sent a second or more after the first.
-func (t *target) judge() verdict {
+func (t *target) judge(now time.Time) verdict {
+	young := now.Sub(time.Unix(0, t.since)) < grace
 	switch {
-	case t.both.n == 0:
+	case t.both.n == 0, young && t.heard == 0:
 		return notPinged
 	case t.both.down(3):
 		return silent
-	case t.full.down(2) && !t.small.down(1):
+	case t.full.down(2) && !t.small.down(1) && !young:
 		return smallOnly
 	case t.small.lost|t.full.lost != 0:
 		return lossy
@@ -124,9 +129,10 @@ func (t *target) result() status.PeerProbe {
 
 // ping is a packet that is to be sent.
 type ping struct {
-	to   netip.Addr
-	seq  uint16
-	size int
+	to    netip.Addr
+	seq   uint16
+	size  int
+	knock bool
 }
 
 // flight is a packet that was sent.
@@ -325,6 +331,9 @@ func (r *rotation) suspect(now time.Time) *target {
 }
 
 func (r *rotation) visit(out []ping, t *target, each int, now time.Time) []ping {
+	if t.both.down(2) && t.small.down(1) { // to see whether it answers the other way
+		t.knock = !t.knock
+	}
 	for _, full := range []bool{false, true} {
 		if each == 1 && full != t.fullNext {
 			continue
@@ -335,7 +344,7 @@ func (r *rotation) visit(out []ping, t *target, each int, now time.Time) []ping 
 		}
 		r.seq++
 		r.flights[r.seq] = flight{target: t, to: t.Address, full: full, sent: now}
-		out = append(out, ping{to: t.Address, seq: r.seq, size: size})
+		out = append(out, ping{to: t.Address, seq: r.seq, size: size, knock: t.knock})
 	}
 	t.fullNext = !t.fullNext
 	return out
@@ -397,11 +406,14 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	}
 	h.note(lost)
 	t.both.note(lost)
+	if t.since == 0 || !lost && t.verdict == silent {
+		t.since = now.UnixNano()
+	}
 	if !lost {
 		h.rtt, t.heard = uint32(rtt), now.UnixNano()
 	}
 	before := t.verdict
-	t.verdict = t.judge()
+	t.verdict = t.judge(now)
 	r.counts[before]--
 	r.counts[t.verdict]++
 	if t.verdict == answers {

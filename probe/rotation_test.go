@@ -133,6 +133,55 @@ func TestVerdicts(t *testing.T) {
 	}
 }
 
+// Nothing is held against a target that is new, nor against one that comes back with less than it had, for a while.
+func TestGrace(t *testing.T) {
+	t.Parallel()
+	ts := targets(3)
+	w := newWorld(ts[:2])
+	w.run(30)
+	joins := w.now.Add(15 * time.Second)
+	w.answer = func(p ping) bool { return p.to != ts[2].Address || w.now.After(joins) }
+	w.rot.put(ts[2])
+	verdict := func() status.Verdict { return w.target(ts[2].Subnet).verdict.word() }
+	for !w.now.After(joins) {
+		if v := verdict(); v != status.NotPinged {
+			t.Fatalf("%s before it joins: %s", joins.Sub(w.now), v)
+		}
+		w.run(5) // one step at least
+	}
+	w.run(120)
+	if v := verdict(); v != status.Answers {
+		t.Errorf("once it has joined: %s", v)
+	}
+	w.answer = func(p ping) bool { return p.to != ts[2].Address }
+	w.run(40)
+	if v := verdict(); v != status.Silent {
+		t.Errorf("it does not answer: %s", v)
+	}
+	w.answer = func(p ping) bool { return p.to != ts[2].Address || p.size == SmallSize }
+	for range 20 {
+		if w.run(5); verdict() != status.Silent {
+			break
+		}
+	}
+	back := w.now
+	for range 20 {
+		if w.run(5); verdict() == status.SmallOnly {
+			break
+		}
+	}
+	if after := w.now.Sub(back); after < grace-5*time.Second || after > 2*grace || verdict() != status.SmallOnly {
+		t.Errorf("%s after it is back: %s", after, verdict())
+	}
+	never := Target{Subnet: netip.MustParsePrefix("10.9.9.0/24"), Address: netip.MustParseAddr("10.9.9.0")}
+	w.rot.put(never)
+	w.answer = func(p ping) bool { return p.to != never.Address }
+	w.run(45)
+	if v := w.target(never.Subnet).verdict.word(); v != status.Silent {
+		t.Errorf("one that never answers: %s", v)
+	}
+}
+
 // One among thousands that fails is found within the round, and asked again without waiting for the next.
 func TestSuspectsAmongMany(t *testing.T) {
 	t.Parallel()

@@ -31,14 +31,19 @@ const (
 // SmallSize is the size of a small ping in bytes, with the IP header of either family.
 const SmallSize = 64
 
-// socket sends echo requests of one family, and receives the answers to them and nothing else.
+// discard is the UDP port at which nothing listens, or what throws all away (RFC 863).
+const discard = 9
+
+// socket sends echo requests of one family, and receives the answers to them and nothing else. A node may ignore those: so it can knock,
+// too, that is send a datagram to a closed port, which the other node's kernel refuses.
 type socket struct {
 	family addr.Family
 	fd     int
+	udp    int // a second socket
 	id     uint16
 	packet []byte
 	answer [256]byte // what is behind the headers does not matter
-	oob    [64]byte
+	oob    [128]byte
 }
 
 // pong is an answer.
@@ -50,7 +55,7 @@ type pong struct {
 
 // open makes a socket, which takes CAP_NET_RAW and CAP_NET_ADMIN.
 func open(f addr.Family, id uint16) (*socket, error) {
-	s := &socket{family: f, id: id}
+	s := &socket{family: f, udp: -1, id: id}
 	domain, proto := unix.AF_INET, unix.IPPROTO_ICMP
 	if f == addr.IPv6 {
 		domain, proto = unix.AF_INET6, unix.IPPROTO_ICMPV6
@@ -59,14 +64,22 @@ func open(f addr.Family, id uint16) (*socket, error) {
 	if s.fd, err = unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto); err != nil {
 		return nil, fmt.Errorf("a socket to ping with (%s): %w", f, err)
 	}
-	if err := s.prepare(); err != nil {
+	if s.udp, err = unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_UDP); err == nil {
+		err = s.prepare()
+	}
+	if err != nil {
 		s.close()
 		return nil, fmt.Errorf("a socket to ping with (%s): %w", f, err)
 	}
 	return s, nil
 }
 
-func (s *socket) close() { _ = unix.Close(s.fd) }
+func (s *socket) close() {
+	_ = unix.Close(s.fd)
+	if s.udp >= 0 {
+		_ = unix.Close(s.udp)
+	}
+}
 
 func (s *socket) prepare() error {
 	filter, err := s.filter()
@@ -74,9 +87,9 @@ func (s *socket) prepare() error {
 		return err
 	}
 	// Packets that are larger than what the path takes are lost instead of cut up, also where the kernel knows of it beforehand.
-	level, option, mode := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE
+	level, option, mode, refusals := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE, unix.IP_RECVERR
 	if s.family == addr.IPv6 {
-		level, option, mode = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
+		level, option, mode, refusals = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE, unix.IPV6_RECVERR
 	}
 	// Room for as many packets of the largest kind as go out together, and for their answers, which nobody reads for seconds.
 	const room = 4 << 20
@@ -86,6 +99,9 @@ func (s *socket) prepare() error {
 		unix.SetsockoptSockFprog(s.fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, filter),
 		unix.SetsockoptInt(s.fd, level, option, mode),
 		unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS_NEW, 1),
+		unix.SetsockoptInt(s.udp, level, option, mode),
+		unix.SetsockoptInt(s.udp, level, refusals, 1),
+		unix.SetsockoptInt(s.udp, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS_NEW, 1),
 	)
 }
 
@@ -115,11 +131,14 @@ func (s *socket) filter() (*unix.SockFprog, error) {
 	return &unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]}, nil
 }
 
-// send sends one packet of this many bytes, its IP header among them.
-func (s *socket) send(to netip.Addr, seq uint16, size int) error {
+// send sends one packet of this many bytes, its IP header among them: an echo request, or a knock, whose header is as long.
+func (s *socket) send(to netip.Addr, seq uint16, size int, knock bool) error {
 	header, kind := ipv4Header, byte(echoRequest4)
 	if s.family == addr.IPv6 {
 		header, kind = ipv6Header, echoRequest6
+	}
+	if knock {
+		return s.knock(to, seq, size-header-icmpHeader)
 	}
 	n := min(max(size-header, icmpHeader), largestPacket-header)
 	if cap(s.packet) < n {
@@ -139,6 +158,23 @@ func (s *socket) send(to netip.Addr, seq uint16, size int) error {
 	return unix.Sendto(s.fd, p, 0, dst)
 }
 
+// knock sends a datagram with that many bytes in it.
+func (s *socket) knock(to netip.Addr, seq uint16, size int) error {
+	p := make([]byte, min(max(size, 4), largestPacket-ipv6Header-icmpHeader))
+	binary.BigEndian.PutUint16(p, s.id)
+	binary.BigEndian.PutUint16(p[2:], seq)
+	var dst unix.Sockaddr = &unix.SockaddrInet6{Addr: to.As16(), Port: discard}
+	if s.family == addr.IPv4 {
+		dst = &unix.SockaddrInet4{Addr: to.As4(), Port: discard}
+	}
+	for {
+		// An earlier knock that was refused is told first.
+		if err := unix.Sendto(s.udp, p, 0, dst); !errors.Is(err, unix.ECONNREFUSED) {
+			return err
+		}
+	}
+}
+
 // checksum is that of RFC 1071, over an even number of bytes.
 func checksum(p []byte) uint16 {
 	var sum uint32
@@ -151,6 +187,10 @@ func checksum(p []byte) uint16 {
 
 // receive adds what has come to a list; it does not wait.
 func (s *socket) receive(pongs []pong) ([]pong, error) {
+	pongs, err := s.refusals(pongs)
+	if err != nil {
+		return pongs, err
+	}
 	for {
 		n, oobn, _, from, err := unix.Recvmsg(s.fd, s.answer[:], s.oob[:], unix.MSG_TRUNC)
 		switch {
@@ -165,6 +205,56 @@ func (s *socket) receive(pongs []pong) ([]pong, error) {
 			pongs = append(pongs, p)
 		}
 	}
+}
+
+// refusals adds what the targets themselves have refused: their kernels are there, and the way is open in both directions.
+func (s *socket) refusals(pongs []pong) ([]pong, error) {
+	for {
+		n, oobn, _, from, err := unix.Recvmsg(s.udp, s.answer[:], s.oob[:], unix.MSG_ERRQUEUE)
+		switch {
+		case errors.Is(err, unix.EAGAIN):
+			return pongs, nil
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return pongs, os.NewSyscallError("recvmsg", err)
+		}
+		to, by := addressOf(from), refusedBy(s.oob[:oobn])
+		if b := s.answer[:min(n, len(s.answer))]; len(b) >= 4 && to == by && binary.BigEndian.Uint16(b) == s.id {
+			pongs = append(pongs, pong{from: by, seq: binary.BigEndian.Uint16(b[2:]), at: received(s.oob[:oobn])})
+		}
+	}
+}
+
+func addressOf(from unix.Sockaddr) netip.Addr {
+	switch f := from.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrFrom4(f.Addr)
+	case *unix.SockaddrInet6:
+		return netip.AddrFrom16(f.Addr)
+	}
+	return netip.Addr{}
+}
+
+// refusedBy is which node says that the port is closed: struct sock_extended_err (uapi/linux/errqueue.h), then that node's address.
+func refusedBy(oob []byte) netip.Addr {
+	const size = 16
+	for len(oob) >= unix.SizeofCmsghdr {
+		h, data, rest, err := unix.ParseOneSocketControlMessage(oob)
+		if err != nil {
+			break
+		}
+		v4 := h.Level == unix.IPPROTO_IP && h.Type == unix.IP_RECVERR && len(data) >= size+unix.SizeofSockaddrInet4
+		v6 := h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_RECVERR && len(data) >= size+unix.SizeofSockaddrInet6
+		switch {
+		case v4 && [3]byte(data[4:]) == [3]byte{unix.SO_EE_ORIGIN_ICMP, 3, 3}: // destination and port unreachable (RFC 792)
+			return netip.AddrFrom4([4]byte(data[size+4:]))
+		case v6 && [3]byte(data[4:]) == [3]byte{unix.SO_EE_ORIGIN_ICMP6, 1, 4}: // the same (RFC 4443 section 3.1)
+			return netip.AddrFrom16([16]byte(data[size+8:]))
+		}
+		oob = rest
+	}
+	return netip.Addr{}
 }
 
 func (s *socket) parse(b, oob []byte, from unix.Sockaddr) (pong, bool) {

@@ -11,10 +11,18 @@ import (
 
 // ping is how the doctor asks other nodes.
 func ping(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]doctor.Pong, error) {
-	outcomes, err := probe.Once(ctx, to, size, count, wait)
-	pongs := make([]doctor.Pong, 0, len(outcomes))
+	return pongs(probe.Once(ctx, to, size, count, wait))
+}
+
+// knock is how it asks those that ignore pings.
+func knock(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]doctor.Pong, error) {
+	return pongs(probe.Knock(ctx, to, size, count, wait))
+}
+
+func pongs(outcomes []probe.Outcome, err error) ([]doctor.Pong, error) {
+	out := make([]doctor.Pong, 0, len(outcomes))
 	for _, o := range outcomes {
-		pongs = append(pongs, doctor.Pong(o))
+		out = append(out, doctor.Pong(o))
 	}
-	return pongs, err
+	return out, err
 }

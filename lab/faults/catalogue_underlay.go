@@ -87,6 +87,13 @@ func underlayFaults() []Fault {
 			Seen: pinged("silent-peers", `n1: pings are not answered`, `overlayd_probe_targets{verdict="silent"} `).diagnosed(`^(FAIL|warn) peers answer .*n1 `),
 		},
 		{
+			Name: "a peer ignores pings", On: []string{OnDual}, Bound: lossless(2 * time.Second),
+			Inject: onPeer(`[ $F = -4 ] && echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all || echo 1 > /proc/sys/net/ipv6/icmp/echo_ignore_all`,
+				`echo 0 > /proc/sys/net/ipv4/icmp_echo_ignore_all; echo 0 > /proc/sys/net/ipv6/icmp/echo_ignore_all`),
+			Expect: func(context.Context, *Site) error { return nil },
+			Hold:   25 * time.Second, Keeps: func(ctx context.Context, s *Site) error { return s.pinged(ctx) }, Restore: Undo,
+		},
+		{
 			Name: "this node's own firewall drops tunnel packets", On: []string{OnNFTables, OnVXLAN}, Short: true,
 			Inject: Steps(
 				Once(`nft add table inet host; nft add chain inet host in '{ type filter hook input priority -10; }'
