@@ -258,7 +258,7 @@ func (f Facts) byManager(l netstate.BridgeLoss) string {
 	if m := f.System.Managers; m.Networkd && m.NetworkFile != "" {
 		names = append(names, "systemd-networkd")
 	}
-	if m := f.System.Managers; m.NetworkManager && m.NMManages != "" {
+	if m := f.System.Managers; m.NetworkManager && (m.NMManages != "" || !m.NMAnswers && !m.NMIgnores) {
 		names = append(names, "NetworkManager")
 	}
 	if len(names) == 0 || len(l.Addrs)+len(l.Ports) == 0 {

@@ -69,7 +69,7 @@ func judgeNetworkManager(f Facts) []Finding {
 	case m.NMAnswers:
 		return ok("it manages none of overlayd's devices, nor the pods' bridge")
 	case !m.NMIgnores:
-		return fixable(Warn, "it does not say what it does (nmcli device), and nothing tells it to leave overlayd's devices alone; after this: nmcli general reload",
+		return fixable(Warn, "it does not say what it manages (its networking is off, or there is no nmcli), and nothing tells it to leave overlayd's devices alone; after this: nmcli general reload",
 			fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"})
 	}
 	return ok("it is told to leave overlayd's devices alone")

@@ -315,22 +315,32 @@ func managedLike(s netstate.Survey, bridges []netstate.PodBridge) []device {
 	return out
 }
 
-// askNetworkManager lists those of the devices that NetworkManager manages. Not known: it does not answer, or none of them is there.
+// askNetworkManager lists those of the devices that NetworkManager manages. Not known: it does not answer, its networking is switched off (then
+// it says "no" for all, until it is on again), or none of them is there.
 func askNetworkManager(devices []device) (manages string, known bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
+	nmcli := func(args ...string) string {
+		cmd := exec.CommandContext(ctx, "nmcli", args...)
+		cmd.Env = append(os.Environ(), "LC_ALL=C")
+		out, err := cmd.Output()
+		if err != nil {
+			return ""
+		}
+		return strings.TrimSpace(string(out))
+	}
+	if nmcli("networking") == "disabled" {
+		return "", false
+	}
 	var names []string
 	for _, d := range devices {
 		if !d.there {
 			continue
 		}
-		cmd := exec.CommandContext(ctx, "nmcli", "-g", "GENERAL.NM-MANAGED", "device", "show", d.name)
-		cmd.Env = append(os.Environ(), "LC_ALL=C")
-		out, err := cmd.Output()
-		switch said := strings.TrimSpace(string(out)); {
-		case err == nil && said == "yes":
+		switch nmcli("-g", "GENERAL.NM-MANAGED", "device", "show", d.name) {
+		case "yes":
 			names, known = append(names, d.name), true
-		case err == nil && said == "no":
+		case "no":
 			known = true
 		}
 	}

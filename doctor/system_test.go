@@ -173,7 +173,8 @@ func TestAskNetworkManager(t *testing.T) {
 			t.Errorf("%s: manages %q, known %v", what, m, k)
 		}
 	}
-	const answers = `[ "$1 $2 $3 $4" = "-g GENERAL.NM-MANAGED device show" ] && [ $# = 5 ] && [ "$LC_ALL" = C ] || exit 2
+	const answers = `[ "$*" = networking ] && echo enabled && exit
+[ "$1 $2 $3 $4" = "-g GENERAL.NM-MANAGED device show" ] && [ $# = 5 ] && [ "$LC_ALL" = C ] || exit 2
 case $5 in
 overlay.1) echo no;;
 br-pods) echo yes;;
@@ -183,6 +184,8 @@ esac`
 	is("one", "br-pods", true)
 	stub(strings.Replace(answers, "echo yes", "echo no", 1))
 	is("none", "", true)
+	stub(strings.Replace(strings.Replace(answers, "echo yes", "echo no", 1), "enabled", "disabled", 1))
+	is("its networking is off", "", false)
 	stub("echo 'Error: NetworkManager is not running.' >&2; exit 8")
 	is("it does not answer", "", false)
 	devices = managedLike(netstate.Survey{}, nil)
