@@ -33,8 +33,9 @@ type Choice struct {
 
 // Choose decides which device and address each family of the network uses. It is pure: all it knows is the host as it was seen.
 //
-// Where there are several addresses, it is the one that the route prefers; if that prefers none, the current one, if that is there still:
-// the kernel lists a new IPv6 address first, and one that comes and goes (a virtual address, a second prefix) must not move the tunnel.
+// Where there are several addresses, it is the one that the route prefers; if that prefers none, the current one, if that is there
+// still: the kernel lists a new IPv6 address first, and one that comes and goes (a virtual address, a second prefix) must not move the
+// tunnel.
 func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.Per[netip.Addr]) (Choice, error) {
 	out := Choice{PublicIPLocal: true}
 	var reasons []string
@@ -45,8 +46,9 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 		case !public.IsValid():
 		case h.Has(public):
 			s.asked = public
-		case public == s.current: // whether NAT is to lead here from now on, or the device comes back in a moment, can't be told
-			return Choice{}, fmt.Errorf("no network interface for %s: the address %s of --public-ip is on no device any more (if it leads here by NAT now, restart overlayd)", f, public)
+		case public == s.current: // whether NAT leads here from now on, or its device comes back in a moment, can't be told
+			return Choice{}, fmt.Errorf("no network interface for %s: the address %s of --public-ip is on no device any more "+
+				"(if it leads here by NAT now, restart overlayd)", f, public)
 		}
 		u, why, err := s.choose(o)
 		if err != nil {
@@ -108,10 +110,10 @@ type search struct {
 
 // candidate is a way to the other nodes to try, and why.
 type candidate struct {
-	uplinks []netstate.HostRoute // the next hops by which packets leave; of a device that was named, maybe nothing but the device
-	from    string               // the device whose address it has to be; "": one of the uplinks, or of the loopback device
+	uplinks []netstate.HostRoute // the next hops by which packets leave; of a named device, maybe nothing but the device
+	from    string               // the device whose address it has to be; "": one of the uplinks, or of lo
 	addr    netip.Addr           // the one address that was asked for
-	named   bool                 // the device was named: the source that a route prefers counts only if it is on that device
+	named   bool                 // the device was named: the source that a route prefers has to be on it
 	why     string
 }
 
@@ -142,8 +144,13 @@ func (s search) candidates(o InterfaceOptions) ([]candidate, string) {
 		list, wanted = append(list, s.byRegex(o.Regexes)...), append(wanted, fmt.Sprintf("--iface-regex %s", o.Regexes))
 	}
 	if o.CanReach.IsValid() {
+		why := fmt.Sprintf("the way to %s", o.CanReach)
 		if hops := s.host.NextHops(o.CanReach); len(hops) > 0 && !hops[0].Drops {
-			list = append(list, candidate{uplinks: hops, why: fmt.Sprintf("the way to %s", o.CanReach)})
+			c := candidate{uplinks: hops, why: why}
+			if l, _ := s.host.Link(hops[0].Link); addr.FamilyOf(o.CanReach) != s.family { // says no more than the device
+				c = s.byDevice(l, why)
+			}
+			list = append(list, c)
 		}
 		wanted = append(wanted, fmt.Sprintf("--iface-can-reach %s", o.CanReach))
 	}
@@ -251,7 +258,7 @@ func (s search) byRegex(regexes []*regexp.Regexp) []candidate {
 	for _, re := range regexes {
 		for _, l := range s.host.Links {
 			why := fmt.Sprintf("--iface-regex %s", re)
-			if slices.ContainsFunc(append(strings.Split(l.AltNames, "\n"), l.Name), func(n string) bool { return n != "" && re.MatchString(n) }) {
+			if slices.ContainsFunc(l.Names(), re.MatchString) {
 				list = append(list, s.byDevice(l, why))
 				continue
 			}
@@ -268,7 +275,7 @@ func (s search) byRegex(regexes []*regexp.Regexp) []candidate {
 // take looks whether a candidate can serve. The tunnel is bound to a device where there is but one uplink, and the address is on it.
 func (s search) take(c candidate) (backend.Underlay, string, error) {
 	if len(c.uplinks) == 0 {
-		return backend.Underlay{}, "", fmt.Errorf("no route leads from %s to other nodes: there is no default route, and none with a gateway", c.from)
+		return backend.Underlay{}, "", fmt.Errorf("no route leads from %s to other nodes: no default route, and none with a gateway", c.from)
 	}
 	var u backend.Underlay
 	var up []netstate.HostRoute
@@ -276,7 +283,8 @@ func (s search) take(c candidate) (backend.Underlay, string, error) {
 	devices := devicesOf(c.uplinks)
 	for _, d := range devices {
 		l, err := s.uplink(d)
-		if (err == nil || errors.Is(err, errDown)) && (u.MTU == 0 || l.MTU < u.MTU) { // one that comes back must not change the pods' MTU
+		counts := err == nil || errors.Is(err, errDown) // one that comes back must not change the pods' MTU
+		if counts && (u.MTU == 0 || l.MTU < u.MTU) {
 			u.MTU = l.MTU
 		}
 		if err != nil {
@@ -301,7 +309,8 @@ func (s search) take(c candidate) (backend.Underlay, string, error) {
 		u.Device = a.Link
 		return u, fmt.Sprintf("%s on %s (%s)", u.Addr, u.Device, c.why), nil
 	}
-	return u, fmt.Sprintf("%s of %s by %s, bound to no device (%s)", u.Addr, a.Link, strings.Join(devices, " and "), c.why), nil
+	by := strings.Join(devices, " and ")
+	return u, fmt.Sprintf("%s of %s by %s, bound to no device (%s)", u.Addr, a.Link, by, c.why), nil
 }
 
 // devicesOf lists the devices by which next hops are reached.
@@ -325,7 +334,8 @@ func (s search) uplink(name string) (netstate.HostLink, error) {
 	case name == "":
 		return l, errors.New("the route has no device")
 	case !ok:
-		if real, _, found := strings.Cut(name, "@"); found && slices.ContainsFunc(s.host.Links, func(l netstate.HostLink) bool { return l.HasName(real) }) {
+		real, _, found := strings.Cut(name, "@")
+		if found && slices.ContainsFunc(s.host.Links, func(l netstate.HostLink) bool { return l.HasName(real) }) {
 			return l, fmt.Errorf("there is no device %s: the name is %s, what ip prints behind the @ is the other end", name, real)
 		}
 		return l, fmt.Errorf("there is no device %s", name)
@@ -336,7 +346,7 @@ func (s search) uplink(name string) (netstate.HostLink, error) {
 	case l.Loopback:
 		return l, fmt.Errorf("%s is the loopback device", name)
 	case master.Kind == "vrf":
-		return l, fmt.Errorf("%s is in the VRF %s: the tunnel works in the main routing table, where what the VRF leads to is not known", name, master.Name)
+		return l, fmt.Errorf("%s is in the VRF %s, but the tunnel sends by the main routing table", name, master.Name)
 	}
 	return l, nil
 }
@@ -406,7 +416,8 @@ func (s search) why(a netstate.HostAddress) string {
 	case a.Tunnel:
 		return fmt.Sprintf("%s is on %s, a tunnel device of overlayd itself", ip, a.Link)
 	case s.config.Contains(ip):
-		return fmt.Sprintf("%s has the address %s, which is inside the overlay network %s: the two must not overlap", a.Link, ip, s.config.Pools.Get(s.family).Network)
+		return fmt.Sprintf("%s has the address %s, which is inside the overlay network %s: the two must not overlap",
+			a.Link, ip, s.config.Pools.Get(s.family).Network)
 	case ip.IsLoopback():
 		return fmt.Sprintf("%s is a loopback address, which no other node reaches", ip)
 	case !ip.IsGlobalUnicast():
@@ -422,10 +433,8 @@ func (s search) unusable(one netip.Addr, devices []string) error {
 	none := fmt.Errorf("%s has no %s address to use", strings.Join(devices, " and "), s.family)
 	for _, a := range s.host.Addresses {
 		ip := a.Prefix.Addr()
-		if addr.FamilyOf(ip) != s.family || one.IsValid() && ip != one || !one.IsValid() && (!slices.Contains(devices, a.Link) || ip.IsLinkLocalUnicast()) {
-			continue
-		}
-		if why := s.why(a); why != "" {
+		meant := ip == one || !one.IsValid() && slices.Contains(devices, a.Link) && !ip.IsLinkLocalUnicast()
+		if why := s.why(a); meant && why != "" && addr.FamilyOf(ip) == s.family {
 			return fmt.Errorf("%w: %s", none, why)
 		}
 	}
@@ -437,8 +446,8 @@ func (s search) unusable(one netip.Addr, devices []string) error {
 	return none
 }
 
-// narrowest is the MTU that gets through to all peers: that of the underlay, unless routes lead to some of them by a device with less. What
-// it costs depends on the number of peers only where there are such routes.
+// narrowest is the MTU that gets through to all peers: that of the underlay, unless routes lead to some of them by a device with less.
+// What it costs depends on the number of peers only where there are such routes.
 func narrowest(h netstate.Host, c subnet.Config, f addr.Family, mtu int, peers []*subnet.Lease) int {
 	less := map[string]int{}
 	for _, l := range h.Links {
@@ -447,7 +456,8 @@ func narrowest(h netstate.Host, c subnet.Config, f addr.Family, mtu int, peers [
 		}
 	}
 	leads := func(r netstate.HostRoute) bool {
-		return less[r.Link] > 0 && addr.FamilyOf(r.Dst.Addr()) == f && !r.Drops && !r.Dst.Addr().IsLinkLocalUnicast() && !c.Contains(r.Dst.Addr())
+		dst := r.Dst.Addr()
+		return less[r.Link] > 0 && addr.FamilyOf(dst) == f && !r.Drops && !dst.IsLinkLocalUnicast() && !c.Contains(dst)
 	}
 	if !slices.ContainsFunc(h.Routes, leads) {
 		return mtu

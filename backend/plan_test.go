@@ -349,9 +349,11 @@ func TestOnLink(t *testing.T) {
 	h := netstate.Host{
 		Links: []netstate.HostLink{{Name: "eth0"}, {Name: "eth1"}, {Name: "overlay.1", Tunnel: true}},
 		Routes: []netstate.HostRoute{
-			{Dst: p("0.0.0.0/0"), Via: a("192.0.2.254"), Link: "eth0", Multipath: true}, {Dst: p("0.0.0.0/0"), Via: a("198.51.100.254"), Link: "eth1", Multipath: true},
+			{Dst: p("0.0.0.0/0"), Via: a("192.0.2.254"), Link: "eth0", Multipath: true},
+			{Dst: p("0.0.0.0/0"), Via: a("198.51.100.254"), Link: "eth1", Multipath: true},
 			{Dst: p("192.0.2.0/24"), Link: "eth0"},
-			{Dst: p("203.0.113.0/24"), Link: "eth0", Multipath: true}, {Dst: p("203.0.113.0/24"), Link: "eth1", Multipath: true},
+			{Dst: p("203.0.113.0/24"), Link: "eth0", Multipath: true},
+			{Dst: p("203.0.113.0/24"), Link: "eth1", Multipath: true},
 			{Dst: p("203.0.113.128/25"), Link: "eth1"},
 			{Dst: p("10.9.0.0/16"), Link: "overlay.1"},
 			{Dst: p("2001:db8::/64"), Link: "eth1"},

@@ -50,7 +50,9 @@ func judgeTunnel(f Facts) []Finding {
 		case v.VNI != d.vni || v.Port != d.port:
 			out = append(out, fail(fmt.Sprintf("%s has VNI %d and UDP port %d, the network %d and %d", d.name, v.VNI, v.Port, d.vni, d.port), again)...)
 		case d.local.IsValid() && (v.Underlay != d.underlay || v.Local != d.local):
-			out = append(out, fail(fmt.Sprintf("%s sends from %s by %s, it should from %s by %s", d.name, v.Local, orDefault(v.Underlay, "no device alone"), d.local, orDefault(d.underlay, "no device alone")), again)...)
+			by := func(device string) string { return orDefault(device, "no device alone") }
+			out = append(out, fail(fmt.Sprintf("%s sends from %s by %s, it should from %s by %s",
+				d.name, v.Local, by(v.Underlay), d.local, by(d.underlay)), again)...)
 		}
 		if mac := f.announced(d); mac != "" && mac != d.link.MAC.String() {
 			out = append(out, fail(fmt.Sprintf("%s has the MAC address %s, the lease announces %s: what the others send is dropped", d.name, d.link.MAC, mac), "ip link set "+d.name+" address "+mac)...)

@@ -253,7 +253,8 @@ func (f Facts) judgeUplinks(fam addr.Family) []Finding {
 	case len(links):
 		return fail("nothing leads to the other nodes: "+strings.Join(dead, ", "), mend...)
 	}
-	return warn(fmt.Sprintf("%d of the %d devices that lead to the other nodes: %s", len(dead), len(links), strings.Join(dead, ", ")), mend...)
+	all := strings.Join(dead, ", ")
+	return warn(fmt.Sprintf("%d of the %d devices that lead to the other nodes: %s", len(dead), len(links), all), mend...)
 }
 
 // wayMend is what to do where no interface is found: mostly it is the default route that is missing.
@@ -346,13 +347,16 @@ func judgeRPFilter(f Facts) []Finding {
 				odd = append(odd, fmt.Sprintf("%s (%s, by %s)", p.name, p.publicIP, r.Link))
 			}
 		}
-		switch {
-		case len(odd) == 0:
-		case len(arrivals) == 1:
-			out = append(out, fixable(Fail, fmt.Sprintf("it is strict on %s, and the way back to %d nodes leaves by another device, so that what they send to %s is dropped: %s", l.Name, len(odd), f.reachedAt(addr.IPv4), few(odd)), sysctlFix(rpFilter(l.Name), "2"))...)
-		default:
-			out = append(out, fixable(Warn, fmt.Sprintf("it is strict on %s, and the way back to %d nodes leaves by another device: what they send to %s is dropped if it arrives there: %s", l.Name, len(odd), f.reachedAt(addr.IPv4), few(odd)), sysctlFix(rpFilter(l.Name), "2"))...)
+		if len(odd) == 0 {
+			continue
 		}
+		mark, ifThere := Fail, ""
+		if len(arrivals) > 1 {
+			mark, ifThere = Warn, " if it arrives there"
+		}
+		out = append(out, fixable(mark, fmt.Sprintf(
+			"it is strict on %s, and the way back to %d nodes leaves by another device, so that what they send to %s is dropped%s: %s",
+			l.Name, len(odd), f.reachedAt(addr.IPv4), ifThere, few(odd)), sysctlFix(rpFilter(l.Name), "2"))...)
 	}
 	return orOK(out, "it drops nothing that comes by the devices in use")
 }
@@ -426,7 +430,8 @@ func (f Facts) intoTunnel(hops []netstate.HostRoute) []Finding {
 		return nil
 	}
 	word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip -6"}[addr.FamilyOf(r.Dst.Addr())]
-	return fail(fmt.Sprintf("the route to %s by %s leads packets to other nodes into the tunnel that they are to carry; a DHCP client that works on that device may have made it", r.Dst, r.Link),
+	return fail(fmt.Sprintf("the route to %s by %s leads packets to other nodes into the tunnel that they are to carry; "+
+		"a DHCP client that works on that device may have made it", r.Dst, r.Link),
 		fmt.Sprintf("%s route del %s dev %s metric %d", word, r.Dst, r.Link, r.Metric))
 }
 

@@ -70,10 +70,16 @@ func (h Host) Equal(o Host) bool {
 		slices.Equal(h.Rules, o.Rules)
 }
 
-// HasName reports whether a name means the device: its own, or an alternative one.
-func (l HostLink) HasName(name string) bool {
-	return l.Name == name || name != "" && slices.Contains(strings.Split(l.AltNames, "\n"), name)
+// Names are all by which a device is known.
+func (l HostLink) Names() []string {
+	if l.AltNames == "" {
+		return []string{l.Name}
+	}
+	return append(strings.Split(l.AltNames, "\n"), l.Name)
 }
+
+// HasName reports whether a name means the device.
+func (l HostLink) HasName(name string) bool { return slices.Contains(l.Names(), name) }
 
 // Link finds a device by name.
 func (h Host) Link(name string) (HostLink, bool) {
@@ -119,7 +125,8 @@ func (h Host) NextHops(a netip.Addr) []HostRoute {
 func (h Host) EachRoute(do func(hops []HostRoute)) {
 	for from := 0; from < len(h.Routes); {
 		r, to := h.Routes[from], from+1
-		for r.Multipath && to < len(h.Routes) && h.Routes[to].Multipath && h.Routes[to].Dst == r.Dst && h.Routes[to].Metric == r.Metric {
+		same := func(o HostRoute) bool { return o.Multipath && o.Dst == r.Dst && o.Metric == r.Metric }
+		for r.Multipath && to < len(h.Routes) && same(h.Routes[to]) {
 			to++
 		}
 		do(h.Routes[from:to])

@@ -43,26 +43,42 @@ func TestHostRoutes(t *testing.T) {
 	t.Parallel()
 	const out4, out6 = "8.8.8.8", "2001:4860::8888"
 	for _, tt := range []struct{ name, setup, dst, want string }{
-		{"several next hops", `ip route add default nexthop via 192.0.2.254 dev eth0 nexthop via 198.51.100.254 dev eth1`, out4,
-			"eth0 via 192.0.2.254, eth1 via 198.51.100.254"},
-		{"several next hops, IPv6", `ip -6 route add default nexthop via 2001:db8::fe dev eth0 nexthop via 2001:db8:1::fe dev eth1`, out6,
-			"eth0 via 2001:db8::fe, eth1 via 2001:db8:1::fe"},
-		{"a next hop appended, IPv6", `ip -6 route add default via fe80::fe dev eth0 src 2001:db8:ff::1; ip -6 route append default via fe80::fe dev eth1 src 2001:db8:ff::1`, out6,
-			"eth0 via fe80::fe src 2001:db8:ff::1, eth1 via fe80::fe src 2001:db8:ff::1"},
-		{"gateways of the other family, and a source", `ip route add default src 10.255.0.1 nexthop via inet6 fe80::fe dev eth0 nexthop via inet6 fe80::fe dev eth1`, out4,
-			"eth0 via fe80::fe src 10.255.0.1, eth1 via fe80::fe src 10.255.0.1"},
+		{
+			"several next hops", `ip route add default nexthop via 192.0.2.254 dev eth0 nexthop via 198.51.100.254 dev eth1`, out4,
+			"eth0 via 192.0.2.254, eth1 via 198.51.100.254",
+		},
+		{
+			"several next hops, IPv6", `ip -6 route add default nexthop via 2001:db8::fe dev eth0 nexthop via 2001:db8:1::fe dev eth1`, out6,
+			"eth0 via 2001:db8::fe, eth1 via 2001:db8:1::fe",
+		},
+		{
+			"a next hop appended, IPv6", `ip -6 route add default via fe80::fe dev eth0 src 2001:db8:ff::1; ip -6 route append default via fe80::fe dev eth1 src 2001:db8:ff::1`, out6,
+			"eth0 via fe80::fe src 2001:db8:ff::1, eth1 via fe80::fe src 2001:db8:ff::1",
+		},
+		{
+			"gateways of the other family, and a source", `ip route add default src 10.255.0.1 nexthop via inet6 fe80::fe dev eth0 nexthop via inet6 fe80::fe dev eth1`, out4,
+			"eth0 via fe80::fe src 10.255.0.1, eth1 via fe80::fe src 10.255.0.1",
+		},
 		{"one gateway of the other family", `ip -4 route add default via inet6 fe80::fe dev eth1 src 10.255.0.1`, out4, "eth1 via fe80::fe src 10.255.0.1"},
-		{"nexthop objects", `ip nexthop add id 1 via 192.0.2.254 dev eth0; ip nexthop add id 2 via 198.51.100.254 dev eth1; ip nexthop add id 3 group 1/2; ip route add default nhid 3`, out4,
-			"eth0 via 192.0.2.254, eth1 via 198.51.100.254"},
-		{"nexthop objects that the kernel only names", `echo 0 > /proc/sys/net/ipv4/nexthop_compat_mode
+		{
+			"nexthop objects", `ip nexthop add id 1 via 192.0.2.254 dev eth0; ip nexthop add id 2 via 198.51.100.254 dev eth1; ip nexthop add id 3 group 1/2; ip route add default nhid 3`, out4,
+			"eth0 via 192.0.2.254, eth1 via 198.51.100.254",
+		},
+		{
+			"nexthop objects that the kernel only names", `echo 0 > /proc/sys/net/ipv4/nexthop_compat_mode
 			ip nexthop add id 1 via fe80::fe dev eth0; ip nexthop add id 2 via fe80::fe dev eth1; ip nexthop add id 3 group 1/2; ip route add default nhid 3 src 10.255.0.1`, out4,
-			"eth0 via fe80::fe src 10.255.0.1, eth1 via fe80::fe src 10.255.0.1"},
-		{"nexthop objects that the kernel only names, IPv6", `echo 0 > /proc/sys/net/ipv4/nexthop_compat_mode
+			"eth0 via fe80::fe src 10.255.0.1, eth1 via fe80::fe src 10.255.0.1",
+		},
+		{
+			"nexthop objects that the kernel only names, IPv6", `echo 0 > /proc/sys/net/ipv4/nexthop_compat_mode
 			ip -6 nexthop add id 1 via fe80::fe dev eth0; ip -6 nexthop add id 2 via fe80::fe dev eth1; ip nexthop add id 3 group 1/2; ip -6 route add default nhid 3`, out6,
-			"eth0 via fe80::fe, eth1 via fe80::fe"},
+			"eth0 via fe80::fe, eth1 via fe80::fe",
+		},
 		{"a nexthop object that drops", `echo 0 > /proc/sys/net/ipv4/nexthop_compat_mode; ip nexthop add id 1 blackhole; ip route add default nhid 1`, out4, "drops"},
-		{"the better metric has one next hop", `ip route add default metric 100 nexthop via 192.0.2.254 dev eth0 nexthop via 198.51.100.254 dev eth1; ip route add default via 192.0.2.253 metric 50`, out4,
-			"eth0 via 192.0.2.253"},
+		{
+			"the better metric has one next hop", `ip route add default metric 100 nexthop via 192.0.2.254 dev eth0 nexthop via 198.51.100.254 dev eth1; ip route add default via 192.0.2.253 metric 50`, out4,
+			"eth0 via 192.0.2.253",
+		},
 		{"a source on the same device", `ip address add 192.0.2.77/24 dev eth0; ip route add default via 192.0.2.254 src 192.0.2.77`, out4, "eth0 via 192.0.2.254 src 192.0.2.77"},
 		{"a connected network", `true`, "198.51.100.9", "eth1 src 198.51.100.1"},
 	} {

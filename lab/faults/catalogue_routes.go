@@ -180,7 +180,7 @@ func secondAddr(s *Site, f addr.Family) netip.Addr { return s.second.Get(f) }
 
 // uplinkHops are the next hops by eth0 and eth1, as ip writes them: those of the victim, and the router's back to it. Where there is IPv6,
 // the gateways are link-local addresses, and no other address is needed.
-func uplinkHops(ctx context.Context, s *Site, f addr.Family) (there, back []string, err error) {
+func uplinkHops(ctx context.Context, s *Site) (there, back []string, err error) {
 	linkLocal := func(m lab.Machine, dev string) string {
 		out, runErr := m.Run(ctx, "sh", "-ec", fmt.Sprintf(`ip -6 -o address show dev %s scope link | sed 's/.*inet6 \([^/]*\).*/\1/'`, dev))
 		err = errors.Join(err, runErr)
@@ -204,7 +204,7 @@ func uplinkHops(ctx context.Context, s *Site, f addr.Family) (there, back []stri
 func routedHost(ctx context.Context, s *Site) error {
 	s.Defer(func() error { return moveBack(context.WithoutCancel(ctx), s) })
 	for _, f := range s.families {
-		there, back, err := uplinkHops(ctx, s, f)
+		there, back, err := uplinkHops(ctx, s)
 		if err != nil {
 			return err
 		}
@@ -233,7 +233,7 @@ func loseUplink(ctx context.Context, s *Site) error {
 		return err
 	}
 	for _, f := range s.families {
-		_, back, err := uplinkHops(ctx, s, f)
+		_, back, err := uplinkHops(ctx, s)
 		if err != nil {
 			return err
 		}
