@@ -116,7 +116,7 @@ func routeFaults() []Fault {
 			Inject: intoTheTunnel,
 			Expect: bound("eth0"), Hold: 2 * time.Second, Keeps: All(bound("eth0"), announcesAt(ownAddr)),
 			Restore: Undo, Log: `problem: foreign-route.*leads packets to other nodes into the tunnel`,
-			Seen: degrades("foreign-route", "into the tunnel that they are to carry").diagnosed(`^FAIL routes the route to (0\.0\.0\.0|::)/0 by overlay.* into the tunnel`),
+			Seen: unreadies("foreign-route", "into the tunnel that they are to carry").diagnosed(`^FAIL routes the route to (0\.0\.0\.0|::)/0 by overlay.* into the tunnel`),
 		},
 		{
 			Name: "the only default route leads into the tunnel", On: tunnelled(),
