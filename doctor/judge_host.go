@@ -421,13 +421,15 @@ func judgeRoutes(f Facts) []Finding {
 
 // intoTunnel finds a route by which the tunnel's own packets would enter it again: they never leave.
 func (f Facts) intoTunnel(hops []netstate.HostRoute) []Finding {
-	r, h := hops[0], f.Survey.Host
-	covers := func(p peer) bool { return p.publicIP.IsValid() && r.Dst.Contains(p.publicIP) }
-	if !h.IsTunnel(r.Link) || r.Dst.Bits() > 0 && !slices.ContainsFunc(f.Peers, covers) {
+	h := f.Survey.Host
+	i := slices.IndexFunc(hops, func(r netstate.HostRoute) bool { return h.IsTunnel(r.Link) })
+	if i < 0 {
 		return nil
 	}
-	if best, _ := h.Route(r.Dst.Addr()); best != r { // another one comes before it
-		return nil
+	r := hops[i]
+	covers := func(p peer) bool { return p.publicIP.IsValid() && r.Dst.Contains(p.publicIP) }
+	if r.Dst.Bits() > 0 && !slices.ContainsFunc(f.Peers, covers) || !slices.Contains(h.NextHops(r.Dst.Addr()), r) {
+		return nil // no packet of the tunnel takes it
 	}
 	word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip -6"}[addr.FamilyOf(r.Dst.Addr())]
 	return fail(fmt.Sprintf("the route to %s by %s leads packets to other nodes into the tunnel that they are to carry; "+
