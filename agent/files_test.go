@@ -92,6 +92,10 @@ func TestStateDir(t *testing.T) {
 	if got, err := other.load(self); err != nil || got.subnets() != sn || got.Config != nil || got.Peers != nil || got.Expires.After(time.Now()) {
 		t.Errorf("of another network: %+v, %v", got, err)
 	}
+	// Of a node of another name with this one's ID it is the subnet, and no more: the directory may be a copy.
+	if got, err := d.load(subnet.Identity{NodeName: "renamed", NodeID: self.NodeID}); err != nil || got.subnets() != sn || got.Config != nil || got.Peers != nil || got.Expires.After(time.Now()) {
+		t.Errorf("of another name: %+v, %v", got, err)
+	}
 	if got, err := d.load(subnet.Identity{NodeName: "clone", NodeID: "id-clone"}); !reflect.DeepEqual(got, memory{}) || err == nil || !strings.Contains(err.Error(), "id-self") {
 		t.Errorf("a clone remembers %+v, %v", got, err)
 	}

@@ -52,8 +52,8 @@ func Files(dir string) []string {
 	return []string{d.leaseFile(), d.movedFile()}
 }
 
-// load returns what this node remembers; a new node remembers nothing. Of a network under another prefix only the own subnet counts, as a
-// wish: its config and its peers are not those of this one.
+// load returns what this node remembers; a new node remembers nothing. Of a network under another prefix, or of a node of another name with
+// this one's ID (it was given a new name, or the directory came with a copy of the disk), only the own subnet counts, as a wish.
 func (d stateDir) load(id subnet.Identity) (memory, error) {
 	raw, err := os.ReadFile(d.leaseFile())
 	if errors.Is(err, os.ErrNotExist) {
@@ -69,10 +69,10 @@ func (d stateDir) load(id subnet.Identity) (memory, error) {
 	if err != nil {
 		return memory{}, fmt.Errorf("%s: %w", d.leaseFile(), err)
 	}
-	if m.Node != id {
+	if m.Node.NodeID != id.NodeID || id.NodeID == "" && m.Node != id {
 		return memory{}, fmt.Errorf("%s is the memory of node %q (id %q), not of this one: it is left aside", d.leaseFile(), m.Node.NodeName, m.Node.NodeID)
 	}
-	if m.Prefix != "" && m.Prefix != d.prefix {
+	if m.Node != id || m.Prefix != "" && m.Prefix != d.prefix {
 		m.Config, m.Peers, m.Revision, m.Expires = nil, nil, 0, m.Saved
 	}
 	return m, nil

@@ -171,7 +171,7 @@ func judgeIdentity(f Facts) []Finding {
 	if f.IdentityFromMemory {
 		return ok(fmt.Sprintf("%s, by %s; started without --node-name and --node-id, the daemon would take the host name and /etc/machine-id, which say otherwise", reason, filepath.Join(f.StateDir, "lease.json")))
 	}
-	if !f.Daemon.Running && f.Memory != nil && f.Memory.Node != f.Identity {
+	if !f.Daemon.Running && f.Memory != nil && f.Memory.Node.NodeID != f.Identity.NodeID {
 		return warn(fmt.Sprintf("%s, but %s is the memory of node %s, id %s: it is left aside at the next start", reason,
 			filepath.Join(f.StateDir, "lease.json"), f.Memory.Node.NodeName, f.Memory.Node.NodeID))
 	}

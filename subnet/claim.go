@@ -166,12 +166,18 @@ func spoiled(t Table, c *Claim) *Entry {
 
 // ownEntries finds the lease to go on with among those that carry my identity, and the ones to give up: a network config that
 // changed leaves the old subnet behind.
+//
+// A lease of another name at another address is this machine's as well, if it has the ID and the subnets that the machine remembers. The
+// memory may be a copy, as the ID may: whoever holds such a lease takes it back.
 func ownEntries(t Table, c *Claim) (keep *Entry, drop []*Entry) {
 	var own []*Entry
 	for _, e := range t.Entries {
 		if e.belongsTo(c) {
 			own = append(own, e)
 		}
+	}
+	if e := t.Find(FormatKey(c.Remembered)); len(own) == 0 && e != nil && e.NodeID != "" && e.NodeID == c.NodeID {
+		own = append(own, e)
 	}
 	slices.SortFunc(own, func(a, b *Entry) int { // the one in use first, then the oldest
 		return cmp.Or(-cmp.Compare(b2i(a.Subnets == c.Remembered), b2i(b.Subnets == c.Remembered)), cmp.Compare(a.Created, b.Created))

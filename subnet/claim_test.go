@@ -131,6 +131,25 @@ func TestDecide(t *testing.T) {
 		},
 
 		{
+			name: "of my ID, with another name and address, where I remember it", config: net4, claim: me, remembered: per("10.244.5.0/24"),
+			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)},
+			key:     "10.244.5.0-24", write: true, expect: 5, lease: 50,
+		},
+		{
+			name: "of my ID, with another name and address, not remembered", config: net4, claim: me, remembered: per("10.244.6.0/24"),
+			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)},
+			key:     "10.244.6.0-24", write: true, unchanged: "10.244.6.0-24",
+		},
+		{
+			name: "of another ID, where I remember it", config: net4, claim: me, remembered: per("10.244.5.0/24"),
+			entries: []*Entry{leaseAt("10.244.5.0-24", other, 5, 50)}, key: anew, write: true, unchanged: anew,
+		},
+		{
+			name: "mine comes before one of my ID that I remember", config: net4, claim: me, remembered: per("10.244.5.0/24"),
+			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50), leaseAt("10.244.6.0-24", me, 6, 60)},
+			key:     "10.244.6.0-24", expect: 6, lease: 60,
+		},
+		{
 			name: "mine, outside a changed network", config: `{"Network":"10.99.0.0/16"}`, claim: me, remembered: per("10.244.5.0/24"),
 			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
 		},

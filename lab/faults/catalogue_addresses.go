@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/lab"
 )
@@ -29,6 +31,12 @@ func addresses() []Fault {
 			Inject: Steps(Afterwards(unswap), duplicate),
 			Expect: bothReport, Hold: 3 * time.Second, Keeps: bothReport, Restore: Undo,
 			Log: `problem: lease.*public IP`, Seen: unreadies("lease", "public IP .* is also that of"),
+		},
+		{
+			Name: "another name and another address in one restart", On: everywhere(), Short: true,
+			Inject: Steps(Afterwards(renamedTo("")), Afterwards(moveBack), Afterwards(stopDaemon), stopDaemon, moveTo("98"), renamedTo("another"), startDaemon),
+			Expect: All(subnetKept, isReady, reaches), Hold: time.Second, Keeps: All(subnetKept, oneLeaseEach, noClone), Restore: Steps(Undo, startDaemon),
+			Bound: Bound{Lost: Any, Repair: 5 * time.Second}, Log: `lease written`,
 		},
 		{
 			// The router leads there; a peer's route to the subnet would lead the node's requests into the tunnel.
@@ -149,4 +157,39 @@ func isNamed(text string) Check {
 		}
 		return unless(strings.Contains(got, text), "/readyz does not say %q: %s", text, strings.TrimSpace(got))
 	}
+}
+
+// renamedTo gives the victim's daemon a name from its next start on; "" is its own.
+func renamedTo(name string) Action {
+	return func(_ context.Context, s *Site) error {
+		if s.Victim.With(); name != "" {
+			s.Victim.With("--node-name", name)
+		}
+		return nil
+	}
+}
+
+// oneLeaseEach holds when there are as many leases as nodes.
+func oneLeaseEach(ctx context.Context, s *Site) error {
+	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		resp, err := cli.Get(ctx, subnets, clientv3.WithPrefix(), clientv3.WithCountOnly())
+		if err != nil {
+			return fmt.Errorf("count the leases: %w", err)
+		}
+		return unless(int(resp.Count) == len(s.Lab.Nodes()), "%d leases of %d nodes", resp.Count, len(s.Lab.Nodes()))
+	})
+}
+
+// noClone holds when no doctor takes one of the machines for a clone.
+func noClone(ctx context.Context, s *Site) error {
+	for _, n := range s.Lab.Nodes() {
+		out, err := n.Doctor(ctx)
+		if err != nil && out == "" {
+			return err
+		}
+		if strings.Contains(out, "clone") {
+			return fmt.Errorf("the doctor on %s: %s", n.Name, out)
+		}
+	}
+	return nil
 }

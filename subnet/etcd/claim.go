@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 	"time"
 
@@ -30,29 +29,59 @@ type claimer struct {
 	contest  subnet.Contest
 }
 
-// dispute notes that somebody with this very node's identity, but another address, writes over our lease: a clone of the machine.
+// dispute is what a node remembers while another machine with its ID writes over its lease: a clone, with or without another name.
 type dispute struct {
 	wrote int64     // the revision of our own last write
-	since time.Time // the first time that it was written over
+	since time.Time // when it was last put right after another machine had written over it
+	by    string    // the name of that machine
+	until time.Time // when to put it right again, where that came to nothing
+	// took is when this node wrote over the lease of a machine with its ID and another name, since it remembers that lease: it has been given
+	// a new name and a new address, or it is the clone.
+	took time.Time
+	// left are the subnets that it has left to that machine.
+	left addr.Per[netip.Prefix]
 }
 
-// disputeFor is how long the memory of it lasts: once in this time the lease is written anew, since it may have been a mistake.
-const disputeFor = time.Minute
+const (
+	// disputeFor is how long the memory of it lasts: once in this time the lease is written again, since it may have been a mistake.
+	disputeFor = time.Minute
+	// takenBackWithin is how soon a machine that runs takes its lease back.
+	takenBackWithin = 10 * time.Second
+	// answeredAtOnce is how soon it does so again and again. A machine that is started again, or one more copy of it, needs longer.
+	answeredAtOnce = 500 * time.Millisecond
+)
 
-// disputed reports whether a decision would be one more turn in a fight that nobody can win.
-func (d *dispute) disputed(t subnet.Table, c subnet.Claim, dec subnet.Decision, now time.Time) *subnet.ConflictError {
-	i := slices.IndexFunc(t.Entries, func(e *subnet.Entry) bool { return e.Key == dec.Key })
-	if d.wrote == 0 || dec.Expect <= d.wrote || i < 0 || t.Entries[i].Identity != c.Identity || t.Entries[i].PublicIP == c.PublicIP {
-		return nil
+// disputed reports whether a decision would be one more turn in a fight that neither can win. held says that the lease was this node's
+// since it started. Where it is the other machine that had the lease first, leave says so.
+func (d *dispute) disputed(t subnet.Table, c subnet.Claim, dec subnet.Decision, held bool, now time.Time) (conflict *subnet.ConflictError, leave bool) {
+	e := t.Find(dec.Key)
+	if e == nil || e.NodeID != c.NodeID || e.Identity == c.Identity && e.PublicIP == c.PublicIP {
+		return nil, false
 	}
-	if now.Sub(d.since) > disputeFor {
-		d.since = now
-		return nil
+	renamed := e.NodeName != c.NodeName
+	switch {
+	case renamed && !held:
+		d.took = now
+		return nil, false
+	case renamed && now.Sub(d.took) < takenBackWithin:
+		return nil, true
+	case !renamed && (d.wrote == 0 || dec.Expect <= d.wrote): // the address is one that this node had before
+		return nil, false
+	case now.Before(d.until):
+	case renamed && (e.NodeName != d.by || now.Sub(d.since) > answeredAtOnce), now.Sub(d.since) > disputeFor:
+		d.since, d.by = now, e.NodeName
+		return nil, false
+	default:
+		d.until = now.Add(disputeFor)
+	}
+	what := "this node's name and id"
+	if renamed {
+		what = "this node's id"
 	}
 	return &subnet.ConflictError{
-		Holder: t.Entries[i], What: "this node's name and id",
-		Advice: fmt.Sprintf("it says that it is at %s; one of the two machines is a clone of the other and needs an /etc/machine-id (or --node-id) of its own", addresses(t.Entries[i])),
-	}
+		Holder: e, What: what,
+		Advice: fmt.Sprintf("it says that it is at %s; one of the two machines is a clone of the other and needs an /etc/machine-id (or --node-id) of its own", addresses(e)),
+	}, false
 }
 
 func addresses(e *subnet.Entry) string {
@@ -119,7 +148,12 @@ func (c *claimer) settle(ctx context.Context) time.Duration {
 		c.giveBackSpare(ctx)
 		return c.contest.Next(time.Now())
 	}
-	if conflict := c.dispute.disputed(table, *claim, d, time.Now()); conflict != nil {
+	switch conflict, leave := c.dispute.disputed(table, *claim, d, c.hasHeld(d.Lease.Subnets), time.Now()); {
+	case leave:
+		c.log.Warn("the lease that this node remembers is that of another machine with its ID, which has taken it back", zap.String("key", d.Key))
+		c.leave(d.Lease.Subnets)
+		return 0
+	case conflict != nil:
 		c.refuse(conflict)
 		return around(claimAgain, chance())
 	}
@@ -151,7 +185,24 @@ func (c *claimer) situation() (t subnet.Table, claim *subnet.Claim, ok bool) {
 	if c.claim.before != (addr.Per[netip.Prefix]{}) {
 		claim.Remembered = c.claim.before
 	}
+	if claim.Remembered == c.dispute.left {
+		claim.Remembered, claim.Keep = addr.Per[netip.Prefix]{}, false
+	}
 	return c.view.table().Reserving(c.conn.hosts.addresses()), claim, true
+}
+
+// hasHeld reports whether the subnets are those that this node held last since it started.
+func (c *claimer) hasHeld(sn addr.Per[netip.Prefix]) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.claim.before == sn
+}
+
+// leave gives subnets up, and what is remembered of them.
+func (c *claimer) leave(sn addr.Per[netip.Prefix]) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.dispute.left, c.claim.before = sn, addr.Per[netip.Prefix]{}
 }
 
 // retry is how long to wait after a failure to reach the store, or its refusal to do as asked.

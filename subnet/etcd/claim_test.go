@@ -509,6 +509,61 @@ func TestPairAgainstUnpaired(t *testing.T) {
 	}
 }
 
+// renamed is the first node's claim with another name and address, and what it remembers.
+func renamed(first subnet.Snapshot) subnet.Claim {
+	c := claim(1)
+	c.NodeName, c.PublicIP, c.VTEP, c.Remembered = "renamed", claim(99).PublicIP, claim(99).VTEP, first.Lease.Subnets
+	return c
+}
+
+// A node that comes back with another name and another address keeps the subnet that it remembers.
+func TestNameAndAddressChangeInOneRestart(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	before, first := join(t, s, 1)
+	before.stop()
+	_, etcdLease, _ := get(t, s.Client(), subnetKey(first))
+	after := start(t, options(s))
+	c := renamed(first)
+	after.m.Claim(c)
+	snap := after.untilHeld()
+	if snap.Lease.Subnets != first.Lease.Subnets || snap.Lease.Attrs != c.Attrs || len(snap.Table.Entries) != 1 {
+		t.Errorf("it holds %+v, of %d leases", snap.Lease, len(snap.Table.Entries))
+	}
+	if _, now, _ := get(t, s.Client(), subnetKey(snap)); now != etcdLease {
+		t.Errorf("the key hangs on %d now, it was %d", now, etcdLease)
+	}
+}
+
+// A copy of a machine, its ID and state directory included, that was given another name and address: the one that runs keeps its lease,
+// the copy gets one of its own. It is as well if the copy is started again with the same memory.
+func TestCloneLeavesTheLeaseToTheOriginal(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	first, held1 := join(t, s, 1)
+	for range 2 {
+		at := s.Revision()
+		clone := start(t, options(s))
+		c := renamed(held1)
+		clone.m.Claim(c)
+		other := func(s subnet.Snapshot) bool { return held(s) && s.Lease.Subnets != held1.Lease.Subnets }
+		clone.until("a lease of its own", other)
+		first.until("its lease again", func(s subnet.Snapshot) bool { return held(s) && s.Lease == held1.Lease })
+		c.Remembered, c.Keep = held1.Lease.Subnets, true // so does the agent, which held it for a moment
+		clone.m.Claim(c)
+		time.Sleep(500 * time.Millisecond)
+		clone.until("still the lease of its own", other)
+		if value, _, _ := get(t, s.Client(), subnetKey(held1)); value != string(subnet.FormatValue(held1.Lease.Attrs)) {
+			t.Errorf("the original's lease says %s", value)
+		}
+		if n := s.Revision() - at; n > 4 {
+			t.Errorf("%d writes", n)
+		}
+		clone.stop()
+		must[[]*subnet.Entry](t)(first.m.Release(ctxFor(t), c.Identity))
+	}
+}
+
 // Two machines with one identity (a clone, its machine-id and name copied too) don't write over each other for ever, and are told.
 func TestClonesDoNotFight(t *testing.T) {
 	t.Parallel()
