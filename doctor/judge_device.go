@@ -14,7 +14,7 @@ import (
 
 func deviceChecks() []check {
 	return []check{
-		{"tunnel device", judgeTunnel}, {"VXLAN port", judgePort}, {"MTU", judgeMTU}, {"bridge", judgeBridge}, {"offloads", judgeOffloads}, {"other overlays", judgeLeftovers},
+		{"tunnel device", judgeTunnel}, {"VXLAN port", judgePort}, {"MTU", judgeMTU}, {"bridge", judgeBridge}, {"offloads", judgeOffloads}, {"learning", judgeLearning}, {"other overlays", judgeLeftovers},
 	}
 }
 

@@ -351,10 +351,8 @@ func (f Facts) leastMTU() int {
 
 // lowerMTU: for all nodes in the network config, whose Backend.MTU is that of the network between them, or for this one at the device.
 func (f Facts) lowerMTU(underlay int) []string {
-	if f.Store != nil && f.Store.Table.ConfigJSON != "" {
-		if doc, ok := withMTU(f.Store.Table.ConfigJSON, underlay); ok {
-			return []string{f.etcdctl(fmt.Sprintf("put %s/config '%s'", f.prefix(), strings.ReplaceAll(doc, "'", `'\''`)))}
-		}
+	if put := f.putBackend("MTU", underlay); put != "" {
+		return []string{put}
 	}
 	r, known := f.Survey.Host.Route(f.Pings.Largest.Peer.publicIP)
 	if !known || r.Link == "" {

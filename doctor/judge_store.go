@@ -493,8 +493,20 @@ func (f Facts) takenOver(own *subnet.Entry) (theirs, ours netip.Addr) {
 	return netip.Addr{}, netip.Addr{}
 }
 
-// withMTU is the network config with another MTU, on one line. Letter case of its keys does not matter.
-func withMTU(config string, mtu int) (string, bool) {
+// putBackend puts the network config with another value for a key of Backend; "": it is not known.
+func (f Facts) putBackend(name string, value any) string {
+	if f.Store == nil || f.Store.Table.ConfigJSON == "" {
+		return ""
+	}
+	doc, ok := withBackend(f.Store.Table.ConfigJSON, name, value)
+	if !ok {
+		return ""
+	}
+	return f.etcdctl(fmt.Sprintf("put %s/config '%s'", f.prefix(), strings.ReplaceAll(doc, "'", `'\''`)))
+}
+
+// withBackend is the network config with another value for a key of Backend, on one line. Letter case of its keys does not matter.
+func withBackend(config, name string, value any) (string, bool) {
 	var doc map[string]any
 	if json.Unmarshal([]byte(config), &doc) != nil {
 		return "", false
@@ -504,7 +516,7 @@ func withMTU(config string, mtu int) (string, bool) {
 	if b == nil {
 		b = map[string]any{"Type": "vxlan"}
 	}
-	b[spelled(b, "MTU")] = mtu
+	b[spelled(b, name)] = value
 	doc[key] = b
 	out, err := json.Marshal(doc)
 	return string(out), err == nil

@@ -152,6 +152,21 @@ func (f *Facts) route(r netstate.HostRoute) {
 	f.Survey.Host = h.Indexed()
 }
 
+// learn switches Backend.Learning on.
+func (f *Facts) learn() {
+	c := *f.Config
+	c.Backend.Learning = true
+	f.Config = &c
+	f.Store.Table.ConfigJSON = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Learning":true}}`
+}
+
+// natted is a lease whose public IP is on no device of the node.
+func natted(e *subnet.Entry) *subnet.Entry {
+	n := *e
+	n.PublicIPLocal = false
+	return &n
+}
+
 // vpn has the kernel give that answer to all that goes to peers, because of a rule.
 func (f *Facts) vpn(a netstate.Answer) {
 	r := netstate.HostRule{Rule: netstate.Rule{From: prefixOf("0.0.0.0/0"), To: prefixOf("10.0.0.0/8"), Table: 52}, Action: netstate.RuleToTable}
@@ -163,7 +178,7 @@ func (f *Facts) vpn(a netstate.Answer) {
 }
 
 func (f *Facts) lease(e *subnet.Entry) {
-	f.Store.Table.Entries = append(slices.Clone(f.Store.Table.Entries), e)
+	f.Store.Table.Entries = append(slices.DeleteFunc(slices.Clone(f.Store.Table.Entries), func(o *subnet.Entry) bool { return o.Key == e.Key }), e)
 	slices.SortFunc(f.Store.Table.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
 }
 
@@ -355,6 +370,7 @@ func TestJudges(t *testing.T) {
 		"forward policy, no daemon":                {"daemon"},
 		"forward rule, no daemon":                  {"daemon"},
 		"a VPN, and no daemon":                     {"daemon"},
+		"learning, and a peer does not answer":     {"peers answer"},
 	}
 	dropPort := netstate.FilterRule{
 		Tests: []netstate.FilterTest{
@@ -565,6 +581,35 @@ func TestJudges(t *testing.T) {
 		}},
 		{"foreign route", "routes", Fail, "10.244.2.128/25 by eth0 is not ours", "ip route del 10.244.2.128/25 dev eth0 metric 0", func(f *Facts) {
 			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.128/25"), Via: addrOf("192.0.2.7"), Link: "eth0"})
+		}},
+		{"learning", "learning", OK, "it is on, and peers send from", "", func(f *Facts) { f.learn() }},
+		{
+			"learning, and a peer behind NAT", "learning", Fail, "the address of n3 (10.244.3.0-24) is on no device of that node",
+			`put /overlayd/network/config '{"Backend":{"Learning":false,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
+				f.learn()
+				f.lease(natted(entry("10.244.3.0-24", "n3", "id3", "198.51.100.3", 6)))
+			},
+		},
+		{"learning, and a peer of flannel", "learning", OK, "it is on, and peers send from", "", func(f *Facts) {
+			f.learn()
+			f.lease(natted(entry("10.244.3.0-24", "", "", "198.51.100.3", 6)))
+		}},
+		{"no learning, and a peer behind NAT", "learning", OK, "learns nothing", "", func(f *Facts) {
+			f.lease(natted(entry("10.244.3.0-24", "n3", "id3", "198.51.100.3", 6)))
+		}},
+		{"learning, and this node behind NAT", "learning", Fail, "the others drop what it sends", `"Learning":false`, func(f *Facts) {
+			f.learn()
+			f.lease(natted(entry("10.244.1.0-24", "n1", "id1", "192.0.2.1", 6)))
+		}},
+		{"learning, and a peer does not answer", "learning", Warn, "that may be why n2 does not answer", `"Learning":false`, func(f *Facts) {
+			f.learn()
+			f.Pings.Sample[0].small = Pong{Sent: 2, Lost: 2}
+		}},
+		{"no answer to pings", "pings", Warn, "net/ipv4/icmp_echo_ignore_all is 1: this node answers no pings", "sysctl -w net/ipv4/icmp_echo_ignore_all=0", func(f *Facts) {
+			f.System.Sysctls["net/ipv4/icmp_echo_ignore_all"] = "1"
+		}},
+		{"a peer ignores pings", "peers answer", OK, "n2 (10.244.2.0) ignores pings (net/ipv4/icmp_echo_ignore_all is 1 there?)", "", func(f *Facts) {
+			f.Pings.Sample[0].mute = true
 		}},
 		{
 			"a VPN", "policy routing", Fail, `packets from this node to pods of n2 leave by vpn0 (table 52), not by overlay.1: the rule "0 from all to 10.0.0.0/8 lookup 52"`,

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/nstest"
 )
 
 func TestReconcileFromNothing(t *testing.T) {
@@ -519,6 +521,64 @@ func TestIPv6SwitchedOff(t *testing.T) {
 	n.wantState(want)
 	n.converge(State{})
 	n.wantState(State{})
+}
+
+// ipStats is a device with its counters.
+type ipStats struct {
+	Stats64 struct{ RX, TX struct{ Packets int } }
+}
+
+// TestLearning: a device that learns leaves our entries as they are, and drops frames of a peer that come from another address than its
+// entry has; without learning they get in. Package doctor and the documents rely on it.
+func TestLearning(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		learning bool
+		from     string
+		gets     bool
+	}{{true, "192.0.2.22", false}, {true, "192.0.2.2", true}, {false, "192.0.2.22", true}} {
+		n, peer := &node{NS: nstest.New(t), t: t}, &node{NS: nstest.New(t), t: t}
+		nstest.Link(n.NS, "eth0", peer.NS, "eth0")
+		n.Addr("eth0", node4+"/24")
+		peer.Addr("eth0", "192.0.2.2/24")
+		peer.Addr("eth0", "192.0.2.22/24")
+		n.open()
+		peer.open()
+		end := func(local string, own, other byte, dst string) State {
+			l := Link{Name: dev4, MAC: addr.MAC{2, 0, 0, 0, 0, own}, MTU: 1450}
+			l.VXLAN = VXLAN{VNI: 1, Port: 8472, Local: netip.MustParseAddr(local), Underlay: "eth0", Learning: tt.learning}
+			s := State{Links: []Link{l}, Addresses: []Address{{dev4, netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/32", own))}}}
+			s.addPeer(dev4, netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", other)), netip.MustParseAddr(dst), addr.MAC{2, 0, 0, 0, 0, other})
+			s.Sort()
+			return s
+		}
+		want := end(node4, 1, 2, "192.0.2.2")
+		n.converge(want)
+		peer.converge(end(tt.from, 2, 1, node4))
+		packets := func(n *node) (in, out int) {
+			s := query[ipStats](n, "ip", "-j", "-s", "link", "show", dev4)[0].Stats64
+			return s.RX.Packets, s.TX.Packets
+		}
+		peer.Do(func() {
+			c, err := net.Dial("udp4", "10.244.1.0:9")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer func() { _ = c.Close() }()
+			for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+				_, _ = c.Write([]byte("x"))
+				in, _ := packets(n)
+				if _, sent := packets(peer); in > 0 || !tt.gets && sent >= 10 {
+					break
+				}
+			}
+		})
+		if in, _ := packets(n); in > 0 != tt.gets {
+			t.Errorf("learning %v, from %s: %d packets got in", tt.learning, tt.from, in)
+		}
+		n.wantState(want)
+	}
 }
 
 // TestNoIPv6OnNewDevices: our own device has it all the same, and has it back when another process takes it away.

@@ -266,6 +266,33 @@ EOF`)
 		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}`)
 		p.well()
 	})
+	t.Run("learning and NAT", func(t *testing.T) {
+		p := p.in(t)
+		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Learning":true}}`)
+		p.finds("learning", "ok", "it is on")
+		const key = "/overlayd/network/subnets/10.244.255.0-24"
+		p.etcdctl("put", key, `{"PublicIP":"172.31.2.77","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:07"},"NodeName":"natted","NodeID":"some-id"}`)
+		f := p.finds("learning", "fail", "the address of natted (10.244.255.0-24) is on no device of that node")
+		p.etcdctl("del", key)
+		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil {
+			t.Errorf("%s: %v\n%s", f.Mend[0], err, out)
+		}
+		p.finds("learning", "ok", "learns nothing")
+		p.well()
+	})
+	t.Run("a node that answers no pings", func(t *testing.T) {
+		p := p.in(t)
+		p.sh("echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all")
+		p.sh(p.finds("pings", "warn", "net/ipv4/icmp_echo_ignore_all is 1").Mend[0])
+		if out, err := p.lab.Node(2).Run(t.Context(), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all"); err != nil {
+			t.Fatal(err, out)
+		}
+		p.finds("peers answer", "ok", "ignores pings (net/ipv4/icmp_echo_ignore_all is 1 there?)")
+		if out, err := p.lab.Node(2).Run(t.Context(), "sh", "-c", "echo 0 > /proc/sys/net/ipv4/icmp_echo_ignore_all"); err != nil {
+			t.Fatal(err, out)
+		}
+		p.well()
+	})
 	t.Run("wrong prefix", func(t *testing.T) {
 		p := p.in(t)
 		p.finds("network config", "fail", "there is nothing in etcd under /wrong/network/", "--etcd-prefix", "/wrong/network")
