@@ -158,9 +158,6 @@ func daemon() []Fault {
 			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
 			Seen:    degrades("pod-bridge", "cni0 has lost its address ").in(12 * time.Second).diagnosed(`^FAIL bridge cni0 is down: .*cni0 has lost its address .*cni0 has lost 1 of its ports`),
 		},
-		{
-			Name: "clock jump", Skip: "the clock is the whole machine's; time namespaces shift only clocks that never jump",
-		},
 	}
 	return in(Daemon, lossless(comeBack), rows)
 }

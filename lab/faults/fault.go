@@ -37,7 +37,6 @@ type Fault struct {
 	On    []string // the setups that it applies to; none: VXLAN over IPv4
 	Short bool     // it belongs to the short form
 	Soak  bool     // it may happen at any time in a soak
-	Skip  string   // why it is not run at all
 
 	// Inject makes the fault. Expect must hold within Bound.Repair after that; without it, and without Restore, it is Whole.
 	Inject Action

@@ -21,7 +21,6 @@ type Result struct {
 	Stall    time.Duration `json:"-"`
 	Logged   string        `json:"logged"`
 	Facts    string        `json:"facts,omitempty"`
-	Skipped  string        `json:"skipped,omitempty"`
 	Problems []string      `json:"problems,omitempty"`
 	// What an operator saw: a line of `overlayd status` or of `overlayd doctor`, what /readyz said from before the fault to its end,
 	// and the metrics that moved.
@@ -57,10 +56,7 @@ func (r Result) MarshalJSON() ([]byte, error) {
 }
 
 func (r Result) verdict() string {
-	switch {
-	case r.Skipped != "":
-		return "not run: " + r.Skipped
-	case len(r.Problems) == 0:
+	if len(r.Problems) == 0 {
 		return "ok"
 	}
 	return strings.Join(r.Problems, "; ")
@@ -77,7 +73,6 @@ func seconds(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) }
 type Report struct {
 	Rows    []Result      `json:"rows"`
 	Failed  int           `json:"failed"`
-	Skipped int           `json:"skipped"`
 	Took    time.Duration `json:"-"`
 	Seconds float64       `json:"seconds"`
 }
@@ -87,11 +82,8 @@ func newReport(rows []Result, took time.Duration) Report {
 	areas := []Area{Kernel, Firewall, Underlay, Etcd, Boot, Daemon, Peers}
 	slices.SortStableFunc(r.Rows, func(a, b Result) int { return slices.Index(areas, a.Area) - slices.Index(areas, b.Area) })
 	for _, row := range rows {
-		switch {
-		case len(row.Problems) > 0:
+		if len(row.Problems) > 0 {
 			r.Failed++
-		case row.Skipped != "":
-			r.Skipped++
 		}
 	}
 	return r
@@ -124,8 +116,7 @@ func (r Report) Text() string {
 			b.WriteString(x.details())
 		}
 	}
-	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not, %d not run\n",
-		len(r.Rows), r.Took.Round(time.Second), len(r.Rows)-r.Failed-r.Skipped, r.Failed, r.Skipped)
+	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not\n", len(r.Rows), r.Took.Round(time.Second), len(r.Rows)-r.Failed, r.Failed)
 	return b.String()
 }
 

@@ -154,8 +154,6 @@ func (w *worker) run(ctx context.Context, j job) {
 		switch {
 		case ctx.Err() != nil:
 			return
-		case f.Skip != "":
-			r.Skipped = f.Skip
 		case j.setup.Unavailable != "":
 			r.fail("%s", j.setup.Unavailable)
 		default:
