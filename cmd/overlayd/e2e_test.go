@@ -432,6 +432,7 @@ func TestWrongOptions(t *testing.T) {
 		{[]string{"--init-config", file("broken.json", `{"Network": "10.0.0.0/16"`)}, "", "expected a JSON object"},
 		{[]string{"--init-config", file("type.json", `{"Network": "10.0.0.0/16", "Backend": {"Type": "ipip"}}`)}, "", `Backend.Type: expected "vxlan" or "host-gw", found "ipip"`},
 		{nil, "OVERLAYD_IP_MASQ=perhaps", "OVERLAYD_IP_MASQ"},
+		{[]string{"--log-level", "loud"}, "OVERLAYD_VERSION=v1", "--log-level"}, // no flag is set by it
 		{[]string{"leases", "-o", "xml"}, "", "--output"},
 	} {
 		cmd := exec.CommandContext(ctx, overlayd, append(tt.args, "--state-dir", dir)...)

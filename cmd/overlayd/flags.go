@@ -141,7 +141,7 @@ func fromEnvironment(s *pflag.FlagSet, lookup func(string) (string, bool)) error
 	var errs []error
 	s.VisitAll(func(f *pflag.Flag) {
 		v, ok := lookup(envName(f.Name))
-		if !ok || f.Changed || f.Name == "help" {
+		if !ok || f.Changed || f.Name == "help" || f.Name == "version" {
 			return
 		}
 		if err := s.Set(f.Name, v); err != nil {
