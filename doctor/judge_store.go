@@ -350,7 +350,12 @@ func (f Facts) sharedIPs(live []*subnet.Entry) []Finding {
 				continue
 			}
 			if other := first[ip]; other != nil {
-				out = append(out, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: the younger one is not believed", other.Name(), other.Key, e.Name(), e.Key, ip), f.removal(younger(other, e)))...)
+				stale, now := other, e // a node that has the address would have written its lease again
+				if stale.Revision > now.Revision {
+					stale, now = now, stale
+				}
+				first[ip] = now
+				out = append(out, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers go by the one that was written last, %s", other.Name(), other.Key, e.Name(), e.Key, ip, now.Key), f.removal(stale))...)
 				continue
 			}
 			first[ip] = e
