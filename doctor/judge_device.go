@@ -57,8 +57,8 @@ func judgeTunnel(f Facts) []Finding {
 		if mac := f.announced(d); mac != "" && mac != d.link.MAC.String() {
 			out = append(out, fail(fmt.Sprintf("%s has the MAC address %s, the lease announces %s: what the others send is dropped", d.name, d.link.MAC, mac), "ip link set "+d.name+" address "+mac)...)
 		}
-		if n := 0; f.System.Sysctls["net/ipv6/conf/"+d.name+"/disable_ipv6"] == "1" && d.family == addr.IPv6 && n == 0 {
-			out = append(out, fail("IPv6 is switched off on "+d.name, "sysctl -w net/ipv6/conf/"+d.name+"/disable_ipv6=0")...)
+		if s := ipv6Off(d.name); f.System.Sysctls[s] == "1" && d.family == addr.IPv6 {
+			out = append(out, fail("IPv6 is switched off on "+d.name, "sysctl -w "+s+"=0")...)
 		}
 	}
 	if len(names) == 0 {

@@ -20,6 +20,7 @@ func hostChecks() []check {
 		{"kernel", judgeSupport},
 		{"forwarding", judgeForwarding},
 		{"bridge netfilter", judgeBridgeFilter},
+		{"IPv6", judgeIPv6},
 		{"pings", judgeEcho},
 		{"interface", judgeInterface},
 		{"rp_filter", judgeRPFilter},
@@ -95,6 +96,23 @@ func judgeForwarding(f Facts) []Finding {
 		}
 	}
 	return orOK(out, "it is on")
+}
+
+// judgeIPv6: overlayd sees to its own device, the bridge is that of whoever makes it.
+func judgeIPv6(f Facts) []Finding {
+	if !slices.Contains(f.families(), addr.IPv6) {
+		return skipped("the network has none")
+	}
+	var out []Finding
+	for _, b := range f.bridges() {
+		if s := ipv6Off(b.Name); f.System.Sysctls[s] == "1" {
+			out = append(out, fixable(Fail, fmt.Sprintf("it is switched off on %s, so that pods have no gateway", b.Name), sysctlFix(s, "0"))...)
+		}
+	}
+	if s := ipv6Off("default"); f.System.Sysctls[s] == "1" {
+		out = append(out, warn("new devices get none: the CNI plugin can't give a new bridge its address", "sysctl -w "+s+"=0   # and in /etc/sysctl.d")...)
+	}
+	return orOK(out, "the pods' devices may have it")
 }
 
 // judgeEcho: pods don't depend on it, but what is seen of this node from outside does.

@@ -605,6 +605,14 @@ func TestJudges(t *testing.T) {
 			f.learn()
 			f.Pings.Sample[0].small = Pong{Sent: 2, Lost: 2}
 		}},
+		{"no IPv6 on the bridge", "IPv6", Fail, "it is switched off on cni0", "sysctl -w net/ipv6/conf/cni0/disable_ipv6=0", func(f *Facts) {
+			f.dual(t)
+			f.System.Sysctls["net/ipv6/conf/cni0/disable_ipv6"] = "1"
+		}},
+		{"no IPv6 on new devices", "IPv6", Warn, "new devices get none", "sysctl -w net/ipv6/conf/default/disable_ipv6=0", func(f *Facts) {
+			f.dual(t)
+			f.System.Sysctls["net/ipv6/conf/default/disable_ipv6"] = "1"
+		}},
 		{"no answer to pings", "pings", Warn, "net/ipv4/icmp_echo_ignore_all is 1: this node answers no pings", "sysctl -w net/ipv4/icmp_echo_ignore_all=0", func(f *Facts) {
 			f.System.Sysctls["net/ipv4/icmp_echo_ignore_all"] = "1"
 		}},

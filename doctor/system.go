@@ -138,7 +138,7 @@ func readCNI(r root) []cniNetwork {
 func readSysctls(r root, s netstate.Survey) map[string]string {
 	paths := []string{
 		"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/ipv4/conf/all/rp_filter", "net/ipv4/conf/all/forwarding",
-		"net/netfilter/nf_conntrack_count", "net/netfilter/nf_conntrack_max", "net/ipv6/conf/all/disable_ipv6",
+		"net/netfilter/nf_conntrack_count", "net/netfilter/nf_conntrack_max", ipv6Off("default"),
 	}
 	for _, fam := range addr.Families() {
 		paths = append(paths, netstate.BridgeNetfilter(fam).Path, ignoresPings(fam))
@@ -150,7 +150,7 @@ func readSysctls(r root, s netstate.Survey) map[string]string {
 		if l.Kind == "veth" && l.Master != "" { // a port of a bridge routes nothing
 			continue
 		}
-		paths = append(paths, rpFilter(l.Name), deviceForwarding(l.Name), "net/ipv6/conf/"+l.Name+"/disable_ipv6", "net/ipv6/conf/"+l.Name+"/accept_ra")
+		paths = append(paths, rpFilter(l.Name), deviceForwarding(l.Name), ipv6Off(l.Name), "net/ipv6/conf/"+l.Name+"/accept_ra")
 	}
 	out := map[string]string{}
 	for _, p := range paths {
@@ -160,6 +160,9 @@ func readSysctls(r root, s netstate.Survey) map[string]string {
 	}
 	return out
 }
+
+// ipv6Off is the setting by which a device has no IPv6.
+func ipv6Off(device string) string { return "net/ipv6/conf/" + device + "/disable_ipv6" }
 
 // ignoresPings is the setting by which a node answers no pings.
 func ignoresPings(fam addr.Family) string {

@@ -83,7 +83,7 @@ type target struct {
 	fullNext    bool // where there is time for one size only
 	gone        bool
 	knock       bool  // it is knocked at instead of pinged, see socket
-	since       int64 // when it was asked first, or answered again after it was silent, in ns since 1970; 0: it was not yet
+	since       int64 // when it was asked first, or answered again after both sizes were lost, in ns since 1970; 0: it was not yet
 	again       int64 // when to ask it out of turn, in ns since 1970; 0: not
 	heard       int64 // when it answered last, likewise; 0: never
 }
@@ -400,15 +400,15 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	if t.gone {
 		return
 	}
+	if back := !lost && t.small.down(1) && t.full.down(1); back || t.since == 0 {
+		t.since = now.UnixNano()
+	}
 	h := &t.small
 	if f.full {
 		h = &t.full
 	}
 	h.note(lost)
 	t.both.note(lost)
-	if t.since == 0 || !lost && t.verdict == silent {
-		t.since = now.UnixNano()
-	}
 	if !lost {
 		h.rtt, t.heard = uint32(rtt), now.UnixNano()
 	}

@@ -173,6 +173,18 @@ func TestGrace(t *testing.T) {
 	if after := w.now.Sub(back); after < grace-5*time.Second || after > 2*grace || verdict() != status.SmallOnly {
 		t.Errorf("%s after it is back: %s", after, verdict())
 	}
+	w.answer = func(ping) bool { return true }
+	w.run(120)
+	away := w.now.Add(12 * time.Second) // one visit is lost, then the large packets of the next
+	booted := away.Add(8 * time.Second)
+	w.answer = func(p ping) bool {
+		return p.to != ts[2].Address || w.now.After(away) && (p.size == SmallSize || w.now.After(booted))
+	}
+	for !w.now.After(booted) {
+		if w.run(5); verdict() == status.SmallOnly {
+			t.Fatalf("small-only %s before it has booted", booted.Sub(w.now))
+		}
+	}
 	never := Target{Subnet: netip.MustParsePrefix("10.9.9.0/24"), Address: netip.MustParseAddr("10.9.9.0")}
 	w.rot.put(never)
 	w.answer = func(p ping) bool { return p.to != never.Address }
