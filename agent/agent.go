@@ -377,7 +377,8 @@ func (a *Agent) choose() error {
 	return nil
 }
 
-// current is the address that the node goes by, so far as that is known: after a restart from its lease, or from memory.
+// current is the address that the node goes by, so far as that is known: after a restart from its lease, or from
+// memory.
 func (a *Agent) current() addr.Per[netip.Addr] {
 	if a.choice != nil {
 		return addr.Per[netip.Addr]{V4: a.choice.Underlay.V4.Addr, V6: a.choice.Underlay.V6.Addr}

@@ -1162,7 +1162,8 @@ func TestWhatWasRefusedIsNoDrift(t *testing.T) {
 	})
 }
 
-// What another program takes from the pods' bridge is named once it has lasted, and remembered; a bridge that is being made is none.
+// What another program takes from the pods' bridge is named once it has lasted, and remembered; a bridge that is
+// being made is none.
 func TestPodBridge(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))
@@ -1192,7 +1193,8 @@ func TestPodBridge(t *testing.T) {
 		if p := r.problem(condBridge); !strings.Contains(p, lost) || !strings.Contains(p, "(veth1)") || !strings.Contains(p, "ip address replace") {
 			t.Errorf("problem %q", p)
 		}
-		// A restart, and then the bridge is looked at without an event, since one for a port that comes back is passed over.
+		// A restart, and then the bridge is looked at without an event, since one for a port that comes back is
+		// passed over.
 		r.stop()
 		again := newAgent(r)
 		again.start()

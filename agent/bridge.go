@@ -10,13 +10,16 @@ import (
 )
 
 const (
-	// bridgePatience is how long a loss must last to be one: whoever makes a bridge gives it its address a moment later.
+	// bridgePatience is how long a loss must last to be one: whoever makes a bridge gives it its address a moment
+	// later.
 	bridgePatience = 3 * time.Second
-	// bridgeEvery is how often to look while something is lost: the kernel's events about ports that come back are passed over.
+	// bridgeEvery is how often to look while something is lost: the kernel's events about ports that come back are
+	// passed over.
 	bridgeEvery = 5 * time.Second
 )
 
-// podBridges is what the agent knows of the pods' bridges. It makes none, and changes none: it says what another program took from them.
+// podBridges is what the agent knows of the pods' bridges. It makes none, and changes none: it says what another
+// program took from them.
 type podBridges struct {
 	known []netstate.PodBridge
 	lost  string    // what they have lost, as it is said
@@ -40,8 +43,8 @@ func (b podBridges) gist() string {
 	return out.String() + b.lost
 }
 
-// followBridges looks whether the pods' bridges still have what they had. What they have not is no reason to be not ready: it may be that no
-// pod needs it.
+// followBridges looks whether the pods' bridges still have what they had. What they have not is no reason to be not
+// ready: it may be that no pod needs it.
 func (a *Agent) followBridges(now time.Time) {
 	b := &a.bridges
 	known, losses := netstate.FollowBridges(b.known, a.host, a.lease.Subnets)

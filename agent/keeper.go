@@ -13,8 +13,9 @@ import (
 )
 
 const (
-	// rememberEvery is how often what is known of thousands of peers is written to the state directory at most, and how long after a write
-	// that failed it is tried again. A small file may be written more often: it grows by some 300 bytes for each peer.
+	// rememberEvery is how often what is known of thousands of peers is written to the state directory at most, and
+	// how long after a write that failed it is tried again. A small file may be written more often: it grows by some
+	// 300 bytes for each peer.
 	rememberEvery = 30 * time.Second
 	rememberPeer  = 6 * time.Millisecond
 	// rememberSelf is how often it is written at most because of what concerns this node itself.
@@ -64,20 +65,23 @@ func newKeeper(dir stateDir, node subnet.Identity, h *health) *keeper {
 
 // begin tells what is remembered already.
 func (k *keeper) begin(m memory) {
-	k.last = keepsake{self: selfMemory{m.subnets(), string(m.Config), m.Addresses, ""}, bridges: m.Bridges, expires: m.Expires}
+	self := selfMemory{subnets: m.subnets(), config: string(m.Config), addrs: m.Addresses}
+	k.last = keepsake{self: self, bridges: m.Bridges, expires: m.Expires}
 	k.at = time.Now()
 }
 
-// note has something written if it is time: at once after a quiet time, and then the sooner, the more it matters and the less there is to
-// write.
+// note has something written if it is time: at once after a quiet time, and then the sooner, the more it matters and
+// the less there is to write.
 func (k *keeper) note(s keepsake, last bool) {
 	var gap time.Duration
 	switch {
 	case s.self != k.last.self:
 		gap = rememberSelf
-	case !s.own && (s.expires.Sub(k.last.expires).Abs() >= leaseProgress || !slices.Equal(s.table.Entries, k.last.table.Entries)):
+	case !s.own && (s.expires.Sub(k.last.expires).Abs() >= leaseProgress ||
+		!slices.Equal(s.table.Entries, k.last.table.Entries)):
 		gap = min(max(rememberSelf, time.Duration(len(s.table.Entries))*rememberPeer), rememberEvery)
-	case k.written.Load() != k.number || last && fmt.Sprint(s.bridges) != fmt.Sprint(k.last.bridges): // the ports, which come and go
+	case k.written.Load() != k.number,
+		last && fmt.Sprint(s.bridges) != fmt.Sprint(k.last.bridges): // the ports, which come and go
 		gap = rememberEvery
 	default:
 		k.next = time.Time{}
@@ -129,7 +133,8 @@ func (a *Agent) save(last bool) {
 		self:    selfMemory{a.lease.Subnets, a.configJSON, a.current(), a.bridges.gist()},
 		bridges: a.bridges.known,
 		expires: a.expires(), table: a.snap.Table,
-		// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that they are lost.
+		// While peers are kept that the store has lost, memory keeps them too: a restart has to find out again that
+		// they are lost.
 		own: time.Now().Before(a.lostUntil),
 	}, last)
 }

@@ -104,8 +104,8 @@ func TestNothingIsWrittenWithoutALease(t *testing.T) {
 	})
 }
 
-// What a start without the store needs is written when it changes: the config in use and the address at once, a few peers within a
-// second, thousands within half a minute. So much is there after a SIGKILL, too.
+// What a start without the store needs is written when it changes: the config in use and the address at once, a few
+// peers within a second, thousands within half a minute. So much is there after a SIGKILL, too.
 func TestWhatChangesIsRemembered(t *testing.T) {
 	const port, vni = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Port":8473}}`, `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":7}}`
 	inRig(t, func(r *rig) {

@@ -126,7 +126,8 @@ func (m memory) subnets() addr.Per[netip.Prefix] {
 // remember puts the essence of a table into a memory.
 func remember(t subnet.Table, id subnet.Identity, self selfMemory, expires time.Time) memory {
 	m := memory{
-		Node: id, Saved: time.Now().UTC().Round(0), Subnets: subnet.FormatKey(self.subnets), Expires: expires.UTC(), Revision: t.Revision,
+		Node: id, Saved: time.Now().UTC().Round(0), Subnets: subnet.FormatKey(self.subnets),
+		Expires: expires.UTC(), Revision: t.Revision,
 		Config: json.RawMessage(self.config), Addresses: self.addrs,
 	}
 	for _, e := range t.Entries {

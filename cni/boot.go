@@ -16,13 +16,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A reboot ends every pod, and not every runtime says so with DEL or GC. What ADD keeps names the boot in which it was; the first ADD of
-// another one takes back all that is older. That a boot is another one is told by its ID, and by nothing that a clock says.
+// A reboot ends every pod, and not every runtime says so with DEL or GC. What ADD keeps names the boot in which it
+// was; the first ADD of another one takes back all that is older. That a boot is another one is told by its ID, and
+// by nothing that a clock says.
 
 // bootKey is where that ID stands in what is kept. A delegate does not get to see it.
 const bootKey = "overlayd.io/boot-id"
 
-// bootFile is in the directory of each network: the boot before which nothing there is from. host-local's may be on another disk.
+// bootFile is in the directory of each network: the boot before which nothing there is from. host-local's may be on
+// another disk.
 const bootFile = ".boot"
 
 func readBootID() string {
@@ -33,8 +35,9 @@ func readBootID() string {
 	return strings.TrimSpace(string(raw))
 }
 
-// keep puts what ADD generated in place, once the attachments of earlier boots are taken back. A container that is started again under the
-// ID that it had has to find its old address free, and must not lose the new one: so both are done under one lock.
+// keep puts what ADD generated in place, once the attachments of earlier boots are taken back. A container that is
+// started again under the ID that it had has to find its old address free, and must not lose the new one: so both are
+// done under one lock.
 func (p *Plugin) keep(ctx context.Context, j job, d Delegate, path string) error {
 	var conf object
 	if err := json.Unmarshal(d.Conf, &conf); err != nil {
@@ -73,7 +76,8 @@ func (p *Plugin) sweep(ctx context.Context, j job, d Delegate, path string) erro
 	old := func(k kept) bool {
 		var of map[string]json.RawMessage
 		var id string
-		return json.Unmarshal(k.conf, &of) == nil && json.Unmarshal(of[bootKey], &id) == nil && id != "" && id != p.BootID
+		err := errors.Join(json.Unmarshal(k.conf, &of), json.Unmarshal(of[bootKey], &id))
+		return err == nil && id != "" && id != p.BootID
 	}
 	if err := p.removeAll(ctx, j.conf, path, func(_ attachment, k kept) bool { return old(k) }); err != nil {
 		return err
@@ -84,9 +88,10 @@ func (p *Plugin) sweep(ctx context.Context, j job, d Delegate, path string) erro
 	return os.WriteFile(filepath.Join(j.store.dir, j.store.network, bootFile), []byte(p.BootID), 0o600)
 }
 
-// freeAddresses frees what host-local holds for attachments of which nothing is kept, as where dataDir does not outlive a reboot. What this
-// plugin made in this boot is kept, or is not made yet. But pods may have got addresses under the network's name from flannel's plugin, or
-// with another list: the former are known by its files, the latter by the time of theirs.
+// freeAddresses frees what host-local holds for attachments of which nothing is kept, as where dataDir does not
+// outlive a reboot. What this plugin made in this boot is kept, or is not made yet. But pods may have got addresses
+// under the network's name from flannel's plugin, or with another list: the former are known by its files, the latter
+// by the time of theirs.
 func (p *Plugin) freeAddresses(c Config, d Delegate) error {
 	var conf struct {
 		IPAM struct{ Type, DataDir string }
@@ -133,7 +138,8 @@ func (p *Plugin) freeUnknown(c Config, dir string) error {
 	entries, err := os.ReadDir(dir)
 	for _, e := range entries {
 		info, infoErr := e.Info()
-		if _, notAddress := netip.ParseAddr(e.Name()); notAddress != nil || infoErr != nil || !e.Type().IsRegular() || !info.ModTime().Before(booted) {
+		_, notAddress := netip.ParseAddr(e.Name())
+		if notAddress != nil || infoErr != nil || !e.Type().IsRegular() || !info.ModTime().Before(booted) {
 			continue
 		}
 		path := filepath.Join(dir, e.Name())

@@ -483,8 +483,8 @@ func TestOtherDataDir(t *testing.T) {
 	n.must(n.del(old, b))
 }
 
-// reboot does to a node what one does, but for its disk: no pod is left, and the bridge is gone. To the plugin it looks as if what is there
-// were of another boot.
+// reboot does to a node what one does, but for its disk: no pod is left, and the bridge is gone. To the plugin it
+// looks as if what is there were of another boot.
 func (n *node) reboot(pods ...*pod) {
 	n.Helper()
 	for _, p := range pods {
@@ -506,7 +506,8 @@ func (n *node) reboot(pods ...*pod) {
 	}
 }
 
-// After a reboot nothing of before it takes room, whatever the runtime does about it: nothing, a DEL, or an ADD of the same container.
+// After a reboot nothing of before it takes room, whatever the runtime does about it: nothing, a DEL, or an ADD of
+// the same container.
 func TestReboot(t *testing.T) {
 	t.Parallel()
 	small := strings.ReplaceAll(envV4, "/24", "/29") // five addresses for pods

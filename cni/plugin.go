@@ -85,7 +85,8 @@ func (p *Plugin) Add(args *skel.CmdArgs) error {
 	}
 	// Kept first: where the delegate fails half way, the runtime calls DEL, which must know what to take back.
 	if err := p.noteDir(j.conf.DataDir); err != nil {
-		_, _ = fmt.Fprintf(p.Stderr, "DEL will not find what is kept in %s if dataDir is changed: %v\n", j.conf.DataDir, err)
+		_, _ = fmt.Fprintf(p.Stderr, "DEL will not find what is kept in %s if dataDir is changed: %v\n",
+			j.conf.DataDir, err)
 	}
 	if err := p.keep(context.Background(), j, d, args.Path); err != nil {
 		return ioError(err)

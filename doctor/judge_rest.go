@@ -31,11 +31,14 @@ func judgeNetworkd(f Facts) []Finding {
 	}
 	var out []Finding
 	if m.NetworkFile != "" {
-		reason := fmt.Sprintf("%s fits %s: systemd-networkd may change its addresses, routes and ports; after this: networkctl reload", m.NetworkFile, m.Managed)
+		reason := fmt.Sprintf("%s fits %s: systemd-networkd may change its addresses, routes and ports; "+
+			"after this: networkctl reload", m.NetworkFile, m.Managed)
 		if dropInCovers(m.Managed) {
-			out = append(out, fixable(Warn, reason, fix{file: "/etc/systemd/network/10-overlayd.network", content: "10-overlayd.network"})...)
+			file := fix{file: "/etc/systemd/network/10-overlayd.network", content: "10-overlayd.network"}
+			out = append(out, fixable(Warn, reason, file)...)
 		} else {
-			out = append(out, warn(reason, fmt.Sprintf(`printf '[Match]\nName=%[1]s\n[Link]\nUnmanaged=yes\n' > /etc/systemd/network/10-%[1]s.network`, m.Managed))...)
+			const write = `printf '[Match]\nName=%[1]s\n[Link]\nUnmanaged=yes\n' > /etc/systemd/network/10-%[1]s.network`
+			out = append(out, warn(reason, fmt.Sprintf(write, m.Managed))...)
 		}
 	}
 	if !m.ForeignRoutes {
@@ -47,6 +50,7 @@ func judgeNetworkd(f Facts) []Finding {
 
 func judgeNetworkManager(f Facts) []Finding {
 	m := f.System.Managers
+	file := fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"}
 	switch {
 	case f.Service.inKubernetes():
 		return f.unseen("nmcli device status")
@@ -59,18 +63,19 @@ func judgeNetworkManager(f Facts) []Finding {
 			out = append(out, "nmcli device set "+name+" managed no")
 			covered = covered && dropInCovers(name)
 		}
-		reason := fmt.Sprintf("it manages %s, and takes addresses and ports away with `nmcli networking off`, or when a connection ends", m.NMManages)
+		reason := fmt.Sprintf("it manages %s, and takes addresses and ports away with `nmcli networking off`, "+
+			"or when a connection ends", m.NMManages)
 		if m.NMIgnores || !covered {
-			return warn(reason+"; this holds until the next boot, /etc/NetworkManager/conf.d has to name the device for longer", out...)
+			return warn(reason+"; this holds until the next boot, for longer /etc/NetworkManager/conf.d has to name it", out...)
 		}
-		found := fixable(Warn, reason+"; after this: nmcli general reload", fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"})
+		found := fixable(Warn, reason+"; after this: nmcli general reload", file)
 		found[0].Mend = append(found[0].Mend, out...)
 		return found
 	case m.NMAnswers:
 		return ok("it manages none of overlayd's devices, nor the pods' bridge")
 	case !m.NMIgnores:
-		return fixable(Warn, "it does not say what it manages (its networking is off, or there is no nmcli), and nothing tells it to leave overlayd's devices alone; after this: nmcli general reload",
-			fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"})
+		return fixable(Warn, "it does not say what it manages (its networking is off, or there is no nmcli), and nothing "+
+			"tells it to leave overlayd's devices alone; after this: nmcli general reload", file)
 	}
 	return ok("it is told to leave overlayd's devices alone")
 }

@@ -91,7 +91,7 @@ func judgeStore(f Facts) []Finding {
 		default:
 			meanwhile := "this node has no lease yet, and gets none until it answers"
 			if f.connected() {
-				meanwhile = "the daemon is still connected, and sees the changes of other nodes as long as that connection lasts"
+				meanwhile = "the daemon is still connected, and sees the changes of other nodes as long as that lasts"
 			} else if f.Self.Subnets != (addr.Per[netip.Prefix]{}) {
 				meanwhile = "traffic flows on by what was known last, changes of other nodes are not seen"
 			}
@@ -99,10 +99,12 @@ func judgeStore(f Facts) []Finding {
 		}
 	}
 	if bad < len(x.Endpoints) && x.TableErr != nil {
-		out = append(out, f.unlessSlow(x.TableErr, "reading "+f.prefix()+"/", f.etcdctl("get --prefix --keys-only "+f.prefix()+"/"))...)
+		list := f.etcdctl("get --prefix --keys-only " + f.prefix() + "/")
+		out = append(out, f.unlessSlow(x.TableErr, "reading "+f.prefix()+"/", list)...)
 	}
 	if x.WriteErr != nil {
-		out = append(out, f.unlessSlow(x.WriteErr, "leases can't be written", f.etcdctl("endpoint status -w table"), f.etcdctl("alarm list"))...)
+		status, alarms := f.etcdctl("endpoint status -w table"), f.etcdctl("alarm list")
+		out = append(out, f.unlessSlow(x.WriteErr, "leases can't be written", status, alarms)...)
 	}
 	return orOK(out, fmt.Sprintf("%d of %d endpoints answer, in %s at most", len(x.Endpoints)-bad, len(x.Endpoints), slowest(x.Endpoints).Round(100*time.Microsecond)))
 }
@@ -118,15 +120,16 @@ func (f Facts) onlySlow(err error) bool {
 	return f.connected() && errors.Is(err, context.DeadlineExceeded)
 }
 
-const onlySlow = "; the daemon is connected and sees the changes of other nodes: etcd is slow, or stopped answering a moment ago"
+const onlySlow = "; the daemon is connected and sees the changes of other nodes: " +
+	"etcd is slow, or stopped answering a moment ago"
 
 // unlessSlow is what a request that failed means.
-func (f Facts) unlessSlow(err error, what string, mend ...string) []Finding {
+func (f Facts) unlessSlow(err error, what string, commands ...string) []Finding {
 	reason := what + ": " + strings.TrimPrefix(err.Error(), "etcd: ")
 	if f.onlySlow(err) {
-		return warn(reason+onlySlow, mend...)
+		return warn(reason+onlySlow, commands...)
 	}
-	return fail(reason, mend...)
+	return fail(reason, commands...)
 }
 
 func slowest(es []etcd.Endpoint) time.Duration {

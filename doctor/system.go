@@ -285,8 +285,8 @@ type device struct {
 	there      bool
 }
 
-// managedLike lists our devices, the pods' bridges and their ports. Of a kind that is not there yet it is one with the usual name; of ports,
-// which are all alike, it is one of each bridge.
+// managedLike lists our devices, the pods' bridges and their ports. Of a kind that is not there yet it is one with
+// the usual name; of ports, which are all alike, it is one of each bridge.
 func managedLike(s netstate.Survey, bridges []netstate.PodBridge) []device {
 	out := []device{}
 	add := func(name, kind string) {
@@ -318,8 +318,8 @@ func managedLike(s netstate.Survey, bridges []netstate.PodBridge) []device {
 	return out
 }
 
-// askNetworkManager lists those of the devices that NetworkManager manages. Not known: it does not answer, its networking is switched off (then
-// it says "no" for all, until it is on again), or none of them is there.
+// askNetworkManager lists those of the devices that NetworkManager manages. Not known: it does not answer, its
+// networking is switched off (then it says "no" for all, until it is on again), or none of them is there.
 func askNetworkManager(devices []device) (manages string, known bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
@@ -396,8 +396,8 @@ func unitFiles(r root, folder, suffix string) []string {
 	return out
 }
 
-// firstMatch finds the file of /etc/systemd/network and its like that is taken for a device: the first in the order of the names whose
-// [Match] fits.
+// firstMatch finds the file of /etc/systemd/network and its like that is taken for a device: the first in the order
+// of the names whose [Match] fits.
 func firstMatch(r root, suffix string, d device) (file, text string) {
 	for _, f := range unitFiles(r, "network", suffix) {
 		text, _ := r.read(f)

@@ -147,7 +147,8 @@ func TestManagers(t *testing.T) {
 	}
 }
 
-// NetworkManager is asked what it does with the devices that are there: with the words of the real nmcli, which knows some of them.
+// NetworkManager is asked what it does with the devices that are there: with the words of the real nmcli, which knows
+// some of them.
 func TestAskNetworkManager(t *testing.T) {
 	bin := t.TempDir()
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))

@@ -31,8 +31,9 @@ type BridgeLoss struct {
 	Ports  []string
 }
 
-// FollowBridges brings up to date what is known of the pods' bridges, and says what they have lost. It is pure. What is lost stays known
-// until it is back, or nothing needs it: a bridge that was removed with all that was on it, or whose place another one has, has lost nothing.
+// FollowBridges brings up to date what is known of the pods' bridges, and says what they have lost. It is pure. What
+// is lost stays known until it is back, or nothing needs it: a bridge that was removed with all that was on it, or
+// whose place another one has, has lost nothing.
 func FollowBridges(before []PodBridge, h Host, own addr.Per[netip.Prefix]) (now []PodBridge, lost []BridgeLoss) {
 	for _, a := range h.Addresses {
 		f := addr.FamilyOf(a.Prefix.Addr())
@@ -95,7 +96,9 @@ func FollowBridges(before []PodBridge, h Host, own addr.Per[netip.Prefix]) (now 
 
 // inUse reports whether a device of the node, the tunnels aside, has an address of a subnet.
 func inUse(h Host, sn netip.Prefix) bool {
-	return sn.IsValid() && slices.ContainsFunc(h.Addresses, func(a HostAddress) bool { return !a.Tunnel && sn.Contains(a.Prefix.Addr()) })
+	return sn.IsValid() && slices.ContainsFunc(h.Addresses, func(a HostAddress) bool {
+		return !a.Tunnel && sn.Contains(a.Prefix.Addr())
+	})
 }
 
 // String says what is lost and what that means.

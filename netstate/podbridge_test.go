@@ -9,7 +9,8 @@ import (
 	"github.com/overlayd/overlayd/internal/nstest"
 )
 
-// On real devices: what is taken from a bridge is named, with commands that give it back, and what is gone for a reason is not.
+// On real devices: what is taken from a bridge is named, with commands that give it back, and what is gone for a
+// reason is not.
 func TestFollowBridges(t *testing.T) {
 	ns := nstest.New(t)
 	own := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24"), V6: netip.MustParsePrefix("fd00:10:244:5::/64")}

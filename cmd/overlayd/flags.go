@@ -315,7 +315,8 @@ func (f flags) logger() (*zap.Logger, zap.AtomicLevel, error) {
 	var options []zap.Option
 	if toJournal() {
 		options = append(options, zap.WrapCore(func(zapcore.Core) zapcore.Core {
-			return zapcore.NewCore(journalEncoder{encoder(c.EncoderConfig), buffer.NewPool()}, zapcore.Lock(os.Stderr), c.Level)
+			lines := journalEncoder{encoder(c.EncoderConfig), buffer.NewPool()}
+			return zapcore.NewCore(lines, zapcore.Lock(os.Stderr), c.Level)
 		}))
 	}
 	log, err := c.Build(options...)

@@ -8,8 +8,9 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// toJournal reports whether stderr leads to systemd's journal, which takes the priority of a line from its beginning (sd-daemon(3)), and
-// has the time of each by itself. That JOURNAL_STREAM is set is not enough: a shell may have redirected stderr.
+// toJournal reports whether stderr leads to systemd's journal, which takes the priority of a line from its beginning
+// (sd-daemon(3)), and has the time of each by itself. That JOURNAL_STREAM is set is not enough: a shell may have
+// redirected stderr.
 func toJournal() bool {
 	is, err := journal.StderrIsJournalStream()
 	return is && err == nil
@@ -17,7 +18,9 @@ func toJournal() bool {
 
 // journalLines gives every line of a text the priority of a level: a message, or an error in it, may have several.
 func journalLines(level zapcore.Level, text string) string {
-	prefix := map[zapcore.Level]string{zapcore.DebugLevel: "<7>", zapcore.InfoLevel: "<6>", zapcore.WarnLevel: "<4>", zapcore.ErrorLevel: "<3>"}[level]
+	prefix := map[zapcore.Level]string{
+		zapcore.DebugLevel: "<7>", zapcore.InfoLevel: "<6>", zapcore.WarnLevel: "<4>", zapcore.ErrorLevel: "<3>",
+	}[level]
 	if level > zapcore.ErrorLevel {
 		prefix = "<2>"
 	}

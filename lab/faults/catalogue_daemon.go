@@ -26,24 +26,25 @@ func boot() []Fault {
 		{
 			Name: "reboot with etcd away", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
 			Inject: Steps(stopDaemon, wipe, stopStore, startDaemon), Expect: All(KernelWhole, reaches),
-			Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Steps(startStore, Until(Whole, catchUp), Until(logLacks(`gone from etcd`), 0)),
+			Hold: 3 * time.Second, Keeps: KernelWhole, Restore: storeBack,
 			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `starting from what is remembered`,
 			Seen: degrades("offline", "etcd has not answered since the start", `overlayd_lease_held 0`).in(10 * time.Second),
 		},
 		{
 			Name: "started with etcd away, and its key deleted meanwhile", On: []string{OnVXLAN, OnDual},
-			Inject: Steps(stopDaemon, deleteOwnKey, stopStore, startDaemon, Until(LogSays(`starting from what is remembered`), catchUp), startStore),
-			Expect: registered, Bound: Bound{Lost: Any, Repair: catchUp}, Log: `the lease is gone from etcd`, Restore: Wait(0),
+			Inject: Steps(stopDaemon, deleteOwnKey, stopStore, startDaemon, Until(offline, catchUp), startStore),
+			Expect: registered, Restore: Wait(0),
+			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `the lease is gone from etcd`,
 		},
 		{
 			Name: "another port, then a start with etcd away", On: []string{OnVXLAN, OnDual}, Short: true,
-			Inject: Steps(Until(remembersPort, 40*time.Second), changeConfig(otherPort), Until(usesPort, catchUp), stopDaemon, stopStore, startDaemon, Until(offline, catchUp)),
+			Inject: Steps(changePort, stopDaemon, stopStore, startDaemon, Until(offline, catchUp)),
 			Expect: All(usesPort, reaches), Hold: time.Second, Keeps: usesPort, Restore: Steps(startStore, Undo),
 			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from what is remembered`,
 		},
 		{
 			Name: "another port, SIGKILL a second later, then a reboot with etcd away", On: []string{OnVXLAN, OnDual},
-			Inject: Steps(Until(remembersPort, 40*time.Second), changeConfig(otherPort), Until(usesPort, catchUp), Wait(time.Second), killDaemon, wipe, stopStore, startDaemon, Until(offline, catchUp)),
+			Inject: Steps(changePort, Wait(time.Second), killDaemon, wipe, stopStore, startDaemon, Until(offline, catchUp)),
 			Expect: All(usesPort, reaches), Hold: time.Second, Keeps: usesPort, Restore: Steps(startStore, Undo),
 			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from what is remembered`,
 		},
@@ -64,7 +65,7 @@ func boot() []Fault {
 		{
 			Name: "start with etcd away, nothing else lost", On: []string{OnVXLAN, OnHostGW, OnDual},
 			Inject: Steps(stopDaemon, stopStore, startDaemon), Hold: 6 * time.Second, Keeps: KernelWhole,
-			Restore: Steps(startStore, Until(Whole, catchUp), Until(logLacks(`gone from etcd`), 0)), Bound: lossless(catchUp), Log: `(?i)problem: (etcd|offline)`,
+			Restore: storeBack, Bound: lossless(catchUp), Log: `(?i)problem: (etcd|offline)`,
 		},
 		{
 			Name: "peer removed while the daemon was down: swept after the start", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
@@ -143,21 +144,6 @@ func daemon() []Fault {
 			Inject: Once(`cp /dev/null "$SUBNET_FILE"`),
 			Bound:  lossless(withinASecond), Log: `repaired.*: subnet-file`, Seen: repairs("subnet-file", "subnet.env"),
 		},
-		{
-			Name: "the pods' bridge stripped of its addresses and ports, as a network manager does", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
-			Inject: Once(stripBridge), Hold: 2 * time.Second, Log: `problem: pod-bridge`,
-			Restore: Once(giveBridgeBack),
-			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
-			Seen: degrades("pod-bridge", "cni0 has lost its address .*the gateway of this node's pods.*cni0 has lost 1 of its ports .*pods there are cut off: ip ").in(8 * time.Second).
-				diagnosed(`^FAIL bridge cni0 is down: .*cni0 has lost its address .*cni0 has lost 1 of its ports`),
-		},
-		{
-			Name: "the pods' bridge stripped while the daemon is down", On: []string{OnVXLAN, OnDual},
-			Inject: Steps(Wait(2*time.Second), stopDaemon, Once(stripBridge), startDaemon), Hold: 2 * time.Second, Log: `problem: pod-bridge`,
-			Restore: Once(giveBridgeBack),
-			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
-			Seen:    degrades("pod-bridge", "cni0 has lost its address ").in(12 * time.Second).diagnosed(`^FAIL bridge cni0 is down: .*cni0 has lost its address .*cni0 has lost 1 of its ports`),
-		},
 	}
 	return in(Daemon, lossless(comeBack), rows)
 }
@@ -187,16 +173,15 @@ func wipe(ctx context.Context, s *Site) error {
 	)(ctx, s)
 }
 
-// stripBridge does to the pods' bridge what `nmcli networking off` does to one that NetworkManager manages.
-const stripBridge = `ip -o addr show dev cni0 scope global | sed 's/.*inet6* \([^ ]*\).*/\1/' > "$STATE_DIR/addresses"
-	ip -br link show master cni0 | sed 's/[@ ].*//' > "$STATE_DIR/ports"
-	for p in $(cat "$STATE_DIR/ports"); do ip link set $p nomaster; done
-	ip addr flush dev cni0; ip link set cni0 down`
+// storeBack ends the absence of etcd: it has the node's lease, and the node does not say otherwise.
+func storeBack(ctx context.Context, s *Site) error {
+	return Steps(startStore, Until(Whole, catchUp), Until(logLacks(`gone from etcd`), 0))(ctx, s)
+}
 
-const giveBridgeBack = `ip link set cni0 up; for a in $(cat "$STATE_DIR/addresses"); do
-		case $a in *:*) ip addr replace $a dev cni0 nodad;; *) ip addr replace $a brd + dev cni0;; esac
-	done
-	for p in $(cat "$STATE_DIR/ports"); do ip link set $p up master cni0; bridge link set dev $p hairpin on; done; rm "$STATE_DIR/addresses" "$STATE_DIR/ports"`
+// changePort has all nodes use another port, once the victim has written down its own.
+func changePort(ctx context.Context, s *Site) error {
+	return Steps(Until(remembersPort, 40*time.Second), changeConfig(otherPort), Until(usesPort, catchUp))(ctx, s)
+}
 
 // otherPort is a network config with another UDP port, and usesPort holds when the devices of all nodes have it.
 func otherPort(old string) string { return strings.ReplaceAll(old, "8472", "8473") }
@@ -211,7 +196,8 @@ func usesPort(ctx context.Context, s *Site) error {
 	return nil
 }
 
-// remembersPort holds when the victim has written down its peers and the lab's own port: what is written later is because of a change.
+// remembersPort holds when the victim has written down its peers and the lab's own port: what is written later is
+// because of a change.
 func remembersPort(ctx context.Context, s *Site) error {
 	return Sees(`grep '"Port":8472' "$STATE_DIR/lease.json" | grep -q '"Peers":'`)(ctx, s)
 }
@@ -222,7 +208,7 @@ func offline(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	return unless(strings.Contains(text, "degraded: offline"), "%s does not say that it works with what it remembers: %s", s.Victim.Name, text)
+	return unless(strings.Contains(text, "degraded: offline"), "%s does not work with what it remembers: %s", s.Victim.Name, text)
 }
 
 // flannelsLease makes of the victim's lease the one that flannel would have.

@@ -118,6 +118,24 @@ func kernel() []Fault {
 			`ip $F rule del from $IP lookup 500; ip $F route flush table 500`),
 		diverted("private addresses prohibited by a rule", `5269`, `ip $F rule add pref 5270 to $WIDE prohibit`, `ip $F rule del pref 5270`),
 		startsDiverted(),
+		{
+			Name: "the pods' bridge stripped of its addresses and ports, as a network manager does",
+			On:   []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
+			Inject: Once(stripBridge), Hold: 2 * time.Second, Log: `problem: pod-bridge`,
+			Restore: Once(giveBridgeBack),
+			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
+			Seen: degrades("pod-bridge", "cni0 has lost its address .*cni0 has lost 1 of its ports .*: ip ").in(8 * time.Second).
+				diagnosed(`^FAIL bridge cni0 is down: .*cni0 has lost its address .*cni0 has lost 1 of its ports`),
+		},
+		{
+			Name: "the pods' bridge stripped while the daemon is down", On: []string{OnVXLAN, OnDual},
+			Inject: Steps(Wait(2*time.Second), stopDaemon, Once(stripBridge), startDaemon),
+			Hold:   2 * time.Second, Log: `problem: pod-bridge`,
+			Restore: Once(giveBridgeBack),
+			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
+			Seen: degrades("pod-bridge", "cni0 has lost its address ").in(12 * time.Second).
+				diagnosed(`^FAIL bridge cni0 is down: .*cni0 has lost its address .*cni0 has lost 1 of its ports`),
+		},
 	}
 	return in(Kernel, drift(), rows)
 }
@@ -206,3 +224,15 @@ func in(a Area, b Bound, rows []Fault) []Fault {
 	}
 	return rows
 }
+
+// stripBridge does to the pods' bridge what `nmcli networking off` does to one that NetworkManager manages.
+const stripBridge = `ip -o addr show dev cni0 scope global | sed 's/.*inet6* \([^ ]*\).*/\1/' > "$STATE_DIR/addresses"
+	ip -br link show master cni0 | sed 's/[@ ].*//' > "$STATE_DIR/ports"
+	for p in $(cat "$STATE_DIR/ports"); do ip link set $p nomaster; done
+	ip addr flush dev cni0; ip link set cni0 down`
+
+const giveBridgeBack = `ip link set cni0 up; for a in $(cat "$STATE_DIR/addresses"); do
+		case $a in *:*) ip addr replace $a dev cni0 nodad;; *) ip addr replace $a brd + dev cni0;; esac
+	done
+	for p in $(cat "$STATE_DIR/ports"); do ip link set $p up master cni0; bridge link set dev $p hairpin on; done
+	rm "$STATE_DIR/addresses" "$STATE_DIR/ports"`
