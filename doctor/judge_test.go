@@ -499,6 +499,11 @@ func TestJudges(t *testing.T) {
 			f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
 		}},
 		{"one address twice", "leases", Fail, "the same public IP 192.0.2.2: peers go by the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.2.0-24'", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) }},
+		{"one address twice, and the older lease written again", "leases", Fail, "peers go by the one that was written last, 10.244.2.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) {
+			f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9))
+			e := f.Store.Table.Find("10.244.2.0-24")
+			*e = *subnet.ParseEntry(e.Key, subnet.FormatValue(e.Attrs), 10, e.Created, e.LeaseID)
+		}},
 		{"overlap", "leases", Fail, "10.244.2.0/24 of n2 and 10.244.2.128/25 of n9 overlap", "del '/overlayd/network/subnets/10.244.2.128-25'", func(f *Facts) {
 			f.lease(entry("10.244.2.128-25", "n9", "id9", "192.0.2.9", 9))
 		}},

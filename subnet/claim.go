@@ -252,8 +252,8 @@ func conflict(t Table, c *Claim) error {
 				Advice: "give one of the two another --node-name; if that machine was replaced by this one, delete its key",
 			}
 		}
-		// A node that has the address need not ask whether the other one still has it, too: see Contest.
-		if e.NodeName != c.NodeName && e.samePublicIP(&c.Attrs) && !c.PublicIPLocal {
+		// An address that the other node has on a device weighs more than one that is only said to be this node's. Else: see Contest.
+		if e.NodeName != c.NodeName && e.samePublicIP(&c.Attrs) && e.PublicIPLocal && !c.PublicIPLocal {
 			return &ConflictError{Holder: e, What: fmt.Sprintf("the public IP %s", c.publicIPs()), Advice: adviceOnIP}
 		}
 	}

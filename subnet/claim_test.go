@@ -317,7 +317,7 @@ func checkSettled(t *testing.T, table Table, claim Claim, d Decision) {
 
 func TestDecideErrors(t *testing.T) {
 	me, other := attrs("me", "192.168.1.1"), attrs("other", "192.168.1.2")
-	me.PublicIPLocal = false // a node that has the address asks no lease for it: see TestContest
+	me.PublicIPLocal = false // what has another form of contest: see TestContest*
 	lease := func(a Attrs) []*Entry { return []*Entry{leaseAt("10.244.5.0-24", a, 5, 50)} }
 	mineAnd := func(a Attrs) []*Entry { return append(lease(a), leaseAt("10.244.6.0-24", me, 6, 60)) }
 	broken := errors.New("broken")
@@ -351,7 +351,6 @@ func TestDecideErrors(t *testing.T) {
 		},
 		{"my address, another name without id", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP, a.NodeID = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
 		{"my address, another id without name", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP, a.NodeName = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
-		{"my address reserved for another", Table{Entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP, Identity: Identity{NodeName: "other"}}, 5, 0)}}, Claim{Attrs: me}, "the public IP", nil},
 		{"remembered does not help", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }))}, Claim{Attrs: me, Remembered: per("10.244.9.0/24")}, "the public IP", nil},
 		{"my new address is another's", Table{Entries: mineAnd(other)}, Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP = other.PublicIP })}, "the public IP 192.168.1.2", nil},
 		{

@@ -294,9 +294,39 @@ func TestContestEnds(t *testing.T) {
 	})
 }
 
-// An address that is not on the node itself (--public-ip behind NAT) is no reason to challenge another node's lease.
+// Addresses that are not on the nodes themselves (--public-ip behind NAT) move as others do.
 func TestContestBehindNAT(t *testing.T) {
-	a := newArena(t, ipA, ipB)
+	behindNAT := func(a *arena) {
+		for i, n := range a.nodes {
+			n.claim.PublicIPLocal = false
+			a.restart(i + 1)
+		}
+		a.settle()
+		a.pass(time.Hour)
+	}
+	a := newArena(t, ipA, ipB, ipC)
+	behindNAT(a)
+	a.at(1, ipB)
+	a.restart(1)
+	a.settle() // it waits for node 2
+	a.at(2, ipC)
+	a.restart(2)
+	a.settle()
+	a.at(3, ipA)
+	a.restart(3)
+	a.settle()
+	a.check("[n1 n2 n3]", "[]")
+
+	a = newArena(t, ipA, ipB)
+	behindNAT(a)
+	a.at(2, ipA)
+	if n := a.settle(); n != 2 {
+		t.Errorf("%d writes, want a challenge and an answer", n)
+	}
+	a.check("[n1]", "[n1 n2]")
+
+	// What another node has on a device is not challenged.
+	a = newArena(t, ipA, ipB)
 	a.at(2, ipA)
 	a.nodes[1].claim.PublicIPLocal = false
 	if n := a.settle(); n != 0 {
