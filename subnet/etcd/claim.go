@@ -163,7 +163,7 @@ func (c *claimer) settle(ctx context.Context) time.Duration {
 		return c.retry(ctx, err)
 	case won:
 		c.attempt, c.failures = 0, 0
-		return forever
+		return 0 // does another node contest it? The watch tells of nothing new where the answer came first
 	}
 	c.attempt++
 	return raceDelay(c.attempt, chance())
