@@ -89,7 +89,8 @@ func (m *mesh) judge() {
 		{condProbe, t.Err},
 		{condSilent, silentError(t)},
 		{condPathMTU, trouble(t.SmallOnly, fmt.Sprintf("small packets arrive, those of %d bytes don't: the network between has a smaller MTU than this node's interface; "+
-			"set the interface's MTU, or Backend.MTU in the network config, to what that network carries (overlayd doctor measures it)", m.size))},
+			"set the interface's MTU, or Backend.MTU in the network config, to what that network carries "+
+			"(overlayd doctor measures it)", m.size))},
 	} {
 		say := now.Sub(m.said[x.condition]) >= sayEvery
 		if say {

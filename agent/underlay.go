@@ -14,8 +14,8 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// InterfaceOptions say how to find the device that leads to the other nodes. They are tried in the order of the fields, as in flannel; none
-// means the device with the default route, or the one that has the public IP.
+// InterfaceOptions say how to find the device that leads to the other nodes. They are tried in the order of the
+// fields, as in flannel; none means the device with the default route, or the one that has the public IP.
 type InterfaceOptions struct {
 	Names    []string // devices, by any of their names, or addresses: the first one that fits
 	Regexes  []*regexp.Regexp
@@ -141,7 +141,8 @@ func (s search) candidates(o InterfaceOptions) ([]candidate, string) {
 		list, wanted = s.byName(o.Names), append(wanted, "--iface "+strings.Join(o.Names, ", "))
 	}
 	if len(o.Regexes) > 0 {
-		list, wanted = append(list, s.byRegex(o.Regexes)...), append(wanted, fmt.Sprintf("--iface-regex %s", o.Regexes))
+		list = append(list, s.byRegex(o.Regexes)...)
+		wanted = append(wanted, fmt.Sprintf("--iface-regex %s", o.Regexes))
 	}
 	if o.CanReach.IsValid() {
 		why := fmt.Sprintf("the way to %s", o.CanReach)

@@ -217,8 +217,9 @@ func (p *Plan) LimitMTU(in Input, f addr.Family) int {
 	return mtu
 }
 
-// PodMTU is the largest packet of a pod that leaves by an underlay of an MTU. Backend.MTU bounds what leaves, headers of the tunnel
-// included; where it is more than the underlay takes, the underlay decides, so that pods never learn an MTU that does not get through.
+// PodMTU is the largest packet of a pod that leaves by an underlay of an MTU. Backend.MTU bounds what leaves, headers
+// of the tunnel included; where it is more than the underlay takes, the underlay decides, so that pods never learn an
+// MTU that does not get through.
 func PodMTU(b subnet.Backend, f addr.Family, underlay int) int {
 	outer := underlay
 	if b.MTU != 0 {

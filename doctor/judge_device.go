@@ -368,7 +368,8 @@ func judgeLeftovers(f Facts) []Finding {
 	}
 	var out []Finding
 	if len(names) > 0 {
-		out = append(out, warn("devices of other overlays are there, whose routes and rules may be in the way: "+few(names), mend...)...)
+		out = append(out, warn("devices of other overlays are there, whose routes and rules may be in the way: "+few(names),
+			mend...)...)
 	}
 	return orOK(append(out, f.leftRules()...), "nothing of any")
 }
@@ -395,13 +396,14 @@ func (f Facts) leftRules() []Finding {
 				name, tool = "iptables-legacy, "+name, tool+"-legacy"
 			}
 			// In one step, with what calls the chain: nothing else of the table is written again.
-			note(name, fmt.Sprintf("{ echo '*%s'; %s-save -t %s | sed -n '/%s/s/^-A/-D/p'; echo '-X %s'; echo COMMIT; } | %s-restore --noflush",
-				c.Table, tool, c.Table, c.Name, c.Name, tool))
+			note(name, fmt.Sprintf("{ echo '*%s'; %s-save -t %s | sed -n '/%s/s/^-A/-D/p'; echo '-X %s'; echo COMMIT; } "+
+				"| %s-restore --noflush", c.Table, tool, c.Table, c.Name, c.Name, tool))
 		}
 	}
 	if len(names) == 0 {
 		return nil
 	}
 	slices.Sort(fix)
-	return warn("rules of flannel are there: with them, what pods send to nodes arrives with this node's address, and they let packets pass. If flanneld does not run here any more, remove them: "+few(names), fix...)
+	return warn("rules of flannel are there: with them, what pods send to nodes arrives with this node's address, and they let "+
+		"packets pass. If flanneld does not run here any more, remove them: "+few(names), fix...)
 }

@@ -343,7 +343,8 @@ func judgeBlackHole(f Facts) []Finding {
 	default:
 		reason += fmt.Sprintf("; the largest that gets through to %s is %d, so that the MTU of the network there is %d", largest.Peer.name, largest.Size, outer)
 		if outer < least {
-			return fail(fmt.Sprintf("%s: less than the overlay needs (%d), so the network between the nodes has to carry more", reason, least), f.capture())
+			return fail(fmt.Sprintf("%s: less than the overlay needs (%d), so the network between the nodes has to carry more",
+				reason, least), f.capture())
 		}
 	}
 	return fail(reason, f.lowerMTU(outer)...)
@@ -354,7 +355,8 @@ func (f Facts) leastMTU() int {
 	return subnet.Backend{Type: f.backend()}.LeastMTU(slices.Contains(f.families(), addr.IPv6))
 }
 
-// lowerMTU: for all nodes in the network config, whose Backend.MTU is that of the network between them, or for this one at the device.
+// lowerMTU: for all nodes in the network config, whose Backend.MTU is that of the network between them, or for this
+// one at the device.
 func (f Facts) lowerMTU(underlay int) []string {
 	if put := f.putBackend("MTU", underlay); put != "" {
 		return []string{put}

@@ -320,9 +320,11 @@ func judgeLeases(f Facts) []Finding {
 	for _, e := range f.Store.Table.HarmsFlannel() {
 		fix := f.etcdctl("get --prefix " + f.prefix() + "/subnets/")
 		if e.Blank() {
-			fix = f.etcdctl(fmt.Sprintf("put '%s/subnets/%s' '{}'", f.prefix(), e.Key)) + "   # then restart flanneld on its nodes"
+			fix = f.etcdctl(fmt.Sprintf("put '%s/subnets/%s' '{}'", f.prefix(), e.Key)) +
+				"   # then restart flanneld on its nodes"
 		}
-		out = append(out, warn(fmt.Sprintf("the value of %.60q is not JSON: flannel nodes, of which this network has some, drop all their peers when such a key is written; '{}' reserves the same", e.Key), fix)...)
+		out = append(out, warn(fmt.Sprintf("the value of %.60q is not JSON: flannel nodes, of which this network has some, "+
+			"drop all their peers when such a key is written; '{}' reserves the same", e.Key), fix)...)
 	}
 	if len(broken) > 0 {
 		out = append(out, warn(fmt.Sprintf("%d leases can't be read and are left out: %s", len(broken), few(broken)), f.etcdctl("get --prefix "+f.prefix()+"/subnets/"))...)
@@ -358,7 +360,8 @@ func (f Facts) sharedIPs(live []*subnet.Entry) []Finding {
 					stale, now = now, stale
 				}
 				first[ip] = now
-				out = append(out, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers go by the one that was written last, %s", other.Name(), other.Key, e.Name(), e.Key, ip, now.Key), f.removal(stale))...)
+				out = append(out, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers go by the one that was "+
+					"written last, %s", other.Name(), other.Key, e.Name(), e.Key, ip, now.Key), f.removal(stale))...)
 				continue
 			}
 			first[ip] = e

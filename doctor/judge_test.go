@@ -336,7 +336,8 @@ func TestIdentityOfMemory(t *testing.T) {
 	}
 }
 
-// destructive reports whether a command throws away what another program made, however it is printed; but for what flannel left.
+// destructive reports whether a command throws away what another program made, however it is printed; but for what
+// flannel left.
 func destructive(mend string) bool {
 	mend = regexp.MustCompile(`delete table (ip flannel-ipv4|ip6 flannel-ipv6)$`).ReplaceAllString(mend, "")
 	return regexp.MustCompile(`(^|\s)(-F|-X|flush|--flush)(\s|;|$)|-P (INPUT|FORWARD|OUTPUT)|rm -rf? .*\*|del .*--prefix|delete table`).MatchString(mend)
@@ -656,7 +657,7 @@ func TestJudges(t *testing.T) {
 		{"flannel's route to a peer", "routes", Fail, "10.244.2.0/24 by eth0 is not ours", "ip route del 10.244.2.0/24 dev eth0 metric 0", func(f *Facts) {
 			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0"})
 		}},
-		{"flannel's route to nobody", "routes", Warn, "10.244.9.0/24 via 192.0.2.9 by eth0 is not ours", "ip route del 10.244.9.0/24 via 192.0.2.9 dev eth0 metric 0", func(f *Facts) {
+		{"flannel's route to no peer", "routes", Warn, "10.244.9.0/24 via 192.0.2.9 by eth0 is not ours", "ip route del 10.244.9.0/24 via 192.0.2.9 dev eth0 metric 0", func(f *Facts) {
 			f.route(netstate.HostRoute{Dst: prefixOf("10.244.9.0/24"), Via: addrOf("192.0.2.9"), Link: "eth0"})
 		}},
 		{"routes missing", "routes", Fail, "10.244.2.0/24 (n2)", "overlayd diff", func(f *Facts) { f.Survey.Ours.Routes = f.Survey.Ours.Routes[1:] }},

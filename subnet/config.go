@@ -47,8 +47,8 @@ type Backend struct {
 	MTU           int    // of the packets between the nodes; 0: that of the underlay
 }
 
-// Overhead is what the backend adds to a packet of a pod: with vxlan the inner Ethernet header (14 bytes), VXLAN (8), UDP (8), and the
-// outer IPv4 (20) or IPv6 (40) header (RFC 7348 §5).
+// Overhead is what the backend adds to a packet of a pod: with vxlan the inner Ethernet header (14 bytes), VXLAN (8),
+// UDP (8), and the outer IPv4 (20) or IPv6 (40) header (RFC 7348 §5).
 func (b Backend) Overhead(f addr.Family) int {
 	switch {
 	case b.Type != VXLAN:
@@ -59,7 +59,8 @@ func (b Backend) Overhead(f addr.Family) int {
 	return 70
 }
 
-// LeastMTU is the smallest MTU between the nodes by which the network can work, with IPv6 among its families or without.
+// LeastMTU is the smallest MTU between the nodes by which the network can work, with IPv6 among its families or
+// without.
 func (b Backend) LeastMTU(ipv6 bool) int {
 	if ipv6 {
 		return minMTU6 + b.Overhead(addr.IPv6)
@@ -139,8 +140,8 @@ func ParseConfig(data []byte) (Config, error) {
 	return c, nil
 }
 
-// UnknownKeys lists the paths of a config's keys that mean nothing here, for a warning: most often a slip of the pen. Keys of flannel for
-// what each node decides here, or for other systems, are none.
+// UnknownKeys lists the paths of a config's keys that mean nothing here, for a warning: most often a slip of the pen.
+// Keys of flannel for what each node decides here, or for other systems, are none.
 func UnknownKeys(data []byte) []string {
 	o, err := parseObject("", data)
 	if err != nil {

@@ -3,8 +3,9 @@ package subnet
 // flannels reports whether flannel wrote the entry: a node that leases a subnet without saying its name.
 func (e *Entry) flannels() bool { return e.Err == nil && e.Backend != "" && e.Identity == (Identity{}) }
 
-// HarmsFlannel lists the entries whose value is no JSON, where nodes of flannel lease subnets beside them. A running flanneld takes the
-// news of such a key for the end of all leases: it drops its routes to every peer, and has each back only when that renews its lease.
+// HarmsFlannel lists the entries whose value is no JSON, where nodes of flannel lease subnets beside them. A running
+// flanneld takes the event of such a key for the end of all leases: it drops its routes to every peer, and has each
+// back only when that renews its lease.
 func (t Table) HarmsFlannel() []*Entry {
 	var bad []*Entry
 	beside := false

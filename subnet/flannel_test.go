@@ -19,7 +19,7 @@ func TestHarmsFlannel(t *testing.T) {
 		"flannel with host-gw":   {[]string{"", `{"PublicIP":"192.0.2.9","BackendType":"host-gw"}`}, []string{"0"}},
 		"no flannel":             {[]string{"", "{", ours}, nil},
 		"a reservation by IP":    {[]string{"", `{"PublicIP":"192.0.2.7"}`}, nil},
-		"nobody":                 {nil, nil},
+		"no entries":             {nil, nil},
 		"flannel's, and nothing": {[]string{flannel, ours}, nil},
 	} {
 		var tab Table

@@ -379,9 +379,11 @@ func TestBinary(t *testing.T) {
 	if strings.Contains(string(deps), "go.etcd.io/etcd/server") {
 		t.Error("the etcd server is linked into the daemon")
 	}
-	out, err := exec.CommandContext(t.Context(), path, "version").Output()
-	if err != nil || !strings.HasPrefix(string(out), "overlayd ") {
-		t.Errorf("version: %v %s", err, out)
+	for _, arg := range []string{"version", "--version", "-version"} {
+		out, err := exec.CommandContext(t.Context(), path, arg).Output()
+		if err != nil || !strings.HasPrefix(string(out), "overlayd ") || strings.Count(string(out), "\n") != 1 {
+			t.Errorf("%s: %v %s", arg, err, out)
+		}
 	}
 }
 

@@ -44,7 +44,8 @@ func leasesCommand(f *flags) *cobra.Command {
 				return err
 			}
 			for _, key := range harmful {
-				_, _ = fmt.Fprintf(cmd.ErrOrStderr(), "warning: the value of %q is not JSON, which makes the flannel nodes of this network drop all their peers: put '{}' instead, and restart flanneld on them\n", key)
+				_, _ = fmt.Fprintf(cmd.ErrOrStderr(), "warning: the value of %q is not JSON, which makes the flannel nodes "+
+					"of this network drop all their peers: put '{}' instead, and restart flanneld on them\n", key)
 			}
 			if output == "json" {
 				enc := json.NewEncoder(cmd.OutOrStdout())

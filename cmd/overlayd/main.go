@@ -81,7 +81,8 @@ Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ET
 	f.addStore(cmd.PersistentFlags())
 	f.addNode(cmd.PersistentFlags())
 	f.addDaemon(cmd.Flags())
-	cmd.Flags().Bool("version", false, "print the version and exit") // without this, there is a -v for it, which is another thing in flannel
+	// Cobra's own would have the short form -v, which is another thing in flannel.
+	cmd.Flags().Bool("version", false, "print the version and exit")
 	cmd.SetVersionTemplate("overlayd {{.Version}}\n")
 	for _, c := range []*cobra.Command{statusCommand(&f), diffCommand(&f), logLevelCommand(&f), cleanupCommand(&f)} {
 		cmd.AddCommand(f.addEnvFile(c)) // it may say where the socket and the files are

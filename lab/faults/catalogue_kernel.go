@@ -198,7 +198,8 @@ func foreignRoute(name, route string, on ...string) Fault {
 	}
 }
 
-// flannelsRoute has no metric, as with flannel's host-gw and DirectRouting, and leads to where the peer was before it moved.
+// flannelsRoute has no metric, as with flannel's host-gw and DirectRouting, and leads to where the peer was before it
+// moved.
 func flannelsRoute() Fault {
 	f := foreignRoute("flannel's route to where a peer was", `$PEER_SUBNET via $GW dev eth0`, OnHostGW, OnDirect, OnVXLAN)
 	f.Seen = f.Seen.diagnosed(`^FAIL routes .* by eth0 is not ours and comes before the way to the peer`)

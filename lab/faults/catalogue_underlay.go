@@ -277,7 +277,9 @@ func (s *Site) pingPod(ctx context.Context, from, to *lab.Node, f addr.Family) e
 
 // backendMTU sets Backend.MTU in the network config.
 func backendMTU(mtu int) Action {
-	return changeConfig(func(old string) string { return strings.Replace(old, `"Type"`, fmt.Sprintf(`"MTU":%d,"Type"`, mtu), 1) })
+	return changeConfig(func(old string) string {
+		return strings.Replace(old, `"Type"`, fmt.Sprintf(`"MTU":%d,"Type"`, mtu), 1)
+	})
 }
 
 // lowerMTU holds when device and subnet.env have followed a network of 1400 between the nodes.
