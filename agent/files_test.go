@@ -88,6 +88,9 @@ func TestStateDir(t *testing.T) {
 	if err != nil || table.Config != config(t, onlyV4) || len(table.Entries) != 2 || table.Entries[1].Attrs != peer(2).Attrs {
 		t.Errorf("table %+v, %v", table, err)
 	}
+	if e, was := table.Entries[1], peer(2); e.Created != was.Created || e.Revision != was.Revision { // they settle who has an address
+		t.Errorf("created at %d and written at %d, it was %d and %d", e.Created, e.Revision, was.Created, was.Revision)
+	}
 	other := stateDir{d.path, "/another/network"}
 	if got, err := other.load(self); err != nil || got.subnets() != sn || got.Config != nil || got.Peers != nil || got.Expires.After(time.Now()) {
 		t.Errorf("of another network: %+v, %v", got, err)

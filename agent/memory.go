@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -41,6 +42,8 @@ type memory struct {
 type memorizedPeer struct {
 	Key   string
 	Value json.RawMessage
+	// Of two that claim the same, these decide who has it.
+	Created, Revision int64
 }
 
 func (d stateDir) leaseFile() string { return filepath.Join(d.path, "lease.json") }
@@ -97,7 +100,7 @@ func (m memory) encode() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	const around = len(`{"Key":"","Value":},`)
+	const around = len(`{"Key":"","Value":,"Created":9223372036854775807,"Revision":9223372036854775807},`)
 	for _, p := range peers {
 		size += len(p.Key) + len(p.Value) + around
 	}
@@ -109,7 +112,9 @@ func (m memory) encode() ([]byte, error) {
 			before = `,"Peers":[{"Key":"`
 		}
 		out = append(append(out, before...), p.Key...)
-		out = append(append(append(out, `","Value":`...), p.Value...), '}')
+		out = append(append(out, `","Value":`...), p.Value...)
+		out = strconv.AppendInt(append(out, `,"Created":`...), p.Created, 10)
+		out = append(strconv.AppendInt(append(out, `,"Revision":`...), p.Revision, 10), '}')
 	}
 	if len(peers) > 0 {
 		out = append(out, ']')
@@ -132,7 +137,7 @@ func remember(t subnet.Table, id subnet.Identity, self selfMemory, expires time.
 	}
 	for _, e := range t.Entries {
 		if e.Err == nil && !e.Blank() && e.Subnets != self.subnets {
-			m.Peers = append(m.Peers, memorizedPeer{Key: e.Key, Value: subnet.FormatValue(e.Attrs)})
+			m.Peers = append(m.Peers, memorizedPeer{e.Key, subnet.FormatValue(e.Attrs), e.Created, e.Revision})
 		}
 	}
 	return m
@@ -148,9 +153,9 @@ func (m memory) table() (subnet.Table, error) {
 		return subnet.Table{}, err
 	}
 	t := subnet.Table{Config: c, ConfigJSON: string(m.Config)}
-	for i, p := range m.Peers {
+	for _, p := range m.Peers {
 		const someLease = 1 // not a reservation
-		t.Entries = append(t.Entries, subnet.ParseEntry(p.Key, p.Value, 0, int64(i), someLease))
+		t.Entries = append(t.Entries, subnet.ParseEntry(p.Key, p.Value, p.Revision, p.Created, someLease))
 	}
 	slices.SortFunc(t.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
 	return t, nil
