@@ -49,6 +49,8 @@ type Kernel interface {
 	// Reconcile makes what is ours the desired state; AddMissing does so without removing anything.
 	Reconcile(desired netstate.State) (netstate.Result, error)
 	AddMissing(desired netstate.State) (netstate.Result, error)
+	// Uncover removes those of our routes that cover one of these addresses.
+	Uncover(ips []netip.Addr) (netstate.Result, error)
 	// Adjust does what the last of these two did, with a wish that differs by a few objects.
 	Adjust(gone, come netstate.State) (netstate.Result, error)
 	// Compare looks at the kernel, and lists what the next of these would do if nothing else were wished for.
@@ -112,6 +114,7 @@ type Agent struct {
 	subnetEnv  []byte       // the subnet file as it was written last
 	watch      *FileWatch   // of that
 	remembered memory       // what the state directory said at the start
+	uncovered  []netip.Addr // the endpoints that no route covers any more
 	offline    subnet.Table // made of it, while the store has not been read
 	keeper     *keeper
 	bridges    podBridges
@@ -334,6 +337,7 @@ func (a *Agent) round(look bool) error {
 	}
 	a.drift.flush()
 	a.mesh.judge()
+	a.uncover()
 	a.learn()
 	if a.config == nil {
 		return nil // the next snapshot brings it
@@ -392,6 +396,21 @@ func (a *Agent) current() addr.Per[netip.Addr] {
 		}
 	}
 	return out
+}
+
+// uncover takes away what an earlier run has left and what would keep this one from ever reaching etcd: routes to peers' subnets that cover an
+// endpoint, which may have been another one then.
+func (a *Agent) uncover() {
+	if a.online() || a.snap.Err == nil || slices.Equal(a.uncovered, a.snap.Endpoints) {
+		return
+	}
+	res, err := a.kernel.Uncover(a.snap.Endpoints)
+	if a.uncovered = a.snap.Endpoints; err != nil || len(res.Failed) > 0 {
+		a.uncovered = nil // once more in the next round
+	}
+	for _, c := range res.Done {
+		a.log.Warn("removed a route that covers an endpoint of etcd", zap.Stringer("route", c.Obj))
+	}
 }
 
 // endpointsInside are the addresses of etcd that a peer's subnet, or this node's own, may cover.

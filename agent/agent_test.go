@@ -85,6 +85,20 @@ func (k *fakeKernel) AddMissing(want netstate.State) (netstate.Result, error) {
 	return k.Reconcile(want) // in these tests there is nothing to be swept
 }
 
+func (k *fakeKernel) Uncover(ips []netip.Addr) (netstate.Result, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var res netstate.Result
+	k.state.Routes = slices.DeleteFunc(slices.Clone(k.state.Routes), func(r netstate.Route) bool {
+		covers := slices.ContainsFunc(ips, r.Dst.Contains)
+		if covers {
+			res.Done = append(res.Done, netstate.Change{Op: netstate.Delete, Obj: r})
+		}
+		return covers
+	})
+	return res, nil
+}
+
 func (k *fakeKernel) Adjust(gone, come netstate.State) (netstate.Result, error) {
 	k.mu.Lock()
 	want := netstate.State{Links: k.want.Links, Sysctls: k.want.Sysctls, Addresses: k.want.Addresses, Rules: k.want.Rules}
@@ -620,6 +634,30 @@ func TestEndpointInsideTheNetwork(t *testing.T) {
 		at("10.244.101.7", "192.0.2.1")
 		if r.problem(condEndpoints) == "" || covered() {
 			t.Errorf("problem %q, routes %v", r.problem(condEndpoints), r.state().Routes)
+		}
+	})
+}
+
+// A route of an earlier run that covers an endpoint, so that etcd can't be reached, is taken away; when etcd answers, there is nothing to do.
+func TestRouteOfAnEarlierRunCoversAnEndpoint(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1), peer(2))
+		r.stop()
+		for _, away := range []bool{false, true} {
+			again := newAgent(r)
+			again.start()
+			again.store.deliver(func(s *subnet.Snapshot) {
+				s.Endpoints = []netip.Addr{netip.MustParseAddr("10.244.101.7"), netip.MustParseAddr("192.0.2.1")} // peer 1 has 10.244.101.0/24
+				if away {
+					s.Err = errors.New("no answer")
+				}
+			})
+			again.sleep(offlineAfter / 2) // before it starts without etcd
+			covered := slices.ContainsFunc(r.state().Routes, func(x netstate.Route) bool { return x.Dst.Contains(netip.MustParseAddr("10.244.101.7")) })
+			if covered == away || r.routes() == 0 || (again.logged("10.244.101.0/24") > 0) != away {
+				t.Errorf("etcd is away: %t: routes %v", away, r.state().Routes)
+			}
+			again.stop()
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -20,6 +21,26 @@ func (n *node) adjust(gone, come State) Result {
 		n.t.Fatal(err)
 	}
 	return res
+}
+
+// TestUncover: of our routes, those around an address go, and they come back only with the next wish.
+func TestUncover(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	wish := Merge(fullState(), peersAt(map[int]int{1: 1, 2: 2}).state())
+	n.converge(wish)
+	var res Result
+	var err error
+	endpoints := []netip.Addr{netip.MustParseAddr("10.250.1.77"), netip.MustParseAddr("203.0.113.1")}
+	n.Do(func() { res, err = n.k.Uncover(endpoints) })
+	if err != nil || len(res.Failed) > 0 || len(res.Done) != 1 {
+		t.Fatalf("%+v, %v", res, err)
+	}
+	out, err := n.Run("ip", "route", "show", "proto", "118")
+	if err != nil || strings.Contains(out, "10.250.1.0/24") || !strings.Contains(out, "10.250.2.0/24") {
+		t.Errorf("%s, %v", out, err)
+	}
+	n.converge(wish)
 }
 
 // peersAt is what some peers ask for, each of which may be found in one place or another.

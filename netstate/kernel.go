@@ -3,6 +3,8 @@ package netstate
 import (
 	"context"
 	"fmt"
+	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -96,6 +98,23 @@ func (k *Kernel) Reconcile(desired State) (Result, error) { return k.wish(desire
 
 // AddMissing is Reconcile without removing what is not desired, for as long as the wish may not be complete.
 func (k *Kernel) AddMissing(desired State) (Result, error) { return k.wish(desired, false) }
+
+// Uncover removes those of our routes that lead packets to one of these addresses elsewhere, whatever is desired.
+func (k *Kernel) Uncover(ips []netip.Addr) (Result, error) {
+	if _, err := k.look(); err != nil {
+		return Result{}, err
+	}
+	var covering State
+	for _, r := range k.known.Routes {
+		if r.Table == MainTable && slices.ContainsFunc(ips, r.Dst.Contains) {
+			covering.Routes = append(covering.Routes, r)
+		}
+	}
+	var res Result
+	res.Done, res.Failed = k.apply(Diff(covering, State{}))
+	k.known = nil
+	return res, nil
+}
 
 func (k *Kernel) wish(desired State, whole bool) (Result, error) {
 	same := k.wanted != nil && k.whole == whole && k.wanted.equal(&desired)
