@@ -68,7 +68,7 @@ func reason(err error, o Options, where string) string {
 func endpointReason(err error, o Options, where string) string {
 	// The port on our side is another one each time: the same fault would look like a new one.
 	localPort := regexp.MustCompile(`\S+:\d+->`)
-	text := message(err)
+	text := localPort.ReplaceAllString(message(err), "")
 	if r := connReason(text, where); r != "" {
 		return r
 	}
@@ -80,7 +80,7 @@ func endpointReason(err error, o Options, where string) string {
 	case learner(err):
 		return where + " is a learner: it serves no node before it is promoted (etcdctl member promote)"
 	}
-	return localPort.ReplaceAllString(text, "")
+	return text
 }
 
 // authReason is about who we are.
@@ -99,6 +99,10 @@ func authReason(err error, o Options) string {
 
 // connReason is about getting there.
 func connReason(text, where string) string {
+	// What follows is about the DNS server, not about the endpoint.
+	if _, lookup, ok := strings.Cut(text, ": lookup "); ok {
+		return "the name in --etcd-endpoints can't be resolved: " + strings.TrimSuffix(lookup, `"`)
+	}
 	for _, k := range []struct{ has, means string }{
 		{"certificate signed by unknown authority", "the server's certificate is signed by an unknown authority (--etcd-cafile)"},
 		{"certificate has expired or is not yet valid", "the server's certificate has expired or is not valid yet"},
@@ -119,7 +123,6 @@ func connReason(text, where string) string {
 		{"i/o timeout", "no answer from " + where},
 		{"broken pipe", where + " closed the connection"},
 		{"connection reset by peer", where + " closed the connection"},
-		{"no such host", "the name in --etcd-endpoints can't be resolved: no such host"},
 		{"no route to host", "no route to " + where},
 		{"network is unreachable", "the network of " + where + " is unreachable"},
 	} {

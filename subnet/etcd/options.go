@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -100,6 +101,7 @@ func (o Options) endpoints() ([]string, error) {
 }
 
 func (o Options) endpoint(e string) (*url.URL, error) {
+	bareIPv6 := regexp.MustCompile(`^[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*/?$`)
 	full := e
 	if !strings.Contains(e, "://") {
 		full = "http://" + e
@@ -112,7 +114,7 @@ func (o Options) endpoint(e string) (*url.URL, error) {
 	switch {
 	case strings.Contains(scheme, "srv") || scheme == "dns" || strings.HasPrefix(rest, "_"):
 		return nil, fmt.Errorf("--etcd-endpoints: DNS SRV records are not looked up, list the endpoints; found %q", redact(e))
-	case !strings.Contains(rest, "[") && strings.Count(rest, ":") > 1 && !strings.Contains(rest, "@"):
+	case bareIPv6.MatchString(rest):
 		return nil, fmt.Errorf("--etcd-endpoints: an IPv6 address needs brackets, as in http://[fd00::1]:2379; found %q", e)
 	case err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https":
 		return nil, fmt.Errorf("--etcd-endpoints: expected http://HOST:PORT or https://HOST:PORT, found %q", redact(e))

@@ -12,12 +12,17 @@ import (
 // probeLoop looks now and then, and whenever something odd happened, whether the store is still the one that the view is of.
 // A watch alone does not notice: on a store that was emptied it may wait for a revision of the future.
 func (m *Manager) probeLoop(ctx context.Context) {
-	for ctx.Err() == nil {
-		sleep(ctx, around(probeEvery, chance()), m.wakeProbe)
+	for failures := 0; ctx.Err() == nil; {
+		wait := around(probeEvery, chance())
+		if failures > 0 { // soon: the watch may go on, so that nothing else tells that it is over
+			wait = backoff(failures-1, chance())
+		}
+		sleep(ctx, wait, m.wakeProbe)
 		m.mu.Lock()
 		synced := m.synced
 		m.mu.Unlock()
 		if !synced || ctx.Err() != nil {
+			failures = 0
 			continue // whoever gets in sync probes first
 		}
 		err := m.probe(ctx)
@@ -25,6 +30,9 @@ func (m *Manager) probeLoop(ctx context.Context) {
 			err = nil
 		}
 		m.outcome(ctx, err)
+		if failures++; err == nil {
+			failures = 0
+		}
 	}
 }
 

@@ -157,6 +157,29 @@ func TestPasswordFile(t *testing.T) {
 	n.untilHeld()
 }
 
+// A login that was refused for a while, beside a watch that goes on: the alarm ends soon after the reason for it.
+func TestLoginRefusedForAWhile(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	s.EnableAuth("overlayd", secret, prefix+"/")
+	o := options(s)
+	o.Username, o.Password = "overlayd", secret
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	n.untilHeld()
+	root := s.Client(etcdtest.As("root", "root"))
+	change := must[*clientv3.AuthUserChangePasswordResponse](t)
+	change(root.UserChangePassword(ctxFor(t), "overlayd", "another")) // ends all logins
+	poke(n.m.wakeProbe)
+	n.says("wrong user name or password")
+	change(root.UserChangePassword(ctxFor(t), "overlayd", secret))
+	began := time.Now()
+	n.until("the end of the alarm", func(s subnet.Snapshot) bool { return s.Err == nil })
+	if after := time.Since(began); after > 20*time.Second {
+		t.Errorf("the alarm ended only after %s", after)
+	}
+}
+
 // Reading is allowed, writing is not: the store can be reached, and it's the claim that fails.
 func TestReadOnlyUser(t *testing.T) {
 	t.Parallel()
@@ -197,6 +220,10 @@ func TestOptions(t *testing.T) {
 		{func(o *Options) { o.Endpoints = []string{"fd00::1"} }, `--etcd-endpoints: an IPv6 address needs brackets, as in http://[fd00::1]:2379; found "fd00::1"`},
 		{func(o *Options) { o.Endpoints = []string{"https://2001:db8::1:2379"} }, "--etcd-endpoints: an IPv6 address needs brackets"},
 		{func(o *Options) { o.Endpoints = []string{"::1:2379"} }, "--etcd-endpoints: an IPv6 address needs brackets"},
+		{func(o *Options) { o.Endpoints = []string{"http://fd00::1/"} }, "--etcd-endpoints: an IPv6 address needs brackets"},
+		{func(o *Options) { o.Endpoints = []string{"http://a:1 http://b:1"} }, "--etcd-endpoints: expected http"},
+		{func(o *Options) { o.Endpoints = []string{"http://a:1;http://b:1"} }, "--etcd-endpoints: expected http"},
+		{func(o *Options) { o.Endpoints = []string{"http://http://a:1"} }, "--etcd-endpoints: expected "},
 		{func(o *Options) { o.Endpoints = []string{"etcd+srv://example.net"} }, "--etcd-endpoints: DNS SRV records are not looked up, list the endpoints"},
 		{func(o *Options) { o.Endpoints = []string{"_etcd-client._tcp.example.net"} }, "--etcd-endpoints: DNS SRV records are not looked up"},
 		{func(o *Options) { o.Endpoints = []string{"http://a:1/b"} }, "--etcd-endpoints: expected nothing behind the port"},

@@ -11,6 +11,8 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -268,6 +270,10 @@ func TestKeeper(t *testing.T) {
 }
 
 func TestReason(t *testing.T) {
+	const unresolved = "the name in --etcd-endpoints can't be resolved: "
+	dialing := func(text string) error {
+		return status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial tcp: `+text+`"`)
+	}
 	o := Options{Endpoints: []string{"http://a:1"}, Username: "me", Prefix: "/p", RequestTimeout: time.Second}
 	for in, want := range map[error]string{
 		rpctypes.ErrGRPCAuthFailed:                           `wrong user name or password for user "me" (--etcd-username, --etcd-password, --etcd-password-file)`,
@@ -275,6 +281,11 @@ func TestReason(t *testing.T) {
 		rpctypes.ErrGRPCNoLeader:                             "the etcd cluster has no leader",
 		cancelled(rpctypes.ErrGRPCPermissionDenied.Error()):  `permission denied for user "me": it needs to read and write /p/`,
 		errors.New("rpc error: code = Unavailable desc = x"): "x",
+		// The DNS server refuses, or does not answer: the endpoint does neither.
+		dialing("lookup a on 10.0.0.2:53: read udp 10.0.0.3:41414->10.0.0.2:53: read: connection refused"): unresolved + "a on 10.0.0.2:53: read udp 10.0.0.2:53: read: connection refused",
+		dialing("lookup a on 10.0.0.2:53: read udp 10.0.0.3:41414->10.0.0.2:53: i/o timeout"):              unresolved + "a on 10.0.0.2:53: read udp 10.0.0.2:53: i/o timeout",
+		dialing("lookup a: no such host"):         unresolved + "a: no such host",
+		dialing("10.0.0.2:1: connection refused"): "connection refused by http://a:1",
 	} {
 		if err := explain(in, o, "http://a:1"); err.Error() != "etcd: "+want {
 			t.Errorf("got %q, want %q", err, want)
