@@ -903,21 +903,33 @@ func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 	})
 }
 
-func TestNoStartFromAnEndedLease(t *testing.T) {
-	inRig(t, func(r *rig) {
-		r.stop()
-		again := newAgent(r)
-		m := remember(subnet.Table{Entries: []*subnet.Entry{peer(1)}}, again.agent.opts.Identity, selfMemory{subnets: peer(7).Subnets, config: onlyV4}, time.Now().Add(-time.Minute))
-		if err := again.agent.state.save(m); err != nil {
-			t.Fatal(err)
-		}
-		again.start()
-		defer again.stop()
-		r.sleep(time.Minute)
-		if again.routes() != 0 || !strings.Contains(again.problem(condOffline), "another node may have it") {
-			t.Errorf("%d routes, %q", again.routes(), again.problem(condOffline))
-		}
-	})
+func TestNoStartFromMemoryThatMayBeWrong(t *testing.T) {
+	for what, change := range map[string]func(*memory){
+		"the lease of 192.0.2.0-24 that is remembered ended": func(m *memory) { m.Expires = time.Now().Add(-time.Minute) },
+		`when this node was called "another"`:                func(m *memory) { m.Node.NodeName = "another" },
+		"another network, /another/network":                  func(m *memory) { m.Prefix = "/another/network" },
+	} {
+		inRig(t, func(r *rig) {
+			r.stop()
+			again := newAgent(r)
+			m := remember(subnet.Table{Entries: []*subnet.Entry{peer(1)}}, again.agent.opts.Identity, selfMemory{subnets: peer(7).Subnets, config: onlyV4}, time.Now().Add(time.Hour))
+			m.Prefix = again.agent.state.prefix
+			change(&m)
+			raw, err := m.encode()
+			if err == nil {
+				_, err = writeIfChanged(again.agent.state.leaseFile(), raw)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			again.start()
+			defer again.stop()
+			r.sleep(time.Minute)
+			if again.routes() != 0 || !strings.Contains(again.problem(condOffline), strings.Replace(what, "192.0.2.0-24", m.Subnets, 1)) {
+				t.Errorf("%d routes, %q", again.routes(), again.problem(condOffline))
+			}
+		})
+	}
 }
 
 func TestSubnetLostToAnotherNode(t *testing.T) {
