@@ -309,23 +309,25 @@ func (c *conn) request(ctx context.Context, f func(context.Context, *client) err
 	})
 }
 
-// try runs f with the client in use. Where it is the endpoint that fails, the next one is tried, each of them once; and
-// where the login has ended, a new one.
+// try runs f with the client in use. Where it is the endpoint that fails, the next one is tried, each of them once. Once more it is tried
+// where the login has ended, or where the client was given up meanwhile for another reason.
 func (c *conn) try(ctx context.Context, f func(*client) error) error {
-	logins := 1
+	again := true
 	for left := len(c.opts.Endpoints); ; {
 		cli, err := c.get(ctx)
 		if err != nil {
 			return err
 		}
-		err = c.failed(cli, f(cli))
+		err = f(cli)
+		givenUp := c.current() != cli
+		err = c.failed(cli, err)
 		switch {
 		case err == nil || ctx.Err() != nil:
 			return err
+		case again && (faulty(err) && givenUp || loginEnded(err) && c.opts.Username != ""):
+			again = false
 		case faulty(err) && left > 1:
 			left--
-		case loginEnded(err) && c.opts.Username != "" && logins > 0:
-			logins--
 		default:
 			return err
 		}

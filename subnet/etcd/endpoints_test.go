@@ -176,3 +176,22 @@ func told(t *testing.T, c *etcdtest.Cluster, n *node, i int) {
 		return slices.ContainsFunc(s.Table.Entries, func(e *subnet.Entry) bool { return e.Key == key })
 	})
 }
+
+// A client that is given up while a request is on its way is no fault of etcd: the request goes on with the next client.
+func TestClientGivenUp(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	c := newConn(must[Options](t)(options(s).check()))
+	defer c.close()
+	tries := 0
+	err := c.request(ctxFor(t), func(ctx context.Context, cli *client) error {
+		if tries++; tries == 1 {
+			c.drop(cli)
+		}
+		_, err := cli.Get(ctx, prefix+"/config")
+		return err
+	})
+	if err != nil || tries != 2 {
+		t.Errorf("%d tries, %v", tries, err)
+	}
+}
