@@ -284,6 +284,9 @@ func (s search) take(c candidate) (backend.Underlay, string, error) {
 	devices := devicesOf(c.uplinks)
 	for _, d := range devices {
 		l, err := s.uplink(d)
+		if err == nil && !c.named {
+			err = s.podsBridge(l)
+		}
 		counts := err == nil || errors.Is(err, errDown) // one that comes back must not change the pods' MTU
 		if counts && (u.MTU == 0 || l.MTU < u.MTU) {
 			u.MTU = l.MTU
@@ -350,6 +353,19 @@ func (s search) uplink(name string) (netstate.HostLink, error) {
 		return l, fmt.Errorf("%s is in the VRF %s, but the tunnel sends by the main routing table", name, master.Name)
 	}
 	return l, nil
+}
+
+// podsBridge says whether a device is the bridge that pods are on, and nothing else. Whatever routes another program makes by it, it leads
+// to no other node; only an operator may name it.
+func (s search) podsBridge(l netstate.HostLink) error {
+	uplink := func(o netstate.HostLink) bool { return o.Master == l.Name && o.Kind != "veth" }
+	i := slices.IndexFunc(s.host.Addresses, func(a netstate.HostAddress) bool {
+		return a.Link == l.Name && s.config.Contains(a.Prefix.Addr())
+	})
+	if l.Kind != "bridge" || i < 0 || slices.ContainsFunc(s.host.Links, uplink) {
+		return nil
+	}
+	return fmt.Errorf("%s is the bridge that pods are on (it has the address %s)", l.Name, s.host.Addresses[i].Prefix.Addr())
 }
 
 // address finds the address to send from: the one that was asked for; else the one that the route prefers, then the current one, and then
