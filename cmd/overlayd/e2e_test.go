@@ -325,6 +325,15 @@ func TestOperatorCommands(t *testing.T) {
 		t.Errorf("leases beside flannel: %v\n%s", err, out)
 	}
 
+	// Beside rules of another program, there are more of ours.
+	if out, err := n1.Run(t.Context(), "sh", "-ec", "ip rule add pref 5270 lookup 52; ip -6 rule add pref 5270 lookup 52"); err != nil {
+		t.Fatal(err, out)
+	}
+	for end := time.Now().Add(patience); strings.Count(state(t, n1), "5269:") < 4; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("no rules of ours come before others:\n%s", state(t, n1))
+		}
+	}
 	if err := n1.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -337,7 +346,7 @@ func TestOperatorCommands(t *testing.T) {
 			t.Errorf("cleanup left %q:\n%s", mark, left)
 		}
 	}
-	for _, want := range []string{"default via", "cni0"} {
+	for _, want := range []string{"default via", "cni0", "5270:"} {
 		if !strings.Contains(left, want) {
 			t.Errorf("cleanup took %q away:\n%s", want, left)
 		}
