@@ -38,8 +38,11 @@ func (f *Facts) askKernel(ctx context.Context) {
 		flows = append(flows, f.flowsTo(p)...)
 	}
 	for _, r := range f.Survey.Ours.Routes {
-		if pod, bridge := f.somePod(addr.FamilyOf(r.Dst.Addr())); r.Table == netstate.OwnTable && bridge != "" && len(flows) < 6*mostAsked {
-			flows = append(flows, flow{Flow: netstate.Flow{To: r.Dst.Addr(), From: pod, In: bridge}, who: "from a pod of this node to the node " + r.Dst.Addr().String(), want: r})
+		to := r.Dst.Addr()
+		pod, bridge := f.somePod(addr.FamilyOf(to))
+		if r.Table == netstate.OwnTable && bridge != "" && len(flows) < 6*mostAsked {
+			who := fmt.Sprintf("from a pod of this node to the node %s", to)
+			flows = append(flows, flow{Flow: netstate.Flow{To: to, From: pod, In: bridge}, who: who, want: r})
 		}
 	}
 	peers := len(flows)
@@ -63,7 +66,9 @@ func (f *Facts) askKernel(ctx context.Context) {
 
 // flowsTo are packets to a pod of a peer for which there is a route of ours.
 func (f *Facts) flowsTo(p peer) []flow {
-	i := slices.IndexFunc(f.Survey.Ours.Routes, func(r netstate.Route) bool { return r.Table == netstate.MainTable && r.Dst == p.subnet })
+	i := slices.IndexFunc(f.Survey.Ours.Routes, func(r netstate.Route) bool {
+		return r.Table == netstate.MainTable && r.Dst == p.subnet
+	})
 	if i < 0 { // see judgeRoutes
 		return nil
 	}
@@ -143,7 +148,8 @@ func judgePolicyRouting(f Facts) []Finding {
 	var out []Finding
 	said := map[string]bool{}
 	for _, x := range f.Flows {
-		if x.Err == nil && (x.Link == x.want.Link && x.Via == x.want.Via || x.Table == x.want.Table) { // another route of that table: see judgeRoutes
+		asWanted := x.Link == x.want.Link && x.Via == x.want.Via
+		if x.Err == nil && (asWanted || x.Table == x.want.Table) { // another route of that table: see judgeRoutes
 			continue
 		}
 		what := fmt.Sprintf("leave by %s (table %d), not by %s", x.Link, x.Table, x.want.Link)
@@ -169,9 +175,11 @@ func judgePolicyRouting(f Facts) []Finding {
 			out = append(out, fail(fmt.Sprintf("packets %s %s", x.who, what), mend)...)
 			continue
 		case f.Daemon.Running:
-			mend = fmt.Sprintf("%s rule   # give that rule a higher number, or have its program leave out %s", word, f.network(addr.FamilyOf(x.To)))
+			mend = fmt.Sprintf("%s rule   # give that rule a higher number, or have its program leave out %s",
+				word, f.network(addr.FamilyOf(x.To)))
 		}
-		out = append(out, fail(fmt.Sprintf("packets %s %s: the rule %q of another program takes them", x.who, what, rule), mend)...)
+		reason := fmt.Sprintf("packets %s %s: the rule %q of another program takes them", x.who, what, rule)
+		out = append(out, fail(reason, mend)...)
 	}
 	return orOK(atMost(out), f.precedence())
 }
@@ -190,7 +198,8 @@ func (f Facts) precedence() string {
 	return fmt.Sprintf("packets to peers' pods take our routes; before rules of other programs stands %q", few(ours))
 }
 
-// elsewhereThanStore finds out where the store is reached by another device than the one that is taken to lead to the other nodes.
+// elsewhereThanStore finds out where the store is reached by another device than the one that is taken to lead to the
+// other nodes.
 func (f Facts) elsewhereThanStore() []Finding {
 	for _, x := range f.ToStore {
 		uplinks := []string{f.Underlay.By.Get(addr.FamilyOf(x.To)).Device}
@@ -198,13 +207,15 @@ func (f Facts) elsewhereThanStore() []Finding {
 			uplinks = namesOf(f.uplinks(addr.FamilyOf(x.To)))
 		}
 		l, _ := f.Survey.Link(x.Link)
-		if x.Err != nil || len(uplinks) == 0 || x.Link == "" || slices.Contains(uplinks, x.Link) || l.Loopback || x.Table == unix.RT_TABLE_LOCAL {
+		here := l.Loopback || x.Table == unix.RT_TABLE_LOCAL
+		if x.Err != nil || len(uplinks) == 0 || x.Link == "" || here || slices.Contains(uplinks, x.Link) {
 			continue
 		}
 		if !f.byDefault() && f.somePeerAnswers() { // an operator has chosen it, and was right
 			continue
 		}
-		return warn(fmt.Sprintf("%s is taken to lead to the other nodes, but etcd (%s) is reached by %s: are the nodes there, too?", strings.Join(uplinks, ", "), x.To, x.Link),
+		return warn(fmt.Sprintf("%s is taken to lead to the other nodes, but etcd (%s) is reached by %s: are the nodes there, too?",
+			strings.Join(uplinks, ", "), x.To, x.Link),
 			f.Service.set(f.EnvFile, "OVERLAYD_IFACE", x.Link))
 	}
 	return nil

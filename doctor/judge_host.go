@@ -106,11 +106,13 @@ func judgeIPv6(f Facts) []Finding {
 	var out []Finding
 	for _, b := range f.bridges() {
 		if s := ipv6Off(b.Name); f.System.Sysctls[s] == "1" {
-			out = append(out, fixable(Fail, fmt.Sprintf("it is switched off on %s, so that pods have no gateway", b.Name), sysctlFix(s, "0"))...)
+			reason := fmt.Sprintf("it is switched off on %s, so that pods have no gateway", b.Name)
+			out = append(out, fixable(Fail, reason, sysctlFix(s, "0"))...)
 		}
 	}
 	if s := ipv6Off("default"); f.System.Sysctls[s] == "1" {
-		out = append(out, warn("new devices get none: the CNI plugin can't give a new bridge its address", "sysctl -w "+s+"=0   # and in /etc/sysctl.d")...)
+		const reason = "new devices get none: the CNI plugin can't give a new bridge its address"
+		out = append(out, warn(reason, "sysctl -w "+s+"=0   # and in /etc/sysctl.d")...)
 	}
 	return orOK(out, "the pods' devices may have it")
 }

@@ -516,7 +516,8 @@ func (f Facts) putBackend(name string, value any) string {
 	return f.etcdctl(fmt.Sprintf("put %s/config '%s'", f.prefix(), strings.ReplaceAll(doc, "'", `'\''`)))
 }
 
-// withBackend is the network config with another value for a key of Backend, on one line. Letter case of its keys does not matter.
+// withBackend is the network config with another value for a key of Backend, on one line. Letter case of its keys does
+// not matter.
 func withBackend(config, name string, value any) (string, bool) {
 	var doc map[string]any
 	if json.Unmarshal([]byte(config), &doc) != nil {

@@ -7,8 +7,9 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// judgeLearning: a device that learns holds the sender's address of each frame against its entry for that MAC. One of ours is never
-// changed, so that a frame from another address than the peer announces is dropped (vxlan_snoop in the kernel), and counted nowhere.
+// judgeLearning: a device that learns holds the sender's address of each frame against its entry for that MAC. One of
+// ours is never changed, so that a frame from another address than the peer announces is dropped (vxlan_snoop in the
+// kernel), and counted nowhere.
 func judgeLearning(f Facts) []Finding {
 	learns := f.Config != nil && f.Config.Backend.Type == subnet.VXLAN && f.Config.Backend.Learning
 	for _, d := range f.devices() {
@@ -17,7 +18,8 @@ func judgeLearning(f Facts) []Finding {
 	if !learns {
 		return ok("the tunnel device learns nothing")
 	}
-	const dropped = "Backend.Learning is on, with which a node drops what a peer sends from another address than it announces, and counts it nowhere"
+	const dropped = "Backend.Learning is on, with which a node drops what a peer sends from another address than it announces, " +
+		"and counts it nowhere"
 	var behind, silent []string
 	if f.Store != nil {
 		for _, e := range f.Store.Table.Entries {
@@ -35,13 +37,16 @@ func judgeLearning(f Facts) []Finding {
 	slices.Sort(silent)
 	var out []Finding
 	if own := f.ownEntry(); own != nil && !own.PublicIPLocal {
-		out = append(out, fail(dropped+": the address that this node announces is on none of its devices (NAT), so that the others drop what it sends", f.noLearning())...)
+		const own = ": the address that this node announces is on none of its devices (NAT), so that the others drop what it sends"
+		out = append(out, fail(dropped+own, f.noLearning())...)
 	}
 	if len(behind) > 0 {
-		out = append(out, fail(fmt.Sprintf("%s: the address of %s is on no device of that node (NAT)", dropped, few(behind)), f.noLearning())...)
+		reason := fmt.Sprintf("%s: the address of %s is on no device of that node (NAT)", dropped, few(behind))
+		out = append(out, fail(reason, f.noLearning())...)
 	}
 	if len(out) == 0 && len(silent) > 0 {
-		out = append(out, warn(fmt.Sprintf("%s: that may be why %s does not answer", dropped, few(slices.Compact(silent))), f.noLearning())...)
+		reason := fmt.Sprintf("%s: that may be why %s does not answer", dropped, few(slices.Compact(silent)))
+		out = append(out, warn(reason, f.noLearning())...)
 	}
 	return orOK(out, "it is on, and peers send from the addresses that they announce, so far as can be told")
 }

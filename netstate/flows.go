@@ -56,7 +56,8 @@ func Ask(flows []Flow) ([]Answer, error) {
 	return out, nil
 }
 
-// RuleOf finds the rule of another program by which a packet came to be answered so; false: it is none that can be told.
+// RuleOf finds the rule of another program by which a packet came to be answered so; false: it is none that can be
+// told.
 func (h Host) RuleOf(f Flow, a Answer) (HostRule, bool) {
 	all := netip.PrefixFrom(unspecified(f.To.Is6()), 0)
 	packet := Rule{From: all, To: addr.Host(f.To)}
@@ -69,7 +70,8 @@ func (h Host) RuleOf(f Flow, a Answer) (HostRule, bool) {
 	}
 	i := slices.IndexFunc(h.Rules, func(r HostRule) bool {
 		sourceless := r.From.Bits() > 0 && !f.From.IsValid() && !r.Not
-		if f.To.Is6() != r.From.Addr().Is6() || sourceless || r.In != "" && r.In != in || r.Out != "" || r.marked() || !r.selects(packet) {
+		apart := sourceless || r.In != "" && r.In != in || r.Out != "" || r.marked()
+		if apart || f.To.Is6() != r.From.Addr().Is6() || !r.selects(packet) {
 			return false
 		}
 		if a.Err != nil {

@@ -66,8 +66,8 @@ type HostRoute struct {
 
 // Equal reports whether two looks at the host found the same.
 func (h Host) Equal(o Host) bool {
-	return h.IPv6 == o.IPv6 && slices.Equal(h.Links, o.Links) && slices.Equal(h.Addresses, o.Addresses) && slices.Equal(h.Routes, o.Routes) &&
-		slices.Equal(h.Rules, o.Rules)
+	return h.IPv6 == o.IPv6 && slices.Equal(h.Links, o.Links) && slices.Equal(h.Addresses, o.Addresses) &&
+		slices.Equal(h.Routes, o.Routes) && slices.Equal(h.Rules, o.Rules)
 }
 
 // Names are all by which a device is known.

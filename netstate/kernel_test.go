@@ -528,8 +528,8 @@ type ipStats struct {
 	Stats64 struct{ RX, TX struct{ Packets int } }
 }
 
-// TestLearning: a device that learns leaves our entries as they are, and drops frames of a peer that come from another address than its
-// entry has; without learning they get in. Package doctor and the documents rely on it.
+// TestLearning: a device that learns leaves our entries as they are, and drops frames of a peer that come from another
+// address than its entry has; without learning they get in. Package doctor and the documents rely on it.
 func TestLearning(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

@@ -81,7 +81,8 @@ func (k *Kernel) setUp(dev netlink.Link, l Link) error {
 // AcceptRA is the setting by which a device takes no router advertisements.
 func AcceptRA(link string) Sysctl { return Sysctl{"net/ipv6/conf/" + link + "/accept_ra", "0"} }
 
-// IPv6On is the setting by which a device has IPv6 also where new devices are to have none (net.ipv6.conf.default.disable_ipv6=1).
+// IPv6On is the setting by which a device has IPv6 also where new devices are to have none
+// (net.ipv6.conf.default.disable_ipv6=1).
 func IPv6On(link string) Sysctl { return Sysctl{"net/ipv6/conf/" + link + "/disable_ipv6", "0"} }
 
 // changeLink puts right what can be changed on a device that exists.

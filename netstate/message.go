@@ -194,7 +194,8 @@ func (k *Kernel) putRoute(m *messages, op Op, r Route) error {
 func putRule(m *messages, op Op, r Rule) {
 	m.change(op, unix.RTM_NEWRULE, unix.RTM_DELRULE)
 	m.rtmsg(unix.RtMsg{
-		Family: familyOf(r.From.Addr()), Src_len: uint8(r.From.Bits()), Dst_len: uint8(r.To.Bits()), Table: uint8(r.Table), Type: uint8(RuleToTable),
+		Family: familyOf(r.From.Addr()), Src_len: uint8(r.From.Bits()), Dst_len: uint8(r.To.Bits()),
+		Table: uint8(r.Table), Type: uint8(RuleToTable),
 	})
 	if r.From.Bits() > 0 {
 		m.address(unix.FRA_SRC, r.From.Addr())

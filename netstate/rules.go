@@ -13,7 +13,8 @@ import (
 	"github.com/overlayd/overlayd/addr"
 )
 
-// Rule is a routing rule with our protocol number: packets from one network to another look into a table. All fields are its key.
+// Rule is a routing rule with our protocol number: packets from one network to another look into a table. All fields
+// are its key.
 type Rule struct {
 	Priority uint32
 	From, To netip.Prefix // both of the rule's family; of length 0: any
@@ -81,8 +82,9 @@ func (r HostRule) String() string {
 	case r.Action == RuleNop:
 		add(true, " nop")
 	default:
-		name, known := map[RuleAction]string{unix.RTN_BLACKHOLE: "blackhole", unix.RTN_UNREACHABLE: "unreachable", unix.RTN_PROHIBIT: "prohibit"}[r.Action]
-		add(known, " %s", name)
+		add(r.Action == unix.RTN_BLACKHOLE, " blackhole")
+		add(r.Action == unix.RTN_UNREACHABLE, " unreachable")
+		add(r.Action == unix.RTN_PROHIBIT, " prohibit")
 	}
 	add(r.AtLeast > 0, " suppress_prefixlength %d", int(r.AtLeast)-1)
 	return b.String()
@@ -90,7 +92,8 @@ func (r HostRule) String() string {
 
 // everything reports whether a rule is for all packets that another one is for.
 func (r HostRule) everything(o Rule) bool {
-	return !r.Not && contains(r.From, o.From) && contains(r.To, o.To) && r.Mask == 0 && r.In == "" && r.Out == "" && !r.VRF && !r.Other
+	selective := r.Not || r.Mask != 0 || r.In != "" || r.Out != "" || r.VRF || r.Other
+	return !selective && contains(r.From, o.From) && contains(r.To, o.To)
 }
 
 // leadsTo reports whether a rule does all that one of ours is to do.
@@ -107,13 +110,15 @@ func (r HostRule) selects(o Rule) bool {
 	return r.From.Overlaps(o.From) && r.To.Overlaps(o.To)
 }
 
-// marked reports whether a rule is for packets with a certain mark: another program has put it on them to have them take this rule.
+// marked reports whether a rule is for packets with a certain mark: another program has put it on them to have them
+// take this rule.
 func (r HostRule) marked() bool { return !r.Not && r.Mark&r.Mask != 0 }
 
 // drops reports whether what a rule is for is thrown away.
 func (r HostRule) drops() bool { return r.Action > RuleNop }
 
-// diverts reports whether a rule may take packets elsewhere that one of ours is for, without being meant for them alone.
+// diverts reports whether a rule may take packets elsewhere that one of ours is for, without being meant for them
+// alone.
 func (r HostRule) diverts(o Rule) bool {
 	switch {
 	case !r.selects(o), r.Action == RuleNop, r.marked(), r.Out != "", r.VRF:
@@ -138,15 +143,15 @@ func contains(outer, inner netip.Prefix) bool {
 // MainPriority is where the rule for the main table stands in every kernel (fib4_default_rules_init).
 const MainPriority = 32766
 
-// ToMain is the rule by which packets to a network find what the main table has for it and its parts. Other destinations go on to the
-// rules behind it, also where the main table has a default route.
+// ToMain is the rule by which packets to a network find what the main table has for it and its parts. Other
+// destinations go on to the rules behind it, also where the main table has a default route.
 func ToMain(network netip.Prefix) Rule {
 	return Rule{Priority: MainPriority, To: network, Table: MainTable, AtLeast: uint8(network.Bits())}
 }
 
-// Precede places a rule of ours: where it is to stand by itself, or else just before the first rule of another program that may take its
-// packets elsewhere. It is none where a rule that is there does the same. The local table comes before it in any case. An error says
-// that there is no place for it; then it stands where it is of some use at least.
+// Precede places a rule of ours: where it is to stand by itself, or else just before the first rule of another program
+// that may take its packets elsewhere. It is none where a rule that is there does the same. The local table comes
+// before it in any case. An error says that there is no place for it; then it stands where it is of some use at least.
 func (h Host) Precede(r Rule) ([]Rule, error) {
 	r.From, r.To = orAny(r.From, r.To), orAny(r.To, r.From)
 	local := -1 // the priority of the rule for the local table
@@ -185,7 +190,8 @@ func (h Host) Precede(r Rule) ([]Rule, error) {
 		return []Rule{r}, nil
 	}
 	if room < 2 {
-		return nil, fmt.Errorf("no rule can come before %q of another program, which comes before the local table: give it a higher number", first)
+		return nil, fmt.Errorf("no rule can come before %q of another program, which comes before the local table: "+
+			"give it a higher number", first)
 	}
 	toLocal := Rule{Priority: r.Priority - 1, From: r.From, To: r.To, Table: unix.RT_TABLE_LOCAL}
 	return []Rule{toLocal, r}, nil

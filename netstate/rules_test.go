@@ -59,7 +59,8 @@ func TestRules(t *testing.T) {
 	}
 }
 
-// precedence are rules of other programs, and what becomes of ours beside them. In the scripts, table 52 has a default route by vpn0.
+// precedence are rules of other programs, and what becomes of ours beside them. In the scripts, table 52 has a default
+// route by vpn0.
 var precedence = []struct {
 	name, rules string
 	to, from    string // ours, by priority and what is special
@@ -94,8 +95,8 @@ var precedence = []struct {
 	{name: "main again", rules: "pref 100 from 192.0.2.1 lookup main", from: "11800"},
 }
 
-// TestPrecedence: whatever rules other programs have, packets to a peer's pods leave by our device, pods' packets to a peer node too;
-// a destination that is nobody's goes where it went before, and marked packets too.
+// TestPrecedence: whatever rules other programs have, packets to a peer's pods leave by our device, pods' packets to a
+// peer node too; a destination of no lease goes where it went before, and marked packets too.
 func TestPrecedence(t *testing.T) {
 	t.Parallel()
 	network, own := netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("10.244.1.0/24")
@@ -119,8 +120,8 @@ func TestPrecedence(t *testing.T) {
 				dev, _, _ = strings.Cut(dev, " ")
 				return dev
 			}
-			const nobodys, marked = "10.244.99.9", "10.244.2.5 mark 0x200"
-			before, markedBefore := get(nobodys), get(marked)
+			const unleased, marked = "10.244.99.9", "10.244.2.5 mark 0x200"
+			before, markedBefore := get(unleased), get(marked)
 			want := only(fullState(), dev4)
 			want.Rules = nil
 			h := n.observe()
@@ -155,7 +156,7 @@ func TestPrecedence(t *testing.T) {
 			}
 			for flow, want := range map[string]string{
 				"10.244.2.5": dev4, "10.244.2.5 from 192.0.2.1": dev4, "10.244.2.5 from 10.244.1.7 iif br0": dev4, "192.0.2.2 from 10.244.1.7 iif br0": dev4,
-				"10.244.1.7": "br0", "10.244.1.1": "lo", nobodys: before,
+				"10.244.1.7": "br0", "10.244.1.1": "lo", unleased: before,
 			} {
 				if got := get(flow); got != want {
 					t.Errorf("packets to %s leave by %s, want %s", flow, got, want)

@@ -145,7 +145,8 @@ func TestSocketsAreApart(t *testing.T) {
 	})
 }
 
-// A peer that ignores pings refuses datagrams to a closed port: it is not silent, and what is too large for the way is found too.
+// A peer that ignores pings refuses datagrams to a closed port: it is not silent, and what is too large for the way is
+// found too.
 func TestPeerIgnoresPings(t *testing.T) {
 	t.Parallel()
 	node, middle, peer := site(t)

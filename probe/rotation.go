@@ -26,7 +26,8 @@ const (
 	waitFor = 2 * time.Second
 	// askAgain is how often those are asked that did not answer.
 	askAgain = 10 * time.Second
-	// grace is how long nothing is held against a target that is new, or that answers again: its node may still be starting.
+	// grace is how long nothing is held against a target that is new, or that answers again: its node may still be
+	// starting.
 	grace = 20 * time.Second
 	// These are between two looks at what came and what is due.
 	shortestPause, usualPause, longestPause = time.Second, 5 * time.Second, 10 * time.Second
@@ -83,7 +84,7 @@ type target struct {
 	fullNext    bool // where there is time for one size only
 	gone        bool
 	knock       bool  // it is knocked at instead of pinged, see socket
-	since       int64 // when it was asked first, or answered again after both sizes were lost, in ns since 1970; 0: it was not yet
+	since       int64 // of its first ping, or of the answer after both sizes were lost, in ns since 1970; 0: none yet
 	again       int64 // when to ask it out of turn, in ns since 1970; 0: not
 	heard       int64 // when it answered last, likewise; 0: never
 }

@@ -34,8 +34,8 @@ const SmallSize = 64
 // discard is the UDP port at which nothing listens, or what throws all away (RFC 863).
 const discard = 9
 
-// socket sends echo requests of one family, and receives the answers to them and nothing else. A node may ignore those: so it can knock,
-// too, that is send a datagram to a closed port, which the other node's kernel refuses.
+// socket sends echo requests of one family, and receives the answers to them and nothing else. A node may ignore those:
+// so it can knock, too, that is send a datagram to a closed port, which the other node's kernel refuses.
 type socket struct {
 	family addr.Family
 	fd     int
@@ -131,7 +131,8 @@ func (s *socket) filter() (*unix.SockFprog, error) {
 	return &unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]}, nil
 }
 
-// send sends one packet of this many bytes, its IP header among them: an echo request, or a knock, whose header is as long.
+// send sends one packet of this many bytes, its IP header among them: an echo request, or a knock, whose header is as
+// long.
 func (s *socket) send(to netip.Addr, seq uint16, size int, knock bool) error {
 	header, kind := ipv4Header, byte(echoRequest4)
 	if s.family == addr.IPv6 {
@@ -207,7 +208,8 @@ func (s *socket) receive(pongs []pong) ([]pong, error) {
 	}
 }
 
-// refusals adds what the targets themselves have refused: their kernels are there, and the way is open in both directions.
+// refusals adds what the targets themselves have refused: their kernels are there, and the way is open in both
+// directions.
 func (s *socket) refusals(pongs []pong) ([]pong, error) {
 	for {
 		n, oobn, _, from, err := unix.Recvmsg(s.udp, s.answer[:], s.oob[:], unix.MSG_ERRQUEUE)
@@ -236,7 +238,8 @@ func addressOf(from unix.Sockaddr) netip.Addr {
 	return netip.Addr{}
 }
 
-// refusedBy is which node says that the port is closed: struct sock_extended_err (uapi/linux/errqueue.h), then that node's address.
+// refusedBy is which node says that the port is closed: struct sock_extended_err (uapi/linux/errqueue.h), then that
+// node's address.
 func refusedBy(oob []byte) netip.Addr {
 	const size = 16
 	for len(oob) >= unix.SizeofCmsghdr {

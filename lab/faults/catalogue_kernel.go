@@ -150,8 +150,8 @@ const (
 const wide = `[ $F = -4 ] && { WIDE=10.0.0.0/8; POOL=10.244.0.0/16; } || { WIDE=fd00::/12; POOL=fd00:10:244::/48; }
 `
 
-// diverted is a rule of another program that would take the pods' packets elsewhere: ours comes before it, with a priority that matches,
-// and goes with it.
+// diverted is a rule of another program that would take the pods' packets elsewhere: ours comes before it, with a
+// priority that matches, and goes with it.
 func diverted(name, priority, add, remove string) Fault {
 	return Fault{
 		Name: name, On: everywhere(), Short: true, Soak: true,

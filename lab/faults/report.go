@@ -116,7 +116,8 @@ func (r Report) Text() string {
 			b.WriteString(x.details())
 		}
 	}
-	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not\n", len(r.Rows), r.Took.Round(time.Second), len(r.Rows)-r.Failed, r.Failed)
+	n := len(r.Rows)
+	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not\n", n, r.Took.Round(time.Second), n-r.Failed, r.Failed)
 	return b.String()
 }
 
