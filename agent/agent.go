@@ -553,7 +553,7 @@ func (a *Agent) announce(be backend.Backend) error {
 	if a.lease != (subnet.Lease{}) {
 		c.Remembered, c.Keep = a.lease.Subnets, true
 	}
-	if c.VTEP != a.claim.VTEP {
+	if c.VTEP != a.claim.VTEP && !a.announced(c) {
 		if err := a.makeDevices(be, c.Attrs); err != nil {
 			return err
 		}
@@ -566,6 +566,13 @@ func (a *Agent) announce(be backend.Backend) error {
 		}
 	}
 	return nil
+}
+
+// announced reports whether the lease that a claim comes down to says already where to send to: to claim it changes nothing for peers.
+func (a *Agent) announced(c subnet.Claim) bool {
+	d, err := subnet.Decide(a.snap.Table, c, 0)
+	e := a.snap.Table.Find(d.Key)
+	return err == nil && e != nil && e.Identity == c.Identity && e.VTEP == c.VTEP
 }
 
 // makeDevices makes the tunnel's devices before a lease announces them: from then on peers send there, and if a device can't be had (another

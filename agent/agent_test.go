@@ -600,6 +600,28 @@ func TestNoLeaseWithoutADevice(t *testing.T) {
 		if l := r.store.snap.Lease; l.VTEP.V4.VNI != 9 || l.Subnets != lease.Subnets {
 			t.Errorf("the lease says %+v", l)
 		}
+
+		// A lease that announces the device already is kept, and the rest of the node is not held back; but not one that flannel wrote since.
+		r.stop()
+		own, since := r.store.snap.Lease, r.store.snap.Lease.Attrs
+		since.Identity, since.PublicIPLocal, since.VTEP.V4.MAC[5] = subnet.Identity{}, false, 0
+		entries := []*subnet.Entry{
+			peer(1), subnet.ParseEntry(subnet.FormatKey(own.Subnets), subnet.FormatValue(own.Attrs), 5, 5, 1),
+			subnet.ParseEntry("10.244.9.0-24", subnet.FormatValue(since), 6, 6, 1),
+		}
+		r.change(func() { refusing, r.kernel.state, r.kernel.want = true, netstate.State{}, netstate.State{} })
+		for n, held := range map[int]bool{2: true, 3: false} {
+			again := newAgent(r)
+			again.start()
+			again.table(other, slices.Clone(entries[:n])...)
+			again.sleep(time.Second)
+			wished := locked(r.kernel, func(k *fakeKernel) int { return len(k.want.Routes) + len(k.want.Addresses) })
+			if (len(again.store.claims) > 0) != held || again.problem(condKernel) == "" || (wished > 0) != held {
+				t.Errorf("%d leases: claimed %v, problem %q, %d wished for", n, again.store.claims, again.problem(condKernel), wished)
+			}
+			again.stop()
+			r.change(func() { r.kernel.want = netstate.State{} })
+		}
 	})
 }
 
