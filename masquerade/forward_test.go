@@ -55,6 +55,10 @@ func TestPlaceInForward(t *testing.T) {
 		{"twice", []string{"-A FORWARD -j ENGINE"}, []string{"-I FORWARD 1 -j OVERLAYD-FWD"}, "ENGINE, ours"},
 		{"flushed", []string{"-A FORWARD -j ENGINE"}, []string{"-F FORWARD", "-A FORWARD -i eth1 -j DROP", "-A FORWARD -j REJECT"}, "-i eth1 -j DROP, ours, REJECT"},
 		{"a goto", nil, []string{"-A FORWARD -g ENGINE"}, "-g ENGINE, ours"},
+		{"logged and rejected", []string{"-A FORWARD -j ENGINE", "-A FORWARD -j LOG", "-A FORWARD -j REJECT"}, nil, "ENGINE, ours, LOG, REJECT"},
+		{"logged and dropped later", []string{"-A FORWARD -j ENGINE"}, []string{"-A FORWARD -m limit --limit 3/min -j LOG", "-A FORWARD -j DROP"}, "ENGINE, ours, -m limit --limit 3/min -j LOG, DROP"},
+		{"only logged", []string{"-A FORWARD -j LOG"}, nil, "LOG, ours"},
+		{"some are logged", []string{"-A FORWARD -i eth1 -j LOG", "-A FORWARD -j DROP"}, nil, "-i eth1 -j LOG, ours, DROP"},
 		{"under a condition", nil, []string{"-A FORWARD -p udp -j REJECT", "-A FORWARD -m mark --mark 0x1 -j DROP"}, "-p udp -j REJECT, -m mark --mark 0x1 -j DROP, ours"},
 	}
 	eachRig := map[string]func(*testing.T, *nstest.NS, Variant) *rig{"iptables": newRig, "nftables": newNFTRig}

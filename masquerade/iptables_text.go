@@ -182,18 +182,36 @@ func (s found) place(p Place) (is, want int) {
 	}
 	others := s.others(p)
 	if first := slices.IndexFunc(others, isPolicy); first >= 0 && is <= first {
-		return is, first
+		return is, beforeLogs(others[:first])
 	}
 	want = len(others)
 	for want > 0 && isPolicy(others[want-1]) {
 		want--
 	}
+	if want < len(others) {
+		want = beforeLogs(others[:want])
+	}
 	return is, want
 }
 
-// policyRule matches a rule without a condition that ends the chain with no accept; a comment is no condition.
-var policyRule = regexp.MustCompile(
-	`^-A \S+( -m comment --comment ("(\\.|[^"\\])*"|\S+))* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
+// beforeLogs is how many rules stand before those that log what the policy behind them takes. They would say of packets
+// which we accept that these were dropped.
+func beforeLogs(rules []string) int {
+	n := len(rules)
+	for n > 0 && logRule.MatchString(rules[n-1]) {
+		n--
+	}
+	return n
+}
+
+const aComment = ` -m comment --comment ("(\\.|[^"\\])*"|\S+)`
+
+// policyRule matches a rule without a condition that ends the chain with no accept; a comment is no condition. logRule
+// matches one that only logs, how often it may be.
+var (
+	policyRule = regexp.MustCompile(`^-A \S+(` + aComment + `)* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
+	logRule    = regexp.MustCompile(`^-A \S+(` + aComment + `| -m limit( --limit(-burst)? \S+)*)* -j (LOG|NFLOG)( .*)?$`)
+)
 
 func isPolicy(rule string) bool { return policyRule.MatchString(rule) }
 

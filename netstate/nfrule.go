@@ -127,6 +127,11 @@ func (r *nfRule) take(name string, b []byte) bool {
 		return r.takeImmediate(b)
 	case "reject": // how it is refused is left out
 		return r.end("-j", "REJECT")
+	case "log": // with what is left out
+		return r.end("-j", "LOG")
+	case "limit": // how many is left out
+		r.matches = append(r.matches, "-m limit")
+		return true
 	}
 	return false
 }
@@ -289,7 +294,7 @@ func (r *nfRule) takeMatch(name string, rev uint32, info []byte) bool {
 
 // takeTarget reads an extension of iptables.
 func (r *nfRule) takeTarget(name string, rev uint32, info []byte) bool {
-	if name == "REJECT" { // with what is left out
+	if name == "REJECT" || name == "LOG" || name == "NFLOG" { // with what is left out
 		return r.end("-j", name)
 	}
 	if r.family == addr.IPv4 { // struct nf_nat_ipv4_multi_range_compat: the number of ranges; for IPv6 there is one
