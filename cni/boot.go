@@ -73,11 +73,18 @@ func (p *Plugin) sweep(ctx context.Context, j job, d Delegate, path string) erro
 	if err != nil || string(before) == p.BootID { // another ADD has done it meanwhile
 		return err
 	}
+	booted, err := bootTime()
+	if err != nil {
+		return err
+	}
 	old := func(k kept) bool {
 		var of map[string]json.RawMessage
 		var id string
-		err := errors.Join(json.Unmarshal(k.conf, &of), json.Unmarshal(of[bootKey], &id))
-		return err == nil && id != "" && id != p.BootID
+		if json.Unmarshal(k.conf, &of) != nil { // as a power failure leaves a file that was written just before
+			info, err := os.Stat(k.path)
+			return err == nil && info.ModTime().Before(booted)
+		}
+		return json.Unmarshal(of[bootKey], &id) == nil && id != "" && id != p.BootID
 	}
 	if err := p.removeAll(ctx, j.conf, path, func(_ attachment, k kept) bool { return old(k) }); err != nil {
 		return err
@@ -147,13 +154,14 @@ func (p *Plugin) freeUnknown(c Config, dir string) error {
 		if readErr != nil {
 			continue
 		}
-		container, _, _ := strings.Cut(strings.TrimSpace(string(raw)), "\r\n")
+		// Of one that a power failure broke, there is nothing or zeros.
+		container, _, _ := strings.Cut(strings.Trim(string(raw), "\x00 \r\n"), "\r\n")
 		at, notContainer := newAttachment(container, "eth0") // flannel's plugin has one file for all interfaces
 		flannels := func(dir string) bool {
 			_, err := flannelKept{dir}.load(at)
 			return !errors.Is(err, fs.ErrNotExist)
 		}
-		if notContainer != nil || known[container] || flannels(c.DataDir) || flannels(p.FlannelDir) {
+		if container != "" && (notContainer != nil || known[container] || flannels(c.DataDir) || flannels(p.FlannelDir)) {
 			continue
 		}
 		err = errors.Join(err, os.Remove(path))

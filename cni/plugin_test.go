@@ -199,6 +199,10 @@ func TestEarlierBoot(t *testing.T) {
 		add(c)
 	}
 	s.must(os.WriteFile(s.data("pods", "of-no-known-boot:eth0"), []byte(`{"type":"bridge"}`), 0o600))
+	for container, at := range map[string]time.Time{"broken": time.Unix(0, 0), "broken-now": time.Now()} {
+		s.must(os.WriteFile(s.data("pods", container+":eth0"), nil, 0o600))
+		s.must(os.Chtimes(s.data("pods", container+":eth0"), at, at))
+	}
 	for _, c := range s.exec.calls {
 		if text := fmt.Sprint(c.conf); strings.Contains(text, "boot") {
 			t.Errorf("the delegate is told %s", text)
@@ -215,6 +219,11 @@ func TestEarlierBoot(t *testing.T) {
 		}
 		s.must(os.WriteFile(path, []byte(container+"\r\neth0"), 0o600))
 		s.must(os.Chtimes(path, at, at))
+	}
+	for ip, content := range map[string]string{"10.244.5.13": "", "10.244.5.14": "\x00\x00\x00"} {
+		s.must(os.WriteFile(s.data("ips", "pods", ip), []byte(content), 0o600))
+		s.must(os.Chtimes(s.data("ips", "pods", ip), time.Unix(0, 0), time.Unix(0, 0)))
+		ips[ip] = "gone"
 	}
 	s.must(os.MkdirAll(s.FlannelDir, 0o700))
 	s.must(os.WriteFile(filepath.Join(s.FlannelDir, "flannels"), []byte(`{"name":"pods"}`), 0o600))
@@ -245,7 +254,7 @@ func TestEarlierBoot(t *testing.T) {
 	for i, path := range left {
 		left[i] = filepath.Base(path)
 	}
-	if want := []string{"c1:eth0", "c4:eth0", "c5:eth0", "of-no-known-boot:eth0"}; err != nil || !slices.Equal(left, want) {
+	if want := []string{"broken-now:eth0", "c1:eth0", "c4:eth0", "c5:eth0", "of-no-known-boot:eth0"}; err != nil || !slices.Equal(left, want) {
 		t.Errorf("left: %v, %v", left, err)
 	}
 	for ip, container := range ips {
