@@ -211,6 +211,9 @@ func (f Facts) elsewhereThanStore() []Finding {
 		if x.Err != nil || len(uplinks) == 0 || x.Link == "" || here || slices.Contains(uplinks, x.Link) {
 			continue
 		}
+		if l.Tunnel || f.network(addr.FamilyOf(x.To)).Contains(x.To) { // the daemon names both, and no device of the pods leads to other nodes
+			continue
+		}
 		if !f.byDefault() && f.somePeerAnswers() { // an operator has chosen it, and was right
 			continue
 		}

@@ -499,6 +499,7 @@ func TestJudges(t *testing.T) {
 		{"etcd hangs since the start", "etcd", Fail, "changes of other nodes are not seen", "endpoint health", func(f *Facts) {
 			f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
 		}},
+		{"no lease yet, but the one of the last run", "leases", OK, "no two of which claim the same", "", func(f *Facts) { f.Self, f.NoLease = subnet.Lease{}, "the daemon holds no lease" }},
 		{"one address twice", "leases", Fail, "the same public IP 192.0.2.2: peers go by the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.2.0-24'", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) }},
 		{"one address twice, and the older lease written again", "leases", Fail, "peers go by the one that was written last, 10.244.2.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) {
 			f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9))
@@ -641,6 +642,13 @@ func TestJudges(t *testing.T) {
 		}},
 		{"the store elsewhere", "interface", Warn, "eth0 is taken to lead to the other nodes, but etcd (192.0.2.100) is reached by eth1", "OVERLAYD_IFACE=eth1", func(f *Facts) {
 			f.ToStore[0].Link = "eth1"
+		}},
+		{"the store inside the network", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
+			f.ToStore[0].To, f.ToStore[0].Link = addrOf("10.244.1.9"), "br-pods"
+		}},
+		{"the store by the tunnel", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
+			f.ToStore[0].Link = "overlay.1"
+			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Tunnel = true })
 		}},
 		{"the store elsewhere, as was chosen", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
 			f.ToStore[0].Link, f.Underlay.Reason = "eth1", "IPv4: 192.0.2.1 on eth0 (--iface)"
