@@ -457,9 +457,9 @@ func (f Facts) intoTunnel(hops []netstate.HostRoute) []Finding {
 		fmt.Sprintf("%s route del %s dev %s metric %d", word, r.Dst, r.Link, r.Metric))
 }
 
-// staleRoutes finds routes by a gateway to whole subnets of the pod network to which this node has no route of its
-// own. flannel leaves such (host-gw, DirectRouting): they lead to where a node was, and come before the route to the
-// next one with that subnet.
+// staleRoutes finds routes by a gateway to whole subnets of the pod network that do not come before a route of ours. flannel leaves such
+// (host-gw, DirectRouting): they lead to where a node was. Without a metric they win as soon as another node has the subnet; those for
+// IPv6, which have one, when ours goes.
 func (f Facts) staleRoutes(ours map[netip.Prefix]uint32) []Finding {
 	if f.Config == nil {
 		return nil
@@ -467,8 +467,8 @@ func (f Facts) staleRoutes(ours map[netip.Prefix]uint32) []Finding {
 	var out []Finding
 	for _, r := range f.Survey.Host.Routes {
 		pool := f.Config.Pools.Get(addr.FamilyOf(r.Dst.Addr()))
-		_, ok := ours[r.Dst]
-		if ok || !r.Via.IsValid() || r.Dst.Bits() != pool.SubnetLen || !pool.Network.Overlaps(r.Dst) {
+		metric, ok := ours[r.Dst]
+		if ok && r.Metric <= metric || !r.Via.IsValid() || r.Dst.Bits() != pool.SubnetLen || !pool.Network.Overlaps(r.Dst) {
 			continue
 		}
 		out = append(out, warn(fmt.Sprintf("the route to %s via %s by %s is not ours and leads to a subnet of the pod network: "+

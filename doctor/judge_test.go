@@ -665,6 +665,9 @@ func TestJudges(t *testing.T) {
 		{"flannel's route to a peer", "routes", Fail, "10.244.2.0/24 by eth0 is not ours", "ip route del 10.244.2.0/24 dev eth0 metric 0", func(f *Facts) {
 			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0"})
 		}},
+		{"flannel's route behind ours", "routes", Warn, "10.244.2.0/24 via 192.0.2.2 by eth0 is not ours", "dev eth0 metric 1024", func(f *Facts) {
+			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0", Metric: 1024})
+		}},
 		{"flannel's route to no peer", "routes", Warn, "10.244.9.0/24 via 192.0.2.9 by eth0 is not ours", "ip route del 10.244.9.0/24 via 192.0.2.9 dev eth0 metric 0", func(f *Facts) {
 			f.route(netstate.HostRoute{Dst: prefixOf("10.244.9.0/24"), Via: addrOf("192.0.2.9"), Link: "eth0"})
 		}},
