@@ -506,7 +506,7 @@ EOF
 	t.Run("bridge without its address", func(t *testing.T) {
 		p := p.in(t)
 		p.sh("ip address flush dev cni0")
-		f := p.finds("bridge", "fail", "the gateway of this node's pods: cni0")
+		f := p.finds("bridge", "fail", "the gateway of this node's pods")
 		p.sh(f.Mend[0])
 		p.well()
 	})
