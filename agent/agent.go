@@ -34,7 +34,8 @@ const (
 	auditEvery = 5 * time.Minute
 	// A round that did not reach its goal is tried again after firstRetry, then ever more slowly.
 	firstRetry, lastRetry = 500 * time.Millisecond, 30 * time.Second
-	// waitForInterface is how often to look for an interface while none fits, or for the tunnel's device; most often an event says so first.
+	// waitForInterface is how often to look for an interface while none fits, or for the tunnel's device; most often an
+	// event says so first.
 	waitForInterface = 2 * time.Second
 	// noteEvery is how often to look whether an operator has removed the note that the subnet was lost.
 	noteEvery = 10 * time.Second
@@ -398,8 +399,8 @@ func (a *Agent) current() addr.Per[netip.Addr] {
 	return out
 }
 
-// uncover takes away what an earlier run has left and what would keep this one from ever reaching etcd: routes to peers' subnets that cover an
-// endpoint, which may have been another one then.
+// uncover takes away what an earlier run has left and what would keep this one from ever reaching etcd: routes to
+// peers' subnets that cover an endpoint, which may have been another one then.
 func (a *Agent) uncover() {
 	if a.online() || a.snap.Err == nil || slices.Equal(a.uncovered, a.snap.Endpoints) {
 		return
@@ -568,18 +569,19 @@ func (a *Agent) announce(be backend.Backend) error {
 	return nil
 }
 
-// announced reports whether the lease that a claim comes down to says already where to send to: to claim it changes nothing for peers.
+// announced reports whether the lease that a claim comes down to says already where to send to: to claim it changes
+// nothing for peers.
 func (a *Agent) announced(c subnet.Claim) bool {
 	d, err := subnet.Decide(a.snap.Table, c, 0)
 	e := a.snap.Table.Find(d.Key)
 	return err == nil && e != nil && e.Identity == c.Identity && e.VTEP == c.VTEP
 }
 
-// makeDevices makes the tunnel's devices before a lease announces them: from then on peers send there, and if a device can't be had (another
-// one has its VNI, a program its port, there is no such module), all that they send is lost.
+// makeDevices makes the tunnel's devices before a lease announces them: from then on peers send there, and if a device
+// can't be had (another one has its VNI, a program its port, there is no such module), all that they send is lost.
 func (a *Agent) makeDevices(be backend.Backend, self subnet.Attrs) error {
-	plan := be.Plan(backend.Input{Config: *a.config, Self: subnet.Lease{Attrs: self}, Underlay: a.choice.Underlay, Host: a.host})
-	missing := slices.DeleteFunc(plan.State.Links, func(l netstate.Link) bool {
+	in := backend.Input{Config: *a.config, Self: subnet.Lease{Attrs: self}, Underlay: a.choice.Underlay, Host: a.host}
+	missing := slices.DeleteFunc(be.Plan(in).State.Links, func(l netstate.Link) bool {
 		h, ok := a.host.Link(l.Name)
 		return ok && h.Up && h.VXLAN.VNI == l.VXLAN.VNI && h.VXLAN.Port == l.VXLAN.Port
 	})
@@ -598,7 +600,8 @@ func (a *Agent) makeDevices(be backend.Backend, self subnet.Attrs) error {
 	return nil
 }
 
-// leaseProblem is why no lease is held that leads here, and claimProblem why the one that is held does not say what it should.
+// leaseProblem is why no lease is held that leads here, and claimProblem why the one that is held does not say what it
+// should.
 func (a *Agent) leaseProblem() error {
 	switch {
 	case a.snap.Held():
@@ -634,7 +637,8 @@ func (a *Agent) leadsElsewhere() error {
 }
 
 func (a *Agent) claimProblem() error {
-	if !a.snap.Held() || a.snap.Table.ConfigErr != nil || errors.Is(a.snap.ClaimErr, subnet.ErrMoved) || a.leadsElsewhere() != nil { // said elsewhere
+	if !a.snap.Held() || a.snap.Table.ConfigErr != nil || errors.Is(a.snap.ClaimErr, subnet.ErrMoved) ||
+		a.leadsElsewhere() != nil { // said elsewhere
 		return nil
 	}
 	return a.snap.ClaimErr

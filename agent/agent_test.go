@@ -276,6 +276,11 @@ func (r *rig) problem(c condition) string {
 
 func (r *rig) routes() int { return len(r.state().Routes) }
 
+// routed reports whether a route leads to an address.
+func (r *rig) routed(ip string) bool {
+	return slices.ContainsFunc(r.state().Routes, func(x netstate.Route) bool { return x.Dst.Contains(netip.MustParseAddr(ip)) })
+}
+
 func (r *rig) state() netstate.State {
 	return locked(r.kernel, func(k *fakeKernel) netstate.State { return k.state })
 }
@@ -530,7 +535,9 @@ func TestLeaseThatLeadsElsewhere(t *testing.T) {
 	inRig(t, func(r *rig) {
 		const dual = `{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48"}`
 		host := testHost()
-		host.Addresses = append(host.Addresses, netstate.HostAddress{Link: "eth0", Prefix: netip.MustParsePrefix("2001:db8::10/64")})
+		host.Addresses = append(host.Addresses, netstate.HostAddress{
+			Link: "eth0", Prefix: netip.MustParsePrefix("2001:db8::10/64"),
+		})
 		host.Routes = append(host.Routes, netstate.HostRoute{Dst: netip.MustParsePrefix("::/0"), Link: "eth0"})
 		r.host(host)
 		r.table(dual, peer(1))
@@ -542,7 +549,8 @@ func TestLeaseThatLeadsElsewhere(t *testing.T) {
 			ip := netip.MustParseAddr(old)
 			r.store.deliver(func(s *subnet.Snapshot) { s.Lease.PublicIP.Set(addr.FamilyOf(ip), ip) })
 			synctest.Wait()
-			if p := r.problem(condLease); !strings.Contains(p, "the lease announces "+old) || !strings.Contains(p, lease.PublicIP.Get(addr.FamilyOf(ip)).String()) {
+			is := lease.PublicIP.Get(addr.FamilyOf(ip))
+			if p := r.problem(condLease); p != fmt.Sprintf("the lease announces %s, but this node is at %s", old, is) {
 				t.Errorf("problem %q", p)
 			}
 			r.store.deliver(func(s *subnet.Snapshot) { s.Lease = lease })
@@ -550,10 +558,12 @@ func TestLeaseThatLeadsElsewhere(t *testing.T) {
 		}
 		for refused, where := range map[bool]condition{true: condLease, false: condClaim} {
 			r.store.deliver(func(s *subnet.Snapshot) {
-				s.ClaimErr = &subnet.ConflictError{Holder: peer(1), What: "the public IP 192.0.2.10", Advice: "change it", Refused: refused}
+				s.ClaimErr = &subnet.ConflictError{
+					Holder: peer(1), What: "the public IP 192.0.2.10", Advice: "change it", Refused: refused,
+				}
 			})
 			synctest.Wait()
-			if p := r.agent.health.list(); len(p) != 1 || p[0].Name != string(where) || !strings.Contains(p[0].Reason, "192.0.2.10") {
+			if p := r.agent.health.list(); len(p) != 1 || !strings.Contains(r.problem(where), "192.0.2.10") {
 				t.Errorf("problems %v, want one of %s", p, where)
 			}
 		}
@@ -601,7 +611,8 @@ func TestNoLeaseWithoutADevice(t *testing.T) {
 			t.Errorf("the lease says %+v", l)
 		}
 
-		// A lease that announces the device already is kept, and the rest of the node is not held back; but not one that flannel wrote since.
+		// A lease that announces the device already is kept, and the rest of the node is not held back; but not one that
+		// flannel wrote since.
 		r.stop()
 		own, since := r.store.snap.Lease, r.store.snap.Lease.Attrs
 		since.Identity, since.PublicIPLocal, since.VTEP.V4.MAC[5] = subnet.Identity{}, false, 0
@@ -615,9 +626,9 @@ func TestNoLeaseWithoutADevice(t *testing.T) {
 			again.start()
 			again.table(other, slices.Clone(entries[:n])...)
 			again.sleep(time.Second)
-			wished := locked(r.kernel, func(k *fakeKernel) int { return len(k.want.Routes) + len(k.want.Addresses) })
-			if (len(again.store.claims) > 0) != held || again.problem(condKernel) == "" || (wished > 0) != held {
-				t.Errorf("%d leases: claimed %v, problem %q, %d wished for", n, again.store.claims, again.problem(condKernel), wished)
+			planned := locked(r.kernel, func(k *fakeKernel) int { return len(k.want.Routes) + len(k.want.Addresses) })
+			if (len(again.store.claims) > 0) != held || again.problem(condKernel) == "" || (planned > 0) != held {
+				t.Errorf("%d leases: claimed %v, problem %q, %d objects", n, again.store.claims, again.problem(condKernel), planned)
 			}
 			again.stop()
 			r.change(func() { r.kernel.want = netstate.State{} })
@@ -625,7 +636,8 @@ func TestNoLeaseWithoutADevice(t *testing.T) {
 	})
 }
 
-// An endpoint of etcd inside the network is named from the start, and no route covers it; what became of it meanwhile is followed.
+// An endpoint of etcd inside the network is named from the start, and no route covers it; what became of it meanwhile
+// is followed.
 func TestEndpointInsideTheNetwork(t *testing.T) {
 	inRig(t, func(r *rig) {
 		at := func(ips ...string) {
@@ -638,7 +650,7 @@ func TestEndpointInsideTheNetwork(t *testing.T) {
 			synctest.Wait()
 		}
 		covered := func() bool {
-			return slices.ContainsFunc(r.state().Routes, func(x netstate.Route) bool { return x.Dst.Contains(netip.MustParseAddr("10.244.101.7")) })
+			return r.routed("10.244.101.7")
 		}
 		at("10.244.101.7")
 		r.table(onlyV4)
@@ -660,7 +672,8 @@ func TestEndpointInsideTheNetwork(t *testing.T) {
 	})
 }
 
-// A route of an earlier run that covers an endpoint, so that etcd can't be reached, is taken away; when etcd answers, there is nothing to do.
+// A route of an earlier run that covers an endpoint, so that etcd can't be reached, is taken away; when etcd answers,
+// there is nothing to do.
 func TestRouteOfAnEarlierRunCoversAnEndpoint(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1), peer(2))
@@ -669,14 +682,14 @@ func TestRouteOfAnEarlierRunCoversAnEndpoint(t *testing.T) {
 			again := newAgent(r)
 			again.start()
 			again.store.deliver(func(s *subnet.Snapshot) {
-				s.Endpoints = []netip.Addr{netip.MustParseAddr("10.244.101.7"), netip.MustParseAddr("192.0.2.1")} // peer 1 has 10.244.101.0/24
+				// Peer 1 has 10.244.101.0/24.
+				s.Endpoints = []netip.Addr{netip.MustParseAddr("10.244.101.7"), netip.MustParseAddr("192.0.2.1")}
 				if away {
 					s.Err = errors.New("no answer")
 				}
 			})
 			again.sleep(offlineAfter / 2) // before it starts without etcd
-			covered := slices.ContainsFunc(r.state().Routes, func(x netstate.Route) bool { return x.Dst.Contains(netip.MustParseAddr("10.244.101.7")) })
-			if covered == away || r.routes() == 0 || (again.logged("10.244.101.0/24") > 0) != away {
+			if r.routed("10.244.101.7") == away || r.routes() == 0 || (again.logged("10.244.101.0/24") > 0) != away {
 				t.Errorf("etcd is away: %t: routes %v", away, r.state().Routes)
 			}
 			again.stop()

@@ -88,7 +88,8 @@ func TestStateDir(t *testing.T) {
 	if err != nil || table.Config != config(t, onlyV4) || len(table.Entries) != 2 || table.Entries[1].Attrs != peer(2).Attrs {
 		t.Errorf("table %+v, %v", table, err)
 	}
-	if e, was := table.Entries[1], peer(2); e.Created != was.Created || e.Revision != was.Revision { // they settle who has an address
+	// They settle who has an address.
+	if e, was := table.Entries[1], peer(2); e.Created != was.Created || e.Revision != was.Revision {
 		t.Errorf("created at %d and written at %d, it was %d and %d", e.Created, e.Revision, was.Created, was.Revision)
 	}
 	other := stateDir{d.path, "/another/network"}
@@ -96,7 +97,8 @@ func TestStateDir(t *testing.T) {
 		t.Errorf("of another network: %+v, %v", got, err)
 	}
 	// Of a node of another name with this one's ID it is the subnet, and no more: the directory may be a copy.
-	if got, err := d.load(subnet.Identity{NodeName: "renamed", NodeID: self.NodeID}); err != nil || got.subnets() != sn || got.Config != nil || got.Peers != nil || got.Expires.After(time.Now()) {
+	if got, err := d.load(subnet.Identity{NodeName: "renamed", NodeID: self.NodeID}); err != nil || got.subnets() != sn ||
+		got.Config != nil || got.Peers != nil || got.Expires.After(time.Now()) {
 		t.Errorf("of another name: %+v, %v", got, err)
 	}
 	if got, err := d.load(subnet.Identity{NodeName: "clone", NodeID: "id-clone"}); !reflect.DeepEqual(got, memory{}) || err == nil || !strings.Contains(err.Error(), "id-self") {

@@ -55,8 +55,9 @@ func Files(dir string) []string {
 	return []string{d.leaseFile(), d.movedFile()}
 }
 
-// load returns what this node remembers; a new node remembers nothing. Of a network under another prefix, or of a node of another name with
-// this one's ID (it was given a new name, or the directory came with a copy of the disk), only the own subnet counts, as a wish.
+// load returns what this node remembers; a new node remembers nothing. Of a network under another prefix, or of a node
+// of another name with this one's ID (it was given a new name, or the directory came with a copy of the disk), only the
+// own subnet counts.
 func (d stateDir) load(id subnet.Identity) (memory, error) {
 	raw, err := os.ReadFile(d.leaseFile())
 	if errors.Is(err, os.ErrNotExist) {

@@ -41,7 +41,9 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 	// What the device must be follows from what is claimed, which may be newer than what the store says by now.
 	self := subnet.Lease{Subnets: a.lease.Subnets, Attrs: a.claim.Attrs}
 	ch := a.believe(self)
-	in := backend.Input{Config: *a.config, Self: self, Underlay: a.choice.Underlay, Host: a.host, Endpoints: a.endpointsInside()}
+	in := backend.Input{
+		Config: *a.config, Self: self, Underlay: a.choice.Underlay, Host: a.host, Endpoints: a.endpointsInside(),
+	}
 	for _, f := range in.Config.Families() {
 		u := in.Underlay.Get(f)
 		u.MTU = narrowest(a.host, in.Config, f, u.MTU, a.roster.Peers())
@@ -162,7 +164,8 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 }
 
 func sameInput(a, b backend.Input) bool {
-	return a.Config == b.Config && a.Self == b.Self && a.Underlay == b.Underlay && a.Host.Equal(b.Host) && slices.Equal(a.Endpoints, b.Endpoints)
+	return a.Config == b.Config && a.Self == b.Self && a.Underlay == b.Underlay && a.Host.Equal(b.Host) &&
+		slices.Equal(a.Endpoints, b.Endpoints)
 }
 
 func plain(p backend.Plan, inTheWay error) bool {

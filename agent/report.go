@@ -148,17 +148,18 @@ func reasons(ways []backend.Way) map[netip.Prefix]string {
 	return out
 }
 
-// inside says which endpoints of etcd are inside the cluster network, where any node may lease the subnet that covers them.
+// inside says which endpoints of etcd are inside the cluster network, where any node may lease the subnet that covers
+// them.
 func inside(endpoints []netip.Addr, c subnet.Config, own subnet.Lease) error {
 	var out []string
 	for _, ip := range endpoints {
 		if sn := own.Subnets.Get(addr.FamilyOf(ip)); sn.Contains(ip) {
-			out = append(out, fmt.Sprintf("etcd is at %s, inside this node's own subnet %s: the pods' bridge leads there instead; move etcd, or give "+
-				"this node another subnet", ip, sn))
+			out = append(out, fmt.Sprintf("etcd is at %s, inside this node's own subnet %s: the pods' bridge leads there instead; "+
+				"move etcd, or give this node another subnet", ip, sn))
 			continue
 		}
-		out = append(out, fmt.Sprintf("etcd is at %s, inside the cluster network %s: a peer whose subnet covers it is unreachable from here; "+
-			"move etcd, or choose another network", ip, c.Pools.Get(addr.FamilyOf(ip)).Network))
+		out = append(out, fmt.Sprintf("etcd is at %s, inside the cluster network %s: a peer whose subnet covers it is "+
+			"unreachable from here; move etcd, or choose another network", ip, c.Pools.Get(addr.FamilyOf(ip)).Network))
 	}
 	return joined(out)
 }

@@ -45,7 +45,8 @@ type Input struct {
 	Peers    []*subnet.Lease // that were believed, see subnet.Table.Peers
 	Underlay addr.Per[Underlay]
 	Host     netstate.Host
-	// Endpoints are the addresses of the store that are inside the network: no route may cover one of them, or this node is cut off.
+	// Endpoints are the addresses of the store that are inside the network: no route may cover one of them, or this node
+	// is cut off.
 	Endpoints []netip.Addr
 }
 
@@ -173,7 +174,8 @@ func (p *Plan) Each(in Input, f addr.Family, do func(peer *subnet.Lease)) {
 			continue
 		}
 		if j := slices.IndexFunc(in.Endpoints, peer.Subnets.Get(f).Contains); j >= 0 {
-			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet covers %s, an endpoint of etcd: this node would cut itself off", in.Endpoints[j]))
+			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet covers %s, an endpoint of etcd: this node would cut itself off",
+				in.Endpoints[j]))
 			continue
 		}
 		do(peer)

@@ -222,7 +222,8 @@ func randomInput(t *testing.T, g *rand.Rand) backend.Input {
 	return in
 }
 
-// A route that covers an endpoint of etcd is never planned, by no backend and in no family; the other peers are not held back.
+// A route that covers an endpoint of etcd is never planned, by no backend and in no family; the other peers are not
+// held back.
 func TestNoRouteCoversAnEndpoint(t *testing.T) {
 	t.Parallel()
 	for _, network := range []string{only4, only6, dual} {

@@ -23,12 +23,12 @@ func (n *node) adjust(gone, come State) Result {
 	return res
 }
 
-// TestUncover: of our routes, those around an address go, and they come back only with the next wish.
+// TestUncover: of our routes, those around an address go, and they come back only with the next Reconcile.
 func TestUncover(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	wish := Merge(fullState(), peersAt(map[int]int{1: 1, 2: 2}).state())
-	n.converge(wish)
+	desired := Merge(fullState(), peersAt(map[int]int{1: 1, 2: 2}).state())
+	n.converge(desired)
 	var res Result
 	var err error
 	endpoints := []netip.Addr{netip.MustParseAddr("10.250.1.77"), netip.MustParseAddr("203.0.113.1")}
@@ -40,7 +40,7 @@ func TestUncover(t *testing.T) {
 	if err != nil || strings.Contains(out, "10.250.1.0/24") || !strings.Contains(out, "10.250.2.0/24") {
 		t.Errorf("%s, %v", out, err)
 	}
-	n.converge(wish)
+	n.converge(desired)
 }
 
 // peersAt is what some peers ask for, each of which may be found in one place or another.

@@ -37,7 +37,7 @@ type Decision struct {
 	Drop []*Entry // leases of this very node that it can't use any more: they go in the same write
 
 	Rival     *Entry // the lease of another node that announces an address of this one; of several, the newest
-	Announced int64  // the revision at which the lease that stands in the store was written, if it announces the claimed addresses
+	Announced int64  // the revision of the lease that stands in the store, if it announces the claimed addresses
 }
 
 // ConflictError says that another node holds what only this one should: nothing is taken from it, and a person has to decide.
@@ -66,9 +66,10 @@ var ErrNoConfig = errors.New("there is no network config")
 var ErrMoved = errors.New("does not fit the network config any more, which was changed: pods keep their addresses until overlayd is restarted, " +
 	"then the node gets another subnet")
 
-// Decide says how a claim is made good, given the table. attempt counts the races that were lost so far. In this order: the
-// lease that carries my identity, unless flannel wrote one for my public IP later; that one of flannel's; the subnets remembered, where they
-// are free; a reservation for this node; a new one. Where pods live in the subnets remembered, those come before flannel's.
+// Decide says how a claim is made good, given the table. attempt counts the races that were lost so far. In this order:
+// the lease that carries my identity, unless flannel wrote one for my public IP later; that one of flannel's; the
+// subnets remembered, where they are free; a reservation for this node; a new one. Where pods live in the subnets
+// remembered, those come before flannel's.
 func Decide(t Table, c Claim, attempt int) (Decision, error) {
 	if t.ConfigErr != nil {
 		return Decision{}, t.ConfigErr
@@ -80,11 +81,12 @@ func Decide(t Table, c Claim, attempt int) (Decision, error) {
 		return Decision{}, fmt.Errorf("%s %w", FormatKey(c.Remembered), ErrMoved)
 	}
 	mine, drop := ownEntries(t, &c)
-	if e := flannels(t, &c); e != nil && mine != nil && !mine.Reserved() && e.Revision > mine.Revision { // flannel ran here since
+	// flannel may have run here since.
+	if e := flannels(t, &c); e != nil && mine != nil && !mine.Reserved() && e.Revision > mine.Revision {
 		mine, drop = nil, append(drop, mine)
 	}
-	settled := mine != nil && mine.PublicIP == c.PublicIP && mine.NodeName == c.NodeName // it stays mine, whatever others came to say since
-	if !settled {
+	// One that says so already stays mine, whatever others came to say since.
+	if settled := mine != nil && mine.PublicIP == c.PublicIP && mine.NodeName == c.NodeName; !settled {
 		if err := conflict(t, &c); err != nil {
 			return Decision{}, err
 		}
@@ -167,8 +169,8 @@ func spoiled(t Table, c *Claim) *Entry {
 // ownEntries finds the lease to go on with among those that carry my identity, and the ones to give up: a network config that
 // changed leaves the old subnet behind.
 //
-// A lease of another name at another address is this machine's as well, if it has the ID and the subnets that the machine remembers. The
-// memory may be a copy, as the ID may: whoever holds such a lease takes it back.
+// A lease of another name at another address is this machine's as well, if it has the ID and the subnets that the
+// machine remembers. The memory may be a copy, as the ID may: whoever holds such a lease takes it back.
 func ownEntries(t Table, c *Claim) (keep *Entry, drop []*Entry) {
 	var own []*Entry
 	for _, e := range t.Entries {
@@ -205,15 +207,15 @@ func (e *Entry) belongsTo(c *Claim) bool {
 	return e.NodeID != "" && e.NodeID == c.NodeID && (e.NodeName == c.NodeName || e.samePublicIP(&c.Attrs))
 }
 
-// flannels finds the living lease that flannel wrote for this node, unless pods live in other subnets; of several, the newest. The pods have
-// addresses of it: this node's own, from before flannel ran here again, is out of date.
+// flannels finds the living lease that flannel wrote for this node, unless pods live in other subnets; of several, the
+// newest. The pods have addresses of it: this node's own, from before flannel ran here again, is out of date.
 func flannels(t Table, c *Claim) (newest *Entry) {
 	if c.Keep {
 		return nil
 	}
 	for _, e := range t.Entries {
-		if e.Identity == (Identity{}) && !e.Reserved() && e.Err == nil && e.samePublicIP(&c.Attrs) && t.Config.Fits(e.Subnets) &&
-			(newest == nil || e.Revision > newest.Revision || e.Revision == newest.Revision && e.Key < newest.Key) {
+		living := e.Identity == (Identity{}) && !e.Reserved() && e.Err == nil
+		if living && e.samePublicIP(&c.Attrs) && t.Config.Fits(e.Subnets) && e.newerThan(newest) {
 			newest = e
 		}
 	}

@@ -10,11 +10,11 @@ import (
 )
 
 const (
-	// answerWithin is how long a challenge may go unanswered: a node that runs, and that has the address too, writes its lease again
-	// within milliseconds. After that the address is this node's.
+	// answerWithin is how long a challenge may go unanswered: a node that runs, and that has the address too, writes its
+	// lease again within milliseconds. After that the address is this node's.
 	answerWithin = 10 * time.Second
-	// answeredAtOnce is how soon the lease of a node that has had the address for a while is written over by one that takes itself for
-	// the holder as well. A node that is started again needs longer.
+	// answeredAtOnce is how soon the lease of a node that has had the address for a while is written over by one that
+	// takes itself for the holder as well. A node that is started again needs longer.
 	answeredAtOnce = 500 * time.Millisecond
 	// challengeAgain is when a node that did not get its address tries again: the holder may have been switched off since.
 	challengeAgain = 5 * time.Minute
@@ -22,10 +22,11 @@ const (
 
 // Contest is what a node remembers while the lease of another node announces its own address.
 //
-// A lease does not tell whether its node still runs, or still has the address. So a node that has the address writes its own lease
-// with it, and of two leases that announce one address the peers go by the one that was written last. If the other node runs and has the
-// address too, it answers by writing its own lease once more, and stays the holder; the challenger leaves it at that. A lease that nothing
-// stands behind any more is not answered for. Each node writes its own key only.
+// A lease does not tell whether its node still runs, or still has the address. So a node that has the address writes
+// its own lease with it, and of two leases that announce one address the peers go by the one that was written last. If
+// the other node runs and has the address too, it answers by writing its own lease once more, and stays the holder; the
+// challenger leaves it at that. A lease that nothing stands behind any more is not answered for. Each node writes its
+// own key only.
 type Contest struct {
 	about addr.Per[netip.Addr]
 	held  bool      // this node had the address first, or its challenge was not answered
@@ -89,11 +90,13 @@ func (k *Contest) answered(r *Entry, now time.Time) bool {
 
 func (d *Decision) conflict(refused bool) *ConflictError {
 	return &ConflictError{
-		Holder: d.Rival, Refused: refused, What: fmt.Sprintf("the public IP %s", d.Lease.sharedIP(&d.Rival.Lease)), Advice: adviceOnIP,
+		Holder: d.Rival, Refused: refused, Advice: adviceOnIP,
+		What: fmt.Sprintf("the public IP %s", d.Lease.sharedIP(&d.Rival.Lease)),
 	}
 }
 
-// rival finds the lease of another node that announces an address of a claim and that peers would act on; of several, the newest.
+// rival finds the lease of another node that announces an address of a claim and that peers would act on; of several,
+// the newest.
 func rival(t Table, c *Claim, d *Decision) (newest *Entry) {
 	claimed := Lease{Attrs: c.Attrs}
 	for _, f := range t.Config.Families() {
@@ -104,11 +107,16 @@ func rival(t Table, c *Claim, d *Decision) (newest *Entry) {
 		if mine || e.Err != nil || e.Backend != c.Backend || !claimed.sharedIP(&e.Lease).IsValid() {
 			continue
 		}
-		if newest == nil || e.Revision > newest.Revision || e.Revision == newest.Revision && e.Key < newest.Key {
+		if e.newerThan(newest) {
 			newest = e
 		}
 	}
 	return newest
+}
+
+// newerThan reports whether an entry was written after another one; after none in any case.
+func (e *Entry) newerThan(o *Entry) bool {
+	return o == nil || e.Revision > o.Revision || e.Revision == o.Revision && e.Key < o.Key
 }
 
 // sharedIP is an address that both leases announce in a family that both use.

@@ -26,12 +26,16 @@ type arena struct {
 	now   time.Time
 }
 
+func contends(i int, ip string) *contender {
+	name := fmt.Sprint("n", i)
+	return &contender{claim: Claim{Attrs: with(attrs(name, ip), func(x *Attrs) { x.VTEP = vteps(name) })}}
+}
+
 func newArena(t *testing.T, addresses ...string) *arena {
 	a := &arena{t: t, store: simStore{keys: map[string]*Entry{}}, now: time.Unix(1e9, 0)}
 	a.store.setConfig(mustConfig(t, net4))
 	for i, ip := range addresses {
-		n := &contender{claim: Claim{Attrs: with(attrs(fmt.Sprint("n", i+1), ip), func(x *Attrs) { x.VTEP = vteps(fmt.Sprint("n", i+1)) })}}
-		a.nodes = append(a.nodes, n)
+		a.nodes = append(a.nodes, contends(i+1, ip))
 		a.settle()
 	}
 	return a
@@ -98,7 +102,8 @@ func (a *arena) reached() map[string]netip.Addr {
 	return out
 }
 
-// check: these nodes are reached at their addresses, and these report a conflict; of those, the ones that are not reached say so.
+// check: these nodes are reached at their addresses, and these report a conflict; of those, the ones that are not
+// reached say so.
 func (a *arena) check(reached, report string) {
 	a.t.Helper()
 	var got, errs []string
@@ -135,11 +140,28 @@ func TestContestOfAddressesThatMoved(t *testing.T) {
 			a.at(2, ipA)
 		}},
 		{"a swap of running nodes, both looking at once", func(a *arena) { a.at(1, ipB); a.at(2, ipA) }},
-		{"a swap of running nodes, one after the other", func(a *arena) { a.at(1, ipB); a.settle(); a.pass(time.Second); a.at(2, ipA) }},
+		{"a swap of running nodes, one after the other", func(a *arena) {
+			a.at(1, ipB)
+			a.settle()
+			a.pass(time.Second)
+			a.at(2, ipA)
+		}},
 		{"a swap by a third address", func(a *arena) { a.at(1, ipD); a.settle(); a.at(2, ipA); a.settle(); a.at(1, ipB) }},
 		{"a rotation", func(a *arena) { a.at(1, ipB); a.at(2, ipC); a.at(3, ipA) }},
-		{"a rotation, one after the other", func(a *arena) { a.at(1, ipB); a.settle(); a.at(2, ipC); a.settle(); a.at(3, ipA) }},
-		{"a rotation the other way round", func(a *arena) { a.at(3, ipA); a.settle(); a.at(2, ipC); a.settle(); a.at(1, ipB) }},
+		{"a rotation, one after the other", func(a *arena) {
+			a.at(1, ipB)
+			a.settle()
+			a.at(2, ipC)
+			a.settle()
+			a.at(3, ipA)
+		}},
+		{"a rotation the other way round", func(a *arena) {
+			a.at(3, ipA)
+			a.settle()
+			a.at(2, ipC)
+			a.settle()
+			a.at(1, ipB)
+		}},
 		{"a chain", func(a *arena) { a.at(3, ipB); a.settle(); a.at(2, ipA); a.settle(); a.at(1, ipD) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -247,7 +269,7 @@ func TestContestEnds(t *testing.T) {
 	t.Run("new ones at the same moment", func(t *testing.T) {
 		a := newArena(t, ipC)
 		for i := range 2 {
-			a.nodes = append(a.nodes, &contender{claim: Claim{Attrs: with(attrs(fmt.Sprint("n", i+2), ipA), func(x *Attrs) { x.VTEP = vteps(fmt.Sprint("n", i+2)) })}})
+			a.nodes = append(a.nodes, contends(i+2, ipA))
 		}
 		table := a.store.table()
 		for _, n := range a.nodes[1:] { // both decide before either writes
@@ -282,7 +304,8 @@ func TestContestEnds(t *testing.T) {
 		a := newArena(t, ipA, ipB)
 		a.nodes[1].claim.PublicIP = ips(ipA)
 		for key, e := range a.store.keys {
-			a.store.keys[key] = ParseEntry(key, FormatValue(with(e.Attrs, func(x *Attrs) { x.PublicIP = ips(ipA) })), 9, 9, e.LeaseID)
+			same := with(e.Attrs, func(x *Attrs) { x.PublicIP = ips(ipA) })
+			a.store.keys[key] = ParseEntry(key, FormatValue(same), 9, 9, e.LeaseID)
 		}
 		a.store.rev = 9
 		if n := a.settle(); n > 4 {

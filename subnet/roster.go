@@ -25,11 +25,11 @@ type Roster struct {
 	leaving  map[*Lease]time.Time // those that linger, and when they have to go
 
 	young    map[*Entry]time.Time // entries that were written a moment ago, and until when they count as such
-	withheld time.Time            // when to look again at a lease that is too young to take the address of another one; zero: none is
+	withheld time.Time            // when a lease is no longer too young to take another one's address; zero: none is
 }
 
-// challengeStands is how long a lease has to stand before it takes the address of another one. A node that runs and has the address
-// answers within that time, so that nothing of its traffic is lost: see Contest.
+// challengeStands is how long a lease has to stand before it takes the address of another one. A node that runs and has
+// the address answers within that time, so that nothing of its traffic is lost: see Contest.
 const challengeStands = time.Second
 
 // Change is what a table changed: Gone are those who were in the list and are not, or not like this; Come are new, or new like this.

@@ -154,7 +154,8 @@ func TestRosterAgainstTheWholeTable(t *testing.T) {
 		}
 	}
 	if lingered < 100 || followed < 100 || withheld < 100 {
-		t.Errorf("%d lingered, %d were withheld, in %d steps there was no dispute: the test has lost its point", lingered, withheld, followed)
+		t.Errorf("%d lingered, %d were withheld, in %d steps there was no dispute: the test has lost its point",
+			lingered, withheld, followed)
 	}
 }
 
@@ -173,8 +174,8 @@ func sameLeases(got []*Lease, want []Lease, acted map[addr.Per[netip.Prefix]]*Le
 	return nil
 }
 
-// A lease that announces the address of another one takes it only when it has stood for a moment: a holder that runs answers before that,
-// and its peers never let go of it.
+// A lease that announces the address of another one takes it only when it has stood for a moment: a holder that runs
+// answers before that, and its peers never let go of it.
 func TestRosterWithholdsAChallenge(t *testing.T) {
 	c, self := mustConfig(t, net4), Lease{Subnets: per("10.244.255.0/24"), Attrs: peer(1)}
 	holder, challenger := peer(2), with(peer(3), func(a *Attrs) { a.PublicIP = peer(2).PublicIP })

@@ -26,15 +26,19 @@ type Table struct {
 
 // Find gives the entry with a key; nil where there is none.
 func (t Table) Find(key string) *Entry {
-	i, ok := slices.BinarySearchFunc(t.Entries, key, func(e *Entry, k string) int { return strings.Compare(e.Key, k) })
+	i, ok := find(t.Entries, key)
 	if !ok {
 		return nil
 	}
 	return t.Entries[i]
 }
 
-// Reserving is the table with reservations for single addresses, as far as they are inside the network: no subnet that covers one of them
-// is free.
+func find(es []*Entry, key string) (int, bool) {
+	return slices.BinarySearchFunc(es, key, func(e *Entry, k string) int { return strings.Compare(e.Key, k) })
+}
+
+// Reserving is the table with reservations for single addresses, as far as they are inside the network: no subnet that
+// covers one of them is free.
 func (t Table) Reserving(ips []netip.Addr) Table {
 	for _, ip := range ips {
 		if !t.Config.Contains(ip) {
@@ -42,7 +46,7 @@ func (t Table) Reserving(ips []netip.Addr) Table {
 		}
 		e := &Entry{Key: fmt.Sprintf("%s-%d", ip, ip.BitLen())}
 		e.Subnets.Set(addr.FamilyOf(ip), addr.Host(ip))
-		if i, found := slices.BinarySearchFunc(t.Entries, e.Key, func(e *Entry, k string) int { return strings.Compare(e.Key, k) }); !found {
+		if i, found := find(t.Entries, e.Key); !found {
 			t.Entries = slices.Insert(slices.Clip(t.Entries), i, e)
 		}
 	}
@@ -147,9 +151,9 @@ func (e *Entry) refusal(o objection) Refusal {
 	return Refusal{Key: e.Key, Node: e.NodeName, Cause: o.cause, Reason: o.reason}
 }
 
-// settle decides between those that claim the same. For a subnet or a MAC, one that this network leases comes before a left-over of an
-// older config, then the older one: whoever has it keeps it. An address may have moved to another node, and what was written last is closer
-// to the truth; but those that are young come behind the others.
+// settle decides between those that claim the same. For a subnet or a MAC, one that this network leases comes before a
+// left-over of an older config, then the older one: whoever has it keeps it. An address may have moved to another node,
+// and what was written last is closer to the truth; but those that are young come behind the others.
 func settle(c Config, suspects []suspect, young map[*Entry]time.Time) (refused []Refusal, withheld []*Entry) {
 	var left []*suspect
 	for i := range suspects {
@@ -203,7 +207,8 @@ func settle(c Config, suspects []suspect, young map[*Entry]time.Time) (refused [
 			withheld = append(withheld, s.Entry)
 			return objectTo(CausePublicIP, "its public IP %s is that of %s, which may have it still", ip, by.Name())
 		}
-		return objectTo(CausePublicIP, "its public IP %s is that of %s, whose lease %s was written later", ip, by.Name(), FormatKey(by.Subnets))
+		return objectTo(CausePublicIP, "its public IP %s is that of %s, whose lease %s was written later",
+			ip, by.Name(), FormatKey(by.Subnets))
 	})
 	return refused, withheld
 }
@@ -393,7 +398,8 @@ func reserved4(ip netip.Addr) bool {
 // claims tells which lease has an address or a MAC.
 type claims[K comparable] map[K]*Lease
 
-// add takes note of what a lease has in each family, unless another one has it: one MAC or address can't lead to two nodes.
+// add takes note of what a lease has in each family, unless another one has it: one MAC or address can't lead to two
+// nodes.
 func (c claims[K]) add(l *Lease, of func(addr.Family) K) (taken K, by *Lease) {
 	for _, f := range addr.Families() {
 		if other := c[of(f)]; other != nil && l.Subnets.Get(f).IsValid() {

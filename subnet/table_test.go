@@ -230,8 +230,8 @@ func randomTable(r *rand.Rand, c Config, n int) Table {
 	return table
 }
 
-// naivePeers compares every lease with every other one, those that fit the network first: for subnets and MACs the oldest first, then for
-// addresses the one written last.
+// naivePeers compares every lease with every other one, those that fit the network first: for subnets and MACs the
+// oldest first, then for addresses the one written last.
 func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) {
 	var es []*Entry
 	for _, e := range table.Entries {
@@ -246,7 +246,8 @@ func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) 
 	}
 	sift := func(age func(a, b *Entry) int, both func(l, h Lease, f, g addr.Family) bool) {
 		slices.SortFunc(es, func(a, b *Entry) int {
-			return cmp.Or(b2i(c.Fits(b.Subnets))-b2i(c.Fits(a.Subnets)), age(a, b), cmp.Compare(a.Created, b.Created), strings.Compare(a.Key, b.Key))
+			byAge := cmp.Or(cmp.Compare(a.Created, b.Created), strings.Compare(a.Key, b.Key))
+			return cmp.Or(b2i(c.Fits(b.Subnets))-b2i(c.Fits(a.Subnets)), age(a, b), byAge)
 		})
 		var held []*Entry
 		for _, e := range es {

@@ -23,7 +23,8 @@ func addresses() []Fault {
 		},
 		{
 			Name: "the address of a node that is no more is taken over", On: everywhere(), Short: true,
-			Inject: Steps(ghostAddress.appears, Until(ghostAddress.routed, 3*time.Second), Afterwards(moveBack), moveTo(ghostAddress.host())),
+			Inject: Steps(ghostAddress.appears, Until(ghostAddress.routed, 3*time.Second),
+				Afterwards(moveBack), moveTo(ghostAddress.host())),
 			Expect: All(announces(ghostAddress.host()), subnetKept, reaches, isReady), Restore: Undo,
 		},
 		{
@@ -34,9 +35,10 @@ func addresses() []Fault {
 		},
 		{
 			Name: "another name and another address in one restart", On: everywhere(), Short: true,
-			Inject: Steps(Afterwards(renamedTo("")), Afterwards(moveBack), Afterwards(stopDaemon), stopDaemon, moveTo("98"), renamedTo("another"), startDaemon),
-			Expect: All(subnetKept, isReady, reaches), Hold: time.Second, Keeps: All(subnetKept, oneLeaseEach, noClone), Restore: Steps(Undo, startDaemon),
-			Bound: Bound{Lost: Any, Repair: 5 * time.Second}, Log: `lease written`,
+			Inject: Steps(Afterwards(renamedTo("")), Afterwards(moveBack), Afterwards(stopDaemon),
+				stopDaemon, moveTo("98"), renamedTo("another"), startDaemon),
+			Expect: All(subnetKept, isReady, reaches), Hold: time.Second, Keeps: All(subnetKept, oneLeaseEach, noClone),
+			Restore: Steps(Undo, startDaemon), Bound: Bound{Lost: Any, Repair: 5 * time.Second}, Log: `lease written`,
 		},
 		{
 			// The router leads there; a peer's route to the subnet would lead the node's requests into the tunnel.
@@ -45,8 +47,9 @@ func addresses() []Fault {
 				s.Victim.With("--etcd-endpoints", "http://"+ghostEndpoint.inside(s).String()+":2379")
 				return nil
 			}, startDaemon, Until(isNamed("etcd-inside: etcd is at "), 5*time.Second), ghostEndpoint.appears),
-			Expect: All(isNamed("covers "), reaches), Hold: time.Second, Keeps: Sees(`! ip route show proto 118 | grep -F "` + ghostEndpoint.network() + `"`),
-			Restore: Steps(ghostEndpoint.goes, stopDaemon, func(_ context.Context, s *Site) error { s.Victim.With(); return nil }, startDaemon),
+			Expect: All(isNamed("covers "), reaches), Hold: time.Second,
+			Keeps:   Sees(`! ip route show proto 118 | grep -F "` + ghostEndpoint.network() + `"`),
+			Restore: Steps(ghostEndpoint.goes, stopDaemon, renamedTo(""), startDaemon),
 			Bound:   Bound{Lost: 0, Repair: letGo}, Log: `problem: etcd-inside`,
 			Seen: degrades("etcd-inside", "inside the cluster network"),
 		},
@@ -74,33 +77,38 @@ func unswap(ctx context.Context, s *Site) error {
 	return errors.Join(s.moveBack(ctx, s.Victim), s.moveBack(ctx, s.Peer), s.forgetNeighbours(ctx))
 }
 
-// forgetNeighbours stands for the announcements with which a network tool tells all others that an address has another MAC now.
+// forgetNeighbours stands for the announcements with which a network tool tells all others that an address has another
+// MAC now.
 func (s *Site) forgetNeighbours(ctx context.Context) error {
 	machines := []lab.Machine{s.Lab.Router()}
 	for _, n := range s.Lab.Nodes() {
 		machines = append(machines, n.Machine)
 	}
 	for _, m := range machines {
-		if out, err := m.Run(ctx, "sh", "-c", `ip neigh flush nud reachable nud stale nud delay nud probe nud failed`); err != nil {
+		out, err := m.Run(ctx, "sh", "-c", `ip neigh flush nud reachable nud stale nud delay nud probe nud failed`)
+		if err != nil {
 			return fmt.Errorf("%s: %w (%s)", m.Name, err, out)
 		}
 	}
 	return nil
 }
 
-// duplicate gives the victim the peer's address. Both go on to reach etcd: the victim from its own address, which it has still but which is
-// deprecated, and the peer since the router knows where it is.
+// duplicate gives the victim the peer's address. Both go on to reach etcd: the victim from its own address, which it
+// has still but which is deprecated, and the peer since the router knows where it is.
 func duplicate(ctx context.Context, s *Site) error {
 	peer, err := s.Peer.Run(ctx, "sh", "-c", `ip -o link show eth0 | sed 's/.*link.ether \([^ ]*\).*/\1/'`)
 	if err != nil {
 		return err
 	}
 	router := s.Lab.Router()
-	device, err := router.Run(ctx, "sh", "-ec", s.vars.Get(addr.IPv4)+`ip -o route get $PEER_IP | sed 's/.* dev \([^ ]*\).*/\1/'`)
+	device, err := router.Run(ctx, "sh", "-ec", s.vars.Get(addr.IPv4)+
+		`ip -o route get $PEER_IP | sed 's/.* dev \([^ ]*\).*/\1/'`)
 	if err != nil {
 		return err
 	}
-	neighbour := []string{"neigh", "replace", s.Peer.Addr(addr.IPv4).String(), "dev", strings.TrimSpace(device), "lladdr", strings.TrimSpace(peer), "nud"}
+	neighbour := []string{
+		"neigh", "replace", s.Peer.Addr(addr.IPv4).String(), "dev", strings.TrimSpace(device), "lladdr", strings.TrimSpace(peer), "nud",
+	}
 	if _, err := router.Run(ctx, "ip", append(neighbour, "permanent")...); err != nil {
 		return err
 	}
@@ -126,11 +134,13 @@ func isReady(ctx context.Context, s *Site) error {
 	return contentOne(ctx, s.Victim, "refused-lease", "silent-peers", "path-mtu")
 }
 
-// bothReport holds when the victim says that it is not reached because of the peer, the peer speaks of the victim and stays ready, and the
-// third node goes by the peer's lease.
+// bothReport holds when the victim says that it is not reached because of the peer, the peer speaks of the victim and
+// stays ready, and the third node goes by the peer's lease.
 func bothReport(ctx context.Context, s *Site) error {
 	for n, want := range map[*lab.Node][2]string{
-		s.Victim: {"not ready: lease: ", s.Peer.Name}, s.Peer: {"degraded: claim: ", s.Victim.Name}, s.otherThan(): {"degraded: refused-lease: ", s.Victim.Name},
+		s.Victim:      {"not ready: lease: ", s.Peer.Name},
+		s.Peer:        {"degraded: claim: ", s.Victim.Name},
+		s.otherThan(): {"degraded: refused-lease: ", s.Victim.Name},
 	} {
 		_, text, err := n.Ask(ctx, "http://127.0.0.1:8471/readyz")
 		if err != nil {

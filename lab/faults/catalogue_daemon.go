@@ -49,10 +49,12 @@ func boot() []Fault {
 			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from what is remembered`,
 		},
 		{
-			// As after flanneld was stopped and its device was left: the lease is flannel's, and so are the packets that peers send.
+			// As after flanneld was stopped and its device was left: the lease is flannel's, and so are the packets that peers
+			// send.
 			Name: "started with flannel's device in the way", On: []string{OnVXLAN, OnDual, OnDirect}, Short: true,
 			Inject: Steps(stopDaemon, wipe,
-				On(`ip link add flannel$F type vxlan id 1 dstport 8472 local $IP dev eth0; ip link set flannel$F address 02:00:00:00:00:$(( 10 - F )) up`),
+				On(`ip link add flannel$F type vxlan id 1 dstport 8472 local $IP dev eth0
+					ip link set flannel$F address 02:00:00:00:00:$(( 10 - F )) up`),
 				Afterwards(On(`ip link del flannel$F 2>/dev/null || true`)), flannelsLease, startDaemon),
 			Expect: unannounced, Hold: 3 * time.Second, Keeps: unannounced,
 			Restore: Steps(On(`ip link del flannel$F`), Undo), Bound: Bound{Lost: Any, Repair: 4 * time.Second},
@@ -244,14 +246,16 @@ func unannounced(ctx context.Context, s *Site) error {
 		return err
 	}
 	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
-		resp, err := cli.Get(ctx, subnets, clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByModRevision, clientv3.SortDescend), clientv3.WithLimit(1))
+		newest := clientv3.WithSort(clientv3.SortByModRevision, clientv3.SortDescend)
+		resp, err := cli.Get(ctx, subnets, clientv3.WithPrefix(), newest, clientv3.WithLimit(1))
 		if err != nil || len(resp.Kvs) == 0 {
 			return fmt.Errorf("read the leases: %w", err)
 		}
 		kv := resp.Kvs[0]
 		return errors.Join(
 			unless(s.facts[string(kv.Key)] == fmt.Sprint(kv.ModRevision), "%s was written: %s", kv.Key, kv.Value),
-			unless(strings.Contains(text, "not ready: kernel: ") && strings.Contains(text, "flannel-"), "/readyz does not name the device: %s", text))
+			unless(strings.Contains(text, "not ready: kernel: ") && strings.Contains(text, "flannel-"),
+				"/readyz does not name the device: %s", text))
 	})
 }
 

@@ -106,7 +106,8 @@ func peers() []Fault {
 		Fault{
 			Name: "a clone of this node: the same name and machine-id, another address", On: []string{OnVXLAN}, Short: true,
 			Inject: clone, Hold: time.Second, Restore: deleteOwnKey,
-			Log: `problem: lease.*clone of the other`, Seen: unreadies("lease", "clone of the other"), Bound: Bound{Lost: Any, Repair: 5 * time.Second},
+			Log: `problem: lease.*clone of the other`, Seen: unreadies("lease", "clone of the other"),
+			Bound: Bound{Lost: Any, Repair: 5 * time.Second},
 		},
 		Fault{
 			Name: "another node with this one's machine-id", On: []string{OnVXLAN}, Short: true,

@@ -29,31 +29,36 @@ type claimer struct {
 	contest  subnet.Contest
 }
 
-// dispute is what a node remembers while another machine with its ID writes over its lease: a clone, with or without another name.
+// dispute is what a node remembers while another machine with its ID writes over its lease: a clone, with or without
+// another name.
 type dispute struct {
 	wrote int64     // the revision of our own last write
 	since time.Time // when it was last put right after another machine had written over it
 	by    string    // the name of that machine
 	until time.Time // when to put it right again, where that came to nothing
-	// took is when this node wrote over the lease of a machine with its ID and another name, since it remembers that lease: it has been given
-	// a new name and a new address, or it is the clone.
+	// took is when this node wrote over the lease of a machine with its ID and another name, since it remembers that
+	// lease: it has been given a new name and a new address, or it is the clone.
 	took time.Time
 	// left are the subnets that it has left to that machine.
 	left addr.Per[netip.Prefix]
 }
 
 const (
-	// disputeFor is how long the memory of it lasts: once in this time the lease is written again, since it may have been a mistake.
+	// disputeFor is how long the memory of it lasts: once in this time the lease is written again, since it may have been
+	// a mistake.
 	disputeFor = time.Minute
 	// takenBackWithin is how soon a machine that runs takes its lease back.
 	takenBackWithin = 10 * time.Second
-	// answeredAtOnce is how soon it does so again and again. A machine that is started again, or one more copy of it, needs longer.
+	// answeredAtOnce is how soon it does so again and again. A machine that is started again, or one more copy of it,
+	// needs longer.
 	answeredAtOnce = 500 * time.Millisecond
 )
 
-// disputed reports whether a decision would be one more turn in a fight that neither can win. held says that the lease was this node's
-// since it started. Where it is the other machine that had the lease first, leave says so.
-func (d *dispute) disputed(t subnet.Table, c subnet.Claim, dec subnet.Decision, held bool, now time.Time) (conflict *subnet.ConflictError, leave bool) {
+// disputed reports whether a decision would be one more turn in a fight that neither can win. held says that the lease
+// was this node's since it started. Where it is the other machine that had the lease first, leave says so.
+func (d *dispute) disputed(
+	t subnet.Table, c subnet.Claim, dec subnet.Decision, held bool, now time.Time,
+) (conflict *subnet.ConflictError, leave bool) {
 	e := t.Find(dec.Key)
 	if e == nil || e.NodeID != c.NodeID || e.Identity == c.Identity && e.PublicIP == c.PublicIP {
 		return nil, false
@@ -80,7 +85,8 @@ func (d *dispute) disputed(t subnet.Table, c subnet.Claim, dec subnet.Decision, 
 	}
 	return &subnet.ConflictError{
 		Holder: e, What: what,
-		Advice: fmt.Sprintf("it says that it is at %s; one of the two machines is a clone of the other and needs an /etc/machine-id (or --node-id) of its own", addresses(e)),
+		Advice: fmt.Sprintf("it says that it is at %s; one of the two machines is a clone of the other and needs an "+
+			"/etc/machine-id (or --node-id) of its own", addresses(e)),
 	}, false
 }
 
@@ -150,7 +156,8 @@ func (c *claimer) settle(ctx context.Context) time.Duration {
 	}
 	switch conflict, leave := c.dispute.disputed(table, *claim, d, c.hasHeld(d.Lease.Subnets), time.Now()); {
 	case leave:
-		c.log.Warn("the lease that this node remembers is that of another machine with its ID, which has taken it back", zap.String("key", d.Key))
+		c.log.Warn("the lease that this node remembers is that of another machine with its ID, which has taken it back",
+			zap.String("key", d.Key))
 		c.leave(d.Lease.Subnets)
 		return 0
 	case conflict != nil:

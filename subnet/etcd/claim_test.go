@@ -73,7 +73,9 @@ func TestOrderOfAcquisition(t *testing.T) {
 		}
 		c.Remembered, c.Keep = snap.Lease.Subnets, true
 		n.m.Claim(c)
-		n.until("the claim with pods", func(s subnet.Snapshot) bool { return held(s) && s.Claimed == c && s.Lease == snap.Lease })
+		n.until("the claim with pods", func(s subnet.Snapshot) bool {
+			return held(s) && s.Claimed == c && s.Lease == snap.Lease
+		})
 	})
 	t.Run("flannel's", func(t *testing.T) {
 		t.Parallel()
@@ -531,12 +533,12 @@ func TestNameAndAddressChangeInOneRestart(t *testing.T) {
 		t.Errorf("it holds %+v, of %d leases", snap.Lease, len(snap.Table.Entries))
 	}
 	if _, now, _ := get(t, s.Client(), subnetKey(snap)); now != etcdLease {
-		t.Errorf("the key hangs on %d now, it was %d", now, etcdLease)
+		t.Errorf("the key is attached to %d now, it was %d", now, etcdLease)
 	}
 }
 
-// A copy of a machine, its ID and state directory included, that was given another name and address: the one that runs keeps its lease,
-// the copy gets one of its own. It is as well if the copy is started again with the same memory.
+// A copy of a machine, its ID and state directory included, that was given another name and address: the one that runs
+// keeps its lease, the copy gets one of its own. It is as well if the copy is started again with the same memory.
 func TestCloneLeavesTheLeaseToTheOriginal(t *testing.T) {
 	t.Parallel()
 	s := store(t)

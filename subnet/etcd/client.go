@@ -70,7 +70,9 @@ type conn struct {
 
 func newConn(o Options) *conn {
 	one := func() chan struct{} { return make(chan struct{}, 1) }
-	c := &conn{opts: o, making: one(), login: login{busy: one()}, hosts: newHosts(o.Endpoints), order: slices.Clone(o.Endpoints)}
+	c := &conn{
+		opts: o, making: one(), login: login{busy: one()}, hosts: newHosts(o.Endpoints), order: slices.Clone(o.Endpoints),
+	}
 	// Nodes with the same list of endpoints don't all take the same one, neither at first nor when that fails.
 	rand.Shuffle(len(c.order), func(i, j int) { c.order[i], c.order[j] = c.order[j], c.order[i] })
 	return c

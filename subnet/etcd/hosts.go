@@ -11,11 +11,13 @@ import (
 	"time"
 )
 
-// resolveEvery is how often the endpoints' host names are looked up, beside each time that one is connected to; resolveAgain, after a failure.
+// resolveEvery is how often the endpoints' host names are looked up, beside each time that one is connected to;
+// resolveAgain, after a failure.
 const resolveEvery, resolveAgain = time.Minute, 5 * time.Second
 
-// hosts are the addresses of the endpoints: what is written there, what their names stand for, and what was connected to. They are known
-// before anything is read from the store, so that no route which follows from that can cut this node off from it.
+// hosts are the addresses of the endpoints: what is written there, what their names stand for, and what was connected
+// to. They are known before anything is read from the store, so that no route which follows from that can cut this node
+// off from it.
 type hosts struct {
 	learned func() // called after a change; set before use
 
@@ -100,7 +102,9 @@ func (h *hosts) dial(ctx context.Context, address string) (net.Conn, error) {
 }
 
 // resolve looks the names up until ctx ends, also those of endpoints that are not in use yet.
-func (h *hosts) resolve(ctx context.Context, lookup func(ctx context.Context, network, host string) ([]netip.Addr, error)) {
+func (h *hosts) resolve(
+	ctx context.Context, lookup func(ctx context.Context, network, host string) ([]netip.Addr, error),
+) {
 	for len(h.names) > 0 && ctx.Err() == nil {
 		wait := resolveEvery
 		for _, host := range h.names {
