@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -34,6 +35,11 @@ func writeIfChanged(path string, content []byte) (changed bool, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return false, err
 	}
+	defer func() { // with the name that lasts: the same fault reads the same each time
+		if failed := (*fs.PathError)(nil); errors.As(err, &failed) {
+			failed.Path = path
+		}
+	}()
 	tmp, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
 	if err != nil {
 		return false, err
