@@ -365,8 +365,10 @@ func (a *Agent) round(look bool) error {
 // are followed all the same.
 func (a *Agent) choose() error {
 	choice, err := Choose(a.host, a.opts.Interface, *a.config, a.current())
-	if err != nil && a.choice != nil {
-		err = fmt.Errorf("%w; %s", err, whatBecame(a.host, a.choice.Underlay))
+	if none := (noUnderlay{}); errors.As(err, &none) && a.choice != nil {
+		if was := a.choice.Underlay.Get(none.family); was.Addr.IsValid() {
+			err = fmt.Errorf("%w; %s", err, whatBecame(a.host, was))
+		}
 	}
 	a.health.set(condUnderlay, err)
 	if err != nil {

@@ -419,6 +419,21 @@ func TestStoreAwayChangesNothing(t *testing.T) {
 	})
 }
 
+// Of a family that still has its underlay, nothing is said.
+func TestOneFamilyLosesItsUnderlay(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(dual)
+		h := testHost()
+		h.Addresses = slices.DeleteFunc(slices.Clone(h.Addresses), func(a netstate.HostAddress) bool { return a.Prefix.Addr().Is6() })
+		h.Routes = slices.DeleteFunc(slices.Clone(h.Routes), func(x netstate.HostRoute) bool { return x.Dst.Addr().Is6() })
+		r.host(h)
+		r.sleep(time.Minute)
+		if p := r.problem(condUnderlay); !strings.Contains(p, "for IPv6") || strings.Count(p, "so far,") != 1 || !strings.Contains(p, "has lost its address 2001:") {
+			t.Errorf("it says %q", p)
+		}
+	})
+}
+
 func TestWaitsForAnInterface(t *testing.T) {
 	inRig(t, func(r *rig) {
 		good := testHost()

@@ -47,12 +47,12 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 		case h.Has(public):
 			s.asked = public
 		case public == s.current: // whether NAT leads here from now on, or its device comes back in a moment, can't be told
-			return Choice{}, fmt.Errorf("no network interface for %s: the address %s of --public-ip is on no device any more "+
-				"(if it leads here by NAT now, restart overlayd)", f, public)
+			return Choice{}, noUnderlay{f, fmt.Errorf("no network interface for %s: the address %s of --public-ip is on no device any more "+
+				"(if it leads here by NAT now, restart overlayd)", f, public)}
 		}
 		u, why, err := s.choose(o)
 		if err != nil {
-			return Choice{}, err
+			return Choice{}, noUnderlay{f, err}
 		}
 		if !public.IsValid() {
 			public = u.Addr
@@ -66,37 +66,28 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 	return out, nil
 }
 
-// whatBecame says how the devices are that led to the other nodes so far.
-func whatBecame(h netstate.Host, was addr.Per[backend.Underlay]) string {
-	var out []string
-	for _, f := range addr.Families() {
-		u := was.Get(f)
-		if !u.Addr.IsValid() {
-			continue
-		}
-		l, there := h.Link(u.Device)
-		what := u.Device + ", which it was so far,"
-		if u.Device == "" {
-			what = fmt.Sprintf("%s, which was used so far,", u.Addr)
-		}
-		how := "is as it was, but nothing leads to it"
-		switch {
-		case u.Device == "" && !h.Has(u.Addr):
-			how = "is on no device any more"
-		case u.Device == "":
-			how = "is there still, but no route leads to other nodes"
-		case !there:
-			how = "is gone"
-		case !l.Up:
-			how = "is down"
-		case !h.Has(u.Addr):
-			how = fmt.Sprintf("has lost its address %s", u.Addr)
-		}
-		if s := what + " " + how; !slices.Contains(out, s) {
-			out = append(out, s)
-		}
+// noUnderlay says that nothing leads to the other nodes in a family.
+type noUnderlay struct {
+	family addr.Family
+	error
+}
+
+// whatBecame says how the device is that led to the other nodes so far.
+func whatBecame(h netstate.Host, u backend.Underlay) string {
+	l, there := h.Link(u.Device)
+	switch {
+	case u.Device == "" && !h.Has(u.Addr):
+		return fmt.Sprintf("%s, which was used so far, is on no device any more", u.Addr)
+	case u.Device == "":
+		return fmt.Sprintf("%s, which was used so far, is there still, but no route leads to other nodes", u.Addr)
+	case !there:
+		return u.Device + ", which it was so far, is gone"
+	case !l.Up:
+		return u.Device + ", which it was so far, is down"
+	case !h.Has(u.Addr):
+		return fmt.Sprintf("%s, which it was so far, has lost its address %s", u.Device, u.Addr)
 	}
-	return strings.Join(out, "; ")
+	return u.Device + ", which it was so far, is as it was, but nothing leads to it"
 }
 
 // search is what one family's choice is made of.

@@ -98,7 +98,7 @@ func judgeForwarding(f Facts) []Finding {
 	return orOK(out, "it is on")
 }
 
-// judgeIPv6: overlayd sees to its own device, the bridge is that of whoever makes it.
+// judgeIPv6: overlayd sees to its own device, the bridge and the uplinks are those of other programs.
 func judgeIPv6(f Facts) []Finding {
 	if !slices.Contains(f.families(), addr.IPv6) {
 		return skipped("the network has none")
@@ -108,6 +108,12 @@ func judgeIPv6(f Facts) []Finding {
 		if s := ipv6Off(b.Name); f.System.Sysctls[s] == "1" {
 			reason := fmt.Sprintf("it is switched off on %s, so that pods have no gateway", b.Name)
 			out = append(out, fixable(Fail, reason, sysctlFix(s, "0"))...)
+		}
+	}
+	for _, l := range f.uplinks(addr.IPv6) {
+		if s := ipv6Off(l.Name); f.System.Sysctls[s] == "1" { // its addresses and routes do not come back by themselves
+			reason := fmt.Sprintf("it is switched off on %s, which leads to the other nodes", l.Name)
+			out = append(out, fail(reason, "sysctl -w "+s+"=0   # and in /etc/sysctl.d; then give it its addresses and routes again")...)
 		}
 	}
 	if s := ipv6Off("default"); f.System.Sysctls[s] == "1" {

@@ -616,6 +616,11 @@ func TestJudges(t *testing.T) {
 			f.dual(t)
 			f.System.Sysctls["net/ipv6/conf/cni0/disable_ipv6"] = "1"
 		}},
+		{"no IPv6 on the uplink", "IPv6", Fail, "it is switched off on eth0, which leads to the other nodes", "sysctl -w net/ipv6/conf/eth0/disable_ipv6=0", func(f *Facts) {
+			f.dual(t)
+			f.Underlay.By.V6.Device = "eth0"
+			f.System.Sysctls["net/ipv6/conf/eth0/disable_ipv6"] = "1"
+		}},
 		{"no IPv6 on new devices", "IPv6", Warn, "new devices get none", "sysctl -w net/ipv6/conf/default/disable_ipv6=0", func(f *Facts) {
 			f.dual(t)
 			f.System.Sysctls["net/ipv6/conf/default/disable_ipv6"] = "1"
