@@ -236,7 +236,7 @@ func judgeConfig(f Facts) []Finding {
 	case x.NoConfig:
 		return fail(fmt.Sprintf("%s is missing, there are %d leases", key, len(x.Table.Entries)), f.putConfig(key))
 	case x.Table.ConfigErr != nil:
-		return fail(fmt.Sprintf("%s: %s; the nodes go on with the last one that was good", key, x.Table.ConfigErr), f.putConfig(key))
+		return fail(fmt.Sprintf("%s; the nodes go on with the last one that was good", x.Table.ConfigErr), f.putConfig(key))
 	}
 	if keys := subnet.UnknownKeys([]byte(x.Table.ConfigJSON)); len(keys) > 0 {
 		out = append(out, warn(fmt.Sprintf("%s has keys that mean nothing here: %s", key, few(keys)), f.etcdctl("get "+key))...)

@@ -72,6 +72,10 @@ var ErrMoved = errors.New("does not fit the network config any more, which was c
 // remembered, those come before flannel's.
 func Decide(t Table, c Claim, attempt int) (Decision, error) {
 	if t.ConfigErr != nil {
+		// What the store says of this node already needs no config to stay, and has to be renewed, after a restart too.
+		if e := t.Find(FormatKey(c.Remembered)); e != nil && e.Err == nil && e.Attrs == c.Attrs {
+			return update(e, c, nil), nil
+		}
 		return Decision{}, t.ConfigErr
 	}
 	if len(t.Config.Families()) == 0 {

@@ -332,6 +332,18 @@ func TestDecideErrors(t *testing.T) {
 		{"a table that was never filled", Table{}, Claim{Attrs: me}, "no network config", ErrNoConfig},
 		{"a broken config", Table{ConfigErr: broken, Config: mustConfig(t, net4), Entries: mineAnd(other)}, Claim{Attrs: me}, "broken", broken},
 		{
+			"a broken config, and a lease of mine that is out of date",
+			Table{ConfigErr: broken, Entries: mineAnd(other)},
+			Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP = ips("192.168.7.7") }), Remembered: per("10.244.6.0/24")},
+			"broken", broken,
+		},
+		{
+			"a broken config, and a lease of another node where mine was",
+			Table{ConfigErr: broken, Entries: mineAnd(other)},
+			Claim{Attrs: me, Remembered: per("10.244.5.0/24")},
+			"broken", broken,
+		},
+		{
 			"my name, another id",
 			Table{Entries: lease(with(other, func(a *Attrs) { a.NodeName = "me" }))},
 			Claim{Attrs: me},

@@ -437,11 +437,17 @@ func TestConfigErrors(t *testing.T) {
 	first := n.untilHeld()
 	s.Put(prefix+"/config", `{"Network":"nonsense"}`)
 	n.until("a broken config", func(s subnet.Snapshot) bool {
-		return s.Table.ConfigErr != nil && s.Table.Config == subnet.Config{} && s.Lease == first.Lease && s.ClaimErr != nil
+		return s.Table.ConfigErr != nil && s.Table.Config == subnet.Config{} && s.Lease == first.Lease
 	})
+	restarted, again := start(t, options(s)), claim(1)
+	again.Remembered = first.Lease.Subnets
+	restarted.m.Claim(again)
+	if held := restarted.untilHeld(); held.Lease != first.Lease || held.Table.ConfigErr == nil {
+		t.Errorf("a start with a broken config holds %v, want %v", held.Lease, first.Lease)
+	}
 	must[*clientv3.DeleteResponse](t)(s.Client().Delete(ctxFor(t), prefix+"/config"))
 	n.until("no config", func(s subnet.Snapshot) bool {
-		return errors.Is(s.ClaimErr, subnet.ErrNoConfig) && s.Lease == first.Lease
+		return errors.Is(s.Table.ConfigErr, subnet.ErrNoConfig) && s.Lease == first.Lease
 	})
 	s.Put(prefix+"/config", config)
 	if again := n.untilHeld(); again.Lease != first.Lease {
