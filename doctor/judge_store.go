@@ -360,6 +360,9 @@ func (f Facts) sharedIPs(live []*subnet.Entry) []Finding {
 					stale, now = now, stale
 				}
 				first[ip] = now
+				if stale == f.ownEntry() { // there is a node behind it: this one
+					stale = now
+				}
 				out = append(out, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers go by the one that was "+
 					"written last, %s", other.Name(), other.Key, e.Name(), e.Key, ip, now.Key), f.removal(stale))...)
 				continue

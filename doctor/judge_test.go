@@ -501,6 +501,9 @@ func TestJudges(t *testing.T) {
 		}},
 		{"no lease yet, but the one of the last run", "leases", OK, "no two of which claim the same", "", func(f *Facts) { f.Self, f.NoLease = subnet.Lease{}, "the daemon holds no lease" }},
 		{"one address twice", "leases", Fail, "the same public IP 192.0.2.2: peers go by the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.2.0-24'", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) }},
+		{"this node's address in another lease that counts", "leases", Fail, "peers go by the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) {
+			f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.1", 9))
+		}},
 		{"one address twice, and the older lease written again", "leases", Fail, "peers go by the one that was written last, 10.244.2.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) {
 			f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9))
 			e := f.Store.Table.Find("10.244.2.0-24")
