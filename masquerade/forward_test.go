@@ -100,22 +100,29 @@ func TestPlaceInForward(t *testing.T) {
 // What nft itself puts into iptables' chain counts as well.
 func TestPlaceInForwardByNFT(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nstest.New(t), VariantNFT)
-	r.ensure(both()...)
-	for _, rule := range []string{`iifname "eth1" drop`, "counter reject", `drop comment "all else"`} {
-		r.ns.Exec("nft", "add rule ip filter FORWARD "+rule)
-	}
-	r.ensure(both()...)
-	var order []string
-	for line := range strings.Lines(r.ns.Exec("nft", "list", "chain", "ip", "filter", "FORWARD")) {
-		for _, word := range []string{"eth1", "OVERLAYD-FWD", "reject", "all else"} {
-			if strings.Contains(line, word) {
-				order = append(order, word)
+	for _, rules := range [][]string{
+		{`iifname "eth1" drop`, "OVERLAYD-FWD", "counter reject", `drop comment "all else"`},
+		{`iifname "eth1" log drop`, "OVERLAYD-FWD", `limit rate 3/minute log prefix "end" comment "x"`, `log prefix "drop" counter drop`},
+	} {
+		r := newRig(t, nstest.New(t), VariantNFT)
+		r.ensure(both()...)
+		for _, rule := range rules {
+			if rule != "OVERLAYD-FWD" {
+				r.ns.Exec("nft", "add rule ip filter FORWARD "+rule)
 			}
 		}
-	}
-	if got := strings.Join(order, ", "); got != "eth1, OVERLAYD-FWD, reject, all else" {
-		t.Errorf("got %s", got)
+		r.ensure(both()...)
+		var order []string
+		for line := range strings.Lines(r.ns.Exec("nft", "list", "chain", "ip", "filter", "FORWARD")) {
+			for _, word := range []string{"eth1", "OVERLAYD-FWD", "reject", "all else", `"end"`, `"drop"`} {
+				if strings.Contains(line, word) {
+					order = append(order, word)
+				}
+			}
+		}
+		if len(order) != len(rules) || order[1] != "OVERLAYD-FWD" {
+			t.Errorf("got %s, want %s", order, rules)
+		}
 	}
 }
 

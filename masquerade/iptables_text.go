@@ -204,13 +204,14 @@ func beforeLogs(rules []string) int {
 	return n
 }
 
-const aComment = ` -m comment --comment ("(\\.|[^"\\])*"|\S+)`
+// What is no condition: a comment, and nft's log, which may stand in one rule with a verdict.
+const aComment = `( -m comment --comment ("(\\.|[^"\\])*"|\S+)| -m log)`
 
-// policyRule matches a rule without a condition that ends the chain with no accept; a comment is no condition. logRule
-// matches one that only logs, how often it may be.
+// policyRule matches a rule without a condition that ends the chain with no accept. logRule matches one that only logs,
+// how often it may be.
 var (
-	policyRule = regexp.MustCompile(`^-A \S+(` + aComment + `)* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
-	logRule    = regexp.MustCompile(`^-A \S+(` + aComment + `| -m limit( --limit(-burst)? \S+)*)* -j (LOG|NFLOG)( .*)?$`)
+	policyRule = regexp.MustCompile(`^-A \S+` + aComment + `* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
+	logRule    = regexp.MustCompile(`^-A \S+(` + aComment + `| -m limit( --limit(-burst)? \S+)*)*( -m log` + aComment + `*| -j (LOG|NFLOG)( .*)?)$`)
 )
 
 func isPolicy(rule string) bool { return policyRule.MatchString(rule) }

@@ -127,10 +127,8 @@ func (r *nfRule) take(name string, b []byte) bool {
 		return r.takeImmediate(b)
 	case "reject": // how it is refused is left out
 		return r.end("-j", "REJECT")
-	case "log": // with what is left out
-		return r.end("-j", "LOG")
-	case "limit": // how many is left out
-		r.matches = append(r.matches, "-m limit")
+	case "log", "limit": // with what, and how many, is left out
+		r.matches = append(r.matches, "-m "+name)
 		return true
 	}
 	return false
