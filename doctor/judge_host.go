@@ -247,12 +247,34 @@ func judgeInterface(f Facts) []Finding {
 				f.Service.set(f.EnvFile, "OVERLAYD_IFACE", "DEVICE"))...)
 		}
 		out = append(out, f.ambiguous(fam)...)
+		out = append(out, f.pastDevice(fam, u.Device)...)
 	}
 	out = append(out, f.elsewhereThanStore()...)
 	if len(names) == 0 && len(out) == 0 {
 		return skipped("the network config is not known")
 	}
 	return orOK(out, strings.Join(names, " and "))
+}
+
+// pastDevice finds silent peers to which no route leads by the device that the tunnel is bound to: the kernel looks for them on the network
+// of that device itself. Tables for source routing may have such a route, so that a peer which answers is not looked at.
+func (f Facts) pastDevice(fam addr.Family, device string) []Finding {
+	var names []string
+	var first netip.Addr
+	for _, p := range f.Pings.Sample {
+		leads := func(r netstate.HostRoute) bool { return r.Link == device && r.Dst.Contains(p.publicIP) }
+		if p.answers() || p.way != "tunnel" || addr.FamilyOf(p.publicIP) != fam || slices.ContainsFunc(f.Survey.Host.Routes, leads) {
+			continue
+		}
+		if names = append(names, fmt.Sprintf("%s (%s)", p.name, p.publicIP)); !first.IsValid() {
+			first = p.publicIP
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	return fail(fmt.Sprintf("no route leads by %s, to which the tunnel is bound, to %s, from where no answer comes", device, few(names)),
+		fmt.Sprintf("ip route get %s   # and give it such a route by %s, or choose the device that leads there", first, device))
 }
 
 // judgeUplinks judges an address that is bound to no device: it needs one that leads to the other nodes.

@@ -356,6 +356,7 @@ func TestDestructive(t *testing.T) {
 func TestJudges(t *testing.T) {
 	t.Parallel()
 	also := map[string][]string{ // by the name of the case, the checks that rightly fail too
+		"a silent peer, and no route by the device": {"peers answer"},
 		"address changed":                          {"interface"},
 		"address inside the network, and no lease": {"own lease"},
 		"nothing under the prefix":                 {"own lease"},
@@ -667,6 +668,13 @@ func TestJudges(t *testing.T) {
 		{"the store on this node", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
 			f.ToStore[0].Link, f.ToStore[0].Table = "lo", unix.RT_TABLE_LOCAL
 		}},
+		{"a silent peer, and no route by the device", "interface", Fail, "no route leads by eth0, to which the tunnel is bound, to n3 (198.51.100.3)", "ip route get 198.51.100.3", func(f *Facts) {
+			f.Survey.Host.Routes[0].Link = "eth1"
+			for i := range f.Pings.Sample {
+				f.Pings.Sample[i].small = Pong{Sent: 2, Lost: 2}
+			}
+		}},
+		{"an answering peer, and no route by the device", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) { f.Survey.Host.Routes[0].Link = "eth1" }},
 		{"a dummy", "interface", Warn, "eth0 is a dummy device", "OVERLAYD_IFACE=DEVICE", func(f *Facts) {
 			f.link("eth0", func(l *netstate.SurveyLink) { l.Kind = "dummy" })
 		}},
