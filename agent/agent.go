@@ -520,10 +520,14 @@ func (a *Agent) learnOffline() {
 		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the clock says %s, which is before %s was written", time.Now().Format(time.RFC3339), a.state.leaseFile()))
 		return
 	case m.Node != a.opts.Identity:
-		a.health.set(condOffline, fmt.Errorf("waiting for etcd: %s is of the time when this node was called %q, or came here in a copy of that node's disk", a.state.leaseFile(), m.Node.NodeName))
+		a.health.set(condOffline,
+			fmt.Errorf(
+				"waiting for etcd: %s is of the time when this node was called %q, or came here in a copy of that node's disk",
+				a.state.leaseFile(), m.Node.NodeName))
 		return
 	case m.Prefix != "" && m.Prefix != a.state.prefix:
-		a.health.set(condOffline, fmt.Errorf("waiting for etcd: %s is about another network, %s", a.state.leaseFile(), m.Prefix))
+		a.health.set(condOffline,
+			fmt.Errorf("waiting for etcd: %s is about another network, %s", a.state.leaseFile(), m.Prefix))
 		return
 	case !m.Expires.IsZero() && time.Now().After(m.Expires):
 		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the lease of %s that is remembered ended at %s, another node may have it", m.Subnets, m.Expires.Format(time.RFC3339)))

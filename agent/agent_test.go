@@ -278,7 +278,8 @@ func (r *rig) routes() int { return len(r.state().Routes) }
 
 // routed reports whether a route leads to an address.
 func (r *rig) routed(ip string) bool {
-	return slices.ContainsFunc(r.state().Routes, func(x netstate.Route) bool { return x.Dst.Contains(netip.MustParseAddr(ip)) })
+	return slices.ContainsFunc(r.state().Routes,
+		func(x netstate.Route) bool { return x.Dst.Contains(netip.MustParseAddr(ip)) })
 }
 
 func (r *rig) state() netstate.State {
@@ -424,11 +425,13 @@ func TestOneFamilyLosesItsUnderlay(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(dual)
 		h := testHost()
-		h.Addresses = slices.DeleteFunc(slices.Clone(h.Addresses), func(a netstate.HostAddress) bool { return a.Prefix.Addr().Is6() })
+		h.Addresses = slices.DeleteFunc(slices.Clone(h.Addresses),
+			func(a netstate.HostAddress) bool { return a.Prefix.Addr().Is6() })
 		h.Routes = slices.DeleteFunc(slices.Clone(h.Routes), func(x netstate.HostRoute) bool { return x.Dst.Addr().Is6() })
 		r.host(h)
 		r.sleep(time.Minute)
-		if p := r.problem(condUnderlay); !strings.Contains(p, "for IPv6") || strings.Count(p, "so far,") != 1 || !strings.Contains(p, "has lost its address 2001:") {
+		if p := r.problem(condUnderlay); !strings.Contains(p, "for IPv6") || strings.Count(p, "so far,") != 1 ||
+			!strings.Contains(p, "has lost its address 2001:") {
 			t.Errorf("it says %q", p)
 		}
 	})
@@ -481,7 +484,8 @@ func TestFirewallKnowsBarePeers(t *testing.T) {
 	inRig(t, func(r *rig) {
 		bare := func(i int) *subnet.Entry {
 			p := peer(i)
-			value := fmt.Sprintf(`{"PublicIP":"192.0.2.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:%02x"}}`, 100+i, i)
+			value := fmt.Sprintf(
+				`{"PublicIP":"192.0.2.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:%02x"}}`, 100+i, i)
 			return subnet.ParseEntry(p.Key, []byte(value), int64(10+i), int64(i), 1)
 		}
 		for _, tt := range []struct {
@@ -916,7 +920,8 @@ func TestTheLeaseIsThereWhenEtcdIsBack(t *testing.T) {
 		defer again.stop()
 		again.store.deliver(func(s *subnet.Snapshot) { s.Err, s.Since = errors.New("connection refused"), time.Now() })
 		r.sleep(2 * offlineAfter)
-		again.store.deliver(func(s *subnet.Snapshot) { s.Err, s.ClaimErr, s.Lease = nil, nil, subnet.Lease{} }) // its claims wait
+		// its claims wait
+		again.store.deliver(func(s *subnet.Snapshot) { s.Err, s.ClaimErr, s.Lease = nil, nil, subnet.Lease{} })
 		own := subnet.FormatKey(claim.Remembered)
 		again.table(onlyV4, peer(1), subnet.ParseEntry(own, subnet.FormatValue(claim.Attrs), 5, 5, 1))
 		for _, p := range again.agent.health.list() {
@@ -962,7 +967,8 @@ func TestNoStartFromMemoryThatMayBeWrong(t *testing.T) {
 		inRig(t, func(r *rig) {
 			r.stop()
 			again := newAgent(r)
-			m := remember(subnet.Table{Entries: []*subnet.Entry{peer(1)}}, again.agent.opts.Identity, selfMemory{subnets: peer(7).Subnets, config: onlyV4}, time.Now().Add(time.Hour))
+			m := remember(subnet.Table{Entries: []*subnet.Entry{peer(1)}}, again.agent.opts.Identity,
+				selfMemory{subnets: peer(7).Subnets, config: onlyV4}, time.Now().Add(time.Hour))
 			m.Prefix = again.agent.state.prefix
 			change(&m)
 			raw, err := m.encode()
@@ -975,7 +981,8 @@ func TestNoStartFromMemoryThatMayBeWrong(t *testing.T) {
 			again.start()
 			defer again.stop()
 			r.sleep(time.Minute)
-			if again.routes() != 0 || !strings.Contains(again.problem(condOffline), strings.Replace(what, "192.0.2.0-24", m.Subnets, 1)) {
+			if again.routes() != 0 ||
+				!strings.Contains(again.problem(condOffline), strings.Replace(what, "192.0.2.0-24", m.Subnets, 1)) {
 				t.Errorf("%d routes, %q", again.routes(), again.problem(condOffline))
 			}
 		})
@@ -1113,7 +1120,8 @@ func TestAddressInUseIsKept(t *testing.T) {
 		if local() != "192.0.2.10" {
 			t.Errorf("the tunnel moved to %s over a restart", local())
 		}
-		h.Addresses = slices.DeleteFunc(slices.Clone(h.Addresses), func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
+		h.Addresses = slices.DeleteFunc(slices.Clone(h.Addresses),
+			func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
 		again.change(func() { again.kernel.host = h.Indexed() })
 		again.sleep(2 * auditEvery)
 		if local() == "192.0.2.10" {
@@ -1147,7 +1155,8 @@ func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.stop()
 		again := newAgent(r)
-		m := remember(subnet.Table{}, again.agent.opts.Identity, selfMemory{subnets: peer(7).Subnets, config: onlyV4}, time.Now().Add(time.Hour))
+		m := remember(subnet.Table{}, again.agent.opts.Identity, selfMemory{subnets: peer(7).Subnets, config: onlyV4},
+			time.Now().Add(time.Hour))
 		if err := again.agent.state.save(m); err != nil {
 			t.Fatal(err)
 		}
@@ -1271,7 +1280,8 @@ func TestPodBridge(t *testing.T) {
 		with := func(address bool, master string) {
 			t.Helper()
 			h := testHost()
-			h.Links = append(h.Links, netstate.HostLink{Index: 70, Name: "br-pods", Kind: "bridge", Up: true}, netstate.HostLink{Index: 71, Name: "veth1", Kind: "veth", Up: true, Master: master})
+			h.Links = append(h.Links, netstate.HostLink{Index: 70, Name: "br-pods", Kind: "bridge", Up: true},
+				netstate.HostLink{Index: 71, Name: "veth1", Kind: "veth", Up: true, Master: master})
 			if address {
 				h.Addresses = append(h.Addresses, netstate.HostAddress{Link: "br-pods", Prefix: gateway})
 			}
@@ -1290,7 +1300,8 @@ func TestPodBridge(t *testing.T) {
 		with(false, "")
 		r.sleep(bridgePatience)
 		lost := "br-pods has lost its address " + gateway.String()
-		if p := r.problem(condBridge); !strings.Contains(p, lost) || !strings.Contains(p, "(veth1)") || !strings.Contains(p, "ip address replace") {
+		if p := r.problem(condBridge); !strings.Contains(p, lost) || !strings.Contains(p, "(veth1)") ||
+			!strings.Contains(p, "ip address replace") {
 			t.Errorf("problem %q", p)
 		}
 		// A restart, and then the bridge is looked at without an event, since one for a port that comes back is
@@ -1305,7 +1316,8 @@ func TestPodBridge(t *testing.T) {
 			t.Errorf("after a restart: problem %q", p)
 		}
 		h := testHost()
-		h.Links = append(h.Links, netstate.HostLink{Index: 70, Name: "br-pods", Kind: "bridge", Up: true}, netstate.HostLink{Index: 71, Name: "veth1", Kind: "veth", Up: true, Master: "br-pods"})
+		h.Links = append(h.Links, netstate.HostLink{Index: 70, Name: "br-pods", Kind: "bridge", Up: true},
+			netstate.HostLink{Index: 71, Name: "veth1", Kind: "veth", Up: true, Master: "br-pods"})
 		h.Addresses = append(h.Addresses, netstate.HostAddress{Link: "br-pods", Prefix: gateway})
 		again.change(func() { again.kernel.host = h.Indexed() })
 		again.sleep(bridgeEvery)

@@ -84,7 +84,8 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 	res, err := f.driver.Ensure(ctx, wish)
 	f.took(time.Since(began))
 	f.saw(err)
-	f.contested = slices.ContainsFunc(res.Drifts, func(d masquerade.Drift) bool { return d.Kind == masquerade.JumpContested })
+	f.contested = slices.ContainsFunc(res.Drifts,
+		func(d masquerade.Drift) bool { return d.Kind == masquerade.JumpContested })
 	if !again && len(res.Drifts) > 0 {
 		f.log.Info("firewall rules put in place", zap.Stringers("found", res.Drifts))
 	}
@@ -109,7 +110,7 @@ func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again 
 	return err
 }
 
-// leave says once a minute that a jump is not where it belongs, and left there for now.
+// leave says once a minute that a jump is not where it belongs, and left there for the time being.
 func (f *firewall) leave(d masquerade.Drift) {
 	if time.Since(f.said) >= driftEvery {
 		f.said = time.Now()

@@ -107,7 +107,8 @@ func TestNothingIsWrittenWithoutALease(t *testing.T) {
 // What a start without the store needs is written when it changes: the config in use and the address at once, a few
 // peers within a second, thousands within half a minute. So much is there after a SIGKILL, too.
 func TestWhatChangesIsRemembered(t *testing.T) {
-	const port, vni = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Port":8473}}`, `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":7}}`
+	const port, vni = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Port":8473}}`,
+		`{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":7}}`
 	inRig(t, func(r *rig) {
 		load := func() memory {
 			m, err := r.agent.state.load(r.agent.opts.Identity)
@@ -158,7 +159,8 @@ func TestWhatChangesIsRemembered(t *testing.T) {
 		// Of two addresses that fit, a start without the store takes the one that the others know.
 		r.stop()
 		two := testHost()
-		at := slices.IndexFunc(two.Addresses, func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
+		at := slices.IndexFunc(two.Addresses,
+			func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
 		newer := two.Addresses[at]
 		newer.Prefix = netip.MustParsePrefix("192.0.2.9/24")
 		two.Addresses = slices.Insert(two.Addresses, at, newer)
@@ -179,7 +181,9 @@ func TestManyPeersAreWrittenSeldom(t *testing.T) {
 	inRig(t, func(r *rig) {
 		var many []*subnet.Entry
 		for i := range 5000 {
-			raw := fmt.Sprintf(`{"PublicIP":"198.18.%d.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:%02x:%02x"},"NodeName":"m%d","NodeID":"m%d"}`,
+			raw := fmt.Sprintf(
+				`{"PublicIP":"198.18.%d.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:%02x:%02x"},`+
+					`"NodeName":"m%d","NodeID":"m%d"}`,
 				i>>8, i&255, i>>8, i&255, i, i)
 			many = append(many, subnet.ParseEntry(fmt.Sprintf("10.%d.%d.0-24", 128+i>>8, i&255), []byte(raw), 1, 1, 1))
 		}

@@ -43,8 +43,9 @@ func refusals(refused []subnet.Refusal) error {
 	return joined(out)
 }
 
-// shadowed finds routes that are not ours and that packets to a peer's subnet would take before ours: for the same destination with
-// a better metric, or for a part of it. And those by which packets to the peers themselves would enter the tunnel.
+// shadowed finds routes that are not ours and that packets to a peer's subnet would take before ours: for the same
+// destination with a better metric, or for a part of it. And those by which packets to the peers themselves would enter
+// the tunnel.
 func shadowed(h netstate.Host, desired netstate.State) error {
 	var lengths []int
 	for _, r := range desired.Routes {
@@ -81,7 +82,8 @@ func intoTunnel(h netstate.Host, desired netstate.State) []string {
 			continue
 		}
 		if best := h.NextHops(r.Dst.Addr()); slices.Contains(best, r) { // no other comes before it
-			out = append(out, describe(best, "is not ours and leads packets to other nodes into the tunnel that they are to carry"))
+			out = append(out,
+				describe(best, "is not ours and leads packets to other nodes into the tunnel that they are to carry"))
 		}
 	}
 	return out
@@ -154,8 +156,9 @@ func inside(endpoints []netip.Addr, c subnet.Config, own subnet.Lease) error {
 	var out []string
 	for _, ip := range endpoints {
 		if sn := own.Subnets.Get(addr.FamilyOf(ip)); sn.Contains(ip) {
-			out = append(out, fmt.Sprintf("etcd is at %s, inside this node's own subnet %s: the pods' bridge leads there instead; "+
-				"move etcd, or give this node another subnet", ip, sn))
+			out = append(out,
+				fmt.Sprintf("etcd is at %s, inside this node's own subnet %s: the pods' bridge leads there instead; "+
+					"move etcd, or give this node another subnet", ip, sn))
 			continue
 		}
 		out = append(out, fmt.Sprintf("etcd is at %s, inside the cluster network %s: a peer whose subnet covers it is "+

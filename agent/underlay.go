@@ -33,9 +33,9 @@ type Choice struct {
 
 // Choose decides which device and address each family of the network uses. It is pure: all it knows is the host as it was seen.
 //
-// Where there are several addresses, it is the one that the route prefers; if that prefers none, the current one, if that is there
-// still: the kernel lists a new IPv6 address first, and one that comes and goes (a virtual address, a second prefix) must not move the
-// tunnel.
+// Where there are several addresses, it is the one that the route prefers; if that prefers none, the current one, if
+// that is there still: the kernel lists a new IPv6 address first, and one that comes and goes (a virtual address, a
+// second prefix) must not move the tunnel.
 func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.Per[netip.Addr]) (Choice, error) {
 	out := Choice{PublicIPLocal: true}
 	var reasons []string
@@ -47,8 +47,11 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 		case h.Has(public):
 			s.asked = public
 		case public == s.current: // whether NAT leads here from now on, or its device comes back in a moment, can't be told
-			return Choice{}, noUnderlay{f, fmt.Errorf("no network interface for %s: the address %s of --public-ip is on no device any more "+
-				"(if it leads here by NAT now, restart overlayd)", f, public)}
+			return Choice{}, noUnderlay{
+				f,
+				fmt.Errorf("no network interface for %s: the address %s of --public-ip is on no device any more "+
+					"(if it leads here by NAT now, restart overlayd)", f, public),
+			}
 		}
 		u, why, err := s.choose(o)
 		if err != nil {
@@ -121,7 +124,8 @@ func (s search) choose(o InterfaceOptions) (u backend.Underlay, why string, err 
 	if len(errs) == 0 {
 		errs = append(errs, errors.New("there is none such on this node"))
 	}
-	return backend.Underlay{}, "", fmt.Errorf("no network interface for %s yet (%s): %w", s.family, wanted, errors.Join(errs...))
+	return backend.Underlay{}, "", fmt.Errorf("no network interface for %s yet (%s): %w", s.family, wanted,
+		errors.Join(errs...))
 }
 
 // candidates lists what to try, in order, and says what was looked for.
@@ -157,7 +161,8 @@ func (s search) candidates(o InterfaceOptions) ([]candidate, string) {
 		if len(devicesOf(hops)) > 1 {
 			have = "they have"
 		}
-		list = append(list, candidate{uplinks: hops, why: fmt.Sprintf("%s the default route, metric %d", have, hops[0].Metric)})
+		list = append(list,
+			candidate{uplinks: hops, why: fmt.Sprintf("%s the default route, metric %d", have, hops[0].Metric)})
 	}
 	return list, "the one with the default route"
 }
@@ -174,8 +179,8 @@ func (s search) defaults() [][]netstate.HostRoute {
 	return out
 }
 
-// uplinks are the next hops by which packets leave from an address that is on none of the devices that they leave by: those of the
-// default route, or where there is none, those with any gateway.
+// uplinks are the next hops by which packets leave from an address that is on none of the devices that they leave by:
+// those of the default route, or where there is none, those with any gateway.
 func (s search) uplinks() []netstate.HostRoute {
 	for _, hops := range s.defaults() {
 		if !slices.ContainsFunc(hops, func(r netstate.HostRoute) bool { return s.host.IsTunnel(r.Link) }) {
@@ -264,10 +269,12 @@ func (s search) byRegex(regexes []*regexp.Regexp) []candidate {
 	return list
 }
 
-// take looks whether a candidate can serve. The tunnel is bound to a device where there is but one uplink, and the address is on it.
+// take looks whether a candidate can serve. The tunnel is bound to a device where there is but one uplink, and the
+// address is on it.
 func (s search) take(c candidate) (backend.Underlay, string, error) {
 	if len(c.uplinks) == 0 {
-		return backend.Underlay{}, "", fmt.Errorf("no route leads from %s to other nodes: no default route, and none with a gateway", c.from)
+		return backend.Underlay{}, "", fmt.Errorf(
+			"no route leads from %s to other nodes: no default route, and none with a gateway", c.from)
 	}
 	var u backend.Underlay
 	var up []netstate.HostRoute
@@ -331,7 +338,8 @@ func (s search) uplink(name string) (netstate.HostLink, error) {
 	case !ok:
 		real, _, found := strings.Cut(name, "@")
 		if found && slices.ContainsFunc(s.host.Links, func(l netstate.HostLink) bool { return l.HasName(real) }) {
-			return l, fmt.Errorf("there is no device %s: the name is %s, what ip prints behind the @ is the other end", name, real)
+			return l, fmt.Errorf("there is no device %s: the name is %s, what ip prints behind the @ is the other end", name,
+				real)
 		}
 		return l, fmt.Errorf("there is no device %s", name)
 	case l.Tunnel:
@@ -346,8 +354,8 @@ func (s search) uplink(name string) (netstate.HostLink, error) {
 	return l, nil
 }
 
-// podsBridge says whether a device is the bridge that pods are on, and nothing else. Whatever routes another program makes by it, it leads
-// to no other node; only an operator may name it.
+// podsBridge says whether a device is the bridge that pods are on, and nothing else. Whatever routes another program
+// makes by it, it leads to no other node; only an operator may name it.
 func (s search) podsBridge(l netstate.HostLink) error {
 	uplink := func(o netstate.HostLink) bool { return o.Master == l.Name && o.Kind != "veth" }
 	i := slices.IndexFunc(s.host.Addresses, func(a netstate.HostAddress) bool {
@@ -356,11 +364,13 @@ func (s search) podsBridge(l netstate.HostLink) error {
 	if l.Kind != "bridge" || i < 0 || slices.ContainsFunc(s.host.Links, uplink) {
 		return nil
 	}
-	return fmt.Errorf("%s is the bridge that pods are on (it has the address %s)", l.Name, s.host.Addresses[i].Prefix.Addr())
+	return fmt.Errorf("%s is the bridge that pods are on (it has the address %s)", l.Name,
+		s.host.Addresses[i].Prefix.Addr())
 }
 
-// address finds the address to send from: the one that was asked for; else the one that the route prefers, then the current one, and then
-// the one that the kernel would take: in the network of the gateway, or else the first of the device, or of the loopback device.
+// address finds the address to send from: the one that was asked for; else the one that the route prefers, then the
+// current one, and then the one that the kernel would take: in the network of the gateway, or else the first of the
+// device, or of the loopback device.
 func (s search) address(c candidate, up []netstate.HostRoute) (netstate.HostAddress, error) {
 	var usable []netstate.HostAddress
 	for _, a := range s.host.Addresses {
@@ -454,8 +464,8 @@ func (s search) unusable(one netip.Addr, devices []string) error {
 	return none
 }
 
-// narrowest is the MTU that gets through to all peers: that of the underlay, unless routes lead to some of them by a device with less.
-// What it costs depends on the number of peers only where there are such routes.
+// narrowest is the MTU that gets through to all peers: that of the underlay, unless routes lead to some of them by a
+// device with less. What it costs depends on the number of peers only where there are such routes.
 func narrowest(h netstate.Host, c subnet.Config, f addr.Family, mtu int, peers []*subnet.Lease) int {
 	less := map[string]int{}
 	for _, l := range h.Links {

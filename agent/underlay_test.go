@@ -80,20 +80,59 @@ func TestChoose(t *testing.T) {
 		"by second address":                    {o: InterfaceOptions{Names: []string{"192.0.2.11"}}, config: onlyV4, want: "eth0 192.0.2.11", public: "192.0.2.11", local: true},
 		"by an address of one family":          {o: InterfaceOptions{Names: []string{"192.0.2.11"}}, config: dual, want: "eth0 192.0.2.11 eth0 2001:db8::10", public: "192.0.2.11 2001:db8::10", local: true},
 		"by pattern of the name":               {o: InterfaceOptions{Regexes: regex("^eth[12]$")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
-		"by pattern, where no name fits":       {o: InterfaceOptions{Names: []string{"eth9", "eth2"}, Regexes: regex("^eth1$")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
-		"a name comes before a pattern":        {o: InterfaceOptions{Names: []string{"eth1"}, Regexes: regex("^eth0$")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
-		"by pattern of the address":            {o: InterfaceOptions{Regexes: regex(`^198\.51\.`)}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
-		"by what it reaches":                   {o: InterfaceOptions{CanReach: a("198.51.100.77")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
-		"behind NAT":                           {o: InterfaceOptions{PublicIP: addr.Per[netip.Addr]{V4: a("203.0.113.77")}}, config: onlyV4, want: "eth0 192.0.2.10", public: "203.0.113.77"},
-		"public IP is a second address":        {o: InterfaceOptions{PublicIP: addr.Per[netip.Addr]{V4: a("192.0.2.11")}}, config: onlyV4, want: "eth0 192.0.2.11", public: "192.0.2.11", local: true},
-		"no such device":                       {o: InterfaceOptions{Names: []string{"eth9"}}, config: onlyV4, fails: "there is no device eth9"},
-		"no such address":                      {o: InterfaceOptions{Names: []string{"192.0.2.99"}}, config: onlyV4, fails: "--iface 192.0.2.99"},
-		"device is down":                       {o: InterfaceOptions{Names: []string{"eth2"}}, config: onlyV4, fails: "eth2 is down"},
-		"only addresses inside the overlay":    {o: InterfaceOptions{Names: []string{"cni0"}}, config: onlyV4, fails: "inside the overlay network 10.244.0.0/16"},
-		"the loopback device alone":            {o: InterfaceOptions{Names: []string{"lo"}}, config: onlyV4, fails: "loopback"},
-		"no address of the family":             {o: InterfaceOptions{Names: []string{"eth1"}}, config: dual, fails: "eth1 has no IPv6 address to use"},
-		"nothing matches the pattern":          {o: InterfaceOptions{Regexes: regex("^wlan")}, config: onlyV4, fails: "--iface-regex"},
-		"no way there":                         {o: InterfaceOptions{CanReach: a("2001:db8:1::1"), Names: nil}, config: onlyV4, want: "eth0 192.0.2.10", public: "192.0.2.10", local: true},
+		"by pattern, where no name fits": {o: InterfaceOptions{
+			Names:   []string{"eth9", "eth2"},
+			Regexes: regex("^eth1$"),
+		}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
+		"a name comes before a pattern": {
+			o:      InterfaceOptions{Names: []string{"eth1"}, Regexes: regex("^eth0$")},
+			config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true,
+		},
+		"by pattern of the address": {
+			o: InterfaceOptions{Regexes: regex(`^198\.51\.`)}, config: onlyV4,
+			want: "eth1 198.51.100.10", public: "198.51.100.10", local: true,
+		},
+		"by what it reaches": {
+			o: InterfaceOptions{CanReach: a("198.51.100.77")}, config: onlyV4,
+			want: "eth1 198.51.100.10", public: "198.51.100.10", local: true,
+		},
+		"behind NAT": {
+			o:      InterfaceOptions{PublicIP: addr.Per[netip.Addr]{V4: a("203.0.113.77")}},
+			config: onlyV4, want: "eth0 192.0.2.10", public: "203.0.113.77",
+		},
+		"public IP is a second address": {
+			o:      InterfaceOptions{PublicIP: addr.Per[netip.Addr]{V4: a("192.0.2.11")}},
+			config: onlyV4, want: "eth0 192.0.2.11", public: "192.0.2.11", local: true,
+		},
+		"no such device": {
+			o: InterfaceOptions{Names: []string{"eth9"}}, config: onlyV4,
+			fails: "there is no device eth9",
+		},
+		"no such address": {
+			o: InterfaceOptions{Names: []string{"192.0.2.99"}}, config: onlyV4,
+			fails: "--iface 192.0.2.99",
+		},
+		"device is down": {
+			o: InterfaceOptions{Names: []string{"eth2"}}, config: onlyV4,
+			fails: "eth2 is down",
+		},
+		"only addresses inside the overlay": {
+			o: InterfaceOptions{Names: []string{"cni0"}}, config: onlyV4,
+			fails: "inside the overlay network 10.244.0.0/16",
+		},
+		"the loopback device alone": {
+			o: InterfaceOptions{Names: []string{"lo"}}, config: onlyV4,
+			fails: "loopback",
+		},
+		"no address of the family": {
+			o: InterfaceOptions{Names: []string{"eth1"}}, config: dual,
+			fails: "eth1 has no IPv6 address to use",
+		},
+		"nothing matches the pattern": {o: InterfaceOptions{Regexes: regex("^wlan")}, config: onlyV4, fails: "--iface-regex"},
+		"no way there": {
+			o: InterfaceOptions{CanReach: a("2001:db8:1::1"), Names: nil}, config: onlyV4,
+			want: "eth0 192.0.2.10", public: "192.0.2.10", local: true,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -127,7 +166,8 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-// uplinkHost is a node with two uplinks, an address of its own on the loopback device and one on a dummy device, and our tunnel devices.
+// uplinkHost is a node with two uplinks, an address of its own on the loopback device and one on a dummy device, and
+// our tunnel devices.
 func uplinkHost(routes ...netstate.HostRoute) netstate.Host {
 	p := netip.MustParsePrefix
 	return netstate.Host{
@@ -181,7 +221,8 @@ func uplinkHost(routes ...netstate.HostRoute) netstate.Host {
 	}.Indexed()
 }
 
-// route is one of the main table as `ip route` writes it: "default via A dev D src S metric M"; several next hops are one behind the other.
+// route is one of the main table as `ip route` writes it: "default via A dev D src S metric M"; several next hops are
+// one behind the other.
 func route(t *testing.T, texts ...string) (out []netstate.HostRoute) {
 	t.Helper()
 	for _, text := range texts {
@@ -199,7 +240,8 @@ func route(t *testing.T, texts ...string) (out []netstate.HostRoute) {
 				r.Metric = uint32(len(v)) // the longer, the higher
 			}
 		}
-		r.Dst = netip.MustParsePrefix(map[string]string{"default": "0.0.0.0/0", "default6": "::/0"}[words[0]] + strings.TrimPrefix(strings.TrimPrefix(words[0], "default6"), "default"))
+		r.Dst = netip.MustParsePrefix(map[string]string{"default": "0.0.0.0/0", "default6": "::/0"}[words[0]] +
+			strings.TrimPrefix(strings.TrimPrefix(words[0], "default6"), "default"))
 		out = append(out, r)
 	}
 	return out
@@ -213,7 +255,10 @@ func TestChooseAmongRoutes(t *testing.T) {
 	two4 := []string{"default via 192.0.2.1 dev eth0", "default via 198.51.100.1 dev eth1"}
 	two6 := []string{"default6 via fe80::fe dev eth0", "default6 via fe80::fe dev eth1"}
 	bare4 := []string{"default via fe80::fe dev bare0 src 10.255.0.5", "default via fe80::fe dev bare1 src 10.255.0.5"}
-	bare6 := []string{"default6 via fe80::fe dev bare0 src 2001:db8:ff::5", "default6 via fe80::fe dev bare1 src 2001:db8:ff::5"}
+	bare6 := []string{
+		"default6 via fe80::fe dev bare0 src 2001:db8:ff::5",
+		"default6 via fe80::fe dev bare1 src 2001:db8:ff::5",
+	}
 	iface := func(names ...string) InterfaceOptions { return InterfaceOptions{Names: names} }
 	public := func(v4, v6 string) (o InterfaceOptions) {
 		o.PublicIP.V4, _ = netip.ParseAddr(v4)
@@ -229,74 +274,247 @@ func TestChooseAmongRoutes(t *testing.T) {
 		want    string // device ("-": none), address, MTU
 		fails   string
 	}{
-		"several uplinks":                          {config: onlyV4, routes: routes{two4}, want: "- 192.0.2.10 1500"},
-		"several uplinks, IPv6":                    {config: onlyV6, routes: routes{two6}, want: "- 2001:db8::10 1500"},
-		"several uplinks, the current address":     {config: onlyV4, routes: routes{two4}, current: "198.51.100.10", want: "- 198.51.100.10 1500"},
-		"several uplinks, a preferred source":      {config: onlyV4, routes: routes{{two4[0] + " src 198.51.100.10", two4[1] + " src 198.51.100.10"}}, want: "- 198.51.100.10 1500"},
-		"several gateways on one device":           {config: onlyV4, routes: routes{{one4[0], "default via 192.0.2.2 dev eth0"}}, want: "eth0 192.0.2.10 9000"},
-		"one uplink of two is down":                {config: onlyV4, routes: routes{{"default via 192.0.2.1 dev down0", two4[1]}}, want: "- 198.51.100.10 1300"},
-		"all uplinks are down":                     {config: onlyV4, routes: routes{{"default via 192.0.2.1 dev down0"}}, fails: "down0 is down"},
-		"unnumbered uplinks":                       {config: onlyV4, routes: routes{bare4}, want: "- 10.255.0.5 1400"},
-		"unnumbered uplinks, IPv6":                 {config: onlyV6, routes: routes{bare6}, want: "- 2001:db8:ff::5 1400"},
-		"one unnumbered uplink":                    {config: onlyV4, routes: routes{bare4[:1]}, want: "- 10.255.0.5 1500"},
-		"unnumbered, and no source":                {config: onlyV6, routes: routes{{"default6 via fe80::fe dev bare0"}}, want: "- 2001:db8:ff::5 1500"},
-		"the addresses are lost for a moment":      {config: onlyV6, routes: routes{{"default6 via fe80::fe dev bare0"}}, current: "2001:db8::77", fails: "bare0 has no IPv6 address"},
-		"lo":                                       {o: iface("lo"), config: onlyV4, routes: routes{two4}, want: "- 10.255.0.5 1500"},
-		"lo, IPv6":                                 {o: iface("lo"), config: onlyV6, routes: routes{bare6}, want: "- 2001:db8:ff::5 1400"},
-		"lo, with routes to single networks":       {o: iface("lo"), config: onlyV4, routes: routes{{"10.255.0.0/16 via fe80::fe dev bare1"}}, want: "- 10.255.0.5 1400"},
-		"lo, without a route":                      {o: iface("lo"), config: onlyV4, fails: "no route leads from lo"},
-		"address on lo":                            {o: iface("10.255.0.5"), config: onlyV4, routes: routes{bare4}, want: "- 10.255.0.5 1400"},
-		"address on lo, IPv6":                      {o: iface("2001:db8:ff::5"), config: onlyV6, routes: routes{two6}, want: "- 2001:db8:ff::5 1500"},
-		"address on lo of one family":              {o: iface("10.255.0.5"), config: dual, routes: routes{bare4, bare6}, want: "- 10.255.0.5 1400 - 2001:db8:ff::5 1400"},
-		"public IP on lo":                          {o: public("10.255.0.5", "2001:db8:ff::5"), config: dual, routes: routes{bare4, bare6}, want: "- 10.255.0.5 1400 - 2001:db8:ff::5 1400"},
-		"address on a dummy device":                {o: iface("10.255.1.5"), config: onlyV4, routes: routes{bare4}, want: "- 10.255.1.5 1400"},
-		"a dummy device by name":                   {o: iface("dummy0"), config: onlyV4, routes: routes{bare4}, want: "dummy0 10.255.1.5 1500"},
-		"an unnumbered device by name":             {o: iface("bare1"), config: onlyV4, routes: routes{bare4}, want: "- 10.255.0.5 1400"},
-		"127.0.0.1":                                {o: iface("127.0.0.1"), config: onlyV4, routes: routes{one4}, fails: "127.0.0.1 is a loopback address, which no other node reaches"},
-		"public IP of a second device":             {o: public("198.51.100.10", "2001:db8:1::10"), config: dual, routes: routes{one4, one6}, want: "eth1 198.51.100.10 1500 eth1 2001:db8:1::10 1500"},
-		"public IP of a second device, one family": {o: public("198.51.100.10", ""), config: dual, routes: routes{one4, one6}, want: "eth1 198.51.100.10 1500 eth0 2001:db8::10 9000"},
-		"public IP beside --iface":                 {o: InterfaceOptions{Names: []string{"eth0"}, PublicIP: public("198.51.100.10", "").PublicIP}, config: onlyV4, routes: routes{one4}, want: "eth0 192.0.2.10 9000"},
-		"public IP by NAT":                         {o: public("192.0.2.200", ""), config: onlyV4, routes: routes{one4}, want: "eth0 192.0.2.10 9000"},
-		"public IP that is gone":                   {o: public("192.0.2.200", ""), config: onlyV4, routes: routes{one4}, current: "192.0.2.200", fails: "192.0.2.200 of --public-ip is on no device any more"},
-		"preferred source":                         {config: onlyV4, routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 10.64.0.11 9000"},
-		"preferred source, IPv6":                   {config: onlyV6, routes: routes{{"default6 via fe80::fe dev eth0 src 2001:db8:64::11"}}, want: "eth0 2001:db8:64::11 9000"},
-		"preferred source that is new":             {config: onlyV4, routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, current: "192.0.2.10", want: "eth0 10.64.0.11 9000"},
-		"preferred source of a named device":       {o: iface("eth0"), config: onlyV4, routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 10.64.0.11 9000"},
-		"address beside a preferred source":        {o: iface("192.0.2.11"), config: onlyV4, routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 192.0.2.11 9000"},
-		"public IP beside a preferred source":      {o: public("192.0.2.11", ""), config: onlyV4, routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 192.0.2.11 9000"},
-		"preferred source inside the overlay":      {config: onlyV4, routes: routes{{"default via 192.0.2.1 dev eth0 src 10.244.5.0"}}, want: "eth0 192.0.2.10 9000"},
-		"address in the gateway's network":         {config: onlyV4, routes: routes{{"default via 10.64.0.1 dev eth0"}}, want: "eth0 10.64.0.11 9000"},
-		"current address":                          {config: onlyV4, routes: routes{one4}, current: "192.0.2.11", want: "eth0 192.0.2.11 9000"},
-		"can reach":                                {o: reach("8.8.8.8"), config: onlyV4, routes: routes{one4, {"8.0.0.0/8 via 198.51.100.1 dev eth1"}}, want: "eth1 198.51.100.10 1500"},
-		"can reach, preferred source":              {o: reach("8.8.8.8"), config: onlyV4, routes: routes{one4, {"8.0.0.0/8 via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 10.64.0.11 9000"},
-		"can reach, the connected network":         {o: reach("10.64.0.9"), config: onlyV4, routes: routes{one4, {"10.64.0.0/24 dev eth0 src 10.64.0.11"}}, want: "eth0 10.64.0.11 9000"},
+		"several uplinks":       {config: onlyV4, routes: routes{two4}, want: "- 192.0.2.10 1500"},
+		"several uplinks, IPv6": {config: onlyV6, routes: routes{two6}, want: "- 2001:db8::10 1500"},
+		"several uplinks, the current address": {
+			config: onlyV4, routes: routes{two4}, current: "198.51.100.10",
+			want: "- 198.51.100.10 1500",
+		},
+		"several uplinks, a preferred source": {
+			config: onlyV4,
+			routes: routes{{two4[0] + " src 198.51.100.10", two4[1] + " src 198.51.100.10"}}, want: "- 198.51.100.10 1500",
+		},
+		"several gateways on one device": {
+			config: onlyV4,
+			routes: routes{{one4[0], "default via 192.0.2.2 dev eth0"}}, want: "eth0 192.0.2.10 9000",
+		},
+		"one uplink of two is down": {
+			config: onlyV4,
+			routes: routes{{"default via 192.0.2.1 dev down0", two4[1]}}, want: "- 198.51.100.10 1300",
+		},
+		"all uplinks are down": {
+			config: onlyV4, routes: routes{{"default via 192.0.2.1 dev down0"}},
+			fails: "down0 is down",
+		},
+		"unnumbered uplinks":       {config: onlyV4, routes: routes{bare4}, want: "- 10.255.0.5 1400"},
+		"unnumbered uplinks, IPv6": {config: onlyV6, routes: routes{bare6}, want: "- 2001:db8:ff::5 1400"},
+		"one unnumbered uplink":    {config: onlyV4, routes: routes{bare4[:1]}, want: "- 10.255.0.5 1500"},
+		"unnumbered, and no source": {
+			config: onlyV6, routes: routes{{"default6 via fe80::fe dev bare0"}},
+			want: "- 2001:db8:ff::5 1500",
+		},
+		"the addresses are lost for a moment": {
+			config: onlyV6, routes: routes{{"default6 via fe80::fe dev bare0"}},
+			current: "2001:db8::77", fails: "bare0 has no IPv6 address",
+		},
+		"lo": {
+			o: iface("lo"), config: onlyV4, routes: routes{two4},
+			want: "- 10.255.0.5 1500",
+		},
+		"lo, IPv6": {
+			o: iface("lo"), config: onlyV6, routes: routes{bare6},
+			want: "- 2001:db8:ff::5 1400",
+		},
+		"lo, with routes to single networks": {
+			o: iface("lo"), config: onlyV4,
+			routes: routes{{"10.255.0.0/16 via fe80::fe dev bare1"}}, want: "- 10.255.0.5 1400",
+		},
+		"lo, without a route": {o: iface("lo"), config: onlyV4, fails: "no route leads from lo"},
+		"address on lo": {
+			o: iface("10.255.0.5"), config: onlyV4, routes: routes{bare4},
+			want: "- 10.255.0.5 1400",
+		},
+		"address on lo, IPv6": {
+			o: iface("2001:db8:ff::5"), config: onlyV6, routes: routes{two6},
+			want: "- 2001:db8:ff::5 1500",
+		},
+		"address on lo of one family": {
+			o: iface("10.255.0.5"), config: dual, routes: routes{bare4, bare6},
+			want: "- 10.255.0.5 1400 - 2001:db8:ff::5 1400",
+		},
+		"public IP on lo": {
+			o: public("10.255.0.5", "2001:db8:ff::5"), config: dual,
+			routes: routes{bare4, bare6}, want: "- 10.255.0.5 1400 - 2001:db8:ff::5 1400",
+		},
+		"address on a dummy device": {
+			o: iface("10.255.1.5"), config: onlyV4, routes: routes{bare4},
+			want: "- 10.255.1.5 1400",
+		},
+		"a dummy device by name": {
+			o: iface("dummy0"), config: onlyV4, routes: routes{bare4},
+			want: "dummy0 10.255.1.5 1500",
+		},
+		"an unnumbered device by name": {
+			o: iface("bare1"), config: onlyV4, routes: routes{bare4},
+			want: "- 10.255.0.5 1400",
+		},
+		"127.0.0.1": {
+			o: iface("127.0.0.1"), config: onlyV4, routes: routes{one4},
+			fails: "127.0.0.1 is a loopback address, which no other node reaches",
+		},
+		"public IP of a second device": {
+			o: public("198.51.100.10", "2001:db8:1::10"), config: dual,
+			routes: routes{one4, one6}, want: "eth1 198.51.100.10 1500 eth1 2001:db8:1::10 1500",
+		},
+		"public IP of a second device, one family": {
+			o: public("198.51.100.10", ""), config: dual, routes: routes{one4, one6},
+			want: "eth1 198.51.100.10 1500 eth0 2001:db8::10 9000",
+		},
+		"public IP beside --iface": {o: InterfaceOptions{
+			Names:    []string{"eth0"},
+			PublicIP: public("198.51.100.10", "").PublicIP,
+		}, config: onlyV4, routes: routes{one4}, want: "eth0 192.0.2.10 9000"},
+		"public IP by NAT": {
+			o: public("192.0.2.200", ""), config: onlyV4, routes: routes{one4},
+			want: "eth0 192.0.2.10 9000",
+		},
+		"public IP that is gone": {
+			o: public("192.0.2.200", ""), config: onlyV4, routes: routes{one4},
+			current: "192.0.2.200", fails: "192.0.2.200 of --public-ip is on no device any more",
+		},
+		"preferred source": {
+			config: onlyV4,
+			routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 10.64.0.11 9000",
+		},
+		"preferred source, IPv6": {
+			config: onlyV6,
+			routes: routes{{"default6 via fe80::fe dev eth0 src 2001:db8:64::11"}}, want: "eth0 2001:db8:64::11 9000",
+		},
+		"preferred source that is new": {
+			config: onlyV4,
+			routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, current: "192.0.2.10",
+			want: "eth0 10.64.0.11 9000",
+		},
+		"preferred source of a named device": {
+			o: iface("eth0"), config: onlyV4,
+			routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 10.64.0.11 9000",
+		},
+		"address beside a preferred source": {
+			o: iface("192.0.2.11"), config: onlyV4,
+			routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 192.0.2.11 9000",
+		},
+		"public IP beside a preferred source": {
+			o: public("192.0.2.11", ""), config: onlyV4,
+			routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 192.0.2.11 9000",
+		},
+		"preferred source inside the overlay": {
+			config: onlyV4,
+			routes: routes{{"default via 192.0.2.1 dev eth0 src 10.244.5.0"}}, want: "eth0 192.0.2.10 9000",
+		},
+		"address in the gateway's network": {
+			config: onlyV4, routes: routes{{"default via 10.64.0.1 dev eth0"}},
+			want: "eth0 10.64.0.11 9000",
+		},
+		"current address": {
+			config: onlyV4, routes: routes{one4}, current: "192.0.2.11",
+			want: "eth0 192.0.2.11 9000",
+		},
+		"can reach": {
+			o: reach("8.8.8.8"), config: onlyV4,
+			routes: routes{one4, {"8.0.0.0/8 via 198.51.100.1 dev eth1"}}, want: "eth1 198.51.100.10 1500",
+		},
+		"can reach, preferred source": {
+			o: reach("8.8.8.8"), config: onlyV4,
+			routes: routes{one4, {"8.0.0.0/8 via 192.0.2.1 dev eth0 src 10.64.0.11"}}, want: "eth0 10.64.0.11 9000",
+		},
+		"can reach, the connected network": {
+			o: reach("10.64.0.9"), config: onlyV4,
+			routes: routes{one4, {"10.64.0.0/24 dev eth0 src 10.64.0.11"}}, want: "eth0 10.64.0.11 9000",
+		},
 		"can reach, the other family": {
 			o: reach("8.8.8.8"), config: dual,
-			routes: routes{{"default via 192.0.2.1 dev eth0 src 10.64.0.11"}, {"default6 via fe80::fe dev eth0 src 2001:db8:64::11"}},
-			want:   "eth0 10.64.0.11 9000 eth0 2001:db8:64::11 9000",
+			routes: routes{
+				{"default via 192.0.2.1 dev eth0 src 10.64.0.11"},
+				{"default6 via fe80::fe dev eth0 src 2001:db8:64::11"},
+			},
+			want: "eth0 10.64.0.11 9000 eth0 2001:db8:64::11 9000",
 		},
-		"can reach by several":                {o: reach("2001:db8:9::9"), config: onlyV6, routes: routes{two6}, want: "- 2001:db8::10 1500"},
-		"can reach from lo":                   {o: reach("8.8.8.8"), config: onlyV4, routes: routes{bare4}, want: "- 10.255.0.5 1400"},
-		"default route by our own device":     {config: onlyV4, routes: routes{{"default via 192.0.2.98 dev overlay.1"}, {one4[0] + " metric xx"}}, want: "eth0 192.0.2.10 9000"},
-		"no other default route":              {config: onlyV4, routes: routes{{"default dev overlay.1"}}, fails: "overlay.1 is a tunnel device of overlayd itself"},
-		"no other default route, IPv6":        {config: onlyV6, routes: routes{{"default6 via fe80::1 dev overlay-v6.1"}}, fails: "overlay-v6.1 is a tunnel device of overlayd itself"},
-		"default route by the pods' bridge":   {config: onlyV4, routes: routes{{"default via 192.168.77.1 dev cni0"}, {one4[0] + " metric xx"}}, want: "eth0 192.0.2.10 9000"},
-		"the pods' bridge alone":              {config: onlyV4, routes: routes{{"default via 192.168.77.1 dev cni0"}}, fails: "cni0 is the bridge that pods are on"},
-		"the pods' bridge by name":            {o: iface("cni0"), config: onlyV4, routes: routes{one4}, want: "cni0 192.168.77.9 1450"},
-		"pods on the uplink's bridge":         {config: onlyV4, routes: routes{{"default via 192.0.2.1 dev br0"}}, want: "br0 192.0.2.77 1500"},
-		"our own device by name":              {o: iface("overlay.1"), config: onlyV4, routes: routes{one4}, fails: "overlay.1 is a tunnel device of overlayd itself"},
-		"our own device by its address":       {o: iface("192.0.2.99"), config: onlyV4, routes: routes{one4}, fails: "overlay.1 is a tunnel device of overlayd itself"},
-		"our own device as the public IP":     {o: public("192.0.2.99", ""), config: onlyV4, routes: routes{one4}, fails: "overlay.1 is a tunnel device of overlayd itself"},
-		"our own device by pattern":           {o: InterfaceOptions{Regexes: []*regexp.Regexp{regexp.MustCompile("^overlay|^eth1")}}, config: onlyV4, routes: routes{one4}, want: "eth1 198.51.100.10 1500"},
-		"lo does not leave by our own device": {o: iface("lo"), config: onlyV4, routes: routes{{"default dev overlay.1"}, {one4[0] + " metric xx"}}, want: "- 10.255.0.5 9000"},
-		"alternative name":                    {o: iface("enx0123"), config: dual, routes: routes{one4, one6}, want: "eth0 192.0.2.10 9000 eth0 2001:db8::10 9000"},
-		"alternative name by pattern":         {o: InterfaceOptions{Regexes: []*regexp.Regexp{regexp.MustCompile("^enp1")}}, config: onlyV4, routes: routes{one4}, want: "eth0 192.0.2.10 9000"},
-		"name as ip prints it":                {o: iface("eth0@if5"), config: onlyV4, routes: routes{one4}, fails: "there is no device eth0@if5: the name is eth0"},
-		"alternative name as ip prints it":    {o: iface("enp1s0@if5"), config: onlyV4, routes: routes{one4}, fails: "the name is enp1s0"},
-		"no device at all":                    {o: iface("eth9@if5"), config: onlyV4, routes: routes{one4}, fails: "there is no device eth9@if5"},
-		"port of a bridge":                    {o: iface("port0"), config: onlyV4, routes: routes{one4}, fails: "port0 has no IPv4 address to use: it is a port of br0, whose addresses count"},
-		"in a VRF":                            {o: iface("red0"), config: onlyV4, routes: routes{one4}, fails: "red0 is in the VRF red"},
-		"only a deprecated address":           {o: iface("eth2"), config: onlyV6, routes: routes{one6}, fails: "the address 2001:db8:2::10 of eth2 is tentative, deprecated or temporary"},
+		"can reach by several": {
+			o: reach("2001:db8:9::9"), config: onlyV6, routes: routes{two6},
+			want: "- 2001:db8::10 1500",
+		},
+		"can reach from lo": {
+			o: reach("8.8.8.8"), config: onlyV4, routes: routes{bare4},
+			want: "- 10.255.0.5 1400",
+		},
+		"default route by our own device": {
+			config: onlyV4,
+			routes: routes{{"default via 192.0.2.98 dev overlay.1"}, {one4[0] + " metric xx"}}, want: "eth0 192.0.2.10 9000",
+		},
+		"no other default route": {
+			config: onlyV4, routes: routes{{"default dev overlay.1"}},
+			fails: "overlay.1 is a tunnel device of overlayd itself",
+		},
+		"no other default route, IPv6": {
+			config: onlyV6, routes: routes{{"default6 via fe80::1 dev overlay-v6.1"}},
+			fails: "overlay-v6.1 is a tunnel device of overlayd itself",
+		},
+		"default route by the pods' bridge": {
+			config: onlyV4,
+			routes: routes{{"default via 192.168.77.1 dev cni0"}, {one4[0] + " metric xx"}}, want: "eth0 192.0.2.10 9000",
+		},
+		"the pods' bridge alone": {
+			config: onlyV4, routes: routes{{"default via 192.168.77.1 dev cni0"}},
+			fails: "cni0 is the bridge that pods are on",
+		},
+		"the pods' bridge by name": {
+			o: iface("cni0"), config: onlyV4, routes: routes{one4},
+			want: "cni0 192.168.77.9 1450",
+		},
+		"pods on the uplink's bridge": {
+			config: onlyV4, routes: routes{{"default via 192.0.2.1 dev br0"}},
+			want: "br0 192.0.2.77 1500",
+		},
+		"our own device by name": {
+			o: iface("overlay.1"), config: onlyV4, routes: routes{one4},
+			fails: "overlay.1 is a tunnel device of overlayd itself",
+		},
+		"our own device by its address": {
+			o: iface("192.0.2.99"), config: onlyV4, routes: routes{one4},
+			fails: "overlay.1 is a tunnel device of overlayd itself",
+		},
+		"our own device as the public IP": {
+			o: public("192.0.2.99", ""), config: onlyV4, routes: routes{one4},
+			fails: "overlay.1 is a tunnel device of overlayd itself",
+		},
+		"our own device by pattern": {o: InterfaceOptions{Regexes: []*regexp.Regexp{regexp.MustCompile(
+			"^overlay|^eth1")}}, config: onlyV4, routes: routes{one4}, want: "eth1 198.51.100.10 1500"},
+		"lo does not leave by our own device": {
+			o: iface("lo"), config: onlyV4,
+			routes: routes{{"default dev overlay.1"}, {one4[0] + " metric xx"}}, want: "- 10.255.0.5 9000",
+		},
+		"alternative name": {
+			o: iface("enx0123"), config: dual, routes: routes{one4, one6},
+			want: "eth0 192.0.2.10 9000 eth0 2001:db8::10 9000",
+		},
+		"alternative name by pattern": {
+			o:      InterfaceOptions{Regexes: []*regexp.Regexp{regexp.MustCompile("^enp1")}},
+			config: onlyV4, routes: routes{one4}, want: "eth0 192.0.2.10 9000",
+		},
+		"name as ip prints it": {
+			o: iface("eth0@if5"), config: onlyV4, routes: routes{one4},
+			fails: "there is no device eth0@if5: the name is eth0",
+		},
+		"alternative name as ip prints it": {
+			o: iface("enp1s0@if5"), config: onlyV4, routes: routes{one4},
+			fails: "the name is enp1s0",
+		},
+		"no device at all": {
+			o: iface("eth9@if5"), config: onlyV4, routes: routes{one4},
+			fails: "there is no device eth9@if5",
+		},
+		"port of a bridge": {
+			o: iface("port0"), config: onlyV4, routes: routes{one4},
+			fails: "port0 has no IPv4 address to use: it is a port of br0, whose addresses count",
+		},
+		"in a VRF": {
+			o: iface("red0"), config: onlyV4, routes: routes{one4},
+			fails: "red0 is in the VRF red",
+		},
+		"only a deprecated address": {
+			o: iface("eth2"), config: onlyV6, routes: routes{one6},
+			fails: "the address 2001:db8:2::10 of eth2 is tentative, deprecated or temporary",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

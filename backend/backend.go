@@ -22,8 +22,8 @@ type Backend interface {
 	Plan(in Input) Plan
 }
 
-// Underlay is how a node reaches the others in one family: its own address, and the device. It is the zero value where the family is not
-// in use.
+// Underlay is how a node reaches the others in one family: its own address, and the device. It is the zero value where
+// the family is not in use.
 type Underlay struct {
 	Device string // "": none alone, since routes lead by several, or the address is on another one
 	Addr   netip.Addr
@@ -59,7 +59,8 @@ type Plan struct {
 	// DirectNodes are the peers' own addresses that are reached without a tunnel, and that pods may talk to untranslated.
 	DirectNodes addr.Per[[]netip.Addr]
 	// BareSubnets are those of the peers behind the tunnel that don't say that their public IP is their own, flannel's
-	// for one: what their pods answer to this node's own address comes without the tunnel, and a strict rp_filter drops it.
+	// for one: what their pods answer to this node's own address comes without the tunnel, and a strict rp_filter drops
+	// it.
 	BareSubnets addr.Per[[]netip.Prefix]
 
 	Ways     []Way // one for each peer and family, in the order of the peers
@@ -209,7 +210,9 @@ func (p *Plan) LimitMTU(in Input, f addr.Family) int {
 	mtu := PodMTU(b, f, under.MTU)
 	if b.MTU > under.MTU {
 		// The same for both families over one device.
-		if s := fmt.Sprintf("Backend.MTU is %d, but %s has an MTU of %d, which counts: larger packets would not leave the node", b.MTU, under.By(), under.MTU); !slices.Contains(p.Problems, s) {
+		if s := fmt.Sprintf(
+			"Backend.MTU is %d, but %s has an MTU of %d, which counts: larger packets would not leave the node", b.MTU,
+			under.By(), under.MTU); !slices.Contains(p.Problems, s) {
 			p.Problems = append(p.Problems, s)
 		}
 	}

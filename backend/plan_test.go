@@ -37,7 +37,10 @@ var plans = []struct {
 	{"vxlan-v6", only6, `"Type": "vxlan"`, nil},
 	{"vxlan-dual", dual, `"Type": "vxlan"`, nil},
 	{"vxlan-direct-dual", dual, `"Type": "vxlan", "DirectRouting": true`, nil},
-	{"vxlan-settings", dual, `"Type": "vxlan", "VNI": 16777215, "Port": 4789, "GBP": true, "Learning": true, "MTU": 1420`, nil},
+	{
+		"vxlan-settings", dual, `"Type": "vxlan", "VNI": 16777215, "Port": 4789, "GBP": true, "Learning": true, "MTU": 1420`,
+		nil,
+	},
 	{"vxlan-mtu-too-large", dual, `"Type": "vxlan", "MTU": 9000`, func(in *backend.Input) { in.Peers = nil }},
 	{"vxlan-mtu-too-small-for-v6", dual, `"Type": "vxlan"`, func(in *backend.Input) {
 		in.Underlay.V4.MTU, in.Underlay.V6.MTU, in.Peers = 1300, 1300, nil
@@ -362,7 +365,8 @@ func TestOnLink(t *testing.T) {
 	}.Indexed()
 	for ip, want := range map[string]string{
 		"192.0.2.7": "eth0", "2001:db8::7": "eth1", "203.0.113.200": "eth1",
-		"8.8.8.8": "2 next hops", "203.0.113.7": "2 next hops", "10.9.0.1": "leads into the tunnel device overlay.1", "2001:db8:9::9": "no route",
+		"8.8.8.8": "2 next hops", "203.0.113.7": "2 next hops", "10.9.0.1": "leads into the tunnel device overlay.1",
+		"2001:db8:9::9": "no route",
 	} {
 		r, err := backend.OnLink(h, a(ip))
 		if err == nil && r.Link != want || err != nil && !strings.Contains(err.Error(), want) {

@@ -70,7 +70,8 @@ type node struct {
 	testing.TB
 	*nstest.NS
 	dir string
-	net string // the network's name: the plugin finds what is kept of it in other directories, too, and tests run beside each other
+	// the network's name: the plugin finds what is kept of it in other directories, too, and tests run beside each other
+	net string
 	cni *libcni.CNIConfig
 }
 
@@ -462,7 +463,8 @@ func TestOtherDataDir(t *testing.T) {
 	for _, p := range []*pod{a, b} {
 		n.must(n.add(old, p))
 	}
-	text := strings.NewReplacer("/kept", "/kept-now", "/ips", "/ips-now", `"delegate":{}`, `"delegate":{"type":"ptp"}`).Replace(string(old.Bytes))
+	text := strings.NewReplacer("/kept", "/kept-now", "/ips", "/ips-now", `"delegate":{}`, `"delegate":{"type":"ptp"}`).
+		Replace(string(old.Bytes))
 	now, err := libcni.ConfListFromBytes([]byte(text))
 	n.must(err)
 	n.env(strings.ReplaceAll(envDual, "244.5.", "244.6."))
@@ -476,7 +478,8 @@ func TestOtherDataDir(t *testing.T) {
 	}
 	n.must(os.RemoveAll(filepath.Join(n.dir, "cache")))
 	n.Do(func() {
-		n.must(n.cni.GCNetworkList(context.Background(), now, &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "pod-c", IfName: "eth0"}}}))
+		n.must(n.cni.GCNetworkList(context.Background(), now,
+			&libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "pod-c", IfName: "eth0"}}}))
 	})
 	n.gone(a)
 	n.must(n.del(now, c))
@@ -687,7 +690,8 @@ func TestStatusAndGC(t *testing.T) {
 	left := n.left()
 	want := []string{
 		filepath.Join(n.dir, "kept", n.net, "pod-a:eth0"), filepath.Join(n.dir, "kept", n.net, "pod-b:eth0"),
-		filepath.Join(n.dir, "ips", n.net, a.ips[0].Addr().String()), filepath.Join(n.dir, "ips", n.net, b.ips[0].Addr().String()),
+		filepath.Join(n.dir, "ips", n.net, a.ips[0].Addr().String()),
+		filepath.Join(n.dir, "ips", n.net, b.ips[0].Addr().String()),
 	}
 	if !slices.Equal(left, want) {
 		t.Errorf("after GC there is %v\nwant %v", left, want)
@@ -789,7 +793,8 @@ func TestCnitool(t *testing.T) {
 	left, err := filepath.Glob(filepath.Join(lib, "cni/*/cbr0/*"))
 	n.must(err)
 	left = slices.DeleteFunc(left, func(path string) bool {
-		return slices.Contains([]string{"lock", ".boot"}, filepath.Base(path)) || strings.HasPrefix(filepath.Base(path), "last_reserved")
+		return slices.Contains([]string{"lock", ".boot"}, filepath.Base(path)) ||
+			strings.HasPrefix(filepath.Base(path), "last_reserved")
 	})
 	if len(left) > 0 {
 		t.Errorf("left behind: %v", left)

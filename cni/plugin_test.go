@@ -94,7 +94,10 @@ type stand struct {
 func newStand(t *testing.T) *stand {
 	t.Helper()
 	s := &stand{T: t, exec: &fakeExec{}, dir: t.TempDir(), out: &bytes.Buffer{}, stderr: &bytes.Buffer{}}
-	s.Plugin = &cni.Plugin{Exec: s.exec, Stdout: s.out, Stderr: s.stderr, FlannelDir: filepath.Join(s.dir, "flannel"), Home: filepath.Join(s.dir, "home"), BootID: "boot-1"}
+	s.Plugin = &cni.Plugin{
+		Exec: s.exec, Stdout: s.out, Stderr: s.stderr, FlannelDir: filepath.Join(s.dir, "flannel"),
+		Home: filepath.Join(s.dir, "home"), BootID: "boot-1",
+	}
 	s.env(envV4)
 	return s
 }
@@ -210,7 +213,8 @@ func TestEarlierBoot(t *testing.T) {
 	}
 	s.exec.commands()
 	ips := map[string]string{ // what host-local holds, with the time of the file
-		"10.244.5.9": "gone", "fd00:10:244:5::9": "gone", "10.244.5.10": "of-no-known-boot", "10.244.5.11": "flannels", "10.244.5.12": "of this boot",
+		"10.244.5.9": "gone", "fd00:10:244:5::9": "gone", "10.244.5.10": "of-no-known-boot", "10.244.5.11": "flannels",
+		"10.244.5.12": "of this boot",
 	}
 	for ip, container := range ips {
 		path, at := s.data("ips", "pods", ip), time.Unix(0, 0)
@@ -254,7 +258,8 @@ func TestEarlierBoot(t *testing.T) {
 	for i, path := range left {
 		left[i] = filepath.Base(path)
 	}
-	if want := []string{"broken-now:eth0", "c1:eth0", "c4:eth0", "c5:eth0", "of-no-known-boot:eth0"}; err != nil || !slices.Equal(left, want) {
+	if want := []string{"broken-now:eth0", "c1:eth0", "c4:eth0", "c5:eth0", "of-no-known-boot:eth0"}; err != nil ||
+		!slices.Equal(left, want) {
 		t.Errorf("left: %v, %v", left, err)
 	}
 	for ip, container := range ips {

@@ -211,14 +211,16 @@ func (f Facts) elsewhereThanStore() []Finding {
 		if x.Err != nil || len(uplinks) == 0 || x.Link == "" || here || slices.Contains(uplinks, x.Link) {
 			continue
 		}
-		if l.Tunnel || f.network(addr.FamilyOf(x.To)).Contains(x.To) { // the daemon names both, and no device of the pods leads to other nodes
+		// the daemon names both, and no device of the pods leads to other nodes
+		if l.Tunnel || f.network(addr.FamilyOf(x.To)).Contains(x.To) {
 			continue
 		}
 		if !f.byDefault() && f.somePeerAnswers() { // an operator has chosen it, and was right
 			continue
 		}
-		return warn(fmt.Sprintf("%s is taken to lead to the other nodes, but etcd (%s) is reached by %s: are the nodes there, too?",
-			strings.Join(uplinks, ", "), x.To, x.Link),
+		return warn(
+			fmt.Sprintf("%s is taken to lead to the other nodes, but etcd (%s) is reached by %s: are the nodes there, too?",
+				strings.Join(uplinks, ", "), x.To, x.Link),
 			f.Service.set(f.EnvFile, "OVERLAYD_IFACE", x.Link))
 	}
 	return nil

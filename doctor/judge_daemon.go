@@ -92,7 +92,8 @@ func checkFor(problem string) string {
 		"underlay": "interface", "config": "network config", "config-keys": "network config", "etcd-inside": "network config",
 		"lease": "leases", "claim": "own lease and leases", "etcd": "etcd", "offline": "etcd",
 		"kernel": "drift and tunnel device", "firewall": "iptables variants and kernel", "subnet-file": "subnet file", "node-set": "kernel", "state-dir": "state directory",
-		"unreachable": "peers", "settings": "forwarding", "subnet-moved": "bridge", "pod-bridge": "bridge", "foreign-route": "routes", "plan": "MTU and policy routing", "refused-lease": "leases",
+		"unreachable": "peers", "settings": "forwarding", "subnet-moved": "bridge", "pod-bridge": "bridge",
+		"foreign-route": "routes", "plan": "MTU and policy routing", "refused-lease": "leases",
 	}[problem]
 }
 

@@ -14,7 +14,13 @@ import (
 
 func deviceChecks() []check {
 	return []check{
-		{"tunnel device", judgeTunnel}, {"VXLAN port", judgePort}, {"MTU", judgeMTU}, {"bridge", judgeBridge}, {"offloads", judgeOffloads}, {"learning", judgeLearning}, {"other overlays", judgeLeftovers},
+		{"tunnel device", judgeTunnel},
+		{"VXLAN port", judgePort},
+		{"MTU", judgeMTU},
+		{"bridge", judgeBridge},
+		{"offloads", judgeOffloads},
+		{"learning", judgeLearning},
+		{"other overlays", judgeLeftovers},
 	}
 }
 
@@ -404,6 +410,7 @@ func (f Facts) leftRules() []Finding {
 		return nil
 	}
 	slices.Sort(fix)
-	return warn("rules of flannel are there: with them, what pods send to nodes arrives with this node's address, and they let "+
-		"packets pass. If flanneld does not run here any more, remove them: "+few(names), fix...)
+	return warn(
+		"rules of flannel are there: with them, what pods send to nodes arrives with this node's address, and they let "+
+			"packets pass. If flanneld does not run here any more, remove them: "+few(names), fix...)
 }

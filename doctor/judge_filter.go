@@ -67,7 +67,8 @@ func judgeTunnelFilter(f Facts) []Finding {
 		return skipped("it is not known by which device the packets go")
 	}
 	slices.Sort(judged)
-	return orOK(out, fmt.Sprintf("UDP port %d of %s is open", f.devices()[0].port, strings.Join(slices.Compact(judged), " and ")))
+	return orOK(out,
+		fmt.Sprintf("UDP port %d of %s is open", f.devices()[0].port, strings.Join(slices.Compact(judged), " and ")))
 }
 
 // somePeer is the address of a peer; not valid where none is known.
@@ -206,8 +207,8 @@ func (f Facts) openOut(t fate, d tunnel, device string) []string {
 // podPair judges packets between pods here and one elsewhere, which is reached by the device outside.
 type podPair func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding
 
-// betweenPods judges what becomes of packets between pods here and one of a peer, in each family; well says that nothing
-// was found.
+// betweenPods judges what becomes of packets between pods here and one of a peer, in each family; well says that
+// nothing was found.
 func (f Facts) betweenPods(well string, judge podPair) []Finding {
 	if why := f.unreadable(); why != "" {
 		return skipped(why)
@@ -277,19 +278,20 @@ func shielded(r netstate.FilterRule) (to netip.Addr, ok bool) {
 // judgeForwardFilter sends a packet from a pod elsewhere to each one here through the rules, and one the other way.
 func judgeForwardFilter(f Facts) []Finding {
 	well := "what pods of other nodes send, and what goes to them, is let through"
-	return f.betweenPods(well, func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
-		var in, back []fate
-		for _, pod := range here {
-			inside, _ := f.Survey.Link(pod.Link)
-			to := newPacket(there, pod.IP, unix.IPPROTO_TCP)
-			to.in(outside.Name, outside.Index).out(inside.Name, inside.Index)
-			from := newPacket(pod.IP, there, unix.IPPROTO_TCP)
-			from.in(inside.Name, inside.Index).out(outside.Name, outside.Index)
-			in, back = append(in, f.forward(to, fam)), append(back, f.forward(from, fam))
-		}
-		found := f.sayForward(fam, here, "from pods of other nodes", "to", in)
-		return append(found, f.sayForward(fam, here, "to pods of other nodes", "from", back)...)
-	})
+	return f.betweenPods(well,
+		func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
+			var in, back []fate
+			for _, pod := range here {
+				inside, _ := f.Survey.Link(pod.Link)
+				to := newPacket(there, pod.IP, unix.IPPROTO_TCP)
+				to.in(outside.Name, outside.Index).out(inside.Name, inside.Index)
+				from := newPacket(pod.IP, there, unix.IPPROTO_TCP)
+				from.in(inside.Name, inside.Index).out(outside.Name, outside.Index)
+				in, back = append(in, f.forward(to, fam)), append(back, f.forward(from, fam))
+			}
+			found := f.sayForward(fam, here, "from pods of other nodes", "to", in)
+			return append(found, f.sayForward(fam, here, "to pods of other nodes", "from", back)...)
+		})
 }
 
 // forward sends a packet through the rules for what is forwarded.
@@ -309,20 +311,24 @@ func (f Facts) forward(p packet, fam addr.Family) fate {
 // judgeTranslation sends a packet from a pod here to one elsewhere through the rules that change the sender: overlayd's own leave it.
 func judgeTranslation(f Facts) []Finding {
 	well := "pods of other nodes see the pods' own addresses, so far as can be told from the rules"
-	return f.betweenPods(well, func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
-		sent := newPacket(here[0].IP, there, unix.IPPROTO_TCP).out(outside.Name, outside.Index).ports(49151, 49151)
-		sent[netstate.FieldTypeOfDst] = native32(typeUnicast)
-		t := f.Translation.through(sent, fam == addr.IPv6, "postrouting")
-		if !t.drops {
-			return nil
-		}
-		table := "nft -a list chain " + strings.Join([]string{t.chain.Family, t.chain.Table, t.chain.Name}, " ")
-		if m := f.manager(t.chain); strings.HasPrefix(m, "iptables") {
-			table = fmt.Sprintf("%s -t nat -S %s", iptables(m, fam), t.chain.Name)
-		}
-		return warn(fmt.Sprintf("what pods here send to pods of other nodes arrives with this node's address instead of the pod's: %s translates it: %s; it should except %s", where(t.chain), t.by, f.network(fam)),
-			table+"   # change it there, and where it comes from")
-	})
+	return f.betweenPods(well,
+		func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
+			sent := newPacket(here[0].IP, there, unix.IPPROTO_TCP).out(outside.Name, outside.Index).ports(49151, 49151)
+			sent[netstate.FieldTypeOfDst] = native32(typeUnicast)
+			t := f.Translation.through(sent, fam == addr.IPv6, "postrouting")
+			if !t.drops {
+				return nil
+			}
+			table := "nft -a list chain " + strings.Join([]string{t.chain.Family, t.chain.Table, t.chain.Name}, " ")
+			if m := f.manager(t.chain); strings.HasPrefix(m, "iptables") {
+				table = fmt.Sprintf("%s -t nat -S %s", iptables(m, fam), t.chain.Name)
+			}
+			return warn(
+				fmt.Sprintf(
+					"what pods here send to pods of other nodes arrives with this node's address instead of the pod's: %s "+
+						"translates it: %s; it should except %s", where(t.chain), t.by, f.network(fam)),
+				table+"   # change it there, and where it comes from")
+		})
 }
 
 // samplePeer is one whose pods can be reached, and this node's own subnet.
@@ -365,7 +371,9 @@ func (f Facts) bridgeOf(fam addr.Family) netstate.SurveyLink {
 }
 
 // sayForward names each chain that drops packets of pods, with the first of them: which says "to" or "from" a pod here.
-func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, which string, fates []fate) (out []Finding) {
+func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, which string,
+	fates []fate,
+) (out []Finding) {
 	for i, t := range fates {
 		alike := func(o fate) bool {
 			return o.drops == t.drops && o.maybe == t.maybe && where(o.chain) == where(t.chain) && byDocker(o) == byDocker(t)

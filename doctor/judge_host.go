@@ -113,7 +113,8 @@ func judgeIPv6(f Facts) []Finding {
 	for _, l := range f.uplinks(addr.IPv6) {
 		if s := ipv6Off(l.Name); f.System.Sysctls[s] == "1" { // its addresses and routes do not come back by themselves
 			reason := fmt.Sprintf("it is switched off on %s, which leads to the other nodes", l.Name)
-			out = append(out, fail(reason, "sysctl -w "+s+"=0   # and in /etc/sysctl.d; then give it its addresses and routes again")...)
+			out = append(out,
+				fail(reason, "sysctl -w "+s+"=0   # and in /etc/sysctl.d; then give it its addresses and routes again")...)
 		}
 	}
 	if s := ipv6Off("default"); f.System.Sysctls[s] == "1" {
@@ -128,8 +129,9 @@ func judgeEcho(f Facts) []Finding {
 	var out []Finding
 	for _, fam := range f.families() {
 		if s := ignoresPings(fam); f.System.Sysctls[s] == "1" {
-			out = append(out, warn(s+" is 1: this node answers no pings, so that other nodes can't tell well whether it is there",
-				fmt.Sprintf("sysctl -w %s=0", s))...)
+			out = append(out,
+				warn(s+" is 1: this node answers no pings, so that other nodes can't tell well whether it is there",
+					fmt.Sprintf("sysctl -w %s=0", s))...)
 		}
 	}
 	return orOK(out, "this node answers them")
@@ -243,8 +245,10 @@ func judgeInterface(f Facts) []Finding {
 			out = append(out, fail(fmt.Sprintf("%s no longer has the address %s", u.Device, u.Addr), f.Service.restart())...)
 		}
 		if l.Kind == "dummy" {
-			out = append(out, warn(fmt.Sprintf("%s is a dummy device, by which nothing is sent: say which device leads to the other nodes", u.Device),
-				f.Service.set(f.EnvFile, "OVERLAYD_IFACE", "DEVICE"))...)
+			out = append(out,
+				warn(fmt.Sprintf("%s is a dummy device, by which nothing is sent: say which device leads to the other nodes",
+					u.Device),
+					f.Service.set(f.EnvFile, "OVERLAYD_IFACE", "DEVICE"))...)
 		}
 		out = append(out, f.ambiguous(fam)...)
 		out = append(out, f.pastDevice(fam, u.Device)...)
@@ -256,14 +260,16 @@ func judgeInterface(f Facts) []Finding {
 	return orOK(out, strings.Join(names, " and "))
 }
 
-// pastDevice finds silent peers to which no route leads by the device that the tunnel is bound to: the kernel looks for them on the network
-// of that device itself. Tables for source routing may have such a route, so that a peer which answers is not looked at.
+// pastDevice finds silent peers to which no route leads by the device that the tunnel is bound to: the kernel looks for
+// them on the network of that device itself. Tables for source routing may have such a route, so that a peer which
+// answers is not looked at.
 func (f Facts) pastDevice(fam addr.Family, device string) []Finding {
 	var names []string
 	var first netip.Addr
 	for _, p := range f.Pings.Sample {
 		leads := func(r netstate.HostRoute) bool { return r.Link == device && r.Dst.Contains(p.publicIP) }
-		if p.answers() || p.way != "tunnel" || addr.FamilyOf(p.publicIP) != fam || slices.ContainsFunc(f.Survey.Host.Routes, leads) {
+		if p.answers() || p.way != "tunnel" || addr.FamilyOf(p.publicIP) != fam ||
+			slices.ContainsFunc(f.Survey.Host.Routes, leads) {
 			continue
 		}
 		if names = append(names, fmt.Sprintf("%s (%s)", p.name, p.publicIP)); !first.IsValid() {
@@ -273,8 +279,10 @@ func (f Facts) pastDevice(fam addr.Family, device string) []Finding {
 	if len(names) == 0 {
 		return nil
 	}
-	return fail(fmt.Sprintf("no route leads by %s, to which the tunnel is bound, to %s, from where no answer comes", device, few(names)),
-		fmt.Sprintf("ip route get %s   # and give it such a route by %s, or choose the device that leads there", first, device))
+	return fail(fmt.Sprintf("no route leads by %s, to which the tunnel is bound, to %s, from where no answer comes",
+		device, few(names)),
+		fmt.Sprintf("ip route get %s   # and give it such a route by %s, or choose the device that leads there", first,
+			device))
 }
 
 // judgeUplinks judges an address that is bound to no device: it needs one that leads to the other nodes.
@@ -340,7 +348,8 @@ func (f Facts) ambiguous(fam addr.Family) []Finding {
 	}
 	slices.Sort(devices)
 	return warn(fmt.Sprintf("%s has default routes by %s; the one with the lowest metric is taken, which may be another one after the next start: say which with --iface", fam, strings.Join(devices, " and ")),
-		f.Service.set(f.EnvFile, "OVERLAYD_IFACE", orDefault(f.Underlay.By.Get(fam).Device, f.Underlay.By.Get(fam).Addr.String())))
+		f.Service.set(f.EnvFile, "OVERLAYD_IFACE",
+			orDefault(f.Underlay.By.Get(fam).Device, f.Underlay.By.Get(fam).Addr.String())))
 }
 
 // byDefault reports whether the interface is the one that the default route goes by.
@@ -391,7 +400,8 @@ func judgeRPFilter(f Facts) []Finding {
 		}
 		var odd []string
 		for _, p := range f.Peers {
-			if r, there := f.Survey.Host.Route(p.publicIP); p.publicIP.Is4() && there && r.Link != "" && !f.leavesBy(l.Name, p.publicIP) {
+			if r, there := f.Survey.Host.Route(p.publicIP); p.publicIP.Is4() && there && r.Link != "" &&
+				!f.leavesBy(l.Name, p.publicIP) {
 				odd = append(odd, fmt.Sprintf("%s (%s, by %s)", p.name, p.publicIP, r.Link))
 			}
 		}
@@ -403,7 +413,8 @@ func judgeRPFilter(f Facts) []Finding {
 			mark, ifThere = Warn, " if it arrives there"
 		}
 		out = append(out, fixable(mark, fmt.Sprintf(
-			"it is strict on %s, and the way back to %d nodes leaves by another device, so that what they send to %s is dropped%s: %s",
+			"it is strict on %s, and the way back to %d nodes leaves by another device, so that "+
+				"what they send to %s is dropped%s: %s",
 			l.Name, len(odd), f.reachedAt(addr.IPv4), ifThere, few(odd)), sysctlFix(rpFilter(l.Name), "2"))...)
 	}
 	return orOK(out, "it drops nothing that comes by the devices in use")
@@ -485,9 +496,9 @@ func (f Facts) intoTunnel(hops []netstate.HostRoute) []Finding {
 		fmt.Sprintf("%s route del %s dev %s metric %d", word, r.Dst, r.Link, r.Metric))
 }
 
-// staleRoutes finds routes by a gateway to whole subnets of the pod network that do not come before a route of ours. flannel leaves such
-// (host-gw, DirectRouting): they lead to where a node was. Without a metric they win as soon as another node has the subnet; those for
-// IPv6, which have one, when ours goes.
+// staleRoutes finds routes by a gateway to whole subnets of the pod network that do not come before a route of ours.
+// flannel leaves such (host-gw, DirectRouting): they lead to where a node was. Without a metric they win as soon as
+// another node has the subnet; those for IPv6, which have one, when ours goes.
 func (f Facts) staleRoutes(ours map[netip.Prefix]uint32) []Finding {
 	if f.Config == nil {
 		return nil
@@ -499,9 +510,10 @@ func (f Facts) staleRoutes(ours map[netip.Prefix]uint32) []Finding {
 		if ok && r.Metric <= metric || !r.Via.IsValid() || r.Dst.Bits() != pool.SubnetLen || !pool.Network.Overlaps(r.Dst) {
 			continue
 		}
-		out = append(out, warn(fmt.Sprintf("the route to %s via %s by %s is not ours and leads to a subnet of the pod network: "+
-			"flannel leaves such routes, and they outlive the node that they lead to", r.Dst, r.Via, r.Link),
-			fmt.Sprintf("ip route del %s via %s dev %s metric %d", r.Dst, r.Via, r.Link, r.Metric))...)
+		out = append(out,
+			warn(fmt.Sprintf("the route to %s via %s by %s is not ours and leads to a subnet of the pod network: "+
+				"flannel leaves such routes, and they outlive the node that they lead to", r.Dst, r.Via, r.Link),
+				fmt.Sprintf("ip route del %s via %s dev %s metric %d", r.Dst, r.Via, r.Link, r.Metric))...)
 	}
 	return out
 }

@@ -268,7 +268,10 @@ func (f Facts) silent(silent []string, n int) []Finding {
 	if len(silent) == 1 {
 		verb = "does"
 	}
-	return fail(fmt.Sprintf("%s %s not answer through the pod network: %s; run overlayd doctor there, which also tells whether it ignores pings", who, verb, few(silent)), "overlayd status --peers", f.capture())
+	return fail(
+		fmt.Sprintf(
+			"%s %s not answer through the pod network: %s; run overlayd doctor there, which also tells whether it ignores pings",
+			who, verb, few(silent)), "overlayd status --peers", f.capture())
 }
 
 // someDevice is a device of ours.
@@ -341,7 +344,8 @@ func judgeBlackHole(f Facts) []Finding {
 		reason += fmt.Sprintf("; at least %d get through to %s, the search for more did not end: run overlayd doctor again", largest.Size, largest.Peer.name)
 		return fail(reason, f.capture())
 	default:
-		reason += fmt.Sprintf("; the largest that gets through to %s is %d, so that the MTU of the network there is %d", largest.Peer.name, largest.Size, outer)
+		reason += fmt.Sprintf("; the largest that gets through to %s is %d, so that the MTU of the network there is %d",
+			largest.Peer.name, largest.Size, outer)
 		if outer < least {
 			return fail(fmt.Sprintf("%s: less than the overlay needs (%d), so the network between the nodes has to carry more",
 				reason, least), f.capture())

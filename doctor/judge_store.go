@@ -432,7 +432,8 @@ func (f Facts) refused(before []Finding) []Finding {
 	}
 	self := f.Self
 	for _, e := range x.Entries {
-		if e.Err == nil && e.Identity == f.Identity && (e.Subnets == f.Self.Subnets || f.Self == subnet.Lease{} && e.NodeID != "") {
+		if e.Err == nil && e.Identity == f.Identity &&
+			(e.Subnets == f.Self.Subnets || f.Self == subnet.Lease{} && e.NodeID != "") {
 			self = e.Lease // a daemon that can't begin yet has none, and left this one behind
 		}
 	}

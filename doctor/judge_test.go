@@ -77,7 +77,10 @@ func healthy(t *testing.T) Facts {
 	f.Underlay.By.V4, f.Underlay.PublicIP.V4 = backend.Underlay{Device: "eth0", Addr: addrOf("192.0.2.1"), MTU: 1500}, addrOf("192.0.2.1")
 	offloads := []netstate.Offload{{Name: "tx", On: true}, {Name: "gso", On: true}, {Name: "gro", On: true}}
 	link := func(i int, name, kind string, mtu int) netstate.SurveyLink {
-		return netstate.SurveyLink{HostLink: netstate.HostLink{Index: i, Name: name, Kind: kind, MTU: mtu, Up: true}, Carrier: true, Offloads: offloads}
+		return netstate.SurveyLink{
+			HostLink: netstate.HostLink{Index: i, Name: name, Kind: kind, MTU: mtu, Up: true},
+			Carrier:  true, Offloads: offloads,
+		}
 	}
 	tunnel := link(3, "overlay.1", "vxlan", 1450)
 	tunnel.MAC, tunnel.VXLAN = self.VTEP.V4.MAC, netstate.VXLAN{VNI: 1, Port: 8472, Local: addrOf("192.0.2.1"), Underlay: "eth0"}
@@ -99,7 +102,10 @@ func healthy(t *testing.T) Facts {
 			f.Flows = append(f.Flows, x)
 		}
 	}
-	f.ToStore = []flow{{Flow: netstate.Flow{To: addrOf("192.0.2.100")}, Answer: netstate.Answer{Link: "eth0", Table: netstate.MainTable}}}
+	f.ToStore = []flow{{
+		Flow:   netstate.Flow{To: addrOf("192.0.2.100")},
+		Answer: netstate.Answer{Link: "eth0", Table: netstate.MainTable},
+	}}
 	f.System = SystemFacts{
 		Sysctls: map[string]string{
 			"net/ipv4/ip_forward": "1", rpFilter("all"): "0", rpFilter("eth0"): "0", rpFilter("overlay.1"): "0", deviceForwarding("overlay.1"): "1", deviceForwarding("cni0"): "1",
@@ -169,7 +175,10 @@ func natted(e *subnet.Entry) *subnet.Entry {
 
 // vpn has the kernel give that answer to all that goes to peers, because of a rule.
 func (f *Facts) vpn(a netstate.Answer) {
-	r := netstate.HostRule{Rule: netstate.Rule{From: prefixOf("0.0.0.0/0"), To: prefixOf("10.0.0.0/8"), Table: 52}, Action: netstate.RuleToTable}
+	r := netstate.HostRule{
+		Rule:   netstate.Rule{From: prefixOf("0.0.0.0/0"), To: prefixOf("10.0.0.0/8"), Table: 52},
+		Action: netstate.RuleToTable,
+	}
 	f.Survey.Host.Rules = append(f.Survey.Host.Rules, r)
 	f.Flows = slices.Clone(f.Flows)
 	for i := range f.Flows {
@@ -178,7 +187,8 @@ func (f *Facts) vpn(a netstate.Answer) {
 }
 
 func (f *Facts) lease(e *subnet.Entry) {
-	f.Store.Table.Entries = append(slices.DeleteFunc(slices.Clone(f.Store.Table.Entries), func(o *subnet.Entry) bool { return o.Key == e.Key }), e)
+	f.Store.Table.Entries = append(
+		slices.DeleteFunc(slices.Clone(f.Store.Table.Entries), func(o *subnet.Entry) bool { return o.Key == e.Key }), e)
 	slices.SortFunc(f.Store.Table.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
 }
 
@@ -345,7 +355,11 @@ func destructive(mend string) bool {
 
 func TestDestructive(t *testing.T) {
 	t.Parallel()
-	for _, m := range []string{"iptables-legacy -F; x", "x; iptables -t nat -F", "nft flush ruleset", "rm -rf /var/lib/cni/networks/*   # y", "etcdctl del --prefix /", "iptables -P INPUT ACCEPT", "nft delete table ip nat"} {
+	for _, m := range []string{
+		"iptables-legacy -F; x", "x; iptables -t nat -F", "nft flush ruleset",
+		"rm -rf /var/lib/cni/networks/*   # y", "etcdctl del --prefix /", "iptables -P INPUT ACCEPT",
+		"nft delete table ip nat",
+	} {
 		if !destructive(m) {
 			t.Error(m)
 		}
@@ -479,37 +493,76 @@ func TestJudges(t *testing.T) {
 		{"etcd away, and a lease", "etcd", Fail, "traffic flows on", "endpoint health", func(f *Facts) {
 			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
 		}},
-		{"etcd away, and the daemon still connected", "etcd", Fail, "the daemon is still connected", "endpoint health", func(f *Facts) {
-			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
-			f.Daemon.Status.Store.Revision = 9
-		}},
-		{"etcd only slow", "etcd", Warn, "within 1.5s: context deadline exceeded; the daemon is connected and sees the changes of other nodes", "endpoint status", func(f *Facts) {
-			f.Store.Endpoints[0].Err, f.Daemon.Status.Store.Revision = late, 9
-			f.Store.TableErr = f.Store.Endpoints[0].Err
-		}},
-		{"etcd slow with a large table", "etcd", Warn, "reading /overlayd/network/: no answer within 1.5s: context deadline exceeded; the daemon is connected", "get --prefix", func(f *Facts) {
-			f.Store.TableErr, f.Daemon.Status.Store.Revision = late, 9
-		}},
-		{"etcd too slow to try a write", "etcd", Warn, "leases can't be written: no answer within 1.5s: context deadline exceeded; the daemon is connected", "endpoint status", func(f *Facts) {
-			f.Store.WriteErr, f.Daemon.Status.Store.Revision = late, 9
-		}},
-		{"etcd hangs", "etcd", Fail, "deadline exceeded; traffic flows on by what was known last, changes of other nodes are not seen", "endpoint health", func(f *Facts) {
-			f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
-			f.Daemon.Status.Store.Revision, f.Daemon.Status.Store.Error = 9, "no answer from http://etcd:2379"
-		}},
-		{"etcd hangs since the start", "etcd", Fail, "changes of other nodes are not seen", "endpoint health", func(f *Facts) {
-			f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
-		}},
-		{"no lease yet, but the one of the last run", "leases", OK, "no two of which claim the same", "", func(f *Facts) { f.Self, f.NoLease = subnet.Lease{}, "the daemon holds no lease" }},
-		{"one address twice", "leases", Fail, "the same public IP 192.0.2.2: peers go by the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.2.0-24'", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) }},
-		{"this node's address in another lease that counts", "leases", Fail, "peers go by the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) {
-			f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.1", 9))
-		}},
-		{"one address twice, and the older lease written again", "leases", Fail, "peers go by the one that was written last, 10.244.2.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'", func(f *Facts) {
-			f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9))
-			e := f.Store.Table.Find("10.244.2.0-24")
-			*e = *subnet.ParseEntry(e.Key, subnet.FormatValue(e.Attrs), 10, e.Created, e.LeaseID)
-		}},
+		{
+			"etcd away, and the daemon still connected", "etcd", Fail, "the daemon is still connected", "endpoint health",
+			func(f *Facts) {
+				f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"),
+					errors.New("etcd: connection refused")
+				f.Daemon.Status.Store.Revision = 9
+			},
+		},
+		{
+			"etcd only slow", "etcd", Warn,
+			"within 1.5s: context deadline exceeded; the daemon is connected and sees the changes of other nodes",
+			"endpoint status", func(f *Facts) {
+				f.Store.Endpoints[0].Err, f.Daemon.Status.Store.Revision = late, 9
+				f.Store.TableErr = f.Store.Endpoints[0].Err
+			},
+		},
+		{
+			"etcd slow with a large table", "etcd", Warn,
+			"reading /overlayd/network/: no answer within 1.5s: context deadline exceeded; the daemon is connected",
+			"get --prefix", func(f *Facts) {
+				f.Store.TableErr, f.Daemon.Status.Store.Revision = late, 9
+			},
+		},
+		{
+			"etcd too slow to try a write", "etcd", Warn,
+			"leases can't be written: no answer within 1.5s: context deadline exceeded; the daemon is connected",
+			"endpoint status", func(f *Facts) {
+				f.Store.WriteErr, f.Daemon.Status.Store.Revision = late, 9
+			},
+		},
+		{
+			"etcd hangs", "etcd", Fail,
+			"deadline exceeded; traffic flows on by what was known last, changes of other nodes are not seen", "endpoint health",
+			func(f *Facts) {
+				f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
+				f.Daemon.Status.Store.Revision, f.Daemon.Status.Store.Error = 9, "no answer from http://etcd:2379"
+			},
+		},
+		{
+			"etcd hangs since the start", "etcd", Fail, "changes of other nodes are not seen", "endpoint health",
+			func(f *Facts) {
+				f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
+			},
+		},
+		{
+			"no lease yet, but the one of the last run", "leases", OK, "no two of which claim the same", "",
+			func(f *Facts) { f.Self, f.NoLease = subnet.Lease{}, "the daemon holds no lease" },
+		},
+		{
+			"one address twice", "leases", Fail,
+			"the same public IP 192.0.2.2: peers go by the one that was written last, 10.244.9.0-24",
+			"del '/overlayd/network/subnets/10.244.2.0-24'",
+			func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) },
+		},
+		{
+			"this node's address in another lease that counts", "leases", Fail,
+			"peers go by the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'",
+			func(f *Facts) {
+				f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.1", 9))
+			},
+		},
+		{
+			"one address twice, and the older lease written again", "leases", Fail,
+			"peers go by the one that was written last, 10.244.2.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'",
+			func(f *Facts) {
+				f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9))
+				e := f.Store.Table.Find("10.244.2.0-24")
+				*e = *subnet.ParseEntry(e.Key, subnet.FormatValue(e.Attrs), 10, e.Created, e.LeaseID)
+			},
+		},
 		{"overlap", "leases", Fail, "10.244.2.0/24 of n2 and 10.244.2.128/25 of n9 overlap", "del '/overlayd/network/subnets/10.244.2.128-25'", func(f *Facts) {
 			f.lease(entry("10.244.2.128-25", "n9", "id9", "192.0.2.9", 9))
 		}},
@@ -517,10 +570,15 @@ func TestJudges(t *testing.T) {
 			f.lease(entry("10.244.9.0-24", "n9", "id2", "192.0.2.9", 9))
 		}},
 		{"namesake", "leases", Fail, "two machines are called n2", "10.244.2.0-24", func(f *Facts) { f.lease(entry("10.244.9.0-24", "n2", "id9", "192.0.2.9", 9)) }},
-		{"empty reservation beside flannel", "leases", Warn, `the value of "10.244.64.0-18" is not JSON: flannel nodes`, "put '/overlayd/network/subnets/10.244.64.0-18' '{}'", func(f *Facts) {
-			f.lease(subnet.ParseEntry("10.244.64.0-18", nil, 1, 1, 0))
-			f.lease(subnet.ParseEntry("10.244.9.0-24", []byte(`{"PublicIP":"192.0.2.9","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}`), 2, 2, 7))
-		}},
+		{
+			"empty reservation beside flannel", "leases", Warn, `the value of "10.244.64.0-18" is not JSON: flannel nodes`,
+			"put '/overlayd/network/subnets/10.244.64.0-18' '{}'", func(f *Facts) {
+				f.lease(subnet.ParseEntry("10.244.64.0-18", nil, 1, 1, 0))
+				f.lease(subnet.ParseEntry("10.244.9.0-24",
+					[]byte(`{"PublicIP":"192.0.2.9","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,`+
+						`"VtepMAC":"02:00:00:00:00:09"}}`), 2, 2, 7))
+			},
+		},
 		{"unreadable lease", "leases", Warn, "1 leases can't be read", "get --prefix", func(f *Facts) { f.lease(subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)) }},
 		{"refused lease", "leases", Warn, "outside the network", "overlayd leases", func(f *Facts) { f.lease(entry("10.9.9.0-24", "n9", "id9", "192.0.2.9", 9)) }},
 		{"lease gone", "own lease", Fail, "the daemon holds 10.244.1.0/24, and etcd has no lease", "overlayd status", func(f *Facts) {
@@ -595,8 +653,10 @@ func TestJudges(t *testing.T) {
 		}},
 		{"learning", "learning", OK, "it is on, and peers send from", "", func(f *Facts) { f.learn() }},
 		{
-			"learning, and a peer behind NAT", "learning", Fail, "the address of n3 (10.244.3.0-24) is on no device of that node",
-			`put /overlayd/network/config '{"Backend":{"Learning":false,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
+			"learning, and a peer behind NAT", "learning", Fail,
+			"the address of n3 (10.244.3.0-24) is on no device of that node",
+			`put /overlayd/network/config '{"Backend":{"Learning":false,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`,
+			func(f *Facts) {
 				f.learn()
 				f.lease(natted(entry("10.244.3.0-24", "n3", "id3", "198.51.100.3", 6)))
 			},
@@ -608,50 +668,88 @@ func TestJudges(t *testing.T) {
 		{"no learning, and a peer behind NAT", "learning", OK, "learns nothing", "", func(f *Facts) {
 			f.lease(natted(entry("10.244.3.0-24", "n3", "id3", "198.51.100.3", 6)))
 		}},
-		{"learning, and this node behind NAT", "learning", Fail, "the others drop what it sends", `"Learning":false`, func(f *Facts) {
-			f.learn()
-			f.lease(natted(entry("10.244.1.0-24", "n1", "id1", "192.0.2.1", 6)))
-		}},
-		{"learning, and a peer does not answer", "learning", Warn, "that may be why n2 does not answer", `"Learning":false`, func(f *Facts) {
-			f.learn()
-			f.Pings.Sample[0].small = Pong{Sent: 2, Lost: 2}
-		}},
-		{"no IPv6 on the bridge", "IPv6", Fail, "it is switched off on cni0", "sysctl -w net/ipv6/conf/cni0/disable_ipv6=0", func(f *Facts) {
-			f.dual(t)
-			f.System.Sysctls["net/ipv6/conf/cni0/disable_ipv6"] = "1"
-		}},
-		{"no IPv6 on the uplink", "IPv6", Fail, "it is switched off on eth0, which leads to the other nodes", "sysctl -w net/ipv6/conf/eth0/disable_ipv6=0", func(f *Facts) {
-			f.dual(t)
-			f.Underlay.By.V6.Device = "eth0"
-			f.System.Sysctls["net/ipv6/conf/eth0/disable_ipv6"] = "1"
-		}},
-		{"no IPv6 on new devices", "IPv6", Warn, "new devices get none", "sysctl -w net/ipv6/conf/default/disable_ipv6=0", func(f *Facts) {
-			f.dual(t)
-			f.System.Sysctls["net/ipv6/conf/default/disable_ipv6"] = "1"
-		}},
-		{"no answer to pings", "pings", Warn, "net/ipv4/icmp_echo_ignore_all is 1: this node answers no pings", "sysctl -w net/ipv4/icmp_echo_ignore_all=0", func(f *Facts) {
-			f.System.Sysctls["net/ipv4/icmp_echo_ignore_all"] = "1"
-		}},
-		{"a peer ignores pings", "peers answer", OK, "n2 (10.244.2.0) ignores pings (net/ipv4/icmp_echo_ignore_all is 1 there?)", "", func(f *Facts) {
-			f.Pings.Sample[0].mute = true
-		}},
 		{
-			"a VPN", "policy routing", Fail, `packets from this node to pods of n2 leave by vpn0 (table 52), not by overlay.1: the rule "0 from all to 10.0.0.0/8 lookup 52"`,
-			"ip rule   # give that rule a higher number, or have its program leave out 10.244.0.0/16", func(f *Facts) { f.vpn(netstate.Answer{Link: "vpn0", Table: 52}) },
+			"learning, and this node behind NAT", "learning", Fail, "the others drop what it sends", `"Learning":false`,
+			func(f *Facts) {
+				f.learn()
+				f.lease(natted(entry("10.244.1.0-24", "n1", "id1", "192.0.2.1", 6)))
+			},
 		},
-		{"a VPN, and no daemon", "policy routing", Fail, "the rule \"0 from all to 10.0.0.0/8 lookup 52\"", "systemctl start overlayd", func(f *Facts) {
-			f.vpn(netstate.Answer{Link: "vpn0", Table: 52})
-			f.Daemon = DaemonFacts{}
-		}},
-		{"prohibited", "policy routing", Fail, "are not sent (permission denied): the rule \"0 from all to 10.0.0.0/8 lookup 52\"", "ip rule", func(f *Facts) {
-			f.vpn(netstate.Answer{Err: unix.EACCES})
-		}},
-		{"our rule missing", "policy routing", Fail, "leave by eth0 (table 254), not by overlay.1", "overlayd diff; ip rule; ip route get 192.0.2.2", func(f *Facts) {
-			f.Flows[0].To, f.Flows[0].want.Table, f.Flows[0].Answer = addrOf("192.0.2.2"), netstate.OwnTable, netstate.Answer{Link: "eth0", Table: netstate.MainTable}
-		}},
-		{"the store elsewhere", "interface", Warn, "eth0 is taken to lead to the other nodes, but etcd (192.0.2.100) is reached by eth1", "OVERLAYD_IFACE=eth1", func(f *Facts) {
-			f.ToStore[0].Link = "eth1"
-		}},
+		{
+			"learning, and a peer does not answer", "learning", Warn, "that may be why n2 does not answer", `"Learning":false`,
+			func(f *Facts) {
+				f.learn()
+				f.Pings.Sample[0].small = Pong{Sent: 2, Lost: 2}
+			},
+		},
+		{
+			"no IPv6 on the bridge", "IPv6", Fail, "it is switched off on cni0", "sysctl -w net/ipv6/conf/cni0/disable_ipv6=0",
+			func(f *Facts) {
+				f.dual(t)
+				f.System.Sysctls["net/ipv6/conf/cni0/disable_ipv6"] = "1"
+			},
+		},
+		{
+			"no IPv6 on the uplink", "IPv6", Fail, "it is switched off on eth0, which leads to the other nodes",
+			"sysctl -w net/ipv6/conf/eth0/disable_ipv6=0", func(f *Facts) {
+				f.dual(t)
+				f.Underlay.By.V6.Device = "eth0"
+				f.System.Sysctls["net/ipv6/conf/eth0/disable_ipv6"] = "1"
+			},
+		},
+		{
+			"no IPv6 on new devices", "IPv6", Warn, "new devices get none", "sysctl -w net/ipv6/conf/default/disable_ipv6=0",
+			func(f *Facts) {
+				f.dual(t)
+				f.System.Sysctls["net/ipv6/conf/default/disable_ipv6"] = "1"
+			},
+		},
+		{
+			"no answer to pings", "pings", Warn, "net/ipv4/icmp_echo_ignore_all is 1: this node answers no pings",
+			"sysctl -w net/ipv4/icmp_echo_ignore_all=0", func(f *Facts) {
+				f.System.Sysctls["net/ipv4/icmp_echo_ignore_all"] = "1"
+			},
+		},
+		{
+			"a peer ignores pings", "peers answer", OK,
+			"n2 (10.244.2.0) ignores pings (net/ipv4/icmp_echo_ignore_all is 1 there?)", "", func(f *Facts) {
+				f.Pings.Sample[0].mute = true
+			},
+		},
+		{
+			"a VPN", "policy routing", Fail,
+			`packets from this node to pods of n2 leave by vpn0 (table 52), not by overlay.1: ` +
+				`the rule "0 from all to 10.0.0.0/8 lookup 52"`,
+			"ip rule   # give that rule a higher number, or have its program leave out 10.244.0.0/16",
+			func(f *Facts) { f.vpn(netstate.Answer{Link: "vpn0", Table: 52}) },
+		},
+		{
+			"a VPN, and no daemon", "policy routing", Fail, "the rule \"0 from all to 10.0.0.0/8 lookup 52\"",
+			"systemctl start overlayd", func(f *Facts) {
+				f.vpn(netstate.Answer{Link: "vpn0", Table: 52})
+				f.Daemon = DaemonFacts{}
+			},
+		},
+		{
+			"prohibited", "policy routing", Fail,
+			"are not sent (permission denied): the rule \"0 from all to 10.0.0.0/8 lookup 52\"", "ip rule", func(f *Facts) {
+				f.vpn(netstate.Answer{Err: unix.EACCES})
+			},
+		},
+		{
+			"our rule missing", "policy routing", Fail, "leave by eth0 (table 254), not by overlay.1",
+			"overlayd diff; ip rule; ip route get 192.0.2.2", func(f *Facts) {
+				f.Flows[0].To, f.Flows[0].want.Table, f.Flows[0].Answer = addrOf("192.0.2.2"),
+					netstate.OwnTable, netstate.Answer{Link: "eth0", Table: netstate.MainTable}
+			},
+		},
+		{
+			"the store elsewhere", "interface", Warn,
+			"eth0 is taken to lead to the other nodes, but etcd (192.0.2.100) is reached by eth1", "OVERLAYD_IFACE=eth1",
+			func(f *Facts) {
+				f.ToStore[0].Link = "eth1"
+			},
+		},
 		{"the store inside the network", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
 			f.ToStore[0].To, f.ToStore[0].Link = addrOf("10.244.1.9"), "br-pods"
 		}},
@@ -662,31 +760,50 @@ func TestJudges(t *testing.T) {
 		{"the store elsewhere, as was chosen", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
 			f.ToStore[0].Link, f.Underlay.Reason = "eth1", "IPv4: 192.0.2.1 on eth0 (--iface)"
 		}},
-		{"the store elsewhere, as was chosen, and nobody answers", "interface", Warn, "is reached by eth1", "OVERLAYD_IFACE=eth1", func(f *Facts) {
-			f.ToStore[0].Link, f.Underlay.Reason, f.Pings.Sample = "eth1", "IPv4: 192.0.2.1 on eth0 (--iface)", nil
-		}},
+		{
+			"the store elsewhere, as was chosen, and no peer answers", "interface", Warn, "is reached by eth1",
+			"OVERLAYD_IFACE=eth1", func(f *Facts) {
+				f.ToStore[0].Link, f.Underlay.Reason, f.Pings.Sample = "eth1", "IPv4: 192.0.2.1 on eth0 (--iface)", nil
+			},
+		},
 		{"the store on this node", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
 			f.ToStore[0].Link, f.ToStore[0].Table = "lo", unix.RT_TABLE_LOCAL
 		}},
-		{"a silent peer, and no route by the device", "interface", Fail, "no route leads by eth0, to which the tunnel is bound, to n3 (198.51.100.3)", "ip route get 198.51.100.3", func(f *Facts) {
-			f.Survey.Host.Routes[0].Link = "eth1"
-			for i := range f.Pings.Sample {
-				f.Pings.Sample[i].small = Pong{Sent: 2, Lost: 2}
-			}
-		}},
-		{"an answering peer, and no route by the device", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) { f.Survey.Host.Routes[0].Link = "eth1" }},
+		{
+			"a silent peer, and no route by the device", "interface", Fail,
+			"no route leads by eth0, to which the tunnel is bound, to n3 (198.51.100.3)", "ip route get 198.51.100.3",
+			func(f *Facts) {
+				f.Survey.Host.Routes[0].Link = "eth1"
+				for i := range f.Pings.Sample {
+					f.Pings.Sample[i].small = Pong{Sent: 2, Lost: 2}
+				}
+			},
+		},
+		{
+			"an answering peer, and no route by the device", "interface", OK, "192.0.2.1 on eth0", "",
+			func(f *Facts) { f.Survey.Host.Routes[0].Link = "eth1" },
+		},
 		{"a dummy", "interface", Warn, "eth0 is a dummy device", "OVERLAYD_IFACE=DEVICE", func(f *Facts) {
 			f.link("eth0", func(l *netstate.SurveyLink) { l.Kind = "dummy" })
 		}},
-		{"flannel's route to a peer", "routes", Fail, "10.244.2.0/24 by eth0 is not ours", "ip route del 10.244.2.0/24 dev eth0 metric 0", func(f *Facts) {
-			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0"})
-		}},
-		{"flannel's route behind ours", "routes", Warn, "10.244.2.0/24 via 192.0.2.2 by eth0 is not ours", "dev eth0 metric 1024", func(f *Facts) {
-			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0", Metric: 1024})
-		}},
-		{"flannel's route to no peer", "routes", Warn, "10.244.9.0/24 via 192.0.2.9 by eth0 is not ours", "ip route del 10.244.9.0/24 via 192.0.2.9 dev eth0 metric 0", func(f *Facts) {
-			f.route(netstate.HostRoute{Dst: prefixOf("10.244.9.0/24"), Via: addrOf("192.0.2.9"), Link: "eth0"})
-		}},
+		{
+			"flannel's route to a peer", "routes", Fail, "10.244.2.0/24 by eth0 is not ours",
+			"ip route del 10.244.2.0/24 dev eth0 metric 0", func(f *Facts) {
+				f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0"})
+			},
+		},
+		{
+			"flannel's route behind ours", "routes", Warn, "10.244.2.0/24 via 192.0.2.2 by eth0 is not ours",
+			"dev eth0 metric 1024", func(f *Facts) {
+				f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0", Metric: 1024})
+			},
+		},
+		{
+			"flannel's route to no peer", "routes", Warn, "10.244.9.0/24 via 192.0.2.9 by eth0 is not ours",
+			"ip route del 10.244.9.0/24 via 192.0.2.9 dev eth0 metric 0", func(f *Facts) {
+				f.route(netstate.HostRoute{Dst: prefixOf("10.244.9.0/24"), Via: addrOf("192.0.2.9"), Link: "eth0"})
+			},
+		},
 		{"routes missing", "routes", Fail, "10.244.2.0/24 (n2)", "overlayd diff", func(f *Facts) { f.Survey.Ours.Routes = f.Survey.Ours.Routes[1:] }},
 		{"no device", "tunnel device", Fail, "overlay.1 is not there", "overlayd status", func(f *Facts) { f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...) }},
 		{"device down", "tunnel device", Fail, "overlay.1 is down", "ip link set overlay.1 up", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false }) }},
@@ -695,7 +812,11 @@ func TestJudges(t *testing.T) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.MAC[5] = 9 })
 		}},
 		{"VNI taken", "VXLAN port", Fail, "flannel.x has VNI 1", "ip link delete flannel.x", func(f *Facts) {
-			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.x", VXLAN: netstate.VXLAN{VNI: 1, Port: 8472}, Kind: "vxlan"}})
+			f.Survey.Links = append(f.Survey.Links,
+				netstate.SurveyLink{HostLink: netstate.HostLink{
+					Name: "flannel.x", VXLAN: netstate.VXLAN{VNI: 1, Port: 8472},
+					Kind: "vxlan",
+				}})
 		}},
 		{"port taken", "VXLAN port", Fail, "taken by dnsd (process 7)", "ss -ulnp", func(f *Facts) {
 			f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...)
@@ -718,7 +839,8 @@ func TestJudges(t *testing.T) {
 		{"bridge's MTU", "MTU", Warn, "cni0 has an MTU of 1500", "ip link set cni0 mtu 1450", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
 		{"pod's MTU", "MTU", Warn, "veth1 1500", "ip link set veth1 mtu 1450", func(f *Facts) { f.link("veth1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
 		{"bridge's address", "bridge", Fail, "docker0 has the address 10.244.77.1/24, this node's subnet is 10.244.1.0/24: what is on it", "ip -br link show master docker0", func(f *Facts) {
-			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "docker0", Kind: "bridge", Up: true}})
+			f.Survey.Links = append(f.Survey.Links,
+				netstate.SurveyLink{HostLink: netstate.HostLink{Name: "docker0", Kind: "bridge", Up: true}})
 			f.address("docker0", "10.244.77.1/24")
 		}},
 		{"bridge without its address", "bridge", Fail, "nothing has the address 10.244.1.1/24, the gateway of this node's pods: cni0", "ip address add 10.244.1.1/24 dev cni0", func(f *Facts) {
@@ -739,15 +861,32 @@ func TestJudges(t *testing.T) {
 			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
 			f.address("cni0", "172.17.0.1/16")
 		}},
-		{"the bridge lost its address and ports", "bridge", Fail, "cni0 has lost its address 10.244.1.1/24, the gateway of this node's pods; cni0 has lost 1 of its ports (veth1): pods there are cut off; " +
-			"another program took that, see systemd-networkd and NetworkManager", "ip address replace 10.244.1.1/24 dev cni0", func(f *Facts) {
-			f.bridgeWas("cni0", "10.244.1.1/24", "veth1")
-			f.System.Managers = Managers{Networkd: true, NetworkFile: "/all.network", Managed: "cni0", ForeignRoutes: true, NetworkManager: true, NMAnswers: true, NMManages: "cni0"}
-			f.Survey.Host.Addresses = f.Survey.Host.Addresses[:2]
-		}},
-		{"the bridge has all that it had", "bridge", OK, "cni0 has an address", "", func(f *Facts) { f.bridgeWas("cni0", "10.244.1.1/24") }},
+		{
+			"the bridge lost its address and ports", "bridge", Fail,
+			"cni0 has lost its address 10.244.1.1/24, the gateway of this node's pods; " +
+				"cni0 has lost 1 of its ports (veth1): pods there are cut off; " +
+				"another program took that, see systemd-networkd and NetworkManager", "ip address replace 10.244.1.1/24 dev cni0",
+			func(f *Facts) {
+				f.bridgeWas("cni0", "10.244.1.1/24", "veth1")
+				f.System.Managers = Managers{
+					Networkd: true, NetworkFile: "/all.network", Managed: "cni0", ForeignRoutes: true,
+					NetworkManager: true, NMAnswers: true, NMManages: "cni0",
+				}
+				f.Survey.Host.Addresses = f.Survey.Host.Addresses[:2]
+			},
+		},
+		{
+			"the bridge has all that it had", "bridge", OK, "cni0 has an address", "",
+			func(f *Facts) { f.bridgeWas("cni0", "10.244.1.1/24") },
+		},
 		{"the bridge was removed with its pods", "bridge", OK, "there is none yet", "", func(f *Facts) {
-			f.Memory = &memory{Node: f.Identity, Bridges: []netstate.PodBridge{{Name: "br-pods", Addrs: addr.Per[netip.Prefix]{V4: prefixOf("10.244.1.1/24")}, Ports: []netstate.BridgePort{{Index: 99, Name: "veth9"}}}}}
+			f.Memory = &memory{
+				Node: f.Identity,
+				Bridges: []netstate.PodBridge{{
+					Name: "br-pods", Addrs: addr.Per[netip.Prefix]{V4: prefixOf("10.244.1.1/24")},
+					Ports: []netstate.BridgePort{{Index: 99, Name: "veth9"}},
+				}},
+			}
 			f.Survey.Links, f.Survey.Host.Addresses = f.Survey.Links[:2], f.Survey.Host.Addresses[:2]
 		}},
 		{"no bridge yet", "bridge", OK, "there is none yet", "", func(f *Facts) {
@@ -760,20 +899,31 @@ func TestJudges(t *testing.T) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Offloads = []netstate.Offload{{Name: "tx"}} })
 		}},
 		{"flannel", "other overlays", Warn, "flannel.2", "ip link delete flannel.2", func(f *Facts) {
-			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.2", Kind: "vxlan"}})
+			f.Survey.Links = append(f.Survey.Links,
+				netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel.2", Kind: "vxlan"}})
 		}},
 		{"flannel for IPv6", "other overlays", Warn, "flannel-v6.1", "ip link delete flannel-v6.1", func(f *Facts) {
-			f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel-v6.1", Kind: "vxlan"}})
+			f.Survey.Links = append(f.Survey.Links,
+				netstate.SurveyLink{HostLink: netstate.HostLink{Name: "flannel-v6.1", Kind: "vxlan"}})
 		}},
-		{"flannel's chain", "other overlays", Warn, "table ip nat, chain FLANNEL-POSTRTG", "iptables-save -t nat | sed -n '/FLANNEL-POSTRTG/s/^-A/-D/p'", func(f *Facts) {
-			f.Translation = filter{netstate.FilterChain{Family: "ip", Table: "nat", Name: "FLANNEL-POSTRTG"}}
-		}},
-		{"flannel's chain for IPv6, legacy", "other overlays", Warn, "iptables-legacy, table ip6 filter, chain FLANNEL-FWD", "| ip6tables-legacy-restore --noflush", func(f *Facts) {
-			f.Filter = filter{netstate.FilterChain{Family: "ip6", Table: "filter", Name: "FLANNEL-FWD", Legacy: true}}
-		}},
-		{"flannel's table", "other overlays", Warn, "table ip6 flannel-ipv6", "nft delete table ip6 flannel-ipv6", func(f *Facts) {
-			f.Translation = filter{base("ip6", "flannel-ipv6", "postrtg", "postrouting", "accept")}
-		}},
+		{
+			"flannel's chain", "other overlays", Warn, "table ip nat, chain FLANNEL-POSTRTG",
+			"iptables-save -t nat | sed -n '/FLANNEL-POSTRTG/s/^-A/-D/p'", func(f *Facts) {
+				f.Translation = filter{netstate.FilterChain{Family: "ip", Table: "nat", Name: "FLANNEL-POSTRTG"}}
+			},
+		},
+		{
+			"flannel's chain for IPv6, legacy", "other overlays", Warn, "iptables-legacy, table ip6 filter, chain FLANNEL-FWD",
+			"| ip6tables-legacy-restore --noflush", func(f *Facts) {
+				f.Filter = filter{netstate.FilterChain{Family: "ip6", Table: "filter", Name: "FLANNEL-FWD", Legacy: true}}
+			},
+		},
+		{
+			"flannel's table", "other overlays", Warn, "table ip6 flannel-ipv6", "nft delete table ip6 flannel-ipv6",
+			func(f *Facts) {
+				f.Translation = filter{base("ip6", "flannel-ipv6", "postrtg", "postrouting", "accept")}
+			},
+		},
 		{"mixed iptables", "iptables variants", Warn, "legacy holds 3 rules and iptables-nft 4", "iptables-legacy-save", func(f *Facts) { f.LegacyRules, f.NFTRules = 3, 4 }},
 		{"firewalld", "VXLAN in the firewall", Fail, "dropped by table inet firewalld, chain filter_INPUT", "firewall-cmd --zone=", func(f *Facts) {
 			f.Filter = filter{base("inet", "firewalld", "filter_INPUT", "input", "accept", dropPort)}
@@ -794,14 +944,27 @@ func TestJudges(t *testing.T) {
 		{"forward policy", "forwarded packets", Fail, "from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD -s 10.244.0.0/16 -j ACCEPT", func(f *Facts) {
 			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop")}
 		}},
-		{"forward policy, no daemon", "forwarded packets", Fail, "chain FORWARD: its policy", "it accepts them by itself", func(f *Facts) {
-			f.Filter, f.Daemon.Running, f.ForwardFW = filter{base("ip", "filter", "FORWARD", "forward", "drop")}, false, true
-		}},
-		{"forward rule, no daemon", "forwarded packets", Fail, "chain FORWARD: \"ip daddr 10.244.0.0/16 drop\"", "iptables -I FORWARD", func(f *Facts) {
-			toPods := netstate.FilterTest{Key: []netstate.FilterField{{Field: netstate.FieldDestination}}, Any: [][]netstate.FilterRange{{{From: []byte{10, 244}, To: []byte{10, 244}}}}}
-			drop := netstate.FilterRule{Tests: []netstate.FilterTest{toPods}, Action: netstate.FilterAction{Verdict: netstate.Drop}}
-			f.Filter, f.Daemon.Running, f.ForwardFW = filter{base("ip", "filter", "FORWARD", "forward", "accept", drop)}, false, true
-		}},
+		{
+			"forward policy, no daemon", "forwarded packets", Fail, "chain FORWARD: its policy", "it accepts them by itself",
+			func(f *Facts) {
+				f.Filter, f.Daemon.Running, f.ForwardFW = filter{base("ip", "filter", "FORWARD", "forward", "drop")}, false, true
+			},
+		},
+		{
+			"forward rule, no daemon", "forwarded packets", Fail, "chain FORWARD: \"ip daddr 10.244.0.0/16 drop\"",
+			"iptables -I FORWARD", func(f *Facts) {
+				toPods := netstate.FilterTest{
+					Key: []netstate.FilterField{{Field: netstate.FieldDestination}},
+					Any: [][]netstate.FilterRange{{{From: []byte{10, 244}, To: []byte{10, 244}}}},
+				}
+				drop := netstate.FilterRule{
+					Tests:  []netstate.FilterTest{toPods},
+					Action: netstate.FilterAction{Verdict: netstate.Drop},
+				}
+				f.Filter, f.Daemon.Running, f.ForwardFW = filter{base("ip", "filter", "FORWARD", "forward", "accept", drop)},
+					false, true
+			},
+		},
 		{"forward policy but for one port", "forwarded packets", Fail, "packets (all but what a rule before lets through) from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD", func(f *Facts) {
 			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop", tcpPort(22, netstate.Accept))}
 		}},
@@ -816,24 +979,45 @@ func TestJudges(t *testing.T) {
 			f.sortChains([]netstate.FilterChain{c})
 		}},
 		{"networkd", "systemd-networkd", Warn, "/etc/systemd/network/all.network fits", "overlayd doctor --fix   # writes /etc/systemd/network/10-overlayd.network", func(f *Facts) {
-			f.System.Managers = Managers{Networkd: true, NetworkFile: "/etc/systemd/network/all.network", Managed: "cni0", ForeignRoutes: true}
+			f.System.Managers = Managers{
+				Networkd: true, NetworkFile: "/etc/systemd/network/all.network", Managed: "cni0",
+				ForeignRoutes: true,
+			}
 		}},
-		{"networkd, and a bridge that the drop-in does not name", "systemd-networkd", Warn, "all.network fits br7", "Name=br7", func(f *Facts) {
-			f.System.Managers = Managers{Networkd: true, NetworkFile: "/etc/systemd/network/all.network", Managed: "br7", ForeignRoutes: true}
-		}},
+		{
+			"networkd, and a bridge that the drop-in does not name", "systemd-networkd", Warn, "all.network fits br7",
+			"Name=br7", func(f *Facts) {
+				f.System.Managers = Managers{
+					Networkd: true, NetworkFile: "/etc/systemd/network/all.network", Managed: "br7",
+					ForeignRoutes: true,
+				}
+			},
+		},
 		{"networkd's routes", "systemd-networkd", Warn, "removes routes and rules", "/etc/systemd/networkd.conf.d/overlayd.conf", func(f *Facts) { f.System.Managers = Managers{Networkd: true} }},
-		{"NetworkManager manages the bridge", "NetworkManager", Warn, "it manages br-pods, veth1,", "/etc/NetworkManager/conf.d/overlayd.conf", func(f *Facts) {
-			f.System.Managers = Managers{NetworkManager: true, NMAnswers: true, NMManages: "br-pods, veth1"}
-		}},
-		{"NetworkManager manages the bridge in spite of the file", "NetworkManager", Warn, "it manages br-pods,", "nmcli device set br-pods managed no", func(f *Facts) {
-			f.System.Managers = Managers{NetworkManager: true, NMIgnores: true, NMAnswers: true, NMManages: "br-pods"}
-		}},
-		{"NetworkManager manages a bridge that the drop-in does not name", "NetworkManager", Warn, "it manages br7,", "nmcli device set br7 managed no", func(f *Facts) {
-			f.System.Managers = Managers{NetworkManager: true, NMAnswers: true, NMManages: "br7"}
-		}},
-		{"NetworkManager manages none, by whatever file", "NetworkManager", OK, "it manages none of overlayd's devices", "", func(f *Facts) {
-			f.System.Managers = Managers{NetworkManager: true, NMAnswers: true}
-		}},
+		{
+			"NetworkManager manages the bridge", "NetworkManager", Warn, "it manages br-pods, veth1,",
+			"/etc/NetworkManager/conf.d/overlayd.conf", func(f *Facts) {
+				f.System.Managers = Managers{NetworkManager: true, NMAnswers: true, NMManages: "br-pods, veth1"}
+			},
+		},
+		{
+			"NetworkManager manages the bridge in spite of the file", "NetworkManager", Warn, "it manages br-pods,",
+			"nmcli device set br-pods managed no", func(f *Facts) {
+				f.System.Managers = Managers{NetworkManager: true, NMIgnores: true, NMAnswers: true, NMManages: "br-pods"}
+			},
+		},
+		{
+			"NetworkManager manages a bridge that the drop-in does not name", "NetworkManager", Warn, "it manages br7,",
+			"nmcli device set br7 managed no", func(f *Facts) {
+				f.System.Managers = Managers{NetworkManager: true, NMAnswers: true, NMManages: "br7"}
+			},
+		},
+		{
+			"NetworkManager manages none, by whatever file", "NetworkManager", OK, "it manages none of overlayd's devices", "",
+			func(f *Facts) {
+				f.System.Managers = Managers{NetworkManager: true, NMAnswers: true}
+			},
+		},
 		{"NetworkManager does not answer, and has the file", "NetworkManager", OK, "it is told to leave", "", func(f *Facts) {
 			f.System.Managers = Managers{NetworkManager: true, NMIgnores: true}
 		}},
@@ -858,31 +1042,44 @@ func TestJudges(t *testing.T) {
 			f.Pings.Sample[1].small = Pong{Sent: 2, Lost: 2, Err: unix.EPERM}
 		}},
 		{"lossy", "peers answer", Warn, "some packets to 1 of 2 are lost", "", func(f *Facts) { f.Pings.Sample[0].small.Lost = 1 }},
-		{"black hole", "full-size packets", Fail, "the MTU of the network there is 1400", `put /overlayd/network/config '{"Backend":{"MTU":1400,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
-			f.Pings.Sample[0].full.Lost = 2
-			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1350, true
-		}},
+		{
+			"black hole", "full-size packets", Fail, "the MTU of the network there is 1400",
+			`put /overlayd/network/config '{"Backend":{"MTU":1400,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
+				f.Pings.Sample[0].full.Lost = 2
+				f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1350, true
+			},
+		},
 		{"black hole, not measured to the end", "full-size packets", Fail, "at least 1350 get through to n2, the search for more did not end", "tcpdump", func(f *Facts) {
 			f.Pings.Sample[0].full.Lost = 2
 			f.Pings.Largest.Peer, f.Pings.Largest.Size = f.Peers[0], 1350
 		}},
-		{"black hole, keys in another letter case", "full-size packets", Fail, "the MTU of the network there is 1420", `put /overlayd/network/config '{"backend":{"mtu":1420},"network":"10.244.0.0/16"}'`, func(f *Facts) {
-			f.Store.Table.ConfigJSON = `{"network":"10.244.0.0/16","backend":{"mtu":1500}}`
-			f.Pings.Sample[0].full.Lost = 2
-			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1370, true
-		}},
-		{"black hole too small for IPv6", "full-size packets", Fail, "is 1349: less than the overlay needs (1350)", "tcpdump", func(f *Facts) {
-			f.dual(t)
-			f.Pings.Sample[0].full.Lost = 2
-			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1299, true
-		}},
-		{"black hole without a tunnel", "full-size packets", Fail, "the largest that gets through to n2 is 1400, so that the MTU of the network there is 1400", `'{"Backend":{"MTU":1400,"Type":"host-gw"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
-			f.Daemon.Status.Network.Backend = "host-gw"
-			f.Store.Table.ConfigJSON = `{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}`
-			f.Pings.Sample[0].full.Lost = 2
-			f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1400, true
-			f.Pings.Largest.Peer.way = "direct"
-		}},
+		{
+			"black hole, keys in another letter case", "full-size packets", Fail, "the MTU of the network there is 1420",
+			`put /overlayd/network/config '{"backend":{"mtu":1420},"network":"10.244.0.0/16"}'`, func(f *Facts) {
+				f.Store.Table.ConfigJSON = `{"network":"10.244.0.0/16","backend":{"mtu":1500}}`
+				f.Pings.Sample[0].full.Lost = 2
+				f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1370, true
+			},
+		},
+		{
+			"black hole too small for IPv6", "full-size packets", Fail, "is 1349: less than the overlay needs (1350)", "tcpdump",
+			func(f *Facts) {
+				f.dual(t)
+				f.Pings.Sample[0].full.Lost = 2
+				f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1299, true
+			},
+		},
+		{
+			"black hole without a tunnel", "full-size packets", Fail,
+			"the largest that gets through to n2 is 1400, so that the MTU of the network there is 1400",
+			`'{"Backend":{"MTU":1400,"Type":"host-gw"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
+				f.Daemon.Status.Network.Backend = "host-gw"
+				f.Store.Table.ConfigJSON = `{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}`
+				f.Pings.Sample[0].full.Lost = 2
+				f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1400, true
+				f.Pings.Largest.Peer.way = "direct"
+			},
+		},
 		{"full packets lossy", "full-size packets", Warn, "some packets of 1450 bytes to 1 of 2 are lost: n2 (10.244.2.0): 2 of 5", "", func(f *Facts) {
 			f.Pings.Sample[0].full.Sent, f.Pings.Sample[0].full.Lost = 5, 2
 		}},

@@ -18,8 +18,8 @@ func judgeLearning(f Facts) []Finding {
 	if !learns {
 		return ok("the tunnel device learns nothing")
 	}
-	const dropped = "Backend.Learning is on, with which a node drops what a peer sends from another address than it announces, " +
-		"and counts it nowhere"
+	const dropped = "Backend.Learning is on, with which a node drops what a peer sends from another address " +
+		"than it announces, and counts it nowhere"
 	var behind, silent []string
 	if f.Store != nil {
 		for _, e := range f.Store.Table.Entries {
@@ -37,7 +37,8 @@ func judgeLearning(f Facts) []Finding {
 	slices.Sort(silent)
 	var out []Finding
 	if own := f.ownEntry(); own != nil && !own.PublicIPLocal {
-		const own = ": the address that this node announces is on none of its devices (NAT), so that the others drop what it sends"
+		const own = ": the address that this node announces is on none of its devices (NAT), " +
+			"so that the others drop what it sends"
 		out = append(out, fail(dropped+own, f.noLearning())...)
 	}
 	if len(behind) > 0 {

@@ -145,10 +145,13 @@ func TestPeerIgnoresPings(t *testing.T) {
 	pings := wire{passes: func(to netip.Addr, _ int) bool { return to != first }}
 	var knockedAt []netip.Addr
 	synctest.Test(t, func(t *testing.T) {
-		f.ping(t.Context(), Options{Ping: pings.ping, Knock: func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Pong, error) {
-			knockedAt = append(knockedAt, to...)
-			return wire{passes: func(netip.Addr, int) bool { return true }}.ping(ctx, to, size, count, wait)
-		}})
+		f.ping(t.Context(), Options{
+			Ping: pings.ping,
+			Knock: func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Pong, error) {
+				knockedAt = append(knockedAt, to...)
+				return wire{passes: func(netip.Addr, int) bool { return true }}.ping(ctx, to, size, count, wait)
+			},
+		})
 	})
 	if len(knockedAt) != 1 || knockedAt[0] != first {
 		t.Errorf("knocked at %v", knockedAt)

@@ -150,7 +150,8 @@ func readSysctls(r root, s netstate.Survey) map[string]string {
 		if l.Kind == "veth" && l.Master != "" { // a port of a bridge routes nothing
 			continue
 		}
-		paths = append(paths, rpFilter(l.Name), deviceForwarding(l.Name), ipv6Off(l.Name), "net/ipv6/conf/"+l.Name+"/accept_ra")
+		paths = append(paths, rpFilter(l.Name), deviceForwarding(l.Name), ipv6Off(l.Name),
+			"net/ipv6/conf/"+l.Name+"/accept_ra")
 	}
 	out := map[string]string{}
 	for _, p := range paths {

@@ -108,7 +108,8 @@ func TestManagers(t *testing.T) {
 	})
 	usual := managedLike(netstate.Survey{}, nil)
 	want := Managers{
-		Networkd: true, NetworkManager: true, Udev: true, NetworkFile: "/etc/systemd/network/50-all.network", Managed: "overlay.1",
+		Networkd: true, NetworkManager: true, Udev: true, NetworkFile: "/etc/systemd/network/50-all.network",
+		Managed:  "overlay.1",
 		LinkFile: "/usr/lib/systemd/network/99-default.link", MACPolicy: "persistent",
 	}
 	if m := lookAtManagers(root(dir), usual); m != want {
@@ -142,7 +143,8 @@ func TestManagers(t *testing.T) {
 		}
 	}
 	// Those that do not run are nobody.
-	if m := lookAtManagers(root(files(t, map[string]string{"run/systemd/netif/state": "", "proc/7/comm": "bash\n"})), usual); m.Networkd {
+	if m := lookAtManagers(root(files(t, map[string]string{"run/systemd/netif/state": "", "proc/7/comm": "bash\n"})),
+		usual); m.Networkd {
 		t.Errorf("%+v", m)
 	}
 }
@@ -162,10 +164,15 @@ func TestAskNetworkManager(t *testing.T) {
 		return netstate.HostLink{Index: i, Name: name, Kind: kind, Master: master, Tunnel: kind == "vxlan"}
 	}
 	s := netstate.Survey{Host: netstate.Host{Links: []netstate.HostLink{
-		link(2, "eth0", "device", ""), link(3, "overlay.1", "vxlan", ""), link(4, "br-pods", "bridge", ""), link(5, "veth1", "veth", "br-pods"), link(6, "veth2", "veth", "br-pods"),
+		link(2, "eth0", "device", ""), link(3, "overlay.1", "vxlan", ""), link(4, "br-pods", "bridge", ""),
+		link(5, "veth1", "veth", "br-pods"), link(6, "veth2", "veth", "br-pods"),
 	}}.Indexed()}
 	devices := managedLike(s, []netstate.PodBridge{{Name: "br-pods"}, {Name: "cni0"}})
-	if want := []device{{"overlay.1", "vxlan", true}, {"br-pods", "bridge", true}, {"veth1", "veth", true}}; !reflect.DeepEqual(devices, want) {
+	if want := []device{
+		{"overlay.1", "vxlan", true},
+		{"br-pods", "bridge", true},
+		{"veth1", "veth", true},
+	}; !reflect.DeepEqual(devices, want) {
 		t.Errorf("devices %v", devices)
 	}
 	is := func(what, manages string, known bool) {

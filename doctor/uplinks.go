@@ -8,8 +8,8 @@ import (
 	"github.com/overlayd/overlayd/netstate"
 )
 
-// uplinks are the devices by which packets to other nodes leave: those to which the routes to peers lead, and the one that the tunnel is
-// bound to, or if it is bound to none, those of the default route. A tunnel device of ours is none.
+// uplinks are the devices by which packets to other nodes leave: those to which the routes to peers lead, and the one
+// that the tunnel is bound to, or if it is bound to none, those of the default route. A tunnel device of ours is none.
 func (f Facts) uplinks(fam addr.Family) []netstate.SurveyLink {
 	var out []netstate.SurveyLink
 	add := func(name string) {
@@ -45,8 +45,8 @@ func unspecified(fam addr.Family) netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
-// arrivals are the devices on which packets of other nodes arrive: the one that has the address which they are sent to, or if nothing can
-// arrive on that one, any by which packets leave.
+// arrivals are the devices on which packets of other nodes arrive: the one that has the address which they are sent to,
+// or if nothing can arrive on that one, any by which packets leave.
 func (f Facts) arrivals(fam addr.Family) []netstate.SurveyLink {
 	at := f.reachedAt(fam)
 	for _, a := range f.Survey.Host.Addresses {
@@ -60,7 +60,8 @@ func (f Facts) arrivals(fam addr.Family) []netstate.SurveyLink {
 	return f.uplinks(fam)
 }
 
-// reachedAt is this node's address that packets of other nodes arrive with: the public IP, unless NAT puts another one in its place.
+// reachedAt is this node's address that packets of other nodes arrive with: the public IP, unless NAT puts another one
+// in its place.
 func (f Facts) reachedAt(fam addr.Family) netip.Addr {
 	if ip := f.Underlay.PublicIP.Get(fam); f.Survey.Host.Has(ip) {
 		return ip

@@ -59,11 +59,16 @@ func multipath(f *Facts) {
 func routed(f *Facts) {
 	multipath(f)
 	h := f.Survey.Host
-	h.Addresses = append(slices.DeleteFunc(slices.Clone(h.Addresses), func(a netstate.HostAddress) bool { return strings.HasPrefix(a.Link, "eth") }),
+	h.Addresses = append(slices.DeleteFunc(slices.Clone(h.Addresses),
+		func(a netstate.HostAddress) bool { return strings.HasPrefix(a.Link, "eth") }),
 		netstate.HostAddress{Link: "lo", Prefix: prefixOf("10.255.0.1/32")})
 	h.Routes = slices.Clone(h.Routes[:2])
 	f.Survey.Host = h.Indexed()
-	f.Survey.Links = append(f.Survey.Links, netstate.SurveyLink{HostLink: netstate.HostLink{Name: "lo", Index: 1, Kind: "device", MTU: 65536, Up: true, Loopback: true}, Carrier: true})
+	f.Survey.Links = append(f.Survey.Links,
+		netstate.SurveyLink{HostLink: netstate.HostLink{
+			Name: "lo", Index: 1, Kind: "device", MTU: 65536, Up: true,
+			Loopback: true,
+		}, Carrier: true})
 	f.sendsFrom("10.255.0.1", "")
 }
 
@@ -89,36 +94,99 @@ func TestUplinks(t *testing.T) {
 		mark         Mark
 		reason, mend string
 	}{
-		"public IP of a second device, strict there":               {publicOnSecond, strict("eth1"), "rp_filter", Fail, "what they send to 203.0.113.1 is dropped: n2 (192.0.2.2, by eth0)", "sysctl -w net/ipv4/conf/eth1/rp_filter=2"},
+		"public IP of a second device, strict there": {
+			publicOnSecond, strict("eth1"), "rp_filter", Fail,
+			"what they send to 203.0.113.1 is dropped: n2 (192.0.2.2, by eth0)", "sysctl -w net/ipv4/conf/eth1/rp_filter=2",
+		},
 		"public IP of a second device, strict where packets leave": {publicOnSecond, strict("eth0"), "rp_filter", OK, "", ""},
 		"public IP of a second device beside --iface": {func(f *Facts) {
 			publicOnSecond(f)
 			f.sendsFrom("192.0.2.1", "eth0")
 			f.Underlay.PublicIP.V4 = addrOf("203.0.113.1")
 		}, strict("eth1"), "rp_filter", Fail, "strict on eth1", "sysctl -w net/ipv4/conf/eth1/rp_filter=2"},
-		"public IP of a second device, firewall":     {publicOnSecond, drops("input"), "VXLAN in the firewall", Fail, "that arrive by eth1 are dropped", "iifname eth1"},
-		"public IP of a second device, firewall out": {publicOnSecond, drops("output"), "VXLAN in the firewall", Fail, "that leave by eth0 are dropped", "oifname eth0"},
-		"public IP of a second device, MTU":          {publicOnSecond, func(f *Facts) { f.link("eth0", func(l *netstate.SurveyLink) { l.MTU = 1400 }) }, "MTU", Fail, "over eth0 with 1400 only 1350 get through", "ip link set overlay.1 mtu 1350"},
-		"two uplinks, strict":                        {multipath, func(f *Facts) { f.System.Sysctls[rpFilter("all")] = "1" }, "rp_filter", OK, "", ""},
-		"two uplinks, firewall":                      {multipath, drops("input"), "VXLAN in the firewall", Fail, "that arrive by eth0 are dropped", ""},
-		"two uplinks, firewall out":                  {multipath, drops("output"), "VXLAN in the firewall", Fail, "that leave by eth1 are dropped", ""},
-		"two uplinks, the tunnel is bound":           {multipath, func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.VXLAN.Underlay = "eth1" }) }, "tunnel device", Fail, "from 192.0.2.1 by eth1, it should from 192.0.2.1 by no device alone", ""},
-		"two uplinks, one is down":                   {multipath, down("eth1"), "interface", Warn, "1 of the 2 devices that lead to the other nodes: eth1 is down", "ip link set eth1 up"},
-		"two uplinks, MTU":                           {multipath, func(f *Facts) { f.link("eth1", func(l *netstate.SurveyLink) { l.MTU = 1400 }) }, "MTU", Fail, "over eth1 with 1400 only 1350 get through", ""},
-		"address on lo, both are down":               {routed, down("eth0", "eth1"), "interface", Fail, "nothing leads to the other nodes", "ip link set eth0 up"},
-		"address on lo, it is gone":                  {routed, func(f *Facts) { f.Survey.Host.Addresses = nil; f.Survey.Host = f.Survey.Host.Indexed() }, "interface", Fail, "no device has the address 10.255.0.1 any more", ""},
-		"address on lo, no route":                    {routed, func(f *Facts) { f.Survey.Host.Routes = nil; f.Survey.Host = f.Survey.Host.Indexed() }, "interface", Fail, "no route leads from 10.255.0.1", "ip route add default"},
-		"address on lo, strict":                      {routed, func(f *Facts) { f.System.Sysctls[rpFilter("all")] = "1" }, "rp_filter", OK, "", ""},
-		"address on lo, strict, a peer by one of them": {routed, func(f *Facts) {
-			f.System.Sysctls[rpFilter("all")] = "1"
-			f.route(netstate.HostRoute{Dst: prefixOf("198.51.100.0/24"), Via: addrOf("192.0.2.254"), Link: "eth0"})
-		}, "rp_filter", Warn, "strict on eth1, and the way back to 1 nodes leaves by another device", "sysctl -w net/ipv4/conf/eth1/rp_filter=2"},
-		"address on lo, firewall": {routed, drops("input"), "VXLAN in the firewall", Fail, "that arrive by eth1 are dropped", ""},
-		"default route by the tunnel": {func(*Facts) {}, func(f *Facts) {
-			f.Survey.Host.Links = []netstate.HostLink{{Name: "overlay.1", Tunnel: true}}
-			f.Survey.Host.Routes = []netstate.HostRoute{{Dst: prefixOf("0.0.0.0/0"), Link: "overlay.1"}}
-			f.Survey.Host = f.Survey.Host.Indexed()
-		}, "routes", Fail, "the route to 0.0.0.0/0 by overlay.1 leads packets to other nodes into the tunnel", "ip route del 0.0.0.0/0 dev overlay.1 metric 0"},
+		"public IP of a second device, firewall": {
+			publicOnSecond, drops("input"), "VXLAN in the firewall", Fail,
+			"that arrive by eth1 are dropped", "iifname eth1",
+		},
+		"public IP of a second device, firewall out": {
+			publicOnSecond, drops("output"), "VXLAN in the firewall", Fail,
+			"that leave by eth0 are dropped", "oifname eth0",
+		},
+		"public IP of a second device, MTU": {
+			publicOnSecond,
+			func(f *Facts) {
+				f.link("eth0", func(l *netstate.SurveyLink) { l.MTU = 1400 })
+			}, "MTU", Fail, "over eth0 with 1400 only 1350 get through", "ip link set overlay.1 mtu 1350",
+		},
+		"two uplinks, strict": {
+			multipath, func(f *Facts) { f.System.Sysctls[rpFilter("all")] = "1" },
+			"rp_filter", OK, "", "",
+		},
+		"two uplinks, firewall": {
+			multipath, drops("input"), "VXLAN in the firewall", Fail,
+			"that arrive by eth0 are dropped", "",
+		},
+		"two uplinks, firewall out": {
+			multipath, drops("output"), "VXLAN in the firewall", Fail,
+			"that leave by eth1 are dropped", "",
+		},
+		"two uplinks, the tunnel is bound": {
+			multipath,
+			func(f *Facts) {
+				f.link("overlay.1", func(l *netstate.SurveyLink) { l.VXLAN.Underlay = "eth1" })
+			}, "tunnel device", Fail, "from 192.0.2.1 by eth1, it should from 192.0.2.1 by no device alone", "",
+		},
+		"two uplinks, one is down": {
+			multipath, down("eth1"), "interface", Warn,
+			"1 of the 2 devices that lead to the other nodes: eth1 is down", "ip link set eth1 up",
+		},
+		"two uplinks, MTU": {
+			multipath,
+			func(f *Facts) {
+				f.link("eth1", func(l *netstate.SurveyLink) { l.MTU = 1400 })
+			}, "MTU", Fail, "over eth1 with 1400 only 1350 get through", "",
+		},
+		"address on lo, both are down": {
+			routed, down("eth0", "eth1"), "interface", Fail,
+			"nothing leads to the other nodes", "ip link set eth0 up",
+		},
+		"address on lo, it is gone": {
+			routed,
+			func(f *Facts) {
+				f.Survey.Host.Addresses = nil
+				f.Survey.Host = f.Survey.Host.Indexed()
+			}, "interface", Fail, "no device has the address 10.255.0.1 any more", "",
+		},
+		"address on lo, no route": {
+			routed,
+			func(f *Facts) {
+				f.Survey.Host.Routes = nil
+				f.Survey.Host = f.Survey.Host.Indexed()
+			}, "interface", Fail, "no route leads from 10.255.0.1", "ip route add default",
+		},
+		"address on lo, strict": {
+			routed, func(f *Facts) { f.System.Sysctls[rpFilter("all")] = "1" },
+			"rp_filter", OK, "", "",
+		},
+		"address on lo, strict, a peer by one of them": {
+			routed, func(f *Facts) {
+				f.System.Sysctls[rpFilter("all")] = "1"
+				f.route(netstate.HostRoute{Dst: prefixOf("198.51.100.0/24"), Via: addrOf("192.0.2.254"), Link: "eth0"})
+			}, "rp_filter", Warn, "strict on eth1, and the way back to 1 nodes leaves by another device",
+			"sysctl -w net/ipv4/conf/eth1/rp_filter=2",
+		},
+		"address on lo, firewall": {
+			routed, drops("input"), "VXLAN in the firewall", Fail, "that arrive by eth1 are dropped",
+			"",
+		},
+		"default route by the tunnel": {
+			func(*Facts) {}, func(f *Facts) {
+				f.Survey.Host.Links = []netstate.HostLink{{Name: "overlay.1", Tunnel: true}}
+				f.Survey.Host.Routes = []netstate.HostRoute{{Dst: prefixOf("0.0.0.0/0"), Link: "overlay.1"}}
+				f.Survey.Host = f.Survey.Host.Indexed()
+			}, "routes", Fail, "the route to 0.0.0.0/0 by overlay.1 leads packets to other nodes into the tunnel",
+			"ip route del 0.0.0.0/0 dev overlay.1 metric 0",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -131,7 +199,8 @@ func TestUplinks(t *testing.T) {
 			}
 			tt.spoil(&f)
 			found := slices.ContainsFunc(judge(f), func(x Finding) bool {
-				return x.Check == tt.check && x.Mark == tt.mark && strings.Contains(x.Reason, tt.reason) && strings.Contains(strings.Join(x.Mend, "\n"), tt.mend)
+				return x.Check == tt.check && x.Mark == tt.mark && strings.Contains(x.Reason, tt.reason) &&
+					strings.Contains(strings.Join(x.Mend, "\n"), tt.mend)
 			})
 			if !found {
 				for _, x := range judge(f) {
@@ -139,7 +208,8 @@ func TestUplinks(t *testing.T) {
 						t.Errorf("%+v", x)
 					}
 				}
-				t.Errorf("want %s: %s (%s), arrivals %v, uplinks %v", tt.check, tt.reason, tt.mend, namesOf(f.arrivals(addr.IPv4)), namesOf(f.uplinks(addr.IPv4)))
+				t.Errorf("want %s: %s (%s), arrivals %v, uplinks %v", tt.check, tt.reason, tt.mend, namesOf(f.arrivals(addr.IPv4)),
+					namesOf(f.uplinks(addr.IPv4)))
 			}
 		})
 	}

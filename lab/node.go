@@ -214,7 +214,8 @@ func (n *Node) AddLink(t Topology, name string, segment int) (at, via addr.Per[n
 	}
 	sw := t.Switches[segment-1]
 	number := lastOctet(n.Addr(n.options.Stack.Families()[0]).AsSlice())
-	mac := net.HardwareAddr{2, 0, 0, 0, byte(segment), byte(number)} // the same each time: others remember it for some seconds
+	// the same each time: others remember it for some seconds
+	mac := net.HardwareAddr{2, 0, 0, 0, byte(segment), byte(number)}
 	if err := n.plugInto(sw.NS, name, n.Name+"-"+name, mac); err != nil {
 		return at, via, err
 	}

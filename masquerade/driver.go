@@ -37,8 +37,8 @@ func (r *Result) add(more Result) {
 	r.NoSets = errors.Join(r.NoSets, more.NoSets)
 }
 
-// Sets keeps named sets of addresses or networks in the kernel, for a firewall that has none of its own. A set has to exist before a
-// rule names it, and cannot be removed before the rule is.
+// Sets keeps named sets of addresses or networks in the kernel, for a firewall that has none of its own. A set has to
+// exist before a rule names it, and cannot be removed before the rule is.
 type Sets interface {
 	// Ensure makes the set hold exactly these members; it returns how many changes were made for it.
 	Ensure(name string, f addr.Family, networks bool, members []netip.Prefix) (changed int, err error)
@@ -113,7 +113,7 @@ const (
 	RulesChanged                       // our chain holds other rules, or in another order
 	JumpMissing                        // nothing calls our chain
 	JumpMisplaced                      // the call of our chain does not stand where it belongs
-	JumpContested                      // the same, and left so for now: it was moved too often
+	JumpContested                      // the same, and left so: it was moved too often
 	JumpRepeated                       // our chain is called more than once
 	JumpChanged                        // our chain is called under conditions
 	SetChanged                         // a set holds other members

@@ -17,7 +17,10 @@ func (r *rig) forwardOrder(f addr.Family) string {
 	for line := range strings.Lines(r.iptables(f, "-S FORWARD")) {
 		if rule, ok := strings.CutPrefix(strings.TrimSpace(line), "-A FORWARD "); ok {
 			rule = strings.ReplaceAll(rule, "-j OVERLAYD-FWD", "ours")
-			for _, word := range []string{"icmp-host-prohibited", "icmp-port-unreachable", "icmp6-adm-prohibited", "icmp6-port-unreachable"} {
+			for _, word := range []string{
+				"icmp-host-prohibited", "icmp-port-unreachable", "icmp6-adm-prohibited",
+				"icmp6-port-unreachable",
+			} {
 				rule = strings.ReplaceAll(rule, " --reject-with "+word, "")
 			}
 			order = append(order, strings.TrimPrefix(rule, "-j "))
@@ -37,29 +40,91 @@ func TestPlaceInForward(t *testing.T) {
 		want   string
 	}{
 		{"nothing", nil, nil, "ours"},
-		{"rules of others", []string{"-A FORWARD -j ENGINE", "-A FORWARD -i eth1 -j REJECT"}, nil, "ENGINE, -i eth1 -j REJECT, ours"},
-		{"first", []string{"-A FORWARD -j ENGINE"}, []string{"-I FORWARD 1 -i eth1 -j DROP"}, "-i eth1 -j DROP, ENGINE, ours"},
-		{"appended", []string{"-A FORWARD -j ENGINE"}, []string{"-A FORWARD -i eth1 -j DROP", "-A FORWARD -j DOCKER-USER"}, "ENGINE, -i eth1 -j DROP, DOCKER-USER, ours"},
-		{"final REJECT", []string{"-A FORWARD -j ENGINE", "-A FORWARD -j REJECT --reject-with %s"}, nil, "ENGINE, ours, REJECT"},
+		{
+			"rules of others",
+			[]string{"-A FORWARD -j ENGINE", "-A FORWARD -i eth1 -j REJECT"},
+			nil,
+			"ENGINE, -i eth1 -j REJECT, ours",
+		},
+		{
+			"first",
+			[]string{"-A FORWARD -j ENGINE"},
+			[]string{"-I FORWARD 1 -i eth1 -j DROP"},
+			"-i eth1 -j DROP, ENGINE, ours",
+		},
+		{
+			"appended",
+			[]string{"-A FORWARD -j ENGINE"},
+			[]string{"-A FORWARD -i eth1 -j DROP", "-A FORWARD -j DOCKER-USER"},
+			"ENGINE, -i eth1 -j DROP, DOCKER-USER, ours",
+		},
+		{
+			"final REJECT",
+			[]string{"-A FORWARD -j ENGINE", "-A FORWARD -j REJECT --reject-with %s"},
+			nil,
+			"ENGINE, ours, REJECT",
+		},
 		{"only a REJECT", []string{"-A FORWARD -j REJECT --reject-with %s"}, nil, "ours, REJECT"},
-		{"REJECT comes later", []string{"-A FORWARD -j ENGINE"}, []string{"-A FORWARD -j REJECT --reject-with %s"}, "ENGINE, ours, REJECT"},
-		{"with a comment", []string{"-A FORWARD -j ENGINE", "-A FORWARD -m comment --comment nothing-else -j DROP"}, nil, "ENGINE, ours, -m comment --comment nothing-else -j DROP"},
-		{"several", []string{"-A FORWARD -j ENGINE", "-A FORWARD -j REJECT", "-A FORWARD -j DROP"}, []string{"-A FORWARD -j DROP"}, "ENGINE, ours, REJECT, DROP, DROP"},
+		{
+			"REJECT comes later",
+			[]string{"-A FORWARD -j ENGINE"},
+			[]string{"-A FORWARD -j REJECT --reject-with %s"},
+			"ENGINE, ours, REJECT",
+		},
+		{
+			"with a comment",
+			[]string{"-A FORWARD -j ENGINE", "-A FORWARD -m comment --comment nothing-else -j DROP"},
+			nil,
+			"ENGINE, ours, -m comment --comment nothing-else -j DROP",
+		},
+		{
+			"several",
+			[]string{"-A FORWARD -j ENGINE", "-A FORWARD -j REJECT", "-A FORWARD -j DROP"},
+			[]string{"-A FORWARD -j DROP"},
+			"ENGINE, ours, REJECT, DROP, DROP",
+		},
 		{"back to the policy", []string{"-A FORWARD -j ENGINE", "-A FORWARD -j RETURN"}, nil, "ENGINE, ours, RETURN"},
 		{"appended in vain", []string{"-A FORWARD -j REJECT"}, []string{"-A FORWARD -j ENGINE"}, "ours, REJECT, ENGINE"},
 		{"appended in vain before", []string{"-A FORWARD -j REJECT", "-A FORWARD -j ENGINE"}, nil, "ours, REJECT, ENGINE"},
 		{"before the REJECT", []string{"-A FORWARD -j REJECT"}, []string{"-I FORWARD 2 -j ENGINE"}, "ENGINE, ours, REJECT"},
 		{"all stopped", []string{"-A FORWARD -j ENGINE"}, []string{"-I FORWARD 1 -j DROP"}, "DROP, ENGINE, ours"},
-		{"all stopped, then more", []string{"-A FORWARD -j ENGINE"}, []string{"-I FORWARD 1 -j DROP", "-A FORWARD -j DOCKER-USER"}, "DROP, ENGINE, DOCKER-USER, ours"},
-		{"put first", []string{"-A FORWARD -j ENGINE"}, []string{"-D FORWARD -j OVERLAYD-FWD", "-I FORWARD 1 -j OVERLAYD-FWD"}, "ENGINE, ours"},
+		{
+			"all stopped, then more",
+			[]string{"-A FORWARD -j ENGINE"},
+			[]string{"-I FORWARD 1 -j DROP", "-A FORWARD -j DOCKER-USER"},
+			"DROP, ENGINE, DOCKER-USER, ours",
+		},
+		{
+			"put first",
+			[]string{"-A FORWARD -j ENGINE"},
+			[]string{"-D FORWARD -j OVERLAYD-FWD", "-I FORWARD 1 -j OVERLAYD-FWD"},
+			"ENGINE, ours",
+		},
 		{"twice", []string{"-A FORWARD -j ENGINE"}, []string{"-I FORWARD 1 -j OVERLAYD-FWD"}, "ENGINE, ours"},
-		{"flushed", []string{"-A FORWARD -j ENGINE"}, []string{"-F FORWARD", "-A FORWARD -i eth1 -j DROP", "-A FORWARD -j REJECT"}, "-i eth1 -j DROP, ours, REJECT"},
+		{
+			"flushed",
+			[]string{"-A FORWARD -j ENGINE"},
+			[]string{"-F FORWARD", "-A FORWARD -i eth1 -j DROP", "-A FORWARD -j REJECT"},
+			"-i eth1 -j DROP, ours, REJECT",
+		},
 		{"a goto", nil, []string{"-A FORWARD -g ENGINE"}, "-g ENGINE, ours"},
-		{"logged and rejected", []string{"-A FORWARD -j ENGINE", "-A FORWARD -j LOG", "-A FORWARD -j REJECT"}, nil, "ENGINE, ours, LOG, REJECT"},
-		{"logged and dropped later", []string{"-A FORWARD -j ENGINE"}, []string{"-A FORWARD -m limit --limit 3/min -j LOG", "-A FORWARD -j DROP"}, "ENGINE, ours, -m limit --limit 3/min -j LOG, DROP"},
+		{
+			"logged and rejected",
+			[]string{"-A FORWARD -j ENGINE", "-A FORWARD -j LOG", "-A FORWARD -j REJECT"},
+			nil,
+			"ENGINE, ours, LOG, REJECT",
+		},
+		{"logged and dropped later", []string{"-A FORWARD -j ENGINE"}, []string{
+			"-A FORWARD -m limit --limit 3/min -j LOG",
+			"-A FORWARD -j DROP",
+		}, "ENGINE, ours, -m limit --limit 3/min -j LOG, DROP"},
 		{"only logged", []string{"-A FORWARD -j LOG"}, nil, "LOG, ours"},
 		{"some are logged", []string{"-A FORWARD -i eth1 -j LOG", "-A FORWARD -j DROP"}, nil, "-i eth1 -j LOG, ours, DROP"},
-		{"under a condition", nil, []string{"-A FORWARD -p udp -j REJECT", "-A FORWARD -m mark --mark 0x1 -j DROP"}, "-p udp -j REJECT, -m mark --mark 0x1 -j DROP, ours"},
+		{
+			"under a condition", nil,
+			[]string{"-A FORWARD -p udp -j REJECT", "-A FORWARD -m mark --mark 0x1 -j DROP"},
+			"-p udp -j REJECT, -m mark --mark 0x1 -j DROP, ours",
+		},
 	}
 	eachRig := map[string]func(*testing.T, *nstest.NS, Variant) *rig{"iptables": newRig, "nftables": newNFTRig}
 	for driver, make := range eachRig {
@@ -102,7 +167,10 @@ func TestPlaceInForwardByNFT(t *testing.T) {
 	t.Parallel()
 	for _, rules := range [][]string{
 		{`iifname "eth1" drop`, "OVERLAYD-FWD", "counter reject", `drop comment "all else"`},
-		{`iifname "eth1" log drop`, "OVERLAYD-FWD", `limit rate 3/minute log prefix "end" comment "x"`, `log prefix "drop" counter drop`},
+		{
+			`iifname "eth1" log drop`, "OVERLAYD-FWD", `limit rate 3/minute log prefix "end" comment "x"`,
+			`log prefix "drop" counter drop`,
+		},
 	} {
 		r := newRig(t, nstest.New(t), VariantNFT)
 		r.ensure(both()...)
@@ -129,7 +197,10 @@ func TestPlaceInForwardByNFT(t *testing.T) {
 // Against a program that wants the last place too, our call is moved a few times, and then now and again.
 func TestContestedPlaceInForward(t *testing.T) {
 	t.Parallel()
-	for name, make := range map[string]func(*testing.T, *nstest.NS, Variant) *rig{"iptables": newRig, "nftables": newNFTRig} {
+	for name, make := range map[string]func(*testing.T, *nstest.NS, Variant) *rig{
+		"iptables": newRig,
+		"nftables": newNFTRig,
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := make(t, nstest.New(t), VariantNFT).withWatch()

@@ -211,7 +211,8 @@ const aComment = `( -m comment --comment ("(\\.|[^"\\])*"|\S+)| -m log)`
 // how often it may be.
 var (
 	policyRule = regexp.MustCompile(`^-A \S+` + aComment + `* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
-	logRule    = regexp.MustCompile(`^-A \S+(` + aComment + `| -m limit( --limit(-burst)? \S+)*)*( -m log` + aComment + `*| -j (LOG|NFLOG)( .*)?)$`)
+	logRule    = regexp.MustCompile(`^-A \S+(` + aComment + `| -m limit( --limit(-burst)? \S+)*)*( -m log` +
+		aComment + `*| -j (LOG|NFLOG)( .*)?)$`)
 )
 
 func isPolicy(rule string) bool { return policyRule.MatchString(rule) }

@@ -116,7 +116,10 @@ func TestNFTDriftIsSeenAndRepaired(t *testing.T) {
 // One network more or less changes the set and no rule, also where one takes the place of a larger one, or of several.
 func TestBareSubnetsFollow(t *testing.T) {
 	t.Parallel()
-	for name, make := range map[string]func(*testing.T, *nstest.NS, Variant) *rig{"iptables": newRig, "nftables": newNFTRig} {
+	for name, make := range map[string]func(*testing.T, *nstest.NS, Variant) *rig{
+		"iptables": newRig,
+		"nftables": newNFTRig,
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := make(t, nstest.New(t), VariantNFT).withSets()
@@ -136,7 +139,8 @@ func TestBareSubnetsFollow(t *testing.T) {
 				{"", "10.244.100.0/23", 1},
 				{"10.244.7.0/24", "", 1},
 			} {
-				in.Bare = slices.DeleteFunc(slices.Clone(in.Bare), func(p netip.Prefix) bool { return strings.Contains(c.without, p.String()) })
+				in.Bare = slices.DeleteFunc(slices.Clone(in.Bare),
+					func(p netip.Prefix) bool { return strings.Contains(c.without, p.String()) })
 				if c.with != "" {
 					in.Bare = append(in.Bare, netip.MustParsePrefix(c.with))
 				}
@@ -158,7 +162,8 @@ func TestBareSubnetsFollow(t *testing.T) {
 						t.Errorf("%+v: no %s in\n%s", c, p, shown)
 					}
 				}
-				if without, _, _ := strings.Cut(c.without, " "); without != "" && strings.Contains(shown, without) || len(in.Bare) == 0 && strings.Contains(shown, bareSet(addr.IPv4)) {
+				if without, _, _ := strings.Cut(c.without, " "); without != "" && strings.Contains(shown, without) ||
+					len(in.Bare) == 0 && strings.Contains(shown, bareSet(addr.IPv4)) {
 					t.Errorf("%+v: left in\n%s", c, shown)
 				}
 			}

@@ -266,7 +266,8 @@ func testPackets(t *testing.T, w *world, r *rig) {
 		t.Errorf("multicast: seen as %q, want %s; %v", got, p.podGW, err)
 	}
 
-	// Towards the pods of a peer that answers without the tunnel, the node takes its address in it; between pods nothing changes.
+	// Towards the pods of a peer that answers without the tunnel, the node takes its address in it; between pods nothing
+	// changes.
 	in.Bare = []netip.Prefix{netip.MustParsePrefix(p.peerSubnet)}
 	for _, want := range []string{p.vtep, p.node} {
 		r.ensure(Rules(in))
@@ -275,9 +276,14 @@ func testPackets(t *testing.T, w *world, r *rig) {
 			bind, want string
 			to         *nstest.NS
 			target     string
-		}{{w.node, p.node, want, w.peer, p.peerPod}, {w.pod, "", p.pod, w.peer, p.peerPod}, {w.node, p.node, p.node, w.pod, p.pod}} {
+		}{
+			{w.node, p.node, want, w.peer, p.peerPod},
+			{w.pod, "", p.pod, w.peer, p.peerPod},
+			{w.node, p.node, p.node, w.pod, p.pod},
+		} {
 			if got, err := w.seenAs(row.from, row.bind, row.to, row.target, 0); err != nil || got != row.want {
-				t.Errorf("answers without the tunnel from %v: %s to %s seen as %q, want %s; %v", in.Bare, row.bind, row.target, got, row.want, err)
+				t.Errorf("answers without the tunnel from %v: %s to %s seen as %q, want %s; %v", in.Bare, row.bind, row.target, got,
+					row.want, err)
 			}
 		}
 		in.Bare = nil

@@ -21,7 +21,10 @@ func fullInput(f addr.Family) Input {
 
 // bareSubnets are of several lengths, and side by side.
 func bareSubnets() (out []netip.Prefix) {
-	for _, s := range []string{"10.244.8.0/24", "10.244.9.0/24", "10.244.16.0/20", "10.244.255.128/25", "fd00:10:244:8::/64", "fd00:10:244:9::/64", "fd00:10:244:1000::/52"} {
+	for _, s := range []string{
+		"10.244.8.0/24", "10.244.9.0/24", "10.244.16.0/20", "10.244.255.128/25",
+		"fd00:10:244:8::/64", "fd00:10:244:9::/64", "fd00:10:244:1000::/52",
+	} {
 		out = append(out, netip.MustParsePrefix(s))
 	}
 	return out

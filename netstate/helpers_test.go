@@ -123,7 +123,8 @@ func fullState() State {
 		s.Addresses = append(s.Addresses, Address{f.dev, addr.Host(own.Addr())})
 		s.Rules = append(s.Rules, Rule{Priority: 11800, From: own, To: orAny(netip.Prefix{}, own), Table: OwnTable})
 		network := netip.PrefixFrom(own.Addr(), 16).Masked()
-		s.Rules = append(s.Rules, Rule{Priority: 20000, From: orAny(netip.Prefix{}, own), To: network, Table: MainTable, AtLeast: 16, Unmarked: 5})
+		s.Rules = append(s.Rules,
+			Rule{Priority: 20000, From: orAny(netip.Prefix{}, own), To: network, Table: MainTable, AtLeast: 16, Unmarked: 5})
 		direct := netip.MustParsePrefix(f.direct)
 		s.Routes = append(s.Routes, Route{Table: MainTable, Dst: direct, Metric: Metric(direct), Via: netip.MustParseAddr(fmt.Sprintf(f.public, 9)), Link: "eth0"})
 		for p := 2; p <= 4; p++ {

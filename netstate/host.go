@@ -48,8 +48,8 @@ type HostAddress struct {
 	Tunnel   bool // it is on a device of ours
 }
 
-// HostRoute is a unicast route of the main table, or one that drops packets. A route with several next hops is one HostRoute for
-// each of them, one behind the other.
+// HostRoute is a unicast route of the main table, or one that drops packets. A route with several next hops is one
+// HostRoute for each of them, one behind the other.
 type HostRoute struct {
 	Dst    netip.Prefix
 	Via    netip.Addr // the gateway, maybe of the other family; the zero Addr: on-link
@@ -99,9 +99,9 @@ func (h Host) Has(a netip.Addr) bool {
 	return ok
 }
 
-// Route finds the route that the main table has for an address: the longest prefix, and of those the lowest metric; of one with
-// several next hops it is the first. It asks for each prefix length in use once, so that it stays quick for many addresses and many
-// routes.
+// Route finds the route that the main table has for an address: the longest prefix, and of those the lowest metric; of
+// one with several next hops it is the first. It asks for each prefix length in use once, so that it stays quick for
+// many addresses and many routes.
 func (h Host) Route(a netip.Addr) (HostRoute, bool) {
 	hops := h.NextHops(a)
 	if len(hops) == 0 {
@@ -110,7 +110,8 @@ func (h Host) Route(a netip.Addr) (HostRoute, bool) {
 	return hops[0], true
 }
 
-// NextHops lists the next hops of the route to an address: one, unless it is a multipath route. There is none without a route.
+// NextHops lists the next hops of the route to an address: one, unless it is a multipath route. There is none without a
+// route.
 func (h Host) NextHops(a netip.Addr) []HostRoute {
 	for _, bits := range h.lengths.Get(addr.FamilyOf(a)) {
 		p, err := a.Prefix(bits)

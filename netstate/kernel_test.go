@@ -548,7 +548,8 @@ func TestLearning(t *testing.T) {
 			l := Link{Name: dev4, MAC: addr.MAC{2, 0, 0, 0, 0, own}, MTU: 1450}
 			l.VXLAN = VXLAN{VNI: 1, Port: 8472, Local: netip.MustParseAddr(local), Underlay: "eth0", Learning: tt.learning}
 			s := State{Links: []Link{l}, Addresses: []Address{{dev4, netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/32", own))}}}
-			s.addPeer(dev4, netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", other)), netip.MustParseAddr(dst), addr.MAC{2, 0, 0, 0, 0, other})
+			s.addPeer(dev4, netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", other)), netip.MustParseAddr(dst),
+				addr.MAC{2, 0, 0, 0, 0, other})
 			s.Sort()
 			return s
 		}
@@ -605,7 +606,8 @@ func TestNoIPv6OnNewDevices(t *testing.T) {
 		n.observe()
 		now := want
 		if which == "all" { // of the underlay's device, another process has to take care
-			now.Routes = slices.DeleteFunc(slices.Clone(want.Routes), func(r Route) bool { return r.Link == "eth0" && r.Dst.Addr().Is6() })
+			now.Routes = slices.DeleteFunc(slices.Clone(want.Routes),
+				func(r Route) bool { return r.Link == "eth0" && r.Dst.Addr().Is6() })
 		}
 		n.converge(now)
 		n.wantState(now)

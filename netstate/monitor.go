@@ -39,7 +39,8 @@ type devices struct {
 	names map[uint32]string   // of all
 	index map[uint32]string   // of ours alone
 	cared map[uint32]hostLink // others that carry an address or a route, or are VXLAN devices: what they are may matter
-	// nexthops says that nexthop objects matter: routes of the host follow from them, of which the kernel says nothing itself.
+	// nexthops says that nexthop objects matter: routes of the host follow from them, of which the kernel says nothing
+	// itself.
 	nexthops bool
 }
 

@@ -39,7 +39,8 @@ func TestNFTablesRulesAsIPTablesPrintsThem(t *testing.T) {
 			"-s 10.244.0.0/16 -d 10.244.0.0/16 -j RETURN", "-s 10.0.0.0/8 -j ACCEPT", "-s 10.64.0.0/12 ! -d 224.0.0.0/4 -j ACCEPT",
 			"-d 10.244.5.0/25 -o overlay.1 -j RETURN", "! -s 192.0.2.1/32 ! -i eth+ ! -o eth0 -j FOREIGN", "-d 128.0.0.0/1 -g FOREIGN",
 			"-m mark --mark 0x4000/0x4000 -j RETURN", "-m mark ! --mark 0x1 -j RETURN", "-m mark --mark 0x0/0xffff -j RETURN",
-			"-s 10.244.0.0/16 -m set --match-set nodes4 dst -m comment --comment why -j RETURN", "-m set ! --match-set nodes4 dst -j RETURN", "-j MASQUERADE --random-fully",
+			"-s 10.244.0.0/16 -m set --match-set nodes4 dst -m comment --comment why -j RETURN",
+			"-m set ! --match-set nodes4 dst -j RETURN", "-j MASQUERADE --random-fully",
 			"-s 10.244.0.0/16 ! -d 224.0.0.0/4 -m comment --comment why -j MASQUERADE", "-m comment --comment alone", "-d 192.0.2.7/32",
 		}},
 		{addr.IPv6, "ip6tables-nft", []string{
@@ -81,8 +82,8 @@ func TestNFTablesRulesAsIPTablesPrintsThem(t *testing.T) {
 	}
 }
 
-// A rule with anything in it that is not known never looks like one that is. (Of a LOG, a REJECT and a limit, what is left out makes no
-// rule of ours of it.)
+// A rule with anything in it that is not known never looks like one that is. (Of a LOG, a REJECT and a limit, what is
+// left out makes no rule of ours of it.)
 func TestNFTablesUnknownRules(t *testing.T) {
 	t.Parallel()
 	ns := nstest.New(t)
@@ -93,14 +94,16 @@ func TestNFTablesUnknownRules(t *testing.T) {
 	for _, rule := range []string{
 		"udp dport 53 accept", "ct state new accept", "ct expiration 10 accept", "meta mark set 1", "meta iif lo accept",
 		"ip saddr != @s accept", "ip saddr @s accept", "ip daddr & 255.0.255.0 == 10.0.1.0 accept", "ip saddr > 10.0.0.1 accept",
-		"ip saddr 10.0.0.1-10.0.0.9 accept", "ip saddr { 10.0.0.1, 10.0.0.2 } accept", "meta l4proto tcp masquerade to :1-2", "masquerade persistent", "snat to 192.0.2.1",
+		"ip saddr 10.0.0.1-10.0.0.9 accept", "ip saddr { 10.0.0.1, 10.0.0.2 } accept", "meta l4proto tcp masquerade to :1-2",
+		"masquerade persistent", "snat to 192.0.2.1",
 		"ip saddr 10.0.0.1 ip saddr 10.0.0.1 accept", "ip daddr set 10.0.0.1", "ip ttl 1 accept", "ip daddr vmap { 10.0.0.1 : accept }", "continue",
 		`oifname { "a", "b" } accept`, "fib saddr type local accept", "meta mark > 1 accept",
 	} {
 		ns.Exec("nft", "add rule ip t c "+rule)
 	}
 	for _, rule := range []string{
-		"-p udp", "-p udp --dport 53", "-m conntrack --ctstate NEW", "-m set --match-set nodes src", "-j MASQUERADE --random", "-j MASQUERADE -p udp --to-ports 1-2",
+		"-p udp", "-p udp --dport 53", "-m conntrack --ctstate NEW", "-m set --match-set nodes src", "-j MASQUERADE --random",
+		"-j MASQUERADE -p udp --to-ports 1-2",
 		"-m addrtype --dst-type LOCAL", "-f", "-j MARK --set-mark 1", "-m state --state NEW",
 	} {
 		ns.Exec(append([]string{"iptables-nft", "-t", "nat", "-A", "OURS"}, strings.Fields(rule)...)...)
@@ -167,7 +170,9 @@ func TestNFTablesObjects(t *testing.T) {
 		t.Errorf("%s, %v, %v", kind, members, err)
 	}
 	for _, odd := range []string{
-		"type inet_service", "type ipv4_addr ; flags interval ; elements = { 10.0.0.1-10.0.0.9 }", "type ipv4_addr ; flags interval, timeout", "type ipv4_addr ; timeout 1h", "type ipv4_addr ; size 100", "type ipv4_addr ; flags dynamic",
+		"type inet_service", "type ipv4_addr ; flags interval ; elements = { 10.0.0.1-10.0.0.9 }",
+		"type ipv4_addr ; flags interval, timeout", "type ipv4_addr ; timeout 1h", "type ipv4_addr ; size 100",
+		"type ipv4_addr ; flags dynamic",
 		`type ipv4_addr ; elements = { 192.0.2.1 comment "x" }`, "type ipv4_addr ; counter", "type ipv4_addr . inet_service",
 	} {
 		ns.Exec("nft", "add set ip t odd { "+odd+" ; }")
@@ -177,21 +182,26 @@ func TestNFTablesObjects(t *testing.T) {
 		ns.Exec("nft", "delete set ip t odd")
 	}
 	for f, want := range map[addr.Family][]netip.Prefix{
-		addr.IPv4: ipsetNets("0.0.0.0/8", "10.244.0.0/24", "10.244.1.0/24", "10.244.2.1/32", "10.244.4.128/25", "10.244.128.0/18", "255.255.254.0/24"),
-		addr.IPv6: ipsetNets("::/16", "fd00:10:244::/64", "fd00:10:244:1::/64", "fd00:10:244:2::1/128", "fd00:10:244:1000::/52", "fe00::/8"),
+		addr.IPv4: ipsetNets("0.0.0.0/8", "10.244.0.0/24", "10.244.1.0/24", "10.244.2.1/32", "10.244.4.128/25",
+			"10.244.128.0/18", "255.255.254.0/24"),
+		addr.IPv6: ipsetNets("::/16", "fd00:10:244::/64", "fd00:10:244:1::/64", "fd00:10:244:2::1/128",
+			"fd00:10:244:1000::/52", "fe00::/8"),
 	} {
 		var list []string
 		for _, p := range want {
 			list = append(list, member(p))
 		}
 		family := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip6"}[f]
-		ns.Exec("nft", fmt.Sprintf("add table %s n ; add set %[1]s n s { type ipv%d_addr ; flags interval ; elements = { %s } ; }", family, f, strings.Join(list, ", ")))
+		ns.Exec("nft",
+			fmt.Sprintf("add table %s n ; add set %[1]s n s { type ipv%d_addr ; flags interval ; elements = { %s } ; }", family,
+				f, strings.Join(list, ", ")))
 		kind, members, err := n.Set(f, "n", "s")
 		if kind != fmt.Sprintf("ipv%d_addr interval", f) || !slices.Equal(members, want) || err != nil {
 			t.Errorf("%s, %v, %v", kind, members, err)
 		}
 		ns.Exec("nft", fmt.Sprintf("flush set %s n s", family))
-		if kind, members, err := n.Set(f, "n", "s"); kind != fmt.Sprintf("ipv%d_addr interval", f) || len(members) != 0 || err != nil {
+		if kind, members, err := n.Set(f, "n", "s"); kind != fmt.Sprintf("ipv%d_addr interval", f) || len(members) != 0 ||
+			err != nil {
 			t.Errorf("empty: %s, %v, %v", kind, members, err)
 		}
 	}

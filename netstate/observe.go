@@ -85,8 +85,9 @@ func (k *Kernel) observeLinks(s *State, h *Host) (map[int]string, error) {
 	for _, l := range all {
 		a := l.Attrs()
 		hl := HostLink{
-			Index: a.Index, Name: a.Name, AltNames: strings.Join(a.AltNames, "\n"), Kind: l.Type(), Master: names[a.MasterIndex], MTU: a.MTU,
-			Up: a.RawFlags&unix.IFF_UP != 0, Loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
+			Index: a.Index, Name: a.Name, AltNames: strings.Join(a.AltNames, "\n"), Kind: l.Type(), Master: names[a.MasterIndex],
+			MTU: a.MTU,
+			Up:  a.RawFlags&unix.IFF_UP != 0, Loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
 		}
 		if v, ok := l.(*netlink.Vxlan); ok {
 			hl.VXLAN = vxlanOf(v, names)
@@ -126,8 +127,10 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 		ip = ip.Unmap()
 		bits, _ := a.Mask.Size()
 		name, p := names[a.LinkIndex], netip.PrefixFrom(ip, bits)
-		temporary := ip.Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0 // the same bit says of an IPv4 address that it is a secondary one
-		h.Addresses = append(h.Addresses, HostAddress{Link: name, Prefix: p, Fleeting: temporary || a.Flags&fleeting != 0, Tunnel: k.ours(s, name)})
+		// the same bit says of an IPv4 address that it is a secondary one
+		temporary := ip.Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0
+		h.Addresses = append(h.Addresses,
+			HostAddress{Link: name, Prefix: p, Fleeting: temporary || a.Flags&fleeting != 0, Tunnel: k.ours(s, name)})
 		if k.ours(s, name) && !ip.IsLinkLocalUnicast() {
 			s.Addresses = append(s.Addresses, Address{Link: name, Prefix: p})
 		}
@@ -137,7 +140,10 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 
 // devicesOf is what the monitor has to know of the devices.
 func (k *Kernel) devicesOf(s *State, h Host) devices {
-	d := devices{names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.others(s, h), nexthops: k.nexthops}
+	d := devices{
+		names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.others(s, h),
+		nexthops: k.nexthops,
+	}
 	for name, i := range k.index {
 		d.names[uint32(i)] = name
 		if k.owned(name) {

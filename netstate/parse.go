@@ -117,7 +117,8 @@ func parseRoute(b []byte) (rawRoute, bool) {
 // otherFamily reads a gateway of the other family: struct rtvia is the family, then the address.
 func otherFamily(data []byte) netip.Addr { return ipOf(data[min(2, len(data)):]) }
 
-// parseHops reads the next hops of a multipath route: each is a struct rtnexthop (length, flags, weight, device) and its attributes.
+// parseHops reads the next hops of a multipath route: each is a struct rtnexthop (length, flags, weight, device) and
+// its attributes.
 func parseHops(b []byte) []hop {
 	var out []hop
 	for len(b) >= unix.SizeofRtNexthop {
@@ -140,8 +141,8 @@ func parseHops(b []byte) []hop {
 	return out
 }
 
-// parseNexthop reads an RTM_NEWNEXTHOP body (struct nhmsg, uapi/linux/nexthop.h): an object that is one next hop, or a group of others,
-// by their numbers. One that drops packets is neither.
+// parseNexthop reads an RTM_NEWNEXTHOP body (struct nhmsg, uapi/linux/nexthop.h): an object that is one next hop, or a
+// group of others, by their numbers. One that drops packets is neither.
 func parseNexthop(b []byte) (id uint32, own []hop, group []uint32) {
 	const (
 		sizeofNhmsg  = 8

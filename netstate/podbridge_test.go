@@ -13,7 +13,10 @@ import (
 // reason is not.
 func TestFollowBridges(t *testing.T) {
 	ns := nstest.New(t)
-	own := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24"), V6: netip.MustParsePrefix("fd00:10:244:5::/64")}
+	own := addr.Per[netip.Prefix]{
+		V4: netip.MustParsePrefix("10.244.5.0/24"),
+		V6: netip.MustParsePrefix("fd00:10:244:5::/64"),
+	}
 	var known []PodBridge
 	var said []string
 	var commands string
@@ -64,11 +67,14 @@ func TestFollowBridges(t *testing.T) {
 	ns.Exec("ip", "link", "set", "br-pods", "down") // takes the IPv6 address as well
 	ns.Exec("ip", "address", "flush", "dev", "br-pods")
 	ns.Exec("ip", "link", "set", "veth2", "nomaster")
-	is("stripped", "br-pods is down: pods can't send; br-pods has lost its address 10.244.5.1/24, the gateway of this node's pods; "+
-		"br-pods has lost its address fd00:10:244:5::1/64, the gateway of this node's pods; br-pods has lost 2 of its ports (veth1, veth2): pods there are cut off")
+	is("stripped",
+		"br-pods is down: pods can't send; br-pods has lost its address 10.244.5.1/24, the gateway of this node's pods; "+
+			"br-pods has lost its address fd00:10:244:5::1/64, the gateway of this node's pods; br-pods has lost 2 of its "+
+			"ports (veth1, veth2): pods there are cut off")
 	give()
 	is("given back", "")
-	if out := ns.Exec("ip", "-br", "link", "show", "master", "br-pods"); !strings.Contains(out, "veth1") || !strings.Contains(out, "veth2") {
+	if out := ns.Exec("ip", "-br", "link", "show", "master", "br-pods"); !strings.Contains(out, "veth1") ||
+		!strings.Contains(out, "veth2") {
 		t.Errorf("the commands did not give back the ports: %s", out)
 	}
 
@@ -81,7 +87,8 @@ func TestFollowBridges(t *testing.T) {
 	ns.Exec("ip", "link", "set", "veth2", "master", "br-pods")
 	is("all is there", "")
 	ns.Exec("ip", "link", "del", "br-pods")
-	is("the bridge removed under a pod", "br-pods is gone, and 1 devices that were on it are still there (veth2): pods there are cut off")
+	is("the bridge removed under a pod",
+		"br-pods is gone, and 1 devices that were on it are still there (veth2): pods there are cut off")
 	ns.Exec("ip", "link", "del", "veth2")
 	is("and the pod", "")
 

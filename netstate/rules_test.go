@@ -76,11 +76,21 @@ var precedence = []struct {
 	{name: "a rule with number 1", rules: "pref 1 lookup 52", to: "0", from: "0"},
 	{name: "a rule with number 0", rules: "pref 0 lookup 52", to: "0", from: "0", problem: true},
 	{name: "for marked packets", rules: "pref 100 fwmark 1 lookup 52", from: "11800"},
-	{name: "for marked packets behind a VPN", rules: "pref 100 lookup 52\npref 200 fwmark 0x200/0xf00 lookup 53\npref 300 fwmark 1 lookup 53", to: "99 0x201", from: "99 0x201"},
+	{
+		name:  "for marked packets behind a VPN",
+		rules: "pref 100 lookup 52\npref 200 fwmark 0x200/0xf00 lookup 53\npref 300 fwmark 1 lookup 53", to: "99 0x201",
+		from: "99 0x201",
+	},
 	{name: "for packets without a mark", rules: "pref 100 not fwmark 0xca6c lookup 52", to: "99", from: "99"},
 	{name: "for packets whose bit is not set", rules: "pref 100 fwmark 0/0x10 lookup 52", to: "99", from: "99"},
-	{name: "a look into main before the VPN", rules: "pref 100 lookup main suppress_prefixlength 0\npref 200 not fwmark 0xca6c lookup 52", from: "99"},
-	{name: "a look into main that skips peers' subnets", rules: "pref 100 lookup main suppress_prefixlength 28\npref 200 lookup 52", to: "199", from: "99"},
+	{
+		name:  "a look into main before the VPN",
+		rules: "pref 100 lookup main suppress_prefixlength 0\npref 200 not fwmark 0xca6c lookup 52", from: "99",
+	},
+	{
+		name:  "a look into main that skips peers' subnets",
+		rules: "pref 100 lookup main suppress_prefixlength 28\npref 200 lookup 52", to: "199", from: "99",
+	},
 	{name: "the pods' network left out", rules: "pref 100 not to 10.244.0.0/16 lookup 52", from: "99"},
 	{name: "a part of the pods' network left out", rules: "pref 100 not to 10.244.1.0/24 lookup 52", to: "99", from: "99"},
 	{name: "for a device", rules: "pref 100 iif eth0 lookup 52", to: "99", from: "99"},
@@ -107,7 +117,8 @@ func TestPrecedence(t *testing.T) {
 			n.sh(`ip link add vpn0 type bridge; ip link set vpn0 up; ip address add 198.18.0.1/24 dev vpn0
 				ip link add other type bridge; ip link set other up; ip address add 198.18.1.1/24 dev other
 				ip link add br0 type bridge; ip link set br0 up; ip address add 10.244.1.1/24 dev br0
-				ip route add default dev vpn0 table 52; ip route add default dev other table 53; ip route add default via 192.0.2.254`)
+				ip route add default dev vpn0 table 52; ip route add default dev other table 53
+				ip route add default via 192.0.2.254`)
 			for rule := range strings.Lines(tt.rules) {
 				n.sh("ip rule add " + rule)
 			}
@@ -155,8 +166,9 @@ func TestPrecedence(t *testing.T) {
 				return
 			}
 			for flow, want := range map[string]string{
-				"10.244.2.5": dev4, "10.244.2.5 from 192.0.2.1": dev4, "10.244.2.5 from 10.244.1.7 iif br0": dev4, "192.0.2.2 from 10.244.1.7 iif br0": dev4,
-				"10.244.1.7": "br0", "10.244.1.1": "lo", unleased: before,
+				"10.244.2.5": dev4, "10.244.2.5 from 192.0.2.1": dev4, "10.244.2.5 from 10.244.1.7 iif br0": dev4,
+				"192.0.2.2 from 10.244.1.7 iif br0": dev4,
+				"10.244.1.7":                        "br0", "10.244.1.1": "lo", unleased: before,
 			} {
 				if got := get(flow); got != want {
 					t.Errorf("packets to %s leave by %s, want %s", flow, got, want)
@@ -165,7 +177,8 @@ func TestPrecedence(t *testing.T) {
 			if strings.Contains(tt.rules, "0x200") && get(marked) != markedBefore {
 				t.Errorf("marked packets leave by %s, before by %s", get(marked), markedBefore)
 			}
-			if again, _ := n.observe().Precede(ToMain(network)); !slices.Equal(again, slices.DeleteFunc(slices.Clone(want.Rules), func(r Rule) bool { return r.From == own })) {
+			if again, _ := n.observe().Precede(ToMain(network)); !slices.Equal(again,
+				slices.DeleteFunc(slices.Clone(want.Rules), func(r Rule) bool { return r.From == own })) {
 				t.Errorf("with ours in place, it is to be at %v", again)
 			}
 		})
@@ -175,14 +188,18 @@ func TestPrecedence(t *testing.T) {
 // TestVRF: what the kernel's own rule for VRFs (priority 1000) says is for packets of their devices alone.
 func TestVRF(t *testing.T) {
 	t.Parallel()
-	body := []byte{2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 5, 0, unix.FRA_L3MDEV, 0, 1, 0, 0, 0, 8, 0, unix.FRA_PRIORITY, 0, 0xe8, 3, 0, 0}
+	body := []byte{
+		2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 5, 0, unix.FRA_L3MDEV, 0, 1, 0, 0, 0, 8, 0, unix.FRA_PRIORITY, 0,
+		0xe8, 3, 0, 0,
+	}
 	vrf, ours, ok := parseRule(body)
 	if ours || !ok || vrf.String() != "1000 from all lookup [l3mdev-table]" {
 		t.Fatalf("read %s", vrf)
 	}
 	main := vrf
 	main.VRF, main.Action, main.Table, main.Priority = false, RuleToTable, MainTable, MainPriority
-	if got, err := (Host{Rules: []HostRule{vrf, main}}).Precede(ToMain(netip.MustParsePrefix("10.244.0.0/16"))); len(got) > 0 || err != nil {
+	if got, err := (Host{Rules: []HostRule{vrf, main}}).
+		Precede(ToMain(netip.MustParsePrefix("10.244.0.0/16"))); len(got) > 0 || err != nil {
 		t.Errorf("beside a VRF: %v, %v", got, err)
 	}
 }
@@ -201,7 +218,10 @@ func TestLocalTableBehind(t *testing.T) {
 	}
 	n.converge(want)
 	n.wantState(want)
-	for to, dev := range map[string]string{"10.244.1.1": " lo ", "10.244.1.9": " br0 ", "10.244.2.5": " overlay.1 ", "10.1.2.3": " vpn0 "} {
+	for to, dev := range map[string]string{
+		"10.244.1.1": " lo ", "10.244.1.9": " br0 ", "10.244.2.5": " overlay.1 ",
+		"10.1.2.3": " vpn0 ",
+	} {
 		if out := n.Exec("ip", "route", "get", to); !strings.Contains(out, dev) {
 			t.Errorf("to %s: %s, want%s", to, out, dev)
 		}

@@ -32,7 +32,8 @@ ip route add 10.244.2.0/24 via 10.244.2.0 dev overlay.1 onlink proto 118 metric 
 		"overlay.1": {HostLink: HostLink{Kind: "vxlan", Tunnel: true}, Carrier: true},
 	} {
 		got, there := s.Link(name)
-		if !there || got.Kind != want.Kind || got.Master != want.Master || got.Tunnel != want.Tunnel || want.Carrier && !got.Carrier {
+		if !there || got.Kind != want.Kind || got.Master != want.Master || got.Tunnel != want.Tunnel ||
+			want.Carrier && !got.Carrier {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}

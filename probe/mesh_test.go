@@ -173,7 +173,10 @@ func TestPeerIgnoresPings(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error)
 	go node.Do(func() { ended <- m.Run(ctx) })
-	m.Replace([]Target{{netip.MustParsePrefix("10.1.0.0/24"), "p", peer4}, {netip.MustParsePrefix("fd00::/64"), "p", peer6}})
+	m.Replace([]Target{
+		{netip.MustParsePrefix("10.1.0.0/24"), "p", peer4},
+		{netip.MustParsePrefix("fd00::/64"), "p", peer6},
+	})
 	wait := func(what string, ok func(status.Probe) bool) {
 		t.Helper()
 		for end := time.Now().Add(60 * time.Second); !ok(m.Summary()); time.Sleep(20 * time.Millisecond) {

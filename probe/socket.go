@@ -64,7 +64,8 @@ func open(f addr.Family, id uint16) (*socket, error) {
 	if s.fd, err = unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto); err != nil {
 		return nil, fmt.Errorf("a socket to ping with (%s): %w", f, err)
 	}
-	if s.udp, err = unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_UDP); err == nil {
+	if s.udp, err = unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK,
+		unix.IPPROTO_UDP); err == nil {
 		err = s.prepare()
 	}
 	if err != nil {

@@ -72,7 +72,8 @@ func (n Node) Print(w io.Writer, s Style) error {
 		line("Public IP", "%s%s", strings.Join(n.Interface.PublicIPs, " and "), unless(n.Interface.PublicIPLocal, " (not configured on this node)"))
 	}
 	for _, d := range n.Devices {
-		line("Device", "%s, VNI %d, UDP %d from %s over %s, MAC %s, MTU %d%s", d.Name, d.VNI, d.Port, d.Local, d.Over(), d.MAC, d.MTU, d.offloads(s))
+		line("Device", "%s, VNI %d, UDP %d from %s over %s, MAC %s, MTU %d%s", d.Name, d.VNI, d.Port, d.Local, d.Over(),
+			d.MAC, d.MTU, d.offloads(s))
 	}
 	line("Peers", "%s", n.Peers.text(s))
 	line("Pings", "%s", n.Probe.text(s))

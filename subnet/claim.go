@@ -258,7 +258,8 @@ func conflict(t Table, c *Claim) error {
 				Advice: "give one of the two another --node-name; if that machine was replaced by this one, delete its key",
 			}
 		}
-		// An address that the other node has on a device weighs more than one that is only said to be this node's. Else: see Contest.
+		// An address that the other node has on a device weighs more than one that is only said to be this node's. Else: see
+		// Contest.
 		if e.NodeName != c.NodeName && e.samePublicIP(&c.Attrs) && e.PublicIPLocal && !c.PublicIPLocal {
 			return &ConflictError{Holder: e, What: fmt.Sprintf("the public IP %s", c.publicIPs()), Advice: adviceOnIP}
 		}

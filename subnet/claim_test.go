@@ -131,14 +131,16 @@ func TestDecide(t *testing.T) {
 		},
 
 		{
-			name: "of my ID, with another name and address, where I remember it", config: net4, claim: me, remembered: per("10.244.5.0/24"),
-			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)},
-			key:     "10.244.5.0-24", write: true, expect: 5, lease: 50,
+			name: "of my ID, with another name and address, where I remember it", config: net4, claim: me,
+			remembered: per("10.244.5.0/24"),
+			entries:    []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)},
+			key:        "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
-			name: "of my ID, with another name and address, not remembered", config: net4, claim: me, remembered: per("10.244.6.0/24"),
-			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)},
-			key:     "10.244.6.0-24", write: true, unchanged: "10.244.6.0-24",
+			name: "of my ID, with another name and address, not remembered", config: net4, claim: me,
+			remembered: per("10.244.6.0/24"),
+			entries:    []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)},
+			key:        "10.244.6.0-24", write: true, unchanged: "10.244.6.0-24",
 		},
 		{
 			name: "of another ID, where I remember it", config: net4, claim: me, remembered: per("10.244.5.0/24"),
@@ -146,8 +148,11 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			name: "mine comes before one of my ID that I remember", config: net4, claim: me, remembered: per("10.244.5.0/24"),
-			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50), leaseAt("10.244.6.0-24", me, 6, 60)},
-			key:     "10.244.6.0-24", expect: 6, lease: 60,
+			entries: []*Entry{
+				leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50),
+				leaseAt("10.244.6.0-24", me, 6, 60),
+			},
+			key: "10.244.6.0-24", expect: 6, lease: 60,
 		},
 		{
 			name: "mine, outside a changed network", config: `{"Network":"10.99.0.0/16"}`, claim: me, remembered: per("10.244.5.0/24"),
@@ -206,7 +211,8 @@ func TestDecide(t *testing.T) {
 			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
-			name: "flannel's, but pods live in another one", config: net4, claim: me, remembered: per("10.244.9.0/24"), keep: true,
+			name: "flannel's, but pods live in another one", config: net4, claim: me, remembered: per("10.244.9.0/24"),
+			keep:    true,
 			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24", drop: "10.244.5.0-24",
 		},
 		{
@@ -220,7 +226,8 @@ func TestDecide(t *testing.T) {
 			key:     "10.244.9.0-24", expect: 6, lease: 60,
 		},
 		{
-			name: "flannel's, written after mine, and pods live in mine", config: net4, claim: me, remembered: per("10.244.9.0/24"), keep: true,
+			name: "flannel's, written after mine, and pods live in mine", config: net4, claim: me,
+			remembered: per("10.244.9.0/24"), keep: true,
 			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50), leaseAt("10.244.9.0-24", me, 4, 40)},
 			key:     "10.244.9.0-24", expect: 4, lease: 40,
 		},
@@ -235,8 +242,11 @@ func TestDecide(t *testing.T) {
 			key:     "10.244.6.0-24", write: true, expect: 6, lease: 60, drop: "10.244.5.0-24",
 		},
 		{
-			name: "a reservation for my address, but another one is remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24",
+			name: "a reservation for my address, but another one is remembered and free", config: net4, claim: me,
+			remembered: per("10.244.9.0/24"),
+			entries:    []*Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)}, key: "10.244.9.0-24",
+			write:     true,
+			unchanged: "10.244.9.0-24",
 		},
 		{
 			name: "flannel's, where the remembered one is taken", config: net4, claim: me, remembered: per("10.244.9.0/24"),
@@ -488,11 +498,15 @@ func TestDecideKeepsClearOfEndpoints(t *testing.T) {
 		{`{"Network":"10.1.0.0/22","SubnetLen":24}`, "10.1.3.0-24", addr.Per[netip.Prefix]{}},
 		{`{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd01::/62"}`, "fd01:0:0:3::-64", per("fd01:0:0:2::/64")},
 		{
-			`{"Network":"10.1.0.0/22","SubnetLen":24,"EnableIPv6":true,"IPv6Network":"fd01::/62"}`, "10.1.3.0-24&fd01:0:0:3::-64",
+			`{"Network":"10.1.0.0/22","SubnetLen":24,"EnableIPv6":true,"IPv6Network":"fd01::/62"}`,
+			"10.1.3.0-24&fd01:0:0:3::-64",
 			per("10.1.2.0/24", "fd01:0:0:2::/64"),
 		},
 	} {
-		table := Table{Revision: 9, Config: mustConfig(t, tt.config), Entries: []*Entry{leaseAt("10.1.1.0-24", attrs("other", "192.168.1.2"), 5, 50)}}
+		table := Table{
+			Revision: 9, Config: mustConfig(t, tt.config),
+			Entries: []*Entry{leaseAt("10.1.1.0-24", attrs("other", "192.168.1.2"), 5, 50)},
+		}
 		if !table.Config.Pools.V4.On() {
 			table.Entries[0] = leaseAt("fd01:0:0:1::-64", attrs("other", "2001:db8::2"), 5, 50)
 		}

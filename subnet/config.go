@@ -152,7 +152,8 @@ func UnknownKeys(data []byte) []string {
 		known = append(known, k.enable, k.network, k.len, k.min, k.max)
 	}
 	out := o.unknown(known)
-	return append(out, o.object("Backend").unknown([]string{"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU", "MacPrefix", "Name"})...)
+	return append(out, o.object("Backend").
+		unknown([]string{"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU", "MacPrefix", "Name"})...)
 }
 
 func parsePool(o *object, k familyKeys) Pool {

@@ -94,11 +94,13 @@ func TestParseConfig(t *testing.T) {
 		},
 		{"smallest MTU", `{"Network":"10.3.0.0/16","Backend":{"MTU":576}}`, Config{addr.Per[Pool]{V4: v4}, with(func(b *Backend) { b.MTU = 576 })}},
 		{
-			"smallest MTU with IPv6", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"MTU":1350}}`,
+			"smallest MTU with IPv6",
+			`{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"MTU":1350}}`,
 			Config{addr.Per[Pool]{V4: v4, V6: v6}, with(func(b *Backend) { b.MTU = 1350 })},
 		},
 		{
-			"smallest MTU with IPv6 and without a tunnel", `{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw","MTU":1280}}`,
+			"smallest MTU with IPv6 and without a tunnel",
+			`{"Network":"10.3.0.0/16","EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw","MTU":1280}}`,
 			Config{addr.Per[Pool]{V4: v4, V6: v6}, with(func(b *Backend) { b.Type, b.MTU = HostGW, 1280 })},
 		},
 	} {
@@ -197,8 +199,14 @@ func TestParseConfigErrors(t *testing.T) {
 		{`{"Network":"10.3.0.0/16","Backend":{"Learning":"on"}}`, []string{`Backend.Learning: expected true or false, found "on"`}},
 		{`{"Network":"10.3.0.0/16","Backend":{"DirectRouting":{}}}`, []string{"Backend.DirectRouting: expected true or false, found {}"}},
 		{`{"Network":"10.3.0.0/16","Backend":{"MTU":575}}`, []string{"Backend.MTU: expected a number from 576 to 65535, found 575"}},
-		{`{` + v6 + `"IPv6Network":"fc00::/48","Backend":{"MTU":1349}}`, []string{"Backend.MTU: expected a number from 1350 to 65535, found 1349"}},
-		{`{` + v6 + `"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw","MTU":1279}}`, []string{"Backend.MTU: expected a number from 1280 to 65535, found 1279"}},
+		{
+			`{` + v6 + `"IPv6Network":"fc00::/48","Backend":{"MTU":1349}}`,
+			[]string{"Backend.MTU: expected a number from 1350 to 65535, found 1349"},
+		},
+		{
+			`{` + v6 + `"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw","MTU":1279}}`,
+			[]string{"Backend.MTU: expected a number from 1280 to 65535, found 1279"},
+		},
 
 		{
 			`{"Network":"x","EnableIPv6":true,"IPv6Network":"y","Backend":{"Type":"z","VNI":-1}}`,
@@ -263,7 +271,10 @@ func TestUnknownKeys(t *testing.T) {
 		{`{"Network":"10.3.0.0/16","subnetlen":24,"backend":{"type":"vxlan","Vni":1}}`, nil},
 		{`{"NetwerkX":"10.3.0.0/16","Backend":{"VIN":1,"Type":"vxlan"},"EnableIPv6":true}`, []string{"Backend.VIN", "NetwerkX"}},
 		{`{"Backend":"vxlan","x":1}`, []string{"x"}},
-		{`{"Network":"10.3.0.0/16","EnableNFTables":true,"Backend":{"Type":"vxlan","MacPrefix":"0E-2A","Name":"flannel.1"}}`, nil},
+		{
+			`{"Network":"10.3.0.0/16","EnableNFTables":true,"Backend":{"Type":"vxlan","MacPrefix":"0E-2A","Name":"flannel.1"}}`,
+			nil,
+		},
 		{`{"Backend":{"EnableNFTables":true},"MacPrefix":"0E-2A"}`, []string{"Backend.EnableNFTables", "MacPrefix"}},
 		{`nonsense`, nil},
 	} {

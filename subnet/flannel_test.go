@@ -7,8 +7,10 @@ import (
 
 func TestHarmsFlannel(t *testing.T) {
 	t.Parallel()
-	flannel := `{"PublicIP":"192.0.2.9","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}`
-	ours := `{"PublicIP":"192.0.2.8","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:08"},"NodeName":"n8","NodeID":"id8"}`
+	flannel := `{"PublicIP":"192.0.2.9","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,` +
+		`"VtepMAC":"02:00:00:00:00:09"}}`
+	ours := `{"PublicIP":"192.0.2.8","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:08"},` +
+		`"NodeName":"n8","NodeID":"id8"}`
 	for name, tt := range map[string]struct {
 		values []string
 		want   []string

@@ -92,8 +92,14 @@ func TestPeersRefuses(t *testing.T) {
 		{"my MAC", net4, key, mac4(self.VTEP.V4.MAC.String()), "is this node's own"},
 		{"MAC of eight octets", net4, key, []byte(`{"PublicIP":"172.16.0.7","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:00:00:07"}}`), "BackendData.VtepMAC"},
 		{"another peer's MAC", net4, key, mac4(peer(3).VTEP.V4.MAC.String()), "is that of node-3, which holds it"},
-		{"another peer's public IP, written before", net4, key, v4(peer(3).PublicIP.V4.String()), "is that of node-3, whose lease 10.244.3.0-24 was written later"},
-		{"another peer's public IPv6", netTwo, both, v6(peer(3).PublicIP.V6.String()), "is that of node-3, whose lease 10.244.3.0-24&fd00:10:244:3::-64 was written later"},
+		{
+			"another peer's public IP, written before", net4, key, v4(peer(3).PublicIP.V4.String()),
+			"is that of node-3, whose lease 10.244.3.0-24 was written later",
+		},
+		{
+			"another peer's public IPv6", netTwo, both, v6(peer(3).PublicIP.V6.String()),
+			"is that of node-3, whose lease 10.244.3.0-24&fd00:10:244:3::-64 was written later",
+		},
 		{"another VNI", net4, key, bad(func(a *Attrs) { a.VTEP.V4.VNI = 2 }), "its VNI is 2, this network's is 1"},
 		{"another peer's subnet, a part of it", net4, "10.244.3.64-26", good, "overlaps 10.244.3.0-24"},
 		{"another peer's subnet and more", net4, "10.244.2.0-23", good, "overlaps 10.244.3.0-24"},
@@ -128,7 +134,8 @@ func TestPeersRefuses(t *testing.T) {
 			}
 			table := Table{Config: c, Entries: []*Entry{
 				ParseEntry(tt.key, tt.value, 9, 9, 90),
-				ParseEntry(goodKey[0], FormatValue(goodValue(2)), 12, 2, 20), ParseEntry(goodKey[1], FormatValue(goodValue(3)), 13, 3, 30),
+				ParseEntry(goodKey[0], FormatValue(goodValue(2)), 12, 2, 20),
+				ParseEntry(goodKey[1], FormatValue(goodValue(3)), 13, 3, 30),
 				leaseAt(FormatKey(self.Subnets), self.Attrs, 1, 10),
 				ParseEntry("10.244.100.0-24", nil, 4, 4, 0), // blank reservations are neither peers nor refused
 			}}

@@ -90,7 +90,8 @@ func (f flags) wrong(identity error) error {
 
 func (d *doctorFlags) run(ctx context.Context, f *flags, out io.Writer) error {
 	o := doctor.Options{
-		Settings: d.settings, Daemon: socketDaemon{client{f.socket}}, Ping: ping, Knock: knock, Choose: f.choose, Owned: vxlan.Owns,
+		Settings: d.settings, Daemon: socketDaemon{client{f.socket}}, Ping: ping, Knock: knock, Choose: f.choose,
+		Owned:  vxlan.Owns,
 		Holder: holder, NotRunning: func(err error) bool { return errors.Is(err, errNotRunning) }, Privileges: needPrivileges(), Now: time.Now,
 	}
 	report := doctor.Run(ctx, o)

@@ -229,7 +229,8 @@ EOF`)
 			t.Fatal(err, out)
 		}
 		f := p.finds("full-size packets", "fail", "is 1354, so that the MTU of the network there is 1404") // a bridge leaves room for a VLAN's tag
-		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil || !strings.Contains(f.Mend[0], `"MTU":1404`) {
+		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil ||
+			!strings.Contains(f.Mend[0], `"MTU":1404`) {
 			t.Errorf("%s: %v\n%s", f.Mend[0], err, out)
 		}
 		p.finds("full-size packets", "ok", "1354 bytes get through")
@@ -271,7 +272,9 @@ EOF`)
 		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Learning":true}}`)
 		p.finds("learning", "ok", "it is on")
 		const key = "/overlayd/network/subnets/10.244.255.0-24"
-		p.etcdctl("put", key, `{"PublicIP":"172.31.2.77","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:07"},"NodeName":"natted","NodeID":"some-id"}`)
+		p.etcdctl("put", key,
+			`{"PublicIP":"172.31.2.77","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:07"},`+
+				`"NodeName":"natted","NodeID":"some-id"}`)
 		f := p.finds("learning", "fail", "the address of natted (10.244.255.0-24) is on no device of that node")
 		p.etcdctl("del", key)
 		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil {
@@ -284,11 +287,13 @@ EOF`)
 		p := p.in(t)
 		p.sh("echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all")
 		p.sh(p.finds("pings", "warn", "net/ipv4/icmp_echo_ignore_all is 1").Mend[0])
-		if out, err := p.lab.Node(2).Run(t.Context(), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all"); err != nil {
+		if out, err := p.lab.Node(2).
+			Run(t.Context(), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all"); err != nil {
 			t.Fatal(err, out)
 		}
 		p.finds("peers answer", "ok", "ignores pings (net/ipv4/icmp_echo_ignore_all is 1 there?)")
-		if out, err := p.lab.Node(2).Run(t.Context(), "sh", "-c", "echo 0 > /proc/sys/net/ipv4/icmp_echo_ignore_all"); err != nil {
+		if out, err := p.lab.Node(2).
+			Run(t.Context(), "sh", "-c", "echo 0 > /proc/sys/net/ipv4/icmp_echo_ignore_all"); err != nil {
 			t.Fatal(err, out)
 		}
 		p.well()
@@ -321,12 +326,16 @@ EOF`)
 	t.Run("what flannel leaves", func(t *testing.T) {
 		p := p.in(t)
 		for _, tool := range []string{"iptables", "ip6tables", "iptables-legacy"} {
-			p.sh(strings.ReplaceAll(`TOOL -t nat -N FLANNEL-POSTRTG; TOOL -t nat -A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
-				TOOL -t nat -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN; TOOL -t nat -A FLANNEL-POSTRTG -j MASQUERADE --random-fully
-				TOOL -N FLANNEL-FWD; TOOL -I FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD; TOOL -A FLANNEL-FWD -m comment --comment "flanneld forward" -j ACCEPT`, "TOOL", tool))
+			p.sh(strings.ReplaceAll(
+				`TOOL -t nat -N FLANNEL-POSTRTG; TOOL -t nat -A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+				TOOL -t nat -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
+				TOOL -t nat -A FLANNEL-POSTRTG -j MASQUERADE --random-fully
+				TOOL -N FLANNEL-FWD; TOOL -I FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
+				TOOL -A FLANNEL-FWD -m comment --comment "flanneld forward" -j ACCEPT`, "TOOL", tool))
 		}
 		p.sh(`for f in ip ip6; do t=flannel-ipv4; [ $f = ip ] || t=flannel-ipv6; nft -f - <<EOF
-			table $f $t { chain postrtg { type nat hook postrouting priority srcnat; masquerade; }; chain forward { type filter hook forward priority filter; accept; }; }
+			table $f $t { chain postrtg { type nat hook postrouting priority srcnat; masquerade; }
+				chain forward { type filter hook forward priority filter; accept; }; }
 EOF
 			done; ip route add 10.244.0.0/24 via 172.31.1.12`)
 		p.finds("routes", "warn", "10.244.0.0/24 via 172.31.1.12 by eth0 is not ours")
@@ -337,7 +346,9 @@ EOF
 		for _, command := range append(f.Mend, p.finds("routes", "warn", "10.244.0.0/24").Mend...) {
 			p.sh(command)
 		}
-		p.sh(`! { iptables-save; ip6tables-save; iptables-legacy-save; nft list tables; ip route; } | grep -E 'FLANNEL|flannel|10\.244\.0\.0/24'`)
+		p.sh(
+			`! { iptables-save; ip6tables-save; iptables-legacy-save; nft list tables; ip route; } | ` +
+				`grep -E 'FLANNEL|flannel|10\.244\.0\.0/24'`)
 		p.sh("iptables-legacy -t nat -F; iptables-legacy -F")
 		p.well()
 	})
@@ -355,10 +366,12 @@ EOF
 	t.Run("rules of another program", func(t *testing.T) {
 		p := p.in(t)
 		p.sh("ip route add 10.0.0.0/8 via 172.31.1.1 table 52; ip rule add pref 5270 lookup 52")
-		p.finds("policy routing", "ok", `before rules of other programs stands "5269 from all to 10.244.0.0/16 lookup 254 suppress_prefixlength 15"`)
+		p.finds("policy routing", "ok",
+			`before rules of other programs stands "5269 from all to 10.244.0.0/16 lookup 254 suppress_prefixlength 15"`)
 		p.well()
 		p.sh("ip rule del pref 5270; ip rule add pref 0 lookup 52") // nothing can come before that
-		p.finds("policy routing", "fail", `leave by eth0 (table 52), not by overlay.1: the rule "0 from all lookup 52" of another program takes them`)
+		p.finds("policy routing", "fail",
+			`leave by eth0 (table 52), not by overlay.1: the rule "0 from all lookup 52" of another program takes them`)
 		p.finds("policy routing", "fail", " are not sent (invalid argument)")
 		p.finds("problems", "warn", "give that one a higher number, for ")
 		p.sh("ip rule del pref 0 lookup 52; ip route flush table 52")
@@ -470,7 +483,8 @@ EOF
 			<-ended
 		})
 		defer end()
-		clone.finds("leases", "fail", "have the same public IP 172.31.1.13") // the third node's lease is still there, and that node is off
+		// the third node's lease is still there, and that node is off
+		clone.finds("leases", "fail", "have the same public IP 172.31.1.13")
 
 		p.etcdctl("del", "/overlayd/network/subnets/"+strings.ReplaceAll(theirs.Subnets[0].String(), "/", "-"))
 		f := p.finds("own lease", "fail", "has taken the lease over, and is at 172.31.1.13")

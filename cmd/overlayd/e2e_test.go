@@ -217,10 +217,11 @@ func stream(t *testing.T, l *lab.Lab) map[string]*lab.PingStream {
 func TestOperatorCommands(t *testing.T) {
 	t.Parallel()
 	overlayd := labtest.BuildOverlayd(t)
-	// Whatever the environment says of proxies (there is none at this address), etcd is asked directly. gRPC is silent, however much the
-	// environment asks it to say.
+	// Whatever the environment says of proxies (there is none at this address), etcd is asked directly. gRPC is silent,
+	// however much the environment asks it to say.
 	env := []string{
-		"HTTPS_PROXY=http://192.0.2.1:3128", "HTTP_PROXY=http://192.0.2.1:3128", "ALL_PROXY=socks5://192.0.2.1:1080", "https_proxy=http://192.0.2.1:3128",
+		"HTTPS_PROXY=http://192.0.2.1:3128", "HTTP_PROXY=http://192.0.2.1:3128", "ALL_PROXY=socks5://192.0.2.1:1080",
+		"https_proxy=http://192.0.2.1:3128",
 		"GRPC_GO_LOG_SEVERITY_LEVEL=info", "GRPC_GO_LOG_VERBOSITY_LEVEL=99",
 		"OVERLAYD_IFACES=eth7", "OVERLAYD_SERVICE_HOST=10.96.0.9",
 	}
@@ -288,7 +289,8 @@ func TestOperatorCommands(t *testing.T) {
 	}
 
 	out, err = run("leases")
-	if err != nil || strings.Count(out, "mine") != 1 || strings.Count(out, "other") != 2 || strings.Contains(out, "[core]") {
+	if err != nil || strings.Count(out, "mine") != 1 || strings.Count(out, "other") != 2 ||
+		strings.Contains(out, "[core]") {
 		t.Errorf("leases: %v\n%s", err, out)
 	}
 	out, err = run("leases", "-o", "json")
@@ -313,20 +315,23 @@ func TestOperatorCommands(t *testing.T) {
 	}
 	defer func() { _ = cli.Close() }()
 	for key, value := range map[string]string{
-		"10.244.254.0-24": `{"PublicIP":"172.31.1.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}`,
-		"10.99.0.0-24":    "", "10.99.1.0-24": "{}",
+		"10.244.254.0-24": `{"PublicIP":"172.31.1.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,` +
+			`"VtepMAC":"02:00:00:00:00:09"}}`,
+		"10.99.0.0-24": "", "10.99.1.0-24": "{}",
 	} {
 		if _, err := cli.Put(t.Context(), "/overlayd/network/subnets/"+key, value); err != nil {
 			t.Fatal(err)
 		}
 	}
-	const harms = `warning: the value of "10.99.0.0-24" is not JSON, which makes the flannel nodes of this network drop all their peers: put '{}' instead`
+	const harms = `warning: the value of "10.99.0.0-24" is not JSON, which makes the flannel nodes ` +
+		`of this network drop all their peers: put '{}' instead`
 	if out, err := run("leases"); err != nil || strings.Count(out, "warning") != 1 || !strings.Contains(out, harms) {
 		t.Errorf("leases beside flannel: %v\n%s", err, out)
 	}
 
 	// Beside rules of another program, there are more of ours.
-	if out, err := n1.Run(t.Context(), "sh", "-ec", "ip rule add pref 5270 lookup 52; ip -6 rule add pref 5270 lookup 52"); err != nil {
+	if out, err := n1.Run(t.Context(), "sh", "-ec",
+		"ip rule add pref 5270 lookup 52; ip -6 rule add pref 5270 lookup 52"); err != nil {
 		t.Fatal(err, out)
 	}
 	for end := time.Now().Add(patience); strings.Count(state(t, n1), "5269:") < 4; time.Sleep(50 * time.Millisecond) {
@@ -422,7 +427,8 @@ func TestWrongOptions(t *testing.T) {
 		{[]string{"--etcd-endpoints", "https://127.0.0.1:1", "--etcd-cafile", dir + "/none"}, "", "--etcd-cafile"},
 		{[]string{"--public-ip", "fd00::1"}, "", "--public-ip: expected an IPv4 address"},
 		{[]string{"--iface-regex", "("}, "", "--iface-regex"},
-		{[]string{"--iface-regex", "eth[0-9]{1,2}", "-iface-regex=)"}, "", `found ")"`}, // a comma is part of the pattern, as in flannel
+		// a comma is part of the pattern, as in flannel
+		{[]string{"--iface-regex", "eth[0-9]{1,2}", "-iface-regex=)"}, "", `found ")"`},
 		{[]string{"-public-ip", "nix"}, "", "--public-ip: expected an IPv4 address"},
 		{[]string{"-v=2"}, "", "-v"},
 		{[]string{"--iface-can-reach", "moon"}, "", "--iface-can-reach"},
@@ -436,7 +442,11 @@ func TestWrongOptions(t *testing.T) {
 		{[]string{"--healthz-port", "65536"}, "", "--healthz-port: expected 0 to 65535, found 65536"},
 		{[]string{"--pprof", "65536"}, "", "--pprof"},
 		{[]string{"--etcd-endpoints", "http://127.0.0.1:70000"}, "", "--etcd-endpoints: expected a port from 1 to 65535"},
-		{[]string{"leases", "--etcd-endpoints", "http://127.0.0.1:70000"}, "", "--etcd-endpoints: expected a port from 1 to 65535"},
+		{
+			[]string{"leases", "--etcd-endpoints", "http://127.0.0.1:70000"},
+			"",
+			"--etcd-endpoints: expected a port from 1 to 65535",
+		},
 		{nil, "OVERLAYD_ETCD_ENDPOINTS=fd00::1", "--etcd-endpoints: an IPv6 address needs brackets"},
 		{[]string{"--etcd-endpoints", "srv://example.net"}, "", "--etcd-endpoints: DNS SRV records are not looked up"},
 		{[]string{"--init-config", dir + "/none"}, "", "--init-config"},

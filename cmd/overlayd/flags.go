@@ -90,10 +90,14 @@ func (f *flags) addDaemon(s *pflag.FlagSet) {
 	f.leaseTTL = seconds(etcd.DefaultLeaseTTL)
 	s.Var(&f.leaseTTL, "lease-ttl", "how long a lease outlives its node")
 	s.StringSliceVar(&f.ifaces, "iface", nil, "`device or address` that leads to the other nodes; several: the first that fits (default: the device with the default route)")
-	s.StringArrayVar(&f.ifaceRegexes, "iface-regex", nil, "`pattern` for the device's name or address, tried where no --iface fits; repeatable")
-	s.StringVar(&f.ifaceCanReach, "iface-can-reach", "", "take the device that leads to this `address`, where neither --iface nor --iface-regex fits")
-	s.StringVar(&f.publicIP, "public-ip", "", "IPv4 `address` that the others reach this node at: of one of its devices, or behind NAT")
-	s.StringVar(&f.publicIPv6, "public-ipv6", "", "IPv6 `address` that the others reach this node at: of one of its devices, or behind NAT")
+	s.StringArrayVar(&f.ifaceRegexes, "iface-regex", nil,
+		"`pattern` for the device's name or address, tried where no --iface fits; repeatable")
+	s.StringVar(&f.ifaceCanReach, "iface-can-reach", "",
+		"take the device that leads to this `address`, where neither --iface nor --iface-regex fits")
+	s.StringVar(&f.publicIP, "public-ip", "",
+		"IPv4 `address` that the others reach this node at: of one of its devices, or behind NAT")
+	s.StringVar(&f.publicIPv6, "public-ipv6", "",
+		"IPv6 `address` that the others reach this node at: of one of its devices, or behind NAT")
 	s.BoolVar(&f.ipMasq, "ip-masq", true, "masquerade what leaves the pod network")
 	s.StringSliceVar(&f.masqExclude, "ip-masq-exclude", nil, "`network` (CIDR) that sees the pods' own addresses; repeatable")
 	s.BoolVar(&f.forwardRules, "iptables-forward-rules", true, "accept the pod network's packets in the FORWARD chain")

@@ -42,15 +42,21 @@ func TestJournal(t *testing.T) {
 		want         []string // regular expressions, one for each line
 	}{
 		{"console", "console", same, []string{
-			`<7>debug\tlooked\t\{"n": 1\}`, `<6>info\toverlayd starts`, `<4>warn\tproblem: etcd\t\{"node": "n1", "error": "no\\nanswer"\}`, `<3>error\ttwo`, `<3><0>lines`, `<3>`,
+			`<7>debug\tlooked\t\{"n": 1\}`, `<6>info\toverlayd starts`,
+			`<4>warn\tproblem: etcd\t\{"node": "n1", "error": "no\\nanswer"\}`, `<3>error\ttwo`, `<3><0>lines`, `<3>`,
 		}},
 		{"json", "json", same, []string{
-			`<7>\{"level":"debug","ts":"` + stamp + `","msg":"looked","n":1\}`, `<6>\{"level":"info".*"msg":"overlayd starts"\}`, `<4>\{"level":"warn".*"error":"no\\nanswer"\}`,
+			`<7>\{"level":"debug","ts":"` + stamp + `","msg":"looked","n":1\}`, `<6>\{"level":"info".*"msg":"overlayd starts"\}`,
+			`<4>\{"level":"warn".*"error":"no\\nanswer"\}`,
 			`<3>\{"level":"error".*"msg":"two\\n<0>lines\\n"\}`,
 		}},
-		{"stderr is redirected", "console", func(dev, ino uint64) string { return fmt.Sprintf("%d:%d", dev, ino+1) }, []string{
-			stamp + `\tdebug\tlooked\t\{"n": 1\}`, stamp + `\tinfo\toverlayd starts`, stamp + `\twarn\tproblem: etcd\t.*`, stamp + `\terror\ttwo`, `<0>lines`, ``,
-		}},
+		{
+			"stderr is redirected", "console", func(dev, ino uint64) string { return fmt.Sprintf("%d:%d", dev, ino+1) },
+			[]string{
+				stamp + `\tdebug\tlooked\t\{"n": 1\}`, stamp + `\tinfo\toverlayd starts`, stamp + `\twarn\tproblem: etcd\t.*`,
+				stamp + `\terror\ttwo`, `<0>lines`, ``,
+			},
+		},
 		{"nonsense in JOURNAL_STREAM", "json", func(uint64, uint64) string { return "x" }, []string{
 			`\{"level":"debug","ts":"` + stamp + `",.*`, `\{"level":"info",.*`, `\{"level":"warn",.*`, `\{"level":"error",.*`,
 		}},

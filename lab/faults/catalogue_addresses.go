@@ -107,7 +107,8 @@ func duplicate(ctx context.Context, s *Site) error {
 		return err
 	}
 	neighbour := []string{
-		"neigh", "replace", s.Peer.Addr(addr.IPv4).String(), "dev", strings.TrimSpace(device), "lladdr", strings.TrimSpace(peer), "nud",
+		"neigh", "replace", s.Peer.Addr(addr.IPv4).String(), "dev", strings.TrimSpace(device), "lladdr",
+		strings.TrimSpace(peer), "nud",
 	}
 	if _, err := router.Run(ctx, "ip", append(neighbour, "permanent")...); err != nil {
 		return err
@@ -124,7 +125,8 @@ func duplicate(ctx context.Context, s *Site) error {
 
 // swapped holds when the leases say so, and both nodes are ready.
 func swapped(ctx context.Context, s *Site) error {
-	if err := errors.Join(s.says(ctx, s.Victim, ending(s.hostOf(s.Peer))), s.says(ctx, s.Peer, ending(s.hostOf(s.Victim)))); err != nil {
+	if err := errors.Join(s.says(ctx, s.Victim, ending(s.hostOf(s.Peer))),
+		s.says(ctx, s.Peer, ending(s.hostOf(s.Victim)))); err != nil {
 		return err
 	}
 	return s.content(ctx)

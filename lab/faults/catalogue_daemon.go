@@ -210,7 +210,8 @@ func offline(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	return unless(strings.Contains(text, "degraded: offline"), "%s does not work with what it remembers: %s", s.Victim.Name, text)
+	return unless(strings.Contains(text, "degraded: offline"), "%s does not work with what it remembers: %s",
+		s.Victim.Name, text)
 }
 
 // flannelsLease makes of the victim's lease the one that flannel would have.

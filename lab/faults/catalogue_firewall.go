@@ -171,8 +171,8 @@ func bareAnswers(ctx context.Context, s *Site) error {
 	})
 }
 
-// seenFrom holds when a pod of a node answers what the victim sends from its own address, and has it from there, or from
-// its address in the tunnel.
+// seenFrom holds when a pod of a node answers what the victim sends from its own address, and has it from there, or
+// from its address in the tunnel.
 func seenFrom(tunnel bool, node func(*Site) *lab.Node) Check {
 	return func(ctx context.Context, s *Site) error {
 		env, err := node(s).SubnetEnv()
@@ -203,7 +203,10 @@ func connect(
 		return seen, err
 	}
 	defer func() { _ = l.Close() }()
-	dialer := net.Dialer{Timeout: 500 * time.Millisecond, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+	dialer := net.Dialer{
+		Timeout:   500 * time.Millisecond,
+		LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0)),
+	}
 	var client net.Conn
 	if err := from.Do(func() (err error) {
 		client, err = dialer.DialContext(ctx, "tcp", l.Addr().String())
@@ -237,7 +240,8 @@ func containerRules() Fault {
 	return Fault{
 		Area: Firewall, Name: "Docker keeps its containers from being reached", On: []string{OnVXLAN, OnDual, OnLegacy},
 		Inject: Steps(rule("-A"), Afterwards(rule("-D"))), Restore: Undo, Bound: drift(),
-		Seen: (&Seen{}).diagnosed(`^FAIL forwarded packets packets from pods of other nodes to [^ ]+ are dropped by .*raw.* chain PREROUTING`),
+		Seen: (&Seen{}).diagnosed(
+			`^FAIL forwarded packets packets from pods of other nodes to [^ ]+ are dropped by .*raw.* chain PREROUTING`),
 	}
 }
 
@@ -267,7 +271,8 @@ func secondAddress(ctx context.Context, s *Site) error {
 func onDenied(script string) Action {
 	return func(ctx context.Context, s *Site) error {
 		for _, f := range s.families {
-			if out, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+"DENIED="+secondary(s, f).String()+"\n"+script); err != nil {
+			if out, err := s.Victim.Run(ctx, "sh", "-ec",
+				s.vars.Get(f)+"DENIED="+secondary(s, f).String()+"\n"+script); err != nil {
 				return fmt.Errorf("%w: %s", exitOnly(err), out)
 			}
 		}

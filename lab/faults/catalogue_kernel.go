@@ -116,7 +116,8 @@ func kernel() []Fault {
 		diverted("source routing of the node's own address", `[0-9]*`,
 			`ip $F route add default via $GW dev eth0 table 500; ip $F rule add from $IP lookup 500`,
 			`ip $F rule del from $IP lookup 500; ip $F route flush table 500`),
-		diverted("private addresses prohibited by a rule", `5269`, `ip $F rule add pref 5270 to $WIDE prohibit`, `ip $F rule del pref 5270`),
+		diverted("private addresses prohibited by a rule", `5269`, `ip $F rule add pref 5270 to $WIDE prohibit`,
+			`ip $F rule del pref 5270`),
 		startsDiverted(),
 		{
 			Name: "the pods' bridge stripped of its addresses and ports, as a network manager does",
@@ -156,8 +157,9 @@ func diverted(name, priority, add, remove string) Fault {
 	return Fault{
 		Name: name, On: everywhere(), Short: true, Soak: true,
 		Inject: Steps(On(wide+add), Afterwards(On(wide+remove))),
-		Expect: All(Sees(wide+`ip $F rule show | grep -E "^`+priority+`:.*to $POOL lookup main suppress_prefixlength .* proto 118"`), reaches, reachesAcross),
-		Hold:   time.Second, Keeps: All(reaches, reachesAcross), Restore: Undo, Log: `rule`,
+		Expect: All(Sees(wide+`ip $F rule show | grep -E "^`+priority+
+			`:.*to $POOL lookup main suppress_prefixlength .* proto 118"`), reaches, reachesAcross),
+		Hold: time.Second, Keeps: All(reaches, reachesAcross), Restore: Undo, Log: `rule`,
 	}
 }
 

@@ -12,8 +12,8 @@ import (
 	"github.com/overlayd/overlayd/lab"
 )
 
-// routeFaults are hosts whose way to the others is another one than a single default route by a device with a single address: what
-// becomes of a running daemon when a node becomes one, and of one that starts there.
+// routeFaults are hosts whose way to the others is another one than a single default route by a device with a single
+// address: what becomes of a running daemon when a node becomes one, and of one that starts there.
 func routeFaults() []Fault {
 	routes := Bound{Lost: Any, Repair: 5 * time.Second}
 	rows := []Fault{
@@ -45,8 +45,10 @@ func routeFaults() []Fault {
 		},
 		{
 			Name: "an uplink of a routed host goes down", On: tunnelled(),
-			Inject: Steps(uplinks, routedHost, Until(All(bound(""), announcesAt(loAddr), reachesAll), 10*time.Second), loseUplink),
-			Expect: All(bound(""), announcesAt(loAddr), sameDevices, reachesAll), Hold: time.Second, Keeps: All(sameDevices, reachesAll),
+			Inject: Steps(uplinks, routedHost, Until(All(bound(""), announcesAt(loAddr), reachesAll), 10*time.Second),
+				loseUplink),
+			Expect: All(bound(""), announcesAt(loAddr), sameDevices, reachesAll), Hold: time.Second,
+			Keeps:   All(sameDevices, reachesAll),
 			Restore: Undo, Log: `interface chosen.* of lo by eth0 and eth1, bound to no device`, Bound: routes,
 		},
 		{
@@ -76,19 +78,25 @@ func routeFaults() []Fault {
 		{
 			Name: "start with --public-ip of a second interface", On: tunnelled(), Short: true,
 			Inject: Steps(uplinks, Once(`ip link set eth1 mtu 1400`), restart("--public-ip", "ETH1", "--public-ipv6", "ETH1_6")),
-			Expect: All(ready, bound("eth1"), announcesAt(secondAddr), lowerMTU, reachesAll), Hold: time.Second, Keeps: reachesAll,
+			Expect: All(ready, bound("eth1"), announcesAt(secondAddr), lowerMTU, reachesAll), Hold: time.Second,
+			Keeps: reachesAll,
 			Bound: routes, Restore: Undo, Log: `interface chosen.*on eth1 .*--public-ip`,
 			Seen: &Seen{Status: `^Interface .* on eth1 \(--public-ip`},
 		},
 		{
 			Name: "--public-ip of a second interface, strict rp_filter there", On: []string{OnVXLAN},
-			Inject: Steps(secondInterface, anySource, restart("--public-ip", "ETH1"), Until(All(bound("eth1"), reachesAll), 10*time.Second),
+			Inject: Steps(secondInterface, anySource, restart("--public-ip", "ETH1"),
+				Until(All(bound("eth1"), reachesAll), 10*time.Second),
 				Once(`echo 1 > /proc/sys/net/ipv4/conf/eth1/rp_filter`)),
 			Expect: not(reaches), Hold: time.Second, Keeps: not(reaches),
-			Restore: Steps(doctorFixes, Once(`[ "$(cat /proc/sys/net/ipv4/conf/eth1/rp_filter)" = 2 ] && [ "$(cat /proc/sys/net/ipv4/conf/eth0/rp_filter)" = 1 ]`),
+			Restore: Steps(doctorFixes,
+				Once(
+					`[ "$(cat /proc/sys/net/ipv4/conf/eth1/rp_filter)" = 2 ] && `+
+						`[ "$(cat /proc/sys/net/ipv4/conf/eth0/rp_filter)" = 1 ]`),
 				Until(reachesAll, 5*time.Second), Undo),
 			Bound: routes, Log: `interface chosen.*on eth1`,
-			Seen: (&Seen{Status: `^Interface .* on eth1 \(--public-ip`}).diagnosed(`^FAIL rp_filter .*strict on eth1, and the way back to \d nodes leaves by another device`),
+			Seen: (&Seen{Status: `^Interface .* on eth1 \(--public-ip`}).
+				diagnosed(`^FAIL rp_filter .*strict on eth1, and the way back to \d nodes leaves by another device`),
 		},
 		{
 			Name: "preferred source of the default route changes", On: everywhere(),
@@ -116,31 +124,39 @@ func routeFaults() []Fault {
 			Inject: intoTheTunnel,
 			Expect: bound("eth0"), Hold: 2 * time.Second, Keeps: All(bound("eth0"), announcesAt(ownAddr)),
 			Restore: Undo, Log: `problem: foreign-route.*leads packets to other nodes into the tunnel`,
-			Seen: unreadies("foreign-route", "into the tunnel that they are to carry").diagnosed(`^FAIL routes the route to (0\.0\.0\.0|::)/0 by overlay.* into the tunnel`),
+			Seen: unreadies("foreign-route", "into the tunnel that they are to carry").
+				diagnosed(`^FAIL routes the route to (0\.0\.0\.0|::)/0 by overlay.* into the tunnel`),
 		},
 		{
 			Name: "the only default route leads into the tunnel", On: tunnelled(),
 			Inject: Steps(intoTheTunnel, On(`ip $F route del default via $GW`)),
-			Expect: LogSays(`problem: underlay.*is a tunnel device of overlayd itself`), Hold: 2 * time.Second, Keeps: All(bound("eth0"), announcesAt(ownAddr)),
+			Expect: LogSays(`problem: underlay.*is a tunnel device of overlayd itself`), Hold: 2 * time.Second,
+			Keeps:   All(bound("eth0"), announcesAt(ownAddr)),
 			Restore: Undo, Log: `problem: underlay.*is a tunnel device of overlayd itself`,
-			Seen: unreadies("underlay", "is a tunnel device of overlayd itself").diagnosed(`^FAIL interface .*is a tunnel device of overlayd itself`),
+			Seen: unreadies("underlay", "is a tunnel device of overlayd itself").
+				diagnosed(`^FAIL interface .*is a tunnel device of overlayd itself`),
 		},
 		{
 			Name: "start beside a default route into the tunnel", On: tunnelled(),
 			Inject: Steps(noteDevices, stopDaemon, intoTheTunnel, startDaemon),
-			Expect: All(LogSays(`interface chosen`), sameDevices, bound("eth0"), announcesAt(ownAddr)), Hold: 2 * time.Second, Keeps: All(sameDevices, bound("eth0")),
-			Restore: Undo, Bound: Bound{Lost: Any, Repair: 10 * time.Second}, Log: `interface chosen.* on eth0 .*default route`, // etcd is away
+			Expect: All(LogSays(`interface chosen`), sameDevices, bound("eth0"), announcesAt(ownAddr)), Hold: 2 * time.Second,
+			Keeps: All(sameDevices, bound("eth0")),
+			// etcd is away
+			Restore: Undo, Bound: Bound{Lost: Any, Repair: 10 * time.Second}, Log: `interface chosen.* on eth0 .*default route`,
 		},
 		{
 			Name: "start with an alternative name", On: []string{OnVXLAN, OnDual, OnHostGW},
-			Inject: Steps(Once(`ip link property add dev eth0 altname enp0s31f6-the-long-one`), Afterwards(Once(`ip link property del dev eth0 altname enp0s31f6-the-long-one`)),
+			Inject: Steps(Once(`ip link property add dev eth0 altname enp0s31f6-the-long-one`),
+				Afterwards(Once(`ip link property del dev eth0 altname enp0s31f6-the-long-one`)),
 				restart("--iface", "enp0s31f6-the-long-one")),
-			Expect: All(ready, announcesAt(ownAddr), reachesAll), Bound: routes, Restore: Undo, Log: `interface chosen.* on eth0 \(--iface enp0s31f6-the-long-one`,
+			Expect: All(ready, announcesAt(ownAddr), reachesAll), Bound: routes, Restore: Undo,
+			Log: `interface chosen.* on eth0 \(--iface enp0s31f6-the-long-one`,
 		},
 		{
 			Name: "start with the name that ip prints", On: []string{OnVXLAN},
-			Inject: restart("--iface", "eth0@if5"), Expect: LogSays(`problem: underlay.*there is no device eth0@if5: the name is eth0`),
-			Bound: routes, Restore: Undo, Log: `problem: underlay.*there is no device eth0@if5: the name is eth0`,
+			Inject: restart("--iface", "eth0@if5"),
+			Expect: LogSays(`problem: underlay.*there is no device eth0@if5: the name is eth0`),
+			Bound:  routes, Restore: Undo, Log: `problem: underlay.*there is no device eth0@if5: the name is eth0`,
 			Seen: unreadies("underlay", "the name is eth0"),
 		},
 	}
@@ -153,9 +169,12 @@ func uplinks(ctx context.Context, s *Site) error {
 		Afterwards(Once(`echo 1 > /proc/sys/net/ipv4/conf/eth0/rp_filter`)))(ctx, s)
 }
 
-// anySource makes the router take packets from any source by any interface, as routers do where a node has several uplinks.
+// anySource makes the router take packets from any source by any interface, as routers do where a node has several
+// uplinks.
 func anySource(ctx context.Context, s *Site) error {
-	return onRouter(`for i in all seg1 seg2; do echo 0 > /proc/sys/net/ipv4/conf/$i/rp_filter; done; ip -6 rule add priority 900 lookup main`,
+	return onRouter(
+		`for i in all seg1 seg2; do echo 0 > /proc/sys/net/ipv4/conf/$i/rp_filter; done; `+
+			`ip -6 rule add priority 900 lookup main`,
 		`for i in all seg1 seg2; do echo 1 > /proc/sys/net/ipv4/conf/$i/rp_filter; done; ip -6 rule del priority 900`)(ctx, s)
 }
 
@@ -178,11 +197,12 @@ func ownAddr(s *Site, f addr.Family) netip.Addr { return s.Victim.Addr(f) }
 // secondAddr is the victim's address on its second interface.
 func secondAddr(s *Site, f addr.Family) netip.Addr { return s.second.Get(f) }
 
-// uplinkHops are the next hops by eth0 and eth1, as ip writes them: those of the victim, and the router's back to it. Where there is IPv6,
-// the gateways are link-local addresses, and no other address is needed.
+// uplinkHops are the next hops by eth0 and eth1, as ip writes them: those of the victim, and the router's back to it.
+// Where there is IPv6, the gateways are link-local addresses, and no other address is needed.
 func uplinkHops(ctx context.Context, s *Site) (there, back []string, err error) {
 	linkLocal := func(m lab.Machine, dev string) string {
-		out, runErr := m.Run(ctx, "sh", "-ec", fmt.Sprintf(`ip -6 -o address show dev %s scope link | sed 's/.*inet6 \([^/]*\).*/\1/'`, dev))
+		out, runErr := m.Run(ctx, "sh", "-ec",
+			fmt.Sprintf(`ip -6 -o address show dev %s scope link | sed 's/.*inet6 \([^/]*\).*/\1/'`, dev))
 		err = errors.Join(err, runErr)
 		return strings.TrimSpace(out)
 	}
@@ -200,7 +220,8 @@ func uplinkHops(ctx context.Context, s *Site) (there, back []string, err error) 
 	return there, back, err
 }
 
-// routedHost takes the victim's addresses from its interfaces and gives it one on lo, to which the router has a route by both.
+// routedHost takes the victim's addresses from its interfaces and gives it one on lo, to which the router has a route
+// by both.
 func routedHost(ctx context.Context, s *Site) error {
 	s.Defer(func() error { return moveBack(context.WithoutCancel(ctx), s) })
 	for _, f := range s.families {
@@ -209,7 +230,8 @@ func routedHost(ctx context.Context, s *Site) error {
 			return err
 		}
 		lo := loAddr(s, f)
-		own := fmt.Sprintf(`ip $F address add %s dev lo %s; for d in eth0 eth1; do ip $F address flush dev $d scope global; done
+		own := fmt.Sprintf(
+			`ip $F address add %s dev lo %s; for d in eth0 eth1; do ip $F address flush dev $d scope global; done
 			ip $F route replace default src %s %s`, addr.Host(lo), nodad(f), lo, strings.Join(there, " "))
 		undo := fmt.Sprintf(`ip $F route del default || true; ip $F address del %s dev lo`, addr.Host(lo))
 		s.Defer(func() error {
@@ -217,7 +239,8 @@ func routedHost(ctx context.Context, s *Site) error {
 			return err
 		})
 		route := fmt.Sprintf("ip -%d route", uint8(f))
-		if err := onRouter(fmt.Sprintf("%s replace %s %s", route, lo, strings.Join(back, " ")), fmt.Sprintf("%s del %s", route, lo))(ctx, s); err != nil {
+		if err := onRouter(fmt.Sprintf("%s replace %s %s", route, lo, strings.Join(back, " ")),
+			fmt.Sprintf("%s del %s", route, lo))(ctx, s); err != nil {
 			return err
 		}
 		if out, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+own); err != nil {
@@ -237,7 +260,8 @@ func loseUplink(ctx context.Context, s *Site) error {
 		if err != nil {
 			return err
 		}
-		if _, err := s.Lab.Router().Run(ctx, "sh", "-ec", fmt.Sprintf("ip -%d route replace %s %s", uint8(f), loAddr(s, f), back[0])); err != nil {
+		if _, err := s.Lab.Router().
+			Run(ctx, "sh", "-ec", fmt.Sprintf("ip -%d route replace %s %s", uint8(f), loAddr(s, f), back[0])); err != nil {
 			return err
 		}
 	}
@@ -261,14 +285,17 @@ func sameDevices(ctx context.Context, s *Site) error {
 // intoTheTunnel puts an address and a default route on the tunnel device, before all others.
 func intoTheTunnel(ctx context.Context, s *Site) error {
 	s.Defer(func() error {
-		return s.script(context.WithoutCancel(ctx), `ip $F route replace default via $GW dev eth0; ip $F route del default dev $DEV || true; ip $F route del default metric 2000 || true`)
+		return s.script(context.WithoutCancel(ctx),
+			`ip $F route replace default via $GW dev eth0; ip $F route del default dev $DEV || true; `+
+				`ip $F route del default metric 2000 || true`)
 	})
 	return s.script(ctx, `case $F in -4) A=192.168.77.9/24;; *) A=2001:db8:77::9/64; NODAD=nodad;; esac
 		ip $F route add default via $GW dev eth0 metric 2000; ip $F route del default via $GW dev eth0
 		ip $F address add $A dev $DEV $NODAD; ip $F route add default dev $DEV metric 1`)
 }
 
-// restart starts the daemon with more arguments, in which an address may be named; what comes afterwards has the usual ones.
+// restart starts the daemon with more arguments, in which an address may be named; what comes afterwards has the usual
+// ones.
 func restart(more ...string) Action {
 	return func(ctx context.Context, s *Site) error {
 		var args []string

@@ -88,7 +88,9 @@ func underlayFaults() []Fault {
 		},
 		{
 			Name: "a peer ignores pings", On: []string{OnDual}, Bound: lossless(2 * time.Second),
-			Inject: onPeer(`[ $F = -4 ] && echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all || echo 1 > /proc/sys/net/ipv6/icmp/echo_ignore_all`,
+			Inject: onPeer(
+				`[ $F = -4 ] && echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all || `+
+					`echo 1 > /proc/sys/net/ipv6/icmp/echo_ignore_all`,
 				`echo 0 > /proc/sys/net/ipv4/icmp_echo_ignore_all; echo 0 > /proc/sys/net/ipv6/icmp/echo_ignore_all`),
 			Expect: func(context.Context, *Site) error { return nil },
 			Hold:   25 * time.Second, Keeps: func(ctx context.Context, s *Site) error { return s.pinged(ctx) }, Restore: Undo,

@@ -38,7 +38,9 @@ func TestCatalogue(t *testing.T) {
 			if f.Hold > 0 && f.Restore == nil {
 				t.Errorf("%s: %s: it lasts, and nothing ends it", f.Area, f.Name)
 			}
-			if (f.Area == Etcd || f.Area == Daemon || f.Area == Peers) && f.Bound.Lost == Any && !f.Ruins && !strings.Contains(f.Name, "drift") && !strings.Contains(f.Name, "clone") && !strings.Contains(f.Name, "bridge stripped") {
+			if (f.Area == Etcd || f.Area == Daemon || f.Area == Peers) && f.Bound.Lost == Any && !f.Ruins &&
+				!strings.Contains(f.Name, "drift") && !strings.Contains(f.Name, "clone") &&
+				!strings.Contains(f.Name, "bridge stripped") {
 				t.Errorf("%s: %s: it may lose packets", f.Area, f.Name)
 			}
 			if _, err := regexp.Compile(f.Log); err != nil {
@@ -172,7 +174,10 @@ func TestReport(t *testing.T) {
 	bad.fail("too\nlate")
 	r := newReport([]Result{good, bad}, time.Minute)
 	text := r.Text()
-	for _, want := range []string{"etcd: gone", "0.12", "too; late", "| last words", "2 rows in 1m0s: 1 within their bounds, 1 not"} {
+	for _, want := range []string{
+		"etcd: gone", "0.12", "too; late", "| last words",
+		"2 rows in 1m0s: 1 within their bounds, 1 not",
+	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is missing in:\n%s", want, text)
 		}

@@ -117,7 +117,8 @@ func (r Report) Text() string {
 		}
 	}
 	n := len(r.Rows)
-	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not\n", n, r.Took.Round(time.Second), n-r.Failed, r.Failed)
+	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not\n", n, r.Took.Round(time.Second), n-r.Failed,
+		r.Failed)
 	return b.String()
 }
 

@@ -311,8 +311,8 @@ func (c *conn) request(ctx context.Context, f func(context.Context, *client) err
 	})
 }
 
-// try runs f with the client in use. Where it is the endpoint that fails, the next one is tried, each of them once. Once more it is tried
-// where the login has ended, or where the client was given up meanwhile for another reason.
+// try runs f with the client in use. Where it is the endpoint that fails, the next one is tried, each of them once.
+// Once more it is tried where the login has ended, or where the client was given up meanwhile for another reason.
 func (c *conn) try(ctx context.Context, f func(*client) error) error {
 	again := true
 	for left := len(c.opts.Endpoints); ; {

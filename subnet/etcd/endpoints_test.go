@@ -177,7 +177,8 @@ func told(t *testing.T, c *etcdtest.Cluster, n *node, i int) {
 	})
 }
 
-// A client that is given up while a request is on its way is no fault of etcd: the request goes on with the next client.
+// A client that is given up while a request is on its way is no fault of etcd: the request goes on with the next
+// client.
 func TestClientGivenUp(t *testing.T) {
 	t.Parallel()
 	s := store(t)

@@ -213,19 +213,40 @@ func TestOptions(t *testing.T) {
 	}{
 		{func(o *Options) { o.Endpoints = nil }, "--etcd-endpoints: expected at least one URL"},
 		{func(o *Options) { o.Endpoints = []string{"ftp://x"} }, `--etcd-endpoints: expected http://HOST:PORT or https://HOST:PORT, found "ftp://x"`},
-		{func(o *Options) { o.Endpoints = []string{"http://a:65536"} }, `--etcd-endpoints: expected a port from 1 to 65535, found "http://a:65536"`},
-		{func(o *Options) { o.Endpoints = []string{"http://a:1", "b:0"} }, `--etcd-endpoints: expected a port from 1 to 65535, found "b:0"`},
-		{func(o *Options) { o.Endpoints = []string{"[fd00::1]:99999999999999999999"} }, "--etcd-endpoints: expected a port from 1 to 65535"},
+		{
+			func(o *Options) { o.Endpoints = []string{"http://a:65536"} },
+			`--etcd-endpoints: expected a port from 1 to 65535, found "http://a:65536"`,
+		},
+		{
+			func(o *Options) { o.Endpoints = []string{"http://a:1", "b:0"} },
+			`--etcd-endpoints: expected a port from 1 to 65535, found "b:0"`,
+		},
+		{
+			func(o *Options) { o.Endpoints = []string{"[fd00::1]:99999999999999999999"} },
+			"--etcd-endpoints: expected a port from 1 to 65535",
+		},
 		{func(o *Options) { o.Endpoints = []string{"http://a:-1"} }, "--etcd-endpoints: expected http"},
-		{func(o *Options) { o.Endpoints = []string{"fd00::1"} }, `--etcd-endpoints: an IPv6 address needs brackets, as in http://[fd00::1]:2379; found "fd00::1"`},
-		{func(o *Options) { o.Endpoints = []string{"https://2001:db8::1:2379"} }, "--etcd-endpoints: an IPv6 address needs brackets"},
+		{
+			func(o *Options) { o.Endpoints = []string{"fd00::1"} },
+			`--etcd-endpoints: an IPv6 address needs brackets, as in http://[fd00::1]:2379; found "fd00::1"`,
+		},
+		{
+			func(o *Options) { o.Endpoints = []string{"https://2001:db8::1:2379"} },
+			"--etcd-endpoints: an IPv6 address needs brackets",
+		},
 		{func(o *Options) { o.Endpoints = []string{"::1:2379"} }, "--etcd-endpoints: an IPv6 address needs brackets"},
 		{func(o *Options) { o.Endpoints = []string{"http://fd00::1/"} }, "--etcd-endpoints: an IPv6 address needs brackets"},
 		{func(o *Options) { o.Endpoints = []string{"http://a:1 http://b:1"} }, "--etcd-endpoints: expected http"},
 		{func(o *Options) { o.Endpoints = []string{"http://a:1;http://b:1"} }, "--etcd-endpoints: expected http"},
 		{func(o *Options) { o.Endpoints = []string{"http://http://a:1"} }, "--etcd-endpoints: expected "},
-		{func(o *Options) { o.Endpoints = []string{"etcd+srv://example.net"} }, "--etcd-endpoints: DNS SRV records are not looked up, list the endpoints"},
-		{func(o *Options) { o.Endpoints = []string{"_etcd-client._tcp.example.net"} }, "--etcd-endpoints: DNS SRV records are not looked up"},
+		{
+			func(o *Options) { o.Endpoints = []string{"etcd+srv://example.net"} },
+			"--etcd-endpoints: DNS SRV records are not looked up, list the endpoints",
+		},
+		{
+			func(o *Options) { o.Endpoints = []string{"_etcd-client._tcp.example.net"} },
+			"--etcd-endpoints: DNS SRV records are not looked up",
+		},
 		{func(o *Options) { o.Endpoints = []string{"http://a:1/b"} }, "--etcd-endpoints: expected nothing behind the port"},
 		{func(o *Options) { o.Endpoints = []string{"http://me:" + secret + "@a:1"} }, "--etcd-endpoints: a user and password don't belong there"},
 		{func(o *Options) { o.Endpoints = []string{"http://me:" + secret + "@a:x"} }, "--etcd-endpoints: expected http"},

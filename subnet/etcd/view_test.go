@@ -272,7 +272,8 @@ func TestKeeper(t *testing.T) {
 func TestReason(t *testing.T) {
 	const unresolved = "the name in --etcd-endpoints can't be resolved: "
 	dialing := func(text string) error {
-		return status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial tcp: `+text+`"`)
+		return status.Error(codes.Unavailable,
+			`connection error: desc = "transport: Error while dialing: dial tcp: `+text+`"`)
 	}
 	o := Options{Endpoints: []string{"http://a:1"}, Username: "me", Prefix: "/p", RequestTimeout: time.Second}
 	for in, want := range map[error]string{
@@ -282,8 +283,10 @@ func TestReason(t *testing.T) {
 		cancelled(rpctypes.ErrGRPCPermissionDenied.Error()):  `permission denied for user "me": it needs to read and write /p/`,
 		errors.New("rpc error: code = Unavailable desc = x"): "x",
 		// The DNS server refuses, or does not answer: the endpoint does neither.
-		dialing("lookup a on 10.0.0.2:53: read udp 10.0.0.3:41414->10.0.0.2:53: read: connection refused"): unresolved + "a on 10.0.0.2:53: read udp 10.0.0.2:53: read: connection refused",
-		dialing("lookup a on 10.0.0.2:53: read udp 10.0.0.3:41414->10.0.0.2:53: i/o timeout"):              unresolved + "a on 10.0.0.2:53: read udp 10.0.0.2:53: i/o timeout",
+		dialing("lookup a on 10.0.0.2:53: read udp 10.0.0.3:41414->10.0.0.2:53: read: connection refused"): unresolved +
+			"a on 10.0.0.2:53: read udp 10.0.0.2:53: read: connection refused",
+		dialing("lookup a on 10.0.0.2:53: read udp 10.0.0.3:41414->10.0.0.2:53: i/o timeout"): unresolved +
+			"a on 10.0.0.2:53: read udp 10.0.0.2:53: i/o timeout",
 		dialing("lookup a: no such host"):         unresolved + "a: no such host",
 		dialing("10.0.0.2:1: connection refused"): "connection refused by http://a:1",
 	} {
