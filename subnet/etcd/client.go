@@ -150,6 +150,9 @@ func (c *conn) connect(ctx context.Context) (*client, error) {
 			}
 			failed[a.endpoint] = a.err
 			if waiting == 0 && asked == len(order) {
+				c.mu.Lock()
+				c.order = slices.Concat(order[1:], order[:1]) // what spoiled this try may be how the first one fails
+				c.mu.Unlock()
 				return nil, noneOf(c.opts.Endpoints, failed)
 			}
 		case <-next:
@@ -216,7 +219,7 @@ func (c *conn) unary(
 ) error {
 	c.count.add(method)
 	if method == pb.Auth_Authenticate_FullMethodName { // a login that has ended must not go along
-		return next(ctx, method, req, reply, cc, opts...)
+		return next(clientv3.WithRequireLeader(ctx), method, req, reply, cc, opts...)
 	}
 	t, err := c.loggedIn(ctx, cc, nil)
 	if err != nil {
@@ -279,9 +282,14 @@ func (c *conn) loggedIn(ctx context.Context, cc *grpc.ClientConn, ended *token) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
 	defer cancel()
+	var elsewhere <-chan time.Time
+	if len(c.opts.Endpoints) > 1 { // the one that logs in may be at an endpoint that does not answer
+		elsewhere = time.After(hedge)
+	}
 	select {
 	case c.login.busy <- struct{}{}:
 		defer func() { <-c.login.busy }()
+	case <-elsewhere:
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

@@ -127,6 +127,26 @@ func TestUselessEndpointAtStart(t *testing.T) {
 	}
 }
 
+// An endpoint that never answers a login does not keep the login from another one.
+func TestLoginBesideSilentEndpoint(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	s.EnableAuth("overlayd", secret, prefix+"/")
+	silent := newRelay(t, s.Addr())
+	silent.frozen.Store(true)
+	o := options(s)
+	o.Endpoints = []string{"http://" + silent.addr, s.Endpoint()}
+	o.Username, o.Password, o.RequestTimeout = "overlayd", secret, 5*time.Second
+	m := must[*Manager](t)(New(o, zap.NewNop()))
+	m.conn.order = slices.Clone(o.Endpoints) // as if chance had left it
+	n := run(t, m)
+	n.m.Claim(claim(1))
+	n.untilHeld()
+	if got := m.conn.current().endpoint; got != s.Endpoint() {
+		t.Errorf("it is at %s", got)
+	}
+}
+
 // The endpoint in use becomes useless while the node runs.
 func TestMemberCutOff(t *testing.T) {
 	t.Parallel()
