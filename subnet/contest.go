@@ -51,7 +51,10 @@ func (k *Contest) Judge(d *Decision, now time.Time) *ConflictError {
 		if k.by == r.Key { // it was written by a node that runs
 			return d.conflict(false)
 		}
-	case k.lost && now.Sub(k.wrote) < challengeAgain, r.PublicIPLocal && !d.Lease.PublicIPLocal:
+	case r.PublicIPLocal && !d.Lease.PublicIPLocal:
+		k.lost = false // no time makes the address this node's
+		return d.conflict(true)
+	case k.lost && now.Sub(k.wrote) < challengeAgain:
 		return d.conflict(true)
 	case !k.lost && k.answered(r, now):
 		k.held, k.lost = false, true
