@@ -390,12 +390,18 @@ func (a *Agent) current() addr.Per[netip.Addr] {
 	if a.choice != nil {
 		return addr.Per[netip.Addr]{V4: a.choice.Underlay.V4.Addr, V6: a.choice.Underlay.V6.Addr}
 	}
-	out := a.remembered.Addresses
-	for _, e := range a.snap.Table.Entries {
+	var out addr.Per[netip.Addr]
+	known := func(ips addr.Per[netip.Addr]) { // so far as the node has them still
 		for _, f := range addr.Families() {
-			if ip := e.PublicIP.Get(f); e.Identity == a.opts.Identity && a.host.Has(ip) {
+			if ip := ips.Get(f); a.host.Has(ip) {
 				out.Set(f, ip)
 			}
+		}
+	}
+	known(a.remembered.Addresses)
+	for _, e := range a.snap.Table.Entries {
+		if e.Identity == a.opts.Identity {
+			known(e.PublicIP)
 		}
 	}
 	return out
@@ -410,6 +416,8 @@ func (a *Agent) uncover() {
 	res, err := a.kernel.Uncover(a.snap.Endpoints)
 	if a.uncovered = a.snap.Endpoints; err != nil || len(res.Failed) > 0 {
 		a.uncovered = nil // once more in the next round
+		refused, _ := failures(res.Failed)
+		a.log.Warn("routes that cover an endpoint of etcd can't be removed", zap.Error(cmp.Or(err, refused)))
 	}
 	for _, c := range res.Done {
 		a.log.Warn("removed a route that covers an endpoint of etcd", zap.Stringer("route", c.Obj))
@@ -597,6 +605,7 @@ func (a *Agent) makeDevices(be backend.Backend, self subnet.Attrs) error {
 	res, err := a.kernel.AddMissing(netstate.State{Links: missing})
 	refused, _ := failures(res.Failed)
 	if err = cmp.Or(err, refused); err != nil {
+		a.planned = nil // the kernel was asked for something else than what is planned
 		a.health.set(condKernel, fmt.Errorf("nothing is announced until this can be done: %w", err))
 		return errNoDevice
 	}

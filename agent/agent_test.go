@@ -630,6 +630,17 @@ func TestNoLeaseWithoutADevice(t *testing.T) {
 			t.Errorf("the lease says %+v", l)
 		}
 
+		// A device that can't be had, and the config as it was before: so is the rest.
+		r.change(func() { refusing = true })
+		r.table(strings.Replace(other, "9", "10", 1), peer(1))
+		r.sleep(time.Minute)
+		r.table(other, peer(1))
+		r.sleep(waitForInterface)
+		want := r.kernel.want
+		if p := r.problem(condKernel); p != "" || len(want.Links) != 1 || want.Links[0].VXLAN.VNI != 9 || len(want.Addresses) != 1 {
+			t.Errorf("problem %q; the kernel is asked for %v", p, want)
+		}
+
 		// A lease that announces the device already is kept, and the rest of the node is not held back; but not one that
 		// flannel wrote since.
 		r.stop()
@@ -1325,4 +1336,14 @@ func TestPodBridge(t *testing.T) {
 			t.Errorf("given back: problem %q", p)
 		}
 	})
+}
+
+// An address that the node had before it was started says nothing if the node has it no more.
+func TestAddressOfBefore(t *testing.T) {
+	has, had := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
+	a := &Agent{host: netstate.Host{Addresses: []netstate.HostAddress{{Link: "eth0", Prefix: addr.Host(has)}}}.Indexed()}
+	a.remembered.Addresses = addr.Per[netip.Addr]{V4: has, V6: had}
+	if got, want := a.current(), (addr.Per[netip.Addr]{V4: has}); got != want {
+		t.Errorf("it goes by %v, want %v", got, want)
+	}
 }

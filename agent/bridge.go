@@ -15,7 +15,7 @@ const (
 	bridgePatience = 3 * time.Second
 	// bridgeEvery is how often to look while something is lost: the kernel's events about ports that come back are
 	// passed over.
-	bridgeEvery = 5 * time.Second
+	bridgeEvery, bridgeAtLeast = 5 * time.Second, 30 * time.Second
 )
 
 // podBridges is what the agent knows of the pods' bridges. It makes none, and changes none: it says what another
@@ -64,6 +64,7 @@ func (a *Agent) followBridges(now time.Time) {
 		a.health.set(condBridge, errors.New(lost))
 	}
 	if lost != "" {
-		a.audit = earlier(a.audit, now.Add(bridgeEvery))
+		// Less and less often: with many peers, a look at the whole kernel is dear.
+		a.audit = earlier(a.audit, now.Add(max(bridgeEvery, min(now.Sub(b.since)/4, bridgeAtLeast))))
 	}
 }

@@ -46,7 +46,7 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 	}
 	for _, f := range in.Config.Families() {
 		u := in.Underlay.Get(f)
-		u.MTU = narrowest(a.host, in.Config, f, u.MTU, a.roster.Peers())
+		u.MTU = narrowest(a.host, in.Config, f, u.MTU, a.roster.Peers)
 		in.Underlay.Set(f, u)
 	}
 	res, ok, err := a.adjust(be, in, ch)

@@ -466,7 +466,7 @@ func (s search) unusable(one netip.Addr, devices []string) error {
 
 // narrowest is the MTU that gets through to all peers: that of the underlay, unless routes lead to some of them by a
 // device with less. What it costs depends on the number of peers only where there are such routes.
-func narrowest(h netstate.Host, c subnet.Config, f addr.Family, mtu int, peers []*subnet.Lease) int {
+func narrowest(h netstate.Host, c subnet.Config, f addr.Family, mtu int, peers func() []*subnet.Lease) int {
 	less := map[string]int{}
 	for _, l := range h.Links {
 		if l.Up && !l.Tunnel && l.MTU < mtu {
@@ -480,7 +480,7 @@ func narrowest(h netstate.Host, c subnet.Config, f addr.Family, mtu int, peers [
 	if !slices.ContainsFunc(h.Routes, leads) {
 		return mtu
 	}
-	for _, p := range peers {
+	for _, p := range peers() {
 		for _, r := range h.NextHops(p.PublicIP.Get(f)) {
 			if leads(r) {
 				mtu = min(mtu, less[r.Link])

@@ -577,7 +577,7 @@ func TestNarrowest(t *testing.T) {
 		{addr.IPv6, []*subnet.Lease{near, far, v6}, 1500},
 		{addr.IPv6, []*subnet.Lease{near, far}, 9000},
 	} {
-		if got := narrowest(h, c, tt.f, 9000, tt.peers); got != tt.want {
+		if got := narrowest(h, c, tt.f, 9000, func() []*subnet.Lease { return tt.peers }); got != tt.want {
 			t.Errorf("%s, %d peers: %d, want %d", tt.f, len(tt.peers), got, tt.want)
 		}
 	}
