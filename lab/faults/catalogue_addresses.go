@@ -140,7 +140,7 @@ func isReady(ctx context.Context, s *Site) error {
 // stays ready, and the third node goes by the peer's lease.
 func bothReport(ctx context.Context, s *Site) error {
 	for n, want := range map[*lab.Node][2]string{
-		s.Victim:      {"not ready: lease: ", s.Peer.Name},
+		s.Victim:      {"not ready: lease: the public IP ", s.Peer.Name},
 		s.Peer:        {"degraded: claim: ", s.Victim.Name},
 		s.otherThan(): {"degraded: refused-lease: ", s.Victim.Name},
 	} {

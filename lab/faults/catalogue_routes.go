@@ -131,8 +131,10 @@ func routeFaults() []Fault {
 			Name: "the only default route leads into the tunnel", On: tunnelled(),
 			Inject: Steps(intoTheTunnel, On(`ip $F route del default via $GW`)),
 			Expect: LogSays(`problem: underlay.*is a tunnel device of overlayd itself`), Hold: 2 * time.Second,
-			Keeps:   All(bound("eth0"), announcesAt(ownAddr)),
-			Restore: Undo, Log: `problem: underlay.*is a tunnel device of overlayd itself`,
+			Keeps: All(bound("eth0"), announcesAt(ownAddr)),
+			// etcd is away
+			Restore: Undo, Bound: Bound{Lost: Any, Repair: 10 * time.Second},
+			Log: `problem: underlay.*is a tunnel device of overlayd itself`,
 			Seen: unreadies("underlay", "is a tunnel device of overlayd itself").
 				diagnosed(`^FAIL interface .*is a tunnel device of overlayd itself`),
 		},
