@@ -86,10 +86,9 @@ func (p *Plugin) sweep(ctx context.Context, j job, d Delegate, path string) erro
 		}
 		return json.Unmarshal(of[bootKey], &id) == nil && id != "" && id != p.BootID
 	}
-	if err := p.removeAll(ctx, j.conf, path, func(_ attachment, k kept) bool { return old(k) }); err != nil {
-		return err
-	}
-	if err := p.freeAddresses(j.conf, d); err != nil {
+	err = p.removeAll(ctx, j.conf, path, func(_ attachment, k kept) bool { return old(k) })
+	// One attachment that can't be removed keeps no other addresses taken.
+	if err = errors.Join(err, p.freeAddresses(j.conf, d)); err != nil {
 		return err
 	}
 	return os.WriteFile(filepath.Join(j.store.dir, j.store.network, bootFile), []byte(p.BootID), 0o600)
