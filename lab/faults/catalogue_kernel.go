@@ -101,14 +101,14 @@ func kernel() []Fault {
 			Log:    `repaired.*: sysctl`, Seen: repairs("sysctl", "forward"),
 		},
 		{
-			Name: "device deleted while new devices get no IPv6", On: []string{OnDual}, Short: true, Soak: true,
+			Name: "device deleted while new devices get no IPv6", On: []string{OnDual}, Short: true,
 			Inject: Steps(
 				Once(`echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6; ip link del overlay-v6.1`),
 				Afterwards(Once(`echo 0 > /proc/sys/net/ipv6/conf/default/disable_ipv6`))),
 			Expect: All(Whole, reaches), Log: `repaired.*: device`,
 		},
 		{
-			Name: "IPv6 switched off on the device", On: []string{OnDual}, Short: true, Soak: true,
+			Name: "IPv6 switched off on the device", On: []string{OnDual}, Short: true,
 			Inject: Once(`echo 1 > /proc/sys/net/ipv6/conf/overlay-v6.1/disable_ipv6`), Expect: All(Whole, reaches),
 			Log: `repaired.*: sysctl`, Seen: repairs("sysctl", "disable_ipv6"),
 		},
