@@ -637,7 +637,8 @@ func TestNoLeaseWithoutADevice(t *testing.T) {
 		r.table(other, peer(1))
 		r.sleep(waitForInterface)
 		want := r.kernel.want
-		if p := r.problem(condKernel); p != "" || len(want.Links) != 1 || want.Links[0].VXLAN.VNI != 9 || len(want.Addresses) != 1 {
+		if p := r.problem(condKernel); p != "" || len(want.Links) != 1 || want.Links[0].VXLAN.VNI != 9 ||
+			len(want.Addresses) != 1 {
 			t.Errorf("problem %q; the kernel is asked for %v", p, want)
 		}
 

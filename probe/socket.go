@@ -189,43 +189,37 @@ func checksum(p []byte) uint16 {
 
 // receive adds what has come to a list; it does not wait.
 func (s *socket) receive(pongs []pong) ([]pong, error) {
-	pongs, err := s.refusals(pongs)
+	// What the targets themselves have refused: their kernels are there, and the path is open in both directions.
+	err := s.each(s.udp, unix.MSG_ERRQUEUE, func(b, oob []byte, from unix.Sockaddr) {
+		to, by := addressOf(from), refusedBy(oob)
+		if len(b) >= 4 && to == by && binary.BigEndian.Uint16(b) == s.id {
+			pongs = append(pongs, pong{from: by, seq: binary.BigEndian.Uint16(b[2:]), at: received(oob)})
+		}
+	})
 	if err != nil {
 		return pongs, err
 	}
-	for {
-		n, oobn, _, from, err := unix.Recvmsg(s.fd, s.answer[:], s.oob[:], unix.MSG_TRUNC)
-		switch {
-		case errors.Is(err, unix.EAGAIN):
-			return pongs, nil
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err != nil:
-			return pongs, os.NewSyscallError("recvmsg", err)
-		}
-		if p, ok := s.parse(s.answer[:min(n, len(s.answer))], s.oob[:oobn], from); ok {
+	err = s.each(s.fd, unix.MSG_TRUNC, func(b, oob []byte, from unix.Sockaddr) {
+		if p, ok := s.parse(b, oob, from); ok {
 			pongs = append(pongs, p)
 		}
-	}
+	})
+	return pongs, err
 }
 
-// refusals adds what the targets themselves have refused: their kernels are there, and the way is open in both
-// directions.
-func (s *socket) refusals(pongs []pong) ([]pong, error) {
+// each calls do with each message that waits at a socket.
+func (s *socket) each(fd, flags int, do func(b, oob []byte, from unix.Sockaddr)) error {
 	for {
-		n, oobn, _, from, err := unix.Recvmsg(s.udp, s.answer[:], s.oob[:], unix.MSG_ERRQUEUE)
+		n, oobn, _, from, err := unix.Recvmsg(fd, s.answer[:], s.oob[:], flags)
 		switch {
 		case errors.Is(err, unix.EAGAIN):
-			return pongs, nil
+			return nil
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			return pongs, os.NewSyscallError("recvmsg", err)
+			return os.NewSyscallError("recvmsg", err)
 		}
-		to, by := addressOf(from), refusedBy(s.oob[:oobn])
-		if b := s.answer[:min(n, len(s.answer))]; len(b) >= 4 && to == by && binary.BigEndian.Uint16(b) == s.id {
-			pongs = append(pongs, pong{from: by, seq: binary.BigEndian.Uint16(b[2:]), at: received(s.oob[:oobn])})
-		}
+		do(s.answer[:min(n, len(s.answer))], s.oob[:oobn], from)
 	}
 }
 
