@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/masquerade/ipset"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -527,12 +528,7 @@ func trySupport(f *Facts) []support {
 }
 
 func trySets() error {
-	s, err := netstate.NewIPSets()
-	if err != nil {
-		return err
-	}
-	defer s.Close()
-	_, err = s.Ensure("trial", addr.IPv4, false, nil)
+	_, err := ipset.New().Ensure("trial", addr.IPv4, false, nil)
 	return err
 }
 

@@ -10,7 +10,7 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/nstest"
-	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/masquerade/ipset"
 )
 
 // benchmarkNodes is how many peers are reached without the tunnel, where there are any.
@@ -57,14 +57,7 @@ func newBenchmarkHost(b *testing.B, o Options, nodes int) *benchmarkHost {
 // connect gives the host connections to the kernel that nothing was learned by.
 func (h *benchmarkHost) connect(b *testing.B) {
 	b.Helper()
-	var sets *netstate.IPSets
-	var err error
-	h.ns.Do(func() { sets, err = netstate.NewIPSets() })
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(sets.Close)
-	h.options.Sets, h.options.Kernel = sets, kernelIn(b, h.ns)
+	h.options.Sets, h.options.Kernel = ipset.New(), kernelIn(b, h.ns)
 }
 
 // do is what is measured.
@@ -105,9 +98,11 @@ func (h *benchmarkHost) clean(b *testing.B) {
 			}
 		})
 	}
-	if err := h.options.Sets.Remove(NodeSet(addr.IPv4)); err != nil {
-		b.Fatal(err)
-	}
+	h.ns.Do(func() {
+		if err := h.options.Sets.Remove(NodeSet(addr.IPv4)); err != nil {
+			b.Fatal(err)
+		}
+	})
 }
 
 // BenchmarkEnsureCold makes and chooses the driver, and puts the rules where nothing is.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/masquerade/ipset"
 	"github.com/overlayd/overlayd/netstate"
 )
 
@@ -64,14 +65,7 @@ func kernelIn(t testing.TB, ns *nstest.NS) *netstate.NFTables {
 // withSets gives the rig the kernel's sets.
 func (r *rig) withSets() *rig {
 	r.t.Helper()
-	var sets *netstate.IPSets
-	var err error
-	r.ns.Do(func() { sets, err = netstate.NewIPSets() })
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.t.Cleanup(sets.Close)
-	r.sets = sets
+	r.sets = ipset.New()
 	r.restart()
 	return r
 }

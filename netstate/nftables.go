@@ -343,3 +343,17 @@ func be32(b []byte) uint32 {
 	}
 	return binary.BigEndian.Uint32(b)
 }
+
+// setName is the name of the set that a rule of iptables knows by its number (IPSET_CMD_GET_BYINDEX and IPSET_ATTR_INDEX, which
+// came with protocol 7, uapi/linux/netfilter/ipset/ip_set.h).
+func (n *NFTables) setName(index uint16) string {
+	name := fmt.Sprintf("?%d", index)
+	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_IPSET<<8|15, 0)
+	req.AddData(&nl.Nfgenmsg{})
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_PROTOCOL, []byte{nl.IPSET_PROTOCOL + 1}))
+	req.AddData(nl.NewRtAttr(11|unix.NLA_F_NET_BYTEORDER, binary.BigEndian.AppendUint16(nil, index)))
+	_ = n.c.ask(req, func(body []byte) { // what could not be found out remains unknown
+		name = cString(attrOf(body[min(sizeofNfgenmsg, len(body)):], nl.IPSET_ATTR_SETNAME))
+	})
+	return name
+}

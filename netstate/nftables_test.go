@@ -166,7 +166,7 @@ func TestNFTablesObjects(t *testing.T) {
 		}
 	}
 	kind, members, err := n.Set(addr.IPv4, "t", "s")
-	if kind != "ipv4_addr" || !slices.Equal(members, ipsetAddrs("10.0.0.1", "192.0.2.1", "192.0.2.9")) || err != nil {
+	if kind != "ipv4_addr" || !slices.Equal(members, prefixes("10.0.0.1/32", "192.0.2.1/32", "192.0.2.9/32")) || err != nil {
 		t.Errorf("%s, %v, %v", kind, members, err)
 	}
 	for _, odd := range []string{
@@ -182,14 +182,14 @@ func TestNFTablesObjects(t *testing.T) {
 		ns.Exec("nft", "delete set ip t odd")
 	}
 	for f, want := range map[addr.Family][]netip.Prefix{
-		addr.IPv4: ipsetNets("0.0.0.0/8", "10.244.0.0/24", "10.244.1.0/24", "10.244.2.1/32", "10.244.4.128/25",
+		addr.IPv4: prefixes("0.0.0.0/8", "10.244.0.0/24", "10.244.1.0/24", "10.244.2.1/32", "10.244.4.128/25",
 			"10.244.128.0/18", "255.255.254.0/24"),
-		addr.IPv6: ipsetNets("::/16", "fd00:10:244::/64", "fd00:10:244:1::/64", "fd00:10:244:2::1/128",
+		addr.IPv6: prefixes("::/16", "fd00:10:244::/64", "fd00:10:244:1::/64", "fd00:10:244:2::1/128",
 			"fd00:10:244:1000::/52", "fe00::/8"),
 	} {
 		var list []string
 		for _, p := range want {
-			list = append(list, member(p))
+			list = append(list, p.String())
 		}
 		family := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip6"}[f]
 		ns.Exec("nft",
@@ -233,4 +233,12 @@ func FuzzParseNFRule(f *testing.F) {
 			}
 		}
 	})
+}
+
+func prefixes(list ...string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range list {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/overlayd/overlayd/agent"
 	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/masquerade"
+	"github.com/overlayd/overlayd/masquerade/ipset"
 	"github.com/overlayd/overlayd/netstate"
 )
 
@@ -35,7 +36,7 @@ what it remembers. The daemon must be stopped. The lease in etcd stays until it 
 			out := cmd.OutOrStdout()
 			return errors.Join(
 				cleanKernel(out),
-				masquerade.Remove(cmd.Context(), iptablesWait, newSets()),
+				masquerade.Remove(cmd.Context(), iptablesWait, ipset.New()),
 				cleanFiles(out, append(agent.Files(f.stateDir), f.subnetFile)...),
 			)
 		},

@@ -16,6 +16,7 @@ import (
 	"github.com/overlayd/overlayd/agent"
 	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/masquerade"
+	"github.com/overlayd/overlayd/masquerade/ipset"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet/etcd"
 )
@@ -108,7 +109,7 @@ func daemon(ctx context.Context, f flags) error {
 	}
 	log.Info("overlayd starts", zap.String("version", version), zap.String("node", opts.Identity.NodeName), zap.String("id", opts.Identity.NodeID),
 		zap.Strings("etcd", storeOpts.Endpoints), zap.String("prefix", storeOpts.Prefix))
-	fw.Sets = newSets()
+	fw.Sets = ipset.New()
 	var changed <-chan struct{}
 	watch, err := netstate.WatchNFTables(func(c netstate.NFTablesChange) bool { return masquerade.Concerns(c.Table, c.Chain) })
 	if err != nil {
