@@ -65,12 +65,13 @@ type Kernel interface {
 
 // Parts are what an agent works with.
 type Parts struct {
-	Store      subnet.Manager
-	Kernel     Kernel
-	Firewall   masquerade.Driver
-	SubnetFile *FileWatch // nil: nothing tells when somebody changes the subnet file
-	// FirewallChanged says that somebody changed the firewall; nil: nothing tells.
-	FirewallChanged <-chan struct{}
+	Store  subnet.Manager
+	Kernel Kernel
+	// Firewall chooses the driver. It may start processes, and is called once, beside what the agent does meanwhile.
+	Firewall func(context.Context) masquerade.Driver
+	// FirewallChanges notifies of changes in the firewall; nil or closed: not of any more.
+	FirewallChanges <-chan struct{}
+	SubnetFile      *FileWatch   // nil: nothing tells when somebody changes the subnet file
 	Health          net.Listener // for /healthz, /readyz and /status; nil: none
 	Control         net.Listener // for the operator's commands on this node; nil: none
 	LogLevel        zap.AtomicLevel
@@ -138,15 +139,12 @@ func New(o Options, p Parts) *Agent {
 	return &Agent{
 		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, control: p.Control, level: p.LogLevel, about: p.About, log: p.Log,
 		questions: make(chan func()), state: dir,
-		firewall: &firewall{
-			driver: p.Firewall, changed: p.FirewallChanged, resync: o.IPTablesResync, health: h, log: p.Log, took: instruments.Firewall,
-			drift: newDriftLog(p.Log), wishes: newMailbox[[]masquerade.Input](),
-		},
-		keeper: newKeeper(dir, o.Identity, h),
-		peers:  peerLog{log: p.Log},
-		drift:  newDriftLog(p.Log),
-		mesh:   newMesh(h, o.MeshProbe),
-		watch:  p.SubnetFile,
+		firewall: newFirewall(p, o.IPTablesResync, h, instruments.Firewall),
+		keeper:   newKeeper(dir, o.Identity, h),
+		peers:    peerLog{log: p.Log},
+		drift:    newDriftLog(p.Log),
+		mesh:     newMesh(h, o.MeshProbe),
+		watch:    p.SubnetFile,
 
 		instruments: instruments,
 	}

@@ -153,9 +153,8 @@ type fakeFirewall struct {
 }
 
 func (f *fakeFirewall) Remove(context.Context) error { return nil }
-func (f *fakeFirewall) Notified() bool               { return false }
 
-func (f *fakeFirewall) Ensure(_ context.Context, want []masquerade.Ruleset) (masquerade.Result, error) {
+func (f *fakeFirewall) Ensure(_ context.Context, want []masquerade.Ruleset, _ bool) (masquerade.Result, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.runs++
@@ -199,7 +198,10 @@ func newAgent(of *rig) *rig {
 		Identity:   subnet.Identity{NodeName: "self", NodeID: "id-self"},
 		SubnetFile: filepath.Join(r.dir, "subnet.env"), StateDir: filepath.Join(r.dir, "state"),
 		IPMasq: true, ForwardRules: true, IPForward: true, IPTablesResync: 10 * time.Second, StalePeerGrace: 10 * time.Minute,
-	}, Parts{Store: r.store, Kernel: r.kernel, Firewall: r.firewall, Log: zap.New(core)})
+	}, Parts{
+		Store: r.store, Kernel: r.kernel,
+		Firewall: func(context.Context) masquerade.Driver { return r.firewall }, Log: zap.New(core),
+	})
 	return r
 }
 

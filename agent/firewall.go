@@ -10,117 +10,179 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/overlayd/overlayd/masquerade"
+	"github.com/overlayd/overlayd/runner"
 	"github.com/overlayd/overlayd/status"
 )
 
-// firewall keeps the rules in place in a goroutine of its own: iptables may wait long for its lock, and routes must not wait with it.
+// firewall keeps the rules in place in a goroutine of its own: iptables may wait long for its lock, and routes must not
+// wait with it.
 type firewall struct {
-	driver  masquerade.Driver
-	changed <-chan struct{} // hints that somebody changed the firewall; nil: nothing tells
-	resync  time.Duration
+	choose  func(context.Context) masquerade.Driver // makes the driver, when it is needed first
+	changes <-chan struct{}                         // notifications of the kernel; nil or closed: it sends none
+	resync  time.Duration                           // for that of whose changes the kernel notifies nobody
+	runner  *runner.Runner
 	health  *health
 	log     *zap.Logger
 	drift   *driftLog
-	took    func(time.Duration) // told how long each look took
+	took    func(time.Duration) // told how long each reconcile took
 
-	contested bool      // another program wants the place of a jump of ours
-	said      time.Time // when that was said last
+	driver  masquerade.Driver
+	desired []masquerade.Ruleset // nil before there are any
+	applied []masquerade.Ruleset // what the last reconcile without an error put in place
+	began   time.Time            // when the last reconcile began
+	said    time.Time            // when a contested jump was logged last
 
 	mu      sync.Mutex
-	checked time.Time // when it was last looked at, without an error
+	inputs  []masquerade.Input
+	posted  bool      // the inputs may have changed
+	full    bool      // all is to be compared
+	deaf    bool      // the kernel sends no notifications
+	checked time.Time // when the rules were last found or put in place, without an error
 	runs    int
 	failed  int // of the runs
-	wishes  mailbox[[]masquerade.Input]
 }
 
-// run looks whenever there is a reason to, and on a period: not everything is told of. Where everything is, a look at what
-// has not changed starts no process.
+// Bounds of the reconciles that notifications cause, and of those that errors cause. Rules are to be repaired within a
+// second.
+const (
+	firewallMin, firewallBurst = 500 * time.Millisecond, 5
+	firewallRetry              = time.Second
+)
+
+// stopWithin is how long the end of the daemon waits for iptables, which may be waiting for its lock.
+const stopWithin = time.Second
+
+func newFirewall(p Parts, resync time.Duration, h *health, took func(time.Duration)) *firewall {
+	f := &firewall{
+		choose: p.Firewall, changes: p.FirewallChanges, resync: resync, health: h, log: p.Log, took: took,
+		drift: newDriftLog(p.Log), deaf: p.FirewallChanges == nil,
+	}
+	f.runner = runner.New(runner.Options{
+		Min: firewallMin, Burst: firewallBurst, RetryMin: firewallRetry, RetryMax: resync,
+	}, f.reconcile)
+	return f
+}
+
+// put says what is to be in the firewall. It only takes note: the rules are made of it by run.
+func (f *firewall) put(inputs []masquerade.Input) {
+	f.mu.Lock()
+	f.inputs, f.posted = inputs, true
+	f.mu.Unlock()
+	f.runner.Wake()
+}
+
+// run reconciles until ctx ends. What is still running then may be waiting for the lock of iptables, and is left to it.
 func (f *firewall) run(ctx context.Context) error {
-	tick := time.NewTicker(f.resync)
-	defer tick.Stop()
-	var pace throttle
-	later := time.NewTimer(time.Hour)
-	defer later.Stop()
-	var wish, done []masquerade.Ruleset
+	f.runner.Wake() // the driver can be chosen before there are rules
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = f.runner.Run(ctx) // the error of ctx
+	}()
 	for {
 		select {
+		case _, ok := <-f.changes:
+			if !ok {
+				f.changes = nil
+			}
+			f.mu.Lock()
+			f.full, f.deaf = true, !ok
+			f.mu.Unlock()
+			f.runner.Wake()
 		case <-ctx.Done():
+			select {
+			case <-ended:
+			case <-time.After(stopWithin):
+			}
 			return ctx.Err()
-		case w := <-f.wishes:
-			wish = rulesets(w)
-			if done != nil && same(wish, done) {
-				continue // every round of the loop says it again
-			}
-		case <-tick.C:
-		case <-later.C:
-			pace.looked(time.Now())
-		case <-f.changed:
-			now := time.Now()
-			if due := pace.due(now); now.Before(due) {
-				later.Reset(time.Until(due))
-				continue
-			}
-			pace.looked(now)
-		}
-		if wish == nil {
-			continue
-		}
-		err := f.ensure(ctx, wish, done != nil && same(wish, done))
-		if ctx.Err() == nil {
-			f.health.set(condFirewall, err)
-		}
-		if f.contested {
-			later.Reset(masquerade.MoveEvery)
-		}
-		if done = nil; err == nil {
-			done = wish
 		}
 	}
 }
 
-// ensure makes the rules the wished ones. If they were so before, somebody else has changed what has to be put right.
-func (f *firewall) ensure(ctx context.Context, wish []masquerade.Ruleset, again bool) error {
-	began := time.Now()
-	res, err := f.driver.Ensure(ctx, wish)
-	f.took(time.Since(began))
-	f.saw(err)
-	f.contested = slices.ContainsFunc(res.Drifts,
-		func(d masquerade.Drift) bool { return d.Kind == masquerade.JumpContested })
+// reconcile makes the firewall hold the desired rules, if there is a reason to: other rules are desired, a notification
+// came, the last time failed, or it is time to compare that of whose changes the kernel notifies nobody.
+func (f *firewall) reconcile(ctx context.Context) error {
+	if f.driver == nil {
+		f.driver = f.choose(ctx)
+	}
+	desired, full := f.take()
+	if desired == nil {
+		return nil
+	}
+	again := f.applied != nil && same(desired, f.applied)
+	full = full || !again
+	if rest := f.resync - time.Since(f.began); !full && rest > 0 {
+		f.runner.WakeAfter(rest)
+		return nil
+	}
+	f.began = time.Now()
+	f.runner.WakeAfter(f.resync)
+	res, err := f.driver.Ensure(ctx, desired, full)
+	f.took(time.Since(f.began))
+	f.note(err)
+	if ctx.Err() != nil {
+		return err
+	}
+	if f.report(res, again) {
+		f.mu.Lock()
+		f.full = true // it was left where it is
+		f.mu.Unlock()
+		f.runner.WakeAfter(masquerade.MoveEvery)
+	}
+	f.health.set(condFirewall, err)
+	if f.applied = desired; err != nil {
+		f.applied = nil
+	}
+	return err
+}
+
+// take returns the desired rules, nil before the first, and whether all is to be compared.
+func (f *firewall) take() (desired []masquerade.Ruleset, full bool) {
+	f.mu.Lock()
+	posted, inputs := f.posted, f.inputs
+	full = f.full || f.deaf
+	f.posted, f.full = false, false
+	f.mu.Unlock()
+	if posted {
+		f.desired = []masquerade.Ruleset{} // no inputs are desired too
+		for _, in := range inputs {
+			f.desired = append(f.desired, masquerade.Rules(in))
+		}
+	}
+	return f.desired, full
+}
+
+// report logs what has been repaired, and tells whether a jump is contested. What differs from rules that were in place
+// before has been changed by another process.
+func (f *firewall) report(res masquerade.Result, again bool) (contested bool) {
 	if !again && len(res.Drifts) > 0 {
 		f.log.Info("firewall rules put in place", zap.Stringers("found", res.Drifts))
 	}
-	if again {
-		for _, d := range res.Drifts {
-			if d.Kind == masquerade.JumpContested {
-				f.leave(d)
-				continue
+	for _, d := range res.Drifts {
+		if d.Kind == masquerade.JumpContested {
+			contested = true
+			if time.Since(f.said) >= driftEvery {
+				f.said = time.Now()
+				f.log.Warn("another program keeps putting its rules behind the jump to ours in FORWARD, "+
+					"which is now moved behind them only every few seconds", zap.Stringer("place", d))
 			}
+		} else if again {
 			f.drift.count("firewall: "+d.Kind.String(), d.String())
 		}
-		f.drift.flush()
 	}
-	if ctx.Err() != nil {
-		return err
+	if again {
+		f.drift.flush()
 	}
 	noSets := res.NoSets
 	if noSets != nil {
 		noSets = fmt.Errorf("some packets between pods and nodes arrive with a translated address: %w", noSets)
 	}
 	f.health.set(condNodeSet, noSets)
-	return err
+	return contested
 }
 
-// leave says once a minute that a jump is not where it belongs, and left there for the time being.
-func (f *firewall) leave(d masquerade.Drift) {
-	if time.Since(f.said) >= driftEvery {
-		f.said = time.Now()
-		f.log.Warn("another program keeps putting its rules behind the jump to ours in FORWARD, "+
-			"which is now moved behind them only every few seconds", zap.Stringer("place", d))
-	}
-}
-
-// saw takes note of a look.
-func (f *firewall) saw(err error) {
+// note counts a reconcile.
+func (f *firewall) note(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.runs++
@@ -131,7 +193,7 @@ func (f *firewall) saw(err error) {
 	f.checked = time.Now()
 }
 
-// seen adds to a status when the rules were last found or put in place, and how often they were looked at.
+// seen adds to a status when the rules were last found or put in place, and how often they were compared.
 func (f *firewall) seen(s *status.Firewall) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -139,15 +201,6 @@ func (f *firewall) seen(s *status.Firewall) {
 }
 
 func same(a, b []masquerade.Ruleset) bool { return slices.EqualFunc(a, b, masquerade.Ruleset.Equal) }
-
-// rulesets is never nil: no inputs are a wish too.
-func rulesets(inputs []masquerade.Input) []masquerade.Ruleset {
-	out := []masquerade.Ruleset{}
-	for _, in := range inputs {
-		out = append(out, masquerade.Rules(in))
-	}
-	return out
-}
 
 // mailbox holds the newest value for a reader that may be slow. It has one writer.
 type mailbox[T any] chan T

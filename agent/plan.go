@@ -116,7 +116,7 @@ func (a *Agent) adjust(be backend.Backend, in backend.Input, ch subnet.Change) (
 	a.peers.change(gone.Ways, come.Ways)
 	a.mesh.change(gone.Ways, come.Ways)
 	if p.follow(gone, come) {
-		a.firewall.wishes.put(a.firewallWish(p))
+		a.firewall.put(a.firewallWish(p))
 	}
 	return res, true, err
 }
@@ -135,7 +135,7 @@ func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result
 		direct: plan.DirectNodes, bare: plan.BareSubnets,
 		entries: desired.Counts(), online: a.online(), plain: plain(plan, inTheWay),
 	}
-	a.firewall.wishes.put(a.firewallWish(p)) // it works meanwhile
+	a.firewall.put(a.firewallWish(p)) // it works meanwhile
 
 	// Until the store has said what there is, nothing that is there may go.
 	reconcile := a.kernel.Reconcile

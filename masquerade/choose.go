@@ -3,8 +3,11 @@ package masquerade
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
+
+	"github.com/google/nftables"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -31,70 +34,28 @@ func ParseKind(s string) (Kind, error) {
 // Options are what a driver is made of.
 type Options struct {
 	Kind    Kind
-	Variant Variant       // of iptables; VariantDefault: what the host uses
-	Wait    time.Duration // for the xtables lock; zero: DefaultWait
-	Sets    Sets
-	Watch   Watch  // nil: nothing is heard, look each time
-	Kernel  Kernel // nil: iptables has to say what is there
+	Variant Variant // of iptables; VariantDefault: what the host uses
+	Sets    Sets    // nil: another program keeps them
 }
 
-// New makes the driver that the options ask for. Where they leave a choice, the host is looked at once. That starts no process
-// but where there are tables of iptables-legacy, or where it seems that the answer is nftables.
+// lockWait is how long one run of iptables waits for the xtables lock.
+const lockWait = 10 * time.Second
+
+// New makes the driver that the options ask for. Where they leave a choice, the host decides. That starts no process but
+// where both variants of iptables could be in use.
 func New(ctx context.Context, o Options) (Driver, Decision) {
-	h := newHost(o.Kernel)
 	d := Decision{o.Kind, o.Variant, "as configured"}
 	if o.Kind == KindAuto || o.Kind == KindIPTables && o.Variant == VariantDefault {
-		d = Decide(o.Kind, o.Variant, gather(ctx, h, o.Kind))
+		d = Decide(o.Kind, o.Variant, gather(ctx))
 	}
 	if d.Kind == KindNFTables {
-		n := NewNFTables(o.Wait)
-		n.use(h)
-		n.sets, n.memory.watch = o.Sets, o.Watch
-		return n, d
+		return &NFTables{open: openTables(lockWait), sets: o.Sets}, d
 	}
-	i := NewIPTables(d.Variant, o.Wait)
-	i.host, i.sets, i.memory.watch = h, o.Sets, o.Watch
-	return i, d
+	return &IPTables{open: openTables(lockWait), variant: d.Variant, sets: o.Sets}, d
 }
-
-// Begin is New beside what the caller goes on to do: chosen is told the decision, from another goroutine, and the driver waits
-// for it. Until then the driver alone may use what is in the options.
-func Begin(ctx context.Context, o Options, chosen func(Decision)) Driver {
-	l := &later{done: make(chan struct{})}
-	go func() {
-		defer close(l.done)
-		var d Decision
-		l.driver, d = New(ctx, o)
-		chosen(d)
-	}()
-	return l
-}
-
-// later is a driver that is being chosen.
-type later struct {
-	done   chan struct{}
-	driver Driver
-}
-
-func (l *later) get() Driver {
-	<-l.done // soon: what New does ends with its context
-	return l.driver
-}
-
-func (l *later) Ensure(ctx context.Context, want []Ruleset) (Result, error) {
-	return l.get().Ensure(ctx, want)
-}
-
-func (l *later) Remove(ctx context.Context) error { return l.get().Remove(ctx) }
-
-func (l *later) Notified() bool { return l.get().Notified() }
 
 // Remove takes everything of ours out of every firewall, and the sets.
-func Remove(ctx context.Context, wait time.Duration, sets Sets) error {
-	d := NewIPTables(VariantDefault, wait)
-	d.sets = sets
-	return d.Remove(ctx)
-}
+func Remove(ctx context.Context, sets Sets) error { return removeAll(ctx, sets, openTables(lockWait)) }
 
 // Decision is which driver to use, and why.
 type Decision struct {
@@ -103,27 +64,12 @@ type Decision struct {
 	Reason  string
 }
 
-// Facts are what a decision rests on. What could not be found out is taken for not there, and so is what makes no difference.
+// Facts are what a decision rests on. What could not be found out is taken for not there.
 type Facts struct {
-	NFT          bool // nft works
+	NFT          bool // the kernel has nf_tables
 	KubeProxyNFT bool // kube-proxy has a table in nftables
 	IPTablesNFT  VariantFacts
 	Legacy       VariantFacts
-}
-
-// nftMatters tells whether it makes a difference if nft works.
-func (f Facts) nftMatters(k Kind) bool {
-	return k == KindAuto && (f.KubeProxyNFT || !f.IPTablesNFT.Program && !f.Legacy.Program)
-}
-
-// variantsMatter tells whether it makes a difference who uses which variant.
-func (f Facts) variantsMatter() bool {
-	return f.NFT && f.KubeProxyNFT || f.IPTablesNFT.Program && f.Legacy.Program
-}
-
-// rulesMatter tells whether it makes a difference how many rules there are.
-func (f Facts) rulesMatter() bool {
-	return f.variantsMatter() && f.IPTablesNFT.KubeProxy == f.Legacy.KubeProxy && f.IPTablesNFT.Kubelet == f.Legacy.Kubelet
 }
 
 // VariantFacts are about one variant of iptables, both families together.
@@ -155,13 +101,13 @@ func Decide(k Kind, v Variant, f Facts) Decision {
 func decideKind(f Facts) (Kind, string) {
 	switch {
 	case !f.NFT:
-		return KindIPTables, "nft does not work here"
+		return KindIPTables, "the kernel has no nf_tables"
 	case !f.IPTablesNFT.Program && !f.Legacy.Program:
 		return KindNFTables, "there is no iptables here"
 	case f.KubeProxyNFT && !f.IPTablesNFT.KubeProxy && !f.Legacy.KubeProxy:
 		return KindNFTables, "kube-proxy uses nftables"
 	}
-	return KindIPTables, "nobody asks for nftables"
+	return KindIPTables, "nothing here asks for nftables"
 }
 
 // decideVariant asks in the order in which the Kubernetes images do (kubernetes-sigs/iptables-wrappers): the kubelet's
@@ -192,28 +138,41 @@ func either(nft bool) Variant {
 	return VariantLegacy
 }
 
-// gather looks at the host, in the network namespace of the calling thread. It makes nothing by looking.
-func gather(ctx context.Context, h host, k Kind) Facts {
+// gather reads the facts, in the network namespace of the calling thread. It creates no table by looking.
+func gather(ctx context.Context) Facts {
 	var f Facts
+	tables, err := (&nftables.Conn{}).ListTables()
+	f.NFT = err == nil
+	legacy := map[addr.Family]bool{}
 	for _, fam := range addr.Families() {
 		f.IPTablesNFT.Program = f.IPTablesNFT.Program || programThere(fam, VariantNFT)
 		f.Legacy.Program = f.Legacy.Program || programThere(fam, VariantLegacy)
-		_, _, err := h.kernel.Table(fam, "kube-proxy")
-		f.KubeProxyNFT = f.KubeProxyNFT || err == nil
+		f.KubeProxyNFT = f.KubeProxyNFT || hasTable(tables, fam, "kube-proxy")
+		names, _ := legacyNames(fam)
+		legacy[fam] = len(names) > 0
 	}
-	f.NFT = f.nftMatters(k) && h.nftWorks(ctx)
 	for _, fam := range addr.Families() {
-		if f.variantsMatter() {
-			f.IPTablesNFT.find(h, fam)
-			f.Legacy.save(ctx, h, fam)
+		f.IPTablesNFT.find(fam)
+		if legacy[fam] {
+			f.Legacy.save(ctx, fam, VariantLegacy)
 		}
 	}
+	if nft, legacy := f.IPTablesNFT, f.Legacy; !nft.Program || !legacy.Program ||
+		nft.KubeProxy != legacy.KubeProxy || nft.Kubelet != legacy.Kubelet {
+		return f // how many rules there are makes no difference
+	}
 	for _, fam := range addr.Families() {
-		if f.rulesMatter() {
-			f.IPTablesNFT.count(h, fam)
+		if slices.ContainsFunc(iptablesTables(), func(name string) bool { return hasTable(tables, fam, name) }) {
+			f.IPTablesNFT.save(ctx, fam, VariantNFT)
 		}
 	}
 	return f
+}
+
+func iptablesTables() []string { return []string{"filter", "nat", "mangle", "raw", "security"} }
+
+func hasTable(tables []*nftables.Table, f addr.Family, name string) bool {
+	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == name && t.Family == nftTable(f, name).Family })
 }
 
 // What kube-proxy and the kubelet are known by.
@@ -223,37 +182,22 @@ const (
 	kubeCanary   = "KUBE-KUBELET-CANARY"
 )
 
-// find asks the kernel who uses iptables-nft.
-func (v *VariantFacts) find(h host, f addr.Family) {
+// ourPrefix is what the names of our chains begin with.
+const ourPrefix = "OVERLAYD-"
+
+// find asks nf_tables who uses iptables-nft.
+func (v *VariantFacts) find(f addr.Family) {
 	there := func(table Table, chain string) bool {
-		_, err := h.kernel.Chain(f, string(table), chain)
-		return err == nil
+		c, err := findChain(f, string(table), chain)
+		return err == nil && c != nil
 	}
 	v.KubeProxy = v.KubeProxy || there(NAT, kubeServices) || there(Filter, kubeServices)
-	v.Kubelet = v.Kubelet || there(mangle, kubeHint) || there(mangle, kubeCanary)
+	v.Kubelet = v.Kubelet || there("mangle", kubeHint) || there("mangle", kubeCanary)
 }
 
-// count counts the rules of iptables-nft.
-func (v *VariantFacts) count(h host, f addr.Family) {
-	for _, table := range []Table{NAT, Filter, mangle, "raw", "security"} {
-		rules, _ := h.kernel.Rules(f, string(table), "")
-		for _, line := range ruleLines(rules) {
-			if !strings.Contains(line, ourPrefix) {
-				v.Rules++
-			}
-		}
-	}
-}
-
-// mangle is a table in which there is nothing of ours.
-const mangle Table = "mangle"
-
-// save lets iptables-legacy say who uses it, if anybody does: to save its tables makes them.
-func (v *VariantFacts) save(ctx context.Context, h host, f addr.Family) {
-	if names, _ := legacyNames(f); !programThere(f, VariantLegacy) || len(names) == 0 {
-		return
-	}
-	if out, err := h.run(ctx, "", programName(f, VariantLegacy)+"-save"); err == nil {
+// save lets a variant say who uses it. To save tables of iptables-legacy makes them: the caller knows that there are some.
+func (v *VariantFacts) save(ctx context.Context, f addr.Family, variant Variant) {
+	if out, err := execRun(ctx, "", programName(f, variant)+"-save"); err == nil {
 		v.read(out)
 	}
 }

@@ -1,6 +1,7 @@
 package masquerade
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,28 +14,24 @@ import (
 // Driver makes a firewall equal to rulesets. It belongs to one goroutine.
 type Driver interface {
 	// Ensure makes the firewall hold exactly these rulesets, at most one of each family; a family that is not among
-	// them gets nothing. One family's error does not hold back the other; what is in the result beside an error has been
-	// put right all the same. What another driver left behind goes as soon as the new rules are in place.
-	Ensure(ctx context.Context, want []Ruleset) (Result, error)
+	// them gets nothing. One family's error does not hold back the other; what is in the result beside an error has
+	// been repaired all the same. What another driver left behind goes as soon as the new rules are in place.
+	//
+	// Where full is false, only that is compared of whose changes the kernel notifies nobody: tables of
+	// iptables-legacy, and address sets. The caller asks for that when the last Ensure of these rulesets succeeded and
+	// no notification has come since.
+	Ensure(ctx context.Context, desired []Ruleset, full bool) (Result, error)
 	// Remove takes everything of ours out of the firewall, also what another driver put there, and nothing else.
 	Remove(ctx context.Context) error
-	// Notified tells whether the last Ensure left nothing that could change without the Watch hearing of it. While it is
-	// false, only looking on a period finds what others do.
-	Notified() bool
 }
 
 // Result is what Ensure has done.
 type Result struct {
-	// Drifts is what was found otherwise and has been put right: nothing, if all was in place.
+	// Drifts is what differed and has been repaired: nothing, if all was in place.
 	Drifts []Drift
-	// NoSets says why rules that look into a set had to be left out. These packets are then masqueraded: not what is
+	// NoSets says why rules that match on a set had to be left out. These packets are then masqueraded: not what is
 	// promised, but they arrive.
 	NoSets error
-}
-
-func (r *Result) add(more Result) {
-	r.Drifts = append(r.Drifts, more.Drifts...)
-	r.NoSets = errors.Join(r.NoSets, more.NoSets)
 }
 
 // Sets keeps named sets of addresses or networks in the kernel, for a firewall that has none of its own. A set has to
@@ -46,78 +43,21 @@ type Sets interface {
 	Remove(name string) error
 }
 
-// Kernel reads what is in the firewall, most of it in nf_tables, without a process. What is not there is an error that is
-// os.ErrNotExist.
-type Kernel interface {
-	// Table tells how many chains, sets and other objects are in a table, and whether it is plain: without flags.
-	Table(f addr.Family, table string) (objects int, plain bool, err error)
-	// Chain says what makes a chain a base chain, "type nat hook postrouting priority 100 policy accept", and nothing of one
-	// that only other chains call.
-	Chain(f addr.Family, table, chain string) (base string, err error)
-	// Rules returns the rules of a chain, or of all chains in the table if none is named, as the words that `iptables -S`
-	// prints, without quotes. What is not known there is a word that begins with a question mark.
-	Rules(f addr.Family, table, chain string) ([][]string, error)
-	// Set returns the kind of a set, "ipv4_addr" or, for networks, "ipv4_addr interval", and its members, sorted.
-	Set(f addr.Family, table, set string) (kind string, members []netip.Prefix, err error)
-	// LegacyTable returns a number that changes with every change of a table of iptables-legacy, which has to exist.
-	LegacyTable(f addr.Family, table string) (uint64, error)
-}
-
-// noKernel stands for a kernel that cannot be asked.
-type noKernel struct{}
-
-func (noKernel) Table(addr.Family, string) (int, bool, error) { return 0, false, errNoKernel }
-
-func (noKernel) Chain(addr.Family, string, string) (string, error) { return "", errNoKernel }
-
-func (noKernel) Rules(addr.Family, string, string) ([][]string, error) { return nil, errNoKernel }
-
-func (noKernel) Set(addr.Family, string, string) (string, []netip.Prefix, error) {
-	return "", nil, errNoKernel
-}
-
-func (noKernel) LegacyTable(addr.Family, string) (uint64, error) { return 0, errNoKernel }
-
-var errNoKernel = errors.New("nf_tables cannot be read")
-
-// Watch hears of changes in the firewall that Concerns is true for.
-type Watch interface {
-	// Epoch grows with every change, those included that were complete before the call; false when nothing is heard.
-	Epoch() (epoch uint64, ok bool)
-	// Settled says that the changes up to this epoch need no wake any more.
-	Settled(epoch uint64)
-}
-
-// Concerns tells whether a change in nf_tables may be one of ours, or in the way of ours: for a Watch. The chain is
-// empty where it is not known, or the change is to the table itself.
-func Concerns(table, chain string) bool {
-	if table == nftTableName {
-		return true
-	}
-	return slices.ContainsFunc(placeList(), func(p Place) bool {
-		return table == string(p.Table) && (chain == "" || chain == string(p.Hook) || chain == p.Name)
-	})
-}
-
-func placeList() []Place {
-	p := Places()
-	return p[:]
-}
-
-// DriftKind is a way in which the firewall can differ from what is wanted.
+// DriftKind is a way in which the firewall can differ from what is desired.
 type DriftKind uint8
 
 // The kinds of drift.
 const (
-	ChainMissing  DriftKind = iota + 1 // our chain is not there
+	ChainMissing  DriftKind = iota + 1 // our chain is missing or empty
 	RulesChanged                       // our chain holds other rules, or in another order
 	JumpMissing                        // nothing calls our chain
-	JumpMisplaced                      // the call of our chain does not stand where it belongs
+	JumpMisplaced                      // the jump to our chain does not stand where it belongs
 	JumpContested                      // the same, and left so: it was moved too often
 	JumpRepeated                       // our chain is called more than once
-	JumpChanged                        // our chain is called under conditions
+	JumpChanged                        // our chain is called by another rule than the daemon's
 	SetChanged                         // a set holds other members
-	Leftover                           // a chain of ours that is not wanted
+	Leftover                           // a chain of ours that is not desired
+	Unverified                         // rules of an earlier daemon: they were written again
 )
 
 func (k DriftKind) String() string {
@@ -140,11 +80,13 @@ func (k DriftKind) String() string {
 		return "set changed"
 	case Leftover:
 		return "left over"
+	case Unverified:
+		return "of an earlier daemon"
 	}
 	return fmt.Sprintf("DriftKind(%d)", uint8(k))
 }
 
-// Drift is one difference between the firewall and what was wanted.
+// Drift is one difference between the firewall and what is desired.
 type Drift struct {
 	Family addr.Family
 	Place  Place
@@ -155,42 +97,65 @@ func (d Drift) String() string {
 	return fmt.Sprintf("%s %s %s: %s", d.Family, d.Place.Table, d.Place.Name, d.Kind)
 }
 
+// drifts are several kinds of drift at one place.
+func drifts(f addr.Family, p Place, kinds ...DriftKind) []Drift {
+	var out []Drift
+	for _, k := range kinds {
+		out = append(out, Drift{f, p, k})
+	}
+	return out
+}
+
 // byFamily checks what the types cannot say: each family once, only chains that are ours, each once. A family without a
 // ruleset gets an empty one.
-func byFamily(want []Ruleset) (addr.Per[Ruleset], error) {
-	wanted := addr.Per[Ruleset]{V4: Ruleset{Family: addr.IPv4}, V6: Ruleset{Family: addr.IPv6}}
+func byFamily(rulesets []Ruleset) (addr.Per[Ruleset], error) {
+	desired := addr.Per[Ruleset]{V4: Ruleset{Family: addr.IPv4}, V6: Ruleset{Family: addr.IPv6}}
 	var seen addr.Per[bool]
-	for _, rs := range want {
+	for _, rs := range rulesets {
 		if !slices.Contains([]addr.Family{addr.IPv4, addr.IPv6}, rs.Family) || seen.Get(rs.Family) {
-			return wanted, fmt.Errorf("a ruleset of no family, or a second one of the same: %s", rs.Family)
+			return desired, fmt.Errorf("a ruleset of no family, or a second one of the same: %s", rs.Family)
 		}
 		seen.Set(rs.Family, true)
 		var places []Place
 		for _, c := range rs.Chains {
-			if slices.Contains(places, c.Place) || !slices.Contains(placeList(), c.Place) {
-				return wanted, fmt.Errorf("%s: not one of our chains, or there twice: %v", rs.Family, c.Place)
+			if slices.Contains(places, c.Place) || !slices.Contains(Places(), c.Place) {
+				return desired, fmt.Errorf("%s: not one of our chains, or there twice: %v", rs.Family, c.Place)
 			}
 			places = append(places, c.Place)
 		}
-		wanted.Set(rs.Family, rs)
+		desired.Set(rs.Family, rs)
 	}
-	return wanted, nil
+	return desired, nil
 }
 
 // eachFamily does for both families what is to be done for one.
-func eachFamily(want []Ruleset, ensure func(Ruleset) (Result, error)) (Result, error) {
-	wanted, err := byFamily(want)
+func eachFamily(rulesets []Ruleset, ensure func(Ruleset) (Result, error)) (Result, error) {
+	desired, err := byFamily(rulesets)
 	if err != nil {
 		return Result{}, err
 	}
 	var all Result
 	var errs []error
 	for _, f := range addr.Families() {
-		res, err := ensure(wanted.Get(f))
-		all.add(res)
+		res, err := ensure(desired.Get(f))
+		all.Drifts = append(all.Drifts, res.Drifts...)
+		all.NoSets = cmp.Or(all.NoSets, res.NoSets)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s firewall: %w", f, err))
 		}
 	}
 	return all, errors.Join(errs...)
+}
+
+// removeAll takes everything of ours out of the tables of iptables and out of nftables, and removes the sets.
+func removeAll(ctx context.Context, sets Sets, open opener) error {
+	var errs []error
+	for _, f := range addr.Families() {
+		_, inNFT := removeIPTables(ctx, f, Places(), VariantNFT, open)
+		_, inLegacy := removeIPTables(ctx, f, Places(), VariantLegacy, open)
+		if err := errors.Join(inNFT, inLegacy, removeOwnTable(f), dropSets(sets, Ruleset{Family: f})); err != nil {
+			errs = append(errs, fmt.Errorf("%s firewall: %w", f, err))
+		}
+	}
+	return errors.Join(errs...)
 }

@@ -203,7 +203,7 @@ func TestContestedPlaceInForward(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := make(t, nstest.New(t), VariantNFT).withWatch()
+			r := make(t, nstest.New(t), VariantNFT)
 			r.iptables(addr.IPv4, "-A FORWARD -j ACCEPT -i eth1")
 			r.ensure(both()...)
 			moved, contested := 0, 0
@@ -230,7 +230,7 @@ func TestContestedPlaceInForward(t *testing.T) {
 			if _, restores := r.ensure(both()...); restores != 1 {
 				t.Errorf("flushed meanwhile: %d restores", restores)
 			}
-			r.silent(both()...)
+			r.quiet(both()...)
 		})
 	}
 }

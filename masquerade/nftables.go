@@ -2,189 +2,447 @@ package masquerade
 
 import (
 	"context"
-	"errors"
+	"encoding/binary"
 	"fmt"
-	"os/exec"
-	"time"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
 
 	"github.com/overlayd/overlayd/addr"
 )
 
 // NFTables is the Driver on nftables, with a table of our own in each family: the chain at the postrouting hook and the
-// sets that it looks into. What differs is put right by one transaction for each family.
+// sets that it matches on. What differs is repaired by one transaction for each family.
 //
 // The forward chain is not there, since it could not do what it is for. In nftables an accept ends nothing but the chain
-// of the one who says it, and each table at the hook has its say; so nobody needs it where nobody drops, and it helps
-// nobody where somebody does. The one who does is, on most hosts, iptables' own FORWARD chain, whose policy Docker sets to
-// DROP. There the accepts are needed, and only there they work. So this driver puts them there, by way of iptables,
-// wherever that chain exists, and makes none where it does not.
-//
-// What is there is read from the kernel; a process is started for a change alone. With a Watch nobody looks while it has heard
-// of no change.
+// of the one who says it, and each table at the hook has its say; so it is needed by no packet where nothing drops, and
+// helps none where something does. What does is, on most hosts, iptables' own FORWARD chain, whose policy Docker sets to
+// DROP. There the accepts are needed, and only there they work. So this driver puts them there, as the driver on
+// iptables does, wherever that chain exists, and makes none where it does not.
 type NFTables struct {
-	host
-	memory   memory
-	sets     Sets // for what the other driver left; nil: none
-	written  addr.Per[nftWriting]
-	setsGone addr.Per[bool]
-
-	// The accepts in FORWARD, in both places where iptables may have one.
-	forward, legacy *IPTables
-	unheard         addr.Per[bool] // there are some in iptables-legacy, where the Watch hears nothing
-}
-
-// nftWriting remembers how this nft prints what we wrote.
-type nftWriting struct{ rendered, printed nftTable }
-
-// NewNFTables makes the driver; it starts no process and needs no program until it is used. The wait is for the xtables
-// lock, where iptables is needed; zero means DefaultWait.
-func NewNFTables(wait time.Duration) *NFTables {
-	return &NFTables{host: newHost(nil), forward: newGuest(VariantNFT, wait), legacy: newGuest(VariantLegacy, wait)}
-}
-
-// use says what to work with.
-func (d *NFTables) use(h host) { d.host, d.forward.host, d.legacy.host = h, h, h }
-
-func newGuest(v Variant, wait time.Duration) *IPTables {
-	d := NewIPTables(v, wait)
-	d.guest = true
-	return d
+	open    opener
+	sets    Sets // for what the other driver left; nil: none
+	forward map[Variant]*addr.Per[*tables]
+	swept   addr.Per[bool]
 }
 
 var _ Driver = (*NFTables)(nil)
 
 // Ensure implements Driver.
-func (d *NFTables) Ensure(ctx context.Context, want []Ruleset) (Result, error) {
-	return d.memory.rounds(func() (Result, error) {
-		return eachFamily(want, func(rs Ruleset) (Result, error) { return d.ensureFamily(ctx, rs) })
-	})
+func (d *NFTables) Ensure(ctx context.Context, desired []Ruleset, full bool) (Result, error) {
+	return eachFamily(desired, func(rs Ruleset) (Result, error) { return d.ensureFamily(ctx, rs, full) })
 }
 
-// Notified implements Driver.
-func (d *NFTables) Notified() bool {
-	return d.memory.complete() && !d.unheard.V4 && !d.unheard.V6
+// Remove implements Driver.
+func (d *NFTables) Remove(ctx context.Context) error {
+	d.forward, d.swept = nil, addr.Per[bool]{}
+	return removeAll(ctx, d.sets, d.open)
 }
 
-func (d *NFTables) ensureFamily(ctx context.Context, rs Ruleset) (res Result, err error) {
-	res.Drifts, err = d.memory.look(rs, func() ([]Drift, error) { return d.repair(ctx, rs) })
-	if err != nil {
+func (d *NFTables) ensureFamily(ctx context.Context, rs Ruleset, full bool) (res Result, err error) {
+	if full {
+		if res.Drifts, err = ensureOwnTable(rs); err != nil {
+			return res, err
+		}
+		found, err := d.ensureForward(ctx, rs, VariantNFT)
+		res.Drifts = append(res.Drifts, found...)
+		if err != nil {
+			return res, err
+		}
+	}
+	found, err := d.ensureForward(ctx, rs, VariantLegacy)
+	res.Drifts = append(res.Drifts, found...)
+	if err != nil || !full || d.swept.Get(rs.Family) {
 		return res, err
 	}
-	drifts, err := d.ensureLegacy(ctx, rs)
-	res.Drifts = append(res.Drifts, drifts...)
-	if err != nil {
+	for _, v := range []Variant{VariantNFT, VariantLegacy} {
+		if _, err := removeIPTables(ctx, rs.Family, []Place{postRouting()}, v, d.open); err != nil {
+			return res, fmt.Errorf("leftovers in iptables-%s: %w", v, err)
+		}
+	}
+	if err := dropSets(d.sets, Ruleset{Family: rs.Family}); err != nil {
 		return res, err
 	}
-	return res, d.dropSets(rs.Family)
+	d.swept.Set(rs.Family, true)
+	return res, nil
 }
 
-// repair looks once at all that the Watch hears of.
-func (d *NFTables) repair(ctx context.Context, rs Ruleset) ([]Drift, error) {
-	drifts, err := d.repairTable(ctx, rs)
-	if err != nil {
-		return drifts, err
-	}
-	more, err := d.repairForward(ctx, rs)
-	return append(drifts, more...), err
-}
-
-// repairTable makes our own table the wanted one.
-func (d *NFTables) repairTable(ctx context.Context, rs Ruleset) ([]Drift, error) {
-	have, err := d.readNFT(rs.Family)
-	if err != nil {
+// ensureForward keeps the accepts in the FORWARD chain of a variant while there is one.
+func (d *NFTables) ensureForward(ctx context.Context, rs Ruleset, v Variant) ([]Drift, error) {
+	desired, wanted := rs.chain(forward())
+	there, drops, err := forwardChain(rs.Family, v)
+	if err != nil || !wanted || !there {
+		if err == nil && !wanted {
+			return removeIPTables(ctx, rs.Family, []Place{forward()}, v, d.open)
+		}
 		return nil, err
 	}
-	want := nftTableOf(rs)
-	expected := want
-	if w := d.written.Get(rs.Family); w.rendered.equal(want) {
-		expected = w.printed
+	if d.forward == nil {
+		d.forward = map[Variant]*addr.Per[*tables]{VariantNFT: {}, VariantLegacy: {}}
 	}
-	if have.equal(want) || have.equal(expected) {
+	t := d.forward[v].Get(rs.Family)
+	if t == nil {
+		t, err = d.open(rs.Family, v)
+		switch {
+		case missing(err) && drops:
+			return nil, fmt.Errorf("the FORWARD chain of iptables-nft drops by default, and the program is missing "+
+				"that could accept the pods' packets in it: %w", err)
+		case missing(err):
+			return nil, nil
+		case err != nil:
+			return nil, err
+		}
+		d.forward[v].Set(rs.Family, t)
+	}
+	return t.ensure(ctx, []Chain{desired})
+}
+
+// forwardChain tells whether a variant has a FORWARD chain, and whether its policy is known to be DROP.
+func forwardChain(f addr.Family, v Variant) (there, drops bool, err error) {
+	if v == VariantLegacy {
+		names, err := legacyNames(f)
+		return slices.Contains(names, string(Filter)), false, err
+	}
+	c, err := findChain(f, string(Filter), string(Forward))
+	return c != nil, c != nil && c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop, err
+}
+
+// What is ours in nftables. The chain's priority lets us see a packet just before all that stands at the usual place for
+// source NAT (100), such as kube-proxy. A packet that returns here is left to them.
+const (
+	ownTable    = "overlayd"
+	ownChain    = "postrouting"
+	ownPriority = 100 - 5
+)
+
+func nftTable(f addr.Family, name string) *nftables.Table {
+	return &nftables.Table{Name: name, Family: map[addr.Family]nftables.TableFamily{
+		addr.IPv4: nftables.TableFamilyIPv4, addr.IPv6: nftables.TableFamilyIPv6,
+	}[f]}
+}
+
+// findTable returns a table, and nil where there is none.
+func findTable(f addr.Family, name string) (*nftables.Table, error) {
+	t, err := (&nftables.Conn{}).ListTableOfFamily(name, nftTable(f, name).Family)
+	return orNil(t, err)
+}
+
+// findChain returns a chain, and nil where there is none.
+func findChain(f addr.Family, table, chain string) (*nftables.Chain, error) {
+	c, err := (&nftables.Conn{}).ListChain(nftTable(f, table), chain)
+	return orNil(c, err)
+}
+
+// orNil makes nothing of what does not exist. The library hides the kernel's error behind its text.
+func orNil[T any](found *T, err error) (*T, error) {
+	if err != nil && strings.Contains(err.Error(), "no such file or directory") {
 		return nil, nil
 	}
-	if err := d.changeNFT(ctx, rs, have, expected); err != nil {
-		return nil, err
-	}
-	return nftDifferences(rs.Family, have, expected), d.readBack(want)
+	return found, err
 }
 
-// readBack looks at what was just written and remembers how it is printed.
-func (d *NFTables) readBack(want nftTable) error {
-	printed, err := d.readNFT(want.family)
+// ensureOwnTable makes our table of one family the desired one.
+func ensureOwnTable(rs Ruleset) ([]Drift, error) {
+	chain, wanted := rs.chain(postRouting())
+	kind, differs, err := compareOwnTable(rs, chain, wanted)
+	if err != nil {
+		return nil, fmt.Errorf("table %s: %w", ownTable, err)
+	}
+	if kind == 0 {
+		return nil, nil
+	}
+	if kind == SetChanged && changeMembers(rs, differs) == nil {
+		return drifts(rs.Family, chain.Place, kind), nil
+	}
+	if err := replaceOwnTable(rs, chain, wanted); err != nil {
+		return nil, fmt.Errorf("table %s: %w", ownTable, err)
+	}
+	return drifts(rs.Family, chain.Place, kind), nil
+}
+
+func removeOwnTable(f addr.Family) error {
+	_, err := ensureOwnTable(Ruleset{Family: f})
+	return err
+}
+
+// compareOwnTable reads our table and tells in which way it differs from the desired one: 0 if in none. Of sets with
+// other members it returns the elements that there are.
+func compareOwnTable(rs Ruleset, chain Chain, wanted bool) (DriftKind, map[string][]nftables.SetElement, error) {
+	have, err := findTable(rs.Family, ownTable)
+	switch {
+	case err != nil && !wanted: // a kernel without nf_tables has nothing of ours
+		return 0, nil, nil
+	case err != nil:
+		return 0, nil, err
+	case have == nil && !wanted:
+		return 0, nil, nil
+	case !wanted:
+		return Leftover, nil, nil
+	case have == nil || objects(have) == 0:
+		return ChainMissing, nil, nil
+	case have.Flags != 0 || objects(have) != 1+len(rs.Sets): // dormant, or with objects that are not ours
+		return RulesChanged, nil, nil
+	}
+	base, err := findChain(rs.Family, ownTable, ownChain)
+	if err != nil {
+		return 0, nil, err
+	}
+	if base == nil || !isOurs(base) {
+		return RulesChanged, nil, nil
+	}
+	conn := &nftables.Conn{}
+	rules, err := conn.GetRules(have, base)
+	if err != nil || !sameRules(rules, nftRules(have, rs.Family, chain)) {
+		return RulesChanged, nil, nil // also where the library cannot read what another program put there
+	}
+	differs := map[string][]nftables.SetElement{}
+	for _, s := range rs.Sets {
+		elements, err := conn.GetSetElements(nftSet(have, rs.Family, s))
+		if err != nil {
+			return 0, nil, err
+		}
+		if !sameElements(elements, nftElements(s)) {
+			differs[s.Name] = elements
+		}
+	}
+	if len(differs) > 0 {
+		return SetChanged, differs, nil
+	}
+	return 0, nil, nil
+}
+
+// objects is how many chains, sets and other objects a table holds. The library reads that number in the byte order of
+// the machine; the kernel sends it in network byte order.
+func objects(t *nftables.Table) int {
+	return int(binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, t.Use)))
+}
+
+func isOurs(c *nftables.Chain) bool {
+	want := baseChain(c.Table)
+	return c.Type == want.Type && reflect.DeepEqual(c.Hooknum, want.Hooknum) && reflect.DeepEqual(c.Priority, want.Priority) &&
+		reflect.DeepEqual(c.Policy, want.Policy)
+}
+
+func baseChain(t *nftables.Table) *nftables.Chain {
+	accept := nftables.ChainPolicyAccept
+	return &nftables.Chain{
+		Name: ownChain, Table: t, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPostrouting,
+		Priority: nftables.ChainPriorityRef(ownPriority), Policy: &accept,
+	}
+}
+
+func sameRules(have, want []*nftables.Rule) bool {
+	return slices.EqualFunc(have, want, func(a, b *nftables.Rule) bool { return identity(a) == identity(b) })
+}
+
+func sameElements(have, want []nftables.SetElement) bool {
+	return len(have) == len(want) && len(without(want, have)) == 0
+}
+
+// replaceOwnTable takes the old table away and makes the new one, in one transaction. Nothing less is sure to leave
+// nothing of what another program may have done to the old one.
+func replaceOwnTable(rs Ruleset, chain Chain, wanted bool) error {
+	conn, err := nftables.New(nftables.WithSockOptions(largeBatch))
 	if err != nil {
 		return err
 	}
-	if !printed.equal(want) && !printed.alike(want) {
-		return fmt.Errorf("table %s is not as it was just written: another program may be writing there too", nftTableName)
+	t := nftTable(rs.Family, ownTable)
+	conn.AddTable(t) // so that there is one to delete
+	conn.DelTable(t)
+	if !wanted {
+		return conn.Flush()
 	}
-	d.written.Set(want.family, nftWriting{want, printed})
-	return nil
-}
-
-// repairForward keeps the accepts in the FORWARD chain of iptables-nft while there is one, and nothing else of ours in
-// iptables-nft: so what the other driver left there goes as well.
-func (d *NFTables) repairForward(ctx context.Context, rs Ruleset) ([]Drift, error) {
-	want := Ruleset{Family: rs.Family}
-	if forward := rs.only(forward()); len(forward.Chains) > 0 {
-		policy, err := d.forwardPolicy(rs.Family)
-		if err != nil {
-			return nil, err
+	conn.AddTable(t)
+	for _, s := range rs.Sets {
+		set := nftSet(t, rs.Family, s)
+		if err := conn.AddSet(set, nil); err != nil {
+			return err
 		}
-		if policy != "" {
-			want = forward
-		}
-		if policy == nftAccept && !programThere(rs.Family, VariantNFT) {
-			return nil, nil // nobody drops, and nobody here could say more
-		}
-	}
-	res, err := d.forward.ensureFamily(ctx, want)
-	if errors.Is(err, exec.ErrNotFound) {
-		err = fmt.Errorf("the FORWARD chain drops by default, and the program that could accept the pods' packets in it is missing: %w", err)
-	}
-	return res.Drifts, err
-}
-
-// ensureLegacy does the same in iptables-legacy. Its tables exist only where somebody uses them.
-func (d *NFTables) ensureLegacy(ctx context.Context, rs Ruleset) ([]Drift, error) {
-	exists, err := legacyTable(rs.Family, Filter)
-	if err != nil {
-		return nil, err
-	}
-	want := Ruleset{Family: rs.Family}
-	if exists && programThere(rs.Family, VariantLegacy) {
-		want = rs.only(forward())
-	}
-	d.unheard.Set(rs.Family, len(want.Chains) > 0)
-	res, err := d.legacy.ensureFamily(ctx, want)
-	return res.Drifts, err
-}
-
-func programThere(f addr.Family, v Variant) bool {
-	_, err := exec.LookPath(programName(f, v) + "-restore")
-	return err == nil
-}
-
-// dropSets removes once the sets that the other driver's rules named.
-func (d *NFTables) dropSets(f addr.Family) error {
-	if d.sets == nil || d.setsGone.Get(f) {
-		return nil
-	}
-	for _, name := range setNames(f) {
-		if err := d.sets.Remove(name); err != nil {
+		if err := addElements(conn, set, nftElements(s)); err != nil {
 			return err
 		}
 	}
-	d.setsGone.Set(f, true)
+	conn.AddChain(baseChain(t))
+	for _, r := range nftRules(t, rs.Family, chain) {
+		conn.AddRule(r)
+	}
+	return conn.Flush()
+}
+
+// elementsInMessage is how many elements of a set go into one message: a netlink attribute ends at 64 kB.
+const elementsInMessage = 1000
+
+// largeBatch makes room for a transaction with the members of a large cluster, which is sent at once.
+func largeBatch(c *netlink.Conn) error { return c.SetWriteBuffer(8 << 20) }
+
+// changeMembers is for a table in which all but the members of its sets is right. Addresses come and go one by one;
+// a set of networks, of which there are few, is filled again: the kernel does not take any half of two networks apart.
+func changeMembers(rs Ruleset, differs map[string][]nftables.SetElement) error {
+	conn, err := nftables.New(nftables.WithSockOptions(largeBatch))
+	if err != nil {
+		return err
+	}
+	for _, s := range rs.Sets {
+		have, changed := differs[s.Name]
+		if !changed {
+			continue
+		}
+		set, want := nftSet(nftTable(rs.Family, ownTable), rs.Family, s), nftElements(s)
+		add, gone := without(want, have), without(have, want)
+		if s.Networks {
+			conn.FlushSet(set)
+			add, gone = want, nil
+		}
+		for part := range slices.Chunk(gone, elementsInMessage) {
+			if err := conn.SetDeleteElements(set, part); err != nil {
+				return err
+			}
+		}
+		if err := addElements(conn, set, add); err != nil {
+			return err
+		}
+	}
+	return conn.Flush()
+}
+
+func addElements(conn *nftables.Conn, set *nftables.Set, elements []nftables.SetElement) error {
+	for part := range slices.Chunk(elements, elementsInMessage) {
+		if err := conn.SetAddElements(set, part); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
-// Remove implements Driver: the same as with the other driver.
-func (d *NFTables) Remove(ctx context.Context) error {
-	all := NewIPTables(VariantDefault, d.forward.wait)
-	all.host, all.sets = d.host, d.sets
-	d.forward.forget()
-	d.legacy.forget()
-	d.memory.seen, d.written = addr.Per[sighting]{}, addr.Per[nftWriting]{}
-	d.setsGone, d.unheard = addr.Per[bool]{}, addr.Per[bool]{}
-	return all.Remove(ctx)
+// without is what is in a and not in b.
+func without(a, b []nftables.SetElement) []nftables.SetElement {
+	type key struct {
+		key string
+		end bool
+	}
+	in := make(map[key]bool, len(b))
+	for _, e := range b {
+		in[key{string(e.Key), e.IntervalEnd}] = true
+	}
+	return slices.DeleteFunc(slices.Clone(a), func(e nftables.SetElement) bool { return in[key{string(e.Key), e.IntervalEnd}] })
+}
+
+func nftSet(t *nftables.Table, f addr.Family, s Set) *nftables.Set {
+	kind := map[addr.Family]nftables.SetDatatype{addr.IPv4: nftables.TypeIPAddr, addr.IPv6: nftables.TypeIP6Addr}[f]
+	id := uint32(1 + slices.Index(setNames(f), s.Name)) // the library's own numbers come from a variable of the package
+	return &nftables.Set{Table: t, ID: id, Name: s.Name, KeyType: kind, Interval: s.Networks}
+}
+
+// nftElements are the members of a set: addresses, or for networks the first address of each and the first one behind
+// it. One network inside another is part of that.
+func nftElements(s Set) []nftables.SetElement {
+	var out []nftables.SetElement
+	var last netip.Prefix
+	for _, p := range s.Members {
+		if last.IsValid() && last.Contains(p.Addr()) {
+			continue
+		}
+		last = p
+		out = append(out, nftables.SetElement{Key: p.Addr().AsSlice()})
+		if end := addr.Last(p).Next(); s.Networks && end.IsValid() {
+			out = append(out, nftables.SetElement{Key: end.AsSlice(), IntervalEnd: true})
+		}
+	}
+	return out
+}
+
+func nftRules(t *nftables.Table, f addr.Family, c Chain) []*nftables.Rule {
+	rules := make([]*nftables.Rule, len(c.Rules))
+	for i, r := range c.Rules {
+		rules[i] = &nftables.Rule{
+			Table: t, Chain: &nftables.Chain{Name: ownChain}, Exprs: expressions(f, r),
+			UserData: userdata.AppendString(nil, userdata.TypeComment, r.Comment),
+		}
+	}
+	return rules
+}
+
+// register is where a match loads the field that it compares.
+const register = 1
+
+// expressions are a rule as nf_tables runs it, in the order in which nft lists the matches.
+func expressions(f addr.Family, r Rule) []expr.Any {
+	h := headerOf(f)
+	out := slices.Concat(h.prefix(h.source, r.Src, false), h.prefix(h.destination, r.Dst, r.DstNot))
+	if r.OutDevice != "" {
+		name := make([]byte, ifNameSize)
+		copy(name, r.OutDevice)
+		out = append(out, &expr.Meta{Key: expr.MetaKeyOIFNAME, Register: register},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: name})
+	}
+	if r.Mark.Mask != 0 {
+		out = append(out, &expr.Meta{Key: expr.MetaKeyMARK, Register: register},
+			mask(binaryutil.NativeEndian.PutUint32(r.Mark.Mask)),
+			&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: binaryutil.NativeEndian.PutUint32(r.Mark.Value)})
+	}
+	if r.DstSet != "" {
+		out = append(out, h.load(h.destination, h.size), &expr.Lookup{SourceRegister: register, SetName: r.DstSet, Invert: r.DstSetNot})
+	}
+	switch r.Verdict {
+	case Return:
+		out = append(out, &expr.Verdict{Kind: expr.VerdictReturn})
+	case Masquerade:
+		out = append(out, &expr.Masq{FullyRandom: true})
+	case Accept:
+		out = append(out, &expr.Verdict{Kind: expr.VerdictAccept})
+	}
+	return out
+}
+
+// ifNameSize is IFNAMSIZ of uapi/linux/if.h.
+const ifNameSize = 16
+
+// header says where in the IP header the addresses stand, in bytes (RFC 791, RFC 8200).
+type header struct{ source, destination, size uint32 }
+
+func headerOf(f addr.Family) header {
+	if f == addr.IPv4 {
+		return header{12, 16, 4}
+	}
+	return header{8, 24, 16}
+}
+
+func (h header) load(offset, size uint32) expr.Any {
+	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size}
+}
+
+// prefix matches an address with a prefix; the prefix of all addresses is no match. Where the prefix ends at a byte, only
+// the bytes before are loaded, which costs least.
+func (h header) prefix(offset uint32, p netip.Prefix, not bool) []expr.Any {
+	if !p.IsValid() || p.Bits() == 0 && !not {
+		return nil
+	}
+	op := expr.CmpOpEq
+	if not {
+		op = expr.CmpOpNeq
+	}
+	size, bits := h.size, p.Bits()
+	if bits > 0 && bits%8 == 0 {
+		size = uint32(bits / 8)
+	}
+	out := []expr.Any{h.load(offset, size)}
+	if bits%8 != 0 || bits == 0 {
+		ones := make([]byte, size)
+		for i := range bits {
+			ones[i/8] |= 0x80 >> (i % 8)
+		}
+		out = append(out, mask(ones))
+	}
+	return append(out, &expr.Cmp{Op: op, Register: register, Data: p.Addr().AsSlice()[:size]})
+}
+
+func mask(ones []byte) expr.Any {
+	return &expr.Bitwise{SourceRegister: register, DestRegister: register, Len: uint32(len(ones)), Mask: ones, Xor: make([]byte, len(ones))}
 }

@@ -38,8 +38,8 @@ type Place struct {
 	Name  string
 }
 
-// Places lists every chain that can be ours; whoever tidies up looks at these and at nothing else.
-func Places() [2]Place { return [2]Place{postRouting(), forward()} }
+// Places lists every chain that can be ours. Nothing else of another program's tables is ever changed.
+func Places() []Place { return []Place{postRouting(), forward()} }
 
 func postRouting() Place { return Place{NAT, PostRouting, "OVERLAYD-POSTRTG"} }
 func forward() Place     { return Place{Filter, Forward, "OVERLAYD-FWD"} }
@@ -111,21 +111,26 @@ func (rs Ruleset) chain(p Place) (Chain, bool) {
 	return rs.Chains[i], true
 }
 
-// only is the ruleset with one place alone.
-func (rs Ruleset) only(p Place) Ruleset {
-	out := Ruleset{Family: rs.Family}
-	if c, ok := rs.chain(p); ok {
-		out.Chains = []Chain{c}
+// places are the places of the chains, never nil.
+func (rs Ruleset) places() []Place {
+	out := []Place{}
+	for _, c := range rs.Chains {
+		out = append(out, c.Place)
 	}
 	return out
 }
 
-// withoutSets leaves out the sets and the rules that look into one. What these exempted is then masqueraded: not what
-// is promised, but it arrives.
-func (rs Ruleset) withoutSets() Ruleset {
+// without leaves out sets and the rules that match on one of them. What these exempted is then masqueraded: not what is
+// promised, but it arrives.
+func (rs Ruleset) without(sets ...string) Ruleset {
 	out := Ruleset{Family: rs.Family}
+	for _, s := range rs.Sets {
+		if !slices.Contains(sets, s.Name) {
+			out.Sets = append(out.Sets, s)
+		}
+	}
 	for _, c := range rs.Chains {
-		c.Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return r.DstSet != "" })
+		c.Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r Rule) bool { return slices.Contains(sets, r.DstSet) })
 		out.Chains = append(out.Chains, c)
 	}
 	return out

@@ -74,7 +74,7 @@ func TestGoldenIsWhatIptablesPrints(t *testing.T) {
 			var got strings.Builder
 			for line := range strings.Lines(golden(t, f, "")) {
 				if table, _, ok := strings.Cut(strings.TrimPrefix(line, "# "), ","); ok && line[0] == '#' {
-					p := Places()[slices.IndexFunc(placeList(), func(p Place) bool { return string(p.Table) == table })]
+					p := Places()[slices.IndexFunc(Places(), func(p Place) bool { return string(p.Table) == table })]
 					got.WriteString(line)
 					for l := range strings.Lines(r.iptables(f, "-t "+table+" -S "+p.Name)) {
 						if strings.HasPrefix(l, "-A") {
@@ -85,14 +85,6 @@ func TestGoldenIsWhatIptablesPrints(t *testing.T) {
 			}
 			if diff := cmp.Diff(golden(t, f, ""), got.String()); diff != "" {
 				t.Errorf("%s:\n%s", f, diff)
-			}
-			if len(r.d.written) != 2 {
-				t.Errorf("%d writings remembered", len(r.d.written))
-			}
-			for at, w := range r.d.written {
-				if !w.rendered.equal(w.printed) {
-					t.Errorf("%v: rendered %q, printed %q", at, w.rendered, w.printed)
-				}
 			}
 		}
 	})
@@ -146,7 +138,7 @@ func TestRulesAreFewAndPlain(t *testing.T) {
 		for _, c := range Rules(fullInput(f)).Chains {
 			seen := map[Rule]bool{}
 			for _, r := range c.Rules {
-				if seen[r] || r.Comment == "" || len(r.Comment) > 80 || strings.ContainsAny(r.Comment, `"'\;{}`) || target(r.Verdict) == "" {
+				if seen[r] || r.Comment == "" || len(r.Comment) > 80 || strings.ContainsAny(r.Comment, `"'\;{}`) {
 					t.Errorf("%v", r)
 				}
 				seen[r] = true

@@ -36,7 +36,7 @@ what it remembers. The daemon must be stopped. The lease in etcd stays until it 
 			out := cmd.OutOrStdout()
 			return errors.Join(
 				cleanKernel(out),
-				masquerade.Remove(cmd.Context(), iptablesWait, ipset.New()),
+				masquerade.Remove(cmd.Context(), ipset.New()),
 				cleanFiles(out, append(agent.Files(f.stateDir), f.subnetFile)...),
 			)
 		},

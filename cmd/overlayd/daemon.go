@@ -27,9 +27,6 @@ const lockName = "overlayd"
 // lockPatience is how long a daemon that has just been killed may still hold the name.
 const lockPatience = 3 * time.Second
 
-// iptablesWait bounds how long one run of iptables waits for its lock.
-const iptablesWait = 10 * time.Second
-
 // settled is when a daemon has what it works with.
 const settled = 10 * time.Second
 
@@ -110,32 +107,24 @@ func daemon(ctx context.Context, f flags) error {
 	log.Info("overlayd starts", zap.String("version", version), zap.String("node", opts.Identity.NodeName), zap.String("id", opts.Identity.NodeID),
 		zap.Strings("etcd", storeOpts.Endpoints), zap.String("prefix", storeOpts.Prefix))
 	fw.Sets = ipset.New()
-	var changed <-chan struct{}
-	watch, err := netstate.WatchNFTables(func(c netstate.NFTablesChange) bool { return masquerade.Concerns(c.Table, c.Chain) })
+	changes, err := masquerade.Watch(ctx)
 	if err != nil {
-		log.Warn("changes in the firewall are found only by looking now and then", zap.Error(err))
-	} else {
-		defer watch.Close()
-		fw.Watch, changed = watch, watch.Wakes()
-	}
-	tables, err := netstate.OpenNFTables() // open to the end, as the sets
-	if err != nil {
-		log.Warn("nf_tables cannot be read", zap.Error(err))
-	} else {
-		fw.Kernel = tables
+		log.Warn("changes of the firewall are found only every --iptables-resync", zap.Error(err))
 	}
 	subnetFile, err := agent.WatchFile(opts.SubnetFile)
 	if err != nil {
 		log.Warn("changes of the subnet file are found only by looking now and then", zap.Error(err))
 	}
 	var chosen atomic.Pointer[masquerade.Decision]
-	driver := masquerade.Begin(ctx, fw, func(d masquerade.Decision) {
+	choose := func(ctx context.Context) masquerade.Driver {
+		driver, d := masquerade.New(ctx, fw)
 		chosen.Store(&d)
 		log.Info("firewall chosen", zap.String("firewall", string(d.Kind)), zap.String("iptables_variant", string(d.Variant)), zap.String("reason", d.Reason))
-	})
+		return driver
+	}
 	defer time.AfterFunc(settled, settle).Stop()
 	err = agent.New(opts, agent.Parts{
-		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, SubnetFile: subnetFile, Firewall: driver, FirewallChanged: changed,
+		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, SubnetFile: subnetFile, Firewall: choose, FirewallChanges: changes,
 		About: agent.About{
 			Version: version, Endpoints: storeOpts.Endpoints, Prefix: storeOpts.Prefix, Traffic: store, Restart: newRestart(level).changes,
 			Firewall: func() (kind, reason string) {

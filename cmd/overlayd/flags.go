@@ -265,7 +265,7 @@ func (f flags) firewallOptions() (masquerade.Options, error) {
 	if err != nil {
 		return masquerade.Options{}, usageError{fmt.Errorf("--iptables-variant: %w", err)}
 	}
-	return masquerade.Options{Kind: kind, Variant: variant, Wait: iptablesWait}, nil
+	return masquerade.Options{Kind: kind, Variant: variant}, nil
 }
 
 // healthAddress is where the health checks are served; not valid where they are turned off.

@@ -1,0 +1,171 @@
+package masquerade
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+)
+
+// hookRule is one rule of a hook's chain, of which most are other programs'.
+type hookRule struct {
+	id     string // what the rule says, in the form of its source: iptables' words, or nf_tables' expressions
+	handle uint64 // of a rule that was read from nf_tables
+	calls  bool   // it jumps or goes to our chain
+	kind   ruleKind
+}
+
+// ruleKind is what a rule means for the place of our jump in FORWARD.
+type ruleKind uint8
+
+const (
+	decides ruleKind = iota // about some packets: our jump stands behind it
+	logs                    // it only logs, how often it may be
+	policy                  // it ends the chain for every packet, with no accept: the chain's policy by another name
+)
+
+// hookChain is the chain of a hook, in order.
+type hookChain []hookRule
+
+func (h hookChain) jumps() hookChain { return h.only(true) }
+
+func (h hookChain) others() hookChain { return h.only(false) }
+
+func (h hookChain) only(calls bool) hookChain {
+	return slices.DeleteFunc(slices.Clone(h), func(r hookRule) bool { return r.calls != calls })
+}
+
+// place is how many rules of others the first jump to our chain stands behind, and how many it has to. In FORWARD these
+// are all: our accepts are for packets that no other rule has decided about. A policy rule ends the chain for every
+// packet: ours come before it, whatever another program has put behind it in vain. Where such a rule was put in front
+// of our jump, it counts as that only if nothing else follows it: to stop everything for a while has its effect.
+func (h hookChain) place(p Place) (is, want int) {
+	if is = slices.IndexFunc(h, func(r hookRule) bool { return r.calls }); is < 0 {
+		is = 0
+	}
+	if p.Hook != Forward {
+		return is, 0
+	}
+	others := h.others()
+	isPolicy := func(r hookRule) bool { return r.kind == policy }
+	if first := slices.IndexFunc(others, isPolicy); first >= 0 && is <= first {
+		return is, others[:first].beforeLogs()
+	}
+	want = len(others)
+	for want > 0 && isPolicy(others[want-1]) {
+		want--
+	}
+	if want < len(others) {
+		want = others[:want].beforeLogs()
+	}
+	return is, want
+}
+
+// beforeLogs is how many rules stand before those that log what the policy behind them takes. They would say of packets
+// which we accept that these were dropped.
+func (h hookChain) beforeLogs() int {
+	n := len(h)
+	for n > 0 && h[n-1].kind == logs {
+		n--
+	}
+	return n
+}
+
+// readRule reads a rule of nf_tables, which iptables-nft or nft has made.
+func readRule(r *nftables.Rule, chain string) hookRule {
+	out := hookRule{handle: r.Handle, id: identity(r)}
+	var ends, logged, limited, more bool
+	for _, e := range r.Exprs {
+		switch e := e.(type) {
+		case *expr.Counter:
+		case *expr.Verdict:
+			out.calls = e.Chain == chain
+			ends = e.Kind == expr.VerdictDrop || e.Kind == expr.VerdictReturn
+			more = more || !ends
+		case *expr.Reject:
+			ends = true
+		case *expr.Log:
+			logged = true
+		case *expr.Limit:
+			limited = true
+		case *expr.Match:
+			limited = limited || e.Name == "limit"
+			more = more || e.Name != "limit" && e.Name != "comment"
+		case *expr.Target:
+			ends = e.Name == "REJECT"
+			logged = logged || e.Name == "LOG" || e.Name == "NFLOG"
+			more = more || !ends && !logged
+		default:
+			more = true
+		}
+	}
+	switch {
+	case more:
+	case ends && !limited:
+		out.kind = policy
+	case logged && !ends:
+		out.kind = logs
+	}
+	return out
+}
+
+// identity tells rules apart: the expressions as the kernel has them, and the comment. Counters count.
+func identity(r *nftables.Rule) string {
+	var b strings.Builder
+	for _, e := range r.Exprs {
+		if _, counts := e.(*expr.Counter); counts {
+			continue
+		}
+		bytes, err := expr.Marshal(byte(r.Table.Family), e)
+		if err != nil {
+			return err.Error()
+		}
+		b.Write(bytes)
+	}
+	b.Write(r.UserData)
+	return b.String()
+}
+
+const aComment = `( -m comment --comment ("(\\.|[^"\\])*"|\S+))`
+
+// policyRule and logRule know the same rules by the words of `iptables -S`.
+var (
+	policyRule = regexp.MustCompile(`^-A \S+` + aComment + `* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
+	logRule    = regexp.MustCompile(`^-A \S+(` + aComment + `| -m limit( --limit(-burst)? \S+)*)* -j (LOG|NFLOG)( .*)?$`)
+)
+
+// readLine reads a rule that `iptables -S` printed.
+func readLine(line, chain string) hookRule {
+	r := hookRule{id: line, calls: strings.HasSuffix(line, " -j "+chain) || strings.HasSuffix(line, " -g "+chain)}
+	switch {
+	case policyRule.MatchString(line):
+		r.kind = policy
+	case logRule.MatchString(line):
+		r.kind = logs
+	}
+	return r
+}
+
+// pace bounds how often the jump in FORWARD is moved, since another program may want the last place for itself:
+// moveBurst times at once, and then every MoveEvery.
+type pace struct{ spent time.Time }
+
+const (
+	moveBurst = 10
+	// MoveEvery is when to compare again after a JumpContested.
+	MoveEvery = 5 * time.Second
+)
+
+// take returns the pace after one more move, and false while there must be none.
+func (p pace) take(now time.Time) (pace, bool) {
+	if p.spent.Sub(now) > (moveBurst-1)*MoveEvery {
+		return p, false
+	}
+	if p.spent.Before(now) {
+		p.spent = now
+	}
+	return pace{p.spent.Add(MoveEvery)}, true
+}
