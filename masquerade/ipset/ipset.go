@@ -117,10 +117,25 @@ func (s *Sets) ensure(name string, want header, members []netip.Prefix) (changed
 	return changed + len(add) + len(del), err
 }
 
-// Remove removes the set. That there is none is fine; one that a firewall rule still names is an error.
+// How long Remove waits for the kernel to free the rules that named the set.
+const (
+	busyTries = 20
+	busyWait  = 10 * time.Millisecond
+)
+
+// Remove removes the set. That there is none is fine; one that a firewall rule still names is an error. A rule of
+// nf_tables that was just removed names it a moment longer, since the kernel frees it in the background.
 func (s *Sets) Remove(name string) error {
 	delete(s.left, name)
-	err := unsupported(errors.Join(destroy(name), destroy(name+spare)))
+	err := destroy(name)
+	for range busyTries {
+		if !errors.Is(err, nl.IPSetError(nl.IPSET_ERR_BUSY)) {
+			break
+		}
+		time.Sleep(busyWait)
+		err = destroy(name)
+	}
+	err = unsupported(errors.Join(err, destroy(name+spare)))
 	if err == nil || errors.Is(err, ErrUnsupported) {
 		return nil
 	}
