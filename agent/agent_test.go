@@ -148,13 +148,11 @@ type fakeFirewall struct {
 	mu   sync.Mutex
 	err  error
 	sets error // why it has no sets
-	want []masquerade.Ruleset
+	want rulesets
 	runs int
 }
 
-func (f *fakeFirewall) Remove(context.Context) error { return nil }
-
-func (f *fakeFirewall) Ensure(_ context.Context, want []masquerade.Ruleset, _ bool) (masquerade.Result, error) {
+func (f *fakeFirewall) Ensure(_ context.Context, want rulesets, _ bool) (masquerade.Result, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.runs++
@@ -325,7 +323,7 @@ func TestFromTableToKernel(t *testing.T) {
 		if err != nil || !strings.Contains(string(env), "FLANNEL_MTU=1450\n") {
 			t.Errorf("subnet.env: %v\n%s", err, env)
 		}
-		if len(r.firewall.want) != 1 || len(r.firewall.want[0].Chains) != 2 {
+		if len(r.firewall.want.V6.Chains) != 0 || len(r.firewall.want.V4.Chains) != 2 {
 			t.Errorf("firewall %+v", r.firewall.want)
 		}
 		c := r.store.claims[len(r.store.claims)-1]
@@ -503,7 +501,7 @@ func TestFirewallKnowsBarePeers(t *testing.T) {
 			r.table(onlyV4, tt.peers...)
 			r.sleep(2 * lingerFor)
 			got := []netip.Prefix{}
-			for _, set := range r.firewall.want[0].Sets {
+			for _, set := range r.firewall.want.V4.Sets {
 				got = append(got, set.Members...)
 			}
 			if fmt.Sprint(got) != tt.want {
@@ -526,7 +524,7 @@ func TestFirewall(t *testing.T) {
 		if r.problem(condFirewall) != "" || !strings.Contains(r.problem(condNodeSet), "no ipset here") {
 			t.Errorf("problems %v", r.agent.health.list())
 		}
-		if sets := r.firewall.want[0].Sets; len(sets) != 1 || len(sets[0].Members) != 1 {
+		if sets := r.firewall.want.V4.Sets; len(sets) != 1 || len(sets[0].Members) != 1 {
 			t.Errorf("sets %v", sets)
 		}
 		r.change(func() { r.firewall.sets = nil })

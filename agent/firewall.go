@@ -3,12 +3,12 @@ package agent
 import (
 	"context"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
+	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/runner"
 	"github.com/overlayd/overlayd/status"
@@ -27,10 +27,10 @@ type firewall struct {
 	took    func(time.Duration) // told how long each reconcile took
 
 	driver  masquerade.Driver
-	desired []masquerade.Ruleset // nil before there are any
-	applied []masquerade.Ruleset // what the last reconcile without an error put in place
-	began   time.Time            // when the last reconcile began
-	said    time.Time            // when a contested jump was logged last
+	desired *rulesets // nil before there are any
+	applied *rulesets // what the last reconcile without an error put in place
+	began   time.Time // when the last reconcile began
+	said    time.Time // when a contested jump was logged last
 
 	mu      sync.Mutex
 	inputs  []masquerade.Input
@@ -109,7 +109,7 @@ func (f *firewall) reconcile(ctx context.Context) error {
 	if desired == nil {
 		return nil
 	}
-	again := f.applied != nil && same(desired, f.applied)
+	again := f.applied != nil && same(*desired, *f.applied)
 	full = full || !again
 	if rest := f.resync - time.Since(f.began); !full && rest > 0 {
 		f.runner.WakeAfter(rest)
@@ -117,7 +117,7 @@ func (f *firewall) reconcile(ctx context.Context) error {
 	}
 	f.began = time.Now()
 	f.runner.WakeAfter(f.resync)
-	res, err := f.driver.Ensure(ctx, desired, full)
+	res, err := f.driver.Ensure(ctx, *desired, full)
 	f.took(time.Since(f.began))
 	f.note(err)
 	if ctx.Err() != nil {
@@ -137,16 +137,16 @@ func (f *firewall) reconcile(ctx context.Context) error {
 }
 
 // take returns the desired rules, nil before the first, and whether all is to be compared.
-func (f *firewall) take() (desired []masquerade.Ruleset, full bool) {
+func (f *firewall) take() (desired *rulesets, full bool) {
 	f.mu.Lock()
 	posted, inputs := f.posted, f.inputs
 	full = f.full || f.deaf
 	f.posted, f.full = false, false
 	f.mu.Unlock()
 	if posted {
-		f.desired = []masquerade.Ruleset{} // no inputs are desired too
+		f.desired = &rulesets{} // without inputs, there are to be no rules
 		for _, in := range inputs {
-			f.desired = append(f.desired, masquerade.Rules(in))
+			f.desired.Set(in.Family(), masquerade.Rules(in))
 		}
 	}
 	return f.desired, full
@@ -167,7 +167,7 @@ func (f *firewall) report(res masquerade.Result, again bool) (contested bool) {
 					"which is now moved behind them only every few seconds", zap.Stringer("place", d))
 			}
 		} else if again {
-			f.drift.count("firewall: "+d.Kind.String(), d.String())
+			f.drift.count("firewall: "+string(d.Kind), d.String())
 		}
 	}
 	if again {
@@ -200,7 +200,10 @@ func (f *firewall) seen(s *status.Firewall) {
 	s.Checked, s.Runs, s.Failed = f.checked, f.runs, f.failed
 }
 
-func same(a, b []masquerade.Ruleset) bool { return slices.EqualFunc(a, b, masquerade.Ruleset.Equal) }
+// rulesets are the rules of both families.
+type rulesets = addr.Per[masquerade.Ruleset]
+
+func same(a, b rulesets) bool { return a.V4.Equal(b.V4) && a.V6.Equal(b.V6) }
 
 // mailbox holds the newest value for a reader that may be slow. It has one writer.
 type mailbox[T any] chan T

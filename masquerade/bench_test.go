@@ -79,7 +79,7 @@ func childCPU() time.Duration {
 
 func (h *benchmarkHost) ensure(b *testing.B, d Driver) []Drift {
 	b.Helper()
-	res, err := d.Ensure(b.Context(), h.want, true)
+	res, err := d.Ensure(b.Context(), per(h.want), true)
 	if err != nil || res.NoSets != nil {
 		b.Fatal(err, res.NoSets)
 	}

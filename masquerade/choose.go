@@ -48,14 +48,15 @@ func New(ctx context.Context, o Options) (Driver, Decision) {
 	if o.Kind == KindAuto || o.Kind == KindIPTables && o.Variant == VariantDefault {
 		d = Decide(o.Kind, o.Variant, gather(ctx))
 	}
+	open := openTables(lockWait)
 	if d.Kind == KindNFTables {
-		return &NFTables{open: openTables(lockWait), sets: o.Sets}, d
+		return families{&nftablesDriver{open: open, sets: o.Sets}, &nftablesDriver{open: open, sets: o.Sets}}, d
 	}
-	return &IPTables{open: openTables(lockWait), variant: d.Variant, sets: o.Sets}, d
+	return families{
+		&iptablesDriver{open: open, variant: d.Variant, sets: o.Sets},
+		&iptablesDriver{open: open, variant: d.Variant, sets: o.Sets},
+	}, d
 }
-
-// Remove takes everything of ours out of every firewall, and the sets.
-func Remove(ctx context.Context, sets Sets) error { return removeAll(ctx, sets, openTables(lockWait)) }
 
 // Decision is which driver to use, and why.
 type Decision struct {

@@ -98,7 +98,7 @@ func TestNewAndRemove(t *testing.T) {
 			if o.Kind != KindAuto && why.Kind != o.Kind || why.Reason == "" || why.Kind == KindAuto {
 				t.Errorf("%+v: %+v", o, why)
 			}
-			if res, err := d.Ensure(t.Context(), bothWithNodes(), true); err != nil || res.NoSets != nil {
+			if res, err := d.Ensure(t.Context(), per(bothWithNodes()), true); err != nil || res.NoSets != nil {
 				t.Errorf("%+v: %v, %v", o, err, res.NoSets)
 			}
 		})

@@ -13,16 +13,14 @@ import (
 
 // Driver makes a firewall equal to rulesets. It belongs to one goroutine.
 type Driver interface {
-	// Ensure makes the firewall hold exactly these rulesets, at most one of each family; a family that is not among
-	// them gets nothing. One family's error does not hold back the other; what is in the result beside an error has
-	// been repaired all the same. What another driver left behind goes as soon as the new rules are in place.
+	// Ensure makes the firewall hold exactly these rulesets. One family's error does not hold back the other; what is in
+	// the result beside an error has been repaired all the same. What another driver left behind goes as soon as the new
+	// rules are in place.
 	//
 	// Where full is false, only that is compared of whose changes the kernel notifies nobody: tables of
 	// iptables-legacy, and address sets. The caller asks for that when the last Ensure of these rulesets succeeded and
 	// no notification has come since.
-	Ensure(ctx context.Context, desired []Ruleset, full bool) (Result, error)
-	// Remove takes everything of ours out of the firewall, also what another driver put there, and nothing else.
-	Remove(ctx context.Context) error
+	Ensure(ctx context.Context, desired addr.Per[Ruleset], full bool) (Result, error)
 }
 
 // Result is what Ensure has done.
@@ -44,47 +42,21 @@ type Sets interface {
 }
 
 // DriftKind is a way in which the firewall can differ from what is desired.
-type DriftKind uint8
+type DriftKind string
 
 // The kinds of drift.
 const (
-	ChainMissing  DriftKind = iota + 1 // our chain is missing or empty
-	RulesChanged                       // our chain holds other rules, or in another order
-	JumpMissing                        // nothing calls our chain
-	JumpMisplaced                      // the jump to our chain does not stand where it belongs
-	JumpContested                      // the same, and left so: it was moved too often
-	JumpRepeated                       // our chain is called more than once
-	JumpChanged                        // our chain is called by another rule than the daemon's
-	SetChanged                         // a set holds other members
-	Leftover                           // a chain of ours that is not desired
-	Unverified                         // rules of an earlier daemon: they were written again
+	ChainMissing  DriftKind = "chain missing"        // our chain is missing or empty
+	RulesChanged  DriftKind = "rules changed"        // our chain holds other rules, or in another order
+	JumpMissing   DriftKind = "jump missing"         // nothing calls our chain
+	JumpMisplaced DriftKind = "jump misplaced"       // the jump to our chain does not stand where it belongs
+	JumpContested DriftKind = "jump contested"       // the same, and left so: it was moved too often
+	JumpRepeated  DriftKind = "jump repeated"        // our chain is called more than once
+	JumpChanged   DriftKind = "jump changed"         // our chain is called by another rule than the daemon's
+	SetChanged    DriftKind = "set changed"          // a set holds other members
+	Leftover      DriftKind = "left over"            // a chain of ours that is not desired
+	Unverified    DriftKind = "of an earlier daemon" // rules that this daemon has not written: they were written again
 )
-
-func (k DriftKind) String() string {
-	switch k {
-	case ChainMissing:
-		return "chain missing"
-	case RulesChanged:
-		return "rules changed"
-	case JumpMissing:
-		return "jump missing"
-	case JumpMisplaced:
-		return "jump misplaced"
-	case JumpContested:
-		return "jump contested"
-	case JumpRepeated:
-		return "jump repeated"
-	case JumpChanged:
-		return "jump changed"
-	case SetChanged:
-		return "set changed"
-	case Leftover:
-		return "left over"
-	case Unverified:
-		return "of an earlier daemon"
-	}
-	return fmt.Sprintf("DriftKind(%d)", uint8(k))
-}
 
 // Drift is one difference between the firewall and what is desired.
 type Drift struct {
@@ -106,38 +78,22 @@ func drifts(f addr.Family, p Place, kinds ...DriftKind) []Drift {
 	return out
 }
 
-// byFamily checks what the types cannot say: each family once, only chains that are ours, each once. A family without a
-// ruleset gets an empty one.
-func byFamily(rulesets []Ruleset) (addr.Per[Ruleset], error) {
-	desired := addr.Per[Ruleset]{V4: Ruleset{Family: addr.IPv4}, V6: Ruleset{Family: addr.IPv6}}
-	var seen addr.Per[bool]
-	for _, rs := range rulesets {
-		if !slices.Contains([]addr.Family{addr.IPv4, addr.IPv6}, rs.Family) || seen.Get(rs.Family) {
-			return desired, fmt.Errorf("a ruleset of no family, or a second one of the same: %s", rs.Family)
-		}
-		seen.Set(rs.Family, true)
-		var places []Place
-		for _, c := range rs.Chains {
-			if slices.Contains(places, c.Place) || !slices.Contains(Places(), c.Place) {
-				return desired, fmt.Errorf("%s: not one of our chains, or there twice: %v", rs.Family, c.Place)
-			}
-			places = append(places, c.Place)
-		}
-		desired.Set(rs.Family, rs)
-	}
-	return desired, nil
+// families is the Driver that has one for each family.
+type families addr.Per[driver]
+
+// driver is a kind of firewall for one family.
+type driver interface {
+	ensure(ctx context.Context, rs Ruleset, full bool) (Result, error)
 }
 
-// eachFamily does for both families what is to be done for one.
-func eachFamily(rulesets []Ruleset, ensure func(Ruleset) (Result, error)) (Result, error) {
-	desired, err := byFamily(rulesets)
-	if err != nil {
-		return Result{}, err
-	}
+// Ensure implements Driver.
+func (d families) Ensure(ctx context.Context, desired addr.Per[Ruleset], full bool) (Result, error) {
 	var all Result
 	var errs []error
 	for _, f := range addr.Families() {
-		res, err := ensure(desired.Get(f))
+		rs := desired.Get(f)
+		rs.Family = f
+		res, err := addr.Per[driver](d).Get(f).ensure(ctx, rs, full)
 		all.Drifts = append(all.Drifts, res.Drifts...)
 		all.NoSets = cmp.Or(all.NoSets, res.NoSets)
 		if err != nil {
@@ -147,14 +103,30 @@ func eachFamily(rulesets []Ruleset, ensure func(Ruleset) (Result, error)) (Resul
 	return all, errors.Join(errs...)
 }
 
-// removeAll takes everything of ours out of the tables of iptables and out of nftables, and removes the sets.
-func removeAll(ctx context.Context, sets Sets, open opener) error {
+// Remove takes everything of ours out of every firewall, and the sets, and nothing else.
+func Remove(ctx context.Context, sets Sets) error { return remove(ctx, sets, openTables(lockWait)) }
+
+func remove(ctx context.Context, sets Sets, open opener) error {
 	var errs []error
 	for _, f := range addr.Families() {
 		_, inNFT := removeIPTables(ctx, f, Places(), VariantNFT, open)
 		_, inLegacy := removeIPTables(ctx, f, Places(), VariantLegacy, open)
 		if err := errors.Join(inNFT, inLegacy, removeOwnTable(f), dropSets(sets, Ruleset{Family: f})); err != nil {
 			errs = append(errs, fmt.Errorf("%s firewall: %w", f, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// dropSets removes the sets that no rule of the ruleset names.
+func dropSets(sets Sets, rs Ruleset) error {
+	if sets == nil {
+		return nil
+	}
+	var errs []error
+	for _, name := range setNames(rs.Family) {
+		if !slices.ContainsFunc(rs.Sets, func(s Set) bool { return s.Name == name }) {
+			errs = append(errs, sets.Remove(name))
 		}
 	}
 	return errors.Join(errs...)

@@ -61,7 +61,7 @@ func TestDriftIsSeenAndRepaired(t *testing.T) {
 					r.iptables(f, line)
 				}
 				drifts, restores := r.ensure(both()...)
-				if diff := cmp.Diff(c.want, kindsOf(drifts)); diff != "" || restores != 1 {
+				if diff := cmp.Diff(sorted(c.want), kindsOf(drifts)); diff != "" || restores != 1 {
 					t.Errorf("%s, %s: %d restores, %v", f, c.name, restores, drifts)
 				}
 				for _, d := range drifts {
@@ -174,7 +174,7 @@ func TestRemoveTakesOnlyWhatIsOurs(t *testing.T) {
 		r.iptables(addr.IPv4, "-t nat -A POSTROUTING -p udp -j OVERLAYD-POSTRTG")
 		for range 2 {
 			r.ns.Do(func() {
-				if err := r.d.Remove(t.Context()); err != nil {
+				if err := remove(t.Context(), r.sets, r.open); err != nil {
 					t.Error(err)
 				}
 			})
@@ -206,7 +206,7 @@ func TestLeftoversOfTheOtherVariant(t *testing.T) {
 		r.quiet(both()...)
 		other.ensure(both()...) // somebody started the old daemon again
 		r.ns.Do(func() {
-			if err := r.d.Remove(t.Context()); err != nil {
+			if err := remove(t.Context(), r.sets, r.open); err != nil {
 				t.Error(err)
 			}
 		})
@@ -222,7 +222,7 @@ func TestRemoveNamesWhatStillUsesTheChain(t *testing.T) {
 		r.ensure(both()...)
 		r.iptables(addr.IPv4, "-t filter -A INPUT -j OVERLAYD-FWD")
 		var err error
-		r.ns.Do(func() { err = r.d.Remove(t.Context()) })
+		r.ns.Do(func() { err = remove(t.Context(), r.sets, r.open) })
 		if err == nil || !strings.Contains(err.Error(), "OVERLAYD-FWD") || strings.Contains(err.Error(), "\n") {
 			t.Errorf("got %v", err)
 		}
@@ -323,7 +323,7 @@ func TestLock(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
 		var err error
-		r.ns.Do(func() { _, err = r.d.Ensure(ctx, both(), true) })
+		r.ns.Do(func() { _, err = r.driver.Ensure(ctx, per(both()), true) })
 		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > execTimeout/2 { // nobody waited for the lock
 			t.Errorf("after %s: %v", time.Since(start), err)
 		}
@@ -349,7 +349,7 @@ func TestMissingPrograms(t *testing.T) {
 	if _, _, err := r.tryEnsure(); err != nil {
 		t.Errorf("nothing wanted: %v", err)
 	}
-	ns.Do(func() { err = r.d.Remove(t.Context()) })
+	ns.Do(func() { err = remove(t.Context(), r.sets, r.open) })
 	if err != nil {
 		t.Errorf("nothing to remove with: %v", err)
 	}
@@ -384,31 +384,12 @@ func TestProgramsThatSayNothing(t *testing.T) {
 		r := newRig(t, nstest.New(t), VariantDefault)
 		r.ensure(both()...)
 		for _, f := range addr.Families() {
-			if tables := r.d.tables.Get(f); tables.legacy != (v == VariantLegacy) || !tables.random {
+			if tables := addr.Per[driver](r.driver).Get(f).(*iptablesDriver).tables; tables.legacy != (v == VariantLegacy) || !tables.random {
 				t.Errorf("%s: %+v", v, tables)
 			}
 		}
 		r.variant = v
 		r.quiet(both()...)
-	}
-}
-
-func TestWrongRulesets(t *testing.T) {
-	t.Parallel()
-	good := Rules(wanted(addr.IPv4))
-	d := &IPTables{open: func(addr.Family, Variant) (*tables, error) {
-		t.Error("the tables were opened")
-		return nil, os.ErrInvalid
-	}}
-	for name, bad := range map[string][]Ruleset{
-		"twice a family": {good, good},
-		"no family":      {{Chains: good.Chains}},
-		"foreign chain":  {{Family: addr.IPv4, Chains: []Chain{{Place: Place{NAT, PostRouting, "POSTROUTING"}}}}},
-		"twice a chain":  {{Family: addr.IPv4, Chains: append(good.Chains, good.Chains...)}},
-	} {
-		if _, err := d.Ensure(t.Context(), bad, true); err == nil {
-			t.Errorf("%s was taken", name)
-		}
 	}
 }
 

@@ -3,8 +3,10 @@ package masquerade
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
+	"os/exec"
 	"reflect"
 	"slices"
 	"strings"
@@ -18,48 +20,35 @@ import (
 	"github.com/overlayd/overlayd/addr"
 )
 
-// NFTables is the Driver on nftables, with a table of our own in each family: the chain at the postrouting hook and the
-// sets that it matches on. What differs is repaired by one transaction for each family.
+// nftablesDriver keeps the rules of one family in a table of our own: the chain at the postrouting hook and the sets that
+// it matches on. What differs is repaired by one transaction.
 //
 // The forward chain is not there, since it could not do what it is for. In nftables an accept ends nothing but the chain
 // of the one who says it, and each table at the hook has its say; so it is needed by no packet where nothing drops, and
 // helps none where something does. What does is, on most hosts, iptables' own FORWARD chain, whose policy Docker sets to
 // DROP. There the accepts are needed, and only there they work. So this driver puts them there, as the driver on
 // iptables does, wherever that chain exists, and makes none where it does not.
-type NFTables struct {
-	open    opener
-	sets    Sets // for what the other driver left; nil: none
-	forward map[Variant]*addr.Per[*tables]
-	swept   addr.Per[bool]
+type nftablesDriver struct {
+	open        opener
+	sets        Sets // for what the other driver left; nil: none
+	nft, legacy *tables
+	swept       bool
 }
 
-var _ Driver = (*NFTables)(nil)
-
-// Ensure implements Driver.
-func (d *NFTables) Ensure(ctx context.Context, desired []Ruleset, full bool) (Result, error) {
-	return eachFamily(desired, func(rs Ruleset) (Result, error) { return d.ensureFamily(ctx, rs, full) })
-}
-
-// Remove implements Driver.
-func (d *NFTables) Remove(ctx context.Context) error {
-	d.forward, d.swept = nil, addr.Per[bool]{}
-	return removeAll(ctx, d.sets, d.open)
-}
-
-func (d *NFTables) ensureFamily(ctx context.Context, rs Ruleset, full bool) (res Result, err error) {
+func (d *nftablesDriver) ensure(ctx context.Context, rs Ruleset, full bool) (res Result, err error) {
 	if full {
 		if res.Drifts, err = ensureOwnTable(rs); err != nil {
 			return res, err
 		}
-		found, err := d.ensureForward(ctx, rs, VariantNFT)
+		found, err := d.ensureForward(ctx, rs, VariantNFT, &d.nft)
 		res.Drifts = append(res.Drifts, found...)
 		if err != nil {
 			return res, err
 		}
 	}
-	found, err := d.ensureForward(ctx, rs, VariantLegacy)
+	found, err := d.ensureForward(ctx, rs, VariantLegacy, &d.legacy)
 	res.Drifts = append(res.Drifts, found...)
-	if err != nil || !full || d.swept.Get(rs.Family) {
+	if err != nil || !full || d.swept {
 		return res, err
 	}
 	for _, v := range []Variant{VariantNFT, VariantLegacy} {
@@ -67,41 +56,35 @@ func (d *NFTables) ensureFamily(ctx context.Context, rs Ruleset, full bool) (res
 			return res, fmt.Errorf("leftovers in iptables-%s: %w", v, err)
 		}
 	}
-	if err := dropSets(d.sets, Ruleset{Family: rs.Family}); err != nil {
-		return res, err
-	}
-	d.swept.Set(rs.Family, true)
-	return res, nil
+	err = dropSets(d.sets, Ruleset{Family: rs.Family})
+	d.swept = err == nil
+	return res, err
 }
 
 // ensureForward keeps the accepts in the FORWARD chain of a variant while there is one.
-func (d *NFTables) ensureForward(ctx context.Context, rs Ruleset, v Variant) ([]Drift, error) {
+func (d *nftablesDriver) ensureForward(ctx context.Context, rs Ruleset, v Variant, t **tables) ([]Drift, error) {
 	desired, wanted := rs.chain(forward())
+	if !wanted {
+		return removeIPTables(ctx, rs.Family, []Place{forward()}, v, d.open)
+	}
 	there, drops, err := forwardChain(rs.Family, v)
-	if err != nil || !wanted || !there {
-		if err == nil && !wanted {
-			return removeIPTables(ctx, rs.Family, []Place{forward()}, v, d.open)
-		}
+	if err != nil || !there {
 		return nil, err
 	}
-	if d.forward == nil {
-		d.forward = map[Variant]*addr.Per[*tables]{VariantNFT: {}, VariantLegacy: {}}
-	}
-	t := d.forward[v].Get(rs.Family)
-	if t == nil {
-		t, err = d.open(rs.Family, v)
+	if *t == nil {
+		*t, err = d.open(rs.Family, v)
+		missing := errors.Is(err, exec.ErrNotFound)
 		switch {
-		case missing(err) && drops:
+		case missing && drops:
 			return nil, fmt.Errorf("the FORWARD chain of iptables-nft drops by default, and the program is missing "+
 				"that could accept the pods' packets in it: %w", err)
-		case missing(err):
+		case missing:
 			return nil, nil
 		case err != nil:
 			return nil, err
 		}
-		d.forward[v].Set(rs.Family, t)
 	}
-	return t.ensure(ctx, []Chain{desired})
+	return (*t).ensure(ctx, []Chain{desired})
 }
 
 // forwardChain tells whether a variant has a FORWARD chain, and whether its policy is known to be DROP.
@@ -155,7 +138,7 @@ func ensureOwnTable(rs Ruleset) ([]Drift, error) {
 	if err != nil {
 		return nil, fmt.Errorf("table %s: %w", ownTable, err)
 	}
-	if kind == 0 {
+	if kind == "" {
 		return nil, nil
 	}
 	if kind == SetChanged && changeMembers(rs, differs) == nil {
@@ -172,17 +155,17 @@ func removeOwnTable(f addr.Family) error {
 	return err
 }
 
-// compareOwnTable reads our table and tells in which way it differs from the desired one: 0 if in none. Of sets with
+// compareOwnTable reads our table and tells in which way it differs from the desired one, if in any. Of sets with
 // other members it returns the elements that there are.
 func compareOwnTable(rs Ruleset, chain Chain, wanted bool) (DriftKind, map[string][]nftables.SetElement, error) {
 	have, err := findTable(rs.Family, ownTable)
 	switch {
 	case err != nil && !wanted: // a kernel without nf_tables has nothing of ours
-		return 0, nil, nil
+		return "", nil, nil
 	case err != nil:
-		return 0, nil, err
+		return "", nil, err
 	case have == nil && !wanted:
-		return 0, nil, nil
+		return "", nil, nil
 	case !wanted:
 		return Leftover, nil, nil
 	case have == nil || objects(have) == 0:
@@ -192,7 +175,7 @@ func compareOwnTable(rs Ruleset, chain Chain, wanted bool) (DriftKind, map[strin
 	}
 	base, err := findChain(rs.Family, ownTable, ownChain)
 	if err != nil {
-		return 0, nil, err
+		return "", nil, err
 	}
 	if base == nil || !isOurs(base) {
 		return RulesChanged, nil, nil
@@ -206,7 +189,7 @@ func compareOwnTable(rs Ruleset, chain Chain, wanted bool) (DriftKind, map[strin
 	for _, s := range rs.Sets {
 		elements, err := conn.GetSetElements(nftSet(have, rs.Family, s))
 		if err != nil {
-			return 0, nil, err
+			return "", nil, err
 		}
 		if !sameElements(elements, nftElements(s)) {
 			differs[s.Name] = elements
@@ -215,7 +198,7 @@ func compareOwnTable(rs Ruleset, chain Chain, wanted bool) (DriftKind, map[strin
 	if len(differs) > 0 {
 		return SetChanged, differs, nil
 	}
-	return 0, nil, nil
+	return "", nil, nil
 }
 
 // objects is how many chains, sets and other objects a table holds. The library reads that number in the byte order of

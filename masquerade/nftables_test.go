@@ -143,10 +143,10 @@ func TestBareSubnetsFollow(t *testing.T) {
 				want := Rules(in)
 				table := r.handleOfTable()
 				drifts, commits := r.ensure(want)
-				if len(drifts) == 0 || r.nft == nil && commits != c.commits {
+				if len(drifts) == 0 || !r.native && commits != c.commits {
 					t.Errorf("%+v: %d commits, %v", c, commits, drifts)
 				}
-				if replaced := r.handleOfTable() != table; r.nft != nil && replaced != (c.commits > 0) {
+				if replaced := r.handleOfTable() != table; r.native && replaced != (c.commits > 0) {
 					t.Errorf("%+v: the whole table is replaced: %v", c, replaced)
 				}
 				r.quiet(want)
@@ -297,7 +297,7 @@ func TestUnnotified(t *testing.T) {
 			r.calls = nil
 			var res Result
 			var err error
-			r.ns.Do(func() { res, err = r.d.Ensure(t.Context(), want, false) })
+			r.ns.Do(func() { res, err = r.driver.Ensure(t.Context(), per(want), false) })
 			if err != nil {
 				t.Error(err)
 			}
@@ -350,7 +350,7 @@ func TestWatch(t *testing.T) {
 			}
 			r.ensure(want...)
 			damages := []string{"nft flush ruleset", "iptables-nft -P FORWARD DROP", "iptables-nft -F FORWARD", "ip6tables-nft -P FORWARD DROP"}
-			if r.nft != nil {
+			if r.native {
 				damages = append(damages, "nft delete table ip overlayd", "nft insert rule ip6 overlayd postrouting accept",
 					"nft flush chain ip overlayd postrouting", "nft flush set ip overlayd overlayd-nodes4")
 			} else {

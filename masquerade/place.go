@@ -1,7 +1,6 @@
 package masquerade
 
 import (
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -127,26 +126,6 @@ func identity(r *nftables.Rule) string {
 	}
 	b.Write(r.UserData)
 	return b.String()
-}
-
-const aComment = `( -m comment --comment ("(\\.|[^"\\])*"|\S+))`
-
-// policyRule and logRule know the same rules by the words of `iptables -S`.
-var (
-	policyRule = regexp.MustCompile(`^-A \S+` + aComment + `* -j (DROP|RETURN|REJECT( --reject-with \S+)?)$`)
-	logRule    = regexp.MustCompile(`^-A \S+(` + aComment + `| -m limit( --limit(-burst)? \S+)*)* -j (LOG|NFLOG)( .*)?$`)
-)
-
-// readLine reads a rule that `iptables -S` printed.
-func readLine(line, chain string) hookRule {
-	r := hookRule{id: line, calls: strings.HasSuffix(line, " -j "+chain) || strings.HasSuffix(line, " -g "+chain)}
-	switch {
-	case policyRule.MatchString(line):
-		r.kind = policy
-	case logRule.MatchString(line):
-		r.kind = logs
-	}
-	return r
 }
 
 // pace bounds how often the jump in FORWARD is moved, since another program may want the last place for itself:

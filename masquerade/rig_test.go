@@ -18,8 +18,8 @@ type rig struct {
 	t       *testing.T
 	ns      *nstest.NS
 	variant Variant // of iptables
-	d       *IPTables
-	nft     *NFTables // instead of d, if not nil
+	native  bool    // the driver on nftables
+	driver  families
 	sets    Sets
 	run     runner        // for iptables-restore
 	wait    time.Duration // for the xtables lock
@@ -45,7 +45,7 @@ func newRig(t *testing.T, ns *nstest.NS, v Variant) *rig {
 
 // newNFTRig is for the driver on nftables. The variant is that of the iptables beside it.
 func newNFTRig(t *testing.T, ns *nstest.NS, v Variant) *rig {
-	r := &rig{t: t, ns: ns, variant: v, wait: lockWait, run: execRun, nft: &NFTables{}}
+	r := &rig{t: t, ns: ns, variant: v, wait: lockWait, run: execRun, native: true}
 	r.restart()
 	return r
 }
@@ -60,11 +60,13 @@ func (r *rig) withSets() *rig {
 
 // restart gives the rig a driver that remembers nothing.
 func (r *rig) restart() {
-	if r.nft != nil {
-		r.nft = &NFTables{open: r.open, sets: r.sets}
-		return
+	of := func() driver {
+		if r.native {
+			return &nftablesDriver{open: r.open, sets: r.sets}
+		}
+		return &iptablesDriver{variant: r.variant, open: r.open, sets: r.sets}
 	}
-	r.d = &IPTables{variant: r.variant, open: r.open, sets: r.sets}
+	r.driver = families{of(), of()}
 }
 
 // open counts what the tables start.
@@ -85,13 +87,6 @@ func (r *rig) open(f addr.Family, v Variant) (*tables, error) {
 	return t, nil
 }
 
-func (r *rig) driver() Driver {
-	if r.nft != nil {
-		return r.nft
-	}
-	return r.d
-}
-
 // ensure runs the driver once and returns what it repaired and how many runs of iptables-restore that took.
 func (r *rig) ensure(want ...Ruleset) ([]Drift, int) {
 	r.t.Helper()
@@ -105,7 +100,7 @@ func (r *rig) ensure(want ...Ruleset) ([]Drift, int) {
 func (r *rig) tryEnsure(want ...Ruleset) (drifts []Drift, restores int, err error) {
 	r.calls = nil
 	var res Result
-	r.ns.Do(func() { res, err = r.driver().Ensure(r.t.Context(), want, true) })
+	r.ns.Do(func() { res, err = r.driver.Ensure(r.t.Context(), per(want), true) })
 	for _, c := range r.calls {
 		if strings.Contains(c, "-restore ") {
 			restores++
@@ -131,11 +126,11 @@ func (r *rig) quiet(want ...Ruleset) {
 	}
 }
 
-// remove runs the driver's Remove.
+// remove takes everything of ours away.
 func (r *rig) remove() {
 	r.t.Helper()
 	r.ns.Do(func() {
-		if err := r.driver().Remove(r.t.Context()); err != nil {
+		if err := remove(r.t.Context(), r.sets, r.open); err != nil {
 			r.t.Error(err)
 		}
 	})
@@ -187,11 +182,25 @@ func wanted(f addr.Family) Input {
 
 func both() []Ruleset { return []Ruleset{Rules(wanted(addr.IPv4)), Rules(wanted(addr.IPv6))} }
 
+// per is the rulesets by their families.
+func per(rulesets []Ruleset) (out addr.Per[Ruleset]) {
+	for _, rs := range rulesets {
+		out.Set(rs.Family, rs)
+	}
+	return out
+}
+
 func kindsOf(drifts []Drift) []DriftKind {
 	var kinds []DriftKind
 	for _, d := range drifts {
 		kinds = append(kinds, d.Kind)
 	}
+	slices.Sort(kinds)
+	return kinds
+}
+
+func sorted(kinds []DriftKind) []DriftKind {
+	kinds = slices.Clone(kinds)
 	slices.Sort(kinds)
 	return kinds
 }

@@ -1,10 +1,10 @@
 package masquerade
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -253,84 +253,34 @@ func observeNFT(f addr.Family, p Place) (seen, error) {
 
 // observeText is observe by `iptables -S`. That our chain cannot be listed means that it is missing, or that iptables
 // cannot read what another program put into it; both are repaired by writing it again.
-func (t *tables) observeText(p Place) (seen, error) {
-	var s seen
-	chain, err := t.lines(p.Table, p.Name)
-	if err != nil && !notThere(err) {
+func (t *tables) observeText(p Place) (s seen, err error) {
+	if s.chain, _, err = t.lines(p.Table, p.Name); err != nil {
 		return s, err
 	}
-	s.chain = chain
-	hook, err := t.lines(p.Table, string(p.Hook))
+	hook, ok, err := t.lines(p.Table, string(p.Hook))
+	if err == nil && !ok {
+		err = fmt.Errorf("%s cannot read the chain %s of table %s", t.name, p.Hook, p.Table)
+	}
 	for _, line := range hook {
 		s.hook = append(s.hook, readLine(line, p.Name))
 	}
 	return s, err
 }
 
-// lines are the rules of a chain as iptables prints them.
-func (t *tables) lines(table Table, chain string) ([]string, error) {
+// lines are the rules of a chain as iptables prints them. It is not ok where there is no such chain, or one that
+// iptables cannot read: it says both by exit status 1.
+func (t *tables) lines(table Table, chain string) (rules []string, ok bool, err error) {
 	lines, err := t.list(string(table), chain)
-	if err != nil {
-		return nil, listError{t.name, table, chain, err}
+	var failed *iptables.Error
+	switch {
+	case errors.As(err, &failed) && failed.ExitStatus() == 1:
+		return nil, false, nil
+	case err != nil:
+		_, said, _ := strings.Cut(err.Error(), ": exit status ")
+		_, said, _ = strings.Cut(said, ": ")
+		return nil, false, fmt.Errorf("%s -t %s -S %s: %s", t.name, table, chain, cmp.Or(firstLine(said), err.Error()))
 	}
-	return slices.DeleteFunc(lines, func(line string) bool { return !strings.HasPrefix(line, "-A ") }), nil
-}
-
-// listError is a listing that failed, in one line.
-type listError struct {
-	program string
-	table   Table
-	chain   string
-	err     error
-}
-
-func (e listError) Error() string {
-	text := e.err.Error()
-	if _, message, ok := strings.Cut(text, ": exit status "); ok {
-		if _, message, ok = strings.Cut(message, ": "); ok {
-			text = firstLine(message)
-		}
-	}
-	return fmt.Sprintf("%s -t %s -S %s: %s", e.program, e.table, e.chain, text)
-}
-
-func (e listError) Unwrap() error { return e.err }
-
-// notThere tells whether a listing failed because there is no such chain, or one that iptables cannot read: exit status 1.
-func notThere(err error) bool {
-	var e *iptables.Error
-	const exitNoChain = 1
-	return errors.As(err, &e) && e.ExitStatus() == exitNoChain
-}
-
-// replaceChain is the input for `iptables-restore --noflush` that replaces our chain and makes a jump to it at its
-// place. Jumps that are known by their words go in the same transaction, the others are returned.
-func replaceChain(p Place, s seen, rules []string) (input string, old hookChain) {
-	var lines []string
-	rest := s.hook // the chain when the new jump comes
-	for _, jump := range s.hook.jumps() {
-		if jump.handle == 0 {
-			lines = append(lines, "-D"+strings.TrimPrefix(jump.id, "-A"))
-			rest = s.hook.others()
-		} else {
-			old = append(old, jump)
-		}
-	}
-	lines = append(lines, ":"+p.Name+" - [0:0]") // creates the chain, or empties it
-	lines = append(lines, rules...)
-	jump := renderJump(p)
-	others := s.hook.others()
-	if _, want := s.hook.place(p); want < len(others) {
-		at := 1 // behind so many of the others
-		for before := 0; before < want || rest[at-1].calls; at++ {
-			if !rest[at-1].calls {
-				before++
-			}
-		}
-		jump = strings.Replace(jump, "-A "+string(p.Hook), fmt.Sprintf("-I %s %d", p.Hook, at), 1)
-	}
-	lines = append(lines, jump)
-	return "*" + string(p.Table) + "\n" + strings.Join(lines, "\n") + "\nCOMMIT\n", old
+	return slices.DeleteFunc(lines, func(line string) bool { return !strings.HasPrefix(line, "-A ") }), true, nil
 }
 
 // deleteJumps deletes the jumps that a new one replaces by their handles: whatever happened to the chain since, no other
@@ -367,12 +317,12 @@ func removeIPTables(ctx context.Context, f addr.Family, places []Place, v Varian
 	var found []Drift
 	var input strings.Builder
 	for _, p := range places {
-		_, err := t.lines(p.Table, p.Name)
-		if notThere(err) {
-			continue
-		}
+		_, ok, err := t.lines(p.Table, p.Name)
 		if err != nil {
 			return nil, err
+		}
+		if !ok {
+			continue
 		}
 		s, err := t.observe(p)
 		if err != nil {
@@ -436,69 +386,4 @@ func legacyNames(f addr.Family) ([]string, error) {
 		return nil, fmt.Errorf("which legacy tables exist: %w", err)
 	}
 	return strings.Fields(string(names)), nil
-}
-
-// jumpComment marks the rule in the hook's chain as ours for whoever reads the firewall.
-const jumpComment = "overlayd"
-
-// render writes the rules of a chain exactly as `iptables -S` prints them.
-func render(c Chain, randomFully bool) []string {
-	lines := make([]string, len(c.Rules))
-	for i, r := range c.Rules {
-		lines[i] = renderRule(c.Place, r, randomFully)
-	}
-	return lines
-}
-
-func renderRule(p Place, r Rule, randomFully bool) string {
-	words := []string{"-A", p.Name}
-	words = append(words, renderPrefix("-s", r.Src, false)...)
-	words = append(words, renderPrefix("-d", r.Dst, r.DstNot)...)
-	if r.OutDevice != "" {
-		words = append(words, "-o", r.OutDevice)
-	}
-	if r.Mark.Mask != 0 {
-		words = append(words, "-m", "mark", "--mark", fmt.Sprintf("0x%x/0x%x", r.Mark.Value, r.Mark.Mask))
-	}
-	if r.DstSet != "" {
-		words = append(words, "-m", "set")
-		if r.DstSetNot {
-			words = append(words, "!")
-		}
-		words = append(words, "--match-set", r.DstSet, "dst")
-	}
-	words = append(words, renderComment(p, r.Comment)...)
-	words = append(words, "-j", map[Verdict]string{Return: "RETURN", Masquerade: "MASQUERADE", Accept: "ACCEPT"}[r.Verdict])
-	if r.Verdict == Masquerade && randomFully {
-		words = append(words, "--random-fully")
-	}
-	return strings.Join(words, " ")
-}
-
-// renderComment leaves out the comment where every packet passes. To iptables it is a match like others, which the kernel calls
-// for each packet; two of them take 3 % of what it costs to forward one. The NAT table sees only the first packet of a connection.
-func renderComment(p Place, comment string) []string {
-	switch {
-	case p.Table != NAT:
-		return nil
-	case strings.Contains(comment, " "):
-		comment = `"` + comment + `"`
-	}
-	return []string{"-m", "comment", "--comment", comment}
-}
-
-// renderPrefix leaves out the prefix of all addresses, as iptables does.
-func renderPrefix(flag string, p netip.Prefix, not bool) []string {
-	switch {
-	case !p.IsValid() || p.Bits() == 0 && !not:
-		return nil
-	case not:
-		return []string{"!", flag, p.String()}
-	}
-	return []string{flag, p.String()}
-}
-
-func renderJump(p Place) string {
-	words := append([]string{"-A", string(p.Hook)}, renderComment(p, jumpComment)...)
-	return strings.Join(append(words, "-j", p.Name), " ")
 }
