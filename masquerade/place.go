@@ -11,7 +11,7 @@ import (
 
 // hookRule is one rule of a hook's chain, of which most are other programs'.
 type hookRule struct {
-	id     string // what the rule says, in the form of its source: iptables' words, or nf_tables' expressions
+	id     string // of one that calls our chain: what it says, in iptables' words or in nf_tables' expressions
 	handle uint64 // of a rule that was read from nf_tables
 	calls  bool   // it jumps or goes to our chain
 	kind   ruleKind
@@ -75,7 +75,7 @@ func (h hookChain) beforeLogs() int {
 
 // readRule reads a rule of nf_tables, which iptables-nft or nft has made.
 func readRule(r *nftables.Rule, chain string) hookRule {
-	out := hookRule{handle: r.Handle, id: identity(r)}
+	out := hookRule{handle: r.Handle}
 	var ends, logged, limited, more bool
 	for _, e := range r.Exprs {
 		switch e := e.(type) {
@@ -107,6 +107,9 @@ func readRule(r *nftables.Rule, chain string) hookRule {
 		out.kind = policy
 	case logged && !ends:
 		out.kind = logs
+	}
+	if out.calls {
+		out.id = identity(r)
 	}
 	return out
 }

@@ -106,8 +106,19 @@ func programThere(f addr.Family, v Variant) bool {
 	return err == nil
 }
 
-// defaultIsLegacy tells which variant a program without one in its name is, which go-iptables keeps to itself.
+// defaultIsLegacy tells which variant a program without one in its name is, which go-iptables keeps to itself. A process
+// is started only where the program's file does not say it.
 func defaultIsLegacy(name string) (bool, error) {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return false, err
+	}
+	switch file, _ := filepath.EvalSymlinks(path); filepath.Base(file) {
+	case "xtables-nft-multi":
+		return false, nil
+	case "xtables-legacy-multi":
+		return true, nil
+	}
 	version, err := execRun(context.Background(), "", name, "--version")
 	return !strings.Contains(version, "nf_tables"), err
 }
@@ -122,8 +133,7 @@ func (s seen) equal(o seen) bool {
 	return slices.Equal(s.chain, o.chain) && slices.Equal(s.hook, o.hook)
 }
 
-// ensure makes our chains in these tables the desired ones, each with one jump at its place, in one transaction. A
-// desired chain without rules is removed.
+// ensure makes our chains in these tables the desired ones, each with one jump at its place, by one iptables-restore.
 func (t *tables) ensure(ctx context.Context, chains []Chain) ([]Drift, error) {
 	var found []Drift
 	var input strings.Builder
