@@ -163,7 +163,7 @@ func assemble(ctx context.Context, o Options, l lock) ([]layer, []goModule, erro
 		return nil, nil, fmt.Errorf("the image is not complete: %s", strings.Join(missing, ", "))
 	}
 	return []layer{
-		{"iptables, nftables and CA certificates of Debian " + release, base},
+		{"iptables and CA certificates of Debian " + release, base},
 		{"reference CNI plugins", plugins},
 		{"overlayd " + o.Version, own},
 	}, mods, nil

@@ -11,7 +11,7 @@ import (
 
 // debianRoots are the programs that the image takes from Debian. What they need comes with them.
 func debianRoots(t tree, a Arch) []string {
-	roots := []string{"usr/sbin/nft", "usr/sbin/xtables-nft-multi", "usr/sbin/xtables-legacy-multi", "etc/protocols", "etc/os-release"}
+	roots := []string{"usr/sbin/xtables-nft-multi", "usr/sbin/xtables-legacy-multi", "etc/protocols", "etc/os-release"}
 	for _, licence := range []string{"Artistic", "GPL-2", "GPL-3", "LGPL-2.1", "LGPL-3", "MPL-2.0"} { // the copyright files refer to them
 		roots = append(roots, "usr/share/common-licenses/"+licence)
 	}

@@ -1,3 +1,3 @@
 // Package image builds the container image of overlayd: from scratch, without a container daemon, the same bit by bit each
-// time. It holds our own programs, the reference CNI plugins, and iptables and nft with what they need from Debian.
+// time. It holds our own programs, the reference CNI plugins, and iptables with what it needs from Debian.
 package image
