@@ -1,0 +1,380 @@
+package packetfilter
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// Packet is what is known of a packet: a field that is missing may have any value.
+type Packet map[Field][]byte
+
+// NewPacket is a packet that begins a connection, in one of the two families. Addresses that are not valid are not known.
+func NewPacket(src, dst netip.Addr, v6 bool, proto byte) Packet {
+	p := Packet{
+		Protocol: {proto}, State: native32(StateNew), Status: native32(0), Mark: native32(0), PacketType: {unix.PACKET_HOST},
+		NFProto: {unix.NFPROTO_IPV4}, EtherType: port16(unix.ETH_P_IP),
+	}
+	if v6 {
+		p[NFProto], p[EtherType] = []byte{unix.NFPROTO_IPV6}, port16(unix.ETH_P_IPV6)
+	}
+	if src.IsValid() {
+		p[Source] = src.AsSlice()
+	}
+	if dst.IsValid() {
+		p[Destination] = dst.AsSlice()
+	}
+	return p
+}
+
+// In says by which device a packet comes; no name says nothing.
+func (p Packet) In(device string, index int) Packet {
+	if device == "" {
+		return p
+	}
+	return p.with(In, deviceField(device)).with(InIndex, native32(uint32(index))).
+		with(InType, binary.NativeEndian.AppendUint16(nil, unix.ARPHRD_ETHER))
+}
+
+// Out says by which device a packet leaves; no name says nothing.
+func (p Packet) Out(device string, index int) Packet {
+	if device == "" {
+		return p
+	}
+	return p.with(Out, deviceField(device)).with(OutIndex, native32(uint32(index)))
+}
+
+// To says to which port a packet is; without, any rule about ports may hold.
+func (p Packet) To(port uint16) Packet { return p.with(Port, port16(port)) }
+
+// From says of which port a packet is.
+func (p Packet) From(port uint16) Packet { return p.with(SourcePort, port16(port)) }
+
+// Local says whether the destination is an address of this host or of another one.
+func (p Packet) Local(local bool) Packet {
+	if local {
+		return p.with(TypeOfAddress, native32(unix.RTN_LOCAL))
+	}
+	return p.with(TypeOfAddress, native32(unix.RTN_UNICAST))
+}
+
+// Answered says that answers leave by the device that the packet came by.
+func (p Packet) Answered() Packet { return p.with(Reverse, native32(1)) }
+
+func (p Packet) with(f Field, value []byte) Packet {
+	out := maps.Clone(p)
+	out[f] = value
+	return out
+}
+
+func deviceField(s string) []byte {
+	out := make([]byte, unix.IFNAMSIZ)
+	copy(out, s)
+	return out
+}
+
+// Fate is what becomes of a packet at one or more hooks. Where neither Drops nor Unsure is set, it passes.
+type Fate struct {
+	Drops   bool // nothing is known by which it could pass. In chains that translate: it gets another sender
+	Unsure  bool // it depends on what can't be judged
+	By      string
+	Chain   Chain // that drops it, or where it isn't sure
+	Rule    Rule
+	Unclear string // what could not be judged
+}
+
+// Has reports whether there is a chain of one of these names.
+func (f Filter) Has(names ...string) bool {
+	return slices.ContainsFunc(f, func(c Chain) bool { return slices.Contains(names, c.Name) })
+}
+
+// Head is the base chain of a hook in the same table as c: the one that leads to it.
+func (f Filter) Head(c Chain, hook string) Chain {
+	for _, b := range f {
+		if c.Hook == "" && b.Hook == hook && b.Family == c.Family && b.Table == c.Table {
+			return b
+		}
+	}
+	return c
+}
+
+// Through sends a packet through the hooks, in the order in which the kernel does. The first hook that drops it decides.
+func (f Filter) Through(p Packet, hooks ...string) Fate { return f.through(p, false, hooks) }
+
+// Translated sends a packet that leaves through the rules that may change its sender; Drops says that they do.
+func (f Filter) Translated(p Packet) Fate { return f.through(p, true, []string{"postrouting"}) }
+
+func (f Filter) through(p Packet, nat bool, hooks []string) Fate {
+	var doubt Fate
+	for _, hook := range hooks {
+		for _, c := range f.at(hook, p, nat) {
+			w := walk{filter: f, packet: p, base: c}
+			res := w.run()
+			if res.Drops {
+				return res
+			}
+			if res.Unsure && !doubt.Unsure {
+				doubt = res
+			}
+			p = w.packet
+		}
+	}
+	return doubt
+}
+
+// at lists the base chains of a hook that see a packet, in their order.
+func (f Filter) at(hook string, p Packet, nat bool) []Chain {
+	other := "ip6"
+	if bytes.Equal(p[NFProto], []byte{unix.NFPROTO_IPV6}) {
+		other = "ip"
+	}
+	var out []Chain
+	for _, c := range f {
+		if c.Hook == hook && c.NAT == nat && c.Family != other {
+			out = append(out, c)
+		}
+	}
+	slices.SortStableFunc(out, func(a, b Chain) int { return cmp.Compare(a.Priority, b.Priority) })
+	return out
+}
+
+// truth is the outcome of a test: yes, no, or unknown.
+type truth int8
+
+const (
+	no truth = iota
+	yes
+	unknown
+)
+
+// walk is the path of one packet through one base chain. Where a test can't be judged, both branches are taken: the walk goes
+// on as if it did not hold, and remembers what would have happened.
+type walk struct {
+	filter Filter
+	packet Packet
+	base   Chain
+
+	canPass, canDrop bool // by a rule whose tests can't all be judged
+	dropBy           Fate
+	doubt            string
+	steps            int
+}
+
+// Bounds against rules that call each other without end (which the kernel refuses), and against the time that a very long list takes.
+const (
+	maxDepth = 20
+	maxSteps = 200_000
+)
+
+type outcome uint8
+
+const (
+	goesOn outcome = iota
+	passes
+	dropped
+	unclear
+)
+
+func (w *walk) run() Fate {
+	out, f := w.chain(w.base, 0)
+	if out == goesOn { // the policy
+		out, f = passes, Fate{Chain: w.base, By: "its policy"}
+		if w.base.Policy == "drop" {
+			out = dropped
+		}
+	}
+	if w.base.Hook == "ingress" || w.base.Hook == "egress" { // the library does not say on which devices such a chain is
+		w.canPass, w.doubt = true, cmp.Or(w.doubt, "the device that the chain is on")
+	}
+	switch {
+	case out == dropped && !w.canPass:
+		f.Drops = true
+		return f
+	case out == dropped:
+		f.Unsure, f.Unclear = true, w.doubt
+		return f
+	case out == unclear:
+		f.Unsure = true
+		return f
+	case w.canDrop:
+		w.dropBy.Unsure, w.dropBy.Unclear = true, w.doubt
+		return w.dropBy
+	}
+	return Fate{}
+}
+
+// forget makes fields unknown.
+func (w *walk) forget(fields ...Field) {
+	w.packet = maps.Clone(w.packet)
+	for _, f := range fields {
+		delete(w.packet, f)
+	}
+}
+
+// chain walks through one chain.
+func (w *walk) chain(c Chain, depth int) (outcome, Fate) {
+	if depth > maxDepth {
+		return unclear, Fate{Chain: c, Unclear: "rules that call each other too deeply"}
+	}
+	if c.Unclear != "" {
+		w.forget(Mark, State, PacketType)
+		return unclear, Fate{Chain: c, Unclear: c.Unclear}
+	}
+	for _, r := range c.Rules {
+		if w.steps++; w.steps > maxSteps {
+			return unclear, Fate{Chain: c, Unclear: "what comes behind the first 200,000 rules"}
+		}
+		holds, doubt := w.matches(r)
+		if holds == no {
+			continue
+		}
+		actions, sure := w.action(r)
+		if !sure {
+			holds, doubt = unknown, cmp.Or(doubt, "a map")
+		}
+		if holds == unknown {
+			w.doubt = cmp.Or(w.doubt, doubt)
+		}
+		for _, a := range actions {
+			out, f, end := w.act(a, c, r, depth)
+			switch {
+			case end && holds == yes:
+				return goesOn, f
+			case end: // what called this chain may let it pass, whatever comes behind here
+				w.canPass = true
+			case out == goesOn:
+			case holds == yes:
+				return out, f
+			default:
+				w.note(out, f)
+			}
+		}
+	}
+	return goesOn, Fate{}
+}
+
+// note remembers what may have become of the packet.
+func (w *walk) note(out outcome, f Fate) {
+	if out != dropped {
+		w.canPass = true
+	}
+	if out != passes && !w.canDrop {
+		w.canDrop, w.dropBy = true, f
+	}
+	w.doubt = cmp.Or(w.doubt, f.Unclear)
+}
+
+// act does what a rule says; end: the chain is left, and the one that called it goes on.
+func (w *walk) act(a Action, c Chain, r Rule, depth int) (out outcome, f Fate, end bool) {
+	f = Fate{Chain: c, Rule: r, By: describeRule(c, r)}
+	switch a.Verdict {
+	case Accept:
+		return passes, f, false
+	case Drop, Translate: // the one in chains that filter, the other in those that translate
+		return dropped, f, false
+	case Unclear:
+		f.Unclear = "what the rule " + f.By + " does"
+		return unclear, f, false
+	case Return:
+		return goesOn, f, true
+	case Jump, Goto:
+		i := slices.IndexFunc(w.filter, func(to Chain) bool {
+			return to.Family == c.Family && to.Table == c.Table && to.Name == a.Chain
+		})
+		if i < 0 {
+			f.Unclear = "the chain " + a.Chain + ", which was not read,"
+			return unclear, f, false
+		}
+		out, f = w.chain(w.filter[i], depth+1)
+		return out, f, out == goesOn && a.Verdict == Goto
+	}
+	return goesOn, f, false
+}
+
+// action is what a rule does; several where a map can't be judged.
+func (w *walk) action(r Rule) (all []Action, sure bool) {
+	if r.Map == nil {
+		return []Action{r.Action}, true
+	}
+	var rest []Action // of what is in no other case
+	for _, c := range r.Map {
+		switch in := w.inside(r.Key, c.Ranges); {
+		case c.Ranges == nil:
+			rest = append(rest, c.Action)
+		case in == yes:
+			return append(all, c.Action), len(all) == 0
+		case in == unknown:
+			all = append(all, c.Action)
+		}
+	}
+	return append(all, rest...), len(all) == 0
+}
+
+// matches: all tests together. One that does not hold settles it, whatever the others are.
+func (w *walk) matches(r Rule) (truth, string) {
+	all, doubt := yes, ""
+	for _, t := range r.Tests {
+		if t.Sets != "" {
+			w.forget(t.Sets)
+			continue
+		}
+		switch w.holds(t) {
+		case no:
+			return no, ""
+		case unknown:
+			all, doubt = unknown, cmp.Or(doubt, describe(t, ""))
+		}
+	}
+	return all, doubt
+}
+
+func (w *walk) holds(t Test) truth {
+	if len(t.Key) == 0 {
+		return unknown
+	}
+	found := no
+	for _, ranges := range t.Any {
+		if in := w.inside(t.Key, ranges); in == yes {
+			found = yes
+			break
+		} else if in == unknown {
+			found = unknown
+		}
+	}
+	if t.Not && found != unknown {
+		return yes - found
+	}
+	return found
+}
+
+// inside: every field in its range.
+func (w *walk) inside(key []Key, ranges []Range) truth {
+	all := yes
+	for i, r := range ranges {
+		value, known := w.packet[key[i].Field]
+		if !known {
+			all = unknown
+		} else if !within(value, key[i].Mask, r) {
+			return no
+		}
+	}
+	return all
+}
+
+// within compares as the kernel does: the first bytes of a field where the range is shorter (a prefix, or the beginning of a name).
+func within(value, mask []byte, r Range) bool {
+	n := len(r.From)
+	if n > len(value) || n != len(r.To) {
+		return false
+	}
+	v := bytes.Clone(value[:n])
+	for i := range min(n, len(mask)) {
+		v[i] &= mask[i]
+	}
+	return bytes.Compare(v, r.From) >= 0 && bytes.Compare(v, r.To) <= 0
+}
