@@ -19,6 +19,7 @@ import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
@@ -40,19 +41,16 @@ type Facts struct {
 	Took       time.Duration // for what is on this node
 	Privileges error
 
-	Daemon DaemonFacts
-	Survey netstate.Survey
-	Errs   map[string]error // what could not be looked at, by name
-	Filter filter
-	// Translation is what may change the sender of packets that leave: the chains of the table nat behind the routing.
-	Translation filter
-	// Rules counts those of iptables-legacy and of iptables-nft, but for ours.
-	LegacyRules, NFTRules int
-	System                SystemFacts
-	Store                 *etcd.Examination // nil: it was not asked
-	Memory                *memory           // of the state directory; nil: there is none
-	MemoryErr             error
-	IdentityFromMemory    bool // and from nothing else
+	Daemon             DaemonFacts
+	Survey             netstate.Survey
+	Errs               map[string]error // what could not be looked at, by name
+	Filter             packetfilter.Filter
+	Legacy             []packetfilter.Legacy
+	System             SystemFacts
+	Store              *etcd.Examination // nil: it was not asked
+	Memory             *memory           // of the state directory; nil: there is none
+	MemoryErr          error
+	IdentityFromMemory bool // and from nothing else
 
 	Config     *subnet.Config // nil: not known
 	ConfigFrom string
@@ -255,59 +253,13 @@ func (f *Facts) look(o Options) {
 }
 
 func (f *Facts) lookAtFilter() {
-	n, err := netstate.OpenNFTables()
-	if err != nil {
-		f.failed("nftables", err)
-		return
-	}
-	defer n.Close()
-	chains, err := n.FilterChains()
-	if err != nil {
-		f.failed("nftables", err)
-	}
-	f.sortChains(chains)
-	for _, c := range chains {
-		if iptablesTable(c) {
-			f.NFTRules += foreign(c)
-		}
-	}
-	for _, fam := range addr.Families() {
-		legacy, rules, err := netstate.LegacyFilterChains(fam)
-		f.failed("iptables-legacy", err)
-		f.sortChains(legacy)
-		f.LegacyRules += rules
-	}
-}
-
-// sortChains tells the chains that drop from those that translate. One that others call may be called by both.
-func (f *Facts) sortChains(chains []netstate.FilterChain) {
-	for _, c := range chains {
-		if c.Hook == "" || !c.NAT {
-			f.Filter = append(f.Filter, c)
-		}
-		if c.Hook == "" || c.NAT {
-			f.Translation = append(f.Translation, c)
-		}
-	}
-}
-
-// iptablesTable reports whether iptables-nft would show a chain.
-func iptablesTable(c netstate.FilterChain) bool {
-	return (c.Family == "ip" || c.Family == "ip6") && slices.Contains([]string{"filter", "mangle", "raw", "security"}, c.Table)
-}
-
-// foreign counts the rules of a chain that are not ours.
-func foreign(c netstate.FilterChain) int {
-	if strings.HasPrefix(c.Name, "OVERLAYD-") {
-		return 0
-	}
-	n := 0
-	for _, r := range c.Rules {
-		if !strings.HasPrefix(r.Action.Chain, "OVERLAYD-") {
-			n++
-		}
-	}
-	return n
+	var err error
+	f.Filter, err = packetfilter.Read()
+	f.failed("nftables", err)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	f.Legacy, err = packetfilter.ReadLegacy(ctx)
+	f.failed("iptables-legacy", err)
 }
 
 // remember reads what the daemon remembers. Where neither it nor the settings say who this node is, that does.

@@ -388,22 +388,27 @@ func (f Facts) leftRules() []Finding {
 			names, fix = append(names, name), append(fix, command)
 		}
 	}
-	for _, c := range slices.Concat(f.Filter, f.Translation) {
+	// In one step, with what calls the chain: nothing else of the table is written again.
+	chain := func(name, save, table, chain string) {
+		note(name, fmt.Sprintf("{ echo '*%s'; %s -t %s | sed -n '/%s/s/^-A/-D/p'; echo '-X %s'; echo COMMIT; } | %s --noflush",
+			table, save, table, chain, chain, strings.Replace(save, "-save", "-restore", 1)))
+	}
+	for _, c := range f.Filter {
 		switch {
 		case c.Table == "flannel-ipv4" || c.Table == "flannel-ipv6":
 			name := fmt.Sprintf("table %s %s", c.Family, c.Table)
 			note(name, "nft delete "+name)
 		case strings.HasPrefix(c.Name, "FLANNEL-"):
-			name, tool := fmt.Sprintf("table %s %s, chain %s", c.Family, c.Table, c.Name), "iptables"
+			save := "iptables-save"
 			if c.Family == "ip6" {
-				tool = "ip6tables"
+				save = "ip6tables-save"
 			}
-			if c.Legacy {
-				name, tool = "iptables-legacy, "+name, tool+"-legacy"
-			}
-			// In one step, with what calls the chain: nothing else of the table is written again.
-			note(name, fmt.Sprintf("{ echo '*%s'; %s-save -t %s | sed -n '/%s/s/^-A/-D/p'; echo '-X %s'; echo COMMIT; } "+
-				"| %s-restore --noflush", c.Table, tool, c.Table, c.Name, c.Name, tool))
+			chain(c.String(), save, c.Table, c.Name)
+		}
+	}
+	for _, c := range f.Legacy {
+		if strings.HasPrefix(c.Chain, "FLANNEL-") {
+			chain(fmt.Sprintf("%s -t %s, chain %s", c.Save, c.Table, c.Chain), c.Save, c.Table, c.Chain)
 		}
 	}
 	if len(names) == 0 {

@@ -9,24 +9,53 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
 
 func firewallChecks() []check {
-	return []check{{"iptables variants", judgeVariants}, {"VXLAN in the firewall", judgeTunnelFilter}, {"forwarded packets", judgeForwardFilter}, {"translated packets", judgeTranslation}}
+	return []check{{"iptables variants", judgeVariants}, {"iptables-legacy", judgeLegacy}, {"VXLAN in the firewall", judgeTunnelFilter}, {"forwarded packets", judgeForwardFilter}, {"translated packets", judgeTranslation}}
 }
 
 func judgeVariants(f Facts) []Finding {
 	if f.Privileges != nil {
 		return skipped("it takes privileges to look")
 	}
-	if f.LegacyRules > 0 && f.NFTRules > 0 {
+	legacy, nft := 0, 0
+	for _, c := range f.Legacy {
+		legacy += len(c.Rules)
+	}
+	for _, c := range f.Filter {
+		if iptablesTable(c) {
+			nft += foreign(c)
+		}
+	}
+	if legacy > 0 && nft > 0 {
 		return warn(fmt.Sprintf("iptables-legacy holds %d rules and iptables-nft %d: a packet must pass both, and each program shows its own only; at a quiet time, "+
-			"have whoever makes the legacy ones use nft (update-alternatives --config iptables, and ip6tables), and delete those that stay, one by one", f.LegacyRules, f.NFTRules),
+			"have whoever makes the legacy ones use nft (update-alternatives --config iptables, and ip6tables), and delete those that stay, one by one", legacy, nft),
 			"iptables-legacy-save", "ip6tables-legacy-save")
 	}
-	return ok(fmt.Sprintf("one is in use at most (legacy %d rules, nft %d)", f.LegacyRules, f.NFTRules))
+	return ok(fmt.Sprintf("one is in use at most (legacy %d rules, nft %d)", legacy, nft))
+}
+
+// iptablesTable reports whether iptables-nft would show a chain.
+func iptablesTable(c packetfilter.Chain) bool {
+	return (c.Family == "ip" || c.Family == "ip6") && slices.Contains([]string{"filter", "mangle", "raw", "security"}, c.Table)
+}
+
+// foreign counts the rules of a chain that are not ours.
+func foreign(c packetfilter.Chain) int {
+	if strings.HasPrefix(c.Name, "OVERLAYD-") {
+		return 0
+	}
+	n := 0
+	for _, r := range c.Rules {
+		if !strings.HasPrefix(r.Action.Chain, "OVERLAYD-") {
+			n++
+		}
+	}
+	return n
 }
 
 // unreadable says why the packet filter can't be judged.
@@ -34,10 +63,8 @@ func (f Facts) unreadable() string {
 	if f.Privileges != nil {
 		return "it takes privileges to look"
 	}
-	for _, what := range []string{"nftables", "iptables-legacy"} {
-		if err := f.Errs[what]; err != nil {
-			return err.Error()
-		}
+	if err := f.Errs["nftables"]; err != nil {
+		return err.Error()
 	}
 	return ""
 }
@@ -55,11 +82,11 @@ func judgeTunnelFilter(f Facts) []Finding {
 	for _, d := range f.devices() {
 		for _, l := range f.arrivals(d.family) {
 			judged = append(judged, l.Name)
-			fate := f.Filter.through(f.arriving(d, l), d.family == addr.IPv6, "ingress", "prerouting", "input")
+			fate := f.Filter.Through(f.arriving(d, l), "ingress", "prerouting", "input")
 			out = append(out, f.sayTunnel(d, l.Name, "arrive", fate)...)
 		}
 		for _, l := range f.uplinks(d.family) {
-			fate := f.Filter.through(f.leaving(d, l), d.family == addr.IPv6, "output", "postrouting")
+			fate := f.Filter.Through(f.leaving(d, l), "output", "postrouting", "egress")
 			out = append(out, f.sayTunnel(d, l.Name, "leave", fate)...)
 		}
 	}
@@ -68,7 +95,7 @@ func judgeTunnelFilter(f Facts) []Finding {
 	}
 	slices.Sort(judged)
 	return orOK(out,
-		fmt.Sprintf("UDP port %d of %s is open", f.devices()[0].port, strings.Join(slices.Compact(judged), " and ")))
+		fmt.Sprintf("UDP port %d of %s is open", f.devices()[0].port, strings.Join(slices.Compact(judged), " and "))+f.besides())
 }
 
 // somePeer is the address of a peer; not valid where none is known.
@@ -81,71 +108,53 @@ func (f Facts) somePeer(fam addr.Family) netip.Addr {
 	return netip.Addr{}
 }
 
-// typeLocal is RTN_LOCAL, the kind of address that is this node's own.
-const typeLocal, typeUnicast = 2, 1
-
-func (f Facts) arriving(d tunnel, under netstate.SurveyLink) packet {
+func (f Facts) arriving(d tunnel, under netstate.SurveyLink) packetfilter.Packet {
 	local := f.reachedAt(d.family)
 	if !local.IsValid() {
 		local = d.link.VXLAN.Local
 	}
-	p := newPacket(f.somePeer(d.family), local, unix.IPPROTO_UDP).in(under.Name, under.Index)
-	p[netstate.FieldPort], p[netstate.FieldTypeOfDst] = port16(d.port), native32(typeLocal)
+	p := packetfilter.NewPacket(f.somePeer(d.family), local, d.family == addr.IPv6, unix.IPPROTO_UDP).
+		In(under.Name, under.Index).To(d.port).Local(true)
 	if f.leavesBy(under.Name, f.somePeer(d.family)) {
-		p[netstate.FieldReverse] = native32(1)
+		p = p.Answered()
 	}
 	return p
 }
 
-func (f Facts) leaving(d tunnel, under netstate.SurveyLink) packet {
+func (f Facts) leaving(d tunnel, under netstate.SurveyLink) packetfilter.Packet {
 	local := d.local
 	if !local.IsValid() {
 		local = d.link.VXLAN.Local
 	}
-	p := newPacket(local, f.somePeer(d.family), unix.IPPROTO_UDP).out(under.Name, under.Index)
-	family, ether := byte(unix.NFPROTO_IPV4), []byte{0x08, 0x00}
-	if d.family == addr.IPv6 {
-		family, ether = unix.NFPROTO_IPV6, []byte{0x86, 0xdd}
-	}
-	p[netstate.FieldFamily], p[netstate.FieldEtherType] = []byte{family}, ether
-	p[netstate.FieldPort], p[netstate.FieldTypeOfDst] = port16(d.port), native32(typeUnicast)
-	return p
+	return packetfilter.NewPacket(local, f.somePeer(d.family), d.family == addr.IPv6, unix.IPPROTO_UDP).
+		Out(under.Name, under.Index).To(d.port).Local(false)
 }
 
-func where(c netstate.FilterChain) string {
-	if c.Legacy {
-		return fmt.Sprintf("iptables-legacy, table %s, chain %s", c.Table, c.Name)
-	}
-	return fmt.Sprintf("table %s %s, chain %s", c.Family, c.Table, c.Name)
-}
-
-func (f Facts) sayTunnel(d tunnel, device, verb string, t fate) []Finding {
+func (f Facts) sayTunnel(d tunnel, device, verb string, t packetfilter.Fate) []Finding {
 	mend := f.openPort(t, d, device)
 	if verb == "leave" {
 		mend = f.openOut(t, d, device)
 	}
 	switch {
-	case t.drops:
-		return fail(fmt.Sprintf("VXLAN packets (UDP port %d) that %s by %s are dropped by %s: %s", d.port, verb, device, where(t.chain), t.by), mend...)
-	case t.maybe:
-		return warn(fmt.Sprintf("not sure whether VXLAN packets (UDP port %d) that %s by %s are let through: %s (%s) may drop them, %s can't be judged", d.port, verb, device, where(t.chain), orDefault(t.by, "a rule"), orDefault(t.unclear, "a test")), mend...)
+	case t.Drops:
+		return fail(fmt.Sprintf("VXLAN packets (UDP port %d) that %s by %s are dropped by %s: %s", d.port, verb, device, t.Chain, t.By), mend...)
+	case t.Unsure:
+		return warn(fmt.Sprintf("not sure whether VXLAN packets (UDP port %d) that %s by %s are let through: %s (%s) may drop them, %s can't be judged", d.port, verb, device, t.Chain, orDefault(t.By, "a rule"), orDefault(t.Unclear, "a test")), mend...)
 	}
 	return nil
 }
 
 // manager is who holds the rules of a chain. In a pod the host's files can't be seen that say who is on; the chains of both can.
-func (f Facts) manager(c netstate.FilterChain) string {
+func (f Facts) manager(c packetfilter.Chain) string {
 	firewalld, ufw := f.System.Firewalld, f.System.UFW
 	if f.Service.inKubernetes() {
-		firewalld, ufw = f.Filter.has("INPUT_ZONES"), f.Filter.has("ufw-user-input", "ufw6-user-input")
+		firewalld, ufw = f.Filter.Has("INPUT_ZONES"), f.Filter.Has("ufw-user-input", "ufw6-user-input")
 	}
 	switch {
 	case c.Table == "firewalld" || strings.HasPrefix(c.Name, "IN_") && firewalld:
 		return "firewalld"
 	case strings.HasPrefix(c.Name, "ufw") || ufw && (c.Table == "filter" && (c.Family == "ip" || c.Family == "ip6")):
 		return "ufw"
-	case c.Legacy:
-		return "iptables-legacy"
 	case iptablesTable(c), (c.Family == "ip" || c.Family == "ip6") && c.Table == "nat" && (c.Name == strings.ToUpper(c.Hook) || c.Hook == ""):
 		return "iptables"
 	}
@@ -160,44 +169,31 @@ func iptables(manager string, fam addr.Family) string {
 	return manager
 }
 
-// head is the base chain that leads to a chain: where an accept comes early enough.
-func (f Facts) head(c netstate.FilterChain, hook string) netstate.FilterChain {
-	if c.Hook != "" {
-		return c
-	}
-	for _, b := range f.Filter {
-		if b.Hook == hook && b.Family == c.Family && b.Table == c.Table && b.Legacy == c.Legacy {
-			return b
-		}
-	}
-	return c
-}
-
-func (f Facts) openPort(t fate, d tunnel, device string) []string {
-	switch m := f.manager(t.chain); m {
+func (f Facts) openPort(t packetfilter.Fate, d tunnel, device string) []string {
+	switch m := f.manager(t.Chain); m {
 	case "firewalld":
 		zone := fmt.Sprintf(`--zone="$(firewall-cmd --get-zone-of-interface=%s || firewall-cmd --get-default-zone)"`, device)
 		return []string{fmt.Sprintf("firewall-cmd %s --add-port=%d/udp", zone, d.port), fmt.Sprintf("firewall-cmd --permanent %s --add-port=%d/udp", zone, d.port)}
 	case "ufw":
 		return []string{fmt.Sprintf("ufw allow in on %s to any port %d proto udp", device, d.port)}
 	case "nft":
-		h := f.head(t.chain, "input")
+		h := f.Filter.Head(t.Chain, "input")
 		return []string{fmt.Sprintf("nft insert rule %s %s %s iifname %s udp dport %d accept   # and the same in /etc/nftables.conf", h.Family, h.Table, h.Name, device, d.port)}
 	default:
 		table := ""
-		if t.chain.Table != "filter" {
-			table = " -t " + t.chain.Table
+		if t.Chain.Table != "filter" {
+			table = " -t " + t.Chain.Table
 		}
-		return []string{fmt.Sprintf("%s%s -I %s -i %s -p udp --dport %d -j ACCEPT", iptables(m, d.family), table, strings.ToUpper(f.head(t.chain, "input").Name), device, d.port)}
+		return []string{fmt.Sprintf("%s%s -I %s -i %s -p udp --dport %d -j ACCEPT", iptables(m, d.family), table, strings.ToUpper(f.Filter.Head(t.Chain, "input").Name), device, d.port)}
 	}
 }
 
-func (f Facts) openOut(t fate, d tunnel, device string) []string {
-	switch m := f.manager(t.chain); m {
+func (f Facts) openOut(t packetfilter.Fate, d tunnel, device string) []string {
+	switch m := f.manager(t.Chain); m {
 	case "ufw":
 		return []string{fmt.Sprintf("ufw allow out on %s to any port %d proto udp", device, d.port)}
 	case "nft", "firewalld":
-		h := f.head(t.chain, "output")
+		h := f.Filter.Head(t.Chain, "output")
 		return []string{fmt.Sprintf("nft insert rule %s %s %s oifname %s udp dport %d accept", h.Family, h.Table, h.Name, device, d.port)}
 	default:
 		return []string{fmt.Sprintf("%s -I OUTPUT -o %s -p udp --dport %d -j ACCEPT", iptables(m, d.family), device, d.port)}
@@ -224,7 +220,7 @@ func (f Facts) betweenPods(well string, judge podPair) []Finding {
 	if judged == 0 {
 		return skipped("no peer, or no lease of this node, is known")
 	}
-	return orOK(out, well)
+	return orOK(out, well+f.besides())
 }
 
 // mostPods bounds how many pods' packets are sent through the rules.
@@ -257,14 +253,14 @@ func (f Facts) podsHere(fam addr.Family, own netip.Prefix) (pods []netstate.Neig
 }
 
 // shielded is the address of a container that such a rule of Docker keeps from being reached but by its bridge.
-func shielded(r netstate.FilterRule) (to netip.Addr, ok bool) {
+func shielded(r packetfilter.Rule) (to netip.Addr, ok bool) {
 	notBy := false
 	for _, t := range r.Tests {
 		switch {
 		case len(t.Key) != 1:
-		case t.Key[0].Field == netstate.FieldIn:
+		case t.Key[0].Field == packetfilter.In:
 			notBy = notBy || t.Not
-		case t.Key[0].Field == netstate.FieldDestination && !t.Not && len(t.Any) == 1 && len(t.Any[0]) == 1:
+		case t.Key[0].Field == packetfilter.Destination && !t.Not && len(t.Any) == 1 && len(t.Any[0]) == 1:
 			r, part := t.Any[0][0], func(b byte) bool { return b != 0xff }
 			a, whole := netip.AddrFromSlice(r.From)
 			if whole && slices.Equal(r.From, r.To) && !slices.ContainsFunc(t.Key[0].Mask, part) {
@@ -272,7 +268,7 @@ func shielded(r netstate.FilterRule) (to netip.Addr, ok bool) {
 			}
 		}
 	}
-	return to, notBy && to.IsValid() && r.Action.Verdict == netstate.Drop
+	return to, notBy && to.IsValid() && r.Action.Verdict == packetfilter.Drop
 }
 
 // judgeForwardFilter sends a packet from a pod elsewhere to each one here through the rules, and one the other way.
@@ -280,32 +276,36 @@ func judgeForwardFilter(f Facts) []Finding {
 	well := "what pods of other nodes send, and what goes to them, is let through"
 	return f.betweenPods(well,
 		func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
-			var in, back []fate
+			var in, back []forwarded
 			for _, pod := range here {
 				inside, _ := f.Survey.Link(pod.Link)
-				to := newPacket(there, pod.IP, unix.IPPROTO_TCP)
-				to.in(outside.Name, outside.Index).out(inside.Name, inside.Index)
-				from := newPacket(pod.IP, there, unix.IPPROTO_TCP)
-				from.in(inside.Name, inside.Index).out(outside.Name, outside.Index)
-				in, back = append(in, f.forward(to, fam)), append(back, f.forward(from, fam))
+				to := packetfilter.NewPacket(there, pod.IP, fam == addr.IPv6, unix.IPPROTO_TCP)
+				from := packetfilter.NewPacket(pod.IP, there, fam == addr.IPv6, unix.IPPROTO_TCP)
+				in = append(in, f.forward(to.In(outside.Name, outside.Index).Out(inside.Name, inside.Index)))
+				back = append(back, f.forward(from.In(inside.Name, inside.Index).Out(outside.Name, outside.Index)))
 			}
 			found := f.sayForward(fam, here, "from pods of other nodes", "to", in)
 			return append(found, f.sayForward(fam, here, "to pods of other nodes", "from", back)...)
 		})
 }
 
+// forwarded is what becomes of a packet that is forwarded.
+type forwarded struct {
+	packetfilter.Fate
+	but bool // it is dropped, except for what a rule before lets through
+}
+
 // forward sends a packet through the rules for what is forwarded.
-func (f Facts) forward(p packet, fam addr.Family) fate {
-	p[netstate.FieldTypeOfDst] = native32(typeUnicast)
+func (f Facts) forward(p packetfilter.Packet) forwarded {
+	p = p.Local(false)
 	hooks := []string{"prerouting", "forward", "postrouting"}
-	t := f.Filter.through(p, fam == addr.IPv6, hooks...)
-	if t.maybe { // some ports may be open, or closed: what becomes of one that no rule is likely to name?
-		if other := f.Filter.through(p.ports(49151, 49151), fam == addr.IPv6, hooks...); other.drops {
-			other.but = true
-			return other
+	t := f.Filter.Through(p, hooks...)
+	if t.Unsure { // some ports may be open, or closed: what becomes of one that no rule is likely to name?
+		if other := f.Filter.Through(p.From(49151).To(49151), hooks...); other.Drops {
+			return forwarded{other, true}
 		}
 	}
-	return t
+	return forwarded{Fate: t}
 }
 
 // judgeTranslation sends a packet from a pod here to one elsewhere through the rules that change the sender: overlayd's own leave it.
@@ -313,20 +313,19 @@ func judgeTranslation(f Facts) []Finding {
 	well := "pods of other nodes see the pods' own addresses, so far as can be told from the rules"
 	return f.betweenPods(well,
 		func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
-			sent := newPacket(here[0].IP, there, unix.IPPROTO_TCP).out(outside.Name, outside.Index).ports(49151, 49151)
-			sent[netstate.FieldTypeOfDst] = native32(typeUnicast)
-			t := f.Translation.through(sent, fam == addr.IPv6, "postrouting")
-			if !t.drops {
+			sent := packetfilter.NewPacket(here[0].IP, there, fam == addr.IPv6, unix.IPPROTO_TCP)
+			t := f.Filter.Translated(sent.Out(outside.Name, outside.Index).From(49151).To(49151).Local(false))
+			if !t.Drops {
 				return nil
 			}
-			table := "nft -a list chain " + strings.Join([]string{t.chain.Family, t.chain.Table, t.chain.Name}, " ")
-			if m := f.manager(t.chain); strings.HasPrefix(m, "iptables") {
-				table = fmt.Sprintf("%s -t nat -S %s", iptables(m, fam), t.chain.Name)
+			table := "nft -a list chain " + strings.Join([]string{t.Chain.Family, t.Chain.Table, t.Chain.Name}, " ")
+			if m := f.manager(t.Chain); strings.HasPrefix(m, "iptables") {
+				table = fmt.Sprintf("%s -t nat -S %s", iptables(m, fam), t.Chain.Name)
 			}
 			return warn(
 				fmt.Sprintf(
 					"what pods here send to pods of other nodes arrives with this node's address instead of the pod's: %s "+
-						"translates it: %s; it should except %s", where(t.chain), t.by, f.network(fam)),
+						"translates it: %s; it should except %s", t.Chain, t.By, f.network(fam)),
 				table+"   # change it there, and where it comes from")
 		})
 }
@@ -372,13 +371,13 @@ func (f Facts) bridgeOf(fam addr.Family) netstate.SurveyLink {
 
 // sayForward names each chain that drops packets of pods, with the first of them: which says "to" or "from" a pod here.
 func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, which string,
-	fates []fate,
+	fates []forwarded,
 ) (out []Finding) {
 	for i, t := range fates {
-		alike := func(o fate) bool {
-			return o.drops == t.drops && o.maybe == t.maybe && where(o.chain) == where(t.chain) && byDocker(o) == byDocker(t)
+		alike := func(o forwarded) bool {
+			return o.Drops == t.Drops && o.Unsure == t.Unsure && o.Chain.String() == t.Chain.String() && byDocker(o.Fate) == byDocker(t.Fate)
 		}
-		if !t.drops && !t.maybe || slices.IndexFunc(fates, alike) < i {
+		if !t.Drops && !t.Unsure || slices.IndexFunc(fates, alike) < i {
 			continue
 		}
 		n := 0
@@ -388,44 +387,44 @@ func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, whic
 			}
 		}
 		what, mark := what, Fail
-		if n < len(here) || byDocker(t) {
+		if n < len(here) || byDocker(t.Fate) {
 			what += fmt.Sprintf(" %s %s", which, here[i].IP)
 			if n > 1 {
 				what += fmt.Sprintf(" (and %s %d more of %d pods)", which, n-1, len(here))
 			}
-			if n < len(here) && !byDocker(t) { // that may be what a policy is for
+			if n < len(here) && !byDocker(t.Fate) { // that may be what a policy is for
 				mark = Warn
 			}
 		}
 		if t.but {
 			what = "(all but what a rule before lets through) " + what
 		}
-		reason := fmt.Sprintf("packets %s are dropped by %s: %s", what, where(t.chain), t.by)
-		if !t.drops {
+		reason := fmt.Sprintf("packets %s are dropped by %s: %s", what, t.Chain, t.By)
+		if !t.Drops {
 			mark = Warn
 			reason = fmt.Sprintf("not sure whether packets %s are let through: %s (%s) may drop them, %s can't be judged",
-				what, where(t.chain), orDefault(t.by, "a rule"), orDefault(t.unclear, "a test"))
+				what, t.Chain, orDefault(t.By, "a rule"), orDefault(t.Unclear, "a test"))
 		}
-		out = append(out, Finding{Mark: mark, Reason: reason, Mend: f.openForward(fam, t)})
+		out = append(out, Finding{Mark: mark, Reason: reason, Mend: f.openForward(fam, t.Fate)})
 	}
 	return out
 }
 
 // byDocker tells whether a rule is one of those by which Docker Engine 28 and later keep other hosts from reaching a
 // container.
-func byDocker(t fate) bool {
-	_, direct := shielded(t.rule)
-	return direct && t.chain.Hook == "prerouting" || t.chain.Name == "DOCKER" || t.chain.Table == "docker-bridges"
+func byDocker(t packetfilter.Fate) bool {
+	_, direct := shielded(t.Rule)
+	return direct && t.Chain.Hook == "prerouting" || t.Chain.Name == "DOCKER" || t.Chain.Table == "docker-bridges"
 }
 
-func (f Facts) openForward(fam addr.Family, t fate) []string {
+func (f Facts) openForward(fam addr.Family, t packetfilter.Fate) []string {
 	network := f.network(fam)
 	var commands []string
-	switch m := f.manager(t.chain); {
-	case byDocker(t) && t.chain.Hook == "prerouting":
+	switch m := f.manager(t.Chain); {
+	case byDocker(t) && t.Chain.Hook == "prerouting":
 		commands = []string{"${EDITOR:-vi} /etc/docker/daemon.json && systemctl restart docker" +
 			`   # add "allow-direct-routing": true (Docker 28.2 or later); see Documentation/bare-metal.md`}
-	case byDocker(t) && t.chain.Name == "DOCKER":
+	case byDocker(t) && t.Chain.Name == "DOCKER":
 		commands = []string{fmt.Sprintf("%s -I DOCKER-USER -s %s -d %s -j ACCEPT   # see Documentation/bare-metal.md",
 			iptables(m, fam), network, f.Self.Subnets.Get(fam))}
 	case byDocker(t):
@@ -435,7 +434,7 @@ func (f Facts) openForward(fam addr.Family, t fate) []string {
 		trust := "--zone=trusted --add-source=" + network.String()
 		commands = []string{fmt.Sprintf("firewall-cmd %s && firewall-cmd --permanent %[1]s", trust)}
 	case m == "nft":
-		h := f.head(t.chain, "forward")
+		h := f.Filter.Head(t.Chain, "forward")
 		word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip6"}[fam]
 		commands = []string{
 			fmt.Sprintf("nft insert rule %s %s %s %s saddr %s accept", h.Family, h.Table, h.Name, word, network),
@@ -451,7 +450,7 @@ func (f Facts) openForward(fam addr.Family, t fate) []string {
 		}
 	}
 	// The daemon's accepts come before what decides about all packets there, and behind every other rule.
-	if t.chain.Name == "FORWARD" && len(t.rule.Tests) == 0 && !f.Daemon.Running && f.ForwardFW {
+	if t.Chain.Name == "FORWARD" && len(t.Rule.Tests) == 0 && !f.Daemon.Running && f.ForwardFW {
 		commands = append([]string{f.Service.start() + "   # it accepts them by itself"}, commands...)
 	}
 	return commands

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
 )
 
@@ -166,7 +167,10 @@ func judgeBridgeFilter(f Facts) []Finding {
 
 // kubeProxy reports whether kube-proxy has rules here: it is known by its chains in iptables, and by its table in nftables.
 func (f Facts) kubeProxy() bool {
-	return f.Filter.has("KUBE-SERVICES", "KUBE-FORWARD") || slices.ContainsFunc(f.Filter, func(c netstate.FilterChain) bool { return c.Table == "kube-proxy" })
+	names := []string{"KUBE-SERVICES", "KUBE-FORWARD"}
+	return f.Filter.Has(names...) ||
+		slices.ContainsFunc(f.Filter, func(c packetfilter.Chain) bool { return c.Table == "kube-proxy" }) ||
+		slices.ContainsFunc(f.Legacy, func(c packetfilter.Legacy) bool { return slices.Contains(names, c.Chain) })
 }
 
 // forwardingFixes: a kernel that begins to forward IPv6 drops the routes that it has from router advertisements, unless a device was

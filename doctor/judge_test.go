@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
@@ -202,17 +204,17 @@ func TestHealthy(t *testing.T) {
 }
 
 // base makes a chain of rules that a judge meets.
-func base(family, table, name, hook, policy string, rules ...netstate.FilterRule) netstate.FilterChain {
-	return netstate.FilterChain{Family: family, Table: table, Name: name, Hook: hook, Policy: policy, Rules: rules}
+func base(family, table, name, hook, policy string, rules ...packetfilter.Rule) packetfilter.Chain {
+	return packetfilter.Chain{Family: family, Table: table, Name: name, Hook: hook, Policy: policy, Rules: rules}
 }
 
 // tcpPort is a rule about a port of TCP.
-func tcpPort(port uint16, v netstate.Verdict) netstate.FilterRule {
-	return netstate.FilterRule{
-		Tests: []netstate.FilterTest{
-			{Key: []netstate.FilterField{{Field: netstate.FieldProtocol}}, Any: [][]netstate.FilterRange{{{From: []byte{unix.IPPROTO_TCP}, To: []byte{unix.IPPROTO_TCP}}}}},
-			{Key: []netstate.FilterField{{Field: netstate.FieldPort}}, Any: [][]netstate.FilterRange{{{From: port16(port), To: port16(port)}}}},
-		}, Action: netstate.FilterAction{Verdict: v},
+func tcpPort(port uint16, v packetfilter.Verdict) packetfilter.Rule {
+	return packetfilter.Rule{
+		Tests: []packetfilter.Test{
+			{Key: []packetfilter.Key{{Field: packetfilter.Protocol}}, Any: [][]packetfilter.Range{{{From: []byte{unix.IPPROTO_TCP}, To: []byte{unix.IPPROTO_TCP}}}}},
+			{Key: []packetfilter.Key{{Field: packetfilter.Port}}, Any: [][]packetfilter.Range{{{From: binary.BigEndian.AppendUint16(nil, port), To: binary.BigEndian.AppendUint16(nil, port)}}}},
+		}, Action: packetfilter.Action{Verdict: v},
 	}
 }
 
@@ -290,32 +292,6 @@ func TestEtcdctlOfAPod(t *testing.T) {
 	}
 }
 
-// Rules are shown as nft writes them.
-func TestRulesAreShown(t *testing.T) {
-	t.Parallel()
-	test := func(f netstate.Field, mask []byte, value ...byte) netstate.FilterTest {
-		return netstate.FilterTest{Key: []netstate.FilterField{{Field: f, Mask: mask}}, Any: [][]netstate.FilterRange{{{From: value, To: value}}}}
-	}
-	for want, tt := range map[string]struct {
-		family string
-		tests  []netstate.FilterTest
-	}{
-		`"ip saddr 10.0.0.0/8 drop"`:        {"inet", []netstate.FilterTest{test(netstate.FieldFamily, nil, 2), test(netstate.FieldSource, nil, 10)}},
-		`"ip6 daddr 2001:db8::/32 drop"`:    {"inet", []netstate.FilterTest{test(netstate.FieldFamily, nil, 10), test(netstate.FieldDestination, nil, 0x20, 1, 0xd, 0xb8)}},
-		`"ip saddr 192.0.2.0/24 drop"`:      {"netdev", []netstate.FilterTest{test(netstate.FieldEtherType, nil, 8, 0), test(netstate.FieldSource, nil, 192, 0, 2)}},
-		`"ip6 saddr 2001:db8::/32 drop"`:    {"ip6", []netstate.FilterTest{test(netstate.FieldSource, nil, 0x20, 1, 0xd, 0xb8)}},
-		`"nfproto ip6 udp dport 8472 drop"`: {"inet", []netstate.FilterTest{test(netstate.FieldFamily, nil, 10), test(netstate.FieldProtocol, nil, unix.IPPROTO_UDP), test(netstate.FieldPort, nil, port16(8472)...)}},
-		`"ip saddr . dport 192.0.2.2 . 53 drop"`: {"ip", []netstate.FilterTest{{
-			Key: []netstate.FilterField{{Field: netstate.FieldSource}, {Field: netstate.FieldPort}}, Any: [][]netstate.FilterRange{{{From: []byte{192, 0, 2, 2}, To: []byte{192, 0, 2, 2}}, {From: port16(53), To: port16(53)}}},
-		}}},
-	} {
-		c := netstate.FilterChain{Family: tt.family}
-		if got := describeRule(c, netstate.FilterRule{Tests: tt.tests, Action: netstate.FilterAction{Verdict: netstate.Drop}}); got != want {
-			t.Errorf("%s, want %s", got, want)
-		}
-	}
-}
-
 // Without an answer and without settings, the daemon's memory says who this node is.
 func TestIdentityOfMemory(t *testing.T) {
 	t.Parallel()
@@ -388,13 +364,13 @@ func TestJudges(t *testing.T) {
 		"a VPN, and no daemon":                     {"daemon"},
 		"learning, and a peer does not answer":     {"peers answer"},
 	}
-	dropPort := netstate.FilterRule{
-		Tests: []netstate.FilterTest{
-			{Key: []netstate.FilterField{{Field: netstate.FieldProtocol}}, Any: [][]netstate.FilterRange{{{From: []byte{unix.IPPROTO_UDP}, To: []byte{unix.IPPROTO_UDP}}}}},
-			{Key: []netstate.FilterField{{Field: netstate.FieldPort}}, Any: [][]netstate.FilterRange{{{From: port16(8472), To: port16(8472)}}}},
-		}, Action: netstate.FilterAction{Verdict: netstate.Drop},
+	dropPort := packetfilter.Rule{
+		Tests: []packetfilter.Test{
+			{Key: []packetfilter.Key{{Field: packetfilter.Protocol}}, Any: [][]packetfilter.Range{{{From: []byte{unix.IPPROTO_UDP}, To: []byte{unix.IPPROTO_UDP}}}}},
+			{Key: []packetfilter.Key{{Field: packetfilter.Port}}, Any: [][]packetfilter.Range{{{From: binary.BigEndian.AppendUint16(nil, 8472), To: binary.BigEndian.AppendUint16(nil, 8472)}}}},
+		}, Action: packetfilter.Action{Verdict: packetfilter.Drop},
 	}
-	rate := netstate.FilterRule{Tests: []netstate.FilterTest{{Key: []netstate.FilterField{{}}, What: "limit"}}, Action: netstate.FilterAction{Verdict: netstate.Drop}}
+	rate := packetfilter.Rule{Tests: []packetfilter.Test{{What: "limit"}}, Action: packetfilter.Action{Verdict: packetfilter.Drop}}
 	late := fmt.Errorf("etcd: no answer within 1.5s: %w", context.DeadlineExceeded)
 	for _, tt := range []struct {
 		name  string
@@ -604,28 +580,28 @@ func TestJudges(t *testing.T) {
 		{"no forwarding", "forwarding", Fail, "net/ipv4/ip_forward is 0", "sysctl -w net/ipv4/ip_forward=1", func(f *Facts) { f.System.Sysctls["net/ipv4/ip_forward"] = "0" }},
 		{"no forwarding on a device", "forwarding", Fail, "cni0/forwarding is 0", "sysctl -w net/ipv4/conf/cni0/forwarding=1", func(f *Facts) { f.System.Sysctls[deviceForwarding("cni0")] = "0" }},
 		{"no br_netfilter", "bridge netfilter", Fail, "the module br_netfilter is not loaded: pods lose answers of services", "modprobe br_netfilter && echo br_netfilter", func(f *Facts) {
-			f.Filter = filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
 			delete(f.System.Sysctls, netstate.BridgeNetfilter(addr.IPv4).Path)
 		}},
 		{"no br_netfilter, kube-proxy of nftables", "bridge netfilter", Fail, "the module br_netfilter is not loaded", "modprobe br_netfilter", func(f *Facts) {
-			f.Filter = filter{base("ip", "kube-proxy", "filter-forward", "forward", "accept")}
+			f.Filter = packetfilter.Filter{base("ip", "kube-proxy", "filter-forward", "forward", "accept")}
 			delete(f.System.Sysctls, netstate.BridgeNetfilter(addr.IPv4).Path)
 		}},
 		{"bridge netfilter off", "bridge netfilter", Fail, "net/bridge/bridge-nf-call-iptables is 0: pods lose answers", "sysctl -w net/bridge/bridge-nf-call-iptables=1", func(f *Facts) {
-			f.Filter = filter{base("ip", "filter", "KUBE-FORWARD", "", "")}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "KUBE-FORWARD", "", "")}
 			f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv4).Path] = "0"
 		}},
 		{"bridge netfilter off for IPv6", "bridge netfilter", Fail, "bridge-nf-call-ip6tables is 0", "bridge-nf-call-ip6tables=1", func(f *Facts) {
-			f.Filter = filter{base("ip6", "filter", "KUBE-FORWARD", "", "")}
+			f.Filter = packetfilter.Filter{base("ip6", "filter", "KUBE-FORWARD", "", "")}
 			f.dual(t)
 			f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv6).Path] = "0"
 		}},
 		{"bridge netfilter on", "bridge netfilter", OK, "see what crosses", "", func(f *Facts) {
-			f.Filter = filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
 		}},
 		{"no kube-proxy", "bridge netfilter", Skipped, "no rules of kube-proxy", "", func(f *Facts) { f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv4).Path] = "0" }},
 		{"kube-proxy and no bridge", "bridge netfilter", Skipped, "no bridge for pods", "", func(f *Facts) {
-			f.Filter = filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
 			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
 			f.Survey.Host = f.Survey.Host.Indexed()
 			f.Survey.Links = f.Survey.Links[:2]
@@ -909,74 +885,77 @@ func TestJudges(t *testing.T) {
 		{
 			"flannel's chain", "other overlays", Warn, "table ip nat, chain FLANNEL-POSTRTG",
 			"iptables-save -t nat | sed -n '/FLANNEL-POSTRTG/s/^-A/-D/p'", func(f *Facts) {
-				f.Translation = filter{netstate.FilterChain{Family: "ip", Table: "nat", Name: "FLANNEL-POSTRTG"}}
+				f.Filter = packetfilter.Filter{packetfilter.Chain{Family: "ip", Table: "nat", Name: "FLANNEL-POSTRTG"}}
 			},
 		},
 		{
-			"flannel's chain for IPv6, legacy", "other overlays", Warn, "iptables-legacy, table ip6 filter, chain FLANNEL-FWD",
+			"flannel's chain for IPv6, legacy", "other overlays", Warn, "ip6tables-legacy-save -t filter, chain FLANNEL-FWD",
 			"| ip6tables-legacy-restore --noflush", func(f *Facts) {
-				f.Filter = filter{netstate.FilterChain{Family: "ip6", Table: "filter", Name: "FLANNEL-FWD", Legacy: true}}
+				f.Legacy = []packetfilter.Legacy{{Save: "ip6tables-legacy-save", Table: "filter", Chain: "FLANNEL-FWD", Policy: "-"}}
 			},
 		},
 		{
 			"flannel's table", "other overlays", Warn, "table ip6 flannel-ipv6", "nft delete table ip6 flannel-ipv6",
 			func(f *Facts) {
-				f.Translation = filter{base("ip6", "flannel-ipv6", "postrtg", "postrouting", "accept")}
+				f.Filter = packetfilter.Filter{base("ip6", "flannel-ipv6", "postrtg", "postrouting", "accept")}
 			},
 		},
-		{"mixed iptables", "iptables variants", Warn, "legacy holds 3 rules and iptables-nft 4", "iptables-legacy-save", func(f *Facts) { f.LegacyRules, f.NFTRules = 3, 4 }},
+		{"mixed iptables", "iptables variants", Warn, "legacy holds 3 rules and iptables-nft 4", "iptables-legacy-save", func(f *Facts) {
+			f.Legacy = []packetfilter.Legacy{{Save: "iptables-legacy-save", Table: "filter", Chain: "INPUT", Policy: "ACCEPT", Rules: []string{"a", "b", "c"}}}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "x", "", "", make([]packetfilter.Rule, 4)...)}
+		}},
 		{"firewalld", "VXLAN in the firewall", Fail, "dropped by table inet firewalld, chain filter_INPUT", "firewall-cmd --zone=", func(f *Facts) {
-			f.Filter = filter{base("inet", "firewalld", "filter_INPUT", "input", "accept", dropPort)}
+			f.Filter = packetfilter.Filter{base("inet", "firewalld", "filter_INPUT", "input", "accept", dropPort)}
 		}},
 		{"ufw", "VXLAN in the firewall", Fail, "its policy", "ufw allow in on eth0 to any port 8472 proto udp", func(f *Facts) {
-			f.Filter, f.System.UFW = filter{base("ip", "filter", "INPUT", "input", "drop")}, true
+			f.Filter, f.System.UFW = packetfilter.Filter{base("ip", "filter", "INPUT", "input", "drop")}, true
 		}},
 		{"iptables", "VXLAN in the firewall", Fail, `"udp dport 8472 drop"`, "iptables -I INPUT -i eth0 -p udp --dport 8472 -j ACCEPT", func(f *Facts) {
-			f.Filter = filter{base("ip", "filter", "INPUT", "input", "accept", dropPort)}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "INPUT", "input", "accept", dropPort)}
 		}},
 		{"nft", "VXLAN in the firewall", Fail, "table inet site, chain in", "nft insert rule inet site in iifname eth0 udp dport 8472 accept", func(f *Facts) {
-			f.Filter = filter{base("inet", "site", "in", "input", "accept", dropPort)}
+			f.Filter = packetfilter.Filter{base("inet", "site", "in", "input", "accept", dropPort)}
 		}},
 		{"nft, out", "VXLAN in the firewall", Fail, "that leave by eth0 are dropped", "nft insert rule inet site out oifname eth0", func(f *Facts) {
-			f.Filter = filter{base("inet", "site", "out", "output", "accept", dropPort)}
+			f.Filter = packetfilter.Filter{base("inet", "site", "out", "output", "accept", dropPort)}
 		}},
-		{"rate", "VXLAN in the firewall", Warn, "not sure whether", "nft insert", func(f *Facts) { f.Filter = filter{base("inet", "site", "in", "input", "accept", rate)} }},
+		{"rate", "VXLAN in the firewall", Warn, "not sure whether", "nft insert", func(f *Facts) { f.Filter = packetfilter.Filter{base("inet", "site", "in", "input", "accept", rate)} }},
 		{"forward policy", "forwarded packets", Fail, "from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD -s 10.244.0.0/16 -j ACCEPT", func(f *Facts) {
-			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop")}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "FORWARD", "forward", "drop")}
 		}},
 		{
 			"forward policy, no daemon", "forwarded packets", Fail, "chain FORWARD: its policy", "it accepts them by itself",
 			func(f *Facts) {
-				f.Filter, f.Daemon.Running, f.ForwardFW = filter{base("ip", "filter", "FORWARD", "forward", "drop")}, false, true
+				f.Filter, f.Daemon.Running, f.ForwardFW = packetfilter.Filter{base("ip", "filter", "FORWARD", "forward", "drop")}, false, true
 			},
 		},
 		{
 			"forward rule, no daemon", "forwarded packets", Fail, "chain FORWARD: \"ip daddr 10.244.0.0/16 drop\"",
 			"iptables -I FORWARD", func(f *Facts) {
-				toPods := netstate.FilterTest{
-					Key: []netstate.FilterField{{Field: netstate.FieldDestination}},
-					Any: [][]netstate.FilterRange{{{From: []byte{10, 244}, To: []byte{10, 244}}}},
+				toPods := packetfilter.Test{
+					Key: []packetfilter.Key{{Field: packetfilter.Destination}},
+					Any: [][]packetfilter.Range{{{From: []byte{10, 244}, To: []byte{10, 244}}}},
 				}
-				drop := netstate.FilterRule{
-					Tests:  []netstate.FilterTest{toPods},
-					Action: netstate.FilterAction{Verdict: netstate.Drop},
+				drop := packetfilter.Rule{
+					Tests:  []packetfilter.Test{toPods},
+					Action: packetfilter.Action{Verdict: packetfilter.Drop},
 				}
-				f.Filter, f.Daemon.Running, f.ForwardFW = filter{base("ip", "filter", "FORWARD", "forward", "accept", drop)},
+				f.Filter, f.Daemon.Running, f.ForwardFW = packetfilter.Filter{base("ip", "filter", "FORWARD", "forward", "accept", drop)},
 					false, true
 			},
 		},
 		{"forward policy but for one port", "forwarded packets", Fail, "packets (all but what a rule before lets through) from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD", func(f *Facts) {
-			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "drop", tcpPort(22, netstate.Accept))}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "FORWARD", "forward", "drop", tcpPort(22, packetfilter.Accept))}
 		}},
 		{"one port of pods closed", "forwarded packets", Warn, "not sure whether packets from pods", "iptables -I FORWARD", func(f *Facts) {
-			f.Filter = filter{base("ip", "filter", "FORWARD", "forward", "accept", tcpPort(25, netstate.Drop))}
+			f.Filter = packetfilter.Filter{base("ip", "filter", "FORWARD", "forward", "accept", tcpPort(25, packetfilter.Drop))}
 		}},
 		{"translated", "translated packets", Warn, "table ip foreign, chain c translates it: \"ip saddr 10.0.0.0/8 masquerade\"; it should except 10.244.0.0/16", "nft -a list chain ip foreign c", func(f *Facts) {
-			c := base("ip", "foreign", "c", "postrouting", "accept", netstate.FilterRule{
-				Tests: []netstate.FilterTest{{Key: []netstate.FilterField{{Field: netstate.FieldSource}}, Any: [][]netstate.FilterRange{{{From: []byte{10}, To: []byte{10}}}}}}, Action: netstate.FilterAction{Verdict: netstate.Translate},
+			c := base("ip", "foreign", "c", "postrouting", "accept", packetfilter.Rule{
+				Tests: []packetfilter.Test{{Key: []packetfilter.Key{{Field: packetfilter.Source}}, Any: [][]packetfilter.Range{{{From: []byte{10}, To: []byte{10}}}}}}, Action: packetfilter.Action{Verdict: packetfilter.Translate},
 			})
 			c.NAT = true
-			f.sortChains([]netstate.FilterChain{c})
+			f.Filter = packetfilter.Filter{c}
 		}},
 		{"networkd", "systemd-networkd", Warn, "/etc/systemd/network/all.network fits", "overlayd doctor --fix   # writes /etc/systemd/network/10-overlayd.network", func(f *Facts) {
 			f.System.Managers = Managers{
@@ -1217,18 +1196,18 @@ func TestInAPod(t *testing.T) {
 	drops := base("ip", "filter", "INPUT", "input", "drop")
 	f.System.Firewalld, f.System.UFW = false, false
 	for chain, want := range map[string]string{"x": "iptables", "ufw-user-input": "ufw"} {
-		f.Filter = filter{drops, base("ip", "filter", chain, "", "")}
+		f.Filter = packetfilter.Filter{drops, base("ip", "filter", chain, "", "")}
 		if got := f.manager(drops); got != want {
 			t.Errorf("%s: %s, want %s", chain, got, want)
 		}
 	}
 	zone := base("ip", "filter", "IN_public", "", "")
-	f.Filter = filter{drops, zone, base("ip", "filter", "INPUT_ZONES", "", "")}
+	f.Filter = packetfilter.Filter{drops, zone, base("ip", "filter", "INPUT_ZONES", "", "")}
 	if got := f.manager(zone); got != "firewalld" {
 		t.Error(got)
 	}
 	// kube-proxy is there before the first pod with a bridge.
-	f.Survey.Links, f.Filter = f.Survey.Links[:2], filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
+	f.Survey.Links, f.Filter = f.Survey.Links[:2], packetfilter.Filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
 	f.Survey.Host.Addresses = f.Survey.Host.Addresses[:2]
 	f.Survey.Host = f.Survey.Host.Indexed()
 	delete(f.System.Sysctls, netstate.BridgeNetfilter(addr.IPv4).Path)

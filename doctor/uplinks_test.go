@@ -7,6 +7,7 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
+	"github.com/overlayd/overlayd/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
 )
 
@@ -79,7 +80,7 @@ func TestUplinks(t *testing.T) {
 		return func(f *Facts) { f.System.Sysctls[rpFilter(device)] = "1" }
 	}
 	drops := func(hook string) func(*Facts) {
-		return func(f *Facts) { f.Filter = filter{base("inet", "host", "x", hook, "drop")} }
+		return func(f *Facts) { f.Filter = packetfilter.Filter{base("inet", "host", "x", hook, "drop")} }
 	}
 	down := func(devices ...string) func(*Facts) {
 		return func(f *Facts) {

@@ -241,7 +241,8 @@ func containerRules() Fault {
 		Area: Firewall, Name: "Docker keeps its containers from being reached", On: []string{OnVXLAN, OnDual, OnLegacy},
 		Inject: Steps(rule("-A"), Afterwards(rule("-D"))), Restore: Undo, Bound: drift(),
 		Seen: (&Seen{}).diagnosed(
-			`^FAIL forwarded packets packets from pods of other nodes to [^ ]+ are dropped by .*raw.* chain PREROUTING`),
+			`^FAIL forwarded packets packets from pods of other nodes to [^ ]+ are dropped by .*raw.* chain PREROUTING` +
+				`|^warn iptables-legacy .*-A PREROUTING -d [^ ]+ ! -i cni0 -j DROP`),
 	}
 }
 
