@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/doctor/packetfilter"
 	"github.com/overlayd/overlayd/masquerade/ipset"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
@@ -518,7 +519,7 @@ func trySupport(f *Facts) []support {
 			try("address sets (ipset)", trySets, "modprobe -a ip_set_hash_ip xt_set && printf 'ip_set_hash_ip\\nxt_set\\n' >> /etc/modules-load.d/overlayd.conf")
 		}
 		if !firewallUp {
-			try("firewall rules (nftables or iptables)", tryFirewall, "apt-get install nftables")
+			try("firewall rules (nftables or iptables)", tryFirewall, "apt-get install iptables")
 		}
 	})
 	if err != nil {
@@ -532,27 +533,20 @@ func trySets() error {
 	return err
 }
 
-// tryFirewall is content with one program that can masquerade.
+// tryFirewall is content with nf_tables, for which the daemon needs no program, or with iptables.
 func tryFirewall() error {
+	inKernel := packetfilter.TryMasquerade()
+	if inKernel == nil {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	var failed []string
-	for _, p := range []struct {
-		name, stdin string
-		args        []string
-	}{
-		{"nft", "table ip trial {\n chain c {\n type nat hook postrouting priority srcnat;\n masquerade\n }\n}\n", []string{"-f", "-"}},
-		{"iptables-restore", "*nat\n-A POSTROUTING -j MASQUERADE\nCOMMIT\n", nil},
-	} {
-		cmd := exec.CommandContext(ctx, p.name, p.args...)
-		cmd.Stdin = strings.NewReader(p.stdin)
-		out, err := cmd.CombinedOutput()
-		if err == nil {
-			return nil
-		}
-		failed = append(failed, fmt.Sprintf("%s: %s", p.name, firstLine(string(out), err)))
+	cmd := exec.CommandContext(ctx, "iptables-restore")
+	cmd.Stdin = strings.NewReader("*nat\n-A POSTROUTING -j MASQUERADE\nCOMMIT\n")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("nf_tables: %w; iptables-restore: %s", inKernel, firstLine(string(out), err))
 	}
-	return fmt.Errorf("%s", strings.Join(failed, "; "))
+	return nil
 }
 
 func firstLine(out string, err error) string {
