@@ -105,7 +105,7 @@ func (f *flags) addDaemon(s *pflag.FlagSet) {
 	s.BoolVar(&f.bridgeNetfilter, "bridge-netfilter", false, "keep net.bridge.bridge-nf-call-iptables and -ip6tables on, as kube-proxy needs it (module br_netfilter)")
 	s.StringVar(&f.sysctlDir, "sysctl-dir", "/proc/sys", "`directory` where settings of the kernel are written; in a container, a mount of the host's")
 	f.iptablesResync = seconds(10 * time.Second)
-	s.Var(&f.iptablesResync, "iptables-resync", "how often the firewall rules are looked at; a number is in seconds")
+	s.Var(&f.iptablesResync, "iptables-resync", "how often to compare firewall rules that the kernel sends no notifications of; a number is in seconds")
 	f.stalePeerGrace = seconds(10 * time.Minute)
 	s.Var(&f.stalePeerGrace, "stale-peer-grace", "how long to keep peers whose leases vanished because etcd lost its data")
 	s.BoolVar(&f.meshProbe, "mesh-probe", true, "ping the other nodes in turn, at most ten packets a second")
