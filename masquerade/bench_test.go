@@ -159,7 +159,7 @@ func BenchmarkEnsureUnchanged(b *testing.B) {
 	})
 }
 
-// BenchmarkGather looks at a host on which there are some rules of others, and at one on which kube-proxy has many.
+// BenchmarkGather gathers the facts of a host with some rules of other programs, and of one on which kube-proxy has many.
 func BenchmarkGather(b *testing.B) {
 	for _, services := range []int{0, 5000} {
 		b.Run("services="+fmt.Sprint(services), func(b *testing.B) {

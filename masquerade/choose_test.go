@@ -82,7 +82,7 @@ func TestGather(t *testing.T) {
 			t.Errorf("%s:\n%s", name, diff)
 		}
 		if after := ns.Exec("nft", "list", "ruleset") + ns.Exec("cat", "/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"); after != before {
-			t.Errorf("%s: changed by looking:\n%s", name, after)
+			t.Errorf("%s: gathering the facts changed something:\n%s", name, after)
 		}
 	}
 }

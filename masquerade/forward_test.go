@@ -224,7 +224,7 @@ func TestContestedPlaceInForward(t *testing.T) {
 			}
 			// Nothing is remembered of a place that is not ours, and other damage is repaired at once.
 			if drifts, _ := r.ensure(both()...); len(drifts) == 0 {
-				t.Error("passed over without a look")
+				t.Error("not compared")
 			}
 			r.iptables(addr.IPv4, "-F OVERLAYD-FWD")
 			if _, restores := r.ensure(both()...); restores != 1 {

@@ -19,7 +19,7 @@ import (
 	"github.com/overlayd/overlayd/internal/nstest"
 )
 
-func TestDriftIsSeenAndRepaired(t *testing.T) {
+func TestDriftIsRepaired(t *testing.T) {
 	t.Parallel()
 	const jump = "-m comment --comment overlayd -j OVERLAYD-POSTRTG"
 	cases := []struct {
@@ -70,7 +70,7 @@ func TestDriftIsSeenAndRepaired(t *testing.T) {
 					}
 				}
 				r.quiet(both()...)
-				// What somebody put into the hook's chain is theirs, and stays.
+				// What another program put into the hook's chain is its own, and stays.
 				if c.name == "jump misplaced" {
 					r.iptables(f, "-t nat -D POSTROUTING -p tcp --dport 9999 -j ACCEPT")
 				}
@@ -106,7 +106,7 @@ func TestDamageByNft(t *testing.T) {
 	for _, damage := range []string{"flush ruleset", "add rule ip nat OVERLAYD-POSTRTG ct expiration 10 accept", "delete table ip6 nat"} {
 		r.ns.Exec(append([]string{"nft"}, strings.Fields(damage)...)...)
 		if drifts, _ := r.ensure(both()...); len(drifts) == 0 {
-			t.Errorf("%s: not seen", damage)
+			t.Errorf("%s: not found", damage)
 		}
 		r.quiet(both()...)
 		if diff := cmp.Diff(intact, r.saved()); diff != "" {
@@ -115,7 +115,7 @@ func TestDamageByNft(t *testing.T) {
 	}
 }
 
-func TestChangedWishes(t *testing.T) {
+func TestDesiredRulesChange(t *testing.T) {
 	t.Parallel()
 	eachVariant(t, func(t *testing.T, r *rig) {
 		r.iptables(addr.IPv4, "-t nat -A POSTROUTING -p tcp -j ACCEPT")
@@ -204,7 +204,7 @@ func TestLeftoversOfTheOtherVariant(t *testing.T) {
 			t.Errorf("Ensure left:\n%s", diff)
 		}
 		r.quiet(both()...)
-		other.ensure(both()...) // somebody started the old daemon again
+		other.ensure(both()...) // the old daemon was started again
 		r.ns.Do(func() {
 			if err := remove(t.Context(), r.sets, r.open); err != nil {
 				t.Error(err)
@@ -324,7 +324,7 @@ func TestLock(t *testing.T) {
 		defer cancel()
 		var err error
 		r.ns.Do(func() { _, err = r.driver.Ensure(ctx, per(both()), true) })
-		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > execTimeout/2 { // nobody waited for the lock
+		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > execTimeout/2 { // it did not wait for the lock
 			t.Errorf("after %s: %v", time.Since(start), err)
 		}
 	})
@@ -367,7 +367,7 @@ func TestMissingPrograms(t *testing.T) {
 	}
 }
 
-// Where the program is somebody's script, as in some images of Kubernetes, it says itself which variant it is.
+// Where the program is a script around it, as in some images of Kubernetes, it says itself which variant it is.
 // Not in parallel: it changes PATH.
 func TestProgramsThatSayNothing(t *testing.T) {
 	for _, v := range []Variant{VariantNFT, VariantLegacy} {

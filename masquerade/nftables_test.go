@@ -65,7 +65,7 @@ func nftDamage() map[string]struct {
 	}
 }
 
-func TestNFTDriftIsSeenAndRepaired(t *testing.T) {
+func TestNFTDriftIsRepaired(t *testing.T) {
 	t.Parallel()
 	r := newNFTRig(t, nstest.New(t), VariantNFT)
 	r.ns.Exec("nft", "add table ip foreign { chain c { type nat hook postrouting priority srcnat ; ip saddr 10.0.0.0/8 masquerade ; } ; }")
@@ -188,7 +188,7 @@ func (r *rig) handle(family string, n int) string {
 	return handles[n]
 }
 
-func TestNFTChangedWishes(t *testing.T) {
+func TestNFTDesiredRulesChange(t *testing.T) {
 	t.Parallel()
 	r := newNFTRig(t, nstest.New(t), VariantNFT)
 	r.ensure(bothWithNodes()...)
@@ -224,7 +224,7 @@ func TestNFTForward(t *testing.T) {
 		r.ensure(both()...)
 		r.quiet(both()...)
 		if all := r.ruleset() + r.legacyTables(); strings.Contains(all, "filter") || strings.Contains(all, "FORWARD") {
-			t.Errorf("made what nobody had:\n%s", all)
+			t.Errorf("made a FORWARD chain where there was none:\n%s", all)
 		}
 		for _, f := range addr.Families() {
 			r.iptables(f, "-P FORWARD DROP")
@@ -286,7 +286,7 @@ func TestDriverSwitch(t *testing.T) {
 	}
 }
 
-// Only what the kernel notifies of nobody is compared where there was no notification.
+// Without a notification, only that is compared which the kernel sends no notifications of.
 func TestUnnotified(t *testing.T) {
 	t.Parallel()
 	eachVariant(t, func(t *testing.T, r *rig) {

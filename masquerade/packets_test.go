@@ -15,7 +15,7 @@ import (
 	"github.com/overlayd/overlayd/internal/nstest"
 )
 
-// These tests send real packets through a node with the rules, and look at the source address that arrives:
+// These tests send real packets through a node with the rules, and compare the source address that arrives:
 //
 //	pod ── cni0 ┐         ┌ overlay.1 ══════ peer: a node and the pods on it
 //	            │         │ eth0 ─────────── peer

@@ -302,7 +302,7 @@ func BenchmarkCold(b *testing.B) {
 	})
 }
 
-// BenchmarkUnchanged looks at a set that is as it was left.
+// BenchmarkUnchanged checks a set that is as it was left.
 func BenchmarkUnchanged(b *testing.B) {
 	benchmark(b, func(b *testing.B, s sets, members []netip.Prefix, _ *nstest.NS) {
 		for b.Loop() {
@@ -311,7 +311,7 @@ func BenchmarkUnchanged(b *testing.B) {
 	})
 }
 
-// BenchmarkWarm looks at a set that another process has made.
+// BenchmarkWarm checks a set that another process has made.
 func BenchmarkWarm(b *testing.B) {
 	benchmark(b, func(b *testing.B, s sets, members []netip.Prefix, ns *nstest.NS) {
 		ensureSet(b, s, members)
