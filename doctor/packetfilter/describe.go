@@ -44,7 +44,7 @@ func describeRule(c Chain, r Rule) string {
 
 // familyAsked is the family for which a test asks, "ip" or "ip6"; empty where it asks for something else.
 func familyAsked(t Test) string {
-	if len(t.Key) != 1 || t.Not || len(t.Any) != 1 || t.Key[0].Mask != nil {
+	if len(t.Key) != 1 || t.Not || len(t.Any) != 1 || len(t.Any[0]) != 1 || t.Key[0].Mask != nil {
 		return ""
 	}
 	switch f, v := t.Key[0].Field, string(t.Any[0][0].From); {

@@ -102,6 +102,12 @@ func rulesets() map[string]struct {
 		"ct mark set":             {input("ct mark set 7 drop"), "drop", false},
 		"mark set before a test":  {input("meta mark set 7 udp dport 1 accept; meta mark 7 drop"), "maybe", false},
 		"address set before":      {nft("chain a { type filter hook prerouting priority raw; ip daddr set 192.0.2.9; }\nchain in { type filter hook input priority 0; ip daddr 192.0.2.1 drop; }"), "maybe", false},
+		"set of all":              {nft("set s { type ipv4_addr; flags interval; elements = { 192.0.2.9, * }; }\nchain in { type filter hook input priority 0; ip saddr @s drop; }"), "drop", false},
+		"set of nothing but all":  {nft("set s { type ipv4_addr; elements = { * }; }\nchain in { type filter hook input priority 0; ip saddr @s drop; }"), "drop", false},
+		"data map without it":     {input("meta mark set ip saddr map { 192.0.2.9 : 7 } drop"), "maybe", false},
+		"socket's mark":           {input("meta mark set socket mark drop"), "maybe", false},
+		"socket's mark for ct":    {input("ct mark set socket mark drop"), "maybe", false},
+		"socket, no verdict":      {input("socket transparent 1 meta mark set 1"), "pass", false},
 		// What the library leaves out, or that only the kernel can tell.
 		"byteorder":                {input("meta mark 1-10 drop"), "maybe", false},
 		"byteorder, no range":      {input("meta mark > 5 drop"), "maybe", false},

@@ -136,6 +136,15 @@ func equalTest(f Field, mask, value []byte, not bool) Test {
 	return Test{Key: []Key{{f, mask}}, Any: [][]Range{{{value, value}}}, Not: not}
 }
 
+// rangesTest holds if a field is in one of the ranges; with not, if it is in none.
+func rangesTest(f Field, not bool, ranges ...Range) Test {
+	t := Test{Key: []Key{{Field: f}}, Not: not}
+	for _, r := range ranges {
+		t.Any = append(t.Any, []Range{r})
+	}
+	return t
+}
+
 // bitTest holds if any of these bits is set in a field of four bytes.
 func bitTest(f Field, bits uint32, not bool) Test {
 	return equalTest(f, native32(bits), make([]byte, 4), !not)

@@ -13,11 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of a reading: chains, and how often it is begun again because another process has changed the rules meanwhile.
-const (
-	maxChains = 20_000
-	maxReads  = 4
-)
+// maxReads bounds how often the rules are read because another process has changed them meanwhile.
+const maxReads = 4
 
 // Read reads the packet filter that nf_tables holds in the network namespace of the calling thread. It asks for the rules of
 // each chain that a packet can come to, and for each set that they name. A chain with a rule that can't be decoded is Unclear.
@@ -114,7 +111,7 @@ func (r *reader) read() (Filter, error) {
 	}
 	var out Filter
 	seen := map[*nftables.Chain]bool{nil: true} // one that is not there
-	for ; len(todo) > 0 && len(out) < maxChains; todo = todo[1:] {
+	for ; len(todo) > 0; todo = todo[1:] {
 		c := todo[0]
 		if seen[c] {
 			continue
@@ -133,17 +130,10 @@ func (r *reader) read() (Filter, error) {
 
 // familyName is empty for a family whose chains see no packet that is judged here.
 func familyName(f nftables.TableFamily) string {
-	switch f {
-	case nftables.TableFamilyIPv4:
-		return "ip"
-	case nftables.TableFamilyIPv6:
-		return "ip6"
-	case nftables.TableFamilyINet:
-		return "inet"
-	case nftables.TableFamilyNetdev:
-		return "netdev"
-	}
-	return ""
+	return map[nftables.TableFamily]string{
+		nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6",
+		nftables.TableFamilyINet: "inet", nftables.TableFamilyNetdev: "netdev",
+	}[f]
 }
 
 func hookName(c *nftables.Chain) string {
@@ -273,19 +263,12 @@ func mapped(family byte, value []byte) Action {
 }
 
 func actionOf(v *expr.Verdict) Action {
-	switch v.Kind {
-	case expr.VerdictAccept:
-		return Action{Verdict: Accept}
-	case expr.VerdictDrop:
-		return Action{Verdict: Drop}
-	case expr.VerdictReturn:
-		return Action{Verdict: Return}
-	case expr.VerdictJump:
-		return Action{Jump, v.Chain}
-	case expr.VerdictGoto:
-		return Action{Goto, v.Chain}
-	case expr.VerdictContinue:
-		return Action{}
+	verdict, known := map[expr.VerdictKind]Verdict{
+		expr.VerdictAccept: Accept, expr.VerdictDrop: Drop, expr.VerdictReturn: Return,
+		expr.VerdictJump: Jump, expr.VerdictGoto: Goto, expr.VerdictContinue: Continue,
+	}[v.Kind]
+	if !known {
+		verdict = Unclear
 	}
-	return Action{Verdict: Unclear}
+	return Action{verdict, v.Chain}
 }

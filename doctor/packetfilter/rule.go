@@ -2,6 +2,7 @@ package packetfilter
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -20,6 +21,9 @@ import (
 // Such a rule gets a test that can't be judged. Left out without a trace is "last", which does nothing to a packet. The
 // one case of two readers is a comparison "at least", then "at most", which is how a range is written: an expression between
 // them, whose value has the same length, would not be found.
+
+// notKnown says of a test what it asks for, in place of a name.
+const notKnown = "an expression that this version of overlayd does not know"
 
 // part is a field in a register, or the beginning of one.
 type part struct {
@@ -63,7 +67,7 @@ func (r *reader) rule(t *nftables.Table, exprs []expr.Any) Rule {
 		}
 	}
 	if p.hidden || len(p.regs) > 0 {
-		p.unknown("an expression that this version of overlayd does not know")
+		p.unknown(notKnown)
 		if p.rule.Action == (Action{}) && p.rule.Map == nil { // it may be what decides, as fwd does
 			p.rule.Action.Verdict = Unclear
 		}
@@ -71,9 +75,14 @@ func (r *reader) rule(t *nftables.Table, exprs []expr.Any) Rule {
 	return p.rule
 }
 
-func (p *parser) test(t ...Test)      { p.rule.Tests = append(p.rule.Tests, t...) }
-func (p *parser) unknown(what string) { p.test(unknownTest(what)) }
-func (p *parser) sets(f Field)        { p.test(Test{Sets: f}) }
+func (p *parser) test(t ...Test) { p.rule.Tests = append(p.rule.Tests, t...) }
+func (p *parser) sets(f Field)   { p.test(Test{Sets: f}) }
+
+func (p *parser) unknown(what string) {
+	if n := len(p.rule.Tests); n == 0 || p.rule.Tests[n-1].What != what {
+		p.test(unknownTest(what))
+	}
+}
 
 // register gives registers of four and of sixteen bytes the same numbers (enum nft_registers).
 func register(n uint32) uint32 {
@@ -95,9 +104,16 @@ func (p *parser) value(reg uint32) loaded {
 	l, ok := p.regs[register(reg)]
 	delete(p.regs, register(reg))
 	if !ok {
-		l.what = "what this version of overlayd does not know"
+		p.unknown(notKnown)
 	}
 	return l
+}
+
+// written is a register whose value goes elsewhere. There may be none to load, and then the rule does not hold.
+func (p *parser) written(reg uint32) {
+	if l := p.value(reg); len(l.parts) == 0 && l.what != "" {
+		p.unknown(l.what)
+	}
 }
 
 func (p *parser) field(reg uint32, f Field, size int, what string) {
@@ -135,7 +151,7 @@ func (p *parser) take(e expr.Any) {
 	case *expr.Lookup:
 		p.lookup(e)
 	case *expr.Immediate:
-		p.field(e.Register, "", 0, "a constant")
+		p.field(e.Register, "", 0, "")
 	case *expr.Exthdr:
 		if e.DestRegister != 0 {
 			p.field(e.DestRegister, "", 0, "an extension header")
@@ -191,6 +207,10 @@ func (p *parser) end(e expr.Any) {
 		if e.Type == expr.NATTypeSourceNAT {
 			action.Verdict = Translate
 		}
+	case *expr.SynProxy: // a verdict may come behind it
+		p.unknown("synproxy")
+	default: // queue, redirect
+		clear(p.regs)
 	}
 	p.rule.Action = action
 }
@@ -201,7 +221,7 @@ func (p *parser) object(e *expr.Objref) {
 	case nftables.ObjTypeCounter, nftables.ObjTypeCtHelper, nftables.ObjTypeCtTimeout, nftables.ObjTypeCtExpect,
 		nftables.ObjTypeSecMark, nftables.ObjTypeTunnel:
 	case nftables.ObjTypeSynProxy:
-		p.rule.Action = Action{Verdict: Unclear}
+		p.end(&expr.SynProxy{})
 	default: // a limit or a quota, or one that a map chooses
 		clear(p.regs)
 		p.unknown("object " + e.Name)
@@ -262,7 +282,7 @@ func (p *parser) payload(e *expr.Payload) {
 		p.load(e.DestRegister, l)
 		return
 	}
-	p.value(e.SourceRegister)
+	p.written(e.SourceRegister)
 	for _, part := range l.parts {
 		p.sets(part.Field)
 	}
@@ -285,7 +305,7 @@ func (p *parser) meta(e *expr.Meta) {
 		p.field(e.Register, f.Field, f.size, fmt.Sprintf("meta %d", e.Key))
 		return
 	}
-	p.value(e.Register)
+	p.written(e.Register)
 	if f.Field != "" {
 		p.sets(f.Field)
 	}
@@ -294,6 +314,9 @@ func (p *parser) meta(e *expr.Meta) {
 func (p *parser) ct(e *expr.Ct) {
 	switch {
 	case e.Register == 0: // it sets something; the library does not say by which register
+		if len(p.regs) == 0 {
+			p.unknown(notKnown)
+		}
 		clear(p.regs)
 	case e.Key == expr.CtKeySTATE:
 		p.field(e.Register, State, 4, "")
@@ -352,11 +375,10 @@ func (p *parser) compare(l loaded, from, to []byte, not bool) {
 	between := !bytes.Equal(from, to)
 	if len(l.parts) == 0 || len(from) == 0 || len(from) > l.size() || len(from) != len(to) ||
 		between && (len(l.parts) > 1 || l.parts[0].Field.machineOrder() || bytes.Compare(from, to) > 0) {
-		what := l.what
-		if what == "" {
-			what = string(l.parts[0].Field)
+		if len(l.parts) > 0 {
+			l.what = string(l.parts[0].Field)
 		}
-		p.unknown(what)
+		p.unknown(cmp.Or(l.what, notKnown))
 		return
 	}
 	t := Test{Not: not, Any: [][]Range{nil}}
@@ -373,6 +395,7 @@ func (p *parser) compare(l loaded, from, to []byte, not bool) {
 func (p *parser) lookup(e *expr.Lookup) {
 	parts, known := p.concatenation(e.SourceRegister)
 	if e.IsDestRegSet && e.DestRegister != unix.NFT_REG_VERDICT {
+		p.unknown("map " + e.SetName) // without an element, the rule does not hold
 		p.field(e.DestRegister, "", 0, "map "+e.SetName)
 		return
 	}

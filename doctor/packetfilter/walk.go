@@ -113,8 +113,8 @@ func (f Filter) through(p Packet, nat bool, hooks []string) Fate {
 	var doubt Fate
 	for _, hook := range hooks {
 		for _, c := range f.at(hook, p, nat) {
-			w := walk{filter: f, packet: p, base: c}
-			res := w.run()
+			w := walk{filter: f, packet: p}
+			res := w.run(c)
 			if res.Drops {
 				return res
 			}
@@ -157,11 +157,10 @@ const (
 type walk struct {
 	filter Filter
 	packet Packet
-	base   Chain
 
-	canPass, canDrop bool // by a rule whose tests can't all be judged
+	canPass, canDrop bool // by what can't be judged
 	dropBy           Fate
-	doubt            string
+	doubt            string // what can't be judged: the first
 	steps            int
 }
 
@@ -174,21 +173,18 @@ const (
 type outcome uint8
 
 const (
-	goesOn outcome = iota
+	goesOn  outcome = iota
+	returns         // the chain is left, and the one that called it goes on
 	passes
 	dropped
-	unclear
 )
 
-func (w *walk) run() Fate {
-	out, f := w.chain(w.base, 0)
-	if out == goesOn { // the policy
-		out, f = passes, Fate{Chain: w.base, By: "its policy"}
-		if w.base.Policy == "drop" {
-			out = dropped
-		}
+func (w *walk) run(base Chain) Fate {
+	out, f := w.chain(base, 0)
+	if out == goesOn && base.Policy == "drop" {
+		out, f = dropped, Fate{Chain: base, By: "its policy"}
 	}
-	if w.base.Hook == "ingress" || w.base.Hook == "egress" { // the library does not say on which devices such a chain is
+	if base.Hook == "ingress" || base.Hook == "egress" { // the library does not say on which devices such a chain is
 		w.canPass, w.doubt = true, cmp.Or(w.doubt, "the device that the chain is on")
 	}
 	switch {
@@ -197,9 +193,6 @@ func (w *walk) run() Fate {
 		return f
 	case out == dropped:
 		f.Unsure, f.Unclear = true, w.doubt
-		return f
-	case out == unclear:
-		f.Unsure = true
 		return f
 	case w.canDrop:
 		w.dropBy.Unsure, w.dropBy.Unclear = true, w.doubt
@@ -216,18 +209,33 @@ func (w *walk) forget(fields ...Field) {
 	}
 }
 
+// unsure ends the walk where all may happen.
+func (w *walk) unsure(f Fate, doubt string) (outcome, Fate) {
+	w.doubt = cmp.Or(w.doubt, doubt)
+	w.may(passes, f)
+	w.may(dropped, f)
+	return passes, f
+}
+
+// may remembers what becomes of the packet if what can't be judged holds.
+func (w *walk) may(out outcome, f Fate) {
+	switch {
+	case out == passes, out == returns: // what called this chain may let it pass, whatever comes behind here
+		w.canPass = true
+	case out == dropped && !w.canDrop:
+		w.canDrop, w.dropBy = true, f
+	}
+}
+
 // chain walks through one chain.
 func (w *walk) chain(c Chain, depth int) (outcome, Fate) {
-	if depth > maxDepth {
-		return unclear, Fate{Chain: c, Unclear: "rules that call each other too deeply"}
-	}
 	if c.Unclear != "" {
 		w.forget(Mark, State, PacketType)
-		return unclear, Fate{Chain: c, Unclear: c.Unclear}
+		return w.unsure(Fate{Chain: c}, c.Unclear)
 	}
 	for _, r := range c.Rules {
-		if w.steps++; w.steps > maxSteps {
-			return unclear, Fate{Chain: c, Unclear: "what comes behind the first 200,000 rules"}
+		if w.steps++; w.steps > maxSteps || depth > maxDepth {
+			return w.unsure(Fate{Chain: c}, "more rules than are looked at")
 		}
 		holds, doubt := w.matches(r)
 		if holds == no {
@@ -241,59 +249,46 @@ func (w *walk) chain(c Chain, depth int) (outcome, Fate) {
 			w.doubt = cmp.Or(w.doubt, doubt)
 		}
 		for _, a := range actions {
-			out, f, end := w.act(a, c, r, depth)
+			out, f := w.act(a, c, r, depth)
 			switch {
-			case end && holds == yes:
+			case holds == unknown:
+				w.may(out, f)
+			case out == returns:
 				return goesOn, f
-			case end: // what called this chain may let it pass, whatever comes behind here
-				w.canPass = true
-			case out == goesOn:
-			case holds == yes:
+			case out != goesOn:
 				return out, f
-			default:
-				w.note(out, f)
 			}
 		}
 	}
 	return goesOn, Fate{}
 }
 
-// note remembers what may have become of the packet.
-func (w *walk) note(out outcome, f Fate) {
-	if out != dropped {
-		w.canPass = true
-	}
-	if out != passes && !w.canDrop {
-		w.canDrop, w.dropBy = true, f
-	}
-	w.doubt = cmp.Or(w.doubt, f.Unclear)
-}
-
-// act does what a rule says; end: the chain is left, and the one that called it goes on.
-func (w *walk) act(a Action, c Chain, r Rule, depth int) (out outcome, f Fate, end bool) {
-	f = Fate{Chain: c, Rule: r, By: describeRule(c, r)}
+// act does what a rule says.
+func (w *walk) act(a Action, c Chain, r Rule, depth int) (outcome, Fate) {
+	f := Fate{Chain: c, Rule: r, By: describeRule(c, r)}
 	switch a.Verdict {
 	case Accept:
-		return passes, f, false
+		return passes, f
 	case Drop, Translate: // the one in chains that filter, the other in those that translate
-		return dropped, f, false
-	case Unclear:
-		f.Unclear = "what the rule " + f.By + " does"
-		return unclear, f, false
+		return dropped, f
 	case Return:
-		return goesOn, f, true
+		return returns, f
+	case Unclear:
+		return w.unsure(f, "what the rule "+f.By+" does")
 	case Jump, Goto:
 		i := slices.IndexFunc(w.filter, func(to Chain) bool {
 			return to.Family == c.Family && to.Table == c.Table && to.Name == a.Chain
 		})
 		if i < 0 {
-			f.Unclear = "the chain " + a.Chain + ", which was not read,"
-			return unclear, f, false
+			return w.unsure(f, "the chain "+a.Chain+", which was not read,")
 		}
-		out, f = w.chain(w.filter[i], depth+1)
-		return out, f, out == goesOn && a.Verdict == Goto
+		out, f := w.chain(w.filter[i], depth+1)
+		if out == goesOn && a.Verdict == Goto {
+			out = returns
+		}
+		return out, f
 	}
-	return goesOn, f, false
+	return goesOn, f
 }
 
 // action is what a rule does; several where a map can't be judged.

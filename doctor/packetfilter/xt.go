@@ -44,14 +44,11 @@ func xtMatch(e *expr.Match) []Test {
 
 func xtPorts(from, to [2]uint16, notFrom, notTo bool) []Test {
 	var out []Test
-	for _, p := range []struct {
-		field Field
-		ports [2]uint16
-		not   bool
-	}{{SourcePort, from, notFrom}, {Port, to, notTo}} {
-		if p.ports != [2]uint16{0, 0xffff} || p.not {
-			out = append(out, Test{Key: []Key{{Field: p.field}}, Any: [][]Range{{{port16(p.ports[0]), port16(p.ports[1])}}}, Not: p.not})
-		}
+	if all := [2]uint16{0, 0xffff}; from != all || notFrom {
+		out = append(out, rangesTest(SourcePort, notFrom, Range{port16(from[0]), port16(from[1])}))
+	}
+	if all := [2]uint16{0, 0xffff}; to != all || notTo {
+		out = append(out, rangesTest(Port, notTo, Range{port16(to[0]), port16(to[1])}))
 	}
 	return out
 }
@@ -77,28 +74,22 @@ func xtConntrack(base xt.ConntrackMtinfoBase, states uint16) []Test {
 
 // xtAddrtype has bits by the type of the address, which the kernel numbers from 0 (RTN_UNSPEC).
 func xtAddrtype(info *xt.AddrTypeV1) []Test {
-	t := Test{Key: []Key{{Field: TypeOfAddress}}, Not: info.Flags != 0}
+	var types []Range
 	for typ := range uint32(16) {
 		if info.Dest&(1<<typ) != 0 {
-			t.Any = append(t.Any, []Range{{native32(typ), native32(typ)}})
+			types = append(types, Range{native32(typ), native32(typ)})
 		}
 	}
-	return []Test{t}
+	return []Test{rangesTest(TypeOfAddress, info.Flags != 0, types...)}
 }
 
 // xtMultiport is struct xt_multiport_v1.
 func xtMultiport(b []byte) []Test {
 	const sources, destinations, most = 0, 1, 15
-	var field Field
-	switch b[0] {
-	case sources:
-		field = SourcePort
-	case destinations:
-		field = Port
-	default:
+	if b[0] != sources && b[0] != destinations {
 		return []Test{unknownTest("-m multiport --ports")}
 	}
-	t := Test{Key: []Key{{Field: field}}, Not: b[47] != 0}
+	var ports []Range
 	port := func(i int) []byte { return port16(binary.NativeEndian.Uint16(b[2+2*i:])) }
 	for i := 0; i < min(int(b[1]), most); i++ {
 		r := Range{port(i), port(i)}
@@ -106,9 +97,9 @@ func xtMultiport(b []byte) []Test {
 			i++
 			r.To = port(i)
 		}
-		t.Any = append(t.Any, []Range{r})
+		ports = append(ports, r)
 	}
-	return []Test{t}
+	return []Test{rangesTest([]Field{sources: SourcePort, destinations: Port}[b[0]], b[47] != 0, ports...)}
 }
 
 // xtTarget is what an extension does with a packet, and what it changes of it.
