@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -19,8 +20,8 @@ func firewallChecks() []check {
 }
 
 func judgeVariants(f Facts) []Finding {
-	if f.Privileges != nil {
-		return skipped("it takes privileges to look")
+	if why := cmp.Or(f.unreadable(), f.legacyUnknown()); why != "" {
+		return skipped(why)
 	}
 	legacy, nft := 0, 0
 	for _, c := range f.Legacy {

@@ -8,16 +8,14 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/doctor/packetfilter"
+	"github.com/overlayd/overlayd/netstate"
 )
 
 // judgeLegacy names the rules of iptables-legacy that may concern pods or the tunnel: what becomes of a packet there is not
 // judged.
 func judgeLegacy(f Facts) []Finding {
-	if f.Privileges != nil {
-		return skipped("it takes privileges to look")
-	}
-	if err := f.Errs["iptables-legacy"]; err != nil {
-		return skipped(err.Error())
+	if why := f.legacyUnknown(); why != "" {
+		return skipped(why)
 	}
 	suspects, saves := f.suspects()
 	if len(suspects) == 0 {
@@ -25,6 +23,17 @@ func judgeLegacy(f Facts) []Finding {
 	}
 	return warn("iptables-legacy holds rules that may drop packets of pods or of the tunnel, or change their sender; what they "+
 		"do to a packet is not judged here, though it must pass them too: "+few(suspects), saves...)
+}
+
+// legacyUnknown says why it is not known what iptables-legacy holds.
+func (f Facts) legacyUnknown() string {
+	if f.Privileges != nil {
+		return "it takes privileges to look"
+	}
+	if err := f.Errs["iptables-legacy"]; err != nil {
+		return err.Error()
+	}
+	return ""
 }
 
 // suspects are the rules and policies of iptables-legacy that may drop packets of pods or of the tunnel or change their sender,
@@ -47,7 +56,11 @@ func (f Facts) suspects() (rules, saves []string) {
 			add(fmt.Sprintf("-P %s DROP", c.Chain))
 		}
 		for _, r := range c.Rules {
-			if !ownChain(c.Chain) && stops(r) && f.concerns(r) {
+			// Docker closes the ports of its containers, which may be pods.
+			closes := c.Chain == "DOCKER" && slices.ContainsFunc(f.bridges(), func(b netstate.SurveyLink) bool {
+				return strings.Contains(r, " -o "+b.Name+" ")
+			})
+			if stops(r) && (closes || !ownChain(c.Chain) && f.concerns(r)) {
 				add(r)
 			}
 		}

@@ -56,6 +56,7 @@ func TestLegacyRules(t *testing.T) {
 		"in a chain":                  {"*filter\n-A site -j REJECT --reject-with icmp-port-unreachable", "-A site"},
 		"a pod":                       {"*raw\n-A PREROUTING -d 10.244.1.7/32 ! -i cni0 -j DROP", "10.244.1.7/32"},
 		"a peer":                      {"*filter\n-A INPUT -s 198.51.100.0/24 -j DROP", "198.51.100.0/24"},
+		"Docker's pods":               {"*filter\n-A DOCKER ! -i cni0 -o cni0 -j DROP", "-A DOCKER ! -i cni0 -o cni0 -j DROP"},
 		"another host":                {"*filter\n-A INPUT -s 203.0.113.0/24 -j DROP", ""},
 		"translated":                  {"*nat\n-A POSTROUTING -s 10.0.0.0/8 -j MASQUERADE", "MASQUERADE"},
 		"but between pods":            {"*nat\n-A POSTROUTING -s 10.0.0.0/8 ! -d 10.244.0.0/16 -j MASQUERADE", ""},

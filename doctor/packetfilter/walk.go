@@ -235,7 +235,7 @@ func (w *walk) chain(c Chain, depth int) (outcome, Fate) {
 	}
 	for _, r := range c.Rules {
 		if w.steps++; w.steps > maxSteps || depth > maxDepth {
-			return w.unsure(Fate{Chain: c}, "more rules than are looked at")
+			return w.unsure(Fate{Chain: c}, "more rules than are judged")
 		}
 		holds, doubt := w.matches(r)
 		if holds == no {
