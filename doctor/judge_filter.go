@@ -114,12 +114,11 @@ func (f Facts) arriving(d tunnel, under netstate.SurveyLink) packetfilter.Packet
 	if !local.IsValid() {
 		local = d.link.VXLAN.Local
 	}
-	p := packetfilter.NewPacket(f.somePeer(d.family), local, d.family == addr.IPv6, unix.IPPROTO_UDP).
-		In(under.Name, under.Index).To(d.port).Local(true)
-	if f.leavesBy(under.Name, f.somePeer(d.family)) {
-		p = p.Answered()
+	from := f.somePeer(d.family)
+	return packetfilter.Packet{
+		Source: from, Destination: local, V6: d.family == addr.IPv6, Protocol: unix.IPPROTO_UDP, Port: d.port,
+		In: deviceOf(under), Local: true, Answered: f.leavesBy(under.Name, from),
 	}
-	return p
 }
 
 func (f Facts) leaving(d tunnel, under netstate.SurveyLink) packetfilter.Packet {
@@ -127,8 +126,14 @@ func (f Facts) leaving(d tunnel, under netstate.SurveyLink) packetfilter.Packet 
 	if !local.IsValid() {
 		local = d.link.VXLAN.Local
 	}
-	return packetfilter.NewPacket(local, f.somePeer(d.family), d.family == addr.IPv6, unix.IPPROTO_UDP).
-		Out(under.Name, under.Index).To(d.port).Local(false)
+	return packetfilter.Packet{
+		Source: local, Destination: f.somePeer(d.family), V6: d.family == addr.IPv6, Protocol: unix.IPPROTO_UDP, Port: d.port,
+		Out: deviceOf(under),
+	}
+}
+
+func deviceOf(l netstate.SurveyLink) packetfilter.Device {
+	return packetfilter.Device{Name: l.Name, Index: l.Index}
 }
 
 func (f Facts) sayTunnel(d tunnel, device, verb string, t packetfilter.Fate) []Finding {
@@ -280,10 +285,13 @@ func judgeForwardFilter(f Facts) []Finding {
 			var in, back []forwarded
 			for _, pod := range here {
 				inside, _ := f.Survey.Link(pod.Link)
-				to := packetfilter.NewPacket(there, pod.IP, fam == addr.IPv6, unix.IPPROTO_TCP)
-				from := packetfilter.NewPacket(pod.IP, there, fam == addr.IPv6, unix.IPPROTO_TCP)
-				in = append(in, f.forward(to.In(outside.Name, outside.Index).Out(inside.Name, inside.Index)))
-				back = append(back, f.forward(from.In(inside.Name, inside.Index).Out(outside.Name, outside.Index)))
+				to := packetfilter.Packet{
+					Source: there, Destination: pod.IP, V6: fam == addr.IPv6, Protocol: unix.IPPROTO_TCP,
+					In: deviceOf(outside), Out: deviceOf(inside),
+				}
+				from := to
+				from.Source, from.Destination, from.In, from.Out = to.Destination, to.Source, to.Out, to.In
+				in, back = append(in, f.forward(to)), append(back, f.forward(from))
 			}
 			found := f.sayForward(fam, here, "from pods of other nodes", "to", in)
 			return append(found, f.sayForward(fam, here, "to pods of other nodes", "from", back)...)
@@ -296,13 +304,16 @@ type forwarded struct {
 	but bool // it is dropped, except for what a rule before lets through
 }
 
+// anyPort is one that no rule is likely to name.
+const anyPort = 49151
+
 // forward sends a packet through the rules for what is forwarded.
 func (f Facts) forward(p packetfilter.Packet) forwarded {
-	p = p.Local(false)
 	hooks := []string{"prerouting", "forward", "postrouting"}
 	t := f.Filter.Through(p, hooks...)
 	if t.Unsure { // some ports may be open, or closed: what becomes of one that no rule is likely to name?
-		if other := f.Filter.Through(p.From(49151).To(49151), hooks...); other.Drops {
+		p.SourcePort, p.Port = anyPort, anyPort
+		if other := f.Filter.Through(p, hooks...); other.Drops {
 			return forwarded{other, true}
 		}
 	}
@@ -314,8 +325,10 @@ func judgeTranslation(f Facts) []Finding {
 	well := "pods of other nodes see the pods' own addresses, so far as can be told from the rules"
 	return f.betweenPods(well,
 		func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
-			sent := packetfilter.NewPacket(here[0].IP, there, fam == addr.IPv6, unix.IPPROTO_TCP)
-			t := f.Filter.Translated(sent.Out(outside.Name, outside.Index).From(49151).To(49151).Local(false))
+			t := f.Filter.Translated(packetfilter.Packet{
+				Source: here[0].IP, Destination: there, V6: fam == addr.IPv6, Protocol: unix.IPPROTO_TCP,
+				Out: deviceOf(outside), SourcePort: anyPort, Port: anyPort,
+			})
 			if !t.Drops {
 				return nil
 			}

@@ -233,7 +233,10 @@ func TestFilterAgreesWithKernel(t *testing.T) {
 			node.Exec("sh", "-ec", tt.script)
 
 			f, index := readIn(t, node)
-			p := NewPacket(remote, local, tt.v6, unix.IPPROTO_UDP).In("eth0", index).To(8472).Local(true).Answered()
+			p := Packet{
+				Source: remote, Destination: local, V6: tt.v6, Protocol: unix.IPPROTO_UDP,
+				In: Device{"eth0", index}, Port: 8472, Local: true, Answered: true,
+			}
 			got := f.Through(p, "ingress", "prerouting", "input")
 			verdict := map[bool]string{true: "drop", false: "pass"}[got.Drops]
 			if got.Unsure {
@@ -305,7 +308,9 @@ func TestTranslationAgreesWithKernel(t *testing.T) {
 			node.Exec("sh", "-ec", tt.script)
 			f, index := readIn(t, node)
 			src, dst := netip.MustParseAddr("10.244.1.5"), netip.MustParseAddr("10.244.2.5")
-			got := f.Translated(NewPacket(src, dst, false, unix.IPPROTO_UDP).Out("eth0", index).From(49151).To(49151))
+			got := f.Translated(Packet{
+				Source: src, Destination: dst, Protocol: unix.IPPROTO_UDP, Out: Device{"eth0", index}, SourcePort: 49151, Port: 49151,
+			})
 			if got.Drops != tt.translates || got.Unsure {
 				t.Errorf("judged %+v, want %v", got, tt.translates)
 			}
@@ -399,14 +404,19 @@ func TestRuleThatIsNotUnderstood(t *testing.T) {
 		}
 	})
 	f, index := readIn(t, node)
-	p := NewPacket(netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2"), false, unix.IPPROTO_UDP).Out("eth0", index)
+	p := Packet{
+		Source: netip.MustParseAddr("192.0.2.1"), Destination: netip.MustParseAddr("192.0.2.2"), Protocol: unix.IPPROTO_UDP,
+		Out: Device{"eth0", index},
+	}
 	if got := f.Translated(p); !got.Unsure || !strings.Contains(got.Unclear, "does not understand") {
 		t.Errorf("%+v", got)
 	}
-	if got := f.Through(p.To(8472), "output", "postrouting"); !got.Drops {
+	p.Port = 8472
+	if got := f.Through(p, "output", "postrouting"); !got.Drops {
 		t.Errorf("%+v", got)
 	}
-	if got := f.Through(p.To(53), "output", "postrouting"); got.Drops || got.Unsure {
+	p.Port = 53
+	if got := f.Through(p, "output", "postrouting"); got.Drops || got.Unsure {
 		t.Errorf("%+v", got)
 	}
 }

@@ -61,7 +61,10 @@ func TestAnyRules(t *testing.T) {
 		}
 		return &expr.Verdict{Kind: expr.VerdictKind(int(number(11)) - 5), Chain: "c"}
 	}
-	p := NewPacket(netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.1"), false, unix.IPPROTO_UDP).In("eth0", 2).To(8472)
+	p := Packet{
+		Source: netip.MustParseAddr("192.0.2.2"), Destination: netip.MustParseAddr("192.0.2.1"), Protocol: unix.IPPROTO_UDP,
+		In: Device{"eth0", 2}, Port: 8472,
+	}
 	for range 5_000 {
 		family := []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6, nftables.TableFamilyINet}[number(3)]
 		table := &nftables.Table{Family: family, Name: "t"}

@@ -11,70 +11,49 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Packet is what is known of a packet: a field that is missing may have any value.
-type Packet map[Field][]byte
-
-// NewPacket is a packet that begins a connection, in one of the two families. Addresses that are not valid are not known.
-func NewPacket(src, dst netip.Addr, v6 bool, proto byte) Packet {
-	p := Packet{
-		Protocol: {proto}, State: native32(StateNew), Status: native32(0), Mark: native32(0), PacketType: {unix.PACKET_HOST},
-		NFProto: {unix.NFPROTO_IPV4}, EtherType: port16(unix.ETH_P_IP),
-	}
-	if v6 {
-		p[NFProto], p[EtherType] = []byte{unix.NFPROTO_IPV6}, port16(unix.ETH_P_IPV6)
-	}
-	if src.IsValid() {
-		p[Source] = src.AsSlice()
-	}
-	if dst.IsValid() {
-		p[Destination] = dst.AsSlice()
-	}
-	return p
+// Packet is what is known of a packet that begins a connection.
+type Packet struct {
+	Source, Destination netip.Addr // not valid where they are not known
+	V6                  bool
+	Protocol            byte   // IPPROTO_*
+	SourcePort, Port    uint16 // 0: not known, and any rule about it may hold
+	In, Out             Device // without a name where they are not known
+	Local               bool   // the destination is an address of this host
+	Answered            bool   // it is known that answers leave by In
 }
 
-// In says by which device a packet comes; no name says nothing.
-func (p Packet) In(device string, index int) Packet {
-	if device == "" {
-		return p
+// Device is a network device of this host.
+type Device struct {
+	Name  string
+	Index int
+}
+
+// fields is the packet as rules see it: a field that is missing may have any value.
+func (p Packet) fields() map[Field][]byte {
+	out := map[Field][]byte{
+		Protocol: {p.Protocol}, State: native32(StateNew), Status: native32(0), Mark: native32(0), PacketType: {unix.PACKET_HOST},
+		NFProto: {unix.NFPROTO_IPV4}, EtherType: port16(unix.ETH_P_IP), TypeOfAddress: native32(unix.RTN_UNICAST),
 	}
-	return p.with(In, deviceField(device)).with(InIndex, native32(uint32(index))).
-		with(InType, binary.NativeEndian.AppendUint16(nil, unix.ARPHRD_ETHER))
-}
-
-// Out says by which device a packet leaves; no name says nothing.
-func (p Packet) Out(device string, index int) Packet {
-	if device == "" {
-		return p
+	set := func(f Field, known bool, value []byte) {
+		if known {
+			out[f] = value
+		}
 	}
-	return p.with(Out, deviceField(device)).with(OutIndex, native32(uint32(index)))
-}
-
-// To says to which port a packet is; without, any rule about ports may hold.
-func (p Packet) To(port uint16) Packet { return p.with(Port, port16(port)) }
-
-// From says of which port a packet is.
-func (p Packet) From(port uint16) Packet { return p.with(SourcePort, port16(port)) }
-
-// Local says whether the destination is an address of this host or of another one.
-func (p Packet) Local(local bool) Packet {
-	if local {
-		return p.with(TypeOfAddress, native32(unix.RTN_LOCAL))
+	device := func(d Device, name, index Field) {
+		set(name, d.Name != "", append([]byte(d.Name), make([]byte, max(0, unix.IFNAMSIZ-len(d.Name)))...))
+		set(index, d.Name != "", native32(uint32(d.Index)))
 	}
-	return p.with(TypeOfAddress, native32(unix.RTN_UNICAST))
-}
-
-// Answered says that answers leave by the device that the packet came by.
-func (p Packet) Answered() Packet { return p.with(Reverse, native32(1)) }
-
-func (p Packet) with(f Field, value []byte) Packet {
-	out := maps.Clone(p)
-	out[f] = value
-	return out
-}
-
-func deviceField(s string) []byte {
-	out := make([]byte, unix.IFNAMSIZ)
-	copy(out, s)
+	set(NFProto, p.V6, []byte{unix.NFPROTO_IPV6})
+	set(EtherType, p.V6, port16(unix.ETH_P_IPV6))
+	set(Source, p.Source.IsValid(), p.Source.AsSlice())
+	set(Destination, p.Destination.IsValid(), p.Destination.AsSlice())
+	set(SourcePort, p.SourcePort != 0, port16(p.SourcePort))
+	set(Port, p.Port != 0, port16(p.Port))
+	device(p.In, In, InIndex)
+	set(InType, p.In.Name != "", binary.NativeEndian.AppendUint16(nil, unix.ARPHRD_ETHER))
+	device(p.Out, Out, OutIndex)
+	set(TypeOfAddress, p.Local, native32(unix.RTN_LOCAL))
+	set(Reverse, p.Answered, native32(1))
 	return out
 }
 
@@ -111,9 +90,10 @@ func (f Filter) Translated(p Packet) Fate { return f.through(p, true, []string{"
 
 func (f Filter) through(p Packet, nat bool, hooks []string) Fate {
 	var doubt Fate
+	packet := p.fields()
 	for _, hook := range hooks {
-		for _, c := range f.at(hook, p, nat) {
-			w := walk{filter: f, packet: p}
+		for _, c := range f.at(hook, p.V6, nat) {
+			w := walk{filter: f, packet: packet}
 			res := w.run(c)
 			if res.Drops {
 				return res
@@ -121,18 +101,15 @@ func (f Filter) through(p Packet, nat bool, hooks []string) Fate {
 			if res.Unsure && !doubt.Unsure {
 				doubt = res
 			}
-			p = w.packet
+			packet = w.packet
 		}
 	}
 	return doubt
 }
 
-// at lists the base chains of a hook that see a packet, in their order.
-func (f Filter) at(hook string, p Packet, nat bool) []Chain {
-	other := "ip6"
-	if bytes.Equal(p[NFProto], []byte{unix.NFPROTO_IPV6}) {
-		other = "ip"
-	}
+// at lists the base chains of a hook that see packets of a family, in their order.
+func (f Filter) at(hook string, v6, nat bool) []Chain {
+	other := map[bool]string{true: "ip", false: "ip6"}[v6]
 	var out []Chain
 	for _, c := range f {
 		if c.Hook == hook && c.NAT == nat && c.Family != other {
@@ -156,7 +133,7 @@ const (
 // on as if it did not hold, and remembers what would have happened.
 type walk struct {
 	filter Filter
-	packet Packet
+	packet map[Field][]byte
 
 	canPass, canDrop bool // by what can't be judged
 	dropBy           Fate
