@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -163,17 +164,11 @@ func (p *parser) take(e expr.Any) {
 	case *expr.Hash:
 		clear(p.regs)
 		p.field(e.DestRegister, "", 0, "hash")
-	case *expr.Limit:
-		p.unknown("limit")
-	case *expr.Quota:
-		p.unknown("quota")
-	case *expr.Connlimit:
-		p.unknown("ct count")
+	case *expr.Limit, *expr.Quota, *expr.Connlimit, *expr.FlowOffload:
+		p.unknown(strings.ToLower(strings.TrimPrefix(fmt.Sprintf("%T", e), "*expr.")))
 	case *expr.Dynset: // with a limit of its own, or the set is full
 		clear(p.regs)
 		p.unknown("set " + e.SetName)
-	case *expr.FlowOffload:
-		p.unknown("flow offload")
 	case *expr.Notrack:
 		p.sets(State)
 	case *expr.Objref:
@@ -354,19 +349,15 @@ func (p *parser) cmp(e *expr.Cmp) {
 	}
 	l := p.value(e.Register)
 	switch e.Op {
-	case expr.CmpOpEq:
-		p.compare(l, v, v, false)
-	case expr.CmpOpNeq:
-		p.compare(l, v, v, true)
-	case expr.CmpOpLt:
-		p.compare(l, v, most, true)
-	case expr.CmpOpGte:
-		p.compare(l, v, most, false)
+	case expr.CmpOpEq, expr.CmpOpNeq:
+		p.compare(l, v, v, e.Op == expr.CmpOpNeq)
+	case expr.CmpOpGte, expr.CmpOpLt:
+		p.compare(l, v, most, e.Op == expr.CmpOpLt)
+	case expr.CmpOpLte, expr.CmpOpGt:
+		p.compare(l, zeros, v, e.Op == expr.CmpOpGt)
+	}
+	if e.Op == expr.CmpOpGte {
 		p.least, p.of = e, l
-	case expr.CmpOpLte:
-		p.compare(l, zeros, v, false)
-	case expr.CmpOpGt:
-		p.compare(l, zeros, v, true)
 	}
 }
 
