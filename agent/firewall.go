@@ -19,7 +19,7 @@ import (
 type firewall struct {
 	choose  func(context.Context) masquerade.Driver // makes the driver, when it is needed first
 	changes <-chan struct{}                         // notifications of the kernel; nil or closed: it sends none
-	resync  time.Duration                           // for that of whose changes the kernel notifies nobody
+	resync  time.Duration                           // for what the kernel sends no notifications for
 	runner  *runner.Runner
 	health  *health
 	log     *zap.Logger
@@ -100,7 +100,7 @@ func (f *firewall) run(ctx context.Context) error {
 }
 
 // reconcile makes the firewall hold the desired rules, if there is a reason to: other rules are desired, a notification
-// came, the last time failed, or it is time to compare that of whose changes the kernel notifies nobody.
+// came, the last time failed, or it is time to compare what the kernel sends no notifications for.
 func (f *firewall) reconcile(ctx context.Context) error {
 	if f.driver == nil {
 		f.driver = f.choose(ctx)
@@ -163,8 +163,7 @@ func (f *firewall) report(res masquerade.Result, again bool) (contested bool) {
 			contested = true
 			if time.Since(f.said) >= driftEvery {
 				f.said = time.Now()
-				f.log.Warn("another program keeps putting its rules behind the jump to ours in FORWARD, "+
-					"which is now moved behind them only every few seconds", zap.Stringer("place", d))
+				f.log.Warn("another program keeps moving the jump to our rules from its place; it is now moved back only every few seconds", zap.Stringer("place", d))
 			}
 		} else if again {
 			f.drift.count("firewall: "+string(d.Kind), d.String())

@@ -17,8 +17,8 @@ type Driver interface {
 	// the result beside an error has been repaired all the same. What another driver left behind goes as soon as the new
 	// rules are in place.
 	//
-	// Where full is false, only that is compared of whose changes the kernel notifies nobody: tables of
-	// iptables-legacy, and address sets. The caller asks for that when the last Ensure of these rulesets succeeded and
+	// Where full is false, only that is compared which the kernel sends no notifications for: tables of iptables-legacy,
+	// and address sets. The caller asks for that when the last Ensure of these rulesets succeeded and
 	// no notification has come since.
 	Ensure(ctx context.Context, desired addr.Per[Ruleset], full bool) (Result, error)
 }
@@ -46,16 +46,16 @@ type DriftKind string
 
 // The kinds of drift.
 const (
-	ChainMissing  DriftKind = "chain missing"        // our chain is missing or empty
-	RulesChanged  DriftKind = "rules changed"        // our chain holds other rules, or in another order
-	JumpMissing   DriftKind = "jump missing"         // nothing calls our chain
-	JumpMisplaced DriftKind = "jump misplaced"       // the jump to our chain does not stand where it belongs
-	JumpContested DriftKind = "jump contested"       // the same, and left so: it was moved too often
-	JumpRepeated  DriftKind = "jump repeated"        // our chain is called more than once
-	JumpChanged   DriftKind = "jump changed"         // our chain is called by another rule than the daemon's
-	SetChanged    DriftKind = "set changed"          // a set holds other members
-	Leftover      DriftKind = "left over"            // a chain of ours that is not desired
-	Unverified    DriftKind = "of an earlier daemon" // rules that this daemon has not written: they were written again
+	ChainMissing  DriftKind = "chain missing"      // our chain is missing or empty
+	RulesChanged  DriftKind = "rules changed"      // our chain holds other rules, or in another order
+	JumpMissing   DriftKind = "jump missing"       // nothing calls our chain
+	JumpMisplaced DriftKind = "jump misplaced"     // the jump to our chain does not stand where it belongs
+	JumpContested DriftKind = "jump contested"     // the same, and left so: it was moved too often
+	JumpRepeated  DriftKind = "jump repeated"      // our chain is called more than once
+	JumpChanged   DriftKind = "jump changed"       // our chain is called by another rule than the daemon's
+	SetChanged    DriftKind = "set changed"        // a set holds other members
+	Leftover      DriftKind = "left over"          // a chain of ours that is not desired
+	Unverified    DriftKind = "rules not verified" // rules of an earlier daemon: they were written again
 )
 
 // Drift is one difference between the firewall and what is desired.
@@ -109,8 +109,8 @@ func Remove(ctx context.Context, sets Sets) error { return remove(ctx, sets, ope
 func remove(ctx context.Context, sets Sets, open opener) error {
 	var errs []error
 	for _, f := range addr.Families() {
-		_, inNFT := removeIPTables(ctx, f, Places(), VariantNFT, open)
-		_, inLegacy := removeIPTables(ctx, f, Places(), VariantLegacy, open)
+		_, inNFT := removeNFT(f, Places())
+		_, inLegacy := removeLegacy(ctx, f, Places(), open)
 		if err := errors.Join(inNFT, inLegacy, removeOwnTable(f), dropSets(sets, Ruleset{Family: f})); err != nil {
 			errs = append(errs, fmt.Errorf("%s firewall: %w", f, err))
 		}

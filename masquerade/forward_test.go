@@ -2,6 +2,7 @@ package masquerade
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -171,9 +172,11 @@ func TestPlaceInForwardByNFT(t *testing.T) {
 			`iifname "eth1" log drop`, "OVERLAYD-FWD", `limit rate 3/minute log prefix "end" comment "x"`,
 			`log prefix "drop" counter drop`,
 		},
+		{`iifname "eth1" counter name "c" drop`, "OVERLAYD-FWD", `counter name "c" drop comment "all else"`},
 	} {
 		r := newRig(t, nstest.New(t), VariantNFT)
 		r.ensure(both()...)
+		r.ns.Exec("nft", "add counter ip filter c")
 		for _, rule := range rules {
 			if rule != "OVERLAYD-FWD" {
 				r.ns.Exec("nft", "add rule ip filter FORWARD "+rule)
@@ -210,13 +213,12 @@ func TestContestedPlaceInForward(t *testing.T) {
 			for range 3 * moveBurst {
 				r.iptables(addr.IPv4, "-D FORWARD -j ACCEPT -i eth1")
 				r.iptables(addr.IPv4, "-A FORWARD -j ACCEPT -i eth1")
-				drifts, restores := r.ensure(both()...)
-				moved += restores
-				for _, d := range drifts {
-					if d.Kind == JumpContested {
-						contested++
-						break
-					}
+				drifts, _ := r.ensure(both()...)
+				if slices.Contains(kindsOf(drifts), JumpMisplaced) {
+					moved++
+				}
+				if slices.Contains(kindsOf(drifts), JumpContested) {
+					contested++
 				}
 			}
 			if moved < moveBurst || moved > moveBurst+3 || moved+contested != 3*moveBurst {

@@ -33,7 +33,7 @@ func (d *iptablesDriver) ensure(ctx context.Context, rs Ruleset, full bool) (res
 
 func (d *iptablesDriver) ensureChains(ctx context.Context, rs Ruleset, full bool) (res Result, err error) {
 	if d.tables == nil {
-		if d.tables, err = d.open(rs.Family, d.variant); err != nil {
+		if d.tables, err = d.open(ctx, rs.Family, d.variant); err != nil {
 			return res, err
 		}
 	}
@@ -42,7 +42,7 @@ func (d *iptablesDriver) ensureChains(ctx context.Context, rs Ruleset, full bool
 			break
 		}
 		changed, err := d.sets.Ensure(s.Name, rs.Family, s.Networks, s.Members)
-		if changed > 0 {
+		if changed > 0 && err == nil {
 			res.Drifts = append(res.Drifts, Drift{rs.Family, postRouting(), SetChanged}) // only rules there match on a set
 		}
 		if err != nil {
@@ -59,37 +59,39 @@ func (d *iptablesDriver) ensureChains(ctx context.Context, rs Ruleset, full bool
 		found, err = d.tables.ensure(ctx, rs.without(setNames(rs.Family)...).Chains)
 	}
 	res.Drifts = append(res.Drifts, found...)
+	if err != nil {
+		d.tables = nil // the program may have become another one
+	}
 	return res, err
 }
 
-// sweep removes what is not desired, the rules of the other drivers included, once: last, so that the packets are never
-// without rules.
+// sweep removes what is not desired, the rules of the other drivers included: last, so that the packets are never
+// without rules. What is in nf_tables is found without a process. In iptables-legacy it is looked for once.
 func (d *iptablesDriver) sweep(ctx context.Context, rs Ruleset) (found []Drift, err error) {
 	places := rs.places()
-	if d.swept != nil && slices.Equal(d.swept, places) {
-		return nil, nil
-	}
-	own := d.variant
+	undesired := slices.DeleteFunc(Places(), func(p Place) bool { return slices.Contains(places, p) })
+	legacy := d.variant == VariantLegacy
 	if t := d.tables; t != nil {
-		own = map[bool]Variant{true: VariantLegacy, false: VariantNFT}[t.legacy]
-		maps.DeleteFunc(t.written, func(p Place, _ written) bool { return !slices.Contains(places, p) })
+		legacy = t.legacy
+		maps.DeleteFunc(t.written, func(p Place, _ written) bool { return slices.Contains(undesired, p) })
 	}
-	for _, v := range []Variant{VariantNFT, VariantLegacy} {
-		undesired := Places()
-		if v == own {
-			undesired = slices.DeleteFunc(undesired, func(p Place) bool { return slices.Contains(places, p) })
-		}
-		more, err := removeIPTables(ctx, rs.Family, undesired, v, d.open)
-		if err != nil {
-			return found, fmt.Errorf("leftovers in iptables-%s: %w", v, err)
-		}
-		if v == own { // of the other variant nothing was expected
-			found = append(found, more...)
-		}
+	inNFT, inLegacy := undesired, Places()
+	if legacy {
+		inNFT, inLegacy = Places(), undesired
+	}
+	if found, err = removeNFT(rs.Family, inNFT); err != nil {
+		return found, fmt.Errorf("leftovers in iptables-nft: %w", err)
 	}
 	if err := removeOwnTable(rs.Family); err != nil {
 		return found, fmt.Errorf("leftovers in nftables: %w", err)
 	}
+	if d.swept != nil && slices.Equal(d.swept, places) {
+		return found, nil
+	}
+	more, err := removeLegacy(ctx, rs.Family, inLegacy, d.open)
+	if err != nil {
+		return found, fmt.Errorf("leftovers in iptables-legacy: %w", err)
+	}
 	d.swept = places
-	return found, nil
+	return append(found, more...), nil
 }

@@ -1,21 +1,25 @@
 package masquerade
 
 import (
+	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"math/bits"
 	"net/netip"
 	"os/exec"
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -23,11 +27,10 @@ import (
 // nftablesDriver keeps the rules of one family in a table of our own: the chain at the postrouting hook and the sets that
 // it matches on. What differs is repaired by one transaction.
 //
-// The forward chain is not there, since it could not do what it is for. In nftables an accept ends nothing but the chain
-// of the one who says it, and each table at the hook has its say; so it is needed by no packet where nothing drops, and
-// helps none where something does. What does is, on most hosts, iptables' own FORWARD chain, whose policy Docker sets to
-// DROP. There the accepts are needed, and only there they work. So this driver puts them there, as the driver on
-// iptables does, wherever that chain exists, and makes none where it does not.
+// The forward chain is not there, since it could not do what it is for. An accept ends only the base chain it is in; the
+// chain of another table can still drop the packet. On most hosts the chain that drops is iptables' own FORWARD, whose
+// policy Docker sets to DROP. There the accepts are needed, and only there they work. So this driver puts them there, as
+// the driver on iptables does, wherever that chain exists, and makes none where it does not.
 type nftablesDriver struct {
 	open        opener
 	sets        Sets // for what the other driver left; nil: none
@@ -48,13 +51,14 @@ func (d *nftablesDriver) ensure(ctx context.Context, rs Ruleset, full bool) (res
 	}
 	found, err := d.ensureForward(ctx, rs, VariantLegacy, &d.legacy)
 	res.Drifts = append(res.Drifts, found...)
-	if err != nil || !full || d.swept {
+	if err != nil || !full {
 		return res, err
 	}
-	for _, v := range []Variant{VariantNFT, VariantLegacy} {
-		if _, err := removeIPTables(ctx, rs.Family, []Place{postRouting()}, v, d.open); err != nil {
-			return res, fmt.Errorf("leftovers in iptables-%s: %w", v, err)
-		}
+	if _, err := removeNFT(rs.Family, []Place{postRouting()}); err != nil || d.swept {
+		return res, err
+	}
+	if _, err := removeLegacy(ctx, rs.Family, []Place{postRouting()}, d.open); err != nil {
+		return res, fmt.Errorf("leftovers in iptables-legacy: %w", err)
 	}
 	err = dropSets(d.sets, Ruleset{Family: rs.Family})
 	d.swept = err == nil
@@ -63,16 +67,19 @@ func (d *nftablesDriver) ensure(ctx context.Context, rs Ruleset, full bool) (res
 
 // ensureForward keeps the accepts in the FORWARD chain of a variant while there is one.
 func (d *nftablesDriver) ensureForward(ctx context.Context, rs Ruleset, v Variant, t **tables) ([]Drift, error) {
-	desired, wanted := rs.chain(forward())
-	if !wanted {
-		return removeIPTables(ctx, rs.Family, []Place{forward()}, v, d.open)
+	desired, isDesired := rs.chain(forward())
+	if !isDesired {
+		if v == VariantLegacy {
+			return removeLegacy(ctx, rs.Family, []Place{forward()}, d.open)
+		}
+		return removeNFT(rs.Family, []Place{forward()})
 	}
 	there, drops, err := forwardChain(rs.Family, v)
 	if err != nil || !there {
 		return nil, err
 	}
 	if *t == nil {
-		*t, err = d.open(rs.Family, v)
+		*t, err = d.open(ctx, rs.Family, v)
 		missing := errors.Is(err, exec.ErrNotFound)
 		switch {
 		case missing && drops:
@@ -84,7 +91,11 @@ func (d *nftablesDriver) ensureForward(ctx context.Context, rs Ruleset, v Varian
 			return nil, err
 		}
 	}
-	return (*t).ensure(ctx, []Chain{desired})
+	found, err := (*t).ensure(ctx, []Chain{desired})
+	if err != nil {
+		*t = nil // the program may have become another one
+	}
+	return found, err
 }
 
 // forwardChain tells whether a variant has a FORWARD chain, and whether its policy is known to be DROP.
@@ -111,15 +122,67 @@ func nftTable(f addr.Family, name string) *nftables.Table {
 	}[f]}
 }
 
+// connect returns a connection that opens a socket for each request: what an error leaves unread is not taken for the
+// answer to the next. There is room for a transaction with the members of a large cluster, which is sent at once, and
+// the kernel answers at once or never.
+func connect() *nftables.Conn {
+	conn, _ := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error { // fails for lasting connections only
+		return errors.Join(c.SetWriteBuffer(writeBuffer), c.SetDeadline(time.Now().Add(answerTimeout)))
+	}))
+	return conn
+}
+
+const (
+	writeBuffer   = 8 << 20 // bytes
+	answerTimeout = 30 * time.Second
+)
+
+// nftRulesOf returns the rules of a chain; none where there is no such chain. One that the library cannot decode has no
+// handle, and stands for a condition that is not known. The library gives up a chain with such a rule, so the chain is
+// then handed to it rule by rule.
+func nftRulesOf(f addr.Family, table, chain string) ([]*nftables.Rule, error) {
+	t, c := nftTable(f, table), &nftables.Chain{Name: chain}
+	if rules, err := connect().GetRules(t, c); err == nil {
+		return rules, nil
+	}
+	var dump []netlink.Message
+	_, err := (&nftables.Conn{TestDial: func(request []netlink.Message) ([]netlink.Message, error) {
+		conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = conn.Close() }()
+		h := request[0].Header
+		dump, err = conn.Execute(netlink.Message{Header: netlink.Header{Type: h.Type, Flags: h.Flags}, Data: request[0].Data})
+		return nil, cmp.Or(err, io.EOF) // no answer that is to be decoded at once
+	}}).GetRules(t, c)
+	if err != nil {
+		return nil, err
+	}
+	var rules []*nftables.Rule
+	for _, m := range dump {
+		one := &nftables.Conn{TestDial: func(request []netlink.Message) ([]netlink.Message, error) {
+			m.Header = netlink.Header{Type: m.Header.Type, Sequence: request[0].Header.Sequence, PID: request[0].Header.PID}
+			return []netlink.Message{m}, nil
+		}}
+		rule, err := one.GetRules(t, c)
+		if err != nil {
+			rule = []*nftables.Rule{{Table: t, Exprs: []expr.Any{&expr.Ct{}}}}
+		}
+		rules = append(rules, rule...)
+	}
+	return rules, nil
+}
+
 // findTable returns a table, and nil where there is none.
 func findTable(f addr.Family, name string) (*nftables.Table, error) {
-	t, err := (&nftables.Conn{}).ListTableOfFamily(name, nftTable(f, name).Family)
+	t, err := connect().ListTableOfFamily(name, nftTable(f, name).Family)
 	return orNil(t, err)
 }
 
 // findChain returns a chain, and nil where there is none.
 func findChain(f addr.Family, table, chain string) (*nftables.Chain, error) {
-	c, err := (&nftables.Conn{}).ListChain(nftTable(f, table), chain)
+	c, err := connect().ListChain(nftTable(f, table), chain)
 	return orNil(c, err)
 }
 
@@ -133,8 +196,8 @@ func orNil[T any](found *T, err error) (*T, error) {
 
 // ensureOwnTable makes our table of one family the desired one.
 func ensureOwnTable(rs Ruleset) ([]Drift, error) {
-	chain, wanted := rs.chain(postRouting())
-	kind, differs, err := compareOwnTable(rs, chain, wanted)
+	chain, isDesired := rs.chain(postRouting())
+	kind, differs, err := compareOwnTable(rs, chain, isDesired)
 	if err != nil {
 		return nil, fmt.Errorf("table %s: %w", ownTable, err)
 	}
@@ -144,7 +207,7 @@ func ensureOwnTable(rs Ruleset) ([]Drift, error) {
 	if kind == SetChanged && changeMembers(rs, differs) == nil {
 		return drifts(rs.Family, chain.Place, kind), nil
 	}
-	if err := replaceOwnTable(rs, chain, wanted); err != nil {
+	if err := replaceOwnTable(rs, chain, isDesired); err != nil {
 		return nil, fmt.Errorf("table %s: %w", ownTable, err)
 	}
 	return drifts(rs.Family, chain.Place, kind), nil
@@ -157,16 +220,16 @@ func removeOwnTable(f addr.Family) error {
 
 // compareOwnTable reads our table and tells in which way it differs from the desired one, if in any. Of sets with
 // other members it returns the elements that there are.
-func compareOwnTable(rs Ruleset, chain Chain, wanted bool) (DriftKind, map[string][]nftables.SetElement, error) {
+func compareOwnTable(rs Ruleset, chain Chain, isDesired bool) (DriftKind, map[string][]nftables.SetElement, error) {
 	have, err := findTable(rs.Family, ownTable)
 	switch {
-	case err != nil && !wanted: // a kernel without nf_tables has nothing of ours
+	case err != nil && !isDesired: // a kernel without nf_tables has nothing of ours
 		return "", nil, nil
 	case err != nil:
 		return "", nil, err
-	case have == nil && !wanted:
+	case have == nil && !isDesired:
 		return "", nil, nil
-	case !wanted:
+	case !isDesired:
 		return Leftover, nil, nil
 	case have == nil || objects(have) == 0:
 		return ChainMissing, nil, nil
@@ -180,7 +243,7 @@ func compareOwnTable(rs Ruleset, chain Chain, wanted bool) (DriftKind, map[strin
 	if base == nil || !isOurs(base) {
 		return RulesChanged, nil, nil
 	}
-	conn := &nftables.Conn{}
+	conn := connect()
 	rules, err := conn.GetRules(have, base)
 	if err != nil || !sameRules(rules, nftRules(have, rs.Family, chain)) {
 		return RulesChanged, nil, nil // also where the library cannot read what another program put there
@@ -201,11 +264,9 @@ func compareOwnTable(rs Ruleset, chain Chain, wanted bool) (DriftKind, map[strin
 	return "", nil, nil
 }
 
-// objects is how many chains, sets and other objects a table holds. The library reads that number in the byte order of
-// the machine; the kernel sends it in network byte order.
-func objects(t *nftables.Table) int {
-	return int(binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, t.Use)))
-}
+// objects is how many chains, sets and other objects a table holds. The kernel sends the number in network byte order;
+// the library reads it in the machine's. Of both the smaller one is right.
+func objects(t *nftables.Table) int { return int(min(t.Use, bits.ReverseBytes32(t.Use))) }
 
 func isOurs(c *nftables.Chain) bool {
 	want := baseChain(c.Table)
@@ -229,17 +290,14 @@ func sameElements(have, want []nftables.SetElement) bool {
 	return len(have) == len(want) && len(without(want, have)) == 0
 }
 
-// replaceOwnTable takes the old table away and makes the new one, in one transaction. Nothing less is sure to leave
-// nothing of what another program may have done to the old one.
-func replaceOwnTable(rs Ruleset, chain Chain, wanted bool) error {
-	conn, err := nftables.New(nftables.WithSockOptions(largeBatch))
-	if err != nil {
-		return err
-	}
+// replaceOwnTable takes the old table away and makes the new one, in one transaction. Only that
+// removes all that another program may have put into the old one.
+func replaceOwnTable(rs Ruleset, chain Chain, isDesired bool) error {
+	conn := connect()
 	t := nftTable(rs.Family, ownTable)
 	conn.AddTable(t) // so that there is one to delete
 	conn.DelTable(t)
-	if !wanted {
+	if !isDesired {
 		return conn.Flush()
 	}
 	conn.AddTable(t)
@@ -262,16 +320,10 @@ func replaceOwnTable(rs Ruleset, chain Chain, wanted bool) error {
 // elementsInMessage is how many elements of a set go into one message: a netlink attribute ends at 64 kB.
 const elementsInMessage = 1000
 
-// largeBatch makes room for a transaction with the members of a large cluster, which is sent at once.
-func largeBatch(c *netlink.Conn) error { return c.SetWriteBuffer(8 << 20) }
-
 // changeMembers is for a table in which all but the members of its sets is right. Addresses come and go one by one;
 // a set of networks, of which there are few, is filled again: the kernel does not take any half of two networks apart.
 func changeMembers(rs Ruleset, differs map[string][]nftables.SetElement) error {
-	conn, err := nftables.New(nftables.WithSockOptions(largeBatch))
-	if err != nil {
-		return err
-	}
+	conn := connect()
 	for _, s := range rs.Sets {
 		have, changed := differs[s.Name]
 		if !changed {

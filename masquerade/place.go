@@ -11,9 +11,10 @@ import (
 
 // hookRule is one rule of a hook's chain, of which most are other programs'.
 type hookRule struct {
-	id     string // of one that calls our chain: what it says, in iptables' words or in nf_tables' expressions
-	handle uint64 // of a rule that was read from nf_tables
+	text   string // of a rule of iptables-legacy, as iptables prints it
+	handle uint64 // of a rule of nf_tables; 0 if it could not be read
 	calls  bool   // it jumps or goes to our chain
+	plain  bool   // it is a jump without a condition
 	kind   ruleKind
 }
 
@@ -37,10 +38,26 @@ func (h hookChain) only(calls bool) hookChain {
 	return slices.DeleteFunc(slices.Clone(h), func(r hookRule) bool { return r.calls != calls })
 }
 
+// jumpFault tells what is wrong with the jump to our chain, if anything.
+func (h hookChain) jumpFault(p Place) DriftKind {
+	jumps := h.jumps()
+	switch is, want := h.place(p); {
+	case len(jumps) == 0:
+		return JumpMissing
+	case len(jumps) > 1:
+		return JumpRepeated
+	case is != want:
+		return JumpMisplaced
+	case !jumps[0].plain:
+		return JumpChanged
+	}
+	return ""
+}
+
 // place is how many rules of others the first jump to our chain stands behind, and how many it has to. In FORWARD these
 // are all: our accepts are for packets that no other rule has decided about. A policy rule ends the chain for every
 // packet: ours come before it, whatever another program has put behind it in vain. Where such a rule was put in front
-// of our jump, it counts as that only if nothing else follows it: to stop everything for a while has its effect.
+// of our jump, it counts as that only if nothing else follows it: an operator can stop all traffic for a while.
 func (h hookChain) place(p Place) (is, want int) {
 	if is = slices.IndexFunc(h, func(r hookRule) bool { return r.calls }); is < 0 {
 		is = 0
@@ -76,14 +93,17 @@ func (h hookChain) beforeLogs() int {
 // readRule reads a rule of nf_tables, which iptables-nft or nft has made.
 func readRule(r *nftables.Rule, chain string) hookRule {
 	out := hookRule{handle: r.Handle}
-	var ends, logged, limited, more bool
+	var ends, logged, limited, jumps, more bool
 	for _, e := range r.Exprs {
 		switch e := e.(type) {
 		case *expr.Counter:
 		case *expr.Verdict:
 			out.calls = e.Chain == chain
+			jumps = e.Kind == expr.VerdictJump
 			ends = e.Kind == expr.VerdictDrop || e.Kind == expr.VerdictReturn
-			more = more || !ends
+			more = more || !ends && !out.calls
+		case *expr.Objref:
+			more = more || e.Type != nftCounter
 		case *expr.Reject:
 			ends = true
 		case *expr.Log:
@@ -103,16 +123,18 @@ func readRule(r *nftables.Rule, chain string) hookRule {
 	}
 	switch {
 	case more:
+	case out.calls:
+		out.plain = jumps && !limited && !logged
 	case ends && !limited:
 		out.kind = policy
 	case logged && !ends:
 		out.kind = logs
 	}
-	if out.calls {
-		out.id = identity(r)
-	}
 	return out
 }
+
+// nftCounter is the type of named counters (NFT_OBJECT_COUNTER of uapi/linux/netfilter/nf_tables.h).
+const nftCounter = 1
 
 // identity tells rules apart: the expressions as the kernel has them, and the comment. Counters count.
 func identity(r *nftables.Rule) string {

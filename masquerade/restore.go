@@ -18,7 +18,7 @@ import (
 // match on sets.
 var ErrSet = errors.New("no match on a set of addresses")
 
-// execTimeout bounds one run of iptables-restore. Its wait for the xtables lock is bounded by itself, and much tighter.
+// execTimeout bounds one run of iptables. Its wait for the xtables lock is bounded by itself, and much tighter.
 const execTimeout = time.Minute
 
 // runner runs a command to its end and returns its standard output.
@@ -45,12 +45,13 @@ func execRun(ctx context.Context, stdin, name string, args ...string) (string, e
 	if line := firstLine(stderr.String()); line != "" {
 		err = errors.New(line)
 	}
-	return "", commandError{fmt.Errorf("%s: %w", command, err), stderr.String()}
+	return "", commandError{fmt.Errorf("%s: %w", command, err), cmd.ProcessState.ExitCode(), stderr.String()}
 }
 
-// commandError is a command that ended badly, in one line, and all that it said.
+// commandError is a command that ended badly, in one line, with its exit status and all that it said.
 type commandError struct {
 	error
+	status int
 	stderr string
 }
 
@@ -68,10 +69,13 @@ func firstLine(stderr string) string {
 	return ""
 }
 
-// restore gives iptables-restore its input: the one thing that go-iptables cannot do is to replace the rules of a chain
-// so that no packet meets half of them. What the input does not name stays.
+// restore gives iptables-restore its input. go-iptables cannot replace the rules of a chain so that no packet meets half
+// of them. What the input does not name stays.
 func (t *tables) restore(ctx context.Context, input string) error {
-	_, err := t.run(ctx, input, t.name+"-restore", "--noflush", "-w", strconv.Itoa(t.seconds))
+	if input == "" {
+		return nil
+	}
+	_, err := t.run(ctx, input, t.name+"-restore", "--noflush", "-w", t.wait)
 	if err == nil {
 		return nil
 	}

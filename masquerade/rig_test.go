@@ -70,15 +70,10 @@ func (r *rig) restart() {
 }
 
 // open counts what the tables start.
-func (r *rig) open(f addr.Family, v Variant) (*tables, error) {
-	t, err := openTables(r.wait)(f, v)
+func (r *rig) open(ctx context.Context, f addr.Family, v Variant) (*tables, error) {
+	t, err := openTables(r.wait)(ctx, f, v)
 	if err != nil {
 		return nil, err
-	}
-	list := t.list
-	t.list = func(table, chain string) ([]string, error) {
-		r.calls = append(r.calls, t.name+" -t "+table+" -S "+chain)
-		return list(table, chain)
 	}
 	t.run = func(ctx context.Context, stdin, name string, args ...string) (string, error) {
 		r.calls = append(r.calls, name+" "+strings.Join(args, " ")+" : "+stdin)

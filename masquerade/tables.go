@@ -1,7 +1,6 @@
 package masquerade
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,11 +8,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/coreos/go-iptables/iptables"
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -45,48 +47,67 @@ func ParseVariant(s string) (Variant, error) {
 // `iptables -S` prints. Rules are not compared with the desired ones, which each version of iptables turns into
 // something of its own, but with what was read back after they were written.
 type tables struct {
-	family  addr.Family
-	name    string // of the program
-	legacy  bool
-	random  bool // MASQUERADE takes --random-fully
-	seconds int  // to wait for the xtables lock
-	list    func(table, chain string) ([]string, error)
-	run     runner // for iptables-restore
+	family addr.Family
+	name   string // of the program
+	legacy bool
+	random bool   // MASQUERADE takes --random-fully
+	wait   string // for the xtables lock, in seconds
+	run    runner
 
 	written map[Place]written
-	pace    pace
+	paces   map[Place]pace
 }
 
-// written is what was written at a place, and how the kernel showed it afterwards: the rules and, last, the jump.
+// written is the rules that were written at a place, and how the kernel showed them afterwards.
 type written struct{ rules, shown []string }
 
 // opener opens the tables of a family and variant; exec.ErrNotFound says that the program is missing.
-type opener func(addr.Family, Variant) (*tables, error)
+type opener func(context.Context, addr.Family, Variant) (*tables, error)
 
-// openTables finds the program. wait is for the xtables lock, of which iptables takes whole seconds.
+// openTables finds the program, its version and what it can do. wait is for the xtables lock, of which iptables takes
+// whole seconds.
 func openTables(wait time.Duration) opener {
-	return func(f addr.Family, v Variant) (*tables, error) {
+	return func(ctx context.Context, f addr.Family, v Variant) (*tables, error) {
 		t := &tables{
-			family: f, name: programName(f, v), legacy: v == VariantLegacy,
-			seconds: max(1, int(wait.Round(time.Second)/time.Second)), run: execRun, written: map[Place]written{},
-		}
-		protocol := iptables.ProtocolIPv4
-		if f == addr.IPv6 {
-			protocol = iptables.ProtocolIPv6
+			family: f, name: programName(f, v), legacy: v == VariantLegacy, run: execRun,
+			wait: strconv.Itoa(max(1, int(wait.Round(time.Second)/time.Second))), written: map[Place]written{}, paces: map[Place]pace{},
 		}
 		if !programThere(f, v) {
 			return nil, fmt.Errorf("%s-restore: %w", t.name, exec.ErrNotFound)
 		}
-		ipt, err := iptables.New(iptables.IPFamily(protocol), iptables.Path(t.name), iptables.Timeout(t.seconds))
+		if err := t.findVariant(ctx); err != nil {
+			return nil, err
+		}
+		protocol := map[addr.Family]iptables.Protocol{addr.IPv4: iptables.ProtocolIPv4, addr.IPv6: iptables.ProtocolIPv6}[f]
+		ipt, err := iptables.New(iptables.IPFamily(protocol), iptables.Path(t.name))
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", t.name, err)
+			return nil, fmt.Errorf("%s: %s", t.name, strings.Join(strings.Fields(err.Error()), " "))
 		}
-		t.list, t.random = ipt.List, ipt.HasRandomFully()
-		if v == VariantDefault {
-			t.legacy, err = defaultIsLegacy(t.name)
-		}
-		return t, err
+		t.random = ipt.HasRandomFully()
+		return t, nil
 	}
+}
+
+// findVariant tells which variant the program is, which go-iptables keeps to itself. Where the file does not say it, the
+// program is asked: that also bounds the time of a program that does not end, which go-iptables would wait for.
+func (t *tables) findVariant(ctx context.Context) error {
+	path, err := exec.LookPath(t.name)
+	if err != nil {
+		return err
+	}
+	switch file, _ := filepath.EvalSymlinks(path); filepath.Base(file) {
+	case "xtables-nft-multi":
+		t.legacy = false
+	case "xtables-legacy-multi":
+		t.legacy = true
+	default:
+		version, err := execRun(ctx, "", t.name, "--version")
+		if err != nil {
+			return err
+		}
+		t.legacy = !strings.Contains(version, "nf_tables")
+	}
+	return nil
 }
 
 // programName is what the program of a family and variant is called.
@@ -106,23 +127,6 @@ func programThere(f addr.Family, v Variant) bool {
 	return err == nil
 }
 
-// defaultIsLegacy tells which variant a program without one in its name is, which go-iptables keeps to itself. A process
-// is started only where the program's file does not say it.
-func defaultIsLegacy(name string) (bool, error) {
-	path, err := exec.LookPath(name)
-	if err != nil {
-		return false, err
-	}
-	switch file, _ := filepath.EvalSymlinks(path); filepath.Base(file) {
-	case "xtables-nft-multi":
-		return false, nil
-	case "xtables-legacy-multi":
-		return true, nil
-	}
-	version, err := execRun(context.Background(), "", name, "--version")
-	return !strings.Contains(version, "nf_tables"), err
-}
-
 // seen is what stands in the firewall at one of our places.
 type seen struct {
 	chain []string // our chain's rules, each as it can be told from others; none where there is no chain
@@ -133,107 +137,157 @@ func (s seen) equal(o seen) bool {
 	return slices.Equal(s.chain, o.chain) && slices.Equal(s.hook, o.hook)
 }
 
-// ensure makes our chains in these tables the desired ones, each with one jump at its place, by one iptables-restore.
-func (t *tables) ensure(ctx context.Context, chains []Chain) ([]Drift, error) {
-	var found []Drift
-	var input strings.Builder
-	var changed []Chain
-	replaced := map[Place]hookChain{}
-	for _, c := range chains {
-		s, err := t.observe(c.Place)
-		if err != nil {
-			return nil, err
-		}
-		rules := render(c, t.random)
-		kinds := t.differences(c.Place, s, rules)
-		found = append(found, drifts(t.family, c.Place, kinds...)...)
-		if len(kinds) == 0 {
-			t.written[c.Place] = written{rules, append(s.chain, s.hook.jumps()[0].id)}
-		}
-		if len(kinds) == 0 || kinds[0] == JumpContested {
-			continue
-		}
-		changed = append(changed, c)
-		text, old := replaceChain(c.Place, s, rules)
-		input.WriteString(text)
-		replaced[c.Place] = old
-	}
-	if len(changed) == 0 {
-		return found, nil
-	}
-	if err := t.restore(ctx, input.String()); err != nil {
-		return nil, err
-	}
-	for _, c := range changed {
-		if err := t.deleteJumps(c.Place, replaced[c.Place]); err != nil {
-			return nil, err
-		}
-		s, err := t.observe(c.Place)
-		if err != nil {
-			return nil, err
-		}
-		t.written[c.Place] = written{render(c, t.random), []string{""}}
-		if len(s.chain) != len(c.Rules) || len(s.hook.jumps()) != 1 {
-			return nil, fmt.Errorf("%s table: %s is not as it was just written: another program may be writing there too",
-				c.Table, c.Name)
-		}
-		t.written[c.Place] = written{render(c, t.random), append(s.chain, s.hook.jumps()[0].id)}
-	}
-	return found, nil
+// change is what has to be written at one place.
+type change struct {
+	Chain
+	rules  []string // as iptables-restore reads them
+	kinds  []DriftKind
+	chain  bool // the chain has to be written, not the jump alone
+	before seen
 }
 
-// differences compares what stands at a place with what was written there. Of rules that this daemon has not written,
-// iptables-legacy shows the words, which can be compared with ours.
-func (t *tables) differences(p Place, s seen, rules []string) (kinds []DriftKind) {
-	w, known := t.written[p]
-	shown := w.shown
-	if !known {
-		shown = append(slices.Clone(rules), renderJump(p))
-	}
-	chain, jump := shown[:len(shown)-1], shown[len(shown)-1]
-	jumps := s.hook.jumps()
-	is, want := s.hook.place(p)
-	switch {
-	case len(s.chain) == 0:
-		kinds = append(kinds, ChainMissing)
-	case !slices.Equal(s.chain, chain) && !known:
-		kinds = append(kinds, Unverified)
-	case !slices.Equal(s.chain, chain), known && !slices.Equal(w.rules, rules):
-		kinds = append(kinds, RulesChanged)
-	}
-	switch {
-	case len(jumps) == 0:
-		kinds = append(kinds, JumpMissing)
-	case len(jumps) > 1:
-		kinds = append(kinds, JumpRepeated)
-	case is != want:
-		kinds = append(kinds, JumpMisplaced)
-	case jumps[0].id != jump && (known || len(kinds) == 0):
-		kinds = append(kinds, JumpChanged)
-	}
-	if p.Hook == Forward && slices.Equal(kinds, []DriftKind{JumpMisplaced}) {
-		var ok bool
-		if t.pace, ok = t.pace.take(time.Now()); !ok {
-			return []DriftKind{JumpContested}
+// ensure makes our chains in these tables the desired ones, each with one jump at its place. What is wrong at one place
+// does not hold back the other.
+func (t *tables) ensure(ctx context.Context, chains []Chain) (found []Drift, err error) {
+	var changes []change
+	for _, c := range chains {
+		s, observeErr := t.observe(ctx, c.Place)
+		if observeErr != nil {
+			err = errors.Join(err, observeErr)
+			continue
+		}
+		ch := change{Chain: c, rules: render(c, t.random), before: s}
+		if kind := t.compareChain(c.Place, s, ch.rules); kind != "" {
+			ch.kinds, ch.chain = []DriftKind{kind}, true
+		}
+		if kind := s.hook.jumpFault(c.Place); kind == JumpMisplaced && !ch.chain {
+			ch.kinds = []DriftKind{t.mayMove(c.Place)}
+		} else if kind != "" {
+			ch.kinds = append(ch.kinds, kind)
+		}
+		switch {
+		case len(ch.kinds) == 0:
+			t.written[c.Place] = written{ch.rules, s.chain}
+		case ch.kinds[0] == JumpContested:
+			found = append(found, drifts(t.family, c.Place, JumpContested)...)
+		default:
+			changes = append(changes, ch)
 		}
 	}
-	return kinds
+	for i, changeErr := range t.apply(ctx, changes) {
+		if changeErr == nil {
+			found = append(found, drifts(t.family, changes[i].Place, changes[i].kinds...)...)
+		}
+		err = errors.Join(err, changeErr)
+	}
+	return found, err
+}
+
+// compareChain compares our chain with what was written. Of rules that this daemon has not written, iptables-legacy
+// shows the words, which can be compared with ours.
+func (t *tables) compareChain(p Place, s seen, rules []string) DriftKind {
+	w, known := t.written[p]
+	switch {
+	case len(s.chain) == 0:
+		return ChainMissing
+	case !known && !slices.Equal(s.chain, rules):
+		return Unverified
+	case known && (!slices.Equal(s.chain, w.shown) || !slices.Equal(w.rules, rules)):
+		return RulesChanged
+	}
+	return ""
+}
+
+// mayMove tells whether a jump that is not at its place may be moved there now.
+func (t *tables) mayMove(p Place) DriftKind {
+	next, ok := t.paces[p].take(time.Now())
+	if t.paces[p] = next; ok {
+		return JumpMisplaced
+	}
+	return JumpContested
+}
+
+// apply makes the changes, all by one iptables-restore or, where it refuses that, each by one of its own. It returns an
+// error or nil for each.
+func (t *tables) apply(ctx context.Context, changes []change) []error {
+	errs := make([]error, len(changes))
+	var all strings.Builder
+	for _, c := range changes {
+		all.WriteString(t.replace(c))
+	}
+	err := t.restore(ctx, all.String())
+	for i, c := range changes {
+		if errs[i] = err; err != nil && len(changes) > 1 {
+			errs[i] = t.restore(ctx, t.replace(c))
+		}
+		if errs[i] == nil {
+			errs[i] = t.finish(ctx, c)
+		}
+	}
+	return errs
+}
+
+// finish makes the jump where iptables-restore has not done that, and reads what was written.
+func (t *tables) finish(ctx context.Context, c change) error {
+	s, err := t.observe(ctx, c.Place)
+	if err == nil && !t.legacy && s.hook.jumpFault(c.Place) != "" {
+		if err := placeJump(t.family, c.Place, s.hook); err != nil {
+			return fmt.Errorf("%s table: place the jump to %s: %w", c.Table, c.Name, err)
+		}
+		s, err = t.observe(ctx, c.Place)
+	}
+	if err != nil {
+		return err
+	}
+	t.written[c.Place] = written{c.rules, s.chain}
+	if len(s.chain) != len(c.rules) || len(s.hook.jumps()) != 1 {
+		t.written[c.Place] = written{}
+		return fmt.Errorf("%s table: %s is not as it was just written: another program may be writing there too", c.Table, c.Name)
+	}
+	return nil
+}
+
+// placeJump replaces the jumps to our chain by one at its place, in one transaction.
+func placeJump(f addr.Family, p Place, hook hookChain) error {
+	conn := connect()
+	table := nftTable(f, string(p.Table))
+	chain := &nftables.Chain{Name: string(p.Hook), Table: table}
+	for _, jump := range hook.jumps() {
+		if err := conn.DelRule(&nftables.Rule{Table: table, Chain: chain, Handle: jump.handle}); err != nil {
+			return err
+		}
+	}
+	jump := &nftables.Rule{
+		Table: table, Chain: chain,
+		Exprs: []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictJump, Chain: p.Name}},
+	}
+	if p.Table == NAT { // as with our rules: where every packet passes, a comment costs
+		jump.UserData = userdata.AppendString(nil, userdata.TypeComment, jumpComment)
+	}
+	others := hook.others()
+	switch _, want := hook.place(p); want {
+	case len(others):
+		conn.AddRule(jump)
+	case 0:
+		conn.InsertRule(jump)
+	default: // before a rule that was read: the chain's policy, or what logs for it
+		jump.Position = others[want].handle
+		conn.InsertRule(jump)
+	}
+	return conn.Flush()
 }
 
 // observe reads our chain and the hook's. A dump of nf_tables can miss rules while another program commits a
 // transaction, and the library does not say when that was so: what was read counts if it was read twice.
-func (t *tables) observe(p Place) (seen, error) {
+func (t *tables) observe(ctx context.Context, p Place) (seen, error) {
 	if t.legacy {
-		return t.observeText(p)
+		return t.observeLegacy(ctx, p)
 	}
 	var last seen
 	for n := range maxReads {
 		s, err := observeNFT(t.family, p)
-		if err != nil { // of a rule that the library cannot read, as likely as not
-			return t.observeText(p)
-		}
-		if n > 0 && s.equal(last) {
-			return s, nil
+		if err != nil || n > 0 && s.equal(last) {
+			return s, err
 		}
 		last = s
 	}
@@ -245,102 +299,74 @@ const maxReads = 10
 
 func observeNFT(f addr.Family, p Place) (seen, error) {
 	var s seen
-	conn := &nftables.Conn{}
-	table := nftTable(f, string(p.Table))
-	rules, err := conn.GetRules(table, &nftables.Chain{Name: p.Name})
-	if err != nil {
-		return s, err
-	}
+	rules, err := nftRulesOf(f, string(p.Table), p.Name)
 	for _, r := range rules {
 		s.chain = append(s.chain, identity(r))
 	}
-	hook, err := conn.GetRules(table, &nftables.Chain{Name: string(p.Hook)})
+	if err != nil {
+		return s, err
+	}
+	hook, err := nftRulesOf(f, string(p.Table), string(p.Hook))
 	for _, r := range hook {
 		s.hook = append(s.hook, readRule(r, p.Name))
 	}
 	return s, err
 }
 
-// observeText is observe by `iptables -S`. That our chain cannot be listed means that it is missing, or that iptables
-// cannot read what another program put into it; both are repaired by writing it again.
-func (t *tables) observeText(p Place) (s seen, err error) {
-	if s.chain, _, err = t.lines(p.Table, p.Name); err != nil {
+func (t *tables) observeLegacy(ctx context.Context, p Place) (s seen, err error) {
+	if s.chain, _, err = t.lines(ctx, p.Table, p.Name); err != nil {
 		return s, err
 	}
-	hook, ok, err := t.lines(p.Table, string(p.Hook))
-	if err == nil && !ok {
-		err = fmt.Errorf("%s cannot read the chain %s of table %s", t.name, p.Hook, p.Table)
-	}
+	hook, _, err := t.lines(ctx, p.Table, string(p.Hook))
 	for _, line := range hook {
-		s.hook = append(s.hook, readLine(line, p.Name))
+		s.hook = append(s.hook, readLine(line, p))
 	}
 	return s, err
 }
 
-// lines are the rules of a chain as iptables prints them. It is not ok where there is no such chain, or one that
-// iptables cannot read: it says both by exit status 1.
-func (t *tables) lines(table Table, chain string) (rules []string, ok bool, err error) {
-	lines, err := t.list(string(table), chain)
-	var failed *iptables.Error
-	switch {
-	case errors.As(err, &failed) && failed.ExitStatus() == 1:
+// lines are the rules of a chain as iptables prints them; there is false where there is no such chain.
+func (t *tables) lines(ctx context.Context, table Table, chain string) (rules []string, there bool, err error) {
+	out, err := t.run(ctx, "", t.name, "-w", t.wait, "-t", string(table), "-S", chain)
+	var said commandError
+	if errors.As(err, &said) && said.status == 1 { // of all reasons only that one
 		return nil, false, nil
-	case err != nil:
-		_, said, _ := strings.Cut(err.Error(), ": exit status ")
-		_, said, _ = strings.Cut(said, ": ")
-		return nil, false, fmt.Errorf("%s -t %s -S %s: %s", t.name, table, chain, cmp.Or(firstLine(said), err.Error()))
 	}
-	return slices.DeleteFunc(lines, func(line string) bool { return !strings.HasPrefix(line, "-A ") }), true, nil
-}
-
-// deleteJumps deletes the jumps that a new one replaces by their handles: whatever happened to the chain since, no other
-// rule goes. One that another program has deleted meanwhile is fine.
-func (t *tables) deleteJumps(p Place, old hookChain) error {
-	for _, jump := range old {
-		conn := &nftables.Conn{}
-		r := &nftables.Rule{Table: nftTable(t.family, string(p.Table)), Chain: &nftables.Chain{Name: string(p.Hook)}, Handle: jump.handle}
-		if err := conn.DelRule(r); err != nil {
-			return err
-		}
-		if err := conn.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("%s table: delete a jump to %s: %w", p.Table, p.Name, err)
+	for line := range strings.Lines(out) {
+		if strings.HasPrefix(line, "-A ") {
+			rules = append(rules, strings.TrimSpace(line))
 		}
 	}
-	return nil
+	return rules, err == nil, err
 }
 
-// removeIPTables takes our chains at these places out of one variant's tables. It creates no table by looking, and
-// needs no program where there is nothing of ours.
-func removeIPTables(ctx context.Context, f addr.Family, places []Place, v Variant, open opener) ([]Drift, error) {
-	if v == VariantNFT {
-		return removeNFT(f, places)
-	}
+// removeLegacy takes our chains at these places out of the tables of iptables-legacy. It creates no table by looking.
+func removeLegacy(ctx context.Context, f addr.Family, places []Place, open opener) ([]Drift, error) {
 	names, err := legacyNames(f)
 	places = slices.DeleteFunc(slices.Clone(places), func(p Place) bool { return !slices.Contains(names, string(p.Table)) })
-	if err != nil || len(places) == 0 || !programThere(f, v) {
+	if err != nil || len(places) == 0 || !programThere(f, VariantLegacy) {
 		return nil, err
 	}
-	t, err := open(f, v)
+	t, err := open(ctx, f, VariantLegacy)
 	if err != nil {
 		return nil, err
 	}
 	var found []Drift
 	var input strings.Builder
 	for _, p := range places {
-		_, ok, err := t.lines(p.Table, p.Name)
+		_, there, err := t.lines(ctx, p.Table, p.Name)
 		if err != nil {
 			return nil, err
 		}
-		if !ok {
+		if !there {
 			continue
 		}
-		s, err := t.observe(p)
+		s, err := t.observe(ctx, p)
 		if err != nil {
 			return nil, err
 		}
 		fmt.Fprintf(&input, "*%s\n", p.Table)
 		for _, jump := range s.hook.jumps() {
-			fmt.Fprintf(&input, "-D%s\n", strings.TrimPrefix(jump.id, "-A"))
+			fmt.Fprintf(&input, "-D%s\n", strings.TrimPrefix(jump.text, "-A"))
 		}
 		fmt.Fprintf(&input, "-F %s\n-X %s\nCOMMIT\n", p.Name, p.Name)
 		found = append(found, drifts(f, p, Leftover)...)
@@ -351,11 +377,11 @@ func removeIPTables(ctx context.Context, f addr.Family, places []Place, v Varian
 	return found, t.restore(ctx, input.String())
 }
 
-// removeNFT is removeIPTables for iptables-nft: its tables are tables of nf_tables as others are.
+// removeNFT is removeLegacy for iptables-nft, whose tables are tables of nf_tables as others are. It needs no program.
 func removeNFT(f addr.Family, places []Place) ([]Drift, error) {
 	var found []Drift
 	for _, p := range places {
-		conn := &nftables.Conn{}
+		conn := connect()
 		table := nftTable(f, string(p.Table))
 		chain := &nftables.Chain{Table: table, Name: p.Name}
 		if have, err := findChain(f, string(p.Table), p.Name); err != nil || have == nil {

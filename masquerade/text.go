@@ -9,34 +9,31 @@ import (
 
 // This file holds the words of iptables: what iptables-restore reads, and what `iptables -S` prints.
 
-// replaceChain is the input for `iptables-restore --noflush` that replaces our chain and makes a jump to it at its
-// place. Jumps that are known by their words go in the same transaction, the others are returned.
-func replaceChain(p Place, s seen, rules []string) (input string, old hookChain) {
+// replace is the input for `iptables-restore --noflush` that makes a change. In iptables-legacy that is all of it, in
+// one transaction. In iptables-nft the jump is made by placeJump, but where there is no hook's chain or it is empty.
+func (t *tables) replace(c change) string {
 	var lines []string
-	rest := s.hook // the chain when the new jump comes
-	for _, jump := range s.hook.jumps() {
-		if jump.handle == 0 {
-			lines = append(lines, "-D"+strings.TrimPrefix(jump.id, "-A"))
-			rest = s.hook.others()
-		} else {
-			old = append(old, jump)
+	hook := c.before.hook
+	jump := renderJump(c.Place)
+	if t.legacy {
+		for _, old := range hook.jumps() {
+			lines = append(lines, "-D"+strings.TrimPrefix(old.text, "-A"))
+		}
+		if _, want := hook.place(c.Place); want < len(hook.others()) {
+			jump = strings.Replace(jump, "-A "+string(c.Hook), fmt.Sprintf("-I %s %d", c.Hook, want+1), 1)
 		}
 	}
-	lines = append(lines, ":"+p.Name+" - [0:0]") // creates the chain, or empties it
-	lines = append(lines, rules...)
-	jump := renderJump(p)
-	others := s.hook.others()
-	if _, want := s.hook.place(p); want < len(others) {
-		at := 1 // behind so many of the others
-		for before := 0; before < want || rest[at-1].calls; at++ {
-			if !rest[at-1].calls {
-				before++
-			}
-		}
-		jump = strings.Replace(jump, "-A "+string(p.Hook), fmt.Sprintf("-I %s %d", p.Hook, at), 1)
+	if c.chain || t.legacy {
+		lines = append(lines, ":"+c.Name+" - [0:0]") // creates the chain, or empties it
+		lines = append(lines, c.rules...)
 	}
-	lines = append(lines, jump)
-	return "*" + string(p.Table) + "\n" + strings.Join(lines, "\n") + "\nCOMMIT\n", old
+	if t.legacy || len(hook) == 0 {
+		lines = append(lines, jump)
+	}
+	if len(lines) == 0 {
+		return ""
+	}
+	return "*" + string(c.Table) + "\n" + strings.Join(lines, "\n") + "\nCOMMIT\n"
 }
 
 // jumpComment marks the rule in the hook's chain as ours for whoever reads the firewall.
@@ -113,8 +110,9 @@ var (
 )
 
 // readLine reads a rule that `iptables -S` printed.
-func readLine(line, chain string) hookRule {
-	r := hookRule{id: line, calls: strings.HasSuffix(line, " -j "+chain) || strings.HasSuffix(line, " -g "+chain)}
+func readLine(line string, p Place) hookRule {
+	r := hookRule{text: line, plain: line == renderJump(p)}
+	r.calls = strings.HasSuffix(line, " -j "+p.Name) || strings.HasSuffix(line, " -g "+p.Name)
 	switch {
 	case policyRule.MatchString(line):
 		r.kind = policy

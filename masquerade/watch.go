@@ -13,7 +13,7 @@ import (
 // Watch is notified of changes in nf_tables, in the network namespace of the calling thread, until ctx ends: of those
 // that name our table or a chain of iptables in which we have rules. The channel holds one notification, however many
 // there were; it is closed when the kernel notifies no longer. The rules of iptables-nft are in nf_tables; of changes in
-// those of iptables-legacy the kernel notifies nobody.
+// those of iptables-legacy the kernel sends no notifications.
 func Watch(ctx context.Context) (<-chan struct{}, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -49,7 +49,7 @@ func Watch(ctx context.Context) (<-chan struct{}, error) {
 }
 
 // watchBuffer holds the notifications of a large transaction (kube-proxy's, say) until they are read, in bytes.
-const watchBuffer = 1 << 20
+const watchBuffer = 8 << 20
 
 func concern(messages []netlink.Message) bool {
 	for _, m := range messages {
