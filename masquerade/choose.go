@@ -155,22 +155,16 @@ func gather(ctx context.Context) Facts {
 	for _, fam := range addr.Families() {
 		f.IPTablesNFT.find(fam)
 		if legacy[fam] {
-			f.Legacy.save(ctx, fam, VariantLegacy)
+			f.Legacy.save(ctx, fam)
 		}
 	}
 	if nft, legacy := f.IPTablesNFT, f.Legacy; !nft.Program || !legacy.Program ||
 		nft.KubeProxy != legacy.KubeProxy || nft.Kubelet != legacy.Kubelet {
 		return f // how many rules there are makes no difference
 	}
-	for _, fam := range addr.Families() {
-		if slices.ContainsFunc(iptablesTables(), func(name string) bool { return hasTable(tables, fam, name) }) {
-			f.IPTablesNFT.save(ctx, fam, VariantNFT)
-		}
-	}
+	f.IPTablesNFT.count()
 	return f
 }
-
-func iptablesTables() []string { return []string{"filter", "nat", "mangle", "raw", "security"} }
 
 func hasTable(tables []*nftables.Table, f addr.Family, name string) bool {
 	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == name && t.Family == nftTable(f, name).Family })
@@ -196,9 +190,28 @@ func (v *VariantFacts) find(f addr.Family) {
 	v.Kubelet = v.Kubelet || there("mangle", kubeHint) || there("mangle", kubeCanary)
 }
 
-// save lets a variant say who uses it. To save tables of iptables-legacy makes them: the caller knows that there are some.
-func (v *VariantFacts) save(ctx context.Context, f addr.Family, variant Variant) {
-	if out, err := execRun(ctx, "", programName(f, variant)+"-save"); err == nil {
+// count counts the rules of iptables-nft.
+func (v *VariantFacts) count() {
+	chains, _ := connect().ListChains()
+	for _, f := range addr.Families() {
+		for _, c := range chains {
+			if c.Table.Family != nftTable(f, "").Family || strings.HasPrefix(c.Name, ourPrefix) ||
+				!slices.Contains([]string{"filter", "nat", "mangle", "raw", "security"}, c.Table.Name) {
+				continue
+			}
+			rules, _ := nftRulesOf(f, c.Table.Name, c.Name)
+			for _, r := range rules {
+				if !slices.ContainsFunc(Places(), func(p Place) bool { return readRule(r, p.Name).calls }) {
+					v.Rules++
+				}
+			}
+		}
+	}
+}
+
+// save lets iptables-legacy say who uses it. To save its tables makes them: the caller knows that there are some.
+func (v *VariantFacts) save(ctx context.Context, f addr.Family) {
+	if out, err := execRun(ctx, "", programName(f, VariantLegacy)+"-save"); err == nil {
 		v.read(out)
 	}
 }
