@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -23,34 +22,19 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/atomicfile"
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// writeIfChanged puts a file in place in one step, so that no reader ever sees half of it; a file that says so already is left alone.
+// writeIfChanged replaces a file in one step; a file that has the content already is left alone.
 func writeIfChanged(path string, content []byte) (changed bool, err error) {
 	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, content) {
 		return false, nil
 	}
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return false, err
 	}
-	defer func() { // with the name that lasts: the same fault reads the same each time
-		if failed := (*fs.PathError)(nil); errors.As(err, &failed) {
-			failed.Path = path
-		}
-	}()
-	tmp, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
-	if err != nil {
-		return false, err
-	}
-	defer func() { _ = os.Remove(tmp.Name()) }()
-	_, err = tmp.Write(content)
-	err = errors.Join(err, tmp.Chmod(0o644), tmp.Sync(), tmp.Close())
-	if err != nil {
-		return false, err
-	}
-	return true, os.Rename(tmp.Name(), path)
+	return true, atomicfile.Write(path, content, 0o644)
 }
 
 // fileGap is the least time between two pieces of news of a file.

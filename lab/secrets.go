@@ -13,11 +13,12 @@ import (
 	"math/big"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/overlayd/overlayd/internal/atomicfile"
 )
 
 // The users of a secure lab's etcd.
@@ -70,7 +71,7 @@ func (s secrets) make(at []netip.Addr) error {
 	}
 	_, errServer := s.issue(s.serverCert(), s.serverKey(), server, ca, caKey)
 	_, errClient := s.issue(s.clientCert(), s.clientKey(), client, ca, caKey)
-	return errors.Join(errServer, errClient, replaceFile(s.password(), []byte(EtcdPassword+"\n")))
+	return errors.Join(errServer, errClient, atomicfile.Write(s.password(), []byte(EtcdPassword+"\n"), 0o600))
 }
 
 // issue writes a certificate and its key, signed by the CA's key, or by its own where there is none.
@@ -88,7 +89,7 @@ func (s secrets) issue(certFile, keyFile string, cert, ca *x509.Certificate, caK
 	if err != nil {
 		return nil, fmt.Errorf("sign %s: %w", certFile, err)
 	}
-	err = replaceFile(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	err = atomicfile.Write(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600)
 	if keyFile == "" || err != nil {
 		return key, err
 	}
@@ -96,19 +97,7 @@ func (s secrets) issue(certFile, keyFile string, cert, ca *x509.Certificate, caK
 	if err != nil {
 		return nil, fmt.Errorf("encode the key for %s: %w", certFile, err)
 	}
-	return key, replaceFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: raw}))
-}
-
-// replaceFile puts a file in place in one step.
-func replaceFile(path string, content []byte) error {
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, content, 0o600); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return fmt.Errorf("replace %s: %w", path, err)
-	}
-	return nil
+	return key, atomicfile.Write(keyFile, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: raw}), 0o600)
 }
 
 // ReplaceCertificates gives a secure lab a new CA and new certificates on all sides, on disk. Nobody is told.
@@ -128,7 +117,7 @@ func (l *Lab) SetEtcdPassword(ctx context.Context, password string) error {
 
 // WritePassword writes the password into the file that the daemons of a secure lab read.
 func (l *Lab) WritePassword(password string) error {
-	return replaceFile(secrets{l.dir}.password(), []byte(password+"\n"))
+	return atomicfile.Write(secrets{l.dir}.password(), []byte(password+"\n"), 0o600)
 }
 
 func (l *Lab) withEtcd(f func(*clientv3.Client) error) error {

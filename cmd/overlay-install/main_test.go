@@ -292,7 +292,7 @@ func TestCrash(t *testing.T) {
 	if err := r.node.writeRecord(ours); err != nil {
 		t.Fatal(err)
 	}
-	r.write(filepath.Join(r.node.binDir, partPrefix+"123"), "bridge tw")
+	r.write(filepath.Join(r.node.binDir, ".bridge123"), "bridge tw")
 	r.install()
 	r.has(installed("two"))
 	// As it is between the removal of the configuration and the rest.
@@ -522,39 +522,6 @@ func TestEarlier(t *testing.T) {
 	}
 	if len(lines) != 2 || !strings.Contains(lines[0], "05-other.conf ") || !strings.Contains(lines[1], "10-overlayd.conf ") {
 		t.Errorf("%q", lines)
-	}
-}
-
-// Whoever reads a file while it is replaced reads the old or the new one, whole.
-func TestReplaceIsAtomic(t *testing.T) {
-	at := filepath.Join(t.TempDir(), "plugin")
-	a, b := bytes.Repeat([]byte("a"), 1<<20), bytes.Repeat([]byte("b"), 1<<20)
-	if err := replace(at, a, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan error)
-	go func() {
-		for i := range 30 {
-			if err := replace(at, [][]byte{b, a}[i%2], 0o755); err != nil {
-				done <- err
-				return
-			}
-		}
-		done <- nil
-	}()
-	for {
-		select {
-		case err := <-done:
-			if err != nil {
-				t.Fatal(err)
-			}
-			return
-		default:
-		}
-		raw, err := os.ReadFile(at)
-		if err != nil || !bytes.Equal(raw, a) && !bytes.Equal(raw, b) {
-			t.Fatalf("read %d bytes: %v", len(raw), err)
-		}
 	}
 }
 

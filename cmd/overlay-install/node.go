@@ -16,12 +16,13 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/internal/atomicfile"
 )
 
 const (
 	recordName  = "installed.json"
 	leavingName = "uninstall.conflist"
-	partPrefix  = ".overlay-install-" // of a file that is being written; no runtime takes it for a configuration
 )
 
 // node is where things are put.
@@ -63,7 +64,6 @@ func (n node) install(from, confFile string) error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-		removeParts(dir)
 	}
 	ours, err := n.readRecord()
 	if err != nil {
@@ -109,6 +109,7 @@ func (n node) installPlugin(source, name string, ours record) error {
 		return err
 	}
 	at, sum := filepath.Join(n.binDir, name), hash(data)
+	atomicfile.RemoveLeftovers(at)
 	was, err := readPlugin(at)
 	link := errors.Is(err, errLink)
 	if err != nil && !link && !errors.Is(err, fs.ErrNotExist) {
@@ -157,9 +158,6 @@ func (n node) uninstall(removeBridge func(string) error) error {
 		err = errors.Join(err, n.remove(filepath.Join(n.confDir, name)))
 	}
 	err = errors.Join(err, n.removePlugins(ours))
-	for _, dir := range []string{n.binDir, n.confDir, n.stateDir} {
-		removeParts(dir)
-	}
 	done := []string{recordName, leavingName}
 	if c.Name != "" {
 		kept, stateErr := n.uninstallState(c, removeBridge)
@@ -172,7 +170,9 @@ func (n node) uninstall(removeBridge func(string) error) error {
 		return err
 	}
 	for _, name := range done { // last: without them nothing is known to be ours
-		if err := os.Remove(filepath.Join(n.stateDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		path := filepath.Join(n.stateDir, name)
+		atomicfile.RemoveLeftovers(path)
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
@@ -225,6 +225,7 @@ func (n node) removePlugins(ours record) error {
 	delete(ours.Plugins, ownPlugin)
 	for _, name := range slices.Sorted(maps.Keys(ours.Plugins)) {
 		plugin := filepath.Join(n.binDir, name)
+		atomicfile.RemoveLeftovers(plugin)
 		switch raw, readErr := readPlugin(plugin); {
 		case errors.Is(readErr, fs.ErrNotExist):
 		case errors.Is(readErr, errLink), readErr == nil && !slices.Contains(ours.Plugins[name], hash(raw)):
@@ -252,6 +253,7 @@ func readPlugin(path string) ([]byte, error) {
 
 // remove says what it removed; what is not there is no error.
 func (n node) remove(path string) error {
+	atomicfile.RemoveLeftovers(path)
 	err := os.Remove(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -296,21 +298,10 @@ func (n node) writeRecord(r record) error {
 	return replace(filepath.Join(n.stateDir, recordName), append(raw, '\n'), 0o644)
 }
 
-// replace puts a file in place in one step, and on the disk: whoever starts a plugin meanwhile has the old one or the new one, and so has
-// a node after a power failure.
+// replace puts a file in place in one step, and its name on the disk too: a node after a power failure has what the record says.
 func replace(path string, data []byte, mode fs.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), partPrefix)
-	if err != nil {
+	if err := atomicfile.Write(path, data, mode); err != nil {
 		return explain(err, filepath.Dir(path))
-	}
-	defer func() { _ = os.Remove(f.Name()) }() // not there any more if all went well
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return err
 	}
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
@@ -327,14 +318,6 @@ func explain(err error, dir string) error {
 		return fmt.Errorf("%w (the directory belongs to user %d; on the node: chown %d)", err, st.Uid, os.Geteuid())
 	}
 	return err
-}
-
-// removeParts removes what a crash left half written.
-func removeParts(dir string) {
-	parts, _ := filepath.Glob(filepath.Join(dir, partPrefix+"*"))
-	for _, p := range parts {
-		_ = os.Remove(p) // what can't be removed does no harm
-	}
 }
 
 func hash(data []byte) string {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/overlayd/overlayd/agent"
 	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/internal/atomicfile"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/masquerade/ipset"
 	"github.com/overlayd/overlayd/netstate"
@@ -63,6 +64,7 @@ func cleanKernel(out io.Writer) error {
 func cleanFiles(out io.Writer, paths ...string) error {
 	var errs []error
 	for _, p := range paths {
+		atomicfile.RemoveLeftovers(p)
 		switch err := os.Remove(p); {
 		case err == nil:
 			_, _ = fmt.Fprintln(out, "delete file", p)
