@@ -14,6 +14,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/invoke"
 	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
 // A reboot ends every pod, and not every runtime says so with DEL or GC. What ADD keeps names the boot in which it
@@ -39,11 +41,11 @@ func readBootID() string {
 // started again under the ID that it had has to find its old address free, and must not lose the new one: so both are
 // done under one lock.
 func (p *Plugin) keep(ctx context.Context, j job, d Delegate, path string) error {
-	var conf object
+	var conf jsonobject.Object
 	if err := json.Unmarshal(d.Conf, &conf); err != nil {
 		return err
 	}
-	if err := conf.put(bootKey, p.BootID); err != nil {
+	if err := conf.Put(bootKey, p.BootID); err != nil {
 		return err
 	}
 	raw, err := json.Marshal(conf)

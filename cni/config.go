@@ -10,6 +10,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
+
+	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
 // What holds where the configuration says nothing.
@@ -147,6 +149,10 @@ func given(raw json.RawMessage) json.RawMessage {
 // invalid is an error in the configuration.
 func invalid(format string, args ...any) *types.Error {
 	return types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf(format, args...), "")
+}
+
+func unexpected(path, expected string, found []byte) *types.Error {
+	return invalid("%v", jsonobject.Unexpected(path, expected, found))
 }
 
 // decodeError says in an operator's words what encoding/json found at a path.

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
 // Delegate is the plugin that does the work, and what it is told.
@@ -24,16 +25,13 @@ func (c Config) Generate(env SubnetEnv) (Delegate, error) {
 		return Delegate{}, err
 	}
 	for _, key := range []string{"name", "ipam"} {
-		if raw, ok := d.get(key); ok {
-			return Delegate{}, invalid("delegate.%s: expected nothing here (it is taken from %q beside delegate), found %s", key, key, excerpt(raw))
+		if raw := d.Get(key); raw != nil {
+			return Delegate{}, unexpected("delegate."+key, fmt.Sprintf("nothing here (it is taken from %q beside delegate)", key), raw)
 		}
 	}
-	kind, err := d.text("delegate", "type", "bridge")
+	kind, err := pluginType(d, "delegate.", "bridge")
 	if err != nil {
 		return Delegate{}, err
-	}
-	if strings.ContainsAny(kind, `/\`) {
-		return Delegate{}, invalid("delegate.type: expected the name of a plugin, found %q", kind)
 	}
 	if kind == c.Type { // it would start itself for ever
 		return Delegate{}, invalid("delegate.type: expected another plugin than this one, found %q", kind)
@@ -49,8 +47,8 @@ func (c Config) Generate(env SubnetEnv) (Delegate, error) {
 	return Delegate{Type: kind, Conf: conf}, err
 }
 
-func (c Config) fill(d, ipam object, env SubnetEnv, kind string) error {
-	promisc, err := d.flag("delegate", "promiscMode", false)
+func (c Config) fill(d, ipam *jsonobject.Object, env SubnetEnv, kind string) error {
+	promisc, err := flag(d, "promiscMode", false)
 	if err != nil {
 		return err
 	}
@@ -66,7 +64,7 @@ func (c Config) fill(d, ipam object, env SubnetEnv, kind string) error {
 		always = append(always, entry{"runtimeConfig", c.runtimeConfig})
 	}
 	for _, e := range always {
-		if err := d.put(e.key, e.value); err != nil {
+		if err := d.Put(e.key, e.value); err != nil {
 			return err
 		}
 	}
@@ -83,7 +81,10 @@ func (c Config) fill(d, ipam object, env SubnetEnv, kind string) error {
 		}
 	}
 	for _, e := range ifAbsent {
-		if err := d.offer(e.key, e.value); err != nil {
+		if d.Get(e.key) != nil {
+			continue
+		}
+		if err := d.Put(e.key, e.value); err != nil {
 			return err
 		}
 	}
@@ -97,12 +98,12 @@ type ipamRoute struct {
 }
 
 // generateIPAM makes the ipam section; for a bridge it decides on isDefaultGateway as well, which is a route by another name.
-func (c Config) generateIPAM(env SubnetEnv, kind string, d object) (object, error) {
+func (c Config) generateIPAM(env SubnetEnv, kind string, d *jsonobject.Object) (*jsonobject.Object, error) {
 	ipam, err := readObject("ipam", c.ipam)
 	if err != nil {
 		return nil, err
 	}
-	plugin, err := ipam.text("ipam", "type", "host-local")
+	plugin, err := pluginType(ipam, "ipam.", "host-local")
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +138,7 @@ func (c Config) generateIPAM(env SubnetEnv, kind string, d object) (object, erro
 		routes = append(routes, raw)
 	}
 	for key, v := range map[string]any{"type": plugin, "ranges": ranges, "routes": routes} {
-		if err := ipam.put(key, v); err != nil {
+		if err := ipam.Put(key, v); err != nil {
 			return nil, err
 		}
 	}
@@ -146,7 +147,7 @@ func (c Config) generateIPAM(env SubnetEnv, kind string, d object) (object, erro
 
 // defaultRoutes gives the default routes to add to ipam.routes. A bridge is told by isDefaultGateway instead, as far as
 // the operator says nothing of default routes himself. On macvlan and others nobody knows who the gateway would be.
-func (c Config) defaultRoutes(env SubnetEnv, kind string, d object, known []netip.Prefix) ([]netip.Prefix, error) {
+func (c Config) defaultRoutes(env SubnetEnv, kind string, d *jsonobject.Object, known []netip.Prefix) ([]netip.Prefix, error) {
 	var defaults []netip.Prefix
 	for _, f := range env.Families() {
 		defaults = append(defaults, defaultRoute(f))
@@ -155,12 +156,12 @@ func (c Config) defaultRoutes(env SubnetEnv, kind string, d object, known []neti
 	case "ptp":
 		return defaults, nil
 	case "bridge":
-		gateway, err := d.flag("delegate", "isGateway", true)
-		if err != nil || !gateway || d.has("isDefaultGateway") {
+		gateway, err := flag(d, "isGateway", true)
+		if err != nil || !gateway || d.Get("isDefaultGateway") != nil {
 			return nil, err
 		}
 		if !slices.ContainsFunc(known, func(p netip.Prefix) bool { return p.Bits() == 0 }) {
-			return nil, d.put("isDefaultGateway", true)
+			return nil, d.Put("isDefaultGateway", true)
 		}
 		// Told both ways, the bridge plugin would add one route twice, and fail.
 		return defaults, nil
@@ -176,19 +177,16 @@ func defaultRoute(f addr.Family) netip.Prefix {
 }
 
 // givenRoutes reads ipam.routes: as they were written, and where those of the main table lead.
-func givenRoutes(ipam object) ([]json.RawMessage, []netip.Prefix, error) {
-	raw, _ := ipam.get("routes")
+func givenRoutes(ipam *jsonobject.Object) ([]json.RawMessage, []netip.Prefix, error) {
 	var routes []json.RawMessage
-	if given(raw) != nil {
-		if err := json.Unmarshal(raw, &routes); err != nil {
-			return nil, nil, invalid("ipam.routes: expected a list, found %s", excerpt(raw))
-		}
+	if err := ipam.Decode("routes", &routes, "a list"); err != nil {
+		return nil, nil, invalid("ipam.%v", err)
 	}
 	var known []netip.Prefix
 	for i, raw := range routes {
 		var r ipamRoute
 		if err := json.Unmarshal(raw, &r); err != nil || !r.Dst.IsValid() {
-			return nil, nil, invalid(`ipam.routes[%d]: expected a route such as {"dst": "10.96.0.0/12"}, found %s`, i, excerpt(raw))
+			return nil, nil, unexpected(fmt.Sprintf("ipam.routes[%d]", i), `a route such as {"dst": "10.96.0.0/12"}`, raw)
 		}
 		if r.Table == nil {
 			known = append(known, r.Dst.Masked())
@@ -200,31 +198,62 @@ func givenRoutes(ipam object) ([]json.RawMessage, []netip.Prefix, error) {
 // again is the configuration that was kept at ADD, with what the runtime says anew at CHECK and DEL: the result of ADD,
 // in the form of the version that it now speaks, and the values for this container.
 func (c Config) again(kept []byte) (Delegate, error) {
-	var d object
-	if err := json.Unmarshal(kept, &d); err != nil {
+	d := new(jsonobject.Object)
+	if err := json.Unmarshal(kept, d); err != nil {
 		return Delegate{}, err
 	}
-	delete(d, bootKey)
-	kind, err := d.text("", "type", "")
+	d.Delete(bootKey)
+	kind, err := pluginType(d, "", "")
 	if err != nil {
 		return Delegate{}, err
-	}
-	if kind == "" || strings.ContainsAny(kind, `/\`) {
-		return Delegate{}, fmt.Errorf("type: expected the name of a plugin, found %q", kind)
 	}
 	for key, v := range map[string]json.RawMessage{"prevResult": c.prevResult, "runtimeConfig": c.runtimeConfig} {
 		if v == nil {
 			continue
 		}
-		if err := d.put(key, v); err != nil {
+		if err := d.Put(key, v); err != nil {
 			return Delegate{}, err
 		}
 	}
 	if c.CNIVersion != "" {
-		if err := d.put("cniVersion", c.CNIVersion); err != nil {
+		if err := d.Put("cniVersion", c.CNIVersion); err != nil {
 			return Delegate{}, err
 		}
 	}
 	conf, err := json.Marshal(d)
 	return Delegate{Type: kind, Conf: conf}, err
+}
+
+// readObject reads what stands at a path; where nothing does, the object is empty.
+func readObject(path string, raw json.RawMessage) (*jsonobject.Object, error) {
+	o := new(jsonobject.Object)
+	if raw == nil {
+		return o, nil
+	}
+	if err := json.Unmarshal(raw, o); err != nil {
+		return nil, decodeError(path, err)
+	}
+	return o, nil
+}
+
+// pluginType reads which plugin an object at a path is for.
+func pluginType(o *jsonobject.Object, path, deflt string) (name string, err error) {
+	raw := o.Get("type")
+	if raw == nil {
+		name = deflt
+	} else {
+		err = json.Unmarshal(raw, &name)
+	}
+	if err != nil || name == "" || strings.ContainsAny(name, `/\`) {
+		return "", unexpected(path+"type", "the name of a plugin", raw)
+	}
+	return name, nil
+}
+
+// flag reads a boolean of the delegate's.
+func flag(d *jsonobject.Object, key string, v bool) (bool, error) {
+	if err := d.Decode(key, &v, "true or false"); err != nil {
+		return false, invalid("delegate.%v", err)
+	}
+	return v, nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
 // SubnetEnv is what the daemon says of this node in subnet.env. A family that is not in use has no subnet.
@@ -142,7 +143,7 @@ func readVars(text string) (variables, error) {
 		}
 		name, value, ok := strings.Cut(line, "=")
 		if !ok {
-			return nil, fmt.Errorf("line %d: expected NAME=VALUE, found %s", n, strconv.Quote(excerpt([]byte(line))))
+			return nil, fmt.Errorf("line %d: expected NAME=VALUE, found %s", n, jsonobject.Excerpt([]byte(line)))
 		}
 		vars[name] = variable{name: name, value: value, line: n}
 	}

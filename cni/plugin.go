@@ -17,6 +17,8 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
+
+	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
 // Plugin is the CNI plugin. Nothing of it lasts longer than one command, but for the files in dataDir.
@@ -328,13 +330,13 @@ func (p *Plugin) speaks(ctx context.Context, plugin, path string) bool {
 }
 
 func withAttachments(conf []byte, attachments json.RawMessage) ([]byte, error) {
-	var d object
+	var d jsonobject.Object
 	if err := json.Unmarshal(conf, &d); err != nil {
 		return nil, err
 	}
 	// The second is the name that a draft of the specification had, and some plugins read.
 	for _, key := range []string{"cni.dev/valid-attachments", "cni.dev/attachments"} {
-		if err := d.put(key, attachments); err != nil {
+		if err := d.Put(key, attachments); err != nil {
 			return nil, err
 		}
 	}

@@ -11,9 +11,11 @@ import (
 	"io"
 	"math"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
 // BackendType names the way in which packets get from node to node.
@@ -122,7 +124,7 @@ func ParseConfig(data []byte) (Config, error) {
 	if len(data) > maxConfigSize {
 		return Config{}, fmt.Errorf("network config: %d bytes, expected at most %d", len(data), maxConfigSize)
 	}
-	o, err := parseObject("", data)
+	o, err := parseObject(data)
 	if err != nil {
 		return Config{}, fmt.Errorf("network config: %w", err)
 	}
@@ -143,7 +145,7 @@ func ParseConfig(data []byte) (Config, error) {
 // UnknownKeys lists the paths of a config's keys that mean nothing here, for a warning: most often a slip of the pen.
 // Keys of flannel for what each node decides here, or for other systems, are none.
 func UnknownKeys(data []byte) []string {
-	o, err := parseObject("", data)
+	o, err := parseObject(data)
 	if err != nil {
 		return nil
 	}
@@ -156,7 +158,7 @@ func UnknownKeys(data []byte) []string {
 		unknown([]string{"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU", "MacPrefix", "Name"})...)
 }
 
-func parsePool(o *object, k familyKeys) Pool {
+func parsePool(o object, k familyKeys) Pool {
 	if !o.bool(k.enable, k.enabled) {
 		return Pool{}
 	}
@@ -188,7 +190,7 @@ func parsePool(o *object, k familyKeys) Pool {
 	return p
 }
 
-func parseBackend(o *object, ipv6 bool) Backend {
+func parseBackend(o object, ipv6 bool) Backend {
 	b := o.object("Backend")
 	types := fmt.Sprintf("%q or %q", VXLAN, HostGW)
 	out := Backend{
@@ -222,146 +224,87 @@ func special(p netip.Prefix) bool {
 	return false
 }
 
-// object is one JSON object that is being read: it remembers its path and gathers what is wrong in a list that it shares
-// with the objects inside it.
+// object is a JSON object that is being read. It knows its path, and gathers what is wrong in a list that it shares with the objects in it.
 type object struct {
-	path   string
-	fields []field // as they stand in the text
-	errs   *[]error
+	jsonobject.Object
+	path string
+	errs *[]error
 }
 
-type field struct {
-	key string
-	raw json.RawMessage
-}
-
-func parseObject(path string, data []byte) (*object, error) {
-	o := &object{path: path, errs: new([]error)}
+func parseObject(data []byte) (object, error) {
+	o := object{errs: new([]error)}
 	dec := json.NewDecoder(bytes.NewReader(data))
-	if err := o.read(dec); err != nil {
-		return nil, fmt.Errorf("%sexpected a JSON object, found %s", path, excerpt(data))
+	if err := dec.Decode(&o.Object); err != nil || o.Object == nil {
+		return o, fmt.Errorf("expected a JSON object, found %s", jsonobject.Excerpt(data))
 	}
 	if _, err := dec.Token(); err != io.EOF {
-		return nil, fmt.Errorf("%sexpected one JSON object, found more behind it", path)
+		return o, errors.New("expected one JSON object, found more behind it")
 	}
 	return o, nil
 }
 
-func (o *object) read(dec *json.Decoder) error {
-	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return errors.Join(err, errors.New("not an object"))
+func (o object) ok() bool { return len(*o.errs) == 0 }
+
+func (o object) fail(key, expected string) {
+	found := o.Get(key)
+	if string(found) == "null" {
+		found = nil
 	}
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil {
-			return err
-		}
-		f := field{key: key.(string)} // the decoder takes nothing else for a key
-		if err := dec.Decode(&f.raw); err != nil {
-			return err
-		}
-		o.fields = append(o.fields, f)
-	}
-	_, err := dec.Token() // the closing brace
-	return err
+	*o.errs = append(*o.errs, jsonobject.Unexpected(o.path+key, expected, found))
 }
 
-func (o *object) ok() bool { return len(*o.errs) == 0 }
-
-func (o *object) fail(key, expected string) {
-	found := "nothing"
-	if raw, ok := o.get(key); ok {
-		found = excerpt(raw)
+// read reads a value into v, which stays as it is where there is none; not ok: it is something else than expected.
+func (o object) read(key string, v any, expected string) (ok bool) {
+	err := o.Decode(key, v, expected)
+	if err != nil {
+		*o.errs = append(*o.errs, fmt.Errorf("%s%w", o.path, err))
 	}
-	*o.errs = append(*o.errs, fmt.Errorf("%s%s: expected %s, found %s", o.path, key, expected, found))
+	return err == nil
 }
 
-// get finds a key as encoding/json would: letter case does not matter, null counts as absent, and the last one counts.
-func (o *object) get(key string) (raw json.RawMessage, ok bool) {
-	for _, f := range o.fields {
-		if strings.EqualFold(f.key, key) && string(f.raw) != "null" {
-			raw, ok = f.raw, true
-		}
-	}
-	return raw, ok
-}
-
-func (o *object) unknown(known []string) []string {
+func (o object) unknown(known []string) []string {
 	var out []string
-next:
-	for _, f := range o.fields {
-		for _, n := range known {
-			if strings.EqualFold(n, f.key) {
-				continue next
-			}
+	for _, f := range o.Object {
+		if !slices.ContainsFunc(known, func(k string) bool { return strings.EqualFold(k, f.Key) }) {
+			out = append(out, o.path+f.Key)
 		}
-		out = append(out, o.path+f.key)
 	}
 	return out
 }
 
-func (o *object) object(key string) *object {
-	empty := &object{path: o.path + key + ".", errs: o.errs}
-	raw, ok := o.get(key)
-	if !ok {
-		return empty
-	}
-	sub, err := parseObject(empty.path, raw)
-	if err != nil {
-		o.fail(key, "a JSON object")
-		return empty
-	}
-	sub.errs = o.errs
+func (o object) object(key string) object {
+	sub := object{path: o.path + key + ".", errs: o.errs}
+	o.read(key, &sub.Object, "a JSON object")
 	return sub
 }
 
-func (o *object) bool(key string, deflt bool) bool {
-	raw, ok := o.get(key)
-	if !ok {
-		return deflt
-	}
-	var v bool
-	if json.Unmarshal(raw, &v) != nil {
-		o.fail(key, "true or false")
-	}
+func (o object) bool(key string, v bool) bool {
+	return o.read(key, &v, "true or false") && v
+}
+
+func (o object) string(key, v, expected string) string {
+	o.read(key, &v, expected)
 	return v
 }
 
-func (o *object) string(key, deflt, expected string) string {
-	raw, ok := o.get(key)
-	if !ok {
-		return deflt
-	}
-	var v string
-	if json.Unmarshal(raw, &v) != nil {
+// int reads a number between lo and hi; 0 passes too, since flannel takes it for "not set".
+func (o object) int(key string, deflt, lo, hi int) int {
+	v, expected := deflt, fmt.Sprintf("a number from %d to %d", lo, hi)
+	if o.read(key, &v, expected) && v != 0 && (v < lo || v > hi) {
 		o.fail(key, expected)
 		return deflt
 	}
 	return v
 }
 
-// int reads a number between lo and hi; 0 passes too, since flannel takes it for "not set".
-func (o *object) int(key string, deflt, lo, hi int) int {
-	raw, ok := o.get(key)
-	if !ok {
-		return deflt
-	}
-	var v int
-	if json.Unmarshal(raw, &v) != nil || v != 0 && (v < lo || v > hi) {
-		o.fail(key, fmt.Sprintf("a number from %d to %d", lo, hi))
-		return deflt
-	}
-	return v
-}
-
-func (o *object) prefix(key string, f addr.Family) netip.Prefix {
+func (o object) prefix(key string, f addr.Family) netip.Prefix {
 	want := fmt.Sprintf("an %s network such as %s", f, map[addr.Family]string{addr.IPv4: "10.244.0.0/16", addr.IPv6: "fd00:10:244::/48"}[f])
-	before := len(*o.errs)
-	p, err := netip.ParsePrefix(o.string(key, "", want))
-	switch {
-	case len(*o.errs) > before:
+	var s string
+	if !o.read(key, &s, want) {
 		return netip.Prefix{}
-	case err != nil || p.Addr().Is4() != (f == addr.IPv4) || p.Addr().Is4In6():
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil || p.Addr().Is4() != (f == addr.IPv4) || p.Addr().Is4In6() {
 		o.fail(key, want)
 		return netip.Prefix{}
 	}
@@ -369,7 +312,7 @@ func (o *object) prefix(key string, f addr.Family) netip.Prefix {
 }
 
 // subnetAddr reads the first address of a subnet of the pool. The unspecified address is flannel's "not set".
-func (o *object) subnetAddr(key string, deflt netip.Addr, p Pool) netip.Addr {
+func (o object) subnetAddr(key string, deflt netip.Addr, p Pool) netip.Addr {
 	want := fmt.Sprintf("the first address of a /%d inside %s", p.SubnetLen, p.Network)
 	s := o.string(key, "", want)
 	if s == "" {
@@ -412,18 +355,3 @@ func (f faults) Error() string {
 }
 
 func (f faults) Unwrap() []error { return f }
-
-// excerpt shows a piece of bad input on one line.
-func excerpt(raw []byte) string {
-	const most = 40
-	if len(bytes.TrimSpace(raw)) == 0 {
-		return "nothing"
-	}
-	if len(raw) > most {
-		return fmt.Sprintf("%.*q…", most, raw)
-	}
-	if json.Valid(raw) && !bytes.ContainsFunc(raw, unprintable) {
-		return string(raw)
-	}
-	return fmt.Sprintf("%q", raw)
-}

@@ -12,6 +12,7 @@ import (
 	"unicode"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
 // Lease is a node's hold on its pod subnets, with what the others must know to reach it.
@@ -210,7 +211,7 @@ func inWords(err error, data []byte) string {
 	case !errors.As(err, &wrong):
 		return fmt.Sprintf("%.200s", err.Error())
 	case wrong.Field == "":
-		return fmt.Sprintf("expected a JSON object, found %s", excerpt(data))
+		return fmt.Sprintf("expected a JSON object, found %s", jsonobject.Excerpt(data))
 	}
 	return fmt.Sprintf("%s: expected %s, found a JSON %s", wrong.Field, expected(wrong.Type.Kind()), wrong.Value)
 }
