@@ -131,7 +131,7 @@ func forwarded() []Fault {
 				$IPT -w -D FORWARD -i eth9 -j DROP 2>/dev/null || true; $IPT -w -A FORWARD -i eth9 -j DROP
 				sleep 0.3; done`)),
 			Expect:  Sees(`$IPT -w -S FORWARD | tail -n 1 | grep OVERLAYD-FWD`),
-			Restore: Undo, Log: `another program keeps putting its rules behind`, Bound: lossless(6 * time.Second),
+			Restore: Undo, Log: `another program keeps moving the jump to our rules`, Bound: lossless(6 * time.Second),
 		},
 	}
 }
