@@ -41,50 +41,26 @@ func patch[T object[T]](list, gone, come []T) (out, was, is []T) {
 	return splice(list, free, added), was, is
 }
 
-// splice takes out the elements at some places and puts in others, all in order. What stays is moved once at most, and only if its place is
-// another one.
+// splice takes out the elements at some places and puts in others, all in order: a merge in place, which moves what lies between two
+// changes as a whole.
 func splice[T object[T]](list []T, free []int, added []T) []T {
-	type run struct{ from, to, shift int }
-	var runs []run
-	places := make([]int, len(added))
-	from, in, out := 0, 0, 0
-	for in < len(added) || out < len(free) {
+	for i, at := range free { // to the left, from the left
 		next := len(list)
-		if out < len(free) {
-			next = free[out]
+		if i+1 < len(free) {
+			next = free[i+1]
 		}
-		at := next
-		if in < len(added) {
-			at, _ = slices.BinarySearchFunc(list[from:], added[in], T.Compare)
-			at += from
-		}
-		if in < len(added) && at <= next {
-			runs = append(runs, run{from, at, in - out})
-			places[in] = at + in - out
-			from, in = at, in+1
-		} else {
-			runs = append(runs, run{from, next, in - out})
-			from, out = next+1, out+1
-		}
+		copy(list[at-i:], list[at+1:next])
 	}
-	runs = append(runs, run{from, len(list), in - out})
-	size := len(list) + in - out
-	list = slices.Grow(list, max(0, in-out))[:max(size, len(list))]
-	for _, r := range runs { // to the left, from the left
-		if r.shift < 0 {
-			copy(list[r.from+r.shift:], list[r.from:r.to])
-		}
+	end := len(list) - len(free)
+	clear(list[end:])
+	list = append(list[:end], added...)
+	for i := len(added) - 1; i >= 0; i-- { // to the right, from the right
+		at, _ := slices.BinarySearchFunc(list[:end], added[i], T.Compare)
+		copy(list[at+i+1:], list[at:end])
+		list[at+i] = added[i]
+		end = at
 	}
-	for _, r := range slices.Backward(runs) { // to the right, from the right
-		if r.shift > 0 {
-			copy(list[r.from+r.shift:], list[r.from:r.to])
-		}
-	}
-	for i, place := range places {
-		list[place] = added[i]
-	}
-	clear(list[size:])
-	return list[:size]
+	return list
 }
 
 // clone shares nothing with the state.
