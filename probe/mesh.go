@@ -54,7 +54,7 @@ func (m *Mesh) Change(gone []netip.Prefix, come []Target) {
 		}
 	}
 	for _, t := range come {
-		m.rot.put(t)
+		m.rot.put(t, soon)
 	}
 	m.rouse()
 }
@@ -106,7 +106,7 @@ func (m *Mesh) next(passed time.Duration) time.Duration {
 	if len(m.rot.targets)+len(m.rot.flights) == 0 {
 		return 0
 	}
-	return max(m.rot.pause(time.Now())-passed, 1)
+	return max(m.rot.pause()-passed, 1)
 }
 
 func (m *Mesh) close() {
@@ -164,7 +164,7 @@ func (m *Mesh) verdicts() [3]int {
 // open makes the sockets that the targets need, and reports whether it made any.
 func (m *Mesh) open() (opened bool, err error) {
 	for _, f := range addr.Families() {
-		if m.sockets.Get(f) != nil || !m.rot.has(f) {
+		if m.sockets.Get(f) != nil || m.rot.families.Get(f) == 0 {
 			continue
 		}
 		s, openErr := open(f, uint16(rand.Uint32()))
@@ -201,7 +201,7 @@ func (m *Mesh) Summary() status.Probe {
 func (m *Mesh) Peer(subnet netip.Prefix) *status.PeerProbe {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	t, _ := m.rot.find(subnet)
+	t := m.rot.targets[subnet]
 	if t == nil {
 		return nil
 	}

@@ -2,6 +2,7 @@ package probe
 
 import (
 	"cmp"
+	"container/heap"
 	"errors"
 	"math"
 	"math/bits"
@@ -15,23 +16,23 @@ import (
 )
 
 const (
-	// perSecond is the most packets that a node sends in a second, counted over longestPause.
+	// perSecond is the most packets that a node sends in a second, on average over longestPause.
 	perSecond = 10
 	// shortestRound and longestRound bound how long it takes to ping all targets once. More targets than perSecond allows within the
 	// longest take longer.
 	shortestRound, longestRound = 10 * time.Second, 10 * time.Minute
-	// spare is what of perSecond the round leaves for those that did not answer, so long as they are few enough for that.
+	// spare is what of perSecond the round leaves for those that did not answer, as long as they are few enough for that.
 	spare = 2
 	// waitFor is how long an answer may take.
 	waitFor = 2 * time.Second
-	// askAgain is how often those are asked that did not answer.
+	// askAgain is how often those are pinged that did not answer.
 	askAgain = 10 * time.Second
 	// grace is how long nothing is held against a target that is new, or that answers again: its node may still be
 	// starting.
 	grace = 20 * time.Second
-	// These are between two looks at what came and what is due.
+	// These are between two steps. Waking up costs an idle node more than sending a dozen packets does, so that they go together.
 	shortestPause, usualPause, longestPause = time.Second, 5 * time.Second, 10 * time.Second
-	// many targets are those with which a round takes minutes, so that nothing is gained by looking more often than longestPause.
+	// many targets are those with which a round takes minutes, so that nothing is gained by steps more often than longestPause.
 	many = 1000
 	// remembered is how many outcomes are kept of each size.
 	remembered = 8
@@ -80,13 +81,45 @@ type target struct {
 	small, full series
 	both        history // those of either size
 	verdict     verdict
-	queued      bool // in rotation.fresh or rotation.waiting
-	fullNext    bool // where there is time for one size only
-	gone        bool
-	knock       bool  // it is knocked at instead of pinged, see socket
-	since       int64 // of its first ping, or of the answer after both sizes were lost, in ns since 1970; 0: none yet
-	again       int64 // when to ask it out of turn, in ns since 1970; 0: not
-	heard       int64 // when it answered last, likewise; 0: never
+	fullNext    bool          // where there is time for one size only
+	knock       bool          // it is knocked at instead of pinged, see socket
+	early       bool          // due before its turn, and then pinged in both sizes
+	due         time.Duration // when to ping it next, by rotation.now
+	place       int           // in rotation.queue; gone: in none
+	since       int64         // of its first ping, or of the answer after both sizes were lost, in ns since 1970; 0: none yet
+	heard       int64         // when it answered last, likewise; 0: never
+}
+
+const (
+	soon = -1 // a due time before all others
+	gone = -1 // the place of a target that was removed
+)
+
+// queue is a heap (container/heap): the target that is due first is its first.
+type queue []*target
+
+func (q queue) Len() int { return len(q) }
+
+func (q queue) Less(i, j int) bool {
+	return cmp.Or(cmp.Compare(q[i].due, q[j].due), addr.ComparePrefix(q[i].Subnet, q[j].Subnet)) < 0
+}
+
+func (q queue) Swap(i, j int) {
+	q[i], q[j] = q[j], q[i]
+	q[i].place, q[j].place = i, j
+}
+
+func (q *queue) Push(t any) {
+	t.(*target).place = len(*q)
+	*q = append(*q, t.(*target))
+}
+
+func (q *queue) Pop() any {
+	last := len(*q) - 1
+	t := (*q)[last]
+	(*q)[last], *q = nil, (*q)[:last]
+	t.place = gone
+	return t
 }
 
 // verdict is a status.Verdict in one byte; the greater, the worse.
@@ -146,188 +179,140 @@ type flight struct {
 
 // rotation says whom to ping next, and keeps what came of it. It has no clock, no sockets and no lock.
 type rotation struct {
-	targets []*target // in the order of their subnets
-	next    int       // in targets, of the round
-	credit  float64   // packets that may be sent by now
-	size    int       // of full packets
-	fresh   []*target // to be asked out of turn, at once
-	waiting []*target // to be asked again, in the order of their times
-	flights map[uint16]flight
-	seq     uint16
-	counts  [silent + 1]int
+	targets  map[netip.Prefix]*target
+	queue    queue // the same
+	families addr.Per[int]
+	now      time.Duration // the time that due was told of
+	round    time.Duration // at the last step
+	size     int           // of full packets
+	flights  map[uint16]flight
+	seq      uint16
+	counts   [silent + 1]int
 
 	sent, lost, notAllowed int
 }
 
 func newRotation() *rotation {
-	return &rotation{flights: map[uint16]flight{}}
+	return &rotation{targets: map[netip.Prefix]*target{}, flights: map[uint16]flight{}}
 }
 
-// find is the target for a subnet, and where in the order it is or would be.
-func (r *rotation) find(subnet netip.Prefix) (t *target, at int) {
-	at, ok := slices.BinarySearchFunc(r.targets, subnet, func(t *target, p netip.Prefix) int { return addr.ComparePrefix(t.Subnet, p) })
-	if !ok {
-		return nil, at
+// put adds a target that is due at some time. One that is there with the same address keeps what is known of it.
+func (r *rotation) put(t Target, due time.Duration) {
+	if old := r.targets[t.Subnet]; old != nil && old.Address == t.Address {
+		old.Name = t.Name
+		return
 	}
-	return r.targets[at], at
-}
-
-// put adds a target, to be asked out of turn. One that is there with the same address keeps what is known of it.
-func (r *rotation) put(t Target) {
-	old, at := r.find(t.Subnet)
-	if old != nil {
-		if old.Address == t.Address {
-			old.Name = t.Name
-			return
-		}
-		r.remove(t.Subnet)
-	}
-	n := &target{Target: t, again: 1, queued: true} // long ago
-	r.targets = slices.Insert(r.targets, at, n)
-	if at < r.next {
-		r.next++
-	}
-	r.counts[n.verdict]++
-	r.fresh = append(r.fresh, n)
+	r.remove(t.Subnet)
+	n := &target{Target: t, due: due, early: due == soon}
+	r.targets[t.Subnet] = n
+	heap.Push(&r.queue, n)
+	r.count(n, 1)
 }
 
 func (r *rotation) remove(subnet netip.Prefix) {
-	t, at := r.find(subnet)
-	if t == nil {
-		return
+	if t := r.targets[subnet]; t != nil {
+		delete(r.targets, subnet)
+		heap.Remove(&r.queue, t.place)
+		r.count(t, -1)
 	}
-	r.targets = slices.Delete(r.targets, at, at+1)
-	if at < r.next {
-		r.next--
-	}
-	r.counts[t.verdict]--
-	t.gone = true
 }
 
-// replace makes these the targets. What is known of those that stay is kept, and the round goes on behind the target that was visited
-// last: it may take longer than the time until the next call.
+func (r *rotation) count(t *target, n int) {
+	f := addr.FamilyOf(t.Address)
+	r.families.Set(f, r.families.Get(f)+n)
+	r.counts[t.verdict] += n
+}
+
+// replace makes these the targets. Those that stay keep what is known of them and when they are due: a round may take longer than the time
+// until the next call. Those that come are spread over a round.
 func (r *rotation) replace(ts []Target) {
-	ts = slices.Clone(ts)
-	slices.SortFunc(ts, func(a, b Target) int { return addr.ComparePrefix(a.Subnet, b.Subnet) })
-	before, visited := r.targets, r.targets[:r.next]
-	r.targets, r.next, r.credit, r.counts = make([]*target, 0, len(ts)), 0, perSecond, [silent + 1]int{}
+	stay := make(map[netip.Prefix]bool, len(ts))
 	for _, t := range ts {
-		for len(before) > 0 && addr.ComparePrefix(before[0].Subnet, t.Subnet) < 0 {
-			before[0].gone = true
-			before = before[1:]
-		}
-		n := &target{Target: t}
-		if len(before) > 0 && before[0].Subnet == t.Subnet {
-			if before[0].Address == t.Address {
-				n = before[0]
-				n.Name = t.Name
-			} else {
-				before[0].gone = true
-			}
-			before = before[1:]
-		}
-		r.targets = append(r.targets, n)
-		r.counts[n.verdict]++
+		stay[t.Subnet] = true
 	}
-	for _, t := range before {
-		t.gone = true
-	}
-	if len(visited) > 0 {
-		last, at := r.find(visited[len(visited)-1].Subnet)
-		if r.next = at; last != nil {
-			r.next++
+	for subnet := range r.targets {
+		if !stay[subnet] {
+			r.remove(subnet)
 		}
 	}
-}
-
-// has reports whether there is a target of a family; those of IPv4 stand first.
-func (r *rotation) has(f addr.Family) bool {
-	return len(r.targets) > 0 && (addr.FamilyOf(r.targets[0].Subnet.Addr()) == f || addr.FamilyOf(r.targets[len(r.targets)-1].Subnet.Addr()) == f)
-}
-
-// each is how many packets a visit in the round takes: both sizes, or one after the other in turn.
-func (r *rotation) each() int {
-	if float64(2*len(r.targets)) > (perSecond-spare)*longestRound.Seconds() {
-		return 1
+	_, round := pace(len(ts))
+	for i, t := range ts {
+		r.put(t, r.now+round*time.Duration(i)/time.Duration(len(ts)))
 	}
-	return 2
 }
 
-// round is how long it takes to visit all targets.
-func (r *rotation) round() time.Duration {
-	n := float64(len(r.targets) * r.each())
-	if n > (perSecond-spare)*longestRound.Seconds() { // then all that is allowed may be needed
-		return max(longestRound, time.Duration(n/perSecond*float64(time.Second)))
+// pace is how many packets each of so many targets is sent in a round, both sizes or one after the other in turn, and how long a round takes.
+func pace(targets int) (each int, round time.Duration) {
+	const regular = perSecond - spare
+	longest := longestRound.Seconds()
+	each = 2
+	if float64(2*targets) > regular*longest {
+		each = 1
 	}
-	return max(shortestRound, time.Duration(n/(perSecond-spare)*float64(time.Second)))
+	n := float64(each * targets)
+	if n > regular*longest { // then all that is allowed may be needed
+		return each, max(longestRound, seconds(n/perSecond))
+	}
+	return each, max(shortestRound, seconds(n/regular))
 }
 
-// rate is how many packets a second the round takes.
-func (r *rotation) rate() float64 { return float64(r.each()*len(r.targets)) / r.round().Seconds() }
+func seconds(n float64) time.Duration { return time.Duration(n * float64(time.Second)) }
 
-// pause is how long to wait until there is something to do. Waking up costs an idle node more than sending a dozen packets does, so
-// that they go together, so long as nobody is suspected.
-func (r *rotation) pause(now time.Time) time.Duration {
-	if len(r.fresh) > 0 || len(r.targets) == 0 {
+// retry is how long those wait that did not answer: askAgain, as long as what the round leaves of perSecond is enough for all of them.
+func (r *rotation) retry() time.Duration {
+	each, round := pace(len(r.queue))
+	left := max(perSecond-float64(each*len(r.queue))/round.Seconds(), 0.01)
+	suspects := r.counts[lossy] + r.counts[smallOnly] + r.counts[silent]
+	return max(askAgain, seconds(float64(2*suspects)/left))
+}
+
+// pause is how long to wait until there is something to do.
+func (r *rotation) pause() time.Duration {
+	switch {
+	case len(r.queue) == 0, r.queue[0].due == soon:
 		return shortestPause
+	case len(r.queue) > many:
+		return longestPause
 	}
-	pause := usualPause
-	if len(r.targets) > many {
-		pause = longestPause
-	}
-	if len(r.waiting) > 0 {
-		pause = min(pause, time.Duration(r.waiting[0].again-now.UnixNano()))
-	}
-	return max(pause, shortestPause)
+	return usualPause
 }
 
 // due chooses what to send for a stretch of time that has passed since the last call, a second for example.
 func (r *rotation) due(now time.Time, passed time.Duration) []ping {
-	if len(r.targets) == 0 {
-		return nil
-	}
-	budget := int(math.Round(perSecond * min(passed, longestPause).Seconds()))
-	each := r.each()
-	r.credit = min(r.credit+r.rate()*passed.Seconds(), perSecond*longestPause.Seconds())
-	var out []ping
-	for visits := 0; visits < len(r.targets) && r.credit > float64(each)-1e-9 && len(out)+each <= budget; visits++ {
-		r.credit -= float64(each)
-		if r.next >= len(r.targets) {
-			r.next = 0
+	passed = min(passed, longestPause)
+	r.now += passed
+	each, round := pace(len(r.queue))
+	if round < r.round { // there are fewer targets: none of them waits longer than a round takes now
+		for _, t := range r.queue {
+			t.due = min(t.due, r.now+round)
 		}
-		t := r.targets[r.next]
-		r.next++
-		out = r.visit(out, t, each, now)
+		heap.Init(&r.queue)
 	}
-	for len(out)+2 <= budget {
-		t := r.suspect(now)
-		if t == nil {
+	r.round = round
+	budget := int(math.Round(perSecond * passed.Seconds()))
+	var out []ping
+	for len(r.queue) > 0 && r.queue[0].due <= r.now {
+		t, n := r.queue[0], each
+		if t.early {
+			n = 2
+		}
+		if len(out)+n > budget {
 			break
 		}
-		t.again = now.Add(askAgain).UnixNano()
-		r.waiting = append(r.waiting, t)
-		out = r.visit(out, t, 2, now)
+		out = r.visit(out, t, n, now)
+		t.due, t.early = max(t.due, r.now-longestPause)+round, false
+		if t.verdict != answers {
+			r.hasten(t, r.retry())
+		}
+		heap.Fix(&r.queue, t.place)
 	}
 	return out
 }
 
-// suspect takes the next one that is to be asked out of turn from its queue. Only the heads of the queues are looked at: there may be
-// thousands in them.
-func (r *rotation) suspect(now time.Time) *target {
-	for {
-		q := &r.fresh
-		if len(*q) == 0 {
-			q = &r.waiting
-			if len(*q) == 0 || now.UnixNano() < (*q)[0].again {
-				return nil
-			}
-		}
-		t := (*q)[0]
-		(*q)[0], *q = nil, (*q)[1:]
-		if !t.gone && t.again != 0 {
-			return t
-		}
-		t.queued = false
+// hasten has a target pinged before its turn.
+func (r *rotation) hasten(t *target, after time.Duration) {
+	if due := r.now + after; due < t.due {
+		t.due, t.early = due, true
 	}
 }
 
@@ -369,7 +354,7 @@ func (r *rotation) departed(seq uint16, at time.Time, err error) {
 	r.flights[seq] = f
 }
 
-// answered takes an answer. One that comes late, twice, or from somebody else is none.
+// answered takes an answer. One that comes late, twice, or from another address is none.
 func (r *rotation) answered(p pong) {
 	f, ok := r.flights[p.seq]
 	if !ok || f.to != p.from {
@@ -398,7 +383,7 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	if lost {
 		r.lost++
 	}
-	if t.gone {
+	if t.place == gone {
 		return
 	}
 	if back := !lost && t.small.down(1) && t.full.down(1); back || t.since == 0 {
@@ -417,23 +402,22 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	t.verdict = t.judge(now)
 	r.counts[before]--
 	r.counts[t.verdict]++
-	if t.verdict == answers {
-		t.again = 0
+	switch {
+	case lost && t.both.losses() == 1: // at once, to be sure
+		r.hasten(t, r.retry()-askAgain)
+	case t.verdict == answers && t.early:
+		t.due, t.early = r.now+r.round, false
+	default:
 		return
 	}
-	if t.again == 0 {
-		t.again = now.UnixNano() // at once, to be sure
-	}
-	if !t.queued {
-		t.queued = true
-		r.fresh = append(r.fresh, t)
-	}
+	heap.Fix(&r.queue, t.place)
 }
 
 // summary is all that is known, without the single targets but the worst.
 func (r *rotation) summary() status.Probe {
+	_, round := pace(len(r.targets))
 	p := status.Probe{
-		On: true, Targets: len(r.targets), Size: r.size, Round: r.round(), Sent: r.sent, Lost: r.lost, NotAllowed: r.notAllowed,
+		On: true, Targets: len(r.targets), Size: r.size, Round: round, Sent: r.sent, Lost: r.lost, NotAllowed: r.notAllowed,
 		Answer: r.counts[answers], Lossy: r.counts[lossy], SmallOnly: r.counts[smallOnly],
 		Silent: r.counts[silent], NotPinged: r.counts[notPinged], Worst: []status.Peer{},
 	}
@@ -471,17 +455,17 @@ func worst(ts []*target, most int) []*target {
 	return ts[:min(len(ts), most)]
 }
 
-// named lists targets with a verdict, by name or else by subnet, in order; at most so many, whichever are found first.
+// named lists targets with a verdict, by name or else by subnet, in order; the first of them if there are more than most.
 func (r *rotation) named(v verdict, most int) []string {
+	if r.counts[v] == 0 {
+		return nil
+	}
 	var out []string
 	for _, t := range r.targets {
-		if len(out) == min(most, r.counts[v]) {
-			break
-		}
 		if t.verdict == v {
 			out = append(out, cmp.Or(t.Name, t.Subnet.String()))
 		}
 	}
 	slices.Sort(out)
-	return out
+	return out[:min(len(out), most)]
 }

@@ -29,12 +29,15 @@ type world struct {
 	most   float64 // packets in a second, over a pause
 	sent   map[netip.Addr]int
 	sizes  map[netip.Addr]map[int]bool
+	last   map[netip.Addr]time.Time
+	gap    map[netip.Addr]time.Duration // the longest between two visits
 }
 
 func newWorld(ts []Target) *world {
 	w := &world{
 		rot: newRotation(), now: time.Unix(1e9, 0), answer: func(ping) bool { return true },
 		sent: map[netip.Addr]int{}, sizes: map[netip.Addr]map[int]bool{},
+		last: map[netip.Addr]time.Time{}, gap: map[netip.Addr]time.Duration{},
 	}
 	w.rot.size = 1450
 	w.rot.replace(ts)
@@ -42,14 +45,22 @@ func newWorld(ts []Target) *world {
 }
 
 func (w *world) target(subnet netip.Prefix) *target {
-	t, _ := w.rot.find(subnet)
-	return t
+	return w.rot.targets[subnet]
+}
+
+func (w *world) name(to netip.Addr) string {
+	for _, t := range w.rot.targets {
+		if t.Address == to {
+			return t.Name
+		}
+	}
+	return ""
 }
 
 // run lets seconds pass; an answer takes a millisecond.
 func (w *world) run(seconds int) {
 	for end := w.now.Add(time.Duration(seconds) * time.Second); ; {
-		pause := w.rot.pause(w.now)
+		pause := w.rot.pause()
 		if w.now.Add(pause).After(end) {
 			return
 		}
@@ -59,7 +70,10 @@ func (w *world) run(seconds int) {
 		w.most = max(w.most, float64(len(pings))/pause.Seconds())
 		for _, p := range pings {
 			w.rot.departed(p.seq, w.now, nil)
-			w.sent[p.to]++
+			if w.sent[p.to]++; !w.last[p.to].IsZero() {
+				w.gap[p.to] = max(w.gap[p.to], w.now.Sub(w.last[p.to]))
+			}
+			w.last[p.to] = w.now
 			if w.sizes[p.to] == nil {
 				w.sizes[p.to] = map[int]bool{}
 			}
@@ -141,7 +155,7 @@ func TestGrace(t *testing.T) {
 	w.run(30)
 	joins := w.now.Add(15 * time.Second)
 	w.answer = func(p ping) bool { return p.to != ts[2].Address || w.now.After(joins) }
-	w.rot.put(ts[2])
+	w.rot.put(ts[2], soon)
 	verdict := func() status.Verdict { return w.target(ts[2].Subnet).verdict.word() }
 	for !w.now.After(joins) {
 		if v := verdict(); v != status.NotPinged {
@@ -189,7 +203,7 @@ func TestGrace(t *testing.T) {
 		}
 	}
 	never := Target{Subnet: netip.MustParsePrefix("10.9.9.0/24"), Address: netip.MustParseAddr("10.9.9.0")}
-	w.rot.put(never)
+	w.rot.put(never, soon)
 	w.answer = func(p ping) bool { return p.to != never.Address }
 	w.run(45)
 	if v := w.target(never.Subnet).verdict.word(); v != status.Silent {
@@ -231,7 +245,7 @@ func TestTargetsChange(t *testing.T) {
 	ts := targets(5000)
 	w := newWorld(ts[:4999])
 	w.run(10)
-	w.rot.put(ts[4999])
+	w.rot.put(ts[4999], soon)
 	w.run(10)
 	if w.sent[ts[4999].Address] == 0 {
 		t.Error("a target that came was not pinged within ten seconds")
@@ -243,7 +257,7 @@ func TestTargetsChange(t *testing.T) {
 	}
 	w.rot.remove(ts[0].Subnet) // twice
 	w.run(5)
-	if p := w.rot.summary(); p.Targets != 0 || p.Silent+p.Lossy+p.Answer+p.NotPinged != 0 || w.rot.due(w.now, time.Second) != nil || w.rot.suspect(w.now.Add(time.Hour)) != nil {
+	if p := w.rot.summary(); p.Targets != 0 || p.Silent+p.Lossy+p.Answer+p.NotPinged != 0 || w.rot.due(w.now, time.Second) != nil || len(w.rot.queue) != 0 {
 		t.Errorf("%+v", p)
 	}
 
@@ -251,8 +265,8 @@ func TestTargetsChange(t *testing.T) {
 	w.run(10)
 	moved := ts[1]
 	moved.Address = netip.MustParseAddr("192.0.2.1")
-	w.rot.put(ts[0])
-	w.rot.put(moved)
+	w.rot.put(ts[0], soon)
+	w.rot.put(moved, soon)
 	if a, b := w.target(ts[0].Subnet).verdict.word(), w.target(ts[1].Subnet).verdict.word(); a != status.Answers || b != status.NotPinged {
 		t.Errorf("%q, %q", a, b)
 	}
@@ -275,30 +289,78 @@ func TestReplaceKeepsItsPlace(t *testing.T) {
 
 	for _, c := range []struct {
 		name    string
-		before  []Target
 		visited int
 		now     []Target
 		next    string
 	}{
-		{"the same", ts[:6], 3, ts[:6], "n3"},
-		{"the one visited last is gone", ts[:6], 3, slices.Concat(ts[:2], ts[3:6]), "n3"},
-		{"the one that was due is gone", ts[:6], 3, slices.Concat(ts[:3], ts[4:6]), "n4"},
-		{"all behind it are gone", ts[:6], 3, ts[:3], "n0"},
-		{"others come before it", ts[2:6], 1, ts[:6], "n3"},
-		{"others come at the end of the round", ts[:6], 6, ts[:9], "n6"},
-		{"all are others", ts[:6], 3, ts[10:20], "n10"},
-		{"none is left", ts[:6], 3, nil, ""},
+		{"the same", 3, ts[2:8], "n5"},
+		{"the one visited last is gone", 3, slices.Concat(ts[2:4], ts[5:8]), "n5"},
+		{"the one that was due is gone", 3, slices.Concat(ts[2:5], ts[6:8]), "n6"},
+		{"all that were to come are gone", 3, ts[2:5], "n2"},
+		{"others come behind them", 6, ts[2:11], "n2"},
+		{"all are others", 3, ts[10:20], "n10"},
+		{"none is left", 3, nil, ""},
 	} {
-		w := newWorld(c.before)
-		w.rot.next = c.visited
-		w.rot.replace(c.now)
-		got := ""
-		if pings := w.rot.due(w.now, time.Second); len(pings) > 0 {
-			got = w.rot.flights[pings[0].seq].target.Name
+		w := newWorld(ts[2:8])
+		next := func() string {
+			for range 20 {
+				w.now = w.now.Add(time.Second)
+				pings := w.rot.due(w.now, time.Second)
+				for _, p := range pings {
+					w.rot.answered(pong{from: p.to, seq: p.seq, at: w.now})
+				}
+				if len(pings) > 0 {
+					return w.name(pings[0].to)
+				}
+			}
+			return ""
 		}
-		if got != c.next {
-			t.Errorf("%s: %q is next, not %q", c.name, got, c.next)
+		for range c.visited {
+			next()
 		}
+		if w.rot.replace(c.now); next() != c.next {
+			t.Errorf("%s: %s is not next", c.name, c.next)
+		}
+	}
+}
+
+// Targets that fail, some or nearly all, take nothing from the others: those are pinged within a round as before, and within ten minutes
+// also where a round was longer until others left.
+func TestFairness(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ targets, failing, seconds int }{{40, 30, 10}, {1000, 900, 250}, {5000, 500, 600}, {5000, 4900, 600}, {20000, 19000, 2000}} {
+		w := newWorld(targets(c.targets))
+		w.run(c.seconds + 10)
+		w.answer = func(p ping) bool { return int(p.to.As4()[1])<<8+int(p.to.As4()[2]) >= c.failing }
+		w.run(4 * c.seconds)
+		longest := time.Duration(0)
+		for _, gap := range w.gap {
+			longest = max(longest, gap)
+		}
+		if allowed := time.Duration(c.seconds)*time.Second + longestPause; longest > allowed || w.most > perSecond {
+			t.Errorf("%d of %d targets fail: one had to wait %s, at most %g packets a second", c.failing, c.targets, longest, w.most)
+		}
+		ts := targets(c.targets)
+		w.rot.replace(ts[c.targets-5:])
+		clear(w.last)
+		if w.run(20); len(w.last) != 5 {
+			t.Errorf("%d of the 5 targets that are left of %d were pinged within 20 s", len(w.last), c.targets)
+		}
+	}
+}
+
+// A time that the node slept through is not made up for.
+func TestSleep(t *testing.T) {
+	t.Parallel()
+	w := newWorld(targets(5000))
+	w.run(601)
+	w.now = w.now.Add(time.Hour)
+	if got := len(w.rot.due(w.now, time.Hour)); got > perSecond*int(longestPause/time.Second) {
+		t.Errorf("%d packets at once", got)
+	}
+	w.rot.put(Target{Subnet: netip.MustParsePrefix("10.99.0.0/24"), Address: netip.MustParseAddr("10.99.0.0")}, soon)
+	if w.run(10); w.sent[netip.MustParseAddr("10.99.0.0")] == 0 {
+		t.Error("a target that came was not pinged within ten seconds")
 	}
 }
 
@@ -325,7 +387,7 @@ func TestStrangeAnswers(t *testing.T) {
 	} {
 		w.rot.answered(bad)
 	}
-	tg := w.rot.targets[0]
+	tg := w.target(targets(1)[0].Subnet)
 	if tg.verdict != notPinged {
 		t.Errorf("%d", tg.verdict)
 	}
