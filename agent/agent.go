@@ -71,9 +71,11 @@ type Parts struct {
 	Firewall func(context.Context) masquerade.Driver
 	// FirewallChanges notifies of changes in the firewall; nil or closed: not of any more.
 	FirewallChanges <-chan struct{}
-	SubnetFile      *FileWatch   // nil: nothing tells when somebody changes the subnet file
-	Health          net.Listener // for /healthz, /readyz and /status; nil: none
-	Control         net.Listener // for the operator's commands on this node; nil: none
+	SubnetFile      *FileWatch         // nil: nothing tells when somebody changes the subnet file
+	Health          net.Listener       // for /healthz, /readyz and /status; nil: none
+	Control         net.Listener       // for the operator's commands on this node; nil: none
+	Notify          func(state string) // to systemd, see sd_notify(3); nil: it does not run the daemon
+	Watchdog        time.Duration      // within which systemd has to be told that the loop comes round; zero: it has not
 	LogLevel        zap.AtomicLevel
 	About           About
 	Log             *zap.Logger
@@ -88,6 +90,8 @@ type Agent struct {
 	health   *health
 	listener net.Listener
 	control  net.Listener
+	notify   func(state string)
+	watchdog time.Duration
 	level    zap.AtomicLevel
 	about    About
 	log      *zap.Logger
@@ -137,7 +141,7 @@ func New(o Options, p Parts) *Agent {
 	instruments := metrics.NewInstruments()
 	dir := stateDir{o.StateDir, "/" + strings.Trim(p.About.Prefix, "/")}
 	return &Agent{
-		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, control: p.Control, level: p.LogLevel, about: p.About, log: p.Log,
+		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, control: p.Control, notify: p.Notify, watchdog: p.Watchdog, level: p.LogLevel, about: p.About, log: p.Log,
 		questions: make(chan func()), state: dir,
 		firewall: newFirewall(p, o.IPTablesResync, h, instruments.Firewall),
 		keeper:   newKeeper(dir, o.Identity, h),
@@ -168,6 +172,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	if a.control != nil {
 		g.Go(func() error { return serve(ctx, a.control, a.private()) })
+	}
+	if a.notify != nil {
+		g.Go(func() error { return a.health.notifySystemd(ctx, a.notify, a.watchdog) })
 	}
 	if a.watch != nil {
 		g.Go(func() error { return a.watch.run(ctx) })

@@ -53,7 +53,8 @@ type health struct {
 	log      *zap.Logger
 	now      func() time.Time
 	problems map[condition]status.Problem
-	busy     time.Time // since when the loop has been at work without a pause; zero while it waits
+	changed  mailbox[struct{}] // there is another problem, or one less
+	busy     time.Time         // since when the loop has been at work without a pause; zero while it waits
 }
 
 // errStarting is what is wrong with everything in the first moments. It is not worth a line in the log.
@@ -61,7 +62,7 @@ var errStarting = errors.New("not there yet, overlayd is starting")
 
 // newHealth starts with everything that is needed missing: ready is what has been seen to be so.
 func newHealth(log *zap.Logger, now func() time.Time) *health {
-	h := &health{log: log, now: now, problems: map[condition]status.Problem{}}
+	h := &health{log: log, now: now, problems: map[condition]status.Problem{}, changed: newMailbox[struct{}]()}
 	for _, c := range needed() {
 		h.problems[c] = status.Problem{Name: string(c), Reason: errStarting.Error(), Since: now(), Fatal: true}
 	}
@@ -80,6 +81,7 @@ func (h *health) note(c condition, err error, say bool) {
 	if err == nil {
 		if was {
 			delete(h.problems, c)
+			h.changed.put(struct{}{})
 			h.log.Info("ok: "+string(c), zap.Duration("after", h.now().Sub(old.Since).Round(time.Millisecond)))
 		}
 		return
@@ -92,6 +94,7 @@ func (h *health) note(c condition, err error, say bool) {
 		p.Since = old.Since
 	}
 	h.problems[c] = p
+	h.changed.put(struct{}{})
 	if was && !say {
 		return
 	}

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	sd "github.com/coreos/go-systemd/v22/daemon"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -122,9 +123,13 @@ func daemon(ctx context.Context, f flags) error {
 		log.Info("firewall chosen", zap.String("firewall", string(d.Kind)), zap.String("iptables_variant", string(d.Variant)), zap.String("reason", d.Reason))
 		return driver
 	}
+	notify, watchdog, err := systemd(log)
+	if err != nil {
+		return err
+	}
 	defer time.AfterFunc(settled, settle).Stop()
 	err = agent.New(opts, agent.Parts{
-		Store: store, Kernel: kernel, Health: listener, Control: control, Log: log, LogLevel: level, SubnetFile: subnetFile, Firewall: choose, FirewallChanges: changes,
+		Store: store, Kernel: kernel, Health: listener, Control: control, Notify: notify, Watchdog: watchdog, Log: log, LogLevel: level, SubnetFile: subnetFile, Firewall: choose, FirewallChanges: changes,
 		About: agent.About{
 			Version: version, Endpoints: storeOpts.Endpoints, Prefix: storeOpts.Prefix, Traffic: store, Restart: newRestart(level).changes,
 			Firewall: func() (kind, reason string) {
@@ -158,4 +163,18 @@ func needPrivileges() error {
 		}
 	}
 	return nil
+}
+
+// systemd returns how it is notified, and how often it wants to be; nil where it does not run the daemon.
+func systemd(log *zap.Logger) (notify func(state string), watchdog time.Duration, err error) {
+	if os.Getenv("NOTIFY_SOCKET") == "" {
+		return nil, 0, nil
+	}
+	notify = func(state string) {
+		if _, err := sd.SdNotify(false, state); err != nil {
+			log.Warn("systemd can't be notified", zap.Error(err))
+		}
+	}
+	watchdog, err = sd.SdWatchdogEnabled(false)
+	return notify, watchdog, err
 }

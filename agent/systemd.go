@@ -1,0 +1,60 @@
+package agent
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/overlayd/overlayd/status"
+)
+
+// notifySystemd tells systemd by sd_notify(3) that the node is ready, once, and what is wrong with it, until ctx ends. Within each period
+// watchdog it says that the loop comes round; zero: systemd does not wait for that.
+func (h *health) notifySystemd(ctx context.Context, notify func(state string), watchdog time.Duration) error {
+	var alive <-chan time.Time
+	if watchdog > 0 {
+		t := time.NewTicker(watchdog / 2)
+		defer t.Stop()
+		alive = t.C
+	}
+	ready, said := false, ""
+	for {
+		nowReady, text := h.statusLine()
+		state := "STATUS=" + text
+		if nowReady && !ready {
+			ready, state = true, daemon.SdNotifyReady+"\n"+state
+		}
+		if text != said {
+			notify(state)
+			said = text
+		}
+		select {
+		case <-ctx.Done():
+			notify(daemon.SdNotifyStopping + "\nSTATUS=stopping; the data plane stays as it is")
+			return ctx.Err()
+		case <-h.changed:
+		case <-alive:
+			if h.stuck() < watchdog/2 {
+				notify(daemon.SdNotifyWatchdog)
+			}
+		}
+	}
+}
+
+// statusLine says on one line whether the node is ready, and what is wrong.
+func (h *health) statusLine() (ready bool, text string) {
+	problems := h.list()
+	if len(problems) == 0 {
+		return true, "ready"
+	}
+	ready, text = true, "degraded"
+	if slices.ContainsFunc(problems, func(p status.Problem) bool { return p.Fatal }) {
+		ready, text = false, "not ready"
+	}
+	worst := problems[max(0, slices.IndexFunc(problems, func(p status.Problem) bool { return p.Fatal && starting(p) == 0 }))]
+	line := strings.Join(strings.Fields(text+": "+worst.Name+": "+worst.Reason), " ") // a second line would be another variable
+	return ready, strings.ToValidUTF8(line, "?")
+}

@@ -1,0 +1,83 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// told is what systemd was told, without the first of what it was told already.
+type told []string
+
+func (s *told) since(n int) string { return strings.Join((*s)[n:], "|") }
+
+func TestNotifySystemd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHealth(zap.NewNop(), time.Now)
+		h.waits()
+		var got told
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() {
+			ended <- h.notifySystemd(ctx, func(state string) { got = append(got, state) }, 2*time.Minute)
+		}()
+		step := func(want string, act func()) {
+			t.Helper()
+			n := len(got)
+			act()
+			if synctest.Wait(); got.since(n) != want {
+				t.Errorf("got %q, want %q", got.since(n), want)
+			}
+		}
+		step("STATUS=not ready: etcd: no answer MAINPID=1", func() { h.set(condStore, errors.New("no answer\nMAINPID=1")) })
+		step("STATUS=not ready: lease: the pool is full", func() { h.set(condLease, errors.New("the pool is full")) })
+		step("READY=1\nSTATUS=degraded: etcd: no answer MAINPID=1", func() {
+			for _, c := range needed() {
+				h.set(c, nil)
+			}
+		})
+		step("STATUS=ready", func() { h.set(condStore, nil) })
+		step("WATCHDOG=1", func() { time.Sleep(time.Minute) })
+		step("STATUS=not ready: firewall: gone", func() { h.set(condFirewall, errors.New("gone")) })
+		step("STATUS=ready", func() { h.set(condFirewall, nil) }) // READY=1 was said
+		h.works()
+		step("", func() { time.Sleep(3 * time.Minute) }) // the loop is stuck
+		h.waits()
+		step("WATCHDOG=1", func() { time.Sleep(time.Minute) })
+		step("STOPPING=1\nSTATUS=stopping; the data plane stays as it is", func() {
+			cancel()
+			if err := <-ended; !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
+		})
+	})
+}
+
+// The node is ready for systemd when it is for pods: not before the subnet file is written.
+func TestReadyForSystemd(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.stop()
+		r = newAgent(r)
+		var got told
+		r.agent.notify = func(state string) { got = append(got, state) }
+		r.start()
+		defer r.stop()
+		r.change(func() { r.firewall.err = errors.New("no iptables") })
+		r.table(onlyV4)
+		r.sleep(time.Minute)
+		if s := got.since(0); strings.Contains(s, "READY") || !strings.Contains(got[len(got)-1], "firewall: no iptables") {
+			t.Errorf("got %q", s)
+		}
+		r.change(func() { r.firewall.err = nil })
+		r.sleep(time.Minute)
+		if !slices.Contains(got, "READY=1\nSTATUS=ready") {
+			t.Errorf("got %q", got)
+		}
+	})
+}
