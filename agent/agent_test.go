@@ -23,6 +23,7 @@ import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
 )
 
@@ -582,7 +583,7 @@ func TestLeaseThatLeadsElsewhere(t *testing.T) {
 				}
 			})
 			synctest.Wait()
-			if p := r.agent.health.list(); len(p) != 1 || !strings.Contains(r.problem(where), "192.0.2.10") {
+			if p := r.agent.health.list(); len(p) != 1 || p[0].Code != status.Conflict || !strings.Contains(r.problem(where), "192.0.2.10") {
 				t.Errorf("problems %v, want one of %s", p, where)
 			}
 		}

@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/subnet"
 )
 
 // condition names one thing that must hold for the node to be ready, or that may be worse than it should be.
@@ -64,10 +65,20 @@ var errStarting = errors.New("not there yet, overlayd is starting")
 func newHealth(log *zap.Logger, now func() time.Time) *health {
 	h := &health{log: log, now: now, problems: map[condition]status.Problem{}, changed: newMailbox[struct{}]()}
 	for _, c := range needed() {
-		h.problems[c] = status.Problem{Name: string(c), Reason: errStarting.Error(), Since: now(), Fatal: true}
+		h.problems[c] = problemOf(c, errStarting, now())
 	}
 	h.busy = now()
 	return h
+}
+
+func problemOf(c condition, err error, since time.Time) status.Problem {
+	p := status.Problem{Name: string(c), Reason: err.Error(), Since: since, Fatal: slices.Contains(needed(), c)}
+	if errors.Is(err, errStarting) {
+		p.Code = status.Starting
+	} else if conflict := (*subnet.ConflictError)(nil); errors.As(err, &conflict) {
+		p.Code = status.Conflict
+	}
+	return p
 }
 
 // set notes that a condition holds (no error) or why it does not.
@@ -89,7 +100,7 @@ func (h *health) note(c condition, err error, say bool) {
 	if was && old.Reason == err.Error() {
 		return
 	}
-	p := status.Problem{Name: string(c), Reason: err.Error(), Since: h.now(), Fatal: slices.Contains(needed(), c)}
+	p := problemOf(c, err, h.now())
 	if was {
 		p.Since = old.Since
 	}
@@ -116,7 +127,7 @@ func (h *health) list() []status.Problem {
 }
 
 func starting(p status.Problem) int {
-	if p.Reason == errStarting.Error() {
+	if p.Code == status.Starting {
 		return 1
 	}
 	return 0

@@ -132,7 +132,10 @@ func (a *Agent) status() status.Node {
 		}
 	}
 	if a.choice != nil {
-		s.Interface = status.Interface{Reason: a.choice.Reason, PublicIPLocal: a.choice.PublicIPLocal, PublicIPs: texts(a.choice.PublicIP)}
+		s.Interface = status.Interface{
+			Reason: a.choice.Reason, ByDefault: a.choice.ByDefault,
+			PublicIPLocal: a.choice.PublicIPLocal, PublicIPs: texts(a.choice.PublicIP),
+		}
 	}
 	if p := a.planned; p != nil {
 		s.Devices = a.deviceStatus(p.devices)

@@ -23,11 +23,16 @@ type InterfaceOptions struct {
 	PublicIP addr.Per[netip.Addr] // what the lease says, if it is not the device's own address
 }
 
+func (o InterfaceOptions) chosen() bool {
+	return len(o.Names)+len(o.Regexes) > 0 || o.CanReach.IsValid()
+}
+
 // Choice is the outcome of the search, with its reason.
 type Choice struct {
 	Underlay      addr.Per[backend.Underlay]
 	PublicIP      addr.Per[netip.Addr]
 	PublicIPLocal bool // every public IP is configured on the node
+	ByDefault     bool // in some family it is the one with the default route, as nothing says which to take
 	Reason        string
 }
 
@@ -63,6 +68,7 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 		out.Underlay.Set(f, u)
 		out.PublicIP.Set(f, public)
 		out.PublicIPLocal = out.PublicIPLocal && h.Has(public)
+		out.ByDefault = out.ByDefault || !o.chosen() && !s.asked.IsValid()
 		reasons = append(reasons, fmt.Sprintf("%s: %s", f, why))
 	}
 	out.Reason = strings.Join(reasons, "; ")

@@ -162,6 +162,9 @@ func TestChoose(t *testing.T) {
 			if got.Reason == "" {
 				t.Error("no reason is given")
 			}
+			if got.ByDefault != strings.Contains(got.Reason, "default route") {
+				t.Errorf("by the default route: %v, but %s", got.ByDefault, got.Reason)
+			}
 		})
 	}
 }
@@ -536,6 +539,9 @@ func TestChooseAmongRoutes(t *testing.T) {
 			}
 			if err != nil {
 				t.Fatal(err)
+			}
+			if got.ByDefault != strings.Contains(got.Reason, "default route") {
+				t.Errorf("by the default route: %v, but %s", got.ByDefault, got.Reason)
 			}
 			var have []string
 			for _, f := range c.Families() {

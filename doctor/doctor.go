@@ -39,7 +39,8 @@ type Finding struct {
 	// Fixable says that --fix does it.
 	Fixable bool `json:"fixable,omitempty"`
 
-	fixes []fix
+	fixes  []fix
+	leases []string // the keys of those that it is about
 }
 
 // Report is all findings of one examination.
@@ -87,7 +88,8 @@ type Choose func(netstate.Host, subnet.Config) (Underlay, error)
 type Underlay struct {
 	By       addr.Per[backend.Underlay]
 	PublicIP addr.Per[netip.Addr]
-	Reason   string
+	// ByDefault says that in some family it is the one with the default route, as nothing says which to take.
+	ByDefault bool
 }
 
 // Settings are what the operator says, by flags, environment and file.
@@ -198,7 +200,7 @@ func atMost(found []Finding) []Finding {
 	}
 	rest := found[most]
 	rest.Reason = fmt.Sprintf("and %d more like these", len(found)-most)
-	rest.Mend, rest.fixes = nil, nil
+	rest.Mend, rest.fixes, rest.leases = nil, nil, nil
 	return append(found[:most:most], rest)
 }
 

@@ -215,7 +215,7 @@ func (f Facts) elsewhereThanStore() []Finding {
 		if l.Tunnel || f.network(addr.FamilyOf(x.To)).Contains(x.To) {
 			continue
 		}
-		if !f.byDefault() && f.somePeerAnswers() { // an operator has chosen it, and was right
+		if !f.Underlay.ByDefault && f.somePeerAnswers() { // an operator has chosen it, and was right
 			continue
 		}
 		return warn(

@@ -375,11 +375,11 @@ func (f Facts) leaseIsNotOurs() string {
 	if f.Daemon.Running {
 		l, p := f.Daemon.Status.Lease, f.problem("lease")
 		switch {
-		case len(l.Subnets) == 0 && p != nil && !starting(*p):
+		case len(l.Subnets) == 0 && p != nil && p.Code != status.Starting:
 			return "the daemon holds no lease: see the problem lease"
 		case len(l.Subnets) == 0:
 			return "the daemon holds no lease"
-		case !l.Held && p != nil && strings.Contains(p.Reason, "is also that of"): // subnet.ConflictError
+		case !l.Held && p != nil && p.Code == status.Conflict:
 			return "another node has this node's lease: see the problem lease"
 		}
 		return ""
@@ -411,13 +411,11 @@ func (f Facts) problem(name string) *status.Problem {
 	return &f.Daemon.Status.Problems[i]
 }
 
-// starting tells what is not there yet from what is wrong.
-func starting(p status.Problem) bool { return strings.HasSuffix(p.Reason, "overlayd is starting") }
-
 func (f *Facts) concludeUnderlay(o Options) {
 	s := f.Daemon.Status
+	f.Underlay.ByDefault = f.ByDefault
 	if f.Daemon.Running && s.Interface.Reason != "" {
-		f.Underlay.Reason = s.Interface.Reason
+		f.Underlay.ByDefault = s.Interface.ByDefault
 		for _, text := range s.Interface.PublicIPs {
 			if a, err := netip.ParseAddr(text); err == nil {
 				f.Underlay.PublicIP.Set(addr.FamilyOf(a), a)
@@ -436,7 +434,10 @@ func (f *Facts) concludeUnderlay(o Options) {
 	if f.Config == nil || o.Choose == nil || f.Errs["devices"] != nil {
 		return
 	}
-	f.Underlay, f.ChooseErr = o.Choose(f.Survey.Host, *f.Config)
+	u, err := o.Choose(f.Survey.Host, *f.Config)
+	if f.ChooseErr = err; err == nil {
+		f.Underlay = u
+	}
 	if f.Self.PublicIP == (addr.Per[netip.Addr]{}) {
 		f.Self.PublicIP = f.Underlay.PublicIP
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/status"
 )
 
 // few shortens a list for a line.
@@ -66,7 +67,7 @@ func judgeProblems(f Facts) []Finding {
 	var out []Finding
 	var later []string
 	for _, p := range f.Daemon.Status.Problems {
-		if starting(p) {
+		if p.Code == status.Starting {
 			later = append(later, p.Name)
 			continue
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/status"
 )
 
 func hostChecks() []check {
@@ -220,7 +221,7 @@ func judgeInterface(f Facts) []Finding {
 		return skipped(f.Errs["devices"].Error())
 	}
 	var out []Finding
-	if p := f.problem("underlay"); p != nil && !starting(*p) {
+	if p := f.problem("underlay"); p != nil && p.Code != status.Starting {
 		out = append(out, fail("the daemon finds none: "+p.Reason, f.wayMend()...)...)
 	} else if f.ChooseErr != nil {
 		return fail(strings.ReplaceAll(f.ChooseErr.Error(), "\n", "; "), f.wayMend()...)
@@ -320,7 +321,7 @@ func (f Facts) judgeUplinks(fam addr.Family) []Finding {
 // wayMend is what to do where no interface is found: mostly it is the default route that is missing.
 func (f Facts) wayMend() []string {
 	mend := []string{"ip -br address", "ip route show default"}
-	if !f.byDefault() {
+	if !f.Underlay.ByDefault {
 		return mend
 	}
 	for _, fam := range f.families() {
@@ -347,21 +348,13 @@ func (f Facts) ambiguous(fam addr.Family) []Finding {
 			devices = append(devices, r.Link)
 		}
 	})
-	if !f.byDefault() || len(devices) < 2 {
+	if !f.Underlay.ByDefault || len(devices) < 2 {
 		return nil
 	}
 	slices.Sort(devices)
 	return warn(fmt.Sprintf("%s has default routes by %s; the one with the lowest metric is taken, which may be another one after the next start: say which with --iface", fam, strings.Join(devices, " and ")),
 		f.Service.set(f.EnvFile, "OVERLAYD_IFACE",
 			orDefault(f.Underlay.By.Get(fam).Device, f.Underlay.By.Get(fam).Addr.String())))
-}
-
-// byDefault reports whether the interface is the one that the default route goes by.
-func (f Facts) byDefault() bool {
-	if f.Daemon.Running && f.Underlay.Reason != "" {
-		return strings.Contains(f.Underlay.Reason, "default route")
-	}
-	return f.ByDefault
 }
 
 func orDefault(s, otherwise string) string {

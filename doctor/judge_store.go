@@ -345,6 +345,14 @@ func younger(a, b *subnet.Entry) *subnet.Entry {
 	return b
 }
 
+// about notes which two leases findings are about.
+func about(a, b *subnet.Entry, found []Finding) []Finding {
+	for i := range found {
+		found[i].leases = []string{a.Key, b.Key}
+	}
+	return found
+}
+
 func (f Facts) sharedIPs(live []*subnet.Entry) []Finding {
 	var out []Finding
 	for _, fam := range addr.Families() {
@@ -363,8 +371,8 @@ func (f Facts) sharedIPs(live []*subnet.Entry) []Finding {
 				if stale == f.ownEntry() { // there is a node behind it: this one
 					stale = now
 				}
-				out = append(out, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers go by the one that was "+
-					"written last, %s", other.Name(), other.Key, e.Name(), e.Key, ip, now.Key), f.removal(stale))...)
+				out = append(out, about(other, e, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers go by the "+
+					"one that was written last, %s", other.Name(), other.Key, e.Name(), e.Key, ip, now.Key), f.removal(stale)))...)
 				continue
 			}
 			first[ip] = e
@@ -383,8 +391,8 @@ func (f Facts) overlaps(live []*subnet.Entry) []Finding {
 		var open *subnet.Entry
 		for _, e := range order {
 			if open != nil && open.Subnets.Get(fam).Overlaps(e.Subnets.Get(fam)) {
-				out = append(out, fail(fmt.Sprintf("the subnets %s of %s and %s of %s overlap: the younger one is not believed",
-					open.Subnets.Get(fam), open.Name(), e.Subnets.Get(fam), e.Name()), f.removal(younger(open, e)))...)
+				out = append(out, about(open, e, fail(fmt.Sprintf("the subnets %s of %s and %s of %s overlap: the younger one is not believed",
+					open.Subnets.Get(fam), open.Name(), e.Subnets.Get(fam), e.Name()), f.removal(younger(open, e))))...)
 				continue
 			}
 			open = e
@@ -400,16 +408,16 @@ func (f Facts) clones(live []*subnet.Entry) []Finding {
 	for _, e := range live {
 		if e.NodeID != "" {
 			if o := byID[e.NodeID]; o != nil && o.NodeName != e.NodeName {
-				out = append(out, fail(fmt.Sprintf("the nodes %s and %s have the same ID %s: one is a clone of the other, with its /etc/machine-id", o.Name(), e.Name(), e.NodeID),
-					f.Service.newID()+"   # on one of the two: "+younger(o, e).Name())...)
+				out = append(out, about(o, e, fail(fmt.Sprintf("the nodes %s and %s have the same ID %s: one is a clone of the other, with its /etc/machine-id", o.Name(), e.Name(), e.NodeID),
+					f.Service.newID()+"   # on one of the two: "+younger(o, e).Name()))...)
 			} else if o != nil {
-				out = append(out, warn(fmt.Sprintf("the node %s holds two leases: %s and %s", e.Name(), o.Key, e.Key), f.removal(younger(o, e)))...)
+				out = append(out, about(o, e, warn(fmt.Sprintf("the node %s holds two leases: %s and %s", e.Name(), o.Key, e.Key), f.removal(younger(o, e))))...)
 			}
 			byID[e.NodeID] = e
 		}
 		if e.NodeName != "" {
 			if o := byName[e.NodeName]; o != nil && o.NodeID != e.NodeID {
-				out = append(out, fail(fmt.Sprintf("two machines are called %s: one has the ID %s, the other %s; or the machine was set up anew and its old lease is still there", e.NodeName, o.NodeID, e.NodeID), f.removal(earlier(o, e)))...)
+				out = append(out, about(o, e, fail(fmt.Sprintf("two machines are called %s: one has the ID %s, the other %s; or the machine was set up anew and its old lease is still there", e.NodeName, o.NodeID, e.NodeID), f.removal(earlier(o, e))))...)
 			}
 			byName[e.NodeName] = e
 		}
@@ -441,9 +449,7 @@ func (f Facts) refused(before []Finding) []Finding {
 	var names []string
 	for _, r := range refused {
 		e := x.Find(r.Key)
-		if e != nil && e.Err != nil || slices.ContainsFunc(before, func(b Finding) bool {
-			return strings.Contains(b.Reason, r.Key) || r.Node != "" && strings.Contains(b.Reason, r.Node)
-		}) {
+		if e != nil && e.Err != nil || slices.ContainsFunc(before, func(b Finding) bool { return slices.Contains(b.leases, r.Key) }) {
 			continue
 		}
 		names = append(names, fmt.Sprintf("%s of %s: %s", r.Key, r.Node, r.Reason))

@@ -62,7 +62,7 @@ func healthy(t *testing.T) Facts {
 			Lease:     status.Lease{Subnets: []string{"10.244.1.0/24"}, Held: true},
 			Store:     status.Store{Endpoints: []string{"http://etcd:2379"}, Prefix: "/overlayd/network"},
 			Network:   status.Network{Networks: []string{"10.244.0.0/16"}, Backend: "vxlan", MTU: 1450},
-			Interface: status.Interface{Reason: "IPv4: 192.0.2.1 on eth0 (it has the default route, metric 0)", PublicIPs: []string{"192.0.2.1"}},
+			Interface: status.Interface{Reason: "IPv4: 192.0.2.1 on eth0 (it has the default route, metric 0)", ByDefault: true, PublicIPs: []string{"192.0.2.1"}},
 			Started:   now.Add(-time.Hour), Now: now, Probe: status.Probe{On: true},
 			Devices: []status.Device{{Name: "overlay.1", MAC: self.VTEP.V4.MAC.String(), MTU: 1450, VNI: 1, Port: 8472, Local: "192.0.2.1", Underlay: "eth0"}},
 		}},
@@ -75,7 +75,7 @@ func healthy(t *testing.T) Facts {
 			{name: "n3", subnet: prefixOf("10.244.3.0/24"), publicIP: addrOf("198.51.100.3"), way: "tunnel", target: addrOf("10.244.3.0"), full: 1450},
 		},
 	}
-	f.Underlay.Reason = f.Daemon.Status.Interface.Reason
+	f.Underlay.ByDefault = true
 	f.Underlay.By.V4, f.Underlay.PublicIP.V4 = backend.Underlay{Device: "eth0", Addr: addrOf("192.0.2.1"), MTU: 1500}, addrOf("192.0.2.1")
 	offloads := []netstate.Offload{{Name: "tx", On: true}, {Name: "gso", On: true}, {Name: "gro", On: true}}
 	link := func(i int, name, kind string, mtu int) netstate.SurveyLink {
@@ -221,7 +221,7 @@ func tcpPort(port uint16, v packetfilter.Verdict) packetfilter.Rule {
 // A lease that carries this node's identity and is not known to be its own is nothing to act by.
 func TestAnothersLease(t *testing.T) {
 	t.Parallel()
-	conflict := status.Problem{Name: "lease", Reason: `the node name "n1" is also that of node "n1" (id "id1"), which holds the lease 10.244.1.0-24: x`, Fatal: true}
+	conflict := status.Problem{Name: "lease", Code: status.Conflict, Reason: "x", Fatal: true}
 	for name, tt := range map[string]struct {
 		spoil func(f *Facts)
 		own   Mark
@@ -394,7 +394,7 @@ func TestJudges(t *testing.T) {
 		}},
 		{"still starting", "problems", Fail, "overlayd is starting: underlay, lease", "overlayd status", func(f *Facts) {
 			for _, name := range []string{"underlay", "lease"} {
-				f.Daemon.Status.Problems = append(f.Daemon.Status.Problems, status.Problem{Name: name, Reason: "not there yet, overlayd is starting", Since: f.Now, Fatal: true})
+				f.Daemon.Status.Problems = append(f.Daemon.Status.Problems, status.Problem{Name: name, Code: status.Starting, Reason: "not there yet", Since: f.Now, Fatal: true})
 			}
 		}},
 		{"repaired just now", "drift", Warn, "route 1 times since the daemon started, the last 10s ago (add route x)", "journalctl", func(f *Facts) {
@@ -734,12 +734,12 @@ func TestJudges(t *testing.T) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Tunnel = true })
 		}},
 		{"the store elsewhere, as was chosen", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {
-			f.ToStore[0].Link, f.Underlay.Reason = "eth1", "IPv4: 192.0.2.1 on eth0 (--iface)"
+			f.ToStore[0].Link, f.Underlay.ByDefault = "eth1", false
 		}},
 		{
 			"the store elsewhere, as was chosen, and no peer answers", "interface", Warn, "is reached by eth1",
 			"OVERLAYD_IFACE=eth1", func(f *Facts) {
-				f.ToStore[0].Link, f.Underlay.Reason, f.Pings.Sample = "eth1", "IPv4: 192.0.2.1 on eth0 (--iface)", nil
+				f.ToStore[0].Link, f.Underlay.ByDefault, f.Pings.Sample = "eth1", false, nil
 			},
 		},
 		{"the store on this node", "interface", OK, "192.0.2.1 on eth0", "", func(f *Facts) {

@@ -22,7 +22,7 @@ func (f *Facts) second(name string, mtu int) {
 // sendsFrom makes an address the one that the tunnel sends from, bound to a device or to none.
 func (f *Facts) sendsFrom(ip, device string) {
 	f.Underlay.By.V4, f.Underlay.PublicIP.V4 = backend.Underlay{Device: device, Addr: addrOf(ip), MTU: 1500}, addrOf(ip)
-	f.Underlay.Reason = ip + " (it has the default route, metric 0)"
+	f.Underlay.ByDefault = true
 	f.Daemon.Status.Interface.PublicIPs = []string{ip}
 	f.Daemon.Status.Devices[0].Local, f.Daemon.Status.Devices[0].Underlay = ip, device
 	f.link("overlay.1", func(l *netstate.SurveyLink) { l.VXLAN.Local, l.VXLAN.Underlay = addrOf(ip), device })
@@ -39,7 +39,7 @@ func publicOnSecond(f *Facts) {
 	f.second("eth1", 1500)
 	f.address("eth1", "203.0.113.1/24")
 	f.sendsFrom("203.0.113.1", "eth1")
-	f.Underlay.Reason = "IPv4: 203.0.113.1 on eth1 (--public-ip)"
+	f.Underlay.ByDefault = false
 }
 
 // multipath is a node with a default route by two devices, whose address is on the first.

@@ -37,10 +37,20 @@ type Node struct {
 // Problem is something that is not as it should be.
 type Problem struct {
 	Name   string    `json:"name"`
+	Code   Code      `json:"code,omitempty"` // "": the name says all that a program needs to know
 	Reason string    `json:"reason"`
 	Since  time.Time `json:"since"`
 	Fatal  bool      `json:"fatal"` // the node is not ready because of it
 }
+
+// Code says in a word which of several causes a problem has. Reasons are for people: no program reads them.
+type Code string
+
+// The codes.
+const (
+	Starting Code = "starting" // not there yet: it follows from another problem
+	Conflict Code = "conflict" // another node holds what only this one should
+)
 
 // Lease is this node's hold on its subnets; Subnets is empty where it has none.
 type Lease struct {
@@ -87,6 +97,7 @@ type Pool struct {
 // Interface is the device that leads to the other nodes, and why it is that one.
 type Interface struct {
 	Reason        string   `json:"reason"`
+	ByDefault     bool     `json:"byDefault"` // in some family it is the one with the default route, as nothing says which to take
 	PublicIPs     []string `json:"publicIPs"`
 	PublicIPLocal bool     `json:"publicIPLocal"`
 }

@@ -165,7 +165,7 @@ func (f *flags) choose(h netstate.Host, c subnet.Config) (doctor.Underlay, error
 	if err != nil {
 		return doctor.Underlay{}, err
 	}
-	return doctor.Underlay{By: choice.Underlay, PublicIP: choice.PublicIP, Reason: choice.Reason}, nil
+	return doctor.Underlay{By: choice.Underlay, PublicIP: choice.PublicIP, ByDefault: choice.ByDefault}, nil
 }
 
 // socketDaemon asks the daemon through its socket.
