@@ -122,7 +122,7 @@ type Agent struct {
 	remembered memory       // what the state directory said at the start
 	uncovered  []netip.Addr // the endpoints that no route covers any more
 	offline    subnet.Table // made of it, while the store has not been read
-	keeper     *keeper
+	writer     *stateWriter
 	bridges    podBridges
 	peers      peerLog
 	// unreachable says why of the peers that are.
@@ -139,12 +139,12 @@ type Agent struct {
 func New(o Options, p Parts) *Agent {
 	h := newHealth(p.Log, time.Now)
 	instruments := metrics.NewInstruments()
-	dir := stateDir{o.StateDir, "/" + strings.Trim(p.About.Prefix, "/")}
+	dir := stateDir{o.StateDir, "/" + strings.Trim(p.About.Prefix, "/"), o.Identity}
 	return &Agent{
 		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, control: p.Control, notify: p.Notify, watchdog: p.Watchdog, level: p.LogLevel, about: p.About, log: p.Log,
 		questions: make(chan func()), state: dir,
 		firewall: newFirewall(p, o.IPTablesResync, h, instruments.Firewall),
-		keeper:   newKeeper(dir, o.Identity, h),
+		writer:   newStateWriter(h),
 		peers:    peerLog{log: p.Log},
 		drift:    newDriftLog(p.Log),
 		mesh:     newMesh(h, o.MeshProbe),
@@ -157,10 +157,9 @@ func New(o Options, p Parts) *Agent {
 // Run works until ctx ends. It leaves the data plane as it is: pods go on talking while there is no daemon.
 func (a *Agent) Run(ctx context.Context) error {
 	var err error
-	a.remembered, err = a.state.load(a.opts.Identity)
+	a.remembered, err = a.state.load()
 	a.health.set(condStateDir, err) // a node that forgot its subnet still has its lease in etcd
 	a.claim.Remembered = a.remembered.subnets()
-	a.keeper.begin(a.remembered)
 	a.bridges.known = a.remembered.Bridges
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -182,14 +181,14 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.opts.MeshProbe {
 		g.Go(func() error { return a.mesh.Run(ctx) })
 	}
-	g.Go(func() error { a.keeper.run(); return nil })
+	g.Go(func() error { a.writer.run(); return nil })
 	g.Go(func() error { return a.loop(ctx) })
 	return g.Wait()
 }
 
 // loop goes round whenever there may be something to do, and at a period.
 func (a *Agent) loop(ctx context.Context) error {
-	defer a.keeper.end()
+	defer a.writer.end()
 	a.started = time.Now()
 	look := true // at the kernel, instead of believing what was left there
 	retry := firstRetry
@@ -229,7 +228,7 @@ func (a *Agent) next(err error, retry time.Duration) (time.Time, time.Duration) 
 	case err != nil:
 		return now.Add(retry), min(2*retry, lastRetry)
 	}
-	for _, due := range []time.Time{a.roster.Next(), a.drift.due(), a.keeper.next, a.bridges.due(now)} {
+	for _, due := range []time.Time{a.roster.Next(), a.drift.due(), a.writer.lease.next, a.writer.peers.next, a.bridges.due(now)} {
 		if !due.IsZero() {
 			next = earlier(next, due)
 		}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -888,7 +889,7 @@ func TestStartWithoutStore(t *testing.T) {
 		r.table(onlyV4, peer(1), peer(2))
 		lease := r.agent.lease.Subnets
 		r.sleep(2 * auditEvery)
-		m, err := r.agent.state.load(r.agent.opts.Identity)
+		m, err := r.agent.state.load()
 		if err != nil || len(m.Peers) != 2 || m.subnets() != lease {
 			t.Fatalf("remembered %+v, %v", m, err)
 		}
@@ -980,11 +981,12 @@ func TestNoStartFromMemoryThatMayBeWrong(t *testing.T) {
 		inRig(t, func(r *rig) {
 			r.stop()
 			again := newAgent(r)
-			m := remember(subnet.Table{Entries: []*subnet.Entry{peer(1)}}, again.agent.opts.Identity,
-				selfMemory{subnets: peer(7).Subnets, config: onlyV4}, time.Now().Add(time.Hour))
-			m.Prefix = again.agent.state.prefix
+			m := memory{
+				Node: again.agent.opts.Identity, Saved: time.Now(), Prefix: again.agent.state.prefix, Subnets: peer(7).Key,
+				Expires: time.Now().Add(time.Hour), Config: json.RawMessage(onlyV4),
+			}
 			change(&m)
-			raw, err := m.encode()
+			raw, err := json.Marshal(m)
 			if err == nil {
 				_, err = writeIfChanged(again.agent.state.leaseFile(), raw)
 			}
@@ -1168,9 +1170,8 @@ func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.stop()
 		again := newAgent(r)
-		m := remember(subnet.Table{}, again.agent.opts.Identity, selfMemory{subnets: peer(7).Subnets, config: onlyV4},
-			time.Now().Add(time.Hour))
-		if err := again.agent.state.save(m); err != nil {
+		m := memory{Subnets: peer(7).Key, Config: json.RawMessage(onlyV4), Expires: time.Now().Add(time.Hour)}
+		if err := again.agent.state.save(again.agent.state.leaseFile(), m); err != nil {
 			t.Fatal(err)
 		}
 		h := testHost()

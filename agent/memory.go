@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -20,23 +19,25 @@ import (
 // stateDir is where a node keeps what it has to know after a restart, of the network under this prefix of the store.
 type stateDir struct {
 	path, prefix string
+	node         subnet.Identity
 }
 
-// memory is the content of the state directory's lease.json: enough to bring the node's network up again while etcd is away.
+// memory is enough to bring the node's network up again while etcd is away. Revision and Peers are in peers.json, the rest is in
+// lease.json; each says whose it is.
 type memory struct {
-	Node    subnet.Identity // whose memory it is: an image of a disk may be another machine's now
+	Node    subnet.Identity // an image of a disk may be another machine's now
 	Saved   time.Time
 	Prefix  string `json:",omitempty"` // of the store: which network it is about
-	Subnets string // this node's, in the form of a lease's key
+	Subnets string `json:",omitempty"` // this node's, in the form of a lease's key
 	// Expires is when the lease ends unless it was renewed since; until then nobody else can have the subnets. Zero: never.
-	Expires time.Time
-	// Revision is the store's. One that is at an earlier one later has lost data.
-	Revision int64           `json:",omitempty"`
-	Config   json.RawMessage `json:",omitempty"` // the one in use
+	Expires time.Time       `json:",omitzero"`
+	Config  json.RawMessage `json:",omitempty"` // the one in use
 	// Addresses are those that the node goes by: of several on one device it has to be the one that the others know.
 	Addresses addr.Per[netip.Addr] `json:",omitzero"`
 	Bridges   []netstate.PodBridge `json:",omitempty"`
-	Peers     []memorizedPeer      `json:",omitempty"`
+	// Revision is the store's. One that is at an earlier one later has lost data.
+	Revision int64           `json:",omitempty"`
+	Peers    []memorizedPeer `json:",omitempty"`
 }
 
 type memorizedPeer struct {
@@ -47,80 +48,63 @@ type memorizedPeer struct {
 }
 
 func (d stateDir) leaseFile() string { return filepath.Join(d.path, "lease.json") }
+func (d stateDir) peersFile() string { return filepath.Join(d.path, "peers.json") }
 func (d stateDir) movedFile() string { return filepath.Join(d.path, "subnet-changed") }
 
 // Files lists all that a daemon may leave in its state directory.
 func Files(dir string) []string {
 	d := stateDir{path: dir}
-	return []string{d.leaseFile(), d.movedFile()}
+	return []string{d.leaseFile(), d.peersFile(), d.movedFile()}
 }
 
 // load returns what this node remembers; a new node remembers nothing. Of a network under another prefix, or of a node
 // of another name with this one's ID (it was given a new name, or the directory came with a copy of the disk), only the
 // own subnet counts.
-func (d stateDir) load(id subnet.Identity) (memory, error) {
-	raw, err := os.ReadFile(d.leaseFile())
-	if errors.Is(err, os.ErrNotExist) {
-		return memory{}, nil
+func (d stateDir) load() (memory, error) {
+	m, err := readMemory(d.leaseFile())
+	if m == nil {
+		return memory{}, err
 	}
-	var m memory
-	if err == nil {
-		err = json.Unmarshal(raw, &m)
-	}
-	if err == nil {
-		_, err = subnet.ParseKey(m.Subnets)
-	}
-	if err != nil {
+	if _, err := subnet.ParseKey(m.Subnets); err != nil {
 		return memory{}, fmt.Errorf("%s: %w", d.leaseFile(), err)
 	}
-	if m.Node.NodeID != id.NodeID || id.NodeID == "" && m.Node != id {
+	if m.Node.NodeID != d.node.NodeID || m.Node.NodeID == "" && m.Node != d.node {
 		return memory{}, fmt.Errorf("%s is the memory of node %q (id %q), not of this one: it is left aside", d.leaseFile(), m.Node.NodeName, m.Node.NodeID)
 	}
-	if m.Node != id || m.Prefix != "" && m.Prefix != d.prefix {
+	if m.Node != d.node || m.Prefix != "" && m.Prefix != d.prefix {
 		m.Config, m.Peers, m.Revision, m.Expires = nil, nil, 0, m.Saved
 	}
-	return m, nil
-}
-
-func (d stateDir) save(m memory) error {
-	m.Prefix = d.prefix
-	raw, err := m.encode()
-	if err != nil {
-		return err
+	// Before there was peers.json, the peers were in lease.json.
+	peers, err := readMemory(d.peersFile())
+	if peers != nil && peers.Node == d.node && peers.Prefix == d.prefix {
+		m.Peers, m.Revision = peers.Peers, peers.Revision
 	}
-	_, err = writeIfChanged(d.leaseFile(), raw)
-	return err
+	return *m, err
 }
 
-// encode writes the peers by hand: thousands of values that are JSON already would be looked through once more, which is most of the
-// work. Their keys are those of leases that make sense: there is nothing to escape.
-func (m memory) encode() ([]byte, error) {
-	peers, size := m.Peers, 0
-	m.Peers = nil
-	head, err := json.Marshal(m)
+// readMemory reads one of the files; nil: it is not there.
+func readMemory(file string) (*memory, error) {
+	raw, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
-	const around = len(`{"Key":"","Value":,"Created":9223372036854775807,"Revision":9223372036854775807},`)
-	for _, p := range peers {
-		size += len(p.Key) + len(p.Value) + around
+	var m memory
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
 	}
-	out := make([]byte, 0, len(head)+size+len(`,"Peers":[]`)+1)
-	out = append(out, head[:len(head)-1]...)
-	for i, p := range peers {
-		before := `,{"Key":"`
-		if i == 0 {
-			before = `,"Peers":[{"Key":"`
-		}
-		out = append(append(out, before...), p.Key...)
-		out = append(append(out, `","Value":`...), p.Value...)
-		out = strconv.AppendInt(append(out, `,"Created":`...), p.Created, 10)
-		out = append(strconv.AppendInt(append(out, `,"Revision":`...), p.Revision, 10), '}')
+	return &m, nil
+}
+
+func (d stateDir) save(file string, m memory) error {
+	m.Node, m.Prefix, m.Saved = d.node, d.prefix, time.Now().UTC().Round(0)
+	raw, err := json.Marshal(m)
+	if err == nil {
+		_, err = writeIfChanged(file, append(raw, '\n'))
 	}
-	if len(peers) > 0 {
-		out = append(out, ']')
-	}
-	return append(out, "}\n"...), nil
+	return err
 }
 
 // subnets are this node's own.
@@ -129,19 +113,15 @@ func (m memory) subnets() addr.Per[netip.Prefix] {
 	return sn
 }
 
-// remember puts the essence of a table into a memory.
-func remember(t subnet.Table, id subnet.Identity, self selfMemory, expires time.Time) memory {
-	m := memory{
-		Node: id, Saved: time.Now().UTC().Round(0), Subnets: subnet.FormatKey(self.subnets),
-		Expires: expires.UTC(), Revision: t.Revision,
-		Config: json.RawMessage(self.config), Addresses: self.addrs,
-	}
+// peersOf are the leases of a table that a start without the store can use.
+func peersOf(t subnet.Table, own addr.Per[netip.Prefix]) []memorizedPeer {
+	var out []memorizedPeer
 	for _, e := range t.Entries {
-		if e.Err == nil && !e.Blank() && e.Subnets != self.subnets {
-			m.Peers = append(m.Peers, memorizedPeer{e.Key, subnet.FormatValue(e.Attrs), e.Created, e.Revision})
+		if e.Err == nil && !e.Blank() && e.Subnets != own {
+			out = append(out, memorizedPeer{e.Key, subnet.FormatValue(e.Attrs), e.Created, e.Revision})
 		}
 	}
-	return m
+	return out
 }
 
 // table makes of a memory what the store would say. It believes no more of it than of the store.

@@ -91,7 +91,7 @@ type peer struct {
 
 func (p peer) family() addr.Family { return addr.FamilyOf(p.subnet.Addr()) }
 
-// memory is the part of the daemon's memory (lease.json) that matters here.
+// memory is the part of the daemon's memory (lease.json and peers.json) that matters here.
 type memory struct {
 	Node    subnet.Identity
 	Saved   time.Time
@@ -264,7 +264,7 @@ func (f *Facts) lookAtFilter() {
 
 // remember reads what the daemon remembers. Where neither it nor the settings say who this node is, that does.
 func (f *Facts) remember() {
-	f.Memory, f.MemoryErr = readMemory(filepath.Join(f.StateDir, "lease.json"))
+	f.Memory, f.MemoryErr = readMemory(f.StateDir)
 	if m := f.Memory; !f.Daemon.Running && !f.GivenIdentity && m != nil && m.Node.Check() == nil {
 		f.IdentityFromMemory = m.Node != f.Identity
 		f.Identity, f.IdentityErr = m.Node, nil
@@ -274,7 +274,20 @@ func (f *Facts) remember() {
 	}
 }
 
-func readMemory(path string) (*memory, error) {
+// readMemory reads lease.json, and the peers from peers.json; nil: there is none.
+func readMemory(dir string) (*memory, error) {
+	m, err := readState(filepath.Join(dir, "lease.json"))
+	if m == nil {
+		return nil, err
+	}
+	peers, err := readState(filepath.Join(dir, "peers.json"))
+	if peers != nil && peers.Node == m.Node && peers.Prefix == m.Prefix {
+		m.Peers = peers.Peers
+	}
+	return m, err
+}
+
+func readState(path string) (*memory, error) {
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil

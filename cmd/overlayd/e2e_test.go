@@ -359,7 +359,7 @@ func TestOperatorCommands(t *testing.T) {
 	if sets, err := n1.Run(t.Context(), "ipset", "list", "-n"); err != nil || sets != "" {
 		t.Errorf("address sets left: %v %q", err, sets)
 	}
-	for _, f := range []string{n1.SubnetFile(), filepath.Join(n1.StateDir(), "lease.json")} {
+	for _, f := range []string{n1.SubnetFile(), filepath.Join(n1.StateDir(), "lease.json"), filepath.Join(n1.StateDir(), "peers.json")} {
 		if _, err := os.Stat(f); !os.IsNotExist(err) {
 			t.Errorf("%s is still there: %v", f, err)
 		}

@@ -201,7 +201,7 @@ func usesPort(ctx context.Context, s *Site) error {
 // remembersPort holds when the victim has written down its peers and the lab's own port: what is written later is
 // because of a change.
 func remembersPort(ctx context.Context, s *Site) error {
-	return Sees(`grep '"Port":8472' "$STATE_DIR/lease.json" | grep -q '"Peers":'`)(ctx, s)
+	return Sees(`grep -q '"Port":8472' "$STATE_DIR/lease.json" && grep -q '"Peers":' "$STATE_DIR/peers.json"`)(ctx, s)
 }
 
 // offline holds when the victim works with what it remembers.

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -16,7 +17,7 @@ import (
 func TestWhatWasNotWrittenIsTriedAgain(t *testing.T) {
 	inRig(t, func(r *rig) {
 		load := func() memory {
-			m, err := r.agent.state.load(r.agent.opts.Identity)
+			m, err := r.agent.state.load()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -25,59 +26,48 @@ func TestWhatWasNotWrittenIsTriedAgain(t *testing.T) {
 		// breaks has nothing written to the state directory: not even root can make it where there is a file.
 		dir := r.agent.opts.StateDir
 		breaks := func() {
-			if err := os.RemoveAll(dir); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(dir, nil, 0o600); err != nil {
+			if err := errors.Join(os.Rename(dir, dir+".away"), os.WriteFile(dir, nil, 0o600)); err != nil {
 				t.Fatal(err)
 			}
 		}
 		mends := func() {
-			if err := os.Remove(dir); err != nil {
+			if err := errors.Join(os.Remove(dir), os.Rename(dir+".away", dir)); err != nil {
 				t.Fatal(err)
 			}
 		}
 		r.table(onlyV4, peer(1))
-		r.sleep(2 * rememberEvery)
+		r.sleep(2 * retryEvery)
 		if m := load(); len(m.Peers) != 1 {
 			t.Fatalf("remembered: %+v", m)
 		}
 
 		breaks()
 		r.table(onlyV4, peer(1), peer(2))
-		r.sleep(rememberEvery)
+		r.sleep(retryEvery)
 		if r.problem(condStateDir) == "" {
 			t.Fatal("nobody said that nothing was written")
 		}
-		handed := func() (n uint64) {
-			_ = r.agent.ask(r.t.Context(), func() { n = r.agent.keeper.number })
-			return n
-		}
-		before := handed()
-		r.sleep(5 * rememberEvery)
-		if tries := handed() - before; tries < 4 || tries > 6 {
-			t.Errorf("%d tries within five times %v", tries, rememberEvery)
+		if lease, peers := r.writes(5*retryEvery, func() {}); lease > 0 || peers < 4 || peers > 6 {
+			t.Errorf("%d and %d tries within five times %v", lease, peers, retryEvery)
 		}
 		mends()
-		r.sleep(rememberEvery)
+		r.sleep(retryEvery)
 		if m := load(); len(m.Peers) != 2 || r.problem(condStateDir) != "" {
 			t.Errorf("remembered afterwards: %+v, problem %q", m, r.problem(condStateDir))
 		}
-		before = handed()
-		r.sleep(10 * rememberEvery)
-		if handed() != before {
+		if lease, peers := r.writes(10*retryEvery, func() {}); lease+peers > 0 {
 			t.Error("what is written was written again")
 		}
 
 		// Also the own subnet alone, while what is known of the others is not to be written.
 		r.store.deliver(func(s *subnet.Snapshot) { s.Table.Epoch++; s.Table.Entries = nil })
-		r.sleep(rememberEvery)
+		r.sleep(retryEvery)
 		breaks()
 		other := subnet.Lease{Subnets: peer(9).Subnets}
 		r.store.deliver(func(s *subnet.Snapshot) { s.Lease.Subnets = other.Subnets })
 		r.sleep(time.Second)
 		mends()
-		r.sleep(rememberEvery)
+		r.sleep(retryEvery)
 		if m := load(); m.subnets() != other.Subnets {
 			t.Errorf("the own subnet: %+v", m)
 		}
@@ -88,7 +78,7 @@ func TestWhatWasNotWrittenIsTriedAgain(t *testing.T) {
 func TestNothingIsWrittenWithoutALease(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))
-		r.sleep(2 * rememberEvery)
+		r.sleep(2 * retryEvery)
 		r.table(onlyV4, peer(1), peer(2))
 		r.store.deliver(func(s *subnet.Snapshot) { s.Lease = subnet.Lease{} })
 		r.sleep(time.Second)
@@ -97,21 +87,21 @@ func TestNothingIsWrittenWithoutALease(t *testing.T) {
 			return n
 		}
 		before := rounds()
-		r.sleep(2 * rememberEvery)
+		r.sleep(2 * retryEvery)
 		if n := rounds() - before; n > 1 {
 			t.Errorf("%d rounds with nothing to do", n)
 		}
 	})
 }
 
-// What a start without the store needs is written when it changes: the config in use and the address at once, a few
-// peers within a second, thousands within half a minute. So much is there after a SIGKILL, too.
+// What a start without the store needs is written when it changes: the config in use and the address at once, peers within
+// half a minute. So much is there after a SIGKILL, too.
 func TestWhatChangesIsRemembered(t *testing.T) {
 	const port, vni = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Port":8473}}`,
 		`{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":7}}`
 	inRig(t, func(r *rig) {
 		load := func() memory {
-			m, err := r.agent.state.load(r.agent.opts.Identity)
+			m, err := r.agent.state.load()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -125,35 +115,34 @@ func TestWhatChangesIsRemembered(t *testing.T) {
 			}
 		}
 		r.table(onlyV4, peer(1))
-		r.sleep(2 * rememberSelf)
+		r.sleep(2 * leaseEvery)
 		remembers("at the start", onlyV4, "192.0.2.10", 1)
 		r.table(port, peer(1))
 		remembers("port", port, "192.0.2.10", 1)
 		for _, bad := range []string{"{", `{"Network":"10.99.0.0/16"}`, `{"Network":"10.244.0.0/16","Backend":{"Port":-1}}`} {
-			r.sleep(rememberSelf)
+			r.sleep(leaseEvery)
 			r.table(bad, peer(1))
 			remembers("a config that is not used: "+bad, port, "192.0.2.10", 1)
 		}
 		r.table(port, peer(1), peer(2))
-		r.sleep(2 * rememberSelf)
+		r.sleep(peersEvery)
 		remembers("a peer", port, "192.0.2.10", 2)
 
 		// The same value of a config every time: 100 changes within 10 s, and the last one counts.
-		before := r.agent.keeper.number
-		for i := range 100 {
+		i := 0
+		if n, _ := r.writes(10*time.Second, func() {
 			r.table([]string{port, vni}[i%2], peer(1), peer(2))
-			r.sleep(100 * time.Millisecond)
-		}
-		if n := r.agent.keeper.number - before; n > 12 {
+			i++
+		}); n > 12 {
 			t.Errorf("written %d times within ten seconds", n)
 		}
-		r.sleep(rememberSelf)
+		r.sleep(leaseEvery)
 		remembers("the last of many", vni, "192.0.2.10", 2)
 
 		// While the store has lost its peers they stay remembered, and the config is followed all the same.
 		r.store.deliver(func(s *subnet.Snapshot) { s.Table.Epoch++ })
 		r.table(port)
-		r.sleep(2 * rememberSelf)
+		r.sleep(2 * leaseEvery)
 		remembers("peers that were lost", port, "192.0.2.10", 2)
 
 		// Of two addresses that fit, a start without the store takes the one that the others know.
@@ -176,6 +165,28 @@ func TestWhatChangesIsRemembered(t *testing.T) {
 	})
 }
 
+// writes counts those of both files, while something is done ten times a second.
+func (r *rig) writes(within time.Duration, do func()) (lease, peers int) {
+	at := func() (lease, peers time.Time) {
+		_ = r.agent.ask(r.t.Context(), func() { lease, peers = r.agent.writer.lease.at, r.agent.writer.peers.at })
+		return lease, peers
+	}
+	leaseAt, peersAt := at()
+	for range within / (100 * time.Millisecond) {
+		do()
+		r.sleep(100 * time.Millisecond)
+		l, p := at()
+		if !l.Equal(leaseAt) {
+			lease++
+		}
+		if !p.Equal(peersAt) {
+			peers++
+		}
+		leaseAt, peersAt = l, p
+	}
+	return lease, peers
+}
+
 // Thousands of peers that come and go have the file written every half minute.
 func TestManyPeersAreWrittenSeldom(t *testing.T) {
 	inRig(t, func(r *rig) {
@@ -189,14 +200,14 @@ func TestManyPeersAreWrittenSeldom(t *testing.T) {
 		}
 		const big = `{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`
 		r.table(big, many...)
-		r.sleep(2 * rememberEvery)
-		before := r.agent.keeper.number
-		for i := range 60 {
-			r.table(big, many[i%2:]...)
-			r.sleep(time.Second)
-		}
-		if n := r.agent.keeper.number - before; n < 2 || n > 3 {
-			t.Errorf("written %d times within a minute", n)
+		r.sleep(2 * retryEvery)
+		i := 0
+		if lease, peers := r.writes(time.Minute, func() {
+			if i++; i%10 == 0 {
+				r.table(big, many[i%20/10:]...)
+			}
+		}); lease > 0 || peers < 2 || peers > 3 {
+			t.Errorf("written %d and %d times within a minute", lease, peers)
 		}
 	})
 }
