@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/hostgw"
 	"github.com/overlayd/overlayd/backend/vxlan"
@@ -95,7 +96,7 @@ type Agent struct {
 	level    zap.AtomicLevel
 	about    About
 	log      *zap.Logger
-	state    stateDir
+	state    state.Dir
 	started  time.Time
 	audit    time.Time // when to look at the kernel without any reason to
 
@@ -115,13 +116,13 @@ type Agent struct {
 	choice     *Choice
 	claim      subnet.Claim
 	lease      subnet.Lease
-	planned    *planned     // nil: everything has to be planned anew
-	mtu        int          // that pods were told last
-	subnetEnv  []byte       // the subnet file as it was written last
-	watch      *FileWatch   // of that
-	remembered memory       // what the state directory said at the start
-	uncovered  []netip.Addr // the endpoints that no route covers any more
-	offline    subnet.Table // made of it, while the store has not been read
+	planned    *planned        // nil: everything has to be planned anew
+	mtu        int             // that pods were told last
+	subnetEnv  []byte          // the subnet file as it was written last
+	watch      *FileWatch      // of that
+	remembered state.Persisted // what the state directory said at the start
+	uncovered  []netip.Addr    // the endpoints that no route covers any more
+	offline    subnet.Table    // made of it, while the store has not been read
 	writer     *stateWriter
 	bridges    podBridges
 	peers      peerLog
@@ -139,7 +140,7 @@ type Agent struct {
 func New(o Options, p Parts) *Agent {
 	h := newHealth(p.Log, time.Now)
 	instruments := metrics.NewInstruments()
-	dir := stateDir{o.StateDir, "/" + strings.Trim(p.About.Prefix, "/"), o.Identity}
+	dir := state.Dir{Path: o.StateDir, Prefix: "/" + strings.Trim(p.About.Prefix, "/"), Node: o.Identity}
 	return &Agent{
 		opts: o, store: p.Store, kernel: p.Kernel, health: h, listener: p.Health, control: p.Control, notify: p.Notify, watchdog: p.Watchdog, level: p.LogLevel, about: p.About, log: p.Log,
 		questions: make(chan func()), state: dir,
@@ -157,9 +158,9 @@ func New(o Options, p Parts) *Agent {
 // Run works until ctx ends. It leaves the data plane as it is: pods go on talking while there is no daemon.
 func (a *Agent) Run(ctx context.Context) error {
 	var err error
-	a.remembered, err = a.state.load()
+	a.remembered, err = a.state.Load()
 	a.health.set(condStateDir, err) // a node that forgot its subnet still has its lease in etcd
-	a.claim.Remembered = a.remembered.subnets()
+	a.claim.Remembered = a.remembered.Own()
 	a.bridges.known = a.remembered.Bridges
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -303,8 +304,8 @@ func (a *Agent) take(s subnet.Snapshot) {
 	lost := a.online() && s.Table.Epoch != a.snap.Table.Epoch
 	if !a.online() && s.Table.Revision != 0 && s.Table.Revision < a.remembered.Revision { // while this daemon was not running
 		lost = true
-		if old, err := a.remembered.table(); err == nil && len(a.roster.Peers()) == 0 {
-			self := subnet.Lease{Subnets: a.remembered.subnets(), Attrs: a.claim.Attrs}
+		if old, err := a.remembered.Table(); err == nil && len(a.roster.Peers()) == 0 {
+			self := subnet.Lease{Subnets: a.remembered.Own(), Attrs: a.claim.Attrs}
 			a.roster.Update(old, old.Config, self, time.Now(), 0)
 		}
 	}
@@ -451,7 +452,7 @@ func (a *Agent) learn() {
 	if a.snap.Held() && a.snap.Lease.Subnets != a.lease.Subnets {
 		a.hold(a.snap.Lease)
 	}
-	moved := a.state.movedProblem()
+	moved := a.state.MovedProblem()
 	a.moved = moved != nil
 	a.health.set(condMoved, moved)
 	switch {
@@ -480,20 +481,20 @@ func (a *Agent) follow(t subnet.Table) {
 // configFromMemory goes on, after a restart, with the config that the node had before the one in the store was broken, and with the
 // lease that still stands there.
 func (a *Agent) configFromMemory() {
-	t, err := a.remembered.table()
+	t, err := a.remembered.Table()
 	mine := func(e *subnet.Entry) bool {
-		return e.Identity == a.opts.Identity && e.Subnets == a.remembered.subnets()
+		return e.Identity == a.opts.Identity && e.Subnets == a.remembered.Own()
 	}
-	if err == nil && t.Config.Fits(a.remembered.subnets()) && slices.ContainsFunc(a.snap.Table.Entries, mine) {
+	if err == nil && t.Config.Fits(a.remembered.Own()) && slices.ContainsFunc(a.snap.Table.Entries, mine) {
 		a.follow(t)
-		a.lease = subnet.Lease{Subnets: a.remembered.subnets()}
+		a.lease = subnet.Lease{Subnets: a.remembered.Own()}
 	}
 }
 
 // hold notes the lease that this node has from now on. Another one than before is a break for the pods that run: it has to be seen.
 func (a *Agent) hold(l subnet.Lease) {
 	now, before := subnet.FormatKey(l.Subnets), subnet.FormatKey(a.lease.Subnets)
-	if before == "" && a.remembered.Subnets != now && a.inUse(a.remembered.subnets()) && !a.inUse(l.Subnets) {
+	if before == "" && a.remembered.Subnets != now && a.inUse(a.remembered.Own()) && !a.inUse(l.Subnets) {
 		before = a.remembered.Subnets // it was lost while the daemon was not running
 	}
 	if before == "" {
@@ -501,7 +502,7 @@ func (a *Agent) hold(l subnet.Lease) {
 	} else {
 		a.log.Error("this node's subnet was lost to another node: pods that run have addresses that no longer lead here",
 			zap.String("subnet", now), zap.String("before", before))
-		a.health.set(condStateDir, a.state.noteMove(before, now))
+		a.health.set(condStateDir, a.state.NoteMove(before, now))
 	}
 	a.lease = l
 }
@@ -529,35 +530,35 @@ func (a *Agent) learnOffline() {
 	case a.lease != (subnet.Lease{}) || m.Subnets == "" || time.Since(a.started) < offlineAfter:
 		return
 	case time.Now().Before(m.Saved):
-		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the clock says %s, which is before %s was written", time.Now().Format(time.RFC3339), a.state.leaseFile()))
+		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the clock says %s, which is before %s was written", time.Now().Format(time.RFC3339), a.state.LeaseFile()))
 		return
 	case m.Node != a.opts.Identity:
 		a.health.set(condOffline,
 			fmt.Errorf(
 				"waiting for etcd: %s is of the time when this node was called %q, or came here in a copy of that node's disk",
-				a.state.leaseFile(), m.Node.NodeName))
+				a.state.LeaseFile(), m.Node.NodeName))
 		return
-	case m.Prefix != "" && m.Prefix != a.state.prefix:
+	case m.Prefix != "" && m.Prefix != a.state.Prefix:
 		a.health.set(condOffline,
-			fmt.Errorf("waiting for etcd: %s is about another network, %s", a.state.leaseFile(), m.Prefix))
+			fmt.Errorf("waiting for etcd: %s is about another network, %s", a.state.LeaseFile(), m.Prefix))
 		return
 	case !m.Expires.IsZero() && time.Now().After(m.Expires):
 		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the lease of %s that is remembered ended at %s, another node may have it", m.Subnets, m.Expires.Format(time.RFC3339)))
 		return
 	}
-	t, err := m.table()
-	if err == nil && !t.Config.Fits(m.subnets()) {
+	t, err := m.Table()
+	if err == nil && !t.Config.Fits(m.Own()) {
 		err = errors.New("the remembered subnet does not fit the remembered network config")
 	}
 	if err != nil {
-		a.health.set(condOffline, fmt.Errorf("waiting for etcd: %s: %w", a.state.leaseFile(), err))
+		a.health.set(condOffline, fmt.Errorf("waiting for etcd: %s: %w", a.state.LeaseFile(), err))
 		return
 	}
 	a.log.Warn("etcd does not answer: starting from what is remembered", zap.String("subnet", m.Subnets), zap.Int("peers", len(t.Entries)))
 	a.health.set(condOffline, errors.New("etcd has not answered since the start: this node works with the leases that it remembers"))
 	a.health.set(condLease, nil)
 	a.follow(t)
-	a.lease, a.offline = subnet.Lease{Subnets: m.subnets()}, t
+	a.lease, a.offline = subnet.Lease{Subnets: m.Own()}, t
 }
 
 // announce claims a lease that says what the others need to know, once there is what it announces.

@@ -22,6 +22,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/status"
@@ -889,8 +890,8 @@ func TestStartWithoutStore(t *testing.T) {
 		r.table(onlyV4, peer(1), peer(2))
 		lease := r.agent.lease.Subnets
 		r.sleep(2 * auditEvery)
-		m, err := r.agent.state.load()
-		if err != nil || len(m.Peers) != 2 || m.subnets() != lease {
+		m, err := r.agent.state.Load()
+		if err != nil || len(m.Peers) != 2 || m.Own() != lease {
 			t.Fatalf("remembered %+v, %v", m, err)
 		}
 		// The node comes up again: an empty kernel, and a store that does not answer.
@@ -973,24 +974,21 @@ func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 }
 
 func TestNoStartFromMemoryThatMayBeWrong(t *testing.T) {
-	for what, change := range map[string]func(*memory){
-		"the lease of 192.0.2.0-24 that is remembered ended": func(m *memory) { m.Expires = time.Now().Add(-time.Minute) },
-		`when this node was called "another"`:                func(m *memory) { m.Node.NodeName = "another" },
-		"another network, /another/network":                  func(m *memory) { m.Prefix = "/another/network" },
+	for what, change := range map[string]func(*state.Persisted){
+		"the lease of 192.0.2.0-24 that is remembered ended": func(m *state.Persisted) { m.Expires = time.Now().Add(-time.Minute) },
+		`when this node was called "another"`:                func(m *state.Persisted) { m.Node.NodeName = "another" },
+		"another network, /another/network":                  func(m *state.Persisted) { m.Prefix = "/another/network" },
 	} {
 		inRig(t, func(r *rig) {
 			r.stop()
 			again := newAgent(r)
-			m := memory{
-				Node: again.agent.opts.Identity, Saved: time.Now(), Prefix: again.agent.state.prefix, Subnets: peer(7).Key,
+			m := state.Persisted{
+				Node: again.agent.opts.Identity, Saved: time.Now(), Prefix: again.agent.state.Prefix, Subnets: peer(7).Key,
 				Expires: time.Now().Add(time.Hour), Config: json.RawMessage(onlyV4),
 			}
 			change(&m)
 			raw, err := json.Marshal(m)
-			if err == nil {
-				_, err = writeIfChanged(again.agent.state.leaseFile(), raw)
-			}
-			if err != nil {
+			if err := errors.Join(err, os.MkdirAll(again.agent.state.Path, 0o755), os.WriteFile(again.agent.state.LeaseFile(), raw, 0o600)); err != nil {
 				t.Fatal(err)
 			}
 			again.start()
@@ -1029,7 +1027,7 @@ func TestSubnetLostToAnotherNode(t *testing.T) {
 		if r.problem(condMoved) == "" {
 			t.Error("nothing reminds of it")
 		}
-		if err := os.Remove(r.agent.state.movedFile()); err != nil {
+		if err := os.Remove(r.agent.state.MovedFile()); err != nil {
 			t.Fatal(err)
 		}
 		r.sleep(2 * auditEvery)
@@ -1170,8 +1168,8 @@ func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.stop()
 		again := newAgent(r)
-		m := memory{Subnets: peer(7).Key, Config: json.RawMessage(onlyV4), Expires: time.Now().Add(time.Hour)}
-		if err := again.agent.state.save(again.agent.state.leaseFile(), m); err != nil {
+		m := state.Persisted{Subnets: peer(7).Key, Config: json.RawMessage(onlyV4), Expires: time.Now().Add(time.Hour)}
+		if err := again.agent.state.Save(again.agent.state.LeaseFile(), m); err != nil {
 			t.Fatal(err)
 		}
 		h := testHost()

@@ -2,13 +2,11 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"strconv"
 	"strings"
@@ -64,86 +62,6 @@ func TestWriteIfChanged(t *testing.T) {
 	left, _ := os.ReadDir(filepath.Dir(path))
 	if len(left) != 1 || before.Mode().Perm() != 0o644 {
 		t.Errorf("%d files in the directory, mode %v", len(left), before.Mode())
-	}
-}
-
-func TestStateDir(t *testing.T) {
-	t.Parallel()
-	self := subnet.Identity{NodeName: "self", NodeID: "id-self"}
-	d := stateDir{filepath.Join(t.TempDir(), "state"), "/a/network", self}
-	if got, err := d.load(); !reflect.DeepEqual(got, memory{}) || err != nil {
-		t.Fatalf("a new node remembers %+v, %v", got, err)
-	}
-	sn := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24")}
-	bad := subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)
-	lease := memory{
-		Subnets: subnet.FormatKey(sn), Expires: time.Now().UTC().Round(0), Config: json.RawMessage(onlyV4),
-		Addresses: addr.Per[netip.Addr]{V4: netip.MustParseAddr("192.0.2.10")},
-	}
-	peers := memory{Revision: 7, Peers: peersOf(subnet.Table{Entries: []*subnet.Entry{peer(1), bad, peer(2)}}, sn)}
-	if err := errors.Join(d.save(d.leaseFile(), lease), d.save(d.peersFile(), peers)); err != nil {
-		t.Fatal(err)
-	}
-	got, err := d.load()
-	want := lease
-	want.Node, want.Prefix, want.Saved, want.Revision, want.Peers = self, d.prefix, got.Saved, peers.Revision, peers.Peers
-	if err != nil || !reflect.DeepEqual(got, want) || got.subnets() != sn || time.Since(got.Saved) > time.Minute {
-		t.Fatalf("got %+v, %v, want %+v", got, err, want)
-	}
-	table, err := got.table()
-	if err != nil || table.Config != config(t, onlyV4) || len(table.Entries) != 2 || table.Entries[1].Attrs != peer(2).Attrs {
-		t.Errorf("table %+v, %v", table, err)
-	}
-	// They settle who has an address.
-	if e, was := table.Entries[1], peer(2); e.Created != was.Created || e.Revision != was.Revision {
-		t.Errorf("created at %d and written at %d, it was %d and %d", e.Created, e.Revision, was.Created, was.Revision)
-	}
-	subnetAlone := func(what string, d stateDir) {
-		t.Helper()
-		if got, err := d.load(); err != nil || got.subnets() != sn || got.Config != nil || got.Peers != nil || got.Revision != 0 ||
-			got.Expires.After(time.Now()) {
-			t.Errorf("%s: %+v, %v", what, got, err)
-		}
-	}
-	subnetAlone("of another network", stateDir{d.path, "/another/network", self})
-	// The directory may be a copy.
-	subnetAlone("of another name", stateDir{d.path, d.prefix, subnet.Identity{NodeName: "renamed", NodeID: self.NodeID}})
-	clone := stateDir{d.path, d.prefix, subnet.Identity{NodeName: "clone", NodeID: "id-clone"}}
-	if got, err := clone.load(); !reflect.DeepEqual(got, memory{}) || err == nil || !strings.Contains(err.Error(), "id-self") {
-		t.Errorf("a clone remembers %+v, %v", got, err)
-	}
-
-	// Killed after the one file was written and before the other.
-	other := stateDir{d.path, "/another/network", self}
-	if err := other.save(d.leaseFile(), lease); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := other.load(); err != nil || got.Config == nil || got.Peers != nil || got.Revision != 0 {
-		t.Errorf("peers of another network: %+v, %v", got, err)
-	}
-	if err := os.WriteFile(d.peersFile(), []byte("{"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := other.load(); got.subnets() != sn || got.Config == nil || err == nil || !strings.Contains(err.Error(), d.peersFile()) {
-		t.Errorf("with broken peers: %+v, %v", got, err)
-	}
-
-	// Before there was peers.json, all was in lease.json.
-	want.Saved = want.Saved.Round(0)
-	all, err := json.Marshal(want)
-	if err := errors.Join(err, os.Remove(d.peersFile()), os.WriteFile(d.leaseFile(), all, 0o600)); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := d.load(); err != nil || !reflect.DeepEqual(got, want) {
-		t.Errorf("of the version before: %+v, %v, want %+v", got, err, want)
-	}
-	for _, garbage := range []string{"", "{", `{"Subnets":"10.244.5.7-24"}`, "\x00\xff", `{"Subnets":7}`} {
-		if err := os.WriteFile(d.leaseFile(), []byte(garbage), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if got, err := d.load(); !reflect.DeepEqual(got, memory{}) || err == nil || !strings.Contains(err.Error(), d.leaseFile()) {
-			t.Errorf("%q: got %v, %v, want an error that names the file", garbage, got, err)
-		}
 	}
 }
 

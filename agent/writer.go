@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/subnet"
 )
 
@@ -108,7 +109,7 @@ func (a *Agent) save(last bool) {
 	expires, bridges := a.expires(), a.bridges.known
 	s := leaseState{a.lease.Subnets, a.configJSON, a.current(), a.bridges.gist(), expires.Unix() / int64(leaseProgress.Seconds())}
 	if w.lease.note(s != w.state || last, last, func() error {
-		return dir.save(dir.leaseFile(), memory{
+		return dir.Save(dir.LeaseFile(), state.Persisted{
 			Subnets: subnet.FormatKey(s.subnets), Expires: expires.UTC(),
 			Config: json.RawMessage(s.config), Addresses: s.addrs, Bridges: bridges,
 		})
@@ -119,7 +120,7 @@ func (a *Agent) save(last bool) {
 	if time.Now().Before(a.lostUntil) { // a restart has to find out again which peers the store has lost
 		w.peers.next = time.Time{}
 	} else if w.peers.note(!slices.Equal(t.Entries, w.entries), last, func() error {
-		return dir.save(dir.peersFile(), memory{Revision: t.Revision, Peers: peersOf(t, s.subnets)})
+		return dir.Save(dir.PeersFile(), state.Persisted{Revision: t.Revision, Peers: state.PeersOf(t, s.subnets)})
 	}) {
 		w.entries = t.Entries
 	}
@@ -131,7 +132,7 @@ func (a *Agent) expires() time.Time {
 	switch {
 	case own != nil && own.Reserved() || !a.snap.Expires.IsZero():
 		return a.snap.Expires
-	case a.remembered.subnets() == a.lease.Subnets && !a.remembered.Expires.IsZero():
+	case a.remembered.Own() == a.lease.Subnets && !a.remembered.Expires.IsZero():
 		return a.remembered.Expires
 	}
 	return time.Now()

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -16,8 +17,8 @@ import (
 // A disk that was full for a moment is written to as soon as it is not, though nothing changes; and one that stays full is not worn out.
 func TestWhatWasNotWrittenIsTriedAgain(t *testing.T) {
 	inRig(t, func(r *rig) {
-		load := func() memory {
-			m, err := r.agent.state.load()
+		load := func() state.Persisted {
+			m, err := r.agent.state.Load()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -68,7 +69,7 @@ func TestWhatWasNotWrittenIsTriedAgain(t *testing.T) {
 		r.sleep(time.Second)
 		mends()
 		r.sleep(retryEvery)
-		if m := load(); m.subnets() != other.Subnets {
+		if m := load(); m.Own() != other.Subnets {
 			t.Errorf("the own subnet: %+v", m)
 		}
 	})
@@ -100,8 +101,8 @@ func TestWhatChangesIsRemembered(t *testing.T) {
 	const port, vni = `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","Port":8473}}`,
 		`{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":7}}`
 	inRig(t, func(r *rig) {
-		load := func() memory {
-			m, err := r.agent.state.load()
+		load := func() state.Persisted {
+			m, err := r.agent.state.Load()
 			if err != nil {
 				t.Fatal(err)
 			}

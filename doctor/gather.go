@@ -3,7 +3,6 @@ package doctor
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/doctor/packetfilter"
@@ -48,7 +48,7 @@ type Facts struct {
 	Legacy             []packetfilter.Legacy
 	System             SystemFacts
 	Store              *etcd.Examination // nil: it was not asked
-	Memory             *memory           // of the state directory; nil: there is none
+	Memory             *state.Persisted  // of the state directory; nil: there is none
 	MemoryErr          error
 	IdentityFromMemory bool // and from nothing else
 
@@ -90,21 +90,6 @@ type peer struct {
 }
 
 func (p peer) family() addr.Family { return addr.FamilyOf(p.subnet.Addr()) }
-
-// memory is the part of the daemon's memory (lease.json and peers.json) that matters here.
-type memory struct {
-	Node    subnet.Identity
-	Saved   time.Time
-	Prefix  string // "": not noted
-	Subnets string
-	Expires time.Time
-	Config  json.RawMessage
-	Bridges []netstate.PodBridge
-	Peers   []struct {
-		Key   string
-		Value json.RawMessage
-	}
-}
 
 func (f *Facts) failed(what string, err error) {
 	if err != nil {
@@ -264,7 +249,7 @@ func (f *Facts) lookAtFilter() {
 
 // remember reads what the daemon remembers. Where neither it nor the settings say who this node is, that does.
 func (f *Facts) remember() {
-	f.Memory, f.MemoryErr = readMemory(f.StateDir)
+	f.Memory, f.MemoryErr = state.Dir{Path: f.StateDir}.Read()
 	if m := f.Memory; !f.Daemon.Running && !f.GivenIdentity && m != nil && m.Node.Check() == nil {
 		f.IdentityFromMemory = m.Node != f.Identity
 		f.Identity, f.IdentityErr = m.Node, nil
@@ -272,34 +257,6 @@ func (f *Facts) remember() {
 	if m := f.Memory; m != nil && m.Prefix != "" && m.Prefix != storePrefix(f.storeOptions()) {
 		m.Config, m.Peers = nil, nil // those of another network, as the daemon sees it
 	}
-}
-
-// readMemory reads lease.json, and the peers from peers.json; nil: there is none.
-func readMemory(dir string) (*memory, error) {
-	m, err := readState(filepath.Join(dir, "lease.json"))
-	if m == nil {
-		return nil, err
-	}
-	peers, err := readState(filepath.Join(dir, "peers.json"))
-	if peers != nil && peers.Node == m.Node && peers.Prefix == m.Prefix {
-		m.Peers = peers.Peers
-	}
-	return m, err
-}
-
-func readState(path string) (*memory, error) {
-	raw, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	var m memory
-	if err := json.Unmarshal(raw, &m); err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return &m, nil
 }
 
 // tryDir writes a file and removes it.
@@ -364,7 +321,7 @@ func (f *Facts) concludeSelf() {
 		}
 	}
 	if f.Memory != nil && f.Self.Subnets == (addr.Per[netip.Prefix]{}) && f.Memory.Node == f.Identity {
-		f.Self.Subnets, _ = subnet.ParseKey(f.Memory.Subnets)
+		f.Self.Subnets = f.Memory.Own()
 	}
 }
 
@@ -479,12 +436,9 @@ func (f *Facts) concludePeers() {
 		f.peersOf(f.Store.Table)
 	case f.Memory != nil:
 		f.PeersFrom = "the memory of the daemon"
-		t := subnet.Table{Config: *f.Config}
-		for i, p := range f.Memory.Peers {
-			t.Entries = append(t.Entries, subnet.ParseEntry(p.Key, p.Value, 0, int64(i), 1))
+		if t, err := f.Memory.Table(); err == nil {
+			f.peersOf(t)
 		}
-		slices.SortFunc(t.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
-		f.peersOf(t)
 	}
 	for i := range f.Peers {
 		f.aim(&f.Peers[i])

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
@@ -128,7 +129,7 @@ func (f *Facts) bridgeWas(name, address string, ports ...string) {
 		b.Ports = append(b.Ports, netstate.BridgePort{Index: 50 + i, Name: p})
 		h.Links = append(h.Links, netstate.HostLink{Index: 50 + i, Name: p, Kind: "veth", Up: true})
 	}
-	f.Memory = &memory{Node: f.Identity, Bridges: []netstate.PodBridge{b}}
+	f.Memory = &state.Persisted{Node: f.Identity, Bridges: []netstate.PodBridge{b}}
 }
 
 // dual makes the network one of both families.
@@ -234,7 +235,7 @@ func TestAnothersLease(t *testing.T) {
 			f.Daemon.Status.Lease.Held, f.Daemon.Status.Devices, f.Daemon.Status.Problems = false, nil, []status.Problem{conflict}
 		}, Skipped, "see the problem lease"},
 		"no daemon": {func(f *Facts) {
-			f.Daemon, f.Memory = DaemonFacts{}, &memory{Node: f.Identity, Subnets: "10.244.1.0-24"}
+			f.Daemon, f.Memory = DaemonFacts{}, &state.Persisted{Node: f.Identity, Subnets: "10.244.1.0-24"}
 		}, Fail, "192.0.2.1, which no device of this node has: the node's address has changed, or another machine"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -449,10 +450,10 @@ func TestJudges(t *testing.T) {
 		}},
 		{"clock ahead", "clock", Warn, "it is 30s ahead of", "timedatectl set-ntp", func(f *Facts) { f.Store.Endpoints[0].Clock = 30 * time.Second }},
 		{"clock behind", "clock", Fail, "it is 1h0m0s behind", "timedatectl set-ntp", func(f *Facts) { f.Store.Endpoints[0].Clock = -time.Hour }},
-		{"clock went back", "clock", Fail, "goes wrong or back", "timedatectl", func(f *Facts) { f.Memory = &memory{Node: f.Identity, Saved: f.Now.Add(time.Hour)} }},
+		{"clock went back", "clock", Fail, "goes wrong or back", "timedatectl", func(f *Facts) { f.Memory = &state.Persisted{Node: f.Identity, Saved: f.Now.Add(time.Hour)} }},
 		{"nothing under the prefix", "network config", Fail, "another prefix is meant", "get --prefix --keys-only", func(f *Facts) { f.Store.Table, f.Store.NoConfig = subnet.Table{}, true }},
 		{"config broken", "network config", Fail, "no good", `put /overlayd/network/config '{"Network":"10.244.0.0/16"`, func(f *Facts) {
-			f.Store.Table.ConfigErr, f.Memory = errors.New("no good"), &memory{Node: f.Identity, Config: json.RawMessage(plainConfig)}
+			f.Store.Table.ConfigErr, f.Memory = errors.New("no good"), &state.Persisted{Node: f.Identity, Config: json.RawMessage(plainConfig)}
 		}},
 		{"unknown key", "network config", Warn, "Bakend", "get /overlayd", func(f *Facts) { f.Store.Table.ConfigJSON = `{"Network":"10.244.0.0/16","Bakend":{}}` }},
 		{"address inside the network", "network config", Fail, "10.244.9.9/24 of eth0 is inside", "", func(f *Facts) { f.address("eth0", "10.244.9.9/24") }},
@@ -856,7 +857,7 @@ func TestJudges(t *testing.T) {
 			func(f *Facts) { f.bridgeWas("cni0", "10.244.1.1/24") },
 		},
 		{"the bridge was removed with its pods", "bridge", OK, "there is none yet", "", func(f *Facts) {
-			f.Memory = &memory{
+			f.Memory = &state.Persisted{
 				Node: f.Identity,
 				Bridges: []netstate.PodBridge{{
 					Name: "br-pods", Addrs: addr.Per[netip.Prefix]{V4: prefixOf("10.244.1.1/24")},

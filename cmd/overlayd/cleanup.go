@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/overlayd/overlayd/agent"
+	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/internal/atomicfile"
 	"github.com/overlayd/overlayd/masquerade"
@@ -38,7 +39,7 @@ what it remembers. The daemon must be stopped. The lease in etcd stays until it 
 			return errors.Join(
 				cleanKernel(out),
 				masquerade.Remove(cmd.Context(), ipset.New()),
-				cleanFiles(out, append(agent.Files(f.stateDir), f.subnetFile)...),
+				cleanFiles(out, append(state.Files(f.stateDir), f.subnetFile)...),
 			)
 		},
 	}

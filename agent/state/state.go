@@ -1,0 +1,183 @@
+// Package state keeps what a node has to know after a restart: enough to bring its network up again while etcd is away.
+package state
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/atomicfile"
+	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/subnet"
+)
+
+// Dir is where a node keeps what it has to know after a restart, of the network under this prefix of the store.
+type Dir struct {
+	Path, Prefix string
+	Node         subnet.Identity
+}
+
+// Persisted is what the files say. Revision and Peers are in peers.json, the rest is in lease.json; each says whose it is.
+type Persisted struct {
+	Node    subnet.Identity // an image of a disk may be another machine's now
+	Saved   time.Time
+	Prefix  string `json:",omitempty"` // of the store: which network it is about
+	Subnets string `json:",omitempty"` // this node's, in the form of a lease's key
+	// Expires is when the lease ends unless it was renewed since; until then nobody else can have the subnets. Zero: never.
+	Expires time.Time       `json:",omitzero"`
+	Config  json.RawMessage `json:",omitempty"` // the one in use
+	// Addresses are those that the node goes by: of several on one device it has to be the one that the others know.
+	Addresses addr.Per[netip.Addr] `json:",omitzero"`
+	Bridges   []netstate.PodBridge `json:",omitempty"`
+	// Revision is the store's. One that is at an earlier one later has lost data.
+	Revision int64  `json:",omitempty"`
+	Peers    []Peer `json:",omitempty"`
+}
+
+// Peer is a lease of another node.
+type Peer struct {
+	Key   string
+	Value json.RawMessage
+	// Of two that claim the same, these decide who has it.
+	Created, Revision int64
+}
+
+// LeaseFile is what the node knows of itself.
+func (d Dir) LeaseFile() string { return filepath.Join(d.Path, "lease.json") }
+
+// PeersFile is what it knows of the others.
+func (d Dir) PeersFile() string { return filepath.Join(d.Path, "peers.json") }
+
+// MovedFile is there once the subnet has changed.
+func (d Dir) MovedFile() string { return filepath.Join(d.Path, "subnet-changed") }
+
+// Files lists all that a daemon may leave in its state directory.
+func Files(dir string) []string {
+	d := Dir{Path: dir}
+	return []string{d.LeaseFile(), d.PeersFile(), d.MovedFile()}
+}
+
+// Load returns what this node remembers; a new node remembers nothing. Of a network under another prefix, or of a node
+// of another name with this one's ID (it was given a new name, or the directory came with a copy of the disk), only the
+// own subnet counts.
+func (d Dir) Load() (Persisted, error) {
+	p, err := d.Read()
+	if p == nil {
+		return Persisted{}, err
+	}
+	if _, err := subnet.ParseKey(p.Subnets); err != nil {
+		return Persisted{}, fmt.Errorf("%s: %w", d.LeaseFile(), err)
+	}
+	if p.Node.NodeID != d.Node.NodeID || p.Node.NodeID == "" && p.Node != d.Node {
+		return Persisted{}, fmt.Errorf("%s is the memory of node %q (id %q), not of this one: it is left aside", d.LeaseFile(), p.Node.NodeName, p.Node.NodeID)
+	}
+	if p.Node != d.Node || p.Prefix != "" && p.Prefix != d.Prefix {
+		p.Config, p.Peers, p.Revision, p.Expires = nil, nil, 0, p.Saved
+	}
+	return *p, err
+}
+
+// Read returns what the files say, whoever's it is; nil: there are none. Peers that can't be read are an error, and the rest is returned.
+func (d Dir) Read() (*Persisted, error) {
+	p, err := read(d.LeaseFile())
+	if p == nil {
+		return nil, err
+	}
+	peers, err := read(d.PeersFile())
+	if peers != nil && peers.Node == p.Node && peers.Prefix == p.Prefix { // otherwise they are in lease.json, as before there was this file
+		p.Peers, p.Revision = peers.Peers, peers.Revision
+	}
+	return p, err
+}
+
+func read(file string) (*Persisted, error) {
+	raw, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var p Persisted
+	if err := json.Unmarshal(raw, &p); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return &p, nil
+}
+
+// Save writes one of the files, and whose it is.
+func (d Dir) Save(file string, p Persisted) error {
+	p.Node, p.Prefix, p.Saved = d.Node, d.Prefix, time.Now().UTC().Round(0)
+	raw, err := json.Marshal(p)
+	if err != nil {
+		return err
+	}
+	return d.write(file, append(raw, '\n'))
+}
+
+func (d Dir) write(file string, content []byte) error {
+	if err := os.MkdirAll(d.Path, 0o755); err != nil {
+		return err
+	}
+	return atomicfile.Write(file, content, 0o644)
+}
+
+// Own are this node's subnets.
+func (p Persisted) Own() addr.Per[netip.Prefix] {
+	sn, _ := subnet.ParseKey(p.Subnets) // Load has parsed it
+	return sn
+}
+
+// PeersOf are the leases of a table that a start without the store can use.
+func PeersOf(t subnet.Table, own addr.Per[netip.Prefix]) []Peer {
+	var out []Peer
+	for _, e := range t.Entries {
+		if e.Err == nil && !e.Blank() && e.Subnets != own {
+			out = append(out, Peer{e.Key, subnet.FormatValue(e.Attrs), e.Created, e.Revision})
+		}
+	}
+	return out
+}
+
+// Table is what the store would say. It believes no more of it than of the store.
+func (p Persisted) Table() (subnet.Table, error) {
+	if len(p.Config) == 0 {
+		return subnet.Table{}, errors.New("the network config is not remembered")
+	}
+	c, err := subnet.ParseConfig(p.Config)
+	if err != nil {
+		return subnet.Table{}, err
+	}
+	t := subnet.Table{Config: c, ConfigJSON: string(p.Config)}
+	for _, e := range p.Peers {
+		const someLease = 1 // not a reservation
+		t.Entries = append(t.Entries, subnet.ParseEntry(e.Key, e.Value, e.Revision, e.Created, someLease))
+	}
+	slices.SortFunc(t.Entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
+	return t, nil
+}
+
+// NoteMove leaves a note that the subnet changed under running pods. It stays until an operator has seen to them and removes it.
+func (d Dir) NoteMove(before, now string) error {
+	text := fmt.Sprintf("This node's subnet was %s and is %s\n"+
+		"Another node holds the old one. Pods made before have addresses that no longer lead here.\n"+
+		"Recreate them (and the pod bridge), then remove this file.\n", before, now)
+	return d.write(d.MovedFile(), []byte(text))
+}
+
+// MovedProblem is that note as a problem.
+func (d Dir) MovedProblem() error {
+	raw, err := os.ReadFile(d.MovedFile())
+	if err != nil {
+		return nil //nolint:nilerr // no note, no problem
+	}
+	first, _, _ := strings.Cut(string(raw), "\n")
+	return fmt.Errorf("%s: recreate the pods made before, then remove %s", first, d.MovedFile())
+}
