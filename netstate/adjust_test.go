@@ -99,7 +99,7 @@ func TestAdjust(t *testing.T) {
 	if res := n.reconcile(whole); len(res.Done)+len(res.Failed) > 0 || !res.Repaired {
 		t.Errorf("a Reconcile of the whole: %+v", res)
 	}
-	n.k.Forget()
+	n.forget()
 	if done := n.converge(whole); len(done) > 0 {
 		t.Errorf("a Reconcile of the whole, after a look: %v", done)
 	}
@@ -155,27 +155,13 @@ func TestAdjustOfDevices(t *testing.T) {
 	n.wantState(want)
 }
 
-// TestAdjustLeavesTheWishAlone: what was handed to Reconcile is still what it was.
-func TestAdjustLeavesTheWishAlone(t *testing.T) {
-	t.Parallel()
-	n := newNode(t)
-	want := fullState()
-	n.converge(want)
-	n.adjust(only(want, dev6), peersAt(map[int]int{1: 0}).state())
-	if whole := fullState(); !want.equal(&whole) {
-		t.Errorf("it has changed to %v", objects(want))
-	}
-	n.converge(want)
-	n.wantState(want)
-}
-
 func TestRepaired(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	want, more := fullState(), peersAt(map[int]int{1: 0}).state()
 	drift := func() {
 		n.sh("ip route flush proto 118")
-		n.k.Forget()
+		n.forget()
 	}
 	for _, step := range []struct {
 		does string
@@ -198,7 +184,7 @@ func TestRepaired(t *testing.T) {
 	}
 	n.inject(1<<30, interrupted)
 	n.Do(func() {
-		n.k.Forget()
+		n.forget()
 		if _, err := n.k.Reconcile(want); err == nil {
 			t.Error("an interrupted dump was believed")
 		}
@@ -216,7 +202,7 @@ func TestAdjustWakesNobody(t *testing.T) {
 	n.watch()
 	n.converge(fullState())
 	for heard(n.k, 300*time.Millisecond) {
-		n.k.Forget()
+		n.forget()
 		n.converge(fullState())
 	}
 	at := map[int]int{}

@@ -66,7 +66,7 @@ func TestInterruptedDumps(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %d times", name, dumps), func(t *testing.T) {
 				n := &node{NS: n.NS, t: t, k: n.k}
 				n.inject(dumps, f)
-				n.k.Forget()
+				n.forget()
 				if done := n.converge(want); len(done) > 0 {
 					t.Errorf("taken for true: %v", done)
 				}
@@ -94,7 +94,7 @@ func TestInterruptedDumps(t *testing.T) {
 		n.refuseToAct(want, os.ErrDeadlineExceeded)
 		n.wantState(want)
 	})
-	n.k.Forget()
+	n.forget()
 	if done := n.converge(want); len(done) > 0 { // answers to what was given up are passed over
 		t.Errorf("afterwards: %v", done)
 	}
@@ -160,7 +160,7 @@ func TestDumpsWhileOthersWrite(t *testing.T) {
 	defer func() { cancel(); <-stopped }()
 	for range 60 {
 		n.observe()
-		if got := *n.k.known; !reflect.DeepEqual(got, want) {
+		if got := *n.k.observed; !reflect.DeepEqual(got, want) {
 			cs := Diff(got, want)
 			t.Fatalf("%d objects seen wrongly, %v ...", len(cs), cs[:min(len(cs), 3)])
 		}
@@ -184,7 +184,7 @@ func TestDumpGivenUpHalfWay(t *testing.T) {
 	}
 	n.refuseToObserve(unix.ENOBUFS)
 	n.observe()
-	if got := *n.k.known; !reflect.DeepEqual(got, want) {
+	if got := *n.k.observed; !reflect.DeepEqual(got, want) {
 		t.Errorf("%d objects seen wrongly", len(Diff(got, want)))
 	}
 }

@@ -50,7 +50,13 @@ func (n *node) open() {
 	n.t.Cleanup(n.k.Close)
 }
 
-func (n *node) reconcile(desired State) Result {
+// forget makes the Kernel observe before it does anything.
+func (n *node) forget() { n.k.observed, n.k.synced = nil, false }
+
+// reconcile leaves the desired state with its caller.
+func (n *node) reconcile(desired State) Result { n.t.Helper(); return n.handOver(desired.clone()) }
+
+func (n *node) handOver(desired State) Result {
 	n.t.Helper()
 	var res Result
 	var err error

@@ -22,7 +22,7 @@ func TestReconcileFromNothing(t *testing.T) {
 	want := fullState()
 	n.converge(want)
 	n.wantState(want)
-	for name, look := range map[string]func(){"believing": func() {}, "after Forget": n.k.Forget, "after Observe": func() { n.observe() }} {
+	for name, look := range map[string]func(){"believing": func() {}, "after Forget": n.forget, "after Observe": func() { n.observe() }} {
 		look()
 		if done := n.converge(want); len(done) > 0 {
 			t.Errorf("%s, a second time: %v", name, done)
@@ -120,7 +120,7 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 			n := &node{NS: n.NS, t: t, k: n.k}
 			n.sh(d.script)
 			if i%2 == 0 {
-				n.k.Forget()
+				n.forget()
 			} else {
 				n.observe()
 			}
@@ -128,7 +128,7 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 				t.Error("nothing was found")
 			}
 			n.wantState(want)
-			n.k.Forget()
+			n.forget()
 			if done := n.converge(want); len(done) > 0 {
 				t.Errorf("a second time: %v", done)
 			}
@@ -213,7 +213,7 @@ func TestForeignStateIsNeverTouched(t *testing.T) {
 	n.forward()
 	n.sh(foreigners)
 	n.converge(fullState())
-	n.k.Forget()
+	n.forget()
 	if done := n.converge(fullState()); len(done) > 0 {
 		t.Errorf("taken for ours: %v", done)
 	}
@@ -221,13 +221,13 @@ func TestForeignStateIsNeverTouched(t *testing.T) {
 	n.sh("ip route add 10.70.0.0/16 dev overlay.1; ip -6 route add fd70::/64 dev overlay-v6.1")
 	before, onDevice := n.foreign(), n.Exec("ip", "route", "show", "dev", dev4, "proto", "boot")
 	for _, desired := range []State{fullState(), {Links: fullState().Links, Addresses: fullState().Addresses}, fullState()} {
-		n.k.Forget()
+		n.forget()
 		n.converge(desired)
 	}
 	if now := n.Exec("ip", "route", "show", "dev", dev4, "proto", "boot"); now != onDevice || onDevice == "" {
 		t.Errorf("others' routes on our device were %q and are %q", onDevice, now)
 	}
-	n.k.Forget()
+	n.forget()
 	n.converge(State{})
 	n.wantState(State{})
 	if d := lineDiff(before, n.foreign()); d != "" {
@@ -320,7 +320,7 @@ func TestWayAroundAForeignRouteToAnIPv6Gateway(t *testing.T) {
 	want.Sort()
 	n.converge(want)
 	n.wantState(want)
-	n.k.Forget()
+	n.forget()
 	if done := n.converge(want); len(done) > 0 {
 		t.Errorf("not at rest: %v", done)
 	}
@@ -416,7 +416,7 @@ func TestDeviceInTheWay(t *testing.T) {
 				if d := lineDiff(before, n.foreignDevices()); d != "" {
 					t.Errorf("others' state has changed:\n%s", d)
 				}
-				n.k.Forget()
+				n.forget()
 				n.converge(only(want, dev6))
 				n.wantState(only(want, dev6))
 				if d := lineDiff(before, n.foreignDevices()); d != "" {
@@ -491,7 +491,7 @@ func TestLearnedEntriesAreLeftAlone(t *testing.T) {
 	n.converge(want)
 	n.wantState(want)
 	n.sh("bridge fdb add 02:00:00:00:00:99 dev overlay.1 dst 192.0.2.99 dynamic")
-	n.k.Forget()
+	n.forget()
 	if done := n.converge(want); len(done) > 0 {
 		t.Errorf("done: %v", done)
 	}
@@ -511,7 +511,7 @@ func TestIPv6SwitchedOff(t *testing.T) {
 	})
 	n.converge(want)
 	n.wantState(want)
-	n.k.Forget()
+	n.forget()
 	if done := n.converge(want); len(done) > 0 {
 		t.Errorf("a second time: %v", done)
 	}
@@ -623,7 +623,7 @@ func TestSmallMTU(t *testing.T) {
 	want.Rules = want.Rules[:1]
 	n.converge(want)
 	n.wantState(want)
-	n.k.Forget()
+	n.forget()
 	if done := n.converge(want); len(done) > 0 {
 		t.Errorf("a second time: %v", done)
 	}
@@ -658,7 +658,7 @@ func TestManyPeers(t *testing.T) {
 		t.Errorf("%d changes", len(done))
 	}
 	n.wantState(want)
-	n.k.Forget()
+	n.forget()
 	if done := n.converge(want); len(done) > 0 {
 		t.Errorf("a second time: %d changes, the first is %v", len(done), done[0])
 	}

@@ -11,12 +11,11 @@ import (
 	"sync"
 	"time"
 
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// monitor hears of changes in the kernel and says that it is time to look. What it hears is never acted on: an event that was
-// missed, doubled or late does no harm. Events that only confirm what is wished for are passed over; those are our own doing.
+// monitor is notified of changes in the kernel and says that it is time to observe. An event is never acted on: one that was missed,
+// doubled or late does no harm. Events that only confirm what is desired are passed over; those are our own doing.
 type monitor struct {
 	file    *os.File
 	fd      int           // of the file
@@ -27,16 +26,31 @@ type monitor struct {
 	expect expectation
 }
 
-// expectation is what there should be, as of the last Reconcile or Adjust, and what the devices are, as of the last look.
+// expectation is what is desired, and what the devices were when they were last observed.
 type expectation struct {
-	state *State // nil: nothing was wished for yet
+	state *State // nil: nothing was desired yet
 	devices
-	deaf bool // to what is ours: it will be looked at
+}
+
+// cause is why an event asks to observe.
+type cause uint8
+
+const (
+	none   cause = iota // it confirms what is desired, or makes no difference
+	ofHost              // the rest of the host changed
+	ofOurs              // something of ours is not as desired
+)
+
+// when is the cause that a condition makes.
+func (c cause) when(condition bool) cause {
+	if condition {
+		return c
+	}
+	return none
 }
 
 // devices are known by their numbers. The maps are not changed once they are handed over.
 type devices struct {
-	names map[uint32]string   // of all
 	index map[uint32]string   // of ours alone
 	cared map[uint32]hostLink // others that carry an address or a route, or are VXLAN devices: what they are may matter
 	// nexthops says that nexthop objects matter: routes of the host follow from them, of which the kernel says nothing
@@ -117,7 +131,7 @@ func (m *monitor) run(ctx context.Context) error {
 	err = raw.Read(func(uintptr) bool {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		m.drain()
+		m.drain(false)
 		return false // wait for more
 	})
 	if ctx.Err() != nil {
@@ -131,12 +145,12 @@ func (m *monitor) run(ctx context.Context) error {
 func (m *monitor) change(f func(e *expectation)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.drain()
+	m.drain(false)
 	f(&m.expect)
 }
 
 // drain reads all that has come. The lock is held.
-func (m *monitor) drain() {
+func (m *monitor) drain(ignoreOwn bool) {
 	for {
 		n, err := unix.Read(m.fd, m.buf)
 		switch {
@@ -148,7 +162,7 @@ func (m *monitor) drain() {
 			if !errors.Is(err, unix.ENOBUFS) {
 				return
 			}
-		case m.expect.contradicted(m.buf[:n]):
+		case m.expect.contradicted(m.buf[:n], ignoreOwn):
 			m.wake()
 		}
 	}
@@ -162,13 +176,16 @@ func (m *monitor) wake() {
 }
 
 // contradicted reports whether one of the messages says something else than is expected.
-func (e *expectation) contradicted(b []byte) bool {
+func (e *expectation) contradicted(b []byte, ignoreOwn bool) bool {
 	for len(b) >= unix.NLMSG_HDRLEN {
 		size := int(binary.NativeEndian.Uint32(b))
 		if size < unix.NLMSG_HDRLEN || size > len(b) {
 			return true
 		}
-		if e.state == nil || e.contradicts(binary.NativeEndian.Uint16(b[4:]), b[unix.NLMSG_HDRLEN:size]) {
+		if e.state == nil {
+			return true
+		}
+		if c := e.judge(binary.NativeEndian.Uint16(b[4:]), b[unix.NLMSG_HDRLEN:size]); c == ofHost || c == ofOurs && !ignoreOwn {
 			return true
 		}
 		b = b[min((size+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1), len(b)):]
@@ -176,11 +193,11 @@ func (e *expectation) contradicted(b []byte) bool {
 	return false
 }
 
-// contradicts judges one message.
-func (e *expectation) contradicts(typ uint16, body []byte) bool {
+// judge judges one message.
+func (e *expectation) judge(typ uint16, body []byte) cause {
 	switch typ {
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		return e.route(typ == unix.RTM_NEWROUTE, body)
+		return e.route(body)
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
 		return e.neighbour(typ == unix.RTM_NEWNEIGH, body)
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
@@ -188,54 +205,46 @@ func (e *expectation) contradicts(typ uint16, body []byte) bool {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		return e.link(typ == unix.RTM_NEWLINK, body)
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
-		r, ours, ok := parseRule(body)
-		return ok && (!ours || !e.deaf && slices.Contains(e.state.Rules, r.Rule) != (typ == unix.RTM_NEWRULE))
+		_, ours, ok := parseRule(body)
+		return max(ofOurs.when(ok && ours), ofHost.when(ok && !ours))
 	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
-		return e.nexthops
+		return ofHost.when(e.nexthops)
 	case unix.RTM_NEWNETCONF: // a setting such as forwarding, or a device that came
 		return e.netconf(body)
 	}
-	return false
+	return none
 }
 
-func (e *expectation) route(added bool, body []byte) bool {
+func (e *expectation) route(body []byte) cause {
 	r, ok := parseRoute(body)
 	if !ok || r.kind != unix.RTN_UNICAST && !r.drops() {
-		return false
+		return none
 	}
 	if _, ours := e.index[r.oif]; ours && r.protocol == unix.RTPROT_KERNEL {
-		return false // that of an address of ours
+		return none // that of an address of ours
 	}
 	if r.protocol != Protocol || r.drops() { // one of the host's, from which decisions follow
-		return r.Table == MainTable && !r.Dst.Addr().IsLinkLocalUnicast() && !r.Dst.Addr().IsMulticast()
+		return ofHost.when(r.Table == MainTable && !r.Dst.Addr().IsLinkLocalUnicast() && !r.Dst.Addr().IsMulticast())
 	}
-	if e.deaf {
-		return false
-	}
-	r.Link = e.names[r.oif] // a device that came since has none: it is ours, and just being filled
-	want, there := find(e.state.Routes, r.Route)
-	if added {
-		return !there || r.Link != "" && want != r.Route
-	}
-	return there && (r.Link == "" || want == r.Route)
+	return ofOurs
 }
 
-func (e *expectation) neighbour(added bool, body []byte) bool {
-	if len(body) == 0 || e.deaf {
-		return false
+func (e *expectation) neighbour(added bool, body []byte) cause {
+	if len(body) == 0 {
+		return none
 	}
 	if body[0] == unix.AF_BRIDGE {
 		f, ifindex, permanent := parseFDB(body)
 		name, ours := e.index[ifindex]
 		f.Link = name
 		want, there := find(e.state.FDB, f)
-		return ours && unexpected(added, permanent, there, want == f)
+		return ofOurs.when(ours && unexpected(added, permanent, there, want == f))
 	}
 	n, ifindex, permanent := parseNeighbour(body)
 	name, ours := e.index[ifindex]
 	n.Link = name
 	want, there := find(e.state.Neighbours, n)
-	return ours && unexpected(added, permanent, there, want == n)
+	return ofOurs.when(ours && unexpected(added, permanent, there, want == n))
 }
 
 // unexpected judges an entry that may be learned (not permanent): those come and go, unless they stand where one of ours should.
@@ -250,9 +259,9 @@ func unexpected(added, permanent, there, equal bool) bool {
 	}
 }
 
-func (e *expectation) address(added bool, body []byte) bool {
+func (e *expectation) address(added bool, body []byte) cause {
 	if len(body) < unix.SizeofIfAddrmsg {
-		return false
+		return none
 	}
 	bits, ifindex := int(body[1]), u32(body[4:])
 	var ip netip.Addr
@@ -262,75 +271,44 @@ func (e *expectation) address(added bool, body []byte) bool {
 		}
 	})
 	if !ip.IsValid() || ip.IsLinkLocalUnicast() {
-		return false
+		return none
 	}
 	name, ours := e.index[ifindex]
 	if !ours {
-		return true
+		return ofHost
 	}
 	_, there := find(e.state.Addresses, Address{Link: name, Prefix: netip.PrefixFrom(ip, bits)})
-	return there != added && !e.deaf
+	return ofOurs.when(there != added)
 }
 
-func (e *expectation) link(added bool, body []byte) bool {
+func (e *expectation) link(added bool, body []byte) cause {
 	if len(body) < unix.SizeofIfInfomsg {
-		return false
+		return none
 	}
 	if body[0] == unix.AF_BRIDGE { // a port, perhaps of the pods' bridge: whether it comes makes no difference
-		return !added
+		return ofHost.when(!added)
 	}
-	ifindex, flags := u32(body[4:]), u32(body[8:])
-	l := Link{Down: flags&unix.IFF_UP == 0}
+	ifindex, l := u32(body[4:]), hostLink{up: u32(body[8:])&unix.IFF_UP != 0}
 	eachAttr(body[unix.SizeofIfInfomsg:], func(typ uint16, data []byte) {
 		switch typ {
 		case unix.IFLA_IFNAME:
-			l.Name = cString(data)
+			l.name = cString(data)
 		case unix.IFLA_MTU:
-			l.MTU = int(u32(data))
-		case unix.IFLA_ADDRESS:
-			l.MAC = macOf(data)
-		case unix.IFLA_LINKINFO:
-			l.VXLAN.Local, l.VXLAN.Underlay = e.vxlan(data)
+			l.mtu = int(u32(data))
 		}
 	})
-	want, named := find(e.state.Links, l)
 	was, ours := e.index[ifindex]
-	switch {
-	case !named && !ours:
-		cared, ok := e.cared[ifindex]
-		return ok && (!added || cared != hostLink{l.Name, l.MTU, !l.Down})
-	case e.deaf:
-		return false
-	case !added:
-		return named
-	case !named: // it is about to go, or it was renamed
-		_, wanted := find(e.state.Links, Link{Name: was})
-		return wanted
+	_, desired := find(e.state.Links, Link{Name: l.name})
+	_, renamed := find(e.state.Links, Link{Name: was})
+	if ours || desired {
+		return ofOurs.when(desired || renamed) // or it is about to go
 	}
-	want.VXLAN = VXLAN{Local: want.VXLAN.Local, Underlay: want.VXLAN.Underlay} // the rest can't be changed on a device
-	return !ours || l != want
+	cared, ok := e.cared[ifindex]
+	return ofHost.when(ok && (!added || cared != l))
 }
 
-// vxlan reads what of a VXLAN device can be changed in place.
-func (e *expectation) vxlan(linkinfo []byte) (local netip.Addr, underlay string) {
-	eachAttr(linkinfo, func(typ uint16, data []byte) {
-		if typ != unix.IFLA_INFO_DATA {
-			return
-		}
-		eachAttr(data, func(typ uint16, data []byte) {
-			switch typ {
-			case nl.IFLA_VXLAN_LOCAL, nl.IFLA_VXLAN_LOCAL6:
-				local = ipOf(data)
-			case nl.IFLA_VXLAN_LINK:
-				underlay = e.names[u32(data)]
-			}
-		})
-	})
-	return local, underlay
-}
-
-// netconf: only settings that are wished for matter, and those of all devices or of ours.
-func (e *expectation) netconf(body []byte) bool {
+// netconf: only settings that are desired matter, and those of all devices or of ours.
+func (e *expectation) netconf(body []byte) cause {
 	const attrIfindex, all = 1, -1 // NETCONFA_IFINDEX, NETCONFA_IFINDEX_ALL, uapi/linux/netconf.h
 	ifindex := int32(0)
 	if len(body) >= 4 {
@@ -341,7 +319,7 @@ func (e *expectation) netconf(body []byte) bool {
 		})
 	}
 	_, ours := e.index[uint32(ifindex)]
-	return (ifindex == all || ours) && !e.deaf
+	return ofOurs.when(ifindex == all || ours)
 }
 
 // find looks a key up in a sorted list.

@@ -18,16 +18,19 @@ import (
 // next Reconcile.
 func (k *Kernel) Observe() (Host, error) {
 	h, err := k.look()
-	k.monitor.change(k.tell)
+	k.monitor.change(func(e *expectation) { e.devices = k.devices })
 	return h, err
 }
 
-// room is an empty state with room for as much as there was the last time, and a little more.
+// room is an empty state with room for as much as is most likely there, and a little more.
 func (k *Kernel) room() State {
-	k.measure()
+	if !k.applied {
+		return State{}
+	}
 	with := func(n int) int { return n + n/64 + 16 }
 	return State{
-		Neighbours: make([]Neighbour, 0, with(k.had.neighbours)), FDB: make([]FDBEntry, 0, with(k.had.fdb)), Routes: make([]Route, 0, with(k.had.routes)),
+		Neighbours: make([]Neighbour, 0, with(len(k.desired.Neighbours))), FDB: make([]FDBEntry, 0, with(len(k.desired.FDB))),
+		Routes: make([]Route, 0, with(len(k.desired.Routes))),
 	}
 }
 
@@ -39,19 +42,10 @@ func grown[T any](s []T, x T) []T {
 	return append(s, x)
 }
 
-func (k *Kernel) measure() {
-	if k.known != nil {
-		k.had = sizes{len(k.known.Neighbours), len(k.known.FDB), len(k.known.Routes)}
-	}
-}
-
-// sizes is how many there are of what grows with the number of peers.
-type sizes struct{ neighbours, fdb, routes int }
-
 // look reads all but the settings: which of those matter is said by the wish.
 func (k *Kernel) look() (Host, error) {
 	s := k.room()
-	k.known = nil
+	k.observed, k.synced = nil, false
 	var h Host
 	_, err := os.Stat("/proc/sys/net/ipv6")
 	h.IPv6 = err == nil
@@ -67,7 +61,7 @@ func (k *Kernel) look() (Host, error) {
 		}
 	}
 	s.Sort()
-	k.known, k.devices = &s, k.devicesOf(&s, h)
+	k.observed, k.devices = &s, k.devicesOf(&s, h)
 	return h.Indexed(), nil
 }
 
@@ -140,12 +134,8 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 
 // devicesOf is what the monitor has to know of the devices.
 func (k *Kernel) devicesOf(s *State, h Host) devices {
-	d := devices{
-		names: make(map[uint32]string, len(k.index)), index: map[uint32]string{}, cared: k.others(s, h),
-		nexthops: k.nexthops,
-	}
+	d := devices{index: map[uint32]string{}, cared: k.others(s, h), nexthops: k.nexthops}
 	for name, i := range k.index {
-		d.names[uint32(i)] = name
 		if k.owned(name) {
 			d.index[uint32(i)] = name
 		}

@@ -12,78 +12,71 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rounds bounds how often one Reconcile looks again: a device that was made new or went up takes its entries with it.
+// rounds bounds how often one call observes again: a device that was recreated or went up takes its entries with it.
 const rounds = 3
 
-// fulfil makes the kernel's state what is wished for.
-func (k *Kernel) fulfil(sameWish bool) (Result, error) {
-	res := Result{Repaired: sameWish && k.acted}
-	k.acted = false
+// apply makes the kernel's state the desired one. What is desired differs from the time before in that was is gone and is has come, be it
+// all of it or the objects of one peer.
+func (k *Kernel) apply(was, is State) (Result, error) {
+	same := was.equal(&is)
+	res := Result{Repaired: same && k.applied}
+	// A device takes with it what is on it, and a setting may have any value.
+	if k.synced && slices.Equal(was.Links, is.Links) && slices.Equal(was.Sysctls, is.Sysctls) {
+		res.Done, res.Failed = k.carryOut(Diff(was, is))
+		k.synced = len(res.Failed) == 0
+		return res, nil
+	}
+	k.synced, k.applied = false, res.Repaired
 	if err := k.see(); err != nil {
 		return res, err
 	}
-	k.acted = true
 	if err := k.prepare(&res); err != nil {
 		return res, err
 	}
+	k.applied = true
 	for range rounds {
 		if err := k.see(); err != nil {
 			return res, err
 		}
-		changes := k.pending()
-		done, failed := k.apply(changes)
+		done, failed := k.carryOut(k.pending())
 		res.Done, res.Failed = append(res.Done, done...), failed
-		if len(changes) > 0 {
-			k.known = nil
-		}
+		k.observed = nil
 		if len(failed) == 0 && !slices.ContainsFunc(done, aboutDevice) {
-			if k.whole {
-				k.known = k.wanted
-			}
+			k.synced = k.prune
 			break
 		}
 		if len(done) == 0 {
-			break // looking again would only meet the same refusals
+			break // to observe again would only meet the same refusals
 		}
 	}
 	return res, nil
 }
 
-// prepare makes the devices and the settings what they should be, before anything is put on a device: what is on one that was made anew or
-// went up is only known after another look. The kernel tells of both in ways that can't be told from what others do. So what it tells of
-// ours meanwhile is not heard: the devices are looked at afterwards, and the settings are read.
+// prepare makes the devices and the settings the desired ones, before anything is put on a device: what is on one that was recreated or
+// went up is only known once it was observed again. What the kernel notifies of here can't be told from what others do; so the monitor
+// ignores what is ours meanwhile: the devices are observed afterwards, and the settings are read.
 func (k *Kernel) prepare(res *Result) error {
-	actual := State{Links: k.known.Links, Sysctls: readSysctls(k.wanted.Sysctls)}
-	changes := Diff(actual, State{Links: k.wanted.Links, Sysctls: k.wanted.Sysctls})
-	changes = reject(changes, func(c Change) bool { return c.Op == Delete && !k.wants(c.Obj) })
+	actual := State{Links: k.observed.Links, Sysctls: readSysctls(k.desired.Sysctls)}
+	changes := withoutSweep(Diff(actual, State{Links: k.desired.Links, Sysctls: k.desired.Sysctls}))
 	if len(changes) == 0 {
 		return nil
 	}
 	k.monitor.mu.Lock()
 	defer k.monitor.mu.Unlock()
-	k.monitor.drain()
-	res.Done, res.Failed = k.apply(changes)
-	k.monitor.expect.deaf = true
-	k.monitor.drain()
-	k.monitor.expect.deaf = false
+	k.monitor.drain(false)
+	res.Done, res.Failed = k.carryOut(changes)
+	k.monitor.drain(true)
 	if !slices.ContainsFunc(res.Done, aboutDevice) {
 		return nil
 	}
 	_, err := k.look()
-	k.tell(&k.monitor.expect)
+	k.monitor.expect.devices = k.devices
 	return err
 }
 
-// wants reports whether there is to be a device of that name.
-func (k *Kernel) wants(device Object) bool {
-	l, ok := device.(Link)
-	_, wanted := find(k.wanted.Links, l)
-	return ok && wanted
-}
-
-// see looks at the kernel if what is there is not known.
+// see observes the kernel if it was changed since the last time.
 func (k *Kernel) see() error {
-	if k.known != nil {
+	if k.observed != nil {
 		return nil
 	}
 	_, err := k.Observe()
@@ -92,10 +85,10 @@ func (k *Kernel) see() error {
 
 // pending lists what is to be done.
 func (k *Kernel) pending() []Change {
-	actual := *k.known
-	actual.Sysctls = readSysctls(k.wanted.Sysctls)
-	changes := Diff(actual, *k.wanted)
-	if !k.whole {
+	actual := *k.observed
+	actual.Sysctls = readSysctls(k.desired.Sysctls)
+	changes := Diff(actual, k.desired)
+	if !k.prune {
 		changes = withoutSweep(changes)
 	}
 	return changes
@@ -103,8 +96,8 @@ func (k *Kernel) pending() []Change {
 
 func aboutDevice(c Change) bool { return c.Obj.kind() == kindLink }
 
-// apply carries the changes out in their order: netlink messages in batches, devices and settings one by one.
-func (k *Kernel) apply(all []Change) (done []Change, failed []Failure) {
+// carryOut carries the changes out in their order: netlink messages in batches, devices and settings one by one.
+func (k *Kernel) carryOut(all []Change) (done []Change, failed []Failure) {
 	refused := map[int]error{}
 	for i := 0; i < len(all); i++ {
 		var err error

@@ -48,7 +48,7 @@ func Look(owned func(name string) bool) (Survey, error) {
 	if err != nil {
 		return Survey{}, err
 	}
-	s := Survey{Host: h, Ours: *k.known}
+	s := Survey{Host: h, Ours: *k.observed}
 	all, err := k.linkList()
 	if err != nil {
 		return Survey{}, err
