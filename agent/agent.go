@@ -48,7 +48,7 @@ const (
 type Kernel interface {
 	// Observe looks at the kernel, and returns what of it is not ours.
 	Observe() (netstate.Host, error)
-	// Reconcile makes what is ours the desired state; AddMissing does so without removing anything.
+	// Reconcile makes what is ours the desired state, which it takes over; AddMissing does so without removing anything.
 	Reconcile(desired netstate.State) (netstate.Result, error)
 	AddMissing(desired netstate.State) (netstate.Result, error)
 	// Uncover removes those of our routes that cover one of these addresses.
@@ -146,7 +146,7 @@ func New(o Options, p Parts) *Agent {
 		questions: make(chan func()), state: dir,
 		firewall: newFirewall(p, o.IPTablesResync, h, instruments.Firewall),
 		writer:   newStateWriter(h),
-		peers:    peerLog{log: p.Log},
+		peers:    peerLog{log: p.Log, ways: map[*subnet.Lease]wayKinds{}},
 		drift:    newDriftLog(p.Log),
 		mesh:     newMesh(h, o.MeshProbe),
 		watch:    p.SubnetFile,

@@ -37,30 +37,31 @@ func newMesh(h *health, on bool) *mesh {
 	return m
 }
 
-// replace makes the mesh that of these ways, with packets as large as pods may send.
-func (m *mesh) replace(ways []backend.Way, size int) {
-	if !m.on {
-		return
-	}
+// resize sets how large packets pods may send.
+func (m *mesh) resize(bytes int) {
 	m.mu.Lock()
-	m.size = size
+	m.size = bytes
 	m.mu.Unlock()
-	m.Resize(size)
-	m.Replace(targets(ways))
-	m.judge() // who is gone is no trouble any more
+	m.Resize(bytes)
 }
 
-// change takes note of ways that are no more, and of others that are new.
-func (m *mesh) change(gone, come []backend.Way) {
-	if !m.on || len(gone)+len(come) == 0 {
+// change takes note of ways that are no more, and of others that are new. all: there are no others than these.
+func (m *mesh) change(gone, come []backend.Way, all bool) {
+	switch {
+	case !m.on:
 		return
+	case all:
+		m.Replace(targets(come))
+	case len(gone)+len(come) == 0:
+		return
+	default:
+		left := make([]netip.Prefix, 0, len(gone))
+		for _, w := range gone {
+			left = append(left, w.Peer.Subnets.Get(w.Family))
+		}
+		m.Change(left, targets(come))
 	}
-	left := make([]netip.Prefix, 0, len(gone))
-	for _, w := range gone {
-		left = append(left, w.Peer.Subnets.Get(w.Family))
-	}
-	m.Change(left, targets(come))
-	m.judge()
+	m.judge() // who is gone is no trouble any more
 }
 
 func targets(ways []backend.Way) []probe.Target {

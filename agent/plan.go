@@ -27,7 +27,7 @@ type planned struct {
 	mtu     int
 	tunnel  addr.Per[string]
 	devices []netstate.Link          // of the node itself
-	steers  addr.Per[int]            // see steered
+	steers  addr.Per[int]            // see steered; that there are such makes a rule
 	direct  addr.Per[[]netip.Addr]   // see backend.Plan.DirectNodes
 	bare    addr.Per[[]netip.Prefix] // see backend.Plan.BareSubnets
 	entries map[string]int           // how many objects are planned, by kind
@@ -49,10 +49,8 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 		u.MTU = narrowest(a.host, in.Config, f, u.MTU, a.roster.Peers)
 		in.Underlay.Set(f, u)
 	}
-	res, ok, err := a.adjust(be, in, ch)
-	if !ok {
-		res, err = a.reconcile(be, in)
-	}
+	st := a.step(be, in, ch)
+	res, err := a.apply(st)
 	before := a.refused
 	a.refused = res.Failed
 	failed, minor := failures(res.Failed)
@@ -64,7 +62,7 @@ func (a *Agent) program(be backend.Backend, looked bool) error {
 		a.drift.note(slices.DeleteFunc(res.Done, func(c netstate.Change) bool { // what the kernel takes at last, nobody has changed
 			return slices.ContainsFunc(before, func(f netstate.Failure) bool { return f.Obj == c.Obj })
 		}))
-	case !ok:
+	case st.all:
 		logChanges(a.log, res.Done)
 	}
 	return errors.Join(err, a.writeSubnetFile())
@@ -89,78 +87,82 @@ func (a *Agent) believe(self subnet.Lease) subnet.Change {
 	return ch
 }
 
-// adjust brings in the peers that came and went, if nothing else changed. Not ok: everything has to be planned anew.
-func (a *Agent) adjust(be backend.Backend, in backend.Input, ch subnet.Change) (res netstate.Result, ok bool, err error) {
-	p := a.planned
-	if p == nil || p.online != a.online() || !sameInput(p.input, in) {
-		return res, false, nil
-	}
-	in.Peers = ch.Gone
-	gone := be.Plan(in)
-	in.Peers = ch.Come
-	come := be.Plan(in)
-	if len(in.Peers)+len(ch.Gone) > 0 && (!p.plain || !plain(come, shadowed(in.Host, come.State))) {
-		return res, false, nil
-	}
-	steers, same := p.steered(gone, come)
-	if !same {
-		return res, false, nil
-	}
-	p.steers = steers
-	began := time.Now()
-	if res, err = a.kernel.Adjust(ofPeers(gone.State), ofPeers(come.State)); err != nil {
-		a.planned = nil
-	}
-	a.instruments.Netlink(metrics.OpAdjust, time.Since(began))
-	p.count(gone.State, come.State)
-	a.peers.change(gone.Ways, come.Ways)
-	a.mesh.change(gone.Ways, come.Ways)
-	if p.follow(gone, come) {
-		a.firewall.put(a.firewallWish(p))
-	}
-	return res, true, err
+// step leads from one plan to the next: what gone has goes, what come has comes. The two hold what single peers add; or all of the
+// plan before goes and come is the next one as a whole.
+type step struct {
+	gone, come backend.Plan
+	all        bool
+	planned    *planned
+	inTheWay   error
 }
 
-// reconcile plans everything anew.
-func (a *Agent) reconcile(be backend.Backend, in backend.Input) (netstate.Result, error) {
-	in.Peers = a.roster.Peers()
-	plan := be.Plan(in)
-	in.Peers = nil
-	desired := plan.State
-	desired.Sysctls = append(desired.Sysctls, a.settings()...)
-	slices.SortFunc(desired.Sysctls, netstate.Sysctl.Compare)
-	inTheWay := shadowed(a.host, desired)
-	p := &planned{
-		input: in, mtu: plan.MTU, tunnel: plan.Tunnel, devices: desired.Links, steers: steered(plan),
-		direct: plan.DirectNodes, bare: plan.BareSubnets,
-		entries: desired.Counts(), online: a.online(), plain: plain(plan, inTheWay),
+// step plans for the peers that came and went, or for all where anything else changed or these may make a difference to others.
+func (a *Agent) step(be backend.Backend, in backend.Input, ch subnet.Change) step {
+	plan := func(peers []*subnet.Lease) backend.Plan {
+		in := in
+		in.Peers = peers
+		return be.Plan(in)
 	}
-	a.firewall.put(a.firewallWish(p)) // it works meanwhile
-
-	// Until the store has said what there is, nothing that is there may go.
-	reconcile := a.kernel.Reconcile
-	if !a.online() {
-		reconcile = a.kernel.AddMissing
+	if p := a.planned; p != nil && p.online == a.online() && sameInput(p.input, in) {
+		st := step{gone: plan(ch.Gone), come: plan(ch.Come), planned: p}
+		few := len(ch.Gone)+len(ch.Come) == 0 || p.plain && plain(st.come, shadowed(in.Host, st.come.State))
+		st.gone.State, st.come.State = ofPeers(st.gone.State), ofPeers(st.come.State)
+		if few && p.sameRules(st) {
+			return st
+		}
 	}
-	began := time.Now()
-	res, err := reconcile(desired)
-	a.instruments.Netlink(metrics.OpReconcile, time.Since(began))
+	st := step{come: plan(a.roster.Peers()), all: true}
+	st.come.State.Sysctls = append(st.come.State.Sysctls, a.settings()...)
+	slices.SortFunc(st.come.State.Sysctls, netstate.Sysctl.Compare)
+	st.inTheWay = shadowed(in.Host, st.come.State)
+	st.planned = &planned{
+		input: in, mtu: st.come.MTU, tunnel: st.come.Tunnel, devices: slices.Clone(st.come.State.Links), entries: map[string]int{},
+		online: a.online(), plain: plain(st.come, st.inTheWay),
+	}
+	return st
+}
 
+// apply makes the node what a step leads to.
+func (a *Agent) apply(st step) (netstate.Result, error) {
+	p := st.planned
+	if changed := p.follow(st); changed || st.all {
+		a.firewall.put(a.firewallWish(p)) // it works meanwhile
+	}
+	began, op := time.Now(), metrics.OpReconcile
+	var res netstate.Result
+	var err error
+	switch {
+	case !st.all:
+		op = metrics.OpAdjust
+		res, err = a.kernel.Adjust(st.gone.State, st.come.State)
+	case p.online:
+		res, err = a.kernel.Reconcile(st.come.State)
+	default: // until the store has said what there is, nothing that is there may go
+		res, err = a.kernel.AddMissing(st.come.State)
+	}
+	a.instruments.Netlink(op, time.Since(began))
 	if a.planned = p; err != nil {
 		a.planned = nil
 	}
-	a.health.set(condPlan, joined(plan.Problems))
-	a.health.set(condUnreachable, unreachable(plan.Ways))
-	a.unreachable = reasons(plan.Ways)
-	a.health.set(condRoutes, inTheWay)
-	a.peers.replace(plan.Ways)
-	a.mesh.replace(plan.Ways, p.mtu)
-	if a.mtu != 0 && a.mtu != p.mtu {
-		a.changes.MTU++
-		a.log.Info("the pods' MTU has changed; those that run keep theirs until they are made anew", zap.Int("mtu", p.mtu), zap.Int("before", a.mtu))
+	if st.all {
+		a.health.set(condPlan, joined(st.come.Problems))
+		a.health.set(condUnreachable, unreachable(st.come.Ways))
+		a.unreachable = reasons(st.come.Ways)
+		a.health.set(condRoutes, st.inTheWay)
+		a.setMTU(p.mtu)
 	}
-	a.mtu = p.mtu
+	a.peers.change(st.gone.Ways, st.come.Ways, st.all)
+	a.mesh.change(st.gone.Ways, st.come.Ways, st.all)
 	return res, err
+}
+
+func (a *Agent) setMTU(mtu int) {
+	if a.mtu != 0 && a.mtu != mtu {
+		a.changes.MTU++
+		a.log.Info("the pods' MTU has changed; those that run keep theirs until they are made anew", zap.Int("mtu", mtu), zap.Int("before", a.mtu))
+	}
+	a.mtu = mtu
+	a.mesh.resize(mtu)
 }
 
 func sameInput(a, b backend.Input) bool {
@@ -187,31 +189,28 @@ func steered(p backend.Plan) (n addr.Per[int]) {
 	return n
 }
 
-// steered counts them once some peers have gone and others come; same if there are such in the same families as before, so that the
-// rules for them are the same.
-func (p *planned) steered(gone, come backend.Plan) (now addr.Per[int], same bool) {
-	less, more := steered(gone), steered(come)
-	same = true
-	for _, f := range addr.Families() {
-		now.Set(f, p.steers.Get(f)-less.Get(f)+more.Get(f))
-		same = same && (now.Get(f) > 0) == (p.steers.Get(f) > 0)
-	}
-	return now, same
+// sameRules reports whether there are such routes in the same families as before.
+func (p *planned) sameRules(st step) bool {
+	now := p.steered(st)
+	return (now.V4 > 0) == (p.steers.V4 > 0) && (now.V6 > 0) == (p.steers.V6 > 0)
 }
 
-// count takes note of the objects that peers came and went with.
-func (p *planned) count(gone, come netstate.State) {
-	less, more := ofPeers(gone).Counts(), ofPeers(come).Counts()
-	for kind := range p.entries {
-		p.entries[kind] += more[kind] - less[kind]
-	}
+// steered counts such routes after a step.
+func (p *planned) steered(st step) (now addr.Per[int]) {
+	less, more := steered(st.gone), steered(st.come)
+	return addr.Per[int]{V4: p.steers.V4 - less.V4 + more.V4, V6: p.steers.V6 - less.V6 + more.V6}
 }
 
-// follow takes note of the peers that the firewall has to know, and reports whether they changed.
-func (p *planned) follow(gone, come backend.Plan) (changed bool) {
+// follow takes note of a step, and reports whether the peers changed that the firewall has to know.
+func (p *planned) follow(st step) (changed bool) {
+	p.steers = p.steered(st)
+	less := st.gone.State.Counts()
+	for kind, more := range st.come.State.Counts() {
+		p.entries[kind] += more - less[kind]
+	}
 	for _, f := range addr.Families() {
-		direct, a := replaced(p.direct.Get(f), gone.DirectNodes.Get(f), come.DirectNodes.Get(f))
-		bare, b := replaced(p.bare.Get(f), gone.BareSubnets.Get(f), come.BareSubnets.Get(f))
+		direct, a := replaced(p.direct.Get(f), st.gone.DirectNodes.Get(f), st.come.DirectNodes.Get(f))
+		bare, b := replaced(p.bare.Get(f), st.gone.BareSubnets.Get(f), st.come.BareSubnets.Get(f))
 		p.direct.Set(f, direct)
 		p.bare.Set(f, bare)
 		changed = changed || a || b

@@ -207,32 +207,19 @@ func kindsOf(ways []backend.Way) map[*subnet.Lease]wayKinds {
 	return out
 }
 
-// replace takes note of the ways to all peers.
-func (p *peerLog) replace(ways []backend.Way) {
-	now := kindsOf(ways)
-	gone, come := map[*subnet.Lease]wayKinds{}, map[*subnet.Lease]wayKinds{}
-	for l, k := range p.ways {
-		if now[l] != k {
-			gone[l] = k
-		}
-	}
-	for l, k := range now {
-		if p.ways[l] != k {
-			come[l] = k
-		}
-	}
-	p.ways = now
-	p.say(gone, come)
-}
-
-// change takes note of peers that went and came.
-func (p *peerLog) change(gone, come []backend.Way) {
-	if len(gone)+len(come) == 0 {
-		return
-	}
+// change takes note of ways that are no more, and of others that are new. all: there are no others than these.
+func (p *peerLog) change(gone, come []backend.Way, all bool) {
 	left, arrived := kindsOf(gone), kindsOf(come)
-	for l := range left {
-		delete(p.ways, l)
+	if all {
+		left = maps.Clone(p.ways)
+	}
+	for l, k := range left {
+		if arrived[l] == k { // as before
+			delete(left, l)
+			delete(arrived, l)
+		} else {
+			delete(p.ways, l)
+		}
 	}
 	maps.Copy(p.ways, arrived)
 	p.say(left, arrived)
