@@ -12,29 +12,20 @@ import (
 	"github.com/overlayd/overlayd/addr"
 )
 
-// CheckOptions say how patient a check is.
-type CheckOptions struct {
-	// Settle is how long, from the start of the check, what does not work yet is tried again: a node may be ready a
-	// moment before it knows its last peer. Default 10 s.
-	Settle time.Duration
-	// Parallel bounds the cells that are checked at once. Default 16.
-	Parallel int
-}
-
-func (o CheckOptions) defaults() CheckOptions {
-	setDefault(&o.Settle, 10*time.Second)
-	setDefault(&o.Parallel, 16)
-	return o
-}
-
 const (
+	// Settle is how long, from the start of a check, what does not work yet is usually tried again: a node may be ready a moment before it
+	// knows its last peer.
+	Settle = 10 * time.Second
+	// parallel bounds the cells that are checked at once.
+	parallel = 16
+
 	pingWait   = time.Second           // for one reply
 	retryPause = 50 * time.Millisecond // between two tries
 )
 
-// Check runs the whole matrix. A cell that fails is in the report; an error means that there is none.
-func (l *Lab) Check(ctx context.Context, o CheckOptions) (Report, error) {
-	o = o.defaults()
+// Check runs the whole matrix; what does not work is tried again until it is settled. A cell that fails is in the report; an error means
+// that there is none.
+func (l *Lab) Check(ctx context.Context, settle time.Duration) (Report, error) {
 	endpoints, err := l.Endpoints()
 	if err != nil {
 		return Report{}, err
@@ -48,9 +39,9 @@ func (l *Lab) Check(ctx context.Context, o CheckOptions) (Report, error) {
 		return Report{}, err
 	}
 	defer stop()
-	settled, cancel := context.WithTimeout(ctx, o.Settle)
+	settled, cancel := context.WithTimeout(ctx, settle)
 	defer cancel()
-	c := checker{families: l.topology.Options.Stack.Families(), parallel: o.Parallel, settled: settled}
+	c := checker{families: l.topology.Options.Stack.Families(), settled: settled}
 	paths, err := c.paths(ctx, l.topology, endpoints)
 	if err != nil {
 		return Report{}, err
@@ -99,7 +90,6 @@ func (l *Lab) serve(ctx context.Context, endpoints []Endpoint) (stop func(), err
 // checker runs checks, some at a time.
 type checker struct {
 	families []addr.Family
-	parallel int
 	settled  context.Context // while it lasts, what fails is tried again
 }
 
@@ -131,7 +121,7 @@ func (r route) untried(check CheckName) Outcome {
 func (c checker) each(ctx context.Context, routes []route, f func(context.Context, route) []Outcome) []Outcome {
 	results := make([][]Outcome, len(routes))
 	var g errgroup.Group
-	g.SetLimit(c.parallel)
+	g.SetLimit(parallel)
 	for i, r := range routes {
 		g.Go(func() error {
 			if ctx.Err() == nil {

@@ -87,7 +87,7 @@ func killInside(ctx context.Context, ids map[nsID]bool) error {
 			return fatal{err}
 		}
 		for _, pid := range pids {
-			err := signalIf(pid, unix.SIGKILL, func() bool { return isIn(pid, ids) })
+			err := signalIf(pid, unix.SIGKILL, func() bool { return isIn(pid, ids) }, goOn)
 			if err != nil && !errors.Is(err, errNotOurs) {
 				return err
 			}

@@ -1,8 +1,8 @@
 package lab
 
 import (
+	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -25,21 +25,8 @@ type TCPStream struct {
 	wg       sync.WaitGroup
 	stop     context.CancelFunc
 
-	mu      sync.Mutex
-	answers []answerTime
-	broken  error
-}
-
-type answerTime struct {
-	at    time.Time
-	delay time.Duration // since it was sent
-}
-
-// TCPStats is what became of a TCP stream.
-type TCPStats struct {
-	Answers int
-	Longest time.Duration // that an answer took
-	Broken  error         // why the connection ended
+	mu     sync.Mutex
+	broken error
 }
 
 // StreamTCP connects the machine to a server that it starts on another one.
@@ -60,7 +47,11 @@ func (m Machine) StreamTCP(ctx context.Context, server Machine, at netip.Addr, i
 		return nil, fmt.Errorf("connect %s to %s: %w", m.Name, server.Name, err)
 	}
 	s.wg.Go(func() { s.send(ctx, interval) })
-	s.wg.Go(func() { s.receive(ctx) })
+	s.wg.Go(func() {
+		if _, err := io.Copy(io.Discard, s.conn); ctx.Err() == nil {
+			s.breaks(ctx, cmp.Or(err, io.EOF))
+		}
+	})
 	return s, nil
 }
 
@@ -72,18 +63,11 @@ func (s *TCPStream) Stop() {
 	s.wg.Wait()
 }
 
-// Stats says how the stream fared since a moment.
-func (s *TCPStream) Stats(from time.Time) TCPStats {
+// Broken says why the connection has ended, if it has.
+func (s *TCPStream) Broken() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := TCPStats{Broken: s.broken}
-	for _, a := range s.answers {
-		if a.at.After(from) {
-			out.Answers++
-			out.Longest = max(out.Longest, a.delay)
-		}
-	}
-	return out
+	return s.broken
 }
 
 func (s *TCPStream) serve(ctx context.Context) {
@@ -102,9 +86,7 @@ func (s *TCPStream) send(ctx context.Context, interval time.Duration) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for {
-		var msg [echoSize]byte
-		binary.BigEndian.PutUint64(msg[:], uint64(time.Now().UnixNano()))
-		if _, err := s.conn.Write(msg[:]); err != nil {
+		if _, err := s.conn.Write(make([]byte, echoSize)); err != nil {
 			s.breaks(ctx, err)
 			return
 		}
@@ -113,21 +95,6 @@ func (s *TCPStream) send(ctx context.Context, interval time.Duration) {
 			return
 		case <-tick.C:
 		}
-	}
-}
-
-func (s *TCPStream) receive(ctx context.Context) {
-	var msg [echoSize]byte
-	for {
-		if _, err := io.ReadFull(s.conn, msg[:]); err != nil {
-			s.breaks(ctx, err)
-			return
-		}
-		now := time.Now()
-		sent := time.Unix(0, int64(binary.BigEndian.Uint64(msg[:])))
-		s.mu.Lock()
-		s.answers = append(s.answers, answerTime{now, now.Sub(sent)})
-		s.mu.Unlock()
 	}
 }
 

@@ -2,19 +2,16 @@ package lab
 
 import (
 	"context"
-	"flag"
 	"fmt"
 	"net"
 	"net/netip"
-	"net/url"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 
-	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/etcdmain"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 )
@@ -38,32 +35,24 @@ func newEtcd(t Topology, dir string, i int) *Etcd {
 	}
 	e := &Etcd{Machine: Machine{Name: t.Etcd.Name, NS: t.Etcd.NS}, number: i, urls: t.memberURLs(i)}
 	listen := append(loopbackURLs(t.Options.Stack, clientPort(i)), e.urls...)
-	e.Process = Process{name: name, ns: e.NS, dir: dir, argv: func() []string {
-		if t.Options.EtcdVersion != "" {
-			return e.otherVersion(t.Options, listen)
-		}
-		argv := []string{
-			t.Options.Self, EtcdCommand, "--data-dir", e.DataDir(), "--listen", strings.Join(listen, ","),
-			"--member", strconv.Itoa(i), "--members", strconv.Itoa(t.Options.EtcdMembers),
-		}
-		if t.Options.Secure {
-			s := secrets{dir}
-			argv = append(argv, "--cert", s.serverCert(), "--key", s.serverKey(), "--ca", s.ca())
-		}
-		return argv
-	}}
+	e.Process = Process{name: name, ns: e.NS, dir: dir, argv: func() []string { return e.command(t.Options, strings.Join(listen, ",")) }}
 	return e
 }
 
-// otherVersion is the command line of a server that is not linked. It is set up as [EtcdOptions.config] does.
-func (e *Etcd) otherVersion(o Options, listen []string) []string {
-	urls, peer := strings.Join(listen, ","), peerURL(e.number)
-	argv := []string{
-		o.etcd(), "--data-dir", e.DataDir(), "--name", memberName(e.number),
+// command is the command line of a member. What it stores may get lost when the machine crashes: nothing in it outlives the lab.
+func (e *Etcd) command(o Options, urls string) []string {
+	argv := []string{o.Self, EtcdCommand, "--unsafe-no-fsync"}
+	if o.EtcdVersion != "" {
+		argv = []string{o.etcd()}
+	}
+	peer := peerURL(e.number)
+	argv = append(argv, "--data-dir", e.DataDir(), "--name", memberName(e.number),
 		"--listen-client-urls", urls, "--advertise-client-urls", urls,
 		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", cluster(o.EtcdMembers),
 		"--bcrypt-cost", strconv.Itoa(bcryptCost), "--auth-token-ttl", strconv.Itoa(tokenTTL),
-		"--logger", "zap", "--log-level", "warn", "--log-outputs", "stderr",
+		"--logger", "zap", "--log-level", "warn", "--log-outputs", "stderr")
+	if o.EtcdMembers == 1 { // with short ticks it leads at once
+		argv = append(argv, "--heartbeat-interval", "20", "--election-timeout", "200")
 	}
 	if o.Secure {
 		s := secrets{e.dir}
@@ -137,78 +126,8 @@ func (l *Lab) DialEtcd() []grpc.DialOption {
 	})}
 }
 
-// EtcdMain is what the hidden subcommand does with its arguments: it serves etcd until the context ends.
-func EtcdMain(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet(EtcdCommand, flag.ContinueOnError)
-	o := EtcdOptions{}
-	fs.StringVar(&o.DataDir, "data-dir", "", "where the data lies")
-	listen := fs.String("listen", "", "client URLs, separated by commas")
-	fs.IntVar(&o.Member, "member", 1, "the number of this member")
-	fs.IntVar(&o.Members, "members", 1, "how many members there are")
-	fs.StringVar(&o.CertFile, "cert", "", "certificate for https client URLs")
-	fs.StringVar(&o.KeyFile, "key", "", "its key")
-	fs.StringVar(&o.CAFile, "ca", "", "who vouches for clients")
-	if err := fs.Parse(args); err != nil {
-		return err
-	}
-	o.ClientURLs = strings.Split(*listen, ",")
-	return ServeEtcd(ctx, o)
-}
-
-// EtcdOptions are what a member of the lab's etcd is told.
-type EtcdOptions struct {
-	DataDir                   string
-	ClientURLs                []string
-	Member, Members           int
-	CertFile, KeyFile, CAFile string // for https client URLs
-}
-
-// ServeEtcd runs one etcd member until the context ends. The lab's etcd may lose data when the machine crashes: nothing
-// in it outlives the lab.
-func ServeEtcd(ctx context.Context, o EtcdOptions) error {
-	c, err := o.config()
-	if err != nil {
-		return err
-	}
-	e, err := embed.StartEtcd(c)
-	if err != nil {
-		return fmt.Errorf("start etcd: %w", err)
-	}
-	defer e.Close()
-	select {
-	case <-ctx.Done():
-		return nil
-	case err := <-e.Err():
-		return fmt.Errorf("serve etcd: %w", err)
-	}
-}
-
-func (o EtcdOptions) config() (*embed.Config, error) {
-	c := embed.NewConfig()
-	c.BcryptCost, c.AuthTokenTTL = bcryptCost, tokenTTL
-	c.Name, c.Dir, c.UnsafeNoFsync = memberName(o.Member), o.DataDir, true
-	c.LogLevel, c.LogOutputs = "warn", []string{"stderr"}
-	// A member alone has nobody to hear from: with short ticks it leads at once.
-	c.TickMs, c.ElectionMs = 20, 200
-	if o.Members > 1 {
-		c.TickMs, c.ElectionMs = 100, 1000
-	}
-	client, err := parseURLs(o.ClientURLs)
-	if err != nil {
-		return nil, err
-	}
-	peer, err := parseURLs([]string{peerURL(o.Member)})
-	if err != nil {
-		return nil, err
-	}
-	c.ListenClientUrls, c.AdvertiseClientUrls = client, client
-	c.ListenPeerUrls, c.AdvertisePeerUrls = peer, peer
-	c.InitialCluster = cluster(o.Members)
-	if o.CertFile != "" {
-		c.ClientTLSInfo = transport.TLSInfo{CertFile: o.CertFile, KeyFile: o.KeyFile, TrustedCAFile: o.CAFile, ClientCertAuth: true}
-	}
-	return c, nil
-}
+// EtcdMain is what the hidden subcommand does with its arguments, which are those of etcd: it serves until it is ended by a signal.
+func EtcdMain(args []string) { etcdmain.Main(append([]string{"etcd"}, args...)) }
 
 func cluster(members int) string {
 	var out []string
@@ -219,15 +138,3 @@ func cluster(members int) string {
 }
 
 func memberName(i int) string { return fmt.Sprintf("lab%d", i) }
-
-func parseURLs(in []string) ([]url.URL, error) {
-	var out []url.URL
-	for _, s := range in {
-		u, err := url.Parse(s)
-		if err != nil {
-			return nil, fmt.Errorf("etcd's URL: %w", err)
-		}
-		out = append(out, *u)
-	}
-	return out, nil
-}

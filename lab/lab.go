@@ -18,6 +18,9 @@ const (
 	networkFile = "network.json"
 )
 
+// readyTimeout bounds each wait for etcd and for the nodes to become ready.
+const readyTimeout = 45 * time.Second
+
 // Lab is a lab that is up, made by [Up] or found by [Open].
 type Lab struct {
 	topology Topology
@@ -103,6 +106,9 @@ func (l *Lab) Topology() Topology { return l.topology }
 
 // Dir holds the lab's state, logs and pid files.
 func (l *Lab) Dir() string { return l.dir }
+
+// XtablesLock is the lock file of legacy iptables that the lab's daemons use.
+func (l *Lab) XtablesLock() string { return xtablesLock(l.dir) }
 
 // Node is node number i, counted from 1 as in the names; a number that no node has panics, like an index.
 func (l *Lab) Node(i int) *Node { return l.nodes[i-1] }
@@ -192,7 +198,7 @@ func (l *Lab) startEtcd(ctx context.Context) error {
 			return err
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, l.topology.Options.ReadyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	for _, e := range l.etcds {
 		if err := e.WaitReady(ctx); err != nil {
@@ -216,7 +222,7 @@ func (l *Lab) startNodes(context.Context) error {
 
 func (l *Lab) waitReady(ctx context.Context) error {
 	start := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, l.topology.Options.ReadyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
 	g, ctx := errgroup.WithContext(ctx)
 	for _, n := range l.nodes {

@@ -18,7 +18,7 @@ const settle = 500 * time.Millisecond
 
 func check(t *testing.T, l *lab.Lab) lab.Report {
 	t.Helper()
-	r, err := l.Check(t.Context(), lab.CheckOptions{Settle: settle})
+	r, err := l.Check(t.Context(), settle)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"strings"
 	"time"
@@ -25,11 +26,22 @@ func (m Machine) Do(f func() error) error { return inNS(m.NS, f) }
 
 // Run runs a command on the machine and returns what it printed; an error carries it, too.
 func (m Machine) Run(ctx context.Context, name string, args ...string) (string, error) {
+	return m.run(exec.CommandContext(ctx, name, args...))
+}
+
+// Shell runs a script on the machine up to the first command that fails, with more variables ("NAME=value") in its environment. It
+// returns what Run does.
+func (m Machine) Shell(ctx context.Context, script string, env ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "sh", "-ec", script)
+	cmd.Env = append(os.Environ(), env...)
+	return m.run(cmd)
+}
+
+func (m Machine) run(cmd *exec.Cmd) (string, error) {
 	var out bytes.Buffer
-	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &out, &out, outputWait
 	if err := m.Do(cmd.Start); err != nil {
-		return "", fmt.Errorf("on %s: start %s: %w", m.Name, name, err)
+		return "", fmt.Errorf("on %s: start %s: %w", m.Name, cmd.Path, err)
 	}
 	if err := cmd.Wait(); err != nil {
 		return out.String(), fmt.Errorf("on %s: %s: %w: %s", m.Name, strings.Join(cmd.Args, " "), err, strings.TrimSpace(out.String()))

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -17,43 +18,33 @@ const nsDir = "/run/netns"
 
 func nsPath(ns string) string { return filepath.Join(nsDir, ns) }
 
-// onThread runs f on an OS thread whose network namespace it may change. The thread is never the process's first one: that
-// one's namespace is what /proc/PID/ns/net shows, and must stay. f says by its first result whether it has put
-// the thread back as it was; where not, the thread ends with the goroutine.
-func onThread(f func() (restored bool, err error)) error {
+// inNS runs f on an OS thread inside the named namespace. Sockets and processes that f makes stay there; goroutines that f starts do not
+// run there. The thread is never the process's first one: that one's namespace is what /proc/PID/ns/net shows, and must stay.
+func inNS(ns string, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
 			// While this goroutine holds the first thread, the next one gets another.
-			done <- onThread(f)
+			done <- inNS(ns, f)
 			runtime.UnlockOSThread()
 			return
 		}
-		restored, err := f()
-		if restored {
+		home, err := netns.Get()
+		if err != nil {
+			done <- fmt.Errorf("open this thread's namespace: %w", err)
+			return
+		}
+		defer home.Close()
+		if err = enterNS(ns); err == nil {
+			err = f()
+		}
+		if netns.Set(home) == nil { // else the thread ends with the goroutine
 			runtime.UnlockOSThread()
 		}
 		done <- err
 	}()
 	return <-done
-}
-
-// inNS runs f inside the named namespace. Sockets and processes that f makes stay there; goroutines that f starts do not
-// run there.
-func inNS(ns string, f func() error) error {
-	return onThread(func() (bool, error) {
-		home, err := netns.Get()
-		if err != nil {
-			return true, fmt.Errorf("open this thread's namespace: %w", err)
-		}
-		defer home.Close()
-		if err := enterNS(ns); err != nil {
-			return true, err
-		}
-		err = f()
-		return netns.Set(home) == nil, err
-	})
 }
 
 // enterNS moves the calling thread, which must be locked, into the named namespace.
@@ -69,48 +60,12 @@ func enterNS(ns string) error {
 	return nil
 }
 
-// shareNSDir makes the directory of names a mount of its own, shared, as the first `ip netns add` on a machine does, and under the
-// same lock. Done after a name was made there, it would cover that name's mount, and the name could not be deleted any more.
-func shareNSDir() error {
-	if err := os.MkdirAll(nsDir, 0o755); err != nil {
-		return err
-	}
-	dir, err := os.Open(nsDir)
-	if err != nil {
-		return err
-	}
-	defer dir.Close() // which also lets go of the lock
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
-		return fmt.Errorf("lock %s: %w", nsDir, err)
-	}
-	share := func() error { return unix.Mount("", nsDir, "none", unix.MS_SHARED|unix.MS_REC, "") }
-	if err = share(); !errors.Is(err, unix.EINVAL) { // EINVAL: it is no mount yet
-		return err
-	}
-	if err := unix.Mount(nsDir, nsDir, "none", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		return fmt.Errorf("bind %s: %w", nsDir, err)
-	}
-	return share()
-}
-
 // createNS makes a namespace that `ip netns` shows.
 func createNS(ns string) error {
-	if err := shareNSDir(); err != nil {
-		return fmt.Errorf("make %s a place for namespaces: %w", nsDir, err)
+	if out, err := exec.Command("ip", "netns", "add", ns).CombinedOutput(); err != nil {
+		return fmt.Errorf("create namespace %s: %w: %s", ns, err, out)
 	}
-	return onThread(func() (bool, error) {
-		home, err := netns.Get()
-		if err != nil {
-			return true, fmt.Errorf("open this thread's namespace: %w", err)
-		}
-		defer home.Close()
-		h, err := netns.NewNamed(ns)
-		if err != nil {
-			return netns.Set(home) == nil, fmt.Errorf("create namespace %s: %w", ns, err)
-		}
-		h.Close()
-		return netns.Set(home) == nil, nil
-	})
+	return nil
 }
 
 // deleteNS removes the name; the kernel frees the namespace once its last process and socket are gone. What is not there

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -13,8 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/vishvananda/netlink"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -119,10 +118,23 @@ func (n *Node) Doctor(ctx context.Context, more ...string) (string, error) {
 	return n.Overlayd(ctx, "doctor", append(n.where(), more...)...)
 }
 
-// Ready asks the daemon's /readyz.
+// Readyz asks the daemon's /readyz: the HTTP status and the text.
+func (n *Node) Readyz(ctx context.Context) (code int, text string, err error) {
+	return n.Ask(ctx, fmt.Sprintf("http://127.0.0.1:%d/readyz", healthzPort))
+}
+
+// Ready says why the daemon is not ready.
 func (n *Node) Ready(ctx context.Context) error {
-	_, err := n.Get(ctx, fmt.Sprintf("http://127.0.0.1:%d/readyz", healthzPort))
-	return err
+	code, text, err := n.Readyz(ctx)
+	if err != nil {
+		return err
+	}
+	return unless(code == http.StatusOK, "%s: /readyz: %d: %s", n.Name, code, strings.TrimSpace(text))
+}
+
+// Metrics reads the daemon's metrics.
+func (n *Node) Metrics(ctx context.Context) (string, error) {
+	return n.Get(ctx, fmt.Sprintf("http://127.0.0.1:%d/metrics", healthzPort))
 }
 
 // WaitReady waits until the daemon says that it is ready.
@@ -166,19 +178,13 @@ func (n *Node) Lease() (Lease, error) {
 }
 
 // Unplug pulls the node's cable at the switch: its interface stays up, without a carrier.
-func (n *Node) Unplug() error {
-	return withLinks(n.segment, func(nl *netlink.Handle) error { return setDown(nl, n.Name) })
-}
+func (n *Node) Unplug() error { return script(n.segment, "ip link set "+n.Name+" down") }
 
 // Plug puts the cable back.
-func (n *Node) Plug() error {
-	return withLinks(n.segment, func(nl *netlink.Handle) error { return setUp(nl, n.Name) })
-}
+func (n *Node) Plug() error { return script(n.segment, "ip link set "+n.Name+" up") }
 
 // LinkDown takes the node's interface down; the kernel drops its routes, and its IPv6 addresses.
-func (n *Node) LinkDown() error {
-	return withLinks(n.NS, func(nl *netlink.Handle) error { return setDown(nl, underlayLink) })
-}
+func (n *Node) LinkDown() error { return script(n.NS, "ip link set "+underlayLink+" down") }
 
 // LinkUp brings the interface up again with its addresses and routes, as a host's network manager does.
 func (n *Node) LinkUp() error { return configureHost(n.spec.Host) }
@@ -186,24 +192,21 @@ func (n *Node) LinkUp() error { return configureHost(n.spec.Host) }
 // RecreateLink deletes the node's interface, as a driver that is unloaded does; the returned function puts the same one
 // (with its MAC, addresses and routes) in again.
 func (n *Node) RecreateLink() (back func() error, err error) {
-	var mac net.HardwareAddr
-	err = withLinks(n.NS, func(nl *netlink.Handle) error {
-		link, err := nl.LinkByName(underlayLink)
-		if err != nil {
-			return fmt.Errorf("find %s: %w", underlayLink, err)
-		}
-		mac = link.Attrs().HardwareAddr
-		return deleteLink(nl, underlayLink)
+	var link *net.Interface
+	err = n.Do(func() (err error) {
+		link, err = net.InterfaceByName(underlayLink)
+		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", n.Name, err)
+		return nil, fmt.Errorf("%s: find %s: %w", n.Name, underlayLink, err)
 	}
 	return func() error {
-		if err := n.plugInto(n.segment, underlayLink, n.Name, mac); err != nil {
+		cable := Cable{Port{n.NS, underlayLink}, Port{n.segment, n.Name}}
+		if err := plug(cable, underlayMTU, link.HardwareAddr.String(), switchBridge); err != nil {
 			return err
 		}
 		return configureHost(n.spec.Host)
-	}, nil
+	}, n.RemoveLink(underlayLink)
 }
 
 // AddLink gives the node one more interface, in another segment, with the addresses that the node's own number has there.
@@ -212,24 +215,21 @@ func (n *Node) AddLink(t Topology, name string, segment int) (at, via addr.Per[n
 	if segment < 1 || segment > len(t.Switches) {
 		return at, via, fmt.Errorf("%s: there is no segment %d", n.Name, segment)
 	}
-	sw := t.Switches[segment-1]
-	number := lastOctet(n.Addr(n.options.Stack.Families()[0]).AsSlice())
-	// the same each time: others remember it for some seconds
-	mac := net.HardwareAddr{2, 0, 0, 0, byte(segment), byte(number)}
-	if err := n.plugInto(sw.NS, name, n.Name+"-"+name, mac); err != nil {
-		return at, via, err
-	}
 	i := Interface{Name: name}
+	var number int
 	for _, f := range n.options.Stack.Families() {
-		own := n.Addr(f).AsSlice()
-		at.Set(f, hostAddr(segmentNet(segment)(f), lastOctet(own)))
+		number = lastOctet(n.Addr(f).AsSlice())
+		at.Set(f, hostAddr(segmentNet(segment)(f), number))
 		via.Set(f, hostAddr(segmentNet(segment)(f), 1))
 		i.Addrs = append(i.Addrs, at.Get(f))
 	}
-	if err := configureInterface(n.NS, i); err != nil {
-		return at, via, fmt.Errorf("%s: %w", n.Name, err)
+	// the same each time: others remember it for some seconds
+	mac := net.HardwareAddr{2, 0, 0, 0, byte(segment), byte(number)}.String()
+	cable := Cable{Port{n.NS, name}, Port{t.Switches[segment-1].NS, n.Name + "-" + name}}
+	if err := plug(cable, underlayMTU, mac, switchBridge); err != nil {
+		return at, via, err
 	}
-	return at, via, inNS(n.NS, func() error { return sysctl("ipv4/conf/"+name+"/rp_filter", "2") })
+	return at, via, script(n.NS, i.script()+"echo 2 > /proc/sys/net/ipv4/conf/"+name+"/rp_filter")
 }
 
 // lastOctet reads the number of a host from its address; see hostAddr.
@@ -243,37 +243,7 @@ func lastOctet(b []byte) int {
 
 // RemoveLink takes an interface of the node away. One that is not there is no error.
 func (n *Node) RemoveLink(name string) error {
-	return withLinks(n.NS, func(nl *netlink.Handle) error { return deleteLink(nl, name) })
-}
-
-// plugInto makes a cable from the node to a switch.
-func (n *Node) plugInto(switchNS, name, port string, mac net.HardwareAddr) error {
-	if err := plugCable(Cable{Port{n.NS, name}, Port{switchNS, port}}); err != nil {
-		return fmt.Errorf("%s: plug in %s: %w", n.Name, name, err)
-	}
-	if mac != nil {
-		err := withLinks(n.NS, func(nl *netlink.Handle) error {
-			link, err := nl.LinkByName(name)
-			if err != nil {
-				return err
-			}
-			return nl.LinkSetHardwareAddr(link, mac)
-		})
-		if err != nil {
-			return fmt.Errorf("%s: set the address of %s: %w", n.Name, name, err)
-		}
-	}
-	return withLinks(switchNS, func(nl *netlink.Handle) error {
-		br, err := nl.LinkByName("br0")
-		if err != nil {
-			return fmt.Errorf("find br0: %w", err)
-		}
-		link, err := nl.LinkByName(port)
-		if err != nil {
-			return fmt.Errorf("find %s: %w", port, err)
-		}
-		return plugIn(nl, link, br)
-	})
+	return script(n.NS, fmt.Sprintf("ip link del %[1]s 2>/dev/null || ! ip link show %[1]s", name))
 }
 
 // makeDirs makes the directories that the daemon is given.

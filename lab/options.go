@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"time"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -74,8 +73,6 @@ type Options struct {
 	// EtcdVersion is that of a server which stands next to Self as etcd-VERSION ("3.4"); empty: the one that is linked.
 	EtcdVersion string `json:"etcdVersion,omitempty"`
 
-	// ReadyTimeout bounds each wait for etcd and for the nodes to become ready.
-	ReadyTimeout time.Duration `json:"readyTimeout"`
 	// Progress, where set, is told in one line what happens.
 	Progress func(string) `json:"-"`
 }
@@ -88,7 +85,6 @@ func (o Options) Defaults() (Options, error) {
 	setDefault(&o.Backend, VXLAN)
 	setDefault(&o.Stack, StackIPv4)
 	setDefault(&o.EtcdMembers, 1)
-	setDefault(&o.ReadyTimeout, 45*time.Second)
 	if o.Progress == nil {
 		o.Progress = func(string) {}
 	}

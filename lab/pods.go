@@ -5,10 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
-
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -38,57 +34,20 @@ func (n *Node) SetupPods() error {
 }
 
 func (n *Node) removePods() error {
-	var errs []error
+	errs := []error{n.RemoveLink(bridgeName)}
 	for _, p := range n.spec.Pods {
-		errs = append(errs, deleteNS(p.NS))
+		errs = append(errs, deleteNS(p.NS), n.RemoveLink(p.Port))
 	}
-	errs = append(errs, withLinks(n.NS, func(nl *netlink.Handle) error {
-		for _, name := range append(n.podPorts(), bridgeName) {
-			if err := deleteLink(nl, name); err != nil {
-				return fmt.Errorf("%s: %w", n.Name, err)
-			}
-		}
-		return nil
-	}))
 	return errors.Join(errs...)
 }
 
-func (n *Node) podPorts() []string {
-	var out []string
-	for _, p := range n.spec.Pods {
-		out = append(out, p.Port)
-	}
-	return out
-}
-
-func deleteLink(nl *netlink.Handle, name string) error {
-	link, err := nl.LinkByName(name)
-	if errors.As(err, new(netlink.LinkNotFoundError)) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("find %s: %w", name, err)
-	}
-	if err := nl.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) { // it went meanwhile, as the other end of a veth does
-		return fmt.Errorf("delete %s: %w", name, err)
-	}
-	return nil
-}
-
+// addBridge makes the bridge. One with a MAC of its own keeps it when ports come and go; the pods know it as their gateway's.
 func (n *Node) addBridge(env SubnetEnv) error {
-	a := attrs(bridgeName, env.MTU)
-	// A bridge with a MAC of its own keeps it when ports come and go; the pods know it as their gateway's.
-	a.HardwareAddr = randomMAC()
-	err := withLinks(n.NS, func(nl *netlink.Handle) error {
-		if err := nl.LinkAdd(&netlink.Bridge{LinkAttrs: a}); err != nil {
-			return fmt.Errorf("create it: %w", err)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
+	i := Interface{Name: bridgeName}
+	for _, f := range n.options.Stack.Families() {
+		i.Addrs = append(i.Addrs, env.Gateway.Get(f))
 	}
-	return configureInterface(n.NS, Interface{Name: bridgeName, Addrs: n.gateways(env)})
+	return script(n.NS, fmt.Sprintf("ip link add %s address %s mtu %d type bridge\n%s", bridgeName, randomMAC(), env.MTU, i.script()))
 }
 
 func randomMAC() net.HardwareAddr {
@@ -98,46 +57,15 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
-func (n *Node) gateways(env SubnetEnv) []netip.Prefix {
-	var out []netip.Prefix
-	for _, f := range n.options.Stack.Families() {
-		out = append(out, env.Gateway.Get(f))
-	}
-	return out
-}
-
 func (n *Node) addPod(env SubnetEnv, i int, p PodSpec) error {
 	if err := createNS(p.NS); err != nil {
 		return err
 	}
-	if err := addVeth(Cable{Port{p.NS, "eth0"}, Port{n.NS, p.Port}}, env.MTU); err != nil {
-		return fmt.Errorf("create its veth: %w", err)
-	}
-	if err := withLinks(n.NS, func(nl *netlink.Handle) error { return plugPod(nl, p.Port) }); err != nil {
-		return err
-	}
-	if err := withLinks(p.NS, func(nl *netlink.Handle) error { return setUp(nl, "lo") }); err != nil {
-		return err
-	}
-	return configureHost(n.podHost(env, i, p))
-}
-
-func plugPod(nl *netlink.Handle, name string) error {
-	bridge, err := nl.LinkByName(bridgeName)
-	if err != nil {
-		return fmt.Errorf("find %s: %w", bridgeName, err)
-	}
-	port, err := nl.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("find %s: %w", name, err)
-	}
-	if err := plugIn(nl, port, bridge); err != nil {
-		return err
-	}
-	if err := nl.LinkSetHairpin(port, true); err != nil {
-		return fmt.Errorf("set hairpin mode of %s: %w", name, err)
-	}
-	return nil
+	return errors.Join(
+		plug(Cable{Port{p.NS, "eth0"}, Port{n.NS, p.Port}}, env.MTU, "", bridgeName),
+		script(n.NS, fmt.Sprintf("ip link set %s type bridge_slave hairpin on", p.Port)),
+		script(p.NS, "ip link set lo up"),
+		configureHost(n.podHost(env, i, p)))
 }
 
 // podHost is the pod as a host: one interface, the default route through the node.

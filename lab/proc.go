@@ -47,7 +47,7 @@ func (p *Process) Start() error {
 	argv := p.argv()
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr, cmd.Dir = log, log, "/"
-	cmd.Env = append(append(os.Environ(), p.env...), insideEnv+"="+p.name)
+	cmd.Env = append(append(os.Environ(), p.env...), insideEnv+"="+p.name, "XTABLES_LOCKFILE="+xtablesLock(p.dir))
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	if err := inNS(p.ns, cmd.Start); err != nil {
 		return fmt.Errorf("start %s: %w", p.name, err)
@@ -57,6 +57,9 @@ func (p *Process) Start() error {
 	}
 	return cmd.Process.Release() // reap takes the place of Wait
 }
+
+// xtablesLock is the lab's own lock of legacy iptables, so that holding it blocks nothing else on this machine.
+func xtablesLock(dir string) string { return filepath.Join(dir, "xtables.lock") }
 
 // insideEnv is set for every process of a lab.
 const insideEnv = "OVERLAY_LAB_PROCESS"
@@ -102,7 +105,7 @@ func livesIn(pid int, ns string) bool {
 // Signal sends a signal to the process, provided that it still is the process that the lab started.
 func (p *Process) Signal(sig unix.Signal) error {
 	pid := p.PID()
-	err := signalIf(pid, sig, func() bool { return livesIn(pid, p.ns) })
+	err := signalIf(pid, sig, func() bool { return livesIn(pid, p.ns) }, goOn)
 	if err != nil {
 		return fmt.Errorf("send %s to %s: %w", unix.SignalName(sig), p.name, err)
 	}
@@ -112,39 +115,28 @@ func (p *Process) Signal(sig unix.Signal) error {
 // errNotOurs says that a pid is not, or no longer, of a process of the lab.
 var errNotOurs = errors.New("no such process in the lab")
 
-// signalIf sends the signal through a pidfd that was opened before the check, so that the process which was checked is the
-// one that gets it.
-func signalIf(pid int, sig unix.Signal, ours func() bool) error {
-	fd, err := openIf(pid, ours)
+// signalIf sends a signal to a process that the check says is ours, and does something with its pidfd then. The pidfd is opened before the
+// check, so that the process which was checked is the one that gets the signal.
+func signalIf(pid int, sig unix.Signal, ours func() bool, then func(pidfd int) error) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return errNotOurs
+	}
 	if err != nil {
-		return err
+		return fmt.Errorf("open pid %d: %w", pid, err)
 	}
 	defer unix.Close(fd)
-	return sendSignal(fd, pid, sig)
-}
-
-// openIf opens a pidfd of a process that the check says is ours.
-func openIf(pid int, ours func() bool) (fd int, err error) {
-	fd, err = unix.PidfdOpen(pid, 0)
-	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
-		return -1, errNotOurs
-	}
-	if err != nil {
-		return -1, fmt.Errorf("open pid %d: %w", pid, err)
-	}
 	if !ours() {
-		unix.Close(fd)
-		return -1, errNotOurs
+		return errNotOurs
 	}
-	return fd, nil
-}
-
-func sendSignal(pidfd, pid int, sig unix.Signal) error {
-	if err := unix.PidfdSendSignal(pidfd, sig, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err := unix.PidfdSendSignal(fd, sig, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("signal pid %d: %w", pid, err)
 	}
-	return nil
+	return then(fd)
 }
+
+// goOn is what signalIf does after a signal that need not end the process.
+func goOn(int) error { return nil }
 
 // Stop ends the process with SIGTERM, as systemd or an operator would, and waits. One that does not run is no error.
 func (p *Process) Stop(ctx context.Context) error { return p.end(ctx, unix.SIGTERM) }
@@ -157,11 +149,7 @@ func (p *Process) end(ctx context.Context, sig unix.Signal) error {
 	if pid == 0 {
 		return nil
 	}
-	fd, err := openIf(pid, func() bool { return livesIn(pid, p.ns) })
-	if err == nil {
-		err = endOpen(ctx, fd, pid, sig)
-		unix.Close(fd)
-	}
+	err := signalIf(pid, sig, func() bool { return livesIn(pid, p.ns) }, func(fd int) error { return ended(ctx, fd) })
 	reap(pid)
 	if err != nil && !errors.Is(err, errNotOurs) {
 		return fmt.Errorf("end %s: %w", p.name, err)
@@ -172,23 +160,16 @@ func (p *Process) end(ctx context.Context, sig unix.Signal) error {
 	return nil
 }
 
-// endOpen signals the process behind a pidfd and waits until all its threads have ended: those that outlive the first one hold the
-// process' sockets still.
-func endOpen(ctx context.Context, pidfd, pid int, sig unix.Signal) error {
-	if err := sendSignal(pidfd, pid, sig); err != nil {
-		return err
-	}
+// ended waits until all threads of a process have ended: those that outlive the first one hold its sockets still.
+func ended(ctx context.Context, pidfd int) error {
 	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
 	defer cancel()
 	return poll(ctx, 5*time.Millisecond, func() error {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
-		if n == 1 {
-			return nil
-		}
 		if err != nil && !errors.Is(err, unix.EINTR) {
 			return fatal{fmt.Errorf("wait for it: %w", err)}
 		}
-		return fmt.Errorf("it still runs after %s", unix.SignalName(sig))
+		return unless(n == 1, "it still runs")
 	})
 }
 
@@ -198,9 +179,7 @@ func (p *Process) Pause() error { return p.Signal(unix.SIGSTOP) }
 // Resume lets a paused process go on.
 func (p *Process) Resume() error { return p.Signal(unix.SIGCONT) }
 
-// Tail is the end of the log, for a message.
-func (p *Process) Tail(lines int) string { return p.tail(lines) }
-
+// tail is the end of the log, for a message.
 func (p *Process) tail(lines int) string {
 	b, err := os.ReadFile(p.Log())
 	if err != nil {

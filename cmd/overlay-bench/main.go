@@ -43,7 +43,7 @@ func root() *cobra.Command {
 	cmd.CompletionOptions.DisableDefaultCmd = true
 	cmd.AddCommand(&cobra.Command{
 		Use: lab.EtcdCommand, Hidden: true, DisableFlagParsing: true,
-		RunE: func(cmd *cobra.Command, args []string) error { return lab.EtcdMain(cmd.Context(), args) },
+		Run: func(_ *cobra.Command, args []string) { lab.EtcdMain(args) },
 	}, &cobra.Command{
 		Use: bench.EndCommand, Hidden: true, DisableFlagParsing: true,
 		RunE: func(cmd *cobra.Command, args []string) error { return bench.EndMain(cmd.Context(), args) },

@@ -74,7 +74,6 @@ func (f *flags) addLabFlags(cmd *cobra.Command) {
 	fs.BoolVar(&f.lab.Direct, "direct", false, "vxlan with DirectRouting")
 	fs.StringVar((*string)(&f.lab.Stack), "stack", string(lab.StackIPv4), "ipv4, dual or ipv6")
 	fs.StringVar(&f.lab.Overlayd, "overlayd", "", "path of overlayd (default: next to overlay-lab)")
-	fs.DurationVar(&f.lab.ReadyTimeout, "ready-timeout", 45*time.Second, "how long to wait for the nodes to become ready")
 }
 
 // up brings the lab up. Interrupted, it removes it; where it fails otherwise, it stays for a look at the logs.
@@ -193,7 +192,7 @@ func checkCommand(f *flags) *cobra.Command {
 }
 
 func (f *flags) check(ctx context.Context, l *lab.Lab) error {
-	report, err := l.Check(ctx, lab.CheckOptions{})
+	report, err := l.Check(ctx, lab.Settle)
 	if err != nil {
 		return err
 	}
@@ -235,7 +234,7 @@ func (f *flags) demo(ctx context.Context) error {
 func etcdCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: lab.EtcdCommand, Hidden: true, DisableFlagParsing: true,
-		RunE: func(cmd *cobra.Command, args []string) error { return lab.EtcdMain(cmd.Context(), args) },
+		Run: func(_ *cobra.Command, args []string) { lab.EtcdMain(args) },
 	}
 }
 

@@ -36,11 +36,8 @@ func faultsCommand(f *flags) *cobra.Command {
 	}
 	fs := cmd.Flags()
 	fs.BoolVar(&o.Short, "short", false, "a representative part, in a few minutes")
-	fs.StringVar(&only, "only", "", "rows that match this `pattern`, such as 'kernel: .*vxlan'")
+	fs.StringVar(&only, "only", "", "rows that match this `pattern`, such as 'kernel: .*(vxlan)' or '(host-gw)'")
 	fs.IntVar(&o.Parallel, "parallel", 2, "labs at a time")
-	fs.StringVar((*string)(&o.Backend), "backend", "", "only setups with this backend, vxlan or host-gw")
-	fs.StringVar((*string)(&o.Stack), "stack", "", "only setups with this stack, ipv4 or dual")
-	fs.BoolVar(&o.Direct, "direct", false, "only the setup with DirectRouting")
 	fs.StringVar(&f.lab.Overlayd, "overlayd", "", "path of overlayd (default: next to overlay-lab)")
 	f.addOutput(cmd)
 	return cmd

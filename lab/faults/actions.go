@@ -2,32 +2,41 @@ package faults
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
+
+	"github.com/overlayd/overlayd/lab"
 )
 
-// On runs a shell script on the victim, once for each family, with the site's variables.
-func On(script string) Action {
-	return func(ctx context.Context, s *Site) error {
-		return s.script(ctx, script)
-	}
+// place is a machine of a site.
+type place = func(*Site) lab.Machine
+
+func victim(s *Site) lab.Machine { return s.Victim.Machine }
+func peer(s *Site) lab.Machine   { return s.Peer.Machine }
+func router(s *Site) lab.Machine { return s.Lab.Router() }
+func store(s *Site) lab.Machine  { return s.Lab.Etcd().Machine }
+
+// each runs a shell script at a place, once for each family, with the site's variables.
+func each(at place, script string) Action {
+	return func(ctx context.Context, s *Site) error { return s.script(ctx, at(s), script) }
 }
 
-// Once is On for a script that concerns no family.
-func Once(script string) Action {
+// once is each for a script that concerns no family: it has the variables of the first one.
+func once(at place, script string) Action {
 	return func(ctx context.Context, s *Site) error {
-		_, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(s.families[0])+script)
+		_, err := at(s).Shell(ctx, script, s.vars.Get(s.families[0])...)
 		return err
 	}
 }
 
+// On runs a shell script on the victim, once for each family.
+func On(script string) Action { return each(victim, script) }
+
+// Once runs a shell script on the victim that concerns no family.
+func Once(script string) Action { return once(victim, script) }
+
 // Sees holds when a shell script on the victim succeeds for each family.
-func Sees(script string) Check {
-	return func(ctx context.Context, s *Site) error {
-		return s.script(ctx, script)
-	}
-}
+func Sees(script string) Check { return Check(On(script)) }
 
 // Whole holds when every node has the planned state and its daemon has nothing to complain about.
 func Whole(ctx context.Context, s *Site) error { return s.whole(ctx) }
@@ -77,47 +86,32 @@ func Until(c Check, patience time.Duration) Action {
 
 // Afterwards has an action done by Undo.
 func Afterwards(a Action) Action {
-	return func(ctx context.Context, s *Site) error {
-		s.Defer(func() error { return a(context.WithoutCancel(ctx), s) })
+	return func(_ context.Context, s *Site) error {
+		s.Defer(a)
 		return nil
 	}
 }
 
-// Deleter is somebody who keeps deleting something for a while.
-type Deleter struct {
-	Back   string // succeeds while the thing is there
-	Delete string
-	For    time.Duration
-	Within time.Duration // each time it must be back so soon
-	CPU    time.Duration // that the daemon may use meanwhile
-}
-
-// Do deletes, sees it come back, and deletes again.
-func (d Deleter) Do(ctx context.Context, s *Site) error {
-	before, err := cpuTime(s.Victim.PID())
-	if err != nil {
-		return err
-	}
-	var longest time.Duration
-	times := 0
-	for end := time.Now().Add(d.For); time.Now().Before(end); times++ {
-		if err := s.script(ctx, d.Delete); err != nil {
+// keepsDeleting is another program that keeps deleting something for ten seconds; the other script succeeds while the thing is there.
+func keepsDeleting(del, back string) Action {
+	const lasts, within, mostCPU = 10 * time.Second, time.Second, 3 * time.Second
+	return func(ctx context.Context, s *Site) error {
+		before, err := usageOf(s.Victim.PID())
+		if err != nil {
 			return err
 		}
-		took, err := s.await(ctx, Sees(d.Back), time.Now(), 10*time.Second)
-		if err != nil {
-			return fmt.Errorf("deletion %d: it is not back: %w", times+1, err)
+		for end := time.Now().Add(lasts); time.Now().Before(end); {
+			if err := Steps(On(del+` 2>/dev/null || true`), Until(Sees(back), within))(ctx, s); err != nil {
+				return err
+			}
 		}
-		longest = max(longest, took)
+		after, err := usageOf(s.Victim.PID())
+		if err != nil {
+			return err
+		}
+		used := after.CPU - before.CPU
+		return unless(used <= mostCPU, "the daemon used %s of CPU in %s: want %s at most", used, lasts, mostCPU)
 	}
-	after, err := cpuTime(s.Victim.PID())
-	if err != nil {
-		return err
-	}
-	s.facts["repeated"] = fmt.Sprintf("%d times, back within %s at worst, %s of CPU", times, longest.Round(10*time.Millisecond), after-before)
-	return errors.Join(
-		unless(longest <= d.Within, "of %d times, it once took %s to come back: want %s", times, longest.Round(time.Millisecond), d.Within),
-		unless(after-before <= d.CPU, "the daemon used %s of CPU in %s: want %s at most", after-before, d.For, d.CPU))
 }
 
 func unless(ok bool, format string, args ...any) error {

@@ -10,7 +10,6 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
-	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/lab"
 )
 
@@ -85,9 +84,8 @@ func (s *Site) forgetNeighbours(ctx context.Context) error {
 		machines = append(machines, n.Machine)
 	}
 	for _, m := range machines {
-		out, err := m.Run(ctx, "sh", "-c", `ip neigh flush nud reachable nud stale nud delay nud probe nud failed`)
-		if err != nil {
-			return fmt.Errorf("%s: %w (%s)", m.Name, err, out)
+		if _, err := m.Shell(ctx, `ip neigh flush nud reachable nud stale nud delay nud probe nud failed`); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -96,31 +94,18 @@ func (s *Site) forgetNeighbours(ctx context.Context) error {
 // duplicate gives the victim the peer's address. Both go on to reach etcd: the victim from its own address, which it
 // has still but which is deprecated, and the peer since the router knows where it is.
 func duplicate(ctx context.Context, s *Site) error {
-	peer, err := s.Peer.Run(ctx, "sh", "-c", `ip -o link show eth0 | sed 's/.*link.ether \([^ ]*\).*/\1/'`)
+	mac, err := s.Peer.Shell(ctx, `ip -o link show eth0 | sed 's/.*link.ether \([^ ]*\).*/\1/'`)
 	if err != nil {
 		return err
 	}
-	router := s.Lab.Router()
-	device, err := router.Run(ctx, "sh", "-ec", s.vars.Get(addr.IPv4)+
-		`ip -o route get $PEER_IP | sed 's/.* dev \([^ ]*\).*/\1/'`)
-	if err != nil {
-		return err
+	neighbour := func(nud string) Action {
+		return once(router, `ip neigh replace $PEER_IP dev $(ip -o route get $PEER_IP | sed 's/.* dev \([^ ]*\).*/\1/') lladdr `+
+			strings.TrimSpace(mac)+` nud `+nud)
 	}
-	neighbour := []string{
-		"neigh", "replace", s.Peer.Addr(addr.IPv4).String(), "dev", strings.TrimSpace(device), "lladdr",
-		strings.TrimSpace(peer), "nud",
-	}
-	if _, err := router.Run(ctx, "ip", append(neighbour, "permanent")...); err != nil {
-		return err
-	}
-	s.Defer(func() error {
-		_, err := router.Run(context.WithoutCancel(ctx), "ip", append(neighbour, "stale")...)
-		return err
-	})
 	etcd := s.Lab.Topology().Etcd.Interfaces[0].Addrs[0].Addr()
-	return Once(fmt.Sprintf(`ip route add %s via $GW src $IP
+	return Steps(neighbour("permanent"), Afterwards(neighbour("stale")), Once(fmt.Sprintf(`ip route add %s via $GW src $IP
 		ip address change $IP/$NET_BITS dev eth0 preferred_lft 0
-		ip address add $PEER_IP/32 dev eth0`, etcd))(ctx, s)
+		ip address add $PEER_IP/32 dev eth0`, etcd)))(ctx, s)
 }
 
 // swapped holds when the leases say so, and both nodes are ready.
@@ -144,7 +129,7 @@ func bothReport(ctx context.Context, s *Site) error {
 		s.Peer:        {"degraded: claim: ", s.Victim.Name},
 		s.otherThan(): {"degraded: refused-lease: ", s.Victim.Name},
 	} {
-		_, text, err := n.Ask(ctx, "http://127.0.0.1:8471/readyz")
+		_, text, err := n.Readyz(ctx)
 		if err != nil {
 			return err
 		}
@@ -159,17 +144,6 @@ func bothReport(ctx context.Context, s *Site) error {
 func (g ghost) inside(s *Site) netip.Addr { return g.subnets(s).V4.Addr().Next() }
 
 func (g ghost) network() string { return fmt.Sprintf("10.244.%d.", uint8(g)) }
-
-// isNamed holds when /readyz of the victim has a text in it.
-func isNamed(text string) Check {
-	return func(ctx context.Context, s *Site) error {
-		_, got, err := s.Victim.Ask(ctx, "http://127.0.0.1:8471/readyz")
-		if err != nil {
-			return err
-		}
-		return unless(strings.Contains(got, text), "/readyz does not say %q: %s", text, strings.TrimSpace(got))
-	}
-}
 
 // renamedTo gives the victim's daemon a name from its next start on; "" is its own.
 func renamedTo(name string) Action {
@@ -194,14 +168,11 @@ func oneLeaseEach(ctx context.Context, s *Site) error {
 
 // noClone holds when no doctor takes one of the machines for a clone.
 func noClone(ctx context.Context, s *Site) error {
-	for _, n := range s.Lab.Nodes() {
+	return s.everyNode(func(n *lab.Node) error {
 		out, err := n.Doctor(ctx)
 		if err != nil && out == "" {
 			return err
 		}
-		if strings.Contains(out, "clone") {
-			return fmt.Errorf("the doctor on %s: %s", n.Name, out)
-		}
-	}
-	return nil
+		return unless(!strings.Contains(out, "clone"), "the doctor on %s: %s", n.Name, out)
+	})
 }

@@ -12,6 +12,8 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/lab"
 )
 
 // swept is what the log says when routes to a peer that is gone were taken away.
@@ -189,13 +191,10 @@ func changePort(ctx context.Context, s *Site) error {
 func otherPort(old string) string { return strings.ReplaceAll(old, "8472", "8473") }
 
 func usesPort(ctx context.Context, s *Site) error {
-	for _, n := range s.Lab.Nodes() {
+	return s.everyNode(func(n *lab.Node) error {
 		out, err := n.Run(ctx, "ip", "-d", "link", "show", "type", "vxlan")
-		if err != nil || strings.Count(out, "dstport 8473") != len(s.families) {
-			return fmt.Errorf("%s: not every device has port 8473: %w: %s", n.Name, err, out)
-		}
-	}
-	return nil
+		return errors.Join(err, unless(strings.Count(out, "dstport 8473") == len(s.families), "%s: not every device has port 8473: %s", n.Name, out))
+	})
 }
 
 // remembersPort holds when the victim has written down its peers and the lab's own port: what is written later is
@@ -206,12 +205,7 @@ func remembersPort(ctx context.Context, s *Site) error {
 
 // offline holds when the victim works with what it remembers.
 func offline(ctx context.Context, s *Site) error {
-	text, err := s.Victim.Get(ctx, "http://127.0.0.1:8471/readyz")
-	if err != nil {
-		return err
-	}
-	return unless(strings.Contains(text, "degraded: offline"), "%s does not work with what it remembers: %s",
-		s.Victim.Name, text)
+	return isNamed("degraded: offline")(ctx, s)
 }
 
 // flannelsLease makes of the victim's lease the one that flannel would have.
@@ -231,18 +225,14 @@ func flannelsLease(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
-		put, err := cli.Put(ctx, own.key, string(value), clientv3.WithLease(own.etcdLease))
-		if err == nil {
-			s.facts[own.key] = fmt.Sprint(put.Header.Revision)
-		}
-		return err
-	})
+	revision, err := s.put(ctx, own.key, string(value), clientv3.WithLease(own.etcdLease))
+	s.facts[own.key] = fmt.Sprint(revision)
+	return err
 }
 
 // unannounced holds while nothing was written since, and the victim says why.
 func unannounced(ctx context.Context, s *Site) error {
-	_, text, err := s.Victim.Ask(ctx, "http://127.0.0.1:8471/readyz")
+	_, text, err := s.Victim.Readyz(ctx)
 	if err != nil {
 		return err
 	}
@@ -269,7 +259,7 @@ func killOften(times int) Action {
 		for i := range times {
 			change := ghostKilled.goes
 			if i%2 == 1 {
-				change = Put(func(s *Site) (string, string) { return ghostKilled.key(s), ghostKilled.value(s) })
+				change = ghostKilled.returns
 			}
 			if err := change(ctx, s); err != nil {
 				return err

@@ -2,6 +2,7 @@ package faults
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -66,13 +67,13 @@ func etcdFaults(long bool) []Fault {
 		},
 		{
 			Name: "the member that leads is lost", On: []string{OnThree},
-			Inject: Steps(killLeader, Until(storeWorks, 10*time.Second), ghostSlow.appears),
+			Inject: Steps(onLeader(killLeader), Until(storeWorks, 10*time.Second), ghostSlow.appears),
 			Expect: ghostSlow.routed, Hold: 3 * time.Second,
 			Restore: Steps(ghostSlow.goes, startStore),
 		},
 		{
 			Name: "another leader", On: []string{OnThree},
-			Inject: moveLeader, Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
+			Inject: onLeader(moveLeader), Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
 		},
 		{
 			Name: "two of three members lost for 10s", On: []string{OnThree},
@@ -140,7 +141,7 @@ func etcdFaults(long bool) []Fault {
 			Inject: Steps(olderStore,
 				// Every node has to be watching again: that is sure when it has heard of a peer that came.
 				ghostRestart.appears, Until(ghostRestart.routed, catchUp), ghostRestart.goes, Until(Whole, catchUp),
-				Store(advance(20)), Wait(time.Second), rollBack),
+				advance(20), Wait(time.Second), rollBack),
 			Expect: registered, Hold: 2 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
 			Log: `(?i)lost data|was restored`,
 		},
@@ -218,49 +219,44 @@ func slowStore(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	s.Defer(r.Close)
-	s.Defer(func() error {
-		return onStore(`iptables -t nat -F PREROUTING; iptables -F INPUT`)(context.WithoutCancel(ctx), s)
-	})
-	return onStore(fmt.Sprintf(`iptables -t nat -I PREROUTING -i eth0 -p tcp --dport %d -j REDIRECT --to-ports %d
-		iptables -I INPUT -i eth0 -p tcp --dport %d -j REJECT --reject-with tcp-reset`, storePort, slowPort, storePort))(ctx, s)
+	s.Defer(func(context.Context, *Site) error { return r.Close() })
+	return Steps(Afterwards(once(store, `iptables -t nat -F PREROUTING; iptables -F INPUT`)),
+		once(store, fmt.Sprintf(`iptables -t nat -I PREROUTING -i eth0 -p tcp --dport %d -j REDIRECT --to-ports %d
+		iptables -I INPUT -i eth0 -p tcp --dport %d -j REJECT --reject-with tcp-reset`, storePort, slowPort, storePort)))(ctx, s)
 }
 
 // blackHole drops what the nodes send to etcd.
 func blackHole(ctx context.Context, s *Site) error {
-	s.Defer(func() error { return onStore(`iptables -F INPUT`)(context.WithoutCancel(ctx), s) })
-	return onStore(`iptables -I INPUT -i eth0 -p tcp --dport 2379 -j DROP`)(ctx, s)
+	return Steps(Afterwards(rejoin), once(store, `iptables -I INPUT -i eth0 -p tcp --dport 2379 -j DROP`))(ctx, s)
 }
 
 // cutOff ends the victim's connections to etcd and refuses new ones.
 func cutOff(ctx context.Context, s *Site) error {
-	s.Defer(func() error { return rejoin(context.WithoutCancel(ctx), s) })
-	return onStore(`iptables -I INPUT -p tcp -s $IP -j REJECT --reject-with tcp-reset; iptables -I OUTPUT -p tcp -d $IP -j REJECT --reject-with tcp-reset`)(ctx, s)
+	return Steps(Afterwards(rejoin), once(store, `iptables -I INPUT -p tcp -s $IP -j REJECT --reject-with tcp-reset
+		iptables -I OUTPUT -p tcp -d $IP -j REJECT --reject-with tcp-reset`))(ctx, s)
 }
 
 func rejoin(ctx context.Context, s *Site) error {
-	return onStore(`iptables -F INPUT; iptables -F OUTPUT`)(ctx, s)
+	return once(store, `iptables -F INPUT; iptables -F OUTPUT`)(ctx, s)
 }
 
 func compact(ctx context.Context, s *Site) error {
-	return Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
-		resp, err := cli.Put(ctx, "/elsewhere", "")
-		if err != nil {
-			return fmt.Errorf("go one revision on: %w", err)
-		}
-		if _, err := cli.Compact(ctx, resp.Header.Revision, clientv3.WithCompactPhysical()); err != nil {
-			return fmt.Errorf("compact: %w", err)
-		}
-		return nil
-	})(ctx, s)
+	revision, err := s.put(ctx, "/elsewhere", "")
+	if err != nil {
+		return err
+	}
+	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		_, err := cli.Compact(ctx, revision, clientv3.WithCompactPhysical())
+		return err
+	})
 }
 
 // advance writes something that concerns nobody but that every node's watch tells of, so that the revision grows that they know.
-func advance(n int) func(context.Context, *Site, *clientv3.Client) error {
-	return func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+func advance(n int) Action {
+	return func(ctx context.Context, s *Site) error {
 		for range n {
-			if _, err := cli.Put(ctx, prefix+"noise", ""); err != nil {
-				return fmt.Errorf("go on a revision: %w", err)
+			if _, err := s.put(ctx, prefix+"noise", ""); err != nil {
+				return err
 			}
 		}
 		return nil
@@ -268,67 +264,55 @@ func advance(n int) func(context.Context, *Site, *clientv3.Client) error {
 }
 
 func storeWorks(ctx context.Context, s *Site) error {
-	return Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
-		ctx, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		_, err := cli.Put(ctx, "/elsewhere", "")
-		return err
-	})(ctx, s)
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	_, err := s.put(ctx, "/elsewhere", "")
+	return err
 }
 
-// leader is the number of the member that leads, from 0, and the IDs of all.
-func leader(ctx context.Context, s *Site, cli *clientv3.Client) (int, []uint64, error) {
-	at := -1
-	var ids []uint64
-	for i, e := range s.Lab.EtcdMembers() {
-		st, err := cli.Status(ctx, e.LocalURL())
-		if err != nil {
-			return 0, nil, fmt.Errorf("ask %s who leads: %w", e.LocalURL(), err)
-		}
-		ids = append(ids, st.Header.MemberId)
-		if st.Leader == st.Header.MemberId {
-			at = i
-		}
-	}
-	if at < 0 {
-		return 0, nil, fmt.Errorf("no member of etcd leads")
-	}
-	return at, ids, nil
-}
-
-func killLeader(ctx context.Context, s *Site) error {
+// onLeader does something in etcd with the number of the member that leads, from 0, and the IDs of all.
+func onLeader(f func(ctx context.Context, s *Site, at int, ids []uint64) error) Action {
 	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
-		at, _, err := leader(ctx, s, cli)
-		if err != nil {
-			return err
+		at := -1
+		var ids []uint64
+		for i, e := range s.Lab.EtcdMembers() {
+			st, err := cli.Status(ctx, e.LocalURL())
+			if err != nil {
+				return fmt.Errorf("ask %s who leads: %w", e.LocalURL(), err)
+			}
+			ids = append(ids, st.Header.MemberId)
+			if st.Leader == st.Header.MemberId {
+				at = i
+			}
 		}
-		return s.Lab.EtcdMembers()[at].Kill(ctx)
-	})(ctx, s)
+		if at < 0 {
+			return errors.New("no member of etcd leads")
+		}
+		return f(ctx, s, at, ids)
+	})
 }
 
-func moveLeader(ctx context.Context, s *Site) error {
-	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
-		at, ids, err := leader(ctx, s, cli)
-		if err != nil {
-			return err
-		}
-		direct, err := clientv3.New(clientv3.Config{Endpoints: []string{s.Lab.EtcdMembers()[at].LocalURL()}, DialOptions: s.Lab.DialEtcd(), DialTimeout: storeWait})
-		if err != nil {
-			return fmt.Errorf("reach the leader: %w", err)
-		}
-		defer direct.Close()
-		if _, err := direct.MoveLeader(ctx, ids[(at+1)%len(ids)]); err != nil {
-			return fmt.Errorf("move the leadership: %w", err)
-		}
-		return nil
-	})(ctx, s)
+func killLeader(ctx context.Context, s *Site, at int, _ []uint64) error {
+	return s.Lab.EtcdMembers()[at].Kill(ctx)
+}
+
+func moveLeader(ctx context.Context, s *Site, at int, ids []uint64) error {
+	direct, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{s.Lab.EtcdMembers()[at].LocalURL()}, DialOptions: s.Lab.DialEtcd(), DialTimeout: storeWait,
+	})
+	if err != nil {
+		return fmt.Errorf("reach the leader: %w", err)
+	}
+	defer direct.Close()
+	_, err = direct.MoveLeader(ctx, ids[(at+1)%len(ids)])
+	return err
 }
 
 // fewLogins fails where a node asks for logins again and again meanwhile.
 func fewLogins(a Action) Action {
 	const most = 10
 	count := func(ctx context.Context, n *lab.Node) (int, error) {
-		text, err := n.Get(ctx, "http://127.0.0.1:8471/metrics")
+		text, err := n.Metrics(ctx)
 		if err != nil {
 			return 0, err
 		}
@@ -365,7 +349,7 @@ func deleteOwnKey(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	return Delete(func(*Site) string { return l.key })(ctx, s)
+	return s.delete(ctx, l.key)
 }
 
 func revoke(ctx context.Context, s *Site) error {
@@ -373,12 +357,10 @@ func revoke(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	return Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
-		if _, err := cli.Revoke(ctx, l.etcdLease); err != nil {
-			return fmt.Errorf("revoke the etcd lease of %s: %w", s.Victim.Name, err)
-		}
-		return nil
-	})(ctx, s)
+	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		_, err := cli.Revoke(ctx, l.etcdLease)
+		return err
+	})
 }
 
 func overwriteOwnKey(with func(*Site) string) Action {
@@ -387,7 +369,8 @@ func overwriteOwnKey(with func(*Site) string) Action {
 		if err != nil {
 			return err
 		}
-		return Put(func(s *Site) (string, string) { return l.key, with(s) })(ctx, s)
+		_, err = s.put(ctx, l.key, with(s))
+		return err
 	}
 }
 
@@ -399,11 +382,7 @@ func movedAway(ctx context.Context, s *Site) error {
 	if err := registered(ctx, s); err != nil {
 		return err
 	}
-	text, err := s.Victim.Get(ctx, "http://127.0.0.1:8471/readyz")
-	if err != nil {
-		return err
-	}
-	return unless(strings.Contains(text, "degraded"), "/readyz does not say that it is degraded: %s", strings.TrimSpace(text))
+	return isNamed("degraded")(ctx, s)
 }
 
 // operatorAgrees does what the daemon asks for: the file goes, and it is no longer degraded.
@@ -425,19 +404,14 @@ func storeAway(reason string) *Seen {
 
 // changeConfig writes another network config; Undo writes the one that was there.
 func changeConfig(to func(old string) string) Action {
-	key := prefix + "config"
+	const key = prefix + "config"
 	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
 		resp, err := cli.Get(ctx, key)
 		if err != nil || len(resp.Kvs) != 1 {
 			return fmt.Errorf("read the network config: %w", err)
 		}
 		old := string(resp.Kvs[0].Value)
-		s.Defer(func() error {
-			return Put(func(*Site) (string, string) { return key, old })(context.WithoutCancel(ctx), s)
-		})
-		if _, err := cli.Put(ctx, key, to(old)); err != nil {
-			return fmt.Errorf("write the network config: %w", err)
-		}
-		return nil
+		s.Defer(Put(text(key), text(old)))
+		return Put(text(key), text(to(old)))(ctx, s)
 	})
 }

@@ -114,7 +114,7 @@ func forwarded() []Fault {
 				secondAddress, Until(passes, 3*time.Second), Afterwards(On(unforward)),
 				On(`$IPT -w -P FORWARD ACCEPT`), Until(Sees(`$IPT -w -S FORWARD | grep OVERLAYD-FWD`), 3*time.Second),
 				On(`$IPT -w -P FORWARD DROP`),
-				onDenied(rules)),
+				On(rules)),
 			Expect: All(dropped, Sees(at)), Hold: 1500 * time.Millisecond, Keeps: dropped, Restore: Undo,
 		}
 	}
@@ -139,36 +139,27 @@ func forwarded() []Fault {
 // strictFilter has the victim drop what does not come by the device to which it would answer.
 func strictFilter(ctx context.Context, s *Site) error {
 	const files = "/proc/sys/net/ipv4/conf/all/rp_filter /proc/sys/net/ipv4/conf/eth0/rp_filter"
-	before, err := s.Victim.Run(ctx, "sh", "-ec", "cat "+files+"; for f in "+files+"; do echo 1 > $f; done")
-	values := strings.Fields(before)
-	if err != nil || len(values) != 2 {
-		return fmt.Errorf("set rp_filter: %q, %w", before, err)
-	}
-	s.Defer(func() error {
-		back := fmt.Sprintf("set -- %s; for v in %s; do echo $v > $1; shift; done", files, strings.Join(values, " "))
-		_, err := s.Victim.Run(context.WithoutCancel(ctx), "sh", "-ec", back)
+	before, err := s.Victim.Shell(ctx, "cat "+files+"; for f in "+files+"; do echo 1 > $f; done")
+	if err != nil {
 		return err
-	})
+	}
+	s.Defer(Once(fmt.Sprintf("set -- %s; for v in %s; do echo $v > $1; shift; done", files, strings.Join(strings.Fields(before), " "))))
 	return nil
 }
 
 // bareAnswers makes the peer one whose lease does not say that its address is its own, and which has no route back
 // through the tunnel for what its pods answer to nodes.
 func bareAnswers(ctx context.Context, s *Site) error {
-	for _, f := range s.families {
-		if out, err := s.Peer.Run(ctx, "ip", fmt.Sprintf("-%d", uint8(f)), "rule", "del", "priority", "11800"); err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
+	if err := each(peer, `ip $F rule del priority 11800`)(ctx, s); err != nil {
+		return err
 	}
 	own, err := s.leaseOf(ctx, s.Peer)
 	if err != nil {
 		return err
 	}
-	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
-		value := strings.Replace(own.value, `,"PublicIPLocal":true`, "", 1)
-		_, err := cli.Put(ctx, own.key, value, clientv3.WithLease(own.etcdLease))
-		return errors.Join(err, unless(value != own.value, "the lease of %s: %s", s.Peer.Name, own.value))
-	})
+	value := strings.Replace(own.value, `,"PublicIPLocal":true`, "", 1)
+	_, err = s.put(ctx, own.key, value, clientv3.WithLease(own.etcdLease))
+	return errors.Join(err, unless(value != own.value, "the lease of %s: %s", s.Peer.Name, own.value))
 }
 
 // seenFrom holds when a pod of a node answers what the victim sends from its own address, and has it from there, or
@@ -226,20 +217,10 @@ func connect(
 // containerRules is what Docker Engine 28 and later put into the table raw for each container: its bridge alone may
 // reach it.
 func containerRules() Fault {
-	rule := func(verb string) Action {
-		return func(ctx context.Context, s *Site) error {
-			for _, f := range s.families {
-				script := fmt.Sprintf("$IPT -w -t raw %s PREROUTING -d %s ! -i cni0 -j DROP", verb, s.own.PodAddr(f, 0).Addr())
-				if _, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+script); err != nil {
-					return exitOnly(err)
-				}
-			}
-			return nil
-		}
-	}
+	const rule = `PREROUTING -d $POD_IP ! -i cni0 -j DROP`
 	return Fault{
 		Area: Firewall, Name: "Docker keeps its containers from being reached", On: []string{OnVXLAN, OnDual, OnLegacy},
-		Inject: Steps(rule("-A"), Afterwards(rule("-D"))), Restore: Undo, Bound: drift(),
+		Inject: Steps(On(`$IPT -w -t raw -A `+rule), Afterwards(On(`$IPT -w -t raw -D `+rule))), Restore: Undo, Bound: drift(),
 		Seen: (&Seen{}).diagnosed(
 			`^FAIL forwarded packets packets from pods of other nodes to [^ ]+ are dropped by .*raw.* chain PREROUTING` +
 				`|^warn iptables-legacy .*-A PREROUTING -d [^ ]+ ! -i cni0 -j DROP`),
@@ -252,33 +233,14 @@ const unforward = `$IPT -w -P FORWARD ACCEPT; $IPT -w -F FORWARD
 	[ -z "$NFT_TABLE" ] || nft delete table $NFT_FAMILY filter`
 
 // secondary is a second address of the victim's pod.
-func secondary(s *Site, f addr.Family) netip.Addr { return s.own.PodAddr(f, 198).Addr() }
+func secondary(own lab.SubnetEnv, f addr.Family) netip.Addr { return own.PodAddr(f, 198).Addr() }
 
-// secondAddress gives it to the pod.
+// pod is the victim's first one, and secondAddress gives it that address.
+func pod(s *Site) lab.Machine { return s.Victim.Pods()[0] }
+
 func secondAddress(ctx context.Context, s *Site) error {
-	for _, f := range s.families {
-		pod, at := s.Victim.Pods()[0], addr.Host(secondary(s, f)).String()
-		if out, err := pod.Run(ctx, "sh", "-ec", fmt.Sprintf("ip address replace %s dev eth0 %s", at, nodad(f))); err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
-		s.Defer(func() error {
-			_, err := pod.Run(context.WithoutCancel(ctx), "ip", "address", "del", at, "dev", "eth0")
-			return err
-		})
-	}
-	return nil
-}
-
-func onDenied(script string) Action {
-	return func(ctx context.Context, s *Site) error {
-		for _, f := range s.families {
-			if out, err := s.Victim.Run(ctx, "sh", "-ec",
-				s.vars.Get(f)+"DENIED="+secondary(s, f).String()+"\n"+script); err != nil {
-				return fmt.Errorf("%w: %s", exitOnly(err), out)
-			}
-		}
-		return nil
-	}
+	return Steps(Afterwards(each(pod, `ip address del $DENIED/$BITS dev eth0`)),
+		each(pod, `ip address replace $DENIED/$BITS dev eth0 $([ $F = -4 ] || echo nodad)`))(ctx, s)
 }
 
 // passes holds when a peer's pod reaches the second address in every family, dropped when it does in none.
@@ -294,7 +256,7 @@ func dropped(ctx context.Context, s *Site) error {
 
 func reached(ctx context.Context, s *Site) (families int, err error) {
 	for _, f := range s.families {
-		_, e := s.Peer.Pods()[0].Ping(ctx, lab.Ping{To: secondary(s, f), Wait: 200 * time.Millisecond})
+		_, e := s.Peer.Pods()[0].Ping(ctx, lab.Ping{To: secondary(s.own, f), Wait: 200 * time.Millisecond})
 		if err = errors.Join(err, e); e == nil {
 			families++
 		}

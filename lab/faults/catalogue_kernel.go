@@ -74,12 +74,12 @@ func kernel() []Fault {
 		},
 		{
 			Name: "somebody deletes a route for 10 s", On: everywhere(), Short: true,
-			Inject: keepsDeleting(`ip $F route del $PEER_SUBNET`, `ip $F route show proto 118 | grep "^$PEER_SUBNET "`).Do,
+			Inject: keepsDeleting(`ip $F route del $PEER_SUBNET`, `ip $F route show proto 118 | grep "^$PEER_SUBNET "`),
 			Bound:  Bound{Lost: Any, Repair: withinASecond, Lines: 30}, Log: `repaired.*: route`, Seen: repairs("route", "add route"),
 		},
 		{
 			Name: "somebody deletes the device for 10 s", On: tunnelled(),
-			Inject: keepsDeleting(`ip link del $DEV`, `ip link show $DEV`).Do,
+			Inject: keepsDeleting(`ip link del $DEV`, `ip link show $DEV`),
 			Bound:  Bound{Lost: Any, Repair: withinASecond, Lines: 60}, Log: `repaired.*: device`,
 		},
 		foreignRoute("foreign route of a better metric over a peer's subnet", `$PEER_SUBNET via $GW dev eth0 metric 1`, everywhere()...).short(),
@@ -211,10 +211,6 @@ func flannelsRoute() Fault {
 func (f Fault) short() Fault {
 	f.Short = true
 	return f
-}
-
-func keepsDeleting(del, back string) Deleter {
-	return Deleter{Delete: del + ` 2>/dev/null || true`, Back: back, For: 10 * time.Second, Within: time.Second, CPU: 3 * time.Second}
 }
 
 // in fills in what rows of an area have in common.

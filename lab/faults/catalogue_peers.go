@@ -95,7 +95,7 @@ func peers() []Fault {
 			Name: "lease: " + n.what, On: []string{OnVXLAN}, Short: n.short,
 			Inject: Steps(
 				Afterwards(Delete(key)),
-				Put(func(s *Site) (string, string) { return key(s), n.value(s) }),
+				Put(key, n.value),
 			),
 			Expect: All(RoutesWhole, refused), Hold: 300 * time.Millisecond, Keeps: KernelWhole,
 			Restore: Undo, Log: `problem: refused-lease`,
@@ -113,9 +113,9 @@ func peers() []Fault {
 			Name: "another node with this one's machine-id", On: []string{OnVXLAN}, Short: true,
 			Inject: Steps(
 				Afterwards(ghostThief.goes),
-				Put(func(s *Site) (string, string) {
+				Put(ghostThief.key, func(s *Site) string {
 					id := fmt.Sprintf("%032x", uint8(ghostThief))
-					return ghostThief.key(s), strings.Replace(ghostThief.value(s), id, s.Victim.Spec().ID, 1)
+					return strings.Replace(ghostThief.value(s), id, s.Victim.Spec().ID, 1)
 				})),
 			Restore: Undo, Bound: lossless(letGo), Seen: (&Seen{}).diagnosed(`^FAIL leases the nodes .* have the same ID`),
 		},
@@ -129,18 +129,15 @@ func peers() []Fault {
 			Inject: Steps(
 				ghostKilled.appears, Until(ghostKilled.routed, 3*time.Second),
 				Afterwards(Delete(overlapKey)),
-				Put(func(s *Site) (string, string) { return overlapKey(s), ghostThief.value(s) })),
+				Put(overlapKey, ghostThief.value)),
 			Expect: All(ghostKilled.routed, refused), Hold: time.Second, Keeps: All(ghostKilled.routed, notRouted(overlapKey)),
 			Restore: Undo, Bound: lossless(letGo), Log: `problem: refused-lease.*overlaps`,
 		},
 		Fault{
 			Name: "10,000 junk keys", On: []string{OnVXLAN}, Short: true,
 			Inject: Steps(
-				Afterwards(Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
-					_, err := cli.Delete(ctx, subnets+"junk-", clientv3.WithPrefix())
-					return err
-				})),
-				Store(junk(10000))),
+				Afterwards(deleteAll(subnets+"junk-")),
+				manyKeys(10000, func(i int) string { return fmt.Sprintf("junk-%d", i) }, "junk")),
 			Expect: All(RoutesWhole, refused), Hold: 2 * time.Second, Keeps: RoutesWhole,
 			Restore: Undo, Log: `problem: refused-lease`, Bound: Bound{Repair: 5 * time.Second},
 			Seen: degrades("refused-lease", "junk", `overlayd_leases_refused 10000`),
@@ -148,11 +145,8 @@ func peers() []Fault {
 		Fault{
 			Name: "10,000 keys for no subnet of the network", On: []string{OnVXLAN},
 			Inject: Steps(
-				Afterwards(Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
-					_, err := cli.Delete(ctx, subnets+"11.", clientv3.WithPrefix())
-					return err
-				})),
-				Store(strangers(10000))),
+				Afterwards(deleteAll(subnets+"11.")),
+				manyKeys(10000, func(i int) string { return fmt.Sprintf("11.%d.%d.0-24", i/256, i%256) }, fields(strangerIP, strangerMAC))),
 			Expect: All(RoutesWhole, refused), Hold: 2 * time.Second, Keeps: RoutesWhole,
 			Restore: Undo, Log: `problem: refused-lease`, Bound: Bound{Repair: 5 * time.Second},
 		},
@@ -162,11 +156,7 @@ func peers() []Fault {
 
 // refused holds when the victim says that it leaves a lease out, and goes on.
 func refused(ctx context.Context, s *Site) error {
-	text, err := s.Victim.Get(ctx, "http://127.0.0.1:8471/readyz")
-	if err != nil {
-		return err
-	}
-	return unless(strings.Contains(text, "refused-lease"), "/readyz does not speak of a refused lease: %s", strings.TrimSpace(text))
+	return isNamed("refused-lease")(ctx, s)
 }
 
 // overlapKey is a part of a ghost's subnet.
@@ -190,16 +180,8 @@ func notRouted(key func(*Site) string) Check {
 // batch is how many keys one transaction may put.
 const batch = 100
 
-func junk(n int) func(context.Context, *Site, *clientv3.Client) error {
-	return manyKeys(n, func(i int) string { return fmt.Sprintf("junk-%d", i) }, "junk")
-}
-
-func strangers(n int) func(context.Context, *Site, *clientv3.Client) error {
-	return manyKeys(n, func(i int) string { return fmt.Sprintf("11.%d.%d.0-24", i/256, i%256) }, fields(strangerIP, strangerMAC))
-}
-
-func manyKeys(n int, key func(int) string, value string) func(context.Context, *Site, *clientv3.Client) error {
-	return func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
+func manyKeys(n int, key func(int) string, value string) Action {
+	return Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
 		for i := 0; i < n; i += batch {
 			var ops []clientv3.Op
 			for j := i; j < min(i+batch, n); j++ {
@@ -210,7 +192,12 @@ func manyKeys(n int, key func(int) string, value string) func(context.Context, *
 			}
 		}
 		return nil
-	}
+	})
+}
+
+// deleteAll deletes the keys that begin so.
+func deleteAll(prefix string) Action {
+	return func(ctx context.Context, s *Site) error { return s.delete(ctx, prefix, clientv3.WithPrefix()) }
 }
 
 // clone writes over the victim's lease as a clone of it does, and again when the victim has put it right.
@@ -228,12 +215,9 @@ func clone(ctx context.Context, s *Site) error {
 		}
 		return unless(strings.Contains(l.value, ip), "the lease still says %s", strangerIP)
 	}
-	put := Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
-		if _, err := cli.Put(ctx, own.key, other, clientv3.WithLease(own.etcdLease)); err != nil {
-			return fmt.Errorf("write over the lease of %s: %w", s.Victim.Name, err)
-		}
-		return nil
-	})
-	again := Steps(put, Until(rewritten, 5*time.Second))
-	return Steps(again, put)(ctx, s)
+	put := func(ctx context.Context, s *Site) error {
+		_, err := s.put(ctx, own.key, other, clientv3.WithLease(own.etcdLease))
+		return err
+	}
+	return Steps(put, Until(rewritten, 5*time.Second), put)(ctx, s)
 }

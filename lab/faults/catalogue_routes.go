@@ -203,8 +203,7 @@ func secondAddr(s *Site, f addr.Family) netip.Addr { return s.second.Get(f) }
 // Where there is IPv6, the gateways are link-local addresses, and no other address is needed.
 func uplinkHops(ctx context.Context, s *Site) (there, back []string, err error) {
 	linkLocal := func(m lab.Machine, dev string) string {
-		out, runErr := m.Run(ctx, "sh", "-ec",
-			fmt.Sprintf(`ip -6 -o address show dev %s scope link | sed 's/.*inet6 \([^/]*\).*/\1/'`, dev))
+		out, runErr := m.Shell(ctx, fmt.Sprintf(`ip -6 -o address show dev %s scope link | sed 's/.*inet6 \([^/]*\).*/\1/'`, dev))
 		err = errors.Join(err, runErr)
 		return strings.TrimSpace(out)
 	}
@@ -225,7 +224,7 @@ func uplinkHops(ctx context.Context, s *Site) (there, back []string, err error) 
 // routedHost takes the victim's addresses from its interfaces and gives it one on lo, to which the router has a route
 // by both.
 func routedHost(ctx context.Context, s *Site) error {
-	s.Defer(func() error { return moveBack(context.WithoutCancel(ctx), s) })
+	s.Defer(moveBack)
 	for _, f := range s.families {
 		there, back, err := uplinkHops(ctx, s)
 		if err != nil {
@@ -236,8 +235,8 @@ func routedHost(ctx context.Context, s *Site) error {
 			`ip $F address add %s dev lo %s; for d in eth0 eth1; do ip $F address flush dev $d scope global; done
 			ip $F route replace default src %s %s`, addr.Host(lo), nodad(f), lo, strings.Join(there, " "))
 		undo := fmt.Sprintf(`ip $F route del default || true; ip $F address del %s dev lo`, addr.Host(lo))
-		s.Defer(func() error {
-			_, err := s.Victim.Run(context.WithoutCancel(ctx), "sh", "-ec", s.vars.Get(f)+undo)
+		s.Defer(func(ctx context.Context, s *Site) error {
+			_, err := s.Victim.Shell(ctx, undo, s.vars.Get(f)...)
 			return err
 		})
 		route := fmt.Sprintf("ip -%d route", uint8(f))
@@ -245,8 +244,8 @@ func routedHost(ctx context.Context, s *Site) error {
 			fmt.Sprintf("%s del %s", route, lo))(ctx, s); err != nil {
 			return err
 		}
-		if out, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+own); err != nil {
-			return fmt.Errorf("%w: %s", err, out)
+		if _, err := s.Victim.Shell(ctx, own, s.vars.Get(f)...); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -262,8 +261,7 @@ func loseUplink(ctx context.Context, s *Site) error {
 		if err != nil {
 			return err
 		}
-		if _, err := s.Lab.Router().
-			Run(ctx, "sh", "-ec", fmt.Sprintf("ip -%d route replace %s %s", uint8(f), loAddr(s, f), back[0])); err != nil {
+		if _, err := s.Lab.Router().Shell(ctx, fmt.Sprintf("ip -%d route replace %s %s", f, loAddr(s, f), back[0])); err != nil {
 			return err
 		}
 	}
@@ -274,26 +272,25 @@ const listDevices = "ip -o link show type vxlan | cut -d: -f1"
 
 // noteDevices remembers which the tunnel devices are, by their numbers.
 func noteDevices(ctx context.Context, s *Site) (err error) {
-	s.facts["devices"], err = s.Victim.Run(ctx, "sh", "-ec", listDevices)
+	s.facts["devices"], err = s.Victim.Shell(ctx, listDevices)
 	return err
 }
 
 // sameDevices holds while the tunnel devices are those that were noted.
 func sameDevices(ctx context.Context, s *Site) error {
-	out, err := s.Victim.Run(ctx, "sh", "-ec", listDevices)
+	out, err := s.Victim.Shell(ctx, listDevices)
 	return errors.Join(err, unless(out == s.facts["devices"], "the tunnel device was made again"))
 }
 
 // intoTheTunnel puts an address and a default route on the tunnel device, before all others.
 func intoTheTunnel(ctx context.Context, s *Site) error {
-	s.Defer(func() error {
-		return s.script(context.WithoutCancel(ctx),
-			`ip $F route replace default via $GW dev eth0; ip $F route del default dev $DEV || true; `+
-				`ip $F route del default metric 2000 || true`)
-	})
-	return s.script(ctx, `case $F in -4) A=192.168.77.9/24;; *) A=2001:db8:77::9/64; NODAD=nodad;; esac
-		ip $F route add default via $GW dev eth0 metric 2000; ip $F route del default via $GW dev eth0
-		ip $F address add $A dev $DEV $NODAD; ip $F route add default dev $DEV metric 1`)
+	return Steps(
+		Afterwards(On(`ip $F route replace default via $GW dev eth0; ip $F route del default dev $DEV || true
+			ip $F route del default metric 2000 || true`)),
+		On(`case $F in -4) A=192.168.77.9/24;; *) A=2001:db8:77::9/64; NODAD=nodad;; esac
+			ip $F route add default via $GW dev eth0 metric 2000; ip $F route del default via $GW dev eth0
+			ip $F address add $A dev $DEV $NODAD; ip $F route add default dev $DEV metric 1`),
+	)(ctx, s)
 }
 
 // restart starts the daemon with more arguments, in which an address may be named; what comes afterwards has the usual
@@ -309,16 +306,12 @@ func restart(more ...string) Action {
 			}
 			args = append(args, a)
 		}
-		again := func(args ...string) error {
-			if err := s.Victim.Stop(context.WithoutCancel(ctx)); err != nil {
-				return err
-			}
-			s.Victim.With(args...)
-			return s.Victim.Start()
+		with := func(args ...string) Action {
+			return Steps(stopDaemon, func(_ context.Context, s *Site) error { s.Victim.With(args...); return nil }, startDaemon)
 		}
 		// Undone last: a daemon that starts while its addresses are taken away waits for etcd.
-		s.undo = append([]func() error{func() error { return again() }}, s.undo...)
-		return again(args...)
+		s.undo = append([]Action{with()}, s.undo...)
+		return with(args...)(ctx, s)
 	}
 }
 

@@ -93,7 +93,7 @@ func underlayFaults() []Fault {
 					`echo 1 > /proc/sys/net/ipv6/icmp/echo_ignore_all`,
 				`echo 0 > /proc/sys/net/ipv4/icmp_echo_ignore_all; echo 0 > /proc/sys/net/ipv6/icmp/echo_ignore_all`),
 			Expect: func(context.Context, *Site) error { return nil },
-			Hold:   25 * time.Second, Keeps: func(ctx context.Context, s *Site) error { return s.pinged(ctx) }, Restore: Undo,
+			Hold:   25 * time.Second, Keeps: allContent, Restore: Undo,
 		},
 		{
 			Name: "this node's own firewall drops tunnel packets", On: []string{OnNFTables, OnVXLAN}, Short: true,
@@ -126,7 +126,7 @@ func recreate(_ context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	s.Defer(back)
+	s.Defer(func(context.Context, *Site) error { return back() })
 	return nil
 }
 
@@ -157,8 +157,8 @@ func moveTo(last string) Action {
 
 func (s *Site) readdress(ctx context.Context, n *lab.Node, last string) error {
 	for _, f := range s.families {
-		_, err := n.Run(ctx, "sh", "-ec", s.vars.Get(f)+fmt.Sprintf(`ip $F address flush dev eth0 scope global
-			ip $F address add %s dev eth0 %s; ip $F route replace default via $GW dev eth0`, elsewhere(s, f, last), nodad(f)))
+		_, err := n.Shell(ctx, fmt.Sprintf(`ip $F address flush dev eth0 scope global
+			ip $F address add %s dev eth0 %s; ip $F route replace default via $GW dev eth0`, elsewhere(s, f, last), nodad(f)), s.vars.Get(f)...)
 		if err != nil {
 			return err
 		}
@@ -176,10 +176,8 @@ func nodad(f addr.Family) string {
 func moveBack(ctx context.Context, s *Site) error { return s.moveBack(ctx, s.Victim) }
 
 func (s *Site) moveBack(ctx context.Context, n *lab.Node) error {
-	for _, f := range s.families {
-		if _, err := n.Run(ctx, "sh", "-ec", s.vars.Get(f)+`ip $F address flush dev eth0 scope global`); err != nil {
-			return err
-		}
+	if err := s.script(ctx, n.Machine, `ip $F address flush dev eth0 scope global`); err != nil {
+		return err
 	}
 	return n.LinkUp()
 }
@@ -234,12 +232,12 @@ func (s *Site) says(ctx context.Context, n *lab.Node, at func(*Site, addr.Family
 func (s *Site) sendsFrom(ctx context.Context, f addr.Family, from netip.Addr) error {
 	script := fmt.Sprintf(`ip $F route show proto 118 | grep -F "via %s "`, from)
 	if s.Setup == OnVXLAN || s.Setup == OnDual {
-		if _, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+fmt.Sprintf(`ip -d link show $DEV | grep -F "local %s "`, from)); err != nil {
+		if _, err := s.Victim.Shell(ctx, fmt.Sprintf(`ip -d link show $DEV | grep -F "local %s "`, from), s.vars.Get(f)...); err != nil {
 			return fmt.Errorf("the device does not send from %s", from)
 		}
 		script = fmt.Sprintf(`bridge fdb show dev $DEV | grep -F "dst %s "`, from)
 	}
-	if _, err := s.Peer.Run(ctx, "sh", "-ec", s.vars.Get(f)+script); err != nil {
+	if _, err := s.Peer.Shell(ctx, script, s.vars.Get(f)...); err != nil {
 		return fmt.Errorf("%s does not send to %s", s.Peer.Name, from)
 	}
 	return nil
@@ -309,9 +307,9 @@ func secondInterface(_ context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	s.Defer(func() error { return s.Victim.RemoveLink("eth1") })
+	s.Defer(func(context.Context, *Site) error { return s.Victim.RemoveLink("eth1") })
 	for _, f := range s.families {
-		s.vars.Set(f, s.vars.Get(f)+"GW2="+via.Get(f).Addr().String()+"\n")
+		s.vars.Set(f, append(s.vars.Get(f), "GW2="+via.Get(f).Addr().String()))
 		s.second.Set(f, at.Get(f).Addr())
 	}
 	return nil
@@ -346,28 +344,10 @@ func pinged(problem, reason, metric string) *Seen {
 
 // onPeer runs a script on the peer for each family, with the victim's variables, and another to undo it.
 func onPeer(script, undo string) Action {
-	return func(ctx context.Context, s *Site) error {
-		for _, f := range s.families {
-			s.Defer(func() error {
-				_, err := s.Peer.Run(context.WithoutCancel(ctx), "sh", "-ec", s.vars.Get(f)+undo)
-				return err
-			})
-			if _, err := s.Peer.Run(ctx, "sh", "-ec", s.vars.Get(f)+script); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
+	return Steps(Afterwards(each(peer, undo)), each(peer, script))
 }
 
 // onRouter runs a script on the machine between the segments, and another to undo it.
 func onRouter(script, undo string) Action {
-	return func(ctx context.Context, s *Site) error {
-		s.Defer(func() error {
-			_, err := s.Lab.Router().Run(context.WithoutCancel(ctx), "sh", "-ec", undo)
-			return err
-		})
-		_, err := s.Lab.Router().Run(ctx, "sh", "-ec", script)
-		return err
-	}
+	return Steps(Afterwards(once(router, undo)), once(router, script))
 }

@@ -8,15 +8,13 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/overlayd/overlayd/lab"
 )
 
 // Every row can be told from the others, names setups that there are, has a bound, and a pattern that compiles.
 func TestCatalogue(t *testing.T) {
 	t.Parallel()
 	known := map[string]bool{}
-	for _, s := range setups(t.Context(), "/nonexistent") {
+	for _, s := range setups("/nonexistent") {
 		known[s.Name] = true
 	}
 	for _, short := range []bool{false, true} {
@@ -90,13 +88,13 @@ default via 172.31.1.1 dev eth0
 
 func TestPlan(t *testing.T) {
 	t.Parallel()
-	all := setups(t.Context(), "/nonexistent")
+	all := setups("/nonexistent")
 	if jobs := plan(Catalogue(false), all, Options{Only: regexp.MustCompile(`^kernel: route deleted`)}); len(jobs) != len(everywhere()) {
 		t.Errorf("%d jobs for one row", len(jobs))
 	}
-	for _, j := range plan(Catalogue(false), all, Options{Stack: lab.StackDual}) {
+	for _, j := range plan(Catalogue(false), all, Options{Only: regexp.MustCompile(`\(dual\)`)}) {
 		if j.setup.Name != OnDual {
-			t.Errorf("--stack dual runs %s", j.setup.Name)
+			t.Errorf("--only '(dual)' runs %s", j.setup.Name)
 		}
 	}
 	short := 0
@@ -123,7 +121,7 @@ func TestRowPanics(t *testing.T) {
 	t.Parallel()
 	w := worker{name: "panics", site: &Site{}, progress: func(line string) { t.Log(line) }} // there is no victim
 	var r Result
-	w.row(t.Context(), job{}, Fault{}, &r)
+	w.row(t.Context(), Setup{}, Fault{}, &r)
 	if len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "panic: ") || len(r.Log) == 0 || w.site != nil {
 		t.Errorf("%+v", r)
 	}
@@ -169,7 +167,7 @@ func TestTrafficProblems(t *testing.T) {
 
 func TestReport(t *testing.T) {
 	t.Parallel()
-	good := Result{Area: Etcd, Fault: "gone", Setup: OnVXLAN, Repair: 120 * time.Millisecond, Logged: "said"}
+	good := Result{Area: Etcd, Fault: "gone", Setup: OnVXLAN, Repair: seconds(120 * time.Millisecond), Logged: "said"}
 	bad := Result{Area: Kernel, Fault: "route", Setup: OnVXLAN, Lost: 3, Log: []string{"last words"}}
 	bad.fail("too\nlate")
 	r := newReport([]Result{good, bad}, time.Minute)
@@ -186,7 +184,7 @@ func TestReport(t *testing.T) {
 		t.Error("the areas are not in order")
 	}
 	raw, err := json.Marshal(r)
-	if err != nil || !strings.Contains(string(raw), `"secondsToRepair":0.12`) || !strings.Contains(string(raw), `"ok":false`) {
+	if err != nil || !strings.Contains(string(raw), `"secondsToRepair":0.12`) || !strings.Contains(string(raw), `"problems":["too; late"]`) {
 		t.Errorf("%v\n%s", err, raw)
 	}
 }

@@ -2,68 +2,32 @@ package faults
 
 import (
 	"fmt"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
+
+	"github.com/prometheus/procfs"
 )
 
-// ticks is how many the kernel counts in a second of CPU time (USER_HZ).
-const ticks = 100
-
-// cpuTime is what a process has used so far.
-func cpuTime(pid int) (time.Duration, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, fmt.Errorf("CPU time: %w", err)
-	}
-	_, rest, _ := strings.Cut(string(b), ") ") // the name may have blanks
-	fields := strings.Fields(rest)
-	if len(fields) < 13 {
-		return 0, fmt.Errorf("CPU time of %d: %q", pid, b)
-	}
-	user, errUser := strconv.Atoi(fields[11])
-	system, errSystem := strconv.Atoi(fields[12])
-	if errUser != nil || errSystem != nil {
-		return 0, fmt.Errorf("CPU time of %d: %q", pid, b)
-	}
-	return time.Duration(user+system) * time.Second / ticks, nil
-}
-
-// usage is what a process holds.
+// usage is what a process holds, and has used so far.
 type usage struct {
-	PID     int `json:"pid"`
-	Threads int `json:"threads"`
-	Files   int `json:"files"`
-	RSS     int `json:"rssKB"`
+	PID     int           `json:"pid"`
+	Threads int           `json:"threads"`
+	Files   int           `json:"files"`
+	RSS     int           `json:"rssKB"`
+	CPU     time.Duration `json:"-"`
 }
 
 func usageOf(pid int) (usage, error) {
-	u := usage{PID: pid}
-	files, err := os.ReadDir(filepath.Join("/proc", strconv.Itoa(pid), "fd"))
+	p, err := procfs.NewProc(pid)
 	if err != nil {
-		return u, fmt.Errorf("open files: %w", err)
+		return usage{}, err
 	}
-	u.Files = len(files)
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	files, err := p.FileDescriptorsLen()
 	if err != nil {
-		return u, fmt.Errorf("memory: %w", err)
+		return usage{}, err
 	}
-	for line := range strings.Lines(string(b)) {
-		name, value, _ := strings.Cut(line, ":")
-		fields := strings.Fields(value)
-		if len(fields) == 0 {
-			continue
-		}
-		switch name {
-		case "Threads":
-			u.Threads, _ = strconv.Atoi(fields[0])
-		case "VmRSS":
-			u.RSS, _ = strconv.Atoi(fields[0])
-		}
-	}
-	return u, nil
+	st, err := p.Stat()
+	cpu := time.Duration(st.CPUTime() * float64(time.Second))
+	return usage{PID: pid, Threads: st.NumThreads, Files: files, RSS: st.ResidentMemory() >> 10, CPU: cpu}, err
 }
 
 // Growth that counts as none.

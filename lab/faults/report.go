@@ -1,7 +1,6 @@
 package faults
 
 import (
-	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,28 +10,30 @@ import (
 	"github.com/overlayd/overlayd/lab"
 )
 
+// seconds is a duration as the table and JSON show it.
+type seconds time.Duration
+
+func (s seconds) String() string               { return fmt.Sprintf("%.2f", time.Duration(s).Seconds()) }
+func (s seconds) MarshalJSON() ([]byte, error) { return []byte(s.String()), nil }
+
 // Result is what came of one row in one setup.
 type Result struct {
-	Area     Area          `json:"area"`
-	Fault    string        `json:"fault"`
-	Setup    string        `json:"setup"`
-	Lost     int           `json:"packetsLost"`
-	Repair   time.Duration `json:"-"`
-	Stall    time.Duration `json:"-"`
-	Logged   string        `json:"logged"`
-	Facts    string        `json:"facts,omitempty"`
-	Problems []string      `json:"problems,omitempty"`
+	Area     Area     `json:"area"`
+	Fault    string   `json:"fault"`
+	Setup    string   `json:"setup"`
+	Lost     int      `json:"packetsLost"`
+	Repair   seconds  `json:"secondsToRepair"`
+	Logged   string   `json:"logged"`
+	Problems []string `json:"problems,omitempty"`
 	// What an operator saw: a line of `overlayd status` or of `overlayd doctor`, what /readyz said from before the fault to its end,
 	// and the metrics that moved.
-	Status  string        `json:"status,omitempty"`
-	Doctor  string        `json:"doctor,omitempty"`
-	Ready   string        `json:"ready,omitempty"`
-	Metrics []string      `json:"metrics,omitempty"`
-	See     time.Duration `json:"-"` // from the fault until all of it was seen
-	// StatusText is all that the status said, where there are problems.
+	Status  string   `json:"status,omitempty"`
+	Doctor  string   `json:"doctor,omitempty"`
+	Ready   string   `json:"ready,omitempty"`
+	Metrics []string `json:"metrics,omitempty"`
+	// All that the status said, and the end of the daemon's log, where there are problems.
 	StatusText []string `json:"statusText,omitempty"`
-
-	Log []string `json:"log,omitempty"` // the end of the daemon's log, where there are problems
+	Log        []string `json:"log,omitempty"`
 }
 
 func newResult(f Fault, setup string) Result {
@@ -43,18 +44,6 @@ func (r *Result) fail(format string, args ...any) {
 	r.Problems = append(r.Problems, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; "))
 }
 
-// MarshalJSON writes durations in seconds.
-func (r Result) MarshalJSON() ([]byte, error) {
-	type plain Result
-	return json.Marshal(struct {
-		plain
-		Repair float64 `json:"secondsToRepair"`
-		Stall  float64 `json:"secondsTCPStalled"`
-		See    float64 `json:"secondsToSee,omitempty"`
-		OK     bool    `json:"ok"`
-	}{plain(r), r.Repair.Seconds(), r.Stall.Seconds(), r.See.Seconds(), len(r.Problems) == 0})
-}
-
 func (r Result) verdict() string {
 	if len(r.Problems) == 0 {
 		return "ok"
@@ -63,22 +52,18 @@ func (r Result) verdict() string {
 }
 
 func (r Result) line() string {
-	return fmt.Sprintf("%s: %s (%s): %d lost, %s: %s", r.Area, r.Fault, r.Setup, r.Lost, seconds(r.Repair), r.verdict())
+	return fmt.Sprintf("%s: %s (%s): %d lost, %s: %s", r.Area, r.Fault, r.Setup, r.Lost, r.Repair, r.verdict())
 }
-
-// seconds is a duration as the table shows it.
-func seconds(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) }
 
 // Report is the table.
 type Report struct {
-	Rows    []Result      `json:"rows"`
-	Failed  int           `json:"failed"`
-	Took    time.Duration `json:"-"`
-	Seconds float64       `json:"seconds"`
+	Rows   []Result `json:"rows"`
+	Failed int      `json:"failed"`
+	Took   seconds  `json:"seconds"`
 }
 
 func newReport(rows []Result, took time.Duration) Report {
-	r := Report{Rows: rows, Took: took, Seconds: took.Seconds()}
+	r := Report{Rows: rows, Took: seconds(took)}
 	areas := []Area{Kernel, Firewall, Underlay, Etcd, Boot, Daemon, Peers}
 	slices.SortStableFunc(r.Rows, func(a, b Result) int { return slices.Index(areas, a.Area) - slices.Index(areas, b.Area) })
 	for _, row := range rows {
@@ -104,7 +89,7 @@ func (r Report) Text() string {
 	rows := [][]string{{"FAULT", "SETUP", "LOST", "SECONDS", "THE LOG SAYS", "STATUS OR DOCTOR SAYS", "/READYZ", "METRICS", "OK"}}
 	for _, x := range r.Rows {
 		rows = append(rows, []string{
-			cut(string(x.Area)+": "+x.Fault, widestFault), x.Setup, fmt.Sprint(x.Lost), seconds(x.Repair),
+			cut(string(x.Area)+": "+x.Fault, widestFault), x.Setup, fmt.Sprint(x.Lost), x.Repair.String(),
 			cut(x.Logged, widestLogged), cut(x.says(), widestSays), cut(or(x.Ready), widestReady), cut(or(strings.Join(x.Metrics, ", ")), widestMetrics),
 			cut(x.verdict(), widestVerdict),
 		})
@@ -117,8 +102,7 @@ func (r Report) Text() string {
 		}
 	}
 	n := len(r.Rows)
-	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not\n", n, r.Took.Round(time.Second), n-r.Failed,
-		r.Failed)
+	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not\n", n, time.Duration(r.Took).Round(time.Second), n-r.Failed, r.Failed)
 	return b.String()
 }
 

@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,10 +21,7 @@ type Options struct {
 	Overlayd string
 	Only     *regexp.Regexp // rows whose area, name and setup match
 	Short    bool
-	Backend  lab.Backend // only setups with it; "": all
-	Stack    lab.Stack   // likewise
-	Direct   bool        // only the setup with DirectRouting
-	Parallel int         // labs at a time; default 2
+	Parallel int // labs at a time
 	Progress func(string)
 }
 
@@ -42,99 +40,75 @@ var ErrNoRow = errors.New("no row of the catalogue matches")
 // Run runs the catalogue.
 func Run(ctx context.Context, o Options) (Report, error) {
 	began := time.Now()
-	jobs := plan(Catalogue(o.Short), setups(ctx, o.Overlayd), o)
-	queue := make(chan job, len(jobs))
-	planned := 0
-	for _, j := range jobs {
-		queue <- j
-		planned += len(j.rows)
-	}
-	close(queue)
-	if planned == 0 {
+	jobs := plan(Catalogue(o.Short), setups(o.Overlayd), o)
+	if len(jobs) == 0 {
 		return Report{}, ErrNoRow
 	}
-	var mu sync.Mutex
-	var results []Result
-	var wg sync.WaitGroup
+	queue, results := make(chan job), make(chan Result)
+	var workers sync.WaitGroup
 	for i := range max(1, o.Parallel) {
-		wg.Go(func() {
-			w := worker{name: fmt.Sprintf("%s-%d", o.Name, i+1), progress: o.Progress, report: func(r Result) {
-				mu.Lock()
-				defer mu.Unlock()
-				results = append(results, r)
-				o.Progress(r.line())
-			}}
+		w := worker{name: fmt.Sprintf("%s-%d", o.Name, i+1), progress: o.Progress}
+		workers.Go(func() {
 			for j := range queue {
-				w.run(ctx, j)
+				w.run(ctx, j, results)
 			}
 		})
 	}
-	wg.Wait()
+	go func() {
+		for _, j := range jobs {
+			queue <- j
+		}
+		close(queue)
+		workers.Wait()
+		close(results)
+	}()
+	var rows []Result
+	for r := range results {
+		rows = append(rows, r)
+		o.Progress(r.line())
+	}
 	if ctx.Err() != nil {
 		return Report{}, fmt.Errorf("faults: %w", context.Cause(ctx))
 	}
-	if len(results) != planned {
-		return Report{}, fmt.Errorf("faults: %d rows of %d have a result", len(results), planned)
-	}
-	return newReport(results, time.Since(began)), nil
+	return newReport(rows, time.Since(began)), nil
 }
 
 // plan sorts the rows into jobs, the longest first.
 func plan(rows []Fault, all []Setup, o Options) []job {
-	type key struct {
-		setup string
-		area  Area
-	}
-	byKey := map[key]*job{}
-	var jobs []*job
+	var jobs []job
 	for _, s := range all {
-		if !o.wants(s) {
-			continue
-		}
+		at := map[Area]int{}
 		for _, f := range rows {
-			if !slices.Contains(f.setups(), s.Name) || o.Only != nil && !o.Only.MatchString(rowName(f, s.Name)) || o.Short && !f.shortIn(s.Name) {
+			if !o.wants(f, s.Name) {
 				continue
 			}
-			k := key{s.Name, f.Area}
+			area := f.Area
 			if o.Short {
-				k.area = "" // few rows: bringing labs up would take longer
+				area = "" // few rows: bringing labs up would take longer
 			}
-			if byKey[k] == nil {
-				byKey[k] = &job{setup: s}
-				jobs = append(jobs, byKey[k])
+			if _, ok := at[area]; !ok {
+				at[area] = len(jobs)
+				jobs = append(jobs, job{setup: s})
 			}
-			byKey[k].rows = append(byKey[k].rows, f)
+			jobs[at[area]].rows = append(jobs[at[area]].rows, f)
 		}
 	}
-	slices.SortStableFunc(jobs, func(a, b *job) int { return int(b.length() - a.length()) })
-	out := make([]job, 0, len(jobs))
-	for _, j := range jobs {
-		out = append(out, *j)
-	}
-	return out
+	slices.SortStableFunc(jobs, func(a, b job) int { return cmp.Compare(b.length(), a.length()) })
+	return jobs
 }
 
-// shortIn: the short form runs each of its rows in one setup.
-func (f Fault) shortIn(setup string) bool { return f.Short && f.setups()[0] == setup }
+// wants says which rows run in a setup. The short form runs each of its rows in one setup.
+func (o Options) wants(f Fault, setup string) bool {
+	return slices.Contains(f.setups(), setup) && (o.Only == nil || o.Only.MatchString(rowName(f, setup))) &&
+		(!o.Short || f.Short && f.setups()[0] == setup)
+}
 
 func rowName(f Fault, setup string) string { return fmt.Sprintf("%s: %s (%s)", f.Area, f.Name, setup) }
 
-func (o Options) wants(s Setup) bool {
-	stack := s.Lab.Stack
-	if stack == "" {
-		stack = lab.StackIPv4
-	}
-	return (o.Backend == "" || o.Backend == s.Lab.Backend) && (o.Stack == "" || o.Stack == stack) && (!o.Direct || s.Lab.Direct)
-}
-
 // length is about how long a job takes.
-func (j job) length() time.Duration {
-	d := 4 * time.Second
+func (j job) length() (d time.Duration) {
 	for _, f := range j.rows {
-		d += 2*time.Second + f.Hold
-		if f.Seen != nil {
-			d += f.Seen.Within
-		}
+		d += 3*time.Second + f.Hold
 	}
 	return d
 }
@@ -143,70 +117,57 @@ func (j job) length() time.Duration {
 type worker struct {
 	name     string
 	progress func(string)
-	report   func(Result)
 	site     *Site
 }
 
-func (w *worker) run(ctx context.Context, j job) {
+func (w *worker) run(ctx context.Context, j job, results chan<- Result) {
 	defer w.down(ctx)
 	for _, f := range j.rows {
 		r := newResult(f, j.setup.Name)
-		switch {
-		case ctx.Err() != nil:
-			return
-		case j.setup.Unavailable != "":
-			r.fail("%s", j.setup.Unavailable)
-		default:
-			w.row(ctx, j, f.in(j.setup.Name), &r)
+		if ctx.Err() == nil {
+			w.row(ctx, j.setup, f.in(j.setup.Name), &r)
 		}
 		if ctx.Err() == nil {
-			w.report(r)
+			results <- r
 		}
 	}
 }
 
 // row runs one row in a lab that is whole, and leaves none behind that is not.
-func (w *worker) row(ctx context.Context, j job, f Fault, r *Result) {
+func (w *worker) row(ctx context.Context, setup Setup, f Fault, r *Result) {
 	defer func() {
-		if p := recover(); p != nil { // no lab may be left behind, and the other rows have something to say
+		if p := recover(); p != nil { // the other rows have something to say
 			r.fail("panic: %v", p)
 			r.Log = strings.Split(string(debug.Stack()), "\n")
 			w.down(ctx)
 		}
 	}()
 	if w.site == nil {
-		if err := w.up(ctx, j.setup); err != nil {
+		if err := w.up(ctx, setup); err != nil {
 			r.fail("the lab did not come up: %v", err)
 			w.down(ctx)
 			return
 		}
 	}
 	w.site.run(ctx, f, r)
-	if err := Undo(context.WithoutCancel(ctx), w.site); err != nil {
+	if err := Undo(ctx, w.site); err != nil {
 		r.fail("undo: %v", err)
 	}
-	if f.Ruins || !w.sound(ctx, r) {
+	if f.Ruins || len(r.Problems) > 0 && !w.site.sound(ctx) {
 		w.down(ctx)
 	}
 }
 
-// sound makes the lab whole again for the next row, if it can be done quickly.
-func (w *worker) sound(ctx context.Context, r *Result) bool {
-	s := w.site
-	if len(r.Problems) == 0 {
-		return true
-	}
-	if _, err := s.await(ctx, Whole, time.Now(), 500*time.Millisecond); err == nil {
-		now := time.Now()
-		return len(s.traffic.between(now, now, s.Victim).Broken) == 0
-	}
-	return false
+// sound says whether a lab in which a row has failed is whole for the next one.
+func (s *Site) sound(ctx context.Context) bool {
+	_, err := s.await(ctx, Whole, time.Now(), 500*time.Millisecond)
+	now := time.Now()
+	return err == nil && len(s.traffic.between(now, now).Broken) == 0
 }
 
 func (w *worker) up(ctx context.Context, setup Setup) error {
 	o := setup.Lab
 	o.Name = w.name
-	o.OverlaydEnv = append(o.OverlaydEnv, "XTABLES_LOCKFILE="+lockFile(o.Name))
 	l, err := lab.Up(ctx, o)
 	if err != nil {
 		return err
@@ -238,23 +199,30 @@ func (s *Site) run(ctx context.Context, f Fault, r *Result) {
 		r.fail("%v", err)
 		return
 	}
-	clear(s.facts)
-	w, err := watchFor(ctx, s.Victim, f.Seen)
-	if err != nil {
-		r.fail("look at %s before the fault: %v", s.Victim.Name, err)
-		return
+	var w *watch
+	if f.Seen != nil {
+		var err error
+		if w, err = newWatch(s.Victim, *f.Seen); err == nil {
+			_, err = s.await(ctx, w.first, time.Now(), beginWithin)
+		}
+		if err != nil {
+			r.fail("observe %s before the fault: %v", s.Victim.Name, err)
+			return
+		}
 	}
-	defer w.end() // if one of the steps panics
 	began := time.Now()
 	ended := s.steps(ctx, f, w, r)
-	s.settled(ctx, f, r)
-	w.after(ctx, r)
+	if !f.Ruins && len(r.Problems) == 0 { // nobody misses a ping any more when the next row begins
+		if _, err := s.await(ctx, allContent, time.Now(), backWithin); err != nil {
+			r.fail("afterwards: %v", err)
+		}
+	}
+	w.after(ctx, s, r)
 	if ctx.Err() != nil {
 		return
 	}
 	s.judgeTraffic(ctx, f, r, began, ended)
 	s.judgeLog(ctx, f, r)
-	r.Facts = s.facts["repeated"]
 }
 
 // steps injects, expects and restores. It returns when the fault had been made, or had ended.
@@ -275,8 +243,8 @@ func (s *Site) steps(ctx context.Context, f Fault, w *watch, r *Result) time.Tim
 	if f.Expect == nil && f.Restore == nil {
 		s.repaired(ctx, Whole, at, f, r)
 	}
+	w.during(ctx, s, at, f, r)
 	s.hold(ctx, f, r)
-	w.during(ctx, at, r)
 	if f.Restore == nil {
 		return at
 	}
@@ -291,24 +259,13 @@ func (s *Site) steps(ctx context.Context, f Fault, w *watch, r *Result) time.Tim
 	return at
 }
 
-// settled waits until the next row can begin: nobody misses a ping any more.
-func (s *Site) settled(ctx context.Context, f Fault, r *Result) {
-	pinged := func(ctx context.Context, s *Site) error { return s.pinged(ctx) }
-	if f.Ruins || len(r.Problems) > 0 {
-		return
-	}
-	if _, err := s.await(ctx, pinged, time.Now(), backWithin); err != nil && ctx.Err() == nil {
-		r.fail("afterwards: %v", err)
-	}
-}
-
 func (s *Site) repaired(ctx context.Context, c Check, at time.Time, f Fault, r *Result) {
 	took, err := s.await(ctx, c, at, f.Bound.Repair+patience)
 	if err != nil {
 		r.fail("%v", err)
 		return
 	}
-	r.Repair = max(r.Repair, took)
+	r.Repair = max(r.Repair, seconds(took))
 }
 
 func (s *Site) hold(ctx context.Context, f Fault, r *Result) {
@@ -325,8 +282,8 @@ func (s *Site) hold(ctx context.Context, f Fault, r *Result) {
 	}
 }
 
-// judgeTraffic looks at what was sent until now. An answer that is there and only was not read yet is not lost: what looks bad is looked
-// at again for a while.
+// judgeTraffic counts what was sent until now. An answer that is there and only was not read yet is not lost: what looks bad is
+// counted again for a while.
 func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, began, ended time.Time) {
 	now := time.Now()
 	_ = sleep(ctx, inFlight)
@@ -335,14 +292,13 @@ func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, began, ende
 		hit = append(hit, s.Peer)
 	}
 	l := s.traffic.between(began, now, hit...)
-	bad := func() bool { return len(l.problems(f)) > 0 || l.Last.Sub(ended) > f.Bound.Repair }
-	for bad() && time.Since(now) < lab.LateAnswer && ctx.Err() == nil {
+	for time.Since(now) < lab.LateAnswer && (len(l.problems(f)) > 0 || l.Last.Sub(ended) > f.Bound.Repair) && ctx.Err() == nil {
 		_ = sleep(ctx, 50*time.Millisecond)
 		l = s.traffic.between(began, now, hit...)
 	}
-	r.Lost, r.Stall = l.Lost, l.Stall
-	if l.Lost > 0 && l.Last.After(ended) {
-		r.Repair = max(r.Repair, l.Last.Sub(ended))
+	r.Lost = l.Lost
+	if l.Lost > 0 {
+		r.Repair = max(r.Repair, seconds(l.Last.Sub(ended)))
 	}
 	for _, p := range l.problems(f) {
 		r.fail("%s", p)
@@ -351,8 +307,8 @@ func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, began, ende
 
 // judgeLog looks for the line that the fault must have, and for a flood of them.
 func (s *Site) judgeLog(ctx context.Context, f Fault, r *Result) {
-	if r.Repair > f.Bound.Repair {
-		r.fail("repaired after %s: at most %s", r.Repair.Round(10*time.Millisecond), f.Bound.Repair)
+	if r.Repair > seconds(f.Bound.Repair) {
+		r.fail("repaired after %s s: at most %s", r.Repair, f.Bound.Repair)
 	}
 	pattern, err := regexp.Compile(f.Log)
 	if err != nil {
@@ -390,10 +346,10 @@ func LogNames(variable string) Check {
 	return func(_ context.Context, s *Site) error {
 		text := strings.Join(s.logged(), "\n")
 		for _, f := range s.families {
-			_, rest, _ := strings.Cut("\n"+s.vars.Get(f), "\n"+variable+"=")
-			value, _, _ := strings.Cut(rest, "\n")
-			if value == "" || !strings.Contains(text, value) {
-				return fmt.Errorf("the log does not name %s", value)
+			for _, v := range s.vars.Get(f) {
+				if value, ok := strings.CutPrefix(v, variable+"="); ok && !strings.Contains(text, value) {
+					return fmt.Errorf("the log does not name %s", value)
+				}
 			}
 		}
 		return nil

@@ -26,12 +26,12 @@ type Site struct {
 
 	plan     map[string]state     // of each node, by name
 	own      lab.SubnetEnv        // the victim's
-	vars     addr.Per[string]     // shell variables for scripts on the victim
+	vars     addr.Per[[]string]   // "NAME=value" for scripts on the victim
 	second   addr.Per[netip.Addr] // the victim's addresses on a second interface
 	families []addr.Family
 	iptables string
 	traffic  traffic
-	undo     []func() error
+	undo     []Action
 	mark     int64 // where the victim's log stood when the fault began
 	facts    map[string]string
 }
@@ -126,29 +126,27 @@ func (s *Site) asPlanned(ctx context.Context, but ...string) error {
 	if err != nil {
 		return err
 	}
-	for _, n := range s.Lab.Nodes() {
-		if d := now[n.Name].without(but...).differs(s.plan[n.Name].without(but...)); d != "" {
-			return fmt.Errorf("%s: %s", n.Name, d)
-		}
-	}
-	return nil
+	return s.everyNode(func(n *lab.Node) error {
+		d := now[n.Name].without(but...).differs(s.plan[n.Name].without(but...))
+		return unless(d == "", "%s: %s", n.Name, d)
+	})
 }
 
 // content asks every daemon whether it is content, but for the pings: those that were lost during a fault are missed for a while
 // after it, until the peer is asked again.
 func (s *Site) content(ctx context.Context) error {
-	for _, n := range s.Lab.Nodes() {
-		if err := contentOne(ctx, n, "silent-peers", "path-mtu"); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.everyNode(func(n *lab.Node) error { return contentOne(ctx, n, "silent-peers", "path-mtu") })
 }
 
-// pinged holds when every daemon is content with the pings, too.
-func (s *Site) pinged(ctx context.Context) error {
+// allContent holds when every daemon is content with the pings, too.
+func allContent(ctx context.Context, s *Site) error {
+	return s.everyNode(func(n *lab.Node) error { return contentOne(ctx, n) })
+}
+
+// everyNode does something with each node, up to the first error.
+func (s *Site) everyNode(f func(*lab.Node) error) error {
 	for _, n := range s.Lab.Nodes() {
-		if err := contentOne(ctx, n); err != nil {
+		if err := f(n); err != nil {
 			return err
 		}
 	}
@@ -157,95 +155,107 @@ func (s *Site) pinged(ctx context.Context) error {
 
 // contentOne asks one daemon; a degraded one is ready, but says more than "ok". Some problems may be passed over.
 func contentOne(ctx context.Context, n *lab.Node, but ...string) error {
-	text, err := n.Get(ctx, "http://127.0.0.1:8471/readyz")
+	_, text, err := n.Readyz(ctx)
 	if err != nil {
 		return err
 	}
 	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
 		name, _, _ := strings.Cut(strings.TrimPrefix(line, "degraded: "), ":")
-		if line = strings.TrimSpace(line); line != "ok" && !slices.Contains(but, name) {
+		if line != "ok" && !slices.Contains(but, name) {
 			return fmt.Errorf("%s says: %s", n.Name, line)
 		}
 	}
 	return nil
 }
 
-// Defer has something undone by Undo, or at the end of the row at the latest.
-func (s *Site) Defer(f func() error) { s.undo = append(s.undo, f) }
+// isNamed holds when /readyz of the victim has a text in it.
+func isNamed(text string) Check {
+	return func(ctx context.Context, s *Site) error {
+		_, got, err := s.Victim.Readyz(ctx)
+		if err != nil {
+			return err
+		}
+		return unless(strings.Contains(got, text), "/readyz does not say %q: %s", text, strings.TrimSpace(got))
+	}
+}
 
-// Undo is the Action that undoes what was deferred, the newest first.
-func Undo(_ context.Context, s *Site) error {
+// Defer has something done by Undo, or at the end of the row at the latest.
+func (s *Site) Defer(a Action) { s.undo = append(s.undo, a) }
+
+// Undo is the Action that does what was deferred, the newest first, also where ctx has ended.
+func Undo(ctx context.Context, s *Site) error {
+	ctx = context.WithoutCancel(ctx)
 	var errs []error
 	for len(s.undo) > 0 {
 		last := s.undo[len(s.undo)-1]
 		s.undo = s.undo[:len(s.undo)-1]
-		errs = append(errs, last())
+		errs = append(errs, last(ctx, s))
 	}
 	return errors.Join(errs...)
 }
 
 // variables are what a script on the victim may name, for one family.
-func (s *Site) variables(ctx context.Context, f addr.Family) (string, error) {
+func (s *Site) variables(ctx context.Context, f addr.Family) ([]string, error) {
 	own, errOwn := s.Victim.SubnetEnv()
 	peer, errPeer := s.Peer.SubnetEnv()
 	third, errThird := s.otherThan().SubnetEnv()
 	if err := errors.Join(errOwn, errPeer, errThird); err != nil {
-		return "", err
-	}
-	host := s.Victim.Spec().Host
-	gateway := ""
-	for _, r := range host.Routes {
-		if addr.FamilyOf(r.Via) == f {
-			gateway = r.Via.String()
-		}
+		return nil, err
 	}
 	six, device := "", "overlay.1"
 	if f == addr.IPv6 {
 		six, device = "6", "overlay-v6.1"
 	}
+	subnet := func(e lab.SubnetEnv) netip.Prefix { return e.Gateway.Get(f).Masked() }
 	vars := []string{
-		"F=-" + fmt.Sprint(uint8(f)),
+		fmt.Sprintf("F=-%d", f),
 		"DEV=" + device,
 		"NFT_FAMILY=ip" + six,
 		"IPT=" + strings.Replace(s.iptables, "ip", "ip"+six, 1),
-		"SUBNET=" + own.Gateway.Get(f).Masked().String(),
-		"FIRST=" + own.Gateway.Get(f).Masked().Addr().String(),
+		"SUBNET=" + subnet(own).String(),
+		"FIRST=" + subnet(own).Addr().String(),
 		"IP=" + s.Victim.Addr(f).String(),
-		"GW=" + gateway,
-		"BITS=" + fmt.Sprint(s.Victim.Addr(f).BitLen()),
-		"PEER_SUBNET=" + peer.Gateway.Get(f).Masked().String(),
-		"PEER_FIRST=" + peer.Gateway.Get(f).Masked().Addr().String(),
+		fmt.Sprintf("BITS=%d", s.Victim.Addr(f).BitLen()),
+		"PEER_SUBNET=" + subnet(peer).String(),
+		"PEER_FIRST=" + subnet(peer).Addr().String(),
 		"PEER_IP=" + s.Peer.Addr(f).String(),
 		"TARGET_IP=" + s.otherThan().Addr(f).String(),
-		"WRONG_GW=" + s.wrongGateway(third, f),
+		"POD_IP=" + own.PodAddr(f, 0).Addr().String(),
+		"DENIED=" + secondary(own, f).String(), // a second address of the pod
+		"WRONG_GW=" + s.wrongGateway(subnet(third), f),
 		"SUBNET_FILE=" + s.Victim.SubnetFile(),
-		"LOCK=" + lockFile(s.Lab.Topology().Options.Name),
-		"export XTABLES_LOCKFILE=$LOCK",
+		"LOCK=" + s.Lab.XtablesLock(),
+		"XTABLES_LOCKFILE=" + s.Lab.XtablesLock(),
 		"STATE_DIR=" + s.Victim.StateDir(),
+	}
+	host := s.Victim.Spec().Host
+	for _, r := range host.Routes {
+		if addr.FamilyOf(r.Via) == f {
+			vars = append(vars, "GW="+r.Via.String())
+		}
 	}
 	for _, p := range host.Interfaces[0].Addrs {
 		if addr.FamilyOf(p.Addr()) == f {
-			vars = append(vars, "NET_BITS="+fmt.Sprint(p.Bits()))
+			vars = append(vars, fmt.Sprintf("NET_BITS=%d", p.Bits()))
 		}
 	}
-	script := strings.Join(vars, "\n") + "\n"
 	// The MAC is looked up, as an operator would; and the name of the daemon's own table, where it has one.
-	out, err := s.Victim.Run(ctx, "sh", "-c", script+
-		`ip $F neigh show $PEER_FIRST dev $DEV 2>/dev/null | sed -n 's/.*lladdr \([^ ]*\).*/PEER_MAC=\1/p'
-		 nft list tables 2>/dev/null | grep -E "^table (inet|$NFT_FAMILY) .*overlayd" | sed -n 's/^table \(.*\)/NFT_TABLE="\1"/p' | head -n 1`)
-	return script + out, err
+	out, err := s.Victim.Shell(ctx, `ip $F neigh show $PEER_FIRST dev $DEV 2>/dev/null | sed -n 's/.*lladdr \([^ ]*\).*/PEER_MAC=\1/p'
+		nft list tables 2>/dev/null | sed -En "s/^table ((inet|$NFT_FAMILY) .*overlayd.*)/NFT_TABLE=\1/p" | head -n 1`, vars...)
+	for line := range strings.Lines(out) {
+		vars = append(vars, strings.TrimSpace(line))
+	}
+	return vars, err
 }
 
 // wrongGateway is a gateway that the kernel takes for a route to a peer, and which is not the peer.
-func (s *Site) wrongGateway(third lab.SubnetEnv, f addr.Family) string {
+func (s *Site) wrongGateway(third netip.Prefix, f addr.Family) string {
 	if s.Setup == OnHostGW || s.Setup == OnDirect {
 		return s.Lab.Topology().Router.Interfaces[2].Addrs[int(f)/6].Addr().String()
 	}
-	return third.Gateway.Get(f).Masked().Addr().String()
+	return third.Addr().String()
 }
-
-// lockFile is the lab's own xtables lock, so that holding it blocks nobody else on this machine.
-func lockFile(name string) string { return "/run/overlay-lab/" + name + "/xtables.lock" }
 
 // otherThan is a node that is neither the victim nor the peer.
 func (s *Site) otherThan() *lab.Node {
@@ -257,25 +267,14 @@ func (s *Site) otherThan() *lab.Node {
 	return s.Peer
 }
 
-// script runs a shell script on the victim, once for each family.
-func (s *Site) script(ctx context.Context, text string) error {
+// script runs a shell script on a machine, once for each family, with the site's variables.
+func (s *Site) script(ctx context.Context, on lab.Machine, text string) error {
 	for _, f := range s.families {
-		out, err := s.Victim.Run(ctx, "sh", "-ec", s.vars.Get(f)+text)
-		if err != nil {
-			return fmt.Errorf("%s: %q: %w (%s)", s.Victim.Name, strings.TrimSpace(text), exitOnly(err), strings.TrimSpace(out))
+		if _, err := on.Shell(ctx, text, s.vars.Get(f)...); err != nil {
+			return err
 		}
 	}
 	return nil
-}
-
-// exitOnly drops the script's text from an error that would carry it twice.
-func exitOnly(err error) error {
-	for inner := err; inner != nil; inner = errors.Unwrap(inner) {
-		if strings.HasPrefix(inner.Error(), "exit status") {
-			return inner
-		}
-	}
-	return err
 }
 
 // markLog remembers where the victim's log stands.

@@ -116,12 +116,9 @@ func Soak(ctx context.Context, o SoakOptions) (report SoakReport, err error) {
 }
 
 func (s *soak) up(ctx context.Context) error {
-	o := lab.Options{
-		Name: s.opts.Name, Overlayd: s.opts.Overlayd, Nodes: soakNodes, Pods: 1,
-		OverlaydEnv: []string{"XTABLES_LOCKFILE=" + lockFile(s.opts.Name)},
-	}
 	var err error
-	if s.lab, err = lab.Up(ctx, o); err != nil {
+	s.lab, err = lab.Up(ctx, lab.Options{Name: s.opts.Name, Overlayd: s.opts.Overlayd, Nodes: soakNodes, Pods: 1})
+	if err != nil {
 		return err
 	}
 	for i := 1; i <= soakNodes; i++ {

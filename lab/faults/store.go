@@ -44,6 +44,42 @@ func Store(f func(context.Context, *Site, *clientv3.Client) error) Action {
 	}
 }
 
+// put writes a key and returns etcd's revision.
+func (s *Site) put(ctx context.Context, key, value string, opts ...clientv3.OpOption) (revision int64, err error) {
+	err = s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		resp, err := cli.Put(ctx, key, value, opts...)
+		if err != nil {
+			return fmt.Errorf("put %.100s: %w", key, err)
+		}
+		revision = resp.Header.Revision
+		return nil
+	})
+	return revision, err
+}
+
+// delete deletes keys.
+func (s *Site) delete(ctx context.Context, key string, opts ...clientv3.OpOption) error {
+	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+		if _, err := cli.Delete(ctx, key, opts...); err != nil {
+			return fmt.Errorf("delete %.100s: %w", key, err)
+		}
+		return nil
+	})
+}
+
+// Put writes a key.
+func Put(key, value func(*Site) string) Action {
+	return func(ctx context.Context, s *Site) error {
+		_, err := s.put(ctx, key(s), value(s))
+		return err
+	}
+}
+
+// Delete deletes a key.
+func Delete(key func(*Site) string) Action {
+	return func(ctx context.Context, s *Site) error { return s.delete(ctx, key(s)) }
+}
+
 // storedLease is a lease as it stands in etcd.
 type storedLease struct {
 	key, value string
@@ -72,7 +108,7 @@ func (s *Site) leaseOf(ctx context.Context, n *lab.Node) (storedLease, error) {
 
 // registered holds when every node has the lease in etcd that its subnet.env speaks of, on an etcd lease.
 func registered(ctx context.Context, s *Site) error {
-	for _, n := range s.Lab.Nodes() {
+	return s.everyNode(func(n *lab.Node) error {
 		l, err := s.leaseOf(ctx, n)
 		if err != nil {
 			return err
@@ -85,11 +121,9 @@ func registered(ctx context.Context, s *Site) error {
 		for _, f := range s.families {
 			own.Set(f, env.Gateway.Get(f).Masked())
 		}
-		if l.key != subnets+subnet.FormatKey(own) || l.etcdLease == 0 {
-			return fmt.Errorf("the lease of %s stands at %s (etcd lease %x), its subnet.env says %s", n.Name, l.key, int64(l.etcdLease), subnet.FormatKey(own))
-		}
-	}
-	return nil
+		return unless(l.key == subnets+subnet.FormatKey(own) && l.etcdLease != 0,
+			"the lease of %s is at %s (etcd lease %x), its subnet.env says %s", n.Name, l.key, int64(l.etcdLease), subnet.FormatKey(own))
+	})
 }
 
 // ghost is a node that exists in etcd alone.
@@ -132,25 +166,19 @@ func (g ghost) value(s *Site) string {
 
 // appears puts the ghost's lease into etcd; the row's end takes it away.
 func (g ghost) appears(ctx context.Context, s *Site) error {
-	s.Defer(func() error { return g.goes(context.WithoutCancel(ctx), s) })
-	return Put(func(s *Site) (string, string) { return g.key(s), g.value(s) })(ctx, s)
+	s.Defer(g.goes)
+	return g.returns(ctx, s)
 }
 
-func (g ghost) goes(ctx context.Context, s *Site) error {
-	return Delete(func(s *Site) string { return g.key(s) })(ctx, s)
-}
+func (g ghost) returns(ctx context.Context, s *Site) error { return Put(g.key, g.value)(ctx, s) }
 
-// routed holds when every node has a route to the ghost's subnet.
+func (g ghost) goes(ctx context.Context, s *Site) error { return Delete(g.key)(ctx, s) }
+
+// routed holds when every node has a route to the ghost's subnet, routedHere when the victim has.
 func (g ghost) routed(ctx context.Context, s *Site) error {
-	for _, n := range s.Lab.Nodes() {
-		if err := g.routedOn(ctx, s, n); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.everyNode(func(n *lab.Node) error { return g.routedOn(ctx, s, n) })
 }
 
-// routedHere is routed for the victim.
 func (g ghost) routedHere(ctx context.Context, s *Site) error { return g.routedOn(ctx, s, s.Victim) }
 
 func (g ghost) routedOn(ctx context.Context, s *Site, n *lab.Node) error {
@@ -164,53 +192,28 @@ func (g ghost) routedOn(ctx context.Context, s *Site, n *lab.Node) error {
 	return nil
 }
 
-// Put writes a key.
-func Put(what func(*Site) (key, value string)) Action {
-	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
-		key, value := what(s)
-		if _, err := cli.Put(ctx, key, value); err != nil {
-			return fmt.Errorf("put %.100s: %w", key, err)
-		}
-		return nil
-	})
-}
-
-// Delete deletes a key.
-func Delete(what func(*Site) string) Action {
-	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
-		if _, err := cli.Delete(ctx, what(s)); err != nil {
-			return fmt.Errorf("delete %.100s: %w", what(s), err)
-		}
-		return nil
-	})
-}
-
 // stopStore, startStore and the like do something to all members of etcd.
 func stopStore(ctx context.Context, s *Site) error {
 	return eachMember(s, func(e *lab.Etcd) error { return e.Stop(ctx) })
 }
 
 func startStore(ctx context.Context, s *Site) error {
-	if err := eachMember(s, func(e *lab.Etcd) error {
+	ctx, cancel := context.WithTimeout(ctx, storeWait)
+	defer cancel()
+	err := eachMember(s, func(e *lab.Etcd) error {
 		if e.Running() {
 			return nil
 		}
 		return e.Start()
-	}); err != nil {
+	})
+	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
 	return eachMember(s, func(e *lab.Etcd) error { return e.WaitReady(ctx) })
 }
 
-func pauseStore(_ context.Context, s *Site) error {
-	return eachMember(s, func(e *lab.Etcd) error { return e.Pause() })
-}
-
-func resumeStore(_ context.Context, s *Site) error {
-	return eachMember(s, func(e *lab.Etcd) error { return e.Resume() })
-}
+func pauseStore(_ context.Context, s *Site) error  { return eachMember(s, (*lab.Etcd).Pause) }
+func resumeStore(_ context.Context, s *Site) error { return eachMember(s, (*lab.Etcd).Resume) }
 
 func eachMember(s *Site, f func(*lab.Etcd) error) error {
 	var errs []error
@@ -220,55 +223,37 @@ func eachMember(s *Site, f func(*lab.Etcd) error) error {
 	return errors.Join(errs...)
 }
 
-// emptyStore starts etcd with nothing in it.
-func emptyStore(ctx context.Context, s *Site) error {
-	if err := stopStore(ctx, s); err != nil {
-		return err
-	}
-	if err := eachMember(s, func(e *lab.Etcd) error { return os.RemoveAll(e.DataDir()) }); err != nil {
-		return fmt.Errorf("lose the data: %w", err)
-	}
-	return startStore(ctx, s)
+// withData stops etcd, does something to its data, and starts it.
+func withData(change func(ctx context.Context, data string) error) Action {
+	return Steps(stopStore, func(ctx context.Context, s *Site) error {
+		return eachMember(s, func(e *lab.Etcd) error { return change(ctx, e.DataDir()) })
+	}, startStore)
 }
 
-// backup is where a copy of etcd's data lies.
-func (s *Site) backup() string { return s.Lab.Etcd().DataDir() + ".backup" }
+// emptyStore starts etcd with nothing in it.
+func emptyStore(ctx context.Context, s *Site) error {
+	return withData(func(_ context.Context, data string) error { return os.RemoveAll(data) })(ctx, s)
+}
 
-// copyStore keeps a copy of etcd's data.
+// copyStore keeps a copy of etcd's data, and rollBack puts it in their place.
 func copyStore(ctx context.Context, s *Site) error {
-	if err := stopStore(ctx, s); err != nil {
-		return err
-	}
-	if err := copyTo(ctx, s.Lab.Etcd().DataDir(), s.backup()); err != nil {
-		return err
-	}
-	return startStore(ctx, s)
+	return withData(func(ctx context.Context, data string) error { return copyTo(ctx, data, data+".backup") })(ctx, s)
+}
+
+func rollBack(ctx context.Context, s *Site) error {
+	return withData(func(ctx context.Context, data string) error { return copyTo(ctx, data+".backup", data) })(ctx, s)
 }
 
 // olderStore makes a copy of etcd's data in which the victim has no lease. No node sees anything of it but an interruption.
 func olderStore(ctx context.Context, s *Site) error {
-	with := s.Lab.Etcd().DataDir() + ".with"
-	drop := onStore(`iptables -I INPUT -i eth0 -j DROP; iptables -I OUTPUT -o eth0 -j DROP`)
-	s.Defer(func() error { return onStore(`iptables -F`)(context.WithoutCancel(ctx), s) })
-	data := func(from, to string) Action {
-		return func(ctx context.Context, _ *Site) error { return copyTo(ctx, from, to) }
-	}
+	const cut, join = `iptables -I INPUT -i eth0 -j DROP; iptables -I OUTPUT -o eth0 -j DROP`, `iptables -F`
 	return Steps(
-		drop, stopStore, data(s.Lab.Etcd().DataDir(), with),
-		startStore, deleteOwnKey, stopStore, data(s.Lab.Etcd().DataDir(), s.backup()),
-		data(with, s.Lab.Etcd().DataDir()), startStore, onStore(`iptables -F`),
+		Afterwards(once(store, join)), once(store, cut),
+		withData(func(ctx context.Context, data string) error { return copyTo(ctx, data, data+".with") }), deleteOwnKey,
+		withData(func(ctx context.Context, data string) error {
+			return errors.Join(copyTo(ctx, data, data+".backup"), copyTo(ctx, data+".with", data))
+		}), once(store, join),
 	)(ctx, s)
-}
-
-// rollBack puts the copy in the place of etcd's data.
-func rollBack(ctx context.Context, s *Site) error {
-	if err := stopStore(ctx, s); err != nil {
-		return err
-	}
-	if err := copyTo(ctx, s.backup(), s.Lab.Etcd().DataDir()); err != nil {
-		return err
-	}
-	return startStore(ctx, s)
 }
 
 // copyTo copies a file or a directory, by a process of its own: a program that this one writes can't be run while a child that was forked
@@ -281,12 +266,4 @@ func copyTo(ctx context.Context, from, to string) error {
 		return fmt.Errorf("copy %s: %w: %s", from, err, strings.TrimSpace(string(out)))
 	}
 	return nil
-}
-
-// onStore runs a shell script on etcd's machine.
-func onStore(script string) Action {
-	return func(ctx context.Context, s *Site) error {
-		_, err := s.Lab.Etcd().Run(ctx, "sh", "-ec", s.vars.Get(s.families[0])+script)
-		return err
-	}
 }

@@ -78,9 +78,8 @@ type loss struct {
 	Lost      int       // pings of all flows
 	Elsewhere int       // those between two nodes that the fault was not done to
 	Last      time.Time // when the last lost one was sent
-	Stall     time.Duration
-	Broken    []string // TCP connections that ended
-	Where     string   // the flow that lost most
+	Broken    []string  // TCP connections that ended
+	Where     string    // the flow that lost most
 }
 
 // between sums up what happened to the traffic that was sent from one moment to another.
@@ -99,10 +98,8 @@ func (t traffic) between(from, to time.Time, hit ...*lab.Node) loss {
 		if p.Lost > most {
 			most, out.Where = p.Lost, f.name
 		}
-		c := f.tcp.Stats(from)
-		out.Stall = max(out.Stall, c.Longest)
-		if c.Broken != nil {
-			out.Broken = append(out.Broken, fmt.Sprintf("%s: %v", f.name, c.Broken))
+		if err := f.tcp.Broken(); err != nil {
+			out.Broken = append(out.Broken, fmt.Sprintf("%s: %v", f.name, err))
 		}
 	}
 	return out

@@ -6,11 +6,9 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/overlayd/overlayd/lab"
@@ -22,44 +20,33 @@ const (
 	// backWithin is how long after everything is as planned all signs of the fault may take to be gone. Peers whose pings got lost are
 	// asked again every ten seconds.
 	backWithin = 30 * time.Second
-	// watchEvery is how often /readyz and the metrics are read, statusEvery how often `overlayd status` is run.
-	watchEvery, statusEvery = 100 * time.Millisecond, 400 * time.Millisecond
+	// watchEvery is how often the victim is asked.
+	watchEvery = 100 * time.Millisecond
 	// answerWithin is after how long a question counts as not answered.
 	answerWithin = time.Second
 )
 
-// watch looks at the victim as an operator does, again and again.
+// watch asks the victim what an operator would: before the fault, while it lasts, and afterwards.
 type watch struct {
-	node   *lab.Node
-	seen   Seen
-	status *regexp.Regexp
-	ready  *regexp.Regexp
-	moves  []move
+	node                  *lab.Node
+	seen                  Seen
+	status, doctor, ready *regexp.Regexp
+	moves                 []move
 
-	doctor       *regexp.Regexp
-	before       []float64 // values of the moves
-	beforeStatus []string  // lines
-	beforeDoctor []string
+	before                     []float64 // values of the moves
+	beforeStatus, beforeDoctor []string  // lines
 
-	stop func() // looking; more than once is no harm
-
-	mu       sync.Mutex
-	said     string        // the line of the status
-	unready  string        // the line of /readyz
-	verdicts []string      // what /readyz said, each change of it
-	peaks    []*float64    // the values of those that moved
-	now      []float64     // the values that the last look read; nil if it could not
-	took     time.Duration // from the fault until all was seen
-	ok       bool          // /readyz said so, the last time
-	panicked string        // why nobody looks any more
+	said     string     // the line of the status
+	unready  string     // the line of /readyz
+	verdicts []string   // what /readyz said, each change of it
+	ok       bool       // /readyz said so, the last time
+	peaks    []*float64 // the values of those that moved
+	now      []float64  // the values that were read last; nil if they could not be
 }
 
-// watchFor begins to look. It returns nil where a row says nothing of what is to be seen.
-func watchFor(ctx context.Context, n *lab.Node, seen *Seen) (*watch, error) {
-	if seen == nil {
-		return nil, nil
-	}
-	w := &watch{node: n, seen: *seen, peaks: make([]*float64, len(seen.Metrics)), verdicts: []string{"ok"}} // else no row begins
+// newWatch reads what a row says is to be seen.
+func newWatch(n *lab.Node, seen Seen) (*watch, error) {
+	w := &watch{node: n, seen: seen, peaks: make([]*float64, len(seen.Metrics)), verdicts: []string{"ok"}} // else no row begins
 	var errStatus, errDoctor, errReady error
 	w.status, errStatus = regexp.Compile(seen.Status)
 	w.doctor, errDoctor = regexp.Compile(seen.Doctor)
@@ -70,130 +57,75 @@ func watchFor(ctx context.Context, n *lab.Node, seen *Seen) (*watch, error) {
 		errs = errors.Join(errs, err)
 		w.moves = append(w.moves, m)
 	}
-	if errs != nil {
-		return nil, errs
-	}
-	if err := w.first(ctx); err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	var done sync.WaitGroup
-	w.stop = func() { cancel(); done.Wait() }
-	done.Go(func() { w.look(ctx) })
-	return w, nil
+	return w, errs
 }
 
-// first takes down what there is before the fault, which may take some tries on a machine that has much to do.
-func (w *watch) first(ctx context.Context) error {
-	for end := time.Now().Add(beginWithin); ; {
-		var errValues, errStatus, errDoctor error
-		w.before, errValues = w.values(ctx)
-		w.beforeStatus, errStatus = w.statusLines(ctx)
-		if w.seen.Doctor != "" {
-			w.beforeDoctor, errDoctor = w.doctorLines(ctx)
-		}
-		err := errors.Join(errValues, errStatus, errDoctor)
-		if err == nil || ctx.Err() != nil || time.Now().After(end) {
-			return err
-		}
-		_ = sleep(ctx, watchEvery)
+// first is the Check that takes down what there is before the fault.
+func (w *watch) first(ctx context.Context, _ *Site) (err error) {
+	var errStatus, errDoctor error
+	w.before, err = w.values(ctx)
+	w.beforeStatus, errStatus = w.statusLines(ctx)
+	if w.seen.Doctor != "" {
+		w.beforeDoctor, errDoctor = w.doctorLines(ctx)
 	}
+	return errors.Join(err, errStatus, errDoctor)
 }
 
-// end stops looking, where anybody does.
-func (w *watch) end() {
-	if w != nil {
-		w.stop()
+// appeared is the Check that holds when all was seen that the row says. The status comes last, since a process is started for it.
+func (w *watch) appeared(ctx context.Context, _ *Site) error {
+	w.ask(ctx)
+	if w.said == "" && w.seen.Status != "" && len(w.missing()) == 1 {
+		lines, _ := w.statusLines(ctx) // without an answer it is asked again
+		w.said, _ = w.added(lines, w.beforeStatus, w.status)
 	}
+	return pause(ctx, w.missing())
 }
 
-// look goes on until ctx ends.
-func (w *watch) look(ctx context.Context) {
-	defer func() {
-		if p := recover(); p != nil {
-			w.mu.Lock()
-			defer w.mu.Unlock()
-			w.panicked = fmt.Sprintf("panic: %v\n%s", p, debug.Stack())
-		}
-	}()
-	began := time.Now()
-	var asked time.Time // for the status
-	for ctx.Err() == nil {
-		w.lookReady(ctx)
-		w.lookMetrics(ctx)
-		if w.saysNothing() && time.Since(asked) >= statusEvery {
-			w.lookStatus(ctx)
-			asked = time.Now()
-		}
-		w.time(began)
-		_ = sleep(ctx, watchEvery)
+// gone is the Check that holds when no sign of the fault is left.
+func (w *watch) gone(ctx context.Context, _ *Site) error {
+	w.ask(ctx)
+	return pause(ctx, w.left())
+}
+
+// pause makes an error of what was found, after which the victim is left alone for a moment.
+func pause(ctx context.Context, found []string) error {
+	if len(found) == 0 {
+		return nil
 	}
+	_ = sleep(ctx, watchEvery)
+	return errors.New(strings.Join(found, "; "))
 }
 
-// saysNothing reports whether the status has not said yet what it has to.
-func (w *watch) saysNothing() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.said == "" && w.seen.Status != ""
-}
-
-// time notes how long it took until all was seen.
-func (w *watch) time(began time.Time) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.took == 0 && len(w.missing()) == 0 {
-		w.took = time.Since(began)
-	}
-}
-
-func (w *watch) lookReady(ctx context.Context) {
+// ask reads /readyz and the metrics.
+func (w *watch) ask(ctx context.Context) {
 	lines := readyLines(ctx, w.node)
-	if ctx.Err() != nil {
-		return
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.ok = len(lines) == 1 && lines[0] == readyOK
 	if v := verdict(lines); w.verdicts[len(w.verdicts)-1] != v {
 		w.verdicts = append(w.verdicts, v)
 	}
-	for _, l := range lines {
-		if w.unready == "" && w.seen.Ready != "" && w.ready.MatchString(l) {
-			w.unready = l
-		}
+	if i := slices.IndexFunc(lines, w.ready.MatchString); i >= 0 && w.unready == "" {
+		w.unready = lines[i]
 	}
-}
-
-func (w *watch) lookMetrics(ctx context.Context) {
-	now, err := w.values(ctx)
-	if ctx.Err() != nil {
-		return
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.now = now
+	var err error
+	w.now, err = w.values(ctx)
 	for i, m := range w.moves {
-		if m.name == up && err != nil {
+		switch {
+		case err != nil && m.name == up:
 			w.peaks[i] = new(float64)
-		}
-		if err == nil && m.moved(w.before[i], now[i]) {
-			w.peaks[i] = &now[i]
+		case err == nil && m.moved(w.before[i], w.now[i]):
+			w.peaks[i] = &w.now[i]
 		}
 	}
 }
 
-func (w *watch) lookStatus(ctx context.Context) {
-	lines, err := w.statusLines(ctx)
-	if err != nil {
-		return
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
+// added is the first line that matches and was not there before.
+func (w *watch) added(lines, before []string, pattern *regexp.Regexp) (string, bool) {
 	for _, l := range lines {
-		if w.said == "" && w.status.MatchString(l) && !slices.Contains(w.beforeStatus, l) {
-			w.said = l
+		if pattern.MatchString(l) && !slices.Contains(before, l) {
+			return l, true
 		}
 	}
+	return "", false
 }
 
 // readyOK is all that /readyz of a node says with which nothing is wrong.
@@ -203,7 +135,7 @@ const readyOK = "200 ok"
 func readyLines(ctx context.Context, n *lab.Node) []string {
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	code, body, err := n.Ask(ctx, "http://127.0.0.1:8471/readyz")
+	code, body, err := n.Readyz(ctx)
 	if err != nil {
 		return []string{NoAnswer}
 	}
@@ -240,15 +172,15 @@ func verdict(lines []string) string {
 
 func (w *watch) values(ctx context.Context) ([]float64, error) {
 	if len(w.moves) == 0 {
-		return nil, nil
+		return []float64{}, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	text, err := w.node.Get(ctx, "http://127.0.0.1:8471/metrics")
+	text, err := w.node.Metrics(ctx)
 	if err != nil {
 		return nil, err
 	}
-	out := make([]float64, 0, len(w.moves))
+	var out []float64
 	for _, m := range w.moves {
 		v := m.value(text)
 		if m.name == up {
@@ -265,20 +197,20 @@ func (w *watch) statusLines(ctx context.Context) ([]string, error) {
 	return plainLines(text), err
 }
 
+func (w *watch) doctorLines(ctx context.Context) ([]string, error) {
+	text, err := w.node.Doctor(ctx)
+	return plainLines(text), err
+}
+
 // plainLines leaves out how long something has lasted or how long ago it was: with it, a line that was there before would be a new one.
 func plainLines(text string) []string {
+	const duration = `(?:\d+ days|(?:\d+(?:\.\d+)?(?:h|ms|m|µs|ns|s))+)`
+	age := regexp.MustCompile(`(\b(?:for|up|in) )` + duration + `\b|\b` + duration + `( ago\b)`)
 	var out []string
-	age := ages()
 	for line := range strings.Lines(text) {
 		out = append(out, age.ReplaceAllString(strings.Join(strings.Fields(line), " "), "$1…$2"))
 	}
 	return out
-}
-
-// ages finds how long something has lasted, or how long ago it was, as a person reads it.
-func ages() *regexp.Regexp {
-	const duration = `(?:\d+ days|(?:\d+(?:\.\d+)?(?:h|ms|m|µs|ns|s))+)`
-	return regexp.MustCompile(`(\b(?:for|up|in) )` + duration + `\b|\b` + duration + `( ago\b)`)
 }
 
 // missing says what has not been seen.
@@ -301,82 +233,6 @@ func (w *watch) missing() (out []string) {
 	return out
 }
 
-// await gives a sign some time until it is there, since it was missed first.
-func (w *watch) await(ctx context.Context, missing func() []string, patience time.Duration) []string {
-	for end := time.Now().Add(patience); ; {
-		w.mu.Lock()
-		out := missing()
-		w.mu.Unlock()
-		if len(out) == 0 || ctx.Err() != nil || time.Now().After(end) {
-			return out
-		}
-		_ = sleep(ctx, lookEvery)
-	}
-}
-
-// during waits until all is seen that the row says. The fault began at a time, and lasts.
-func (w *watch) during(ctx context.Context, began time.Time, r *Result) {
-	if w == nil {
-		return
-	}
-	// The time may be over already where the row itself took long: then one look more would be too little.
-	for _, m := range w.await(ctx, w.missing, max(time.Until(began.Add(w.seen.within())), seenSoon)) {
-		r.fail("%s", m)
-	}
-	if w.seen.Doctor != "" {
-		w.askDoctor(ctx, r)
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	r.Status, r.See = w.said, w.took
-	if len(r.Problems) > 0 {
-		lines, _ := w.statusLines(ctx)
-		r.StatusText = lines
-	}
-}
-
-// askDoctor runs it once: it looks for itself, and need not be waited for.
-func (w *watch) askDoctor(ctx context.Context, r *Result) {
-	lines, err := w.doctorLines(ctx)
-	if err != nil {
-		r.fail("%v", err)
-		return
-	}
-	lines = slices.DeleteFunc(lines, func(l string) bool { return slices.Contains(w.beforeDoctor, l) })
-	if i := slices.IndexFunc(lines, w.doctor.MatchString); i >= 0 {
-		r.Doctor = lines[i]
-		return
-	}
-	r.fail("overlayd doctor does not say /%s/, but %s", w.seen.Doctor, strings.Join(lines, " | "))
-}
-
-func (w *watch) doctorLines(ctx context.Context) ([]string, error) {
-	text, err := w.node.Doctor(ctx)
-	return plainLines(text), err
-}
-
-// after waits until no sign of the fault is left, and writes down what moved.
-func (w *watch) after(ctx context.Context, r *Result) {
-	if w == nil {
-		return
-	}
-	defer w.stop()
-	for _, m := range w.await(ctx, w.left, backWithin) {
-		r.fail("afterwards: %s", m)
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.panicked != "" {
-		r.fail("%s", w.panicked)
-	}
-	r.Ready = strings.Join(w.verdicts, " → ")
-	for i, m := range w.moves {
-		if w.peaks[i] != nil && w.now != nil {
-			r.Metrics = append(r.Metrics, m.path(w.before[i], *w.peaks[i], w.now[i]))
-		}
-	}
-}
-
 // left says what still looks like a fault.
 func (w *watch) left() (out []string) {
 	if !w.ok {
@@ -391,4 +247,52 @@ func (w *watch) left() (out []string) {
 		}
 	}
 	return out
+}
+
+// during waits until all is seen that the row says, of a fault that began at a time and lasts.
+func (w *watch) during(ctx context.Context, s *Site, began time.Time, f Fault, r *Result) {
+	if w == nil {
+		return
+	}
+	// The time may be over already where the row itself took long, and some faults are noticed late while they last.
+	patience := max(w.seen.within(), f.Hold+seenSoon, time.Since(began)+seenSoon)
+	if _, err := s.await(ctx, w.appeared, began, patience); err != nil {
+		r.fail("%v", err)
+	}
+	r.Status = w.said
+	if w.seen.Doctor != "" {
+		w.askDoctor(ctx, r)
+	}
+	if len(r.Problems) > 0 {
+		r.StatusText, _ = w.statusLines(ctx)
+	}
+}
+
+// askDoctor runs it once: it observes by itself, and need not be waited for.
+func (w *watch) askDoctor(ctx context.Context, r *Result) {
+	lines, err := w.doctorLines(ctx)
+	if err != nil {
+		r.fail("%v", err)
+		return
+	}
+	line, ok := w.added(lines, w.beforeDoctor, w.doctor)
+	if r.Doctor = line; !ok {
+		r.fail("overlayd doctor does not say /%s/, but %s", w.seen.Doctor, strings.Join(lines, " | "))
+	}
+}
+
+// after waits until no sign of the fault is left, and writes down what moved.
+func (w *watch) after(ctx context.Context, s *Site, r *Result) {
+	if w == nil {
+		return
+	}
+	if _, err := s.await(ctx, w.gone, time.Now(), backWithin); err != nil {
+		r.fail("afterwards: %v", err)
+	}
+	r.Ready = strings.Join(w.verdicts, " → ")
+	for i, m := range w.moves {
+		if w.peaks[i] != nil && w.now != nil {
+			r.Metrics = append(r.Metrics, m.path(w.before[i], *w.peaks[i], w.now[i]))
+		}
+	}
 }

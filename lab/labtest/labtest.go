@@ -7,12 +7,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/lab"
 )
@@ -27,12 +24,7 @@ func Main(m *testing.M) int {
 	if len(os.Args) < 2 || os.Args[1] != lab.EtcdCommand {
 		return m.Run()
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
-	defer stop()
-	if err := lab.EtcdMain(ctx, os.Args[2:]); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
+	lab.EtcdMain(os.Args[2:])
 	return 0
 }
 
@@ -127,7 +119,7 @@ func showLogs(t testing.TB, l *lab.Lab) {
 // Check runs the matrix and fails the test with every cell that failed.
 func Check(t testing.TB, l *lab.Lab) lab.Report {
 	t.Helper()
-	report, err := l.Check(t.Context(), lab.CheckOptions{})
+	report, err := l.Check(t.Context(), lab.Settle)
 	if err != nil {
 		t.Fatal(err)
 	}
