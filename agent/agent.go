@@ -53,9 +53,9 @@ type Kernel interface {
 	AddMissing(desired netstate.State) (netstate.Result, error)
 	// Uncover removes those of our routes that cover one of these addresses.
 	Uncover(ips []netip.Addr) (netstate.Result, error)
-	// Adjust does what the last of these two did, with a wish that differs by a few objects.
+	// Adjust does what the last of these two did, with a desired state that differs by a few objects.
 	Adjust(gone, come netstate.State) (netstate.Result, error)
-	// Compare looks at the kernel, and lists what the next of these would do if nothing else were wished for.
+	// Compare observes the kernel, and lists what the next of these would do if nothing else were desired.
 	Compare() ([]netstate.Change, error)
 	// Offloads tells which features of a device are on.
 	Offloads(device string) []netstate.Offload

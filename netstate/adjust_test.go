@@ -124,6 +124,45 @@ func TestAdjustAfterAddMissing(t *testing.T) {
 	n.wantState(base)
 }
 
+// TestCompare: it lists what would be done, and does nothing. What would not be removed is not listed.
+func TestCompare(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	base, one := fullState(), peersAt(map[int]int{1: 0}).state()
+	whole := Merge(base, one)
+	n.converge(whole)
+	n.open()
+	changes := func(when string, want ...Op) {
+		t.Helper()
+		n.Do(func() {
+			got, err := n.k.Compare()
+			ops := []Op{}
+			for _, c := range got {
+				ops = append(ops, c.Op)
+			}
+			if err != nil || !slices.Equal(ops, want) {
+				t.Errorf("%s: %v, %v", when, got, err)
+			}
+		})
+	}
+	changes("nothing is desired yet")
+	n.Do(func() {
+		if _, err := n.k.AddMissing(base.clone()); err != nil {
+			t.Fatal(err)
+		}
+	})
+	changes("what is too many may stay")
+	n.wantState(whole)
+	n.converge(whole)
+	changes("in sync")
+	n.sh("ip route del 10.250.1.0/24")
+	changes("a route is gone", Add)
+	if res := n.adjust(State{}, State{}); len(res.Done) != 1 || !res.Repaired {
+		t.Errorf("%+v", res)
+	}
+	changes("in sync again")
+}
+
 // TestAdjustFirst: before anything was wished for as a whole, nothing is swept.
 func TestAdjustFirst(t *testing.T) {
 	t.Parallel()
