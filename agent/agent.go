@@ -312,7 +312,7 @@ func (a *Agent) take(s subnet.Snapshot) {
 	if lost {
 		a.lost, a.lostUntil = true, time.Now().Add(a.opts.StalePeerGrace)
 		a.losses, a.lostAt = a.losses+1, time.Now()
-		a.log.Warn("etcd has lost data or was restored from a backup: peers that are missing in it are kept for a while",
+		a.log.Warn("etcd lost data or was restored from a backup; keeping peers whose leases are missing",
 			zap.Duration("for", a.opts.StalePeerGrace))
 	}
 	a.snap = s
@@ -334,7 +334,7 @@ func (a *Agent) round(look bool) error {
 	if look {
 		began := time.Now()
 		host, err := a.kernel.Observe()
-		a.instruments.Netlink(metrics.OpLook, time.Since(began))
+		a.instruments.Netlink(metrics.OpObserve, time.Since(began))
 		if err != nil {
 			a.health.set(condKernel, err)
 			return err
@@ -422,10 +422,10 @@ func (a *Agent) uncover() {
 	if a.uncovered = a.snap.Endpoints; err != nil || len(res.Failed) > 0 {
 		a.uncovered = nil // once more in the next round
 		refused, _ := failures(res.Failed)
-		a.log.Warn("routes that cover an endpoint of etcd can't be removed", zap.Error(cmp.Or(err, refused)))
+		a.log.Warn("cannot remove routes that cover an etcd endpoint", zap.Error(cmp.Or(err, refused)))
 	}
 	for _, c := range res.Done {
-		a.log.Warn("removed a route that covers an endpoint of etcd", zap.Stringer("route", c.Obj))
+		a.log.Warn("removed route that covers an etcd endpoint", zap.Stringer("route", c.Obj))
 	}
 }
 
@@ -498,9 +498,9 @@ func (a *Agent) hold(l subnet.Lease) {
 		before = a.remembered.Subnets // it was lost while the daemon was not running
 	}
 	if before == "" {
-		a.log.Info("lease held", zap.String("subnet", now))
+		a.log.Info("lease acquired", zap.String("subnet", now))
 	} else {
-		a.log.Error("this node's subnet was lost to another node: pods that run have addresses that no longer lead here",
+		a.log.Error("subnet lease lost to another node; running pods are unreachable",
 			zap.String("subnet", now), zap.String("before", before))
 		a.health.set(condStateDir, a.state.NoteMove(before, now))
 	}
@@ -530,32 +530,32 @@ func (a *Agent) learnOffline() {
 	case a.lease != (subnet.Lease{}) || m.Subnets == "" || time.Since(a.started) < offlineAfter:
 		return
 	case time.Now().Before(m.Saved):
-		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the clock says %s, which is before %s was written", time.Now().Format(time.RFC3339), a.state.LeaseFile()))
+		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the clock says %s, earlier than when %s was written", time.Now().Format(time.RFC3339), a.state.LeaseFile()))
 		return
 	case m.Node != a.opts.Identity:
 		a.health.set(condOffline,
 			fmt.Errorf(
-				"waiting for etcd: %s is of the time when this node was called %q, or came here in a copy of that node's disk",
+				"waiting for etcd: %s is of node %q: this node was renamed, or its disk is a copy of that node's",
 				a.state.LeaseFile(), m.Node.NodeName))
 		return
 	case m.Prefix != "" && m.Prefix != a.state.Prefix:
 		a.health.set(condOffline,
-			fmt.Errorf("waiting for etcd: %s is about another network, %s", a.state.LeaseFile(), m.Prefix))
+			fmt.Errorf("waiting for etcd: %s is of another network, %s", a.state.LeaseFile(), m.Prefix))
 		return
 	case !m.Expires.IsZero() && time.Now().After(m.Expires):
-		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the lease of %s that is remembered ended at %s, another node may have it", m.Subnets, m.Expires.Format(time.RFC3339)))
+		a.health.set(condOffline, fmt.Errorf("waiting for etcd: the persisted lease of %s expired at %s, another node may hold it", m.Subnets, m.Expires.Format(time.RFC3339)))
 		return
 	}
 	t, err := m.Table()
 	if err == nil && !t.Config.Fits(m.Own()) {
-		err = errors.New("the remembered subnet does not fit the remembered network config")
+		err = errors.New("the persisted subnet does not fit the persisted network config")
 	}
 	if err != nil {
 		a.health.set(condOffline, fmt.Errorf("waiting for etcd: %s: %w", a.state.LeaseFile(), err))
 		return
 	}
-	a.log.Warn("etcd does not answer: starting from what is remembered", zap.String("subnet", m.Subnets), zap.Int("peers", len(t.Entries)))
-	a.health.set(condOffline, errors.New("etcd has not answered since the start: this node works with the leases that it remembers"))
+	a.log.Warn("etcd unreachable; starting from persisted state", zap.String("subnet", m.Subnets), zap.Int("peers", len(t.Entries)))
+	a.health.set(condOffline, errors.New("no answer from etcd since the start: using persisted leases"))
 	a.health.set(condLease, nil)
 	a.follow(t)
 	a.lease, a.offline = subnet.Lease{Subnets: m.Own()}, t
@@ -611,7 +611,7 @@ func (a *Agent) makeDevices(be backend.Backend, self subnet.Attrs) error {
 	refused, _ := failures(res.Failed)
 	if err = cmp.Or(err, refused); err != nil {
 		a.planned = nil // the kernel was asked for something else than what is planned
-		a.health.set(condKernel, fmt.Errorf("nothing is announced until this can be done: %w", err))
+		a.health.set(condKernel, fmt.Errorf("the lease is not announced until this succeeds: %w", err))
 		return errNoDevice
 	}
 	if a.planned == nil {
@@ -634,7 +634,7 @@ func (a *Agent) leaseProblem() error {
 	if e := a.snap.Table.Find(subnet.FormatKey(a.lease.Subnets)); e != nil && e.Identity == a.opts.Identity {
 		return nil // started without etcd, which has it, and has only not been asked for it yet
 	}
-	return errors.New("the lease is gone from etcd, it is being acquired again")
+	return errors.New("the lease disappeared from etcd and is being acquired again")
 }
 
 // leadsElsewhere is why peers that go by this node's lease do not reach it, or do not go by it.
@@ -646,7 +646,7 @@ func (a *Agent) leadsElsewhere() error {
 	for _, f := range addr.Families() {
 		said, is := a.snap.Lease.PublicIP.Get(f), a.claim.PublicIP.Get(f)
 		if a.snap.Lease.Subnets.Get(f).IsValid() && is.IsValid() && said != is {
-			err := fmt.Errorf("the lease announces %s, but this node is at %s", said, is)
+			err := fmt.Errorf("the lease announces %s, but this node's address is %s", said, is)
 			if a.snap.ClaimErr != nil {
 				err = fmt.Errorf("%w: %w", err, a.snap.ClaimErr)
 			}

@@ -302,7 +302,7 @@ func locked[T any](k *fakeKernel, get func(k *fakeKernel) T) T {
 func (r *rig) logged(text string) int {
 	n := 0
 	for _, e := range r.logs.All() {
-		if strings.Contains(e.Message+fmt.Sprint(e.ContextMap()), text) {
+		if strings.Contains(e.Message+" "+fmt.Sprint(e.ContextMap()), text) {
 			n++
 		}
 	}
@@ -434,7 +434,7 @@ func TestOneFamilyLosesItsUnderlay(t *testing.T) {
 		r.host(h)
 		r.sleep(time.Minute)
 		if p := r.problem(condUnderlay); !strings.Contains(p, "for IPv6") || strings.Count(p, "so far,") != 1 ||
-			!strings.Contains(p, "has lost its address 2001:") {
+			!strings.Contains(p, "lost its address 2001:") {
 			t.Errorf("it says %q", p)
 		}
 	})
@@ -572,7 +572,7 @@ func TestLeaseThatLeadsElsewhere(t *testing.T) {
 			r.store.deliver(func(s *subnet.Snapshot) { s.Lease.PublicIP.Set(addr.FamilyOf(ip), ip) })
 			synctest.Wait()
 			is := lease.PublicIP.Get(addr.FamilyOf(ip))
-			if p := r.problem(condLease); p != fmt.Sprintf("the lease announces %s, but this node is at %s", old, is) {
+			if p := r.problem(condLease); p != fmt.Sprintf("the lease announces %s, but this node's address is %s", old, is) {
 				t.Errorf("problem %q", p)
 			}
 			r.store.deliver(func(s *subnet.Snapshot) { s.Lease = lease })
@@ -740,10 +740,10 @@ func TestPeerLog(t *testing.T) {
 		r.table(onlyV4, peer(2))
 		r.sleep(lingerFor + time.Second)
 		for _, want := range []string{
-			"peer new: n1 10.244.101.0/24, tunnel to 192.0.2.101",
-			"peer changed: n1 10.244.101.0/24, tunnel to 192.0.2.201 (was tunnel to 192.0.2.101)",
-			"peer new: n2 10.244.102.0/24, tunnel to 192.0.2.102",
-			"peer gone: n1 10.244.101.0/24",
+			"peer added map[path:tunnel peer:n1 subnet:10.244.101.0/24 via:192.0.2.101]",
+			"peer changed map[before:tunnel via 192.0.2.101 path:tunnel peer:n1 subnet:10.244.101.0/24 via:192.0.2.201]",
+			"peer added map[path:tunnel peer:n2 subnet:10.244.102.0/24 via:192.0.2.102]",
+			"peer removed map[peer:n1 subnet:10.244.101.0/24]",
 		} {
 			if r.logged(want) != 1 {
 				t.Errorf("%q was logged %d times", want, r.logged(want))
@@ -786,11 +786,11 @@ func TestDriftIsRepairedAtOnceAndCounted(t *testing.T) {
 		if d := netstate.Diff(r.state(), whole); len(d) > 0 {
 			t.Errorf("not repaired in the end: %v", d)
 		}
-		if n := r.logged("repaired what somebody else changed: route"); n != 1 {
+		if n := r.logged("kind:route"); n != 1 {
 			t.Errorf("%d lines", n)
 		}
 		r.sleep(3 * time.Minute)
-		if n := r.logged("repaired what somebody else changed: route"); n != 2 {
+		if n := r.logged("kind:route"); n != 2 {
 			t.Errorf("%d lines after a while, want the count of the rest", n)
 		}
 	})
@@ -835,8 +835,8 @@ func TestStoreThatLostItsDataIsNotAThousandRemovedNodes(t *testing.T) {
 			t.Errorf("%d routes within the grace time", r.routes())
 		}
 		r.sleep(3 * time.Minute)
-		if r.routes() != 4 || r.logged("given up") != 1 {
-			t.Errorf("%d routes after the grace time, said %d times", r.routes(), r.logged("given up"))
+		if r.routes() != 4 || r.logged("leases did not return") != 1 {
+			t.Errorf("%d routes after the grace time, said %d times", r.routes(), r.logged("leases did not return"))
 		}
 	})
 }
@@ -942,11 +942,11 @@ func TestTheLeaseIsThereWhenEtcdIsBack(t *testing.T) {
 		for _, p := range again.agent.health.list() {
 			t.Errorf("problem %+v", p)
 		}
-		if n := again.logged("gone from etcd"); n != 0 {
+		if n := again.logged("disappeared from etcd"); n != 0 {
 			t.Errorf("that the lease is gone was said %d times", n)
 		}
 		again.table(onlyV4, peer(1))
-		if !strings.Contains(again.problem(condLease), "gone from etcd") {
+		if !strings.Contains(again.problem(condLease), "disappeared from etcd") {
 			t.Errorf("when it is gone: %q", again.problem(condLease))
 		}
 	})
@@ -963,8 +963,8 @@ func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 		again.start()
 		defer again.stop()
 		again.table(onlyV4, peer(2)) // at revision 1
-		if again.routes() != 4 || again.logged("etcd has lost data") != 1 {
-			t.Errorf("%d routes, said %d times", again.routes(), again.logged("etcd has lost data"))
+		if again.routes() != 4 || again.logged("etcd lost data") != 1 {
+			t.Errorf("%d routes, said %d times", again.routes(), again.logged("etcd lost data"))
 		}
 		again.sleep(20 * time.Minute)
 		if again.routes() != 2 {
@@ -975,9 +975,9 @@ func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 
 func TestNoStartFromMemoryThatMayBeWrong(t *testing.T) {
 	for what, change := range map[string]func(*state.Persisted){
-		"the lease of 192.0.2.0-24 that is remembered ended": func(m *state.Persisted) { m.Expires = time.Now().Add(-time.Minute) },
-		`when this node was called "another"`:                func(m *state.Persisted) { m.Node.NodeName = "another" },
-		"another network, /another/network":                  func(m *state.Persisted) { m.Prefix = "/another/network" },
+		"the persisted lease of 192.0.2.0-24 expired": func(m *state.Persisted) { m.Expires = time.Now().Add(-time.Minute) },
+		`is of node "another"`:                        func(m *state.Persisted) { m.Node.NodeName = "another" },
+		"another network, /another/network":           func(m *state.Persisted) { m.Prefix = "/another/network" },
 	} {
 		inRig(t, func(r *rig) {
 			r.stop()
@@ -1017,8 +1017,8 @@ func TestSubnetLostToAnotherNode(t *testing.T) {
 			s.Lease = d.Lease
 		})
 		synctest.Wait()
-		if r.agent.lease.Subnets == before || r.logged("was lost to another node") != 1 {
-			t.Errorf("lease %v, said %d times", r.agent.lease.Subnets, r.logged("was lost to another node"))
+		if r.agent.lease.Subnets == before || r.logged("lost to another node") != 1 {
+			t.Errorf("lease %v, said %d times", r.agent.lease.Subnets, r.logged("lost to another node"))
 		}
 		if env, _ := os.ReadFile(filepath.Join(r.dir, "subnet.env")); !strings.Contains(string(env), r.agent.lease.Subnets.V4.Addr().Next().String()) {
 			t.Errorf("subnet.env still says %s", env)
@@ -1180,8 +1180,8 @@ func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
 		thief := peer(8)
 		thief.Subnets, thief.Key = peer(7).Subnets, peer(7).Key
 		again.table(onlyV4, thief)
-		if again.problem(condMoved) == "" || again.logged("was lost to another node") != 1 {
-			t.Errorf("problem %q, said %d times", again.problem(condMoved), again.logged("was lost to another node"))
+		if again.problem(condMoved) == "" || again.logged("lost to another node") != 1 {
+			t.Errorf("problem %q, said %d times", again.problem(condMoved), again.logged("lost to another node"))
 		}
 	})
 }
@@ -1277,7 +1277,7 @@ func TestWhatWasRefusedIsNoDrift(t *testing.T) {
 		if r.problem(condKernel) != "" || r.routes() == 0 {
 			t.Fatalf("still %q", r.problem(condKernel))
 		}
-		if n := r.logged("repaired what somebody else changed: route"); n != 0 {
+		if n := r.logged("kind:route"); n != 0 {
 			t.Errorf("counted as drift: %d lines", n)
 		}
 	})
@@ -1306,7 +1306,7 @@ func TestPodBridge(t *testing.T) {
 		r.sleep(bridgePatience / 2)
 		with(true, "br-pods")
 		r.sleep(time.Minute)
-		if n := r.logged("problem: pod-bridge"); n != 0 {
+		if n := r.logged("condition:pod-bridge"); n != 0 {
 			t.Errorf("said %d times of a bridge that lacks nothing", n)
 		}
 		with(false, "")

@@ -88,7 +88,7 @@ func (d *driftLog) flush() {
 		if k.pending == 0 || !k.said.IsZero() && d.now().Sub(k.said) < driftEvery {
 			continue
 		}
-		d.log.Warn("repaired what somebody else changed: "+kind, zap.Int("count", k.pending), zap.Int("since_start", k.total), zap.String("last", k.example))
+		d.log.Warn("reverted external change", zap.String("kind", kind), zap.Int("count", k.pending), zap.Int("total", k.total), zap.String("last", k.example))
 		k.pending, k.said = 0, d.now()
 	}
 }

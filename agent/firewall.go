@@ -156,14 +156,14 @@ func (f *firewall) take() (desired *rulesets, full bool) {
 // before has been changed by another process.
 func (f *firewall) report(res masquerade.Result, again bool) (contested bool) {
 	if !again && len(res.Drifts) > 0 {
-		f.log.Info("firewall rules put in place", zap.Stringers("found", res.Drifts))
+		f.log.Info("firewall rules applied", zap.Stringers("found", res.Drifts))
 	}
 	for _, d := range res.Drifts {
 		if d.Kind == masquerade.JumpContested {
 			contested = true
 			if time.Since(f.said) >= driftEvery {
 				f.said = time.Now()
-				f.log.Warn("another program keeps moving the jump to our rules from its place; it is now moved back only every few seconds", zap.Stringer("place", d))
+				f.log.Warn("another process keeps moving the jump to our chain; moving it back only every few seconds", zap.Stringer("place", d))
 			}
 		} else if again {
 			f.drift.count("firewall: "+string(d.Kind), d.String())
@@ -174,7 +174,7 @@ func (f *firewall) report(res masquerade.Result, again bool) (contested bool) {
 	}
 	noSets := res.NoSets
 	if noSets != nil {
-		noSets = fmt.Errorf("some packets between pods and nodes arrive with a translated address: %w", noSets)
+		noSets = fmt.Errorf("some packets between pods and nodes are masqueraded: %w", noSets)
 	}
 	f.health.set(condNodeSet, noSets)
 	return contested

@@ -17,29 +17,29 @@ import (
 type condition string
 
 const (
-	condUnderlay    condition = "underlay"      // a device leads to the other nodes
-	condConfig      condition = "config"        // the network config is valid, and the lease fits it
-	condLease       condition = "lease"         // this node holds its lease
-	condStore       condition = "etcd"          // etcd answers
-	condKernel      condition = "kernel"        // the kernel state is the planned one
-	condFirewall    condition = "firewall"      // the rules are in place
-	condSubnetEnv   condition = "subnet-file"   // subnet.env is written
-	condNodeSet     condition = "node-set"      // pods and nodes on one network see each other untranslated
-	condStateDir    condition = "state-dir"     // what has to be remembered is
-	condConfigKeys  condition = "config-keys"   // every key of the network config means something
-	condClaim       condition = "claim"         // the lease says what it should
-	condUnreachable condition = "unreachable"   // there is a way to every peer
-	condSettings    condition = "settings"      // the lesser settings of the kernel are as they should be
-	condOffline     condition = "offline"       // the leases are those of the store, not of memory
-	condMoved       condition = "subnet-moved"  // the pods that run have addresses of the subnet that this node holds
-	condBridge      condition = "pod-bridge"    // the pods' bridge has what it had
-	condRoutes      condition = "foreign-route" // no route of another program comes before one of ours
-	condEndpoints   condition = "etcd-inside"   // etcd is outside of the cluster network
-	condPlan        condition = "plan"          // nothing in the plan is known not to work
-	condPeers       condition = "refused-lease" // all leases of others make sense
-	condSilent      condition = "silent-peers"  // every peer answers when it is pinged
-	condPathMTU     condition = "path-mtu"      // packets as large as pods may send get through
-	condProbe       condition = "mesh-probe"    // pinging works at all
+	condUnderlay    condition = "underlay"       // a device leads to the other nodes
+	condConfig      condition = "config"         // the network config is valid, and the lease fits it
+	condLease       condition = "lease"          // this node holds its lease
+	condStore       condition = "etcd"           // etcd answers
+	condKernel      condition = "kernel"         // the kernel state is the planned one
+	condFirewall    condition = "firewall"       // the rules are in place
+	condSubnetEnv   condition = "subnet-file"    // subnet.env is written
+	condNodeSet     condition = "node-set"       // pods and nodes on one network see each other untranslated
+	condStateDir    condition = "state-dir"      // what has to be remembered is
+	condConfigKeys  condition = "config-keys"    // every key of the network config means something
+	condClaim       condition = "claim"          // the lease says what it should
+	condUnreachable condition = "unreachable"    // there is a way to every peer
+	condSettings    condition = "settings"       // the lesser settings of the kernel are as they should be
+	condOffline     condition = "offline"        // the leases are those of the store, not of memory
+	condMoved       condition = "subnet-moved"   // the pods that run have addresses of the subnet that this node holds
+	condBridge      condition = "pod-bridge"     // the pods' bridge has what it had
+	condRoutes      condition = "foreign-route"  // no route of another program comes before one of ours
+	condEndpoints   condition = "etcd-inside"    // etcd is outside of the cluster network
+	condPlan        condition = "plan"           // nothing in the plan is known not to work
+	condPeers       condition = "rejected-lease" // all leases of others make sense
+	condSilent      condition = "silent-peers"   // every peer answers when it is pinged
+	condPathMTU     condition = "path-mtu"       // packets as large as pods may send get through
+	condProbe       condition = "mesh-probe"     // pinging works at all
 )
 
 // needed are the conditions without which a node is not ready. The others degrade it: pods still talk.
@@ -59,7 +59,7 @@ type health struct {
 }
 
 // errStarting is what is wrong with everything in the first moments. It is not worth a line in the log.
-var errStarting = errors.New("not there yet, overlayd is starting")
+var errStarting = errors.New("overlayd is starting")
 
 // newHealth starts with everything that is needed missing: ready is what has been seen to be so.
 func newHealth(log *zap.Logger, now func() time.Time) *health {
@@ -93,7 +93,7 @@ func (h *health) note(c condition, err error, say bool) {
 		if was {
 			delete(h.problems, c)
 			h.changed.put(struct{}{})
-			h.log.Info("ok: "+string(c), zap.Duration("after", h.now().Sub(old.Since).Round(time.Millisecond)))
+			h.log.Info("condition recovered", zap.String("condition", string(c)), zap.Duration("after", h.now().Sub(old.Since).Round(time.Millisecond)))
 		}
 		return
 	}
@@ -109,7 +109,7 @@ func (h *health) note(c condition, err error, say bool) {
 	if was && !say {
 		return
 	}
-	h.log.Warn("problem: "+string(c), zap.Error(err))
+	h.log.Warn("condition failed", zap.String("condition", string(c)), zap.Error(err))
 }
 
 // list returns what is wrong, the longest-standing first; what is only not there yet comes behind what keeps it from being there.

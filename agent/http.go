@@ -105,7 +105,7 @@ func answer(question func(r *http.Request) (any, error)) http.HandlerFunc {
 
 func (h *health) serveHealthz(w http.ResponseWriter, _ *http.Request) {
 	if d := h.stuck(); d > stuckAfter {
-		http.Error(w, fmt.Sprintf("the loop has been at one thing for %v", d.Round(time.Second)), http.StatusServiceUnavailable)
+		http.Error(w, fmt.Sprintf("the main loop has been busy for %v", d.Round(time.Second)), http.StatusServiceUnavailable)
 		return
 	}
 	_, _ = fmt.Fprintln(w, "ok")

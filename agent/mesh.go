@@ -103,7 +103,7 @@ func (m *mesh) judge() {
 
 func silentError(t probe.Trouble) error {
 	if t.Silent.Count > 1 && t.Silent.Count == t.Targets {
-		return trouble(t.Silent, "no peer at all answers pings: most likely it is this node's own firewall or network; overlayd doctor looks at both")
+		return trouble(t.Silent, "no peer at all answers pings: most likely it is this node's own firewall or network; run overlayd doctor")
 	}
 	return trouble(t.Silent,
 		"pings are not answered: is the node up, does every firewall on the way let the tunnel's packets pass, "+

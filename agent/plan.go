@@ -80,7 +80,7 @@ func (a *Agent) believe(self subnet.Lease) subnet.Change {
 	}
 	if !a.lostUntil.IsZero() && !now.Before(a.lostUntil) {
 		if len(ch.Gone) > 0 {
-			a.log.Warn("peers that did not come back after etcd lost its data are given up", zap.Int("peers", len(ch.Gone)))
+			a.log.Warn("removed peers whose leases did not return after etcd lost data", zap.Int("peers", len(ch.Gone)))
 		}
 		a.lostUntil = time.Time{}
 	}
@@ -159,7 +159,7 @@ func (a *Agent) apply(st step) (netstate.Result, error) {
 func (a *Agent) setMTU(mtu int) {
 	if a.mtu != 0 && a.mtu != mtu {
 		a.changes.MTU++
-		a.log.Info("the pods' MTU has changed; those that run keep theirs until they are made anew", zap.Int("mtu", mtu), zap.Int("before", a.mtu))
+		a.log.Info("MTU changed; existing pods keep the old one until recreated", zap.Int("mtu", mtu), zap.Int("before", a.mtu))
 	}
 	a.mtu = mtu
 	a.mesh.resize(mtu)

@@ -38,7 +38,7 @@ func joined(problems []string) error {
 func refusals(refused []subnet.Refusal) error {
 	var out []string
 	for _, r := range refused {
-		out = append(out, fmt.Sprintf("lease %.100q of node %q is left out: %s", r.Key, r.Node, r.Reason))
+		out = append(out, fmt.Sprintf("lease %.100q of node %q rejected: %s", r.Key, r.Node, r.Reason))
 	}
 	return joined(out)
 }
@@ -66,7 +66,7 @@ func shadowed(h netstate.Host, desired netstate.State) error {
 				continue
 			}
 			if bits < r.Dst.Bits() || r.Metric <= desired.Routes[i].Metric {
-				out = append(out, describe(hops, "is not ours and comes before the way to the peer "+p.String()))
+				out = append(out, describe(hops, "belongs to another program and precedes the route to the peer "+p.String()))
 			}
 		}
 	})
@@ -83,7 +83,7 @@ func intoTunnel(h netstate.Host, desired netstate.State) []string {
 		}
 		if best := h.NextHops(r.Dst.Addr()); slices.Contains(best, r) { // no other comes before it
 			out = append(out,
-				describe(best, "is not ours and leads packets to other nodes into the tunnel that they are to carry"))
+				describe(best, "belongs to another program and leads the tunnel's own packets into the tunnel"))
 		}
 	}
 	return out
@@ -115,8 +115,8 @@ func failures(failed []netstate.Failure) (major, minor error) {
 		s, setting := f.Obj.(netstate.Sysctl)
 		switch {
 		case setting && strings.HasPrefix(s.Path, "net/bridge/") && errors.Is(f, fs.ErrNotExist):
-			less = append(less, fmt.Sprintf("%s is not there: load the module br_netfilter on the host (modprobe br_netfilter), or pods lose the answers of services "+
-				"whose pod is on their own node (or --bridge-netfilter=false)", s.Path))
+			less = append(less, fmt.Sprintf("%s does not exist: load the module br_netfilter on the host (modprobe br_netfilter), or pods lose replies of services "+
+				"whose endpoint is on their own node (or set --bridge-netfilter=false)", s.Path))
 		case setting && strings.HasPrefix(s.Path, "net/bridge/"):
 			less = append(less, f.Error())
 		case setting && noLink && strings.HasPrefix(s.Path, "net/ipv6/conf/"): // it may be that of the device
@@ -157,7 +157,7 @@ func inside(endpoints []netip.Addr, c subnet.Config, own subnet.Lease) error {
 	for _, ip := range endpoints {
 		if sn := own.Subnets.Get(addr.FamilyOf(ip)); sn.Contains(ip) {
 			out = append(out,
-				fmt.Sprintf("etcd is at %s, inside this node's own subnet %s: the pods' bridge leads there instead; "+
+				fmt.Sprintf("etcd is at %s, inside this node's own subnet %s: that address leads to the pod bridge instead; "+
 					"move etcd, or give this node another subnet", ip, sn))
 			continue
 		}
@@ -169,7 +169,7 @@ func inside(endpoints []netip.Addr, c subnet.Config, own subnet.Lease) error {
 
 func unknownKeys(config string) error {
 	if keys := subnet.UnknownKeys([]byte(config)); len(keys) > 0 {
-		return fmt.Errorf("the network config has keys that mean nothing here: %q", keys)
+		return fmt.Errorf("the network config has unknown keys: %q", keys)
 	}
 	return nil
 }
@@ -181,12 +181,12 @@ func logChanges(log *zap.Logger, done []netstate.Change) {
 	}
 	counts := map[string]int{}
 	for _, c := range done {
-		if entry := log.Check(zap.DebugLevel, "kernel changed"); entry != nil {
+		if entry := log.Check(zap.DebugLevel, "kernel change applied"); entry != nil {
 			entry.Write(zap.Stringer("change", c))
 		}
 		counts[c.Op.String()+" "+c.Kind()]++
 	}
-	log.Info("kernel state brought up to date", zap.Any("changes", counts))
+	log.Info("kernel reconciled", zap.Any("changes", counts))
 }
 
 // peerLog says which peers came, went, or are reached in another way than before.
@@ -228,43 +228,48 @@ func (p *peerLog) change(gone, come []backend.Way, all bool) {
 // say logs a line for each peer and family while they are few, a count otherwise. A peer that is in both lists has changed.
 func (p *peerLog) say(gone, come map[*subnet.Lease]wayKinds) {
 	if len(gone)+len(come) > mostNamed {
-		p.log.Info("peers changed", zap.Int("new", len(come)), zap.Int("gone", len(gone)), zap.Int("peers", len(p.ways)))
+		p.log.Info("peers changed", zap.Int("added", len(come)), zap.Int("removed", len(gone)), zap.Int("peers", len(p.ways)))
 		return
 	}
 	was := map[netip.Prefix]string{}
 	for l, kinds := range gone {
 		for _, f := range addr.Families() {
 			if k := kinds.Get(f); k != 0 {
-				was[l.Subnets.Get(f)] = fmt.Sprintf("%s to %s", k, l.PublicIP.Get(f))
+				was[l.Subnets.Get(f)] = fmt.Sprintf("%s via %s", k, l.PublicIP.Get(f))
 			}
 		}
 	}
-	var lines []string
+	lines := map[netip.Prefix]func(){}
+	note := func(message string, l *subnet.Lease, f addr.Family, fields ...zap.Field) {
+		sn := l.Subnets.Get(f)
+		lines[sn] = func() {
+			p.log.Info(message, append([]zap.Field{zap.String("peer", l.Name()), zap.Stringer("subnet", sn)}, fields...)...)
+		}
+	}
 	for l, kinds := range come {
 		for _, f := range addr.Families() {
 			k, sn := kinds.Get(f), l.Subnets.Get(f)
 			if k == 0 {
 				continue
 			}
-			now := fmt.Sprintf("%s to %s", k, l.PublicIP.Get(f))
+			path, via := zap.Stringer("path", k), zap.Stringer("via", l.PublicIP.Get(f))
 			switch old, known := was[sn]; {
 			case !known:
-				lines = append(lines, fmt.Sprintf("new: %s %s, %s", l.Name(), sn, now))
-			case old != now:
-				lines = append(lines, fmt.Sprintf("changed: %s %s, %s (was %s)", l.Name(), sn, now, old))
+				note("peer added", l, f, path, via)
+			case old != fmt.Sprintf("%s via %s", k, l.PublicIP.Get(f)):
+				note("peer changed", l, f, path, via, zap.String("before", old))
 			}
 			delete(was, sn)
 		}
 	}
 	for l := range gone {
 		for _, f := range addr.Families() {
-			if sn := l.Subnets.Get(f); was[sn] != "" {
-				lines = append(lines, fmt.Sprintf("gone: %s %s", l.Name(), sn))
+			if was[l.Subnets.Get(f)] != "" {
+				note("peer removed", l, f)
 			}
 		}
 	}
-	slices.Sort(lines)
-	for _, l := range lines {
-		p.log.Info("peer " + l)
+	for _, sn := range slices.SortedFunc(maps.Keys(lines), netip.Prefix.Compare) {
+		lines[sn]()
 	}
 }

@@ -36,7 +36,7 @@ type Traffic interface {
 }
 
 // ErrBusy says that the loop does not answer.
-var ErrBusy = errors.New("the daemon's loop does not answer")
+var ErrBusy = errors.New("the daemon's main loop does not answer")
 
 // work is what status tells of the loop.
 type work struct {
@@ -164,7 +164,7 @@ func (a *Agent) status() status.Node {
 func (a *Agent) afterRestart() []string {
 	out := []string{}
 	if a.online() && a.lease != (subnet.Lease{}) && a.snap.Table.ConfigErr == nil && !a.snap.Table.Config.Fits(a.lease.Subnets) {
-		out = append(out, fmt.Sprintf("this node gets another subnet: %s is not of the network config any more, which was changed", subnet.FormatKey(a.lease.Subnets)))
+		out = append(out, fmt.Sprintf("this node gets another subnet: %s does not fit the changed network config", subnet.FormatKey(a.lease.Subnets)))
 	}
 	if a.about.Restart != nil {
 		out = append(out, a.about.Restart()...)
@@ -257,7 +257,7 @@ func (a *Agent) listPeers() []status.Peer {
 		}
 	}
 	for _, r := range a.roster.Refused() {
-		out = append(out, status.Peer{Name: r.Node, Subnet: r.Key, Way: "refused", Reason: r.Reason, Cause: string(r.Cause)})
+		out = append(out, status.Peer{Name: r.Node, Subnet: r.Key, Way: "rejected", Reason: r.Reason, Cause: string(r.Cause)})
 	}
 	return out
 }

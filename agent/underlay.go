@@ -54,8 +54,8 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 		case public == s.current: // whether NAT leads here from now on, or its device comes back in a moment, can't be told
 			return Choice{}, noUnderlay{
 				f,
-				fmt.Errorf("no network interface for %s: the address %s of --public-ip is on no device any more "+
-					"(if it leads here by NAT now, restart overlayd)", f, public),
+				fmt.Errorf("no network interface for %s: --public-ip %s is no longer on any device "+
+					"(restart overlayd if NAT leads from it to this node now)", f, public),
 			}
 		}
 		u, why, err := s.choose(o)
@@ -86,17 +86,17 @@ func whatBecame(h netstate.Host, u backend.Underlay) string {
 	l, there := h.Link(u.Device)
 	switch {
 	case u.Device == "" && !h.Has(u.Addr):
-		return fmt.Sprintf("%s, which was used so far, is on no device any more", u.Addr)
+		return fmt.Sprintf("%s, used so far, is no longer on any device", u.Addr)
 	case u.Device == "":
-		return fmt.Sprintf("%s, which was used so far, is there still, but no route leads to other nodes", u.Addr)
+		return fmt.Sprintf("%s, used so far, is still present, but no route leads to other nodes", u.Addr)
 	case !there:
-		return u.Device + ", which it was so far, is gone"
+		return u.Device + ", used so far, is gone"
 	case !l.Up:
-		return u.Device + ", which it was so far, is down"
+		return u.Device + ", used so far, is down"
 	case !h.Has(u.Addr):
-		return fmt.Sprintf("%s, which it was so far, has lost its address %s", u.Device, u.Addr)
+		return fmt.Sprintf("%s, used so far, lost its address %s", u.Device, u.Addr)
 	}
-	return u.Device + ", which it was so far, is as it was, but nothing leads to it"
+	return u.Device + ", used so far, is unchanged, but no route uses it"
 }
 
 // search is what one family's choice is made of.
@@ -128,7 +128,7 @@ func (s search) choose(o InterfaceOptions) (u backend.Underlay, why string, err 
 		errs = append(errs, err)
 	}
 	if len(errs) == 0 {
-		errs = append(errs, errors.New("there is none such on this node"))
+		errs = append(errs, errors.New("no device matches"))
 	}
 	return backend.Underlay{}, "", fmt.Errorf("no network interface for %s yet (%s): %w", s.family, wanted,
 		errors.Join(errs...))
@@ -146,7 +146,7 @@ func (s search) candidates(o InterfaceOptions) ([]candidate, string) {
 		wanted = append(wanted, fmt.Sprintf("--iface-regex %s", o.Regexes))
 	}
 	if o.CanReach.IsValid() {
-		why := fmt.Sprintf("the way to %s", o.CanReach)
+		why := fmt.Sprintf("route to %s", o.CanReach)
 		if hops := s.host.NextHops(o.CanReach); len(hops) > 0 && !hops[0].Drops {
 			c := candidate{uplinks: hops, why: why}
 			if l, _ := s.host.Link(hops[0].Link); addr.FamilyOf(o.CanReach) != s.family { // says no more than the device
@@ -291,7 +291,7 @@ func (s search) take(c candidate) (backend.Underlay, string, error) {
 		if err == nil && !c.named {
 			err = s.podsBridge(l)
 		}
-		counts := err == nil || errors.Is(err, errDown) // one that comes back must not change the pods' MTU
+		counts := err == nil || errors.Is(err, errDown) // one that comes back must not change the pod MTU
 		if counts && (u.MTU == 0 || l.MTU < u.MTU) {
 			u.MTU = l.MTU
 		}
@@ -344,18 +344,18 @@ func (s search) uplink(name string) (netstate.HostLink, error) {
 	case !ok:
 		real, _, found := strings.Cut(name, "@")
 		if found && slices.ContainsFunc(s.host.Links, func(l netstate.HostLink) bool { return l.HasName(real) }) {
-			return l, fmt.Errorf("there is no device %s: the name is %s, what ip prints behind the @ is the other end", name,
+			return l, fmt.Errorf("device %s does not exist: its name is %s (ip prints the peer behind the @)", name,
 				real)
 		}
-		return l, fmt.Errorf("there is no device %s", name)
+		return l, fmt.Errorf("device %s does not exist", name)
 	case l.Tunnel:
-		return l, fmt.Errorf("%s is a tunnel device of overlayd itself: packets to other nodes can't leave by it", name)
+		return l, fmt.Errorf("%s is a tunnel device of overlayd itself: packets to other nodes cannot leave by it", name)
 	case !l.Up:
 		return l, fmt.Errorf("%s is %w", name, errDown)
 	case l.Loopback:
 		return l, fmt.Errorf("%s is the loopback device", name)
 	case master.Kind == "vrf":
-		return l, fmt.Errorf("%s is in the VRF %s, but the tunnel sends by the main routing table", name, master.Name)
+		return l, fmt.Errorf("%s is in the VRF %s, but the tunnel uses the main routing table", name, master.Name)
 	}
 	return l, nil
 }
@@ -370,7 +370,7 @@ func (s search) podsBridge(l netstate.HostLink) error {
 	if l.Kind != "bridge" || i < 0 || slices.ContainsFunc(s.host.Links, uplink) {
 		return nil
 	}
-	return fmt.Errorf("%s is the bridge that pods are on (it has the address %s)", l.Name,
+	return fmt.Errorf("%s is the pod bridge (it has the address %s)", l.Name,
 		s.host.Addresses[i].Prefix.Addr())
 }
 
@@ -440,12 +440,12 @@ func (s search) why(a netstate.HostAddress) string {
 	case a.Tunnel:
 		return fmt.Sprintf("%s is on %s, a tunnel device of overlayd itself", ip, a.Link)
 	case s.config.Contains(ip):
-		return fmt.Sprintf("%s has the address %s, which is inside the overlay network %s: the two must not overlap",
+		return fmt.Sprintf("%s has the address %s inside the overlay network %s: the two must not overlap",
 			a.Link, ip, s.config.Pools.Get(s.family).Network)
 	case ip.IsLoopback():
-		return fmt.Sprintf("%s is a loopback address, which no other node reaches", ip)
+		return fmt.Sprintf("%s is a loopback address, unreachable from other nodes", ip)
 	case !ip.IsGlobalUnicast():
-		return fmt.Sprintf("%s of %s is not reached beyond its own network", ip, a.Link)
+		return fmt.Sprintf("%s of %s is reachable only on its own link", ip, a.Link)
 	case a.Fleeting:
 		return fmt.Sprintf("the address %s of %s is tentative, deprecated or temporary", ip, a.Link)
 	}
@@ -454,7 +454,7 @@ func (s search) why(a netstate.HostAddress) string {
 
 // unusable says why no address serves: of those on the devices, or the one.
 func (s search) unusable(one netip.Addr, devices []string) error {
-	none := fmt.Errorf("%s has no %s address to use", strings.Join(devices, " and "), s.family)
+	none := fmt.Errorf("%s has no usable %s address", strings.Join(devices, " and "), s.family)
 	for _, a := range s.host.Addresses {
 		ip := a.Prefix.Addr()
 		meant := ip == one || !one.IsValid() && slices.Contains(devices, a.Link) && !ip.IsLinkLocalUnicast()
@@ -464,7 +464,7 @@ func (s search) unusable(one netip.Addr, devices []string) error {
 	}
 	for _, d := range devices {
 		if l, _ := s.host.Link(d); l.Master != "" {
-			return fmt.Errorf("%w: it is a port of %s, whose addresses count", none, l.Master)
+			return fmt.Errorf("%w: it is a port of %s; use that device", none, l.Master)
 		}
 	}
 	return none

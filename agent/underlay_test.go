@@ -106,7 +106,7 @@ func TestChoose(t *testing.T) {
 		},
 		"no such device": {
 			o: InterfaceOptions{Names: []string{"eth9"}}, config: onlyV4,
-			fails: "there is no device eth9",
+			fails: "device eth9 does not exist",
 		},
 		"no such address": {
 			o: InterfaceOptions{Names: []string{"192.0.2.99"}}, config: onlyV4,
@@ -126,7 +126,7 @@ func TestChoose(t *testing.T) {
 		},
 		"no address of the family": {
 			o: InterfaceOptions{Names: []string{"eth1"}}, config: dual,
-			fails: "eth1 has no IPv6 address to use",
+			fails: "eth1 has no usable IPv6 address",
 		},
 		"nothing matches the pattern": {o: InterfaceOptions{Regexes: regex("^wlan")}, config: onlyV4, fails: "--iface-regex"},
 		"no way there": {
@@ -308,7 +308,7 @@ func TestChooseAmongRoutes(t *testing.T) {
 		},
 		"the addresses are lost for a moment": {
 			config: onlyV6, routes: routes{{"default6 via fe80::fe dev bare0"}},
-			current: "2001:db8::77", fails: "bare0 has no IPv6 address",
+			current: "2001:db8::77", fails: "bare0 has no usable IPv6 address",
 		},
 		"lo": {
 			o: iface("lo"), config: onlyV4, routes: routes{two4},
@@ -353,7 +353,7 @@ func TestChooseAmongRoutes(t *testing.T) {
 		},
 		"127.0.0.1": {
 			o: iface("127.0.0.1"), config: onlyV4, routes: routes{one4},
-			fails: "127.0.0.1 is a loopback address, which no other node reaches",
+			fails: "127.0.0.1 is a loopback address, unreachable from other nodes",
 		},
 		"public IP of a second device": {
 			o: public("198.51.100.10", "2001:db8:1::10"), config: dual,
@@ -373,7 +373,7 @@ func TestChooseAmongRoutes(t *testing.T) {
 		},
 		"public IP that is gone": {
 			o: public("192.0.2.200", ""), config: onlyV4, routes: routes{one4},
-			current: "192.0.2.200", fails: "192.0.2.200 of --public-ip is on no device any more",
+			current: "192.0.2.200", fails: "--public-ip 192.0.2.200 is no longer on any device",
 		},
 		"preferred source": {
 			config: onlyV4,
@@ -458,7 +458,7 @@ func TestChooseAmongRoutes(t *testing.T) {
 		},
 		"the pods' bridge alone": {
 			config: onlyV4, routes: routes{{"default via 192.168.77.1 dev cni0"}},
-			fails: "cni0 is the bridge that pods are on",
+			fails: "cni0 is the pod bridge",
 		},
 		"the pods' bridge by name": {
 			o: iface("cni0"), config: onlyV4, routes: routes{one4},
@@ -496,19 +496,19 @@ func TestChooseAmongRoutes(t *testing.T) {
 		},
 		"name as ip prints it": {
 			o: iface("eth0@if5"), config: onlyV4, routes: routes{one4},
-			fails: "there is no device eth0@if5: the name is eth0",
+			fails: "device eth0@if5 does not exist: its name is eth0",
 		},
 		"alternative name as ip prints it": {
 			o: iface("enp1s0@if5"), config: onlyV4, routes: routes{one4},
-			fails: "the name is enp1s0",
+			fails: "its name is enp1s0",
 		},
 		"no device at all": {
 			o: iface("eth9@if5"), config: onlyV4, routes: routes{one4},
-			fails: "there is no device eth9@if5",
+			fails: "device eth9@if5 does not exist",
 		},
 		"port of a bridge": {
 			o: iface("port0"), config: onlyV4, routes: routes{one4},
-			fails: "port0 has no IPv4 address to use: it is a port of br0, whose addresses count",
+			fails: "port0 has no usable IPv4 address: it is a port of br0; use that device",
 		},
 		"in a VRF": {
 			o: iface("red0"), config: onlyV4, routes: routes{one4},
@@ -558,7 +558,7 @@ func TestChooseAmongRoutes(t *testing.T) {
 	}
 }
 
-// The pods' MTU follows the narrowest device by which packets leave towards a peer, and no other.
+// The pod MTU follows the narrowest device by which packets leave towards a peer, and no other.
 func TestNarrowest(t *testing.T) {
 	t.Parallel()
 	c := config(t, dual)

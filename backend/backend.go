@@ -175,7 +175,7 @@ func (p *Plan) Each(in Input, f addr.Family, do func(peer *subnet.Lease)) {
 			continue
 		}
 		if j := slices.IndexFunc(in.Endpoints, peer.Subnets.Get(f).Contains); j >= 0 {
-			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet covers %s, an endpoint of etcd: this node would cut itself off",
+			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet covers %s, an etcd endpoint: a route there would cut this node off from etcd",
 				in.Endpoints[j]))
 			continue
 		}
@@ -204,14 +204,14 @@ func (p *Plan) AddRule(h netstate.Host, r netstate.Rule) {
 	}
 }
 
-// LimitMTU lowers the pods' MTU to what gets through in one more family, and returns that.
+// LimitMTU lowers the pod MTU to what gets through in one more family, and returns that.
 func (p *Plan) LimitMTU(in Input, f addr.Family) int {
 	under, b := in.Underlay.Get(f), in.Config.Backend
 	mtu := PodMTU(b, f, under.MTU)
 	if b.MTU > under.MTU {
 		// The same for both families over one device.
 		if s := fmt.Sprintf(
-			"Backend.MTU is %d, but %s has an MTU of %d, which counts: larger packets would not leave the node", b.MTU,
+			"Backend.MTU is %d, but %s has an MTU of %d, which is used: larger packets cannot leave the node", b.MTU,
 			under.By(), under.MTU); !slices.Contains(p.Problems, s) {
 			p.Problems = append(p.Problems, s)
 		}

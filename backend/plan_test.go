@@ -166,7 +166,7 @@ func render(p backend.Plan) string {
 	for _, c := range netstate.Diff(netstate.State{}, p.State) {
 		line("%s", c.Obj)
 	}
-	line("pods' MTU %d", p.MTU)
+	line("pod MTU %d", p.MTU)
 	for _, f := range addr.Families() {
 		if p.Tunnel.Get(f) != "" || len(p.DirectNodes.Get(f)) > 0 {
 			line("%s: tunnel device %q, nodes reached directly %s", f, p.Tunnel.Get(f), p.DirectNodes.Get(f))
@@ -238,7 +238,7 @@ func TestNoRouteCoversAnEndpoint(t *testing.T) {
 			p := backendOf(in.Config).Plan(in)
 			for _, w := range p.Ways {
 				covers := w.Peer == in.Peers[0]
-				if covers != strings.Contains(w.Reason, "an endpoint of etcd") {
+				if covers != strings.Contains(w.Reason, "an etcd endpoint") {
 					t.Errorf("%s, %s: way to %s: %s %s", network, be, w.Peer.Name(), w.Kind, w.Reason)
 				}
 			}

@@ -19,7 +19,7 @@ const answerWithin = 2 * time.Second
 
 // The netlink operations that are told apart.
 const (
-	OpLook      = "look"      // reading the kernel's state
+	OpObserve   = "observe"   // reading the kernel's state
 	OpAdjust    = "adjust"    // changing what a few peers make different
 	OpReconcile = "reconcile" // comparing all, and changing what differs
 )
@@ -35,22 +35,22 @@ type Instruments struct {
 // NewInstruments makes instruments that have measured nothing yet.
 func NewInstruments() *Instruments {
 	netlink := prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: "overlayd_netlink_duration_seconds", Help: "How long operations on the kernel's state took, by operation: look, adjust, reconcile.",
+		Name: "overlayd_netlink_duration_seconds", Help: "Duration of operations on kernel state, by operation: observe, adjust, reconcile.",
 		Buckets: []float64{.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5},
 	}, []string{"op"})
 	i := &Instruments{
 		registry: prometheus.NewRegistry(),
 		reconcile: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "overlayd_reconcile_duration_seconds", Help: "How long the loop's rounds took.",
+			Name: "overlayd_reconcile_duration_seconds", Help: "Duration of the main loop's reconciliations.",
 			Buckets: []float64{.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5},
 		}),
 		firewall: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "overlayd_firewall_run_duration_seconds", Help: "How long it took to look at the firewall rules and to put them right, waiting for other programs' locks included.",
+			Name: "overlayd_firewall_run_duration_seconds", Help: "Duration of firewall reconciliations, including waiting for other programs' locks.",
 			Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30},
 		}),
 		netlink: netlink,
 	}
-	for _, op := range []string{OpLook, OpAdjust, OpReconcile} {
+	for _, op := range []string{OpObserve, OpAdjust, OpReconcile} {
 		netlink.WithLabelValues(op) // there before it is needed, so that the first operation is an increase
 	}
 	i.registry.MustRegister(i.reconcile, i.firewall, netlink,
@@ -64,10 +64,10 @@ func (i *Instruments) Reconcile(took time.Duration) { i.reconcile.Observe(took.S
 // Firewall notes a look at the firewall rules, with what was done to them.
 func (i *Instruments) Firewall(took time.Duration) { i.firewall.Observe(took.Seconds()) }
 
-// Netlink notes an operation on the kernel's state: OpLook, OpAdjust or OpReconcile.
+// Netlink notes an operation on the kernel's state: OpObserve, OpAdjust or OpReconcile.
 func (i *Instruments) Netlink(op string, took time.Duration) {
 	switch op {
-	case OpLook, OpAdjust, OpReconcile:
+	case OpObserve, OpAdjust, OpReconcile:
 	default:
 		op = others
 	}
@@ -75,7 +75,7 @@ func (i *Instruments) Netlink(op string, took time.Duration) {
 }
 
 // Handler serves the metrics. It calls ask for the node's status once for each scrape, with a context that ends after two seconds. If
-// ask returns an error, the loop doesn't answer: then overlayd_loop_answers is 0, of the status only Version is made use of, and what
+// ask returns an error, the loop doesn't answer: then overlayd_loop_responsive is 0, of the status only Version is made use of, and what
 // was measured is served all the same.
 func Handler(i *Instruments, ask func(context.Context) (status.Node, error)) http.Handler {
 	list := compile()

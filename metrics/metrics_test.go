@@ -76,7 +76,7 @@ func measured() *Instruments {
 	i := NewInstruments()
 	i.Reconcile(3 * time.Millisecond)
 	i.Firewall(40 * time.Millisecond)
-	i.Netlink(OpLook, 2*time.Millisecond)
+	i.Netlink(OpObserve, 2*time.Millisecond)
 	i.Netlink(OpAdjust, 200*time.Microsecond)
 	i.Netlink("what nobody knows", time.Second)
 	return i
@@ -110,7 +110,7 @@ func TestText(t *testing.T) {
 	t.Parallel()
 	silent := func(context.Context) (status.Node, error) {
 		n := full()
-		return n, errors.New("the daemon's loop does not answer")
+		return n, errors.New("the daemon's main loop does not answer")
 	}
 	for name, h := range map[string]http.Handler{
 		"full":   Handler(measured(), answering(full())),
@@ -306,7 +306,7 @@ func TestAskIsGivenUp(t *testing.T) {
 	}
 	began := time.Now()
 	own, _ := get(t, Handler(NewInstruments(), hanging))
-	if took := time.Since(began); took < answerWithin || !strings.Contains(own, "\noverlayd_loop_answers 0\n") || strings.Contains(own, "overlayd_ready") {
+	if took := time.Since(began); took < answerWithin || !strings.Contains(own, "\noverlayd_loop_responsive 0\n") || strings.Contains(own, "overlayd_ready") {
 		t.Errorf("after %v:\n%s", took, own)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -333,7 +333,7 @@ func TestAtTheSameTime(t *testing.T) {
 		wg.Go(func() {
 			for range 20 {
 				i.Reconcile(time.Millisecond)
-				i.Netlink(OpLook, time.Millisecond)
+				i.Netlink(OpObserve, time.Millisecond)
 				i.Firewall(time.Millisecond)
 				get(t, h)
 			}
@@ -341,7 +341,7 @@ func TestAtTheSameTime(t *testing.T) {
 	}
 	wg.Wait()
 	own, _ := get(t, h)
-	for _, want := range []string{"overlayd_reconcile_duration_seconds_count 80\n", "overlayd_firewall_run_duration_seconds_count 80\n", `overlayd_netlink_duration_seconds_count{op="look"} 80` + "\n"} {
+	for _, want := range []string{"overlayd_reconcile_duration_seconds_count 80\n", "overlayd_firewall_run_duration_seconds_count 80\n", `overlayd_netlink_duration_seconds_count{op="observe"} 80` + "\n"} {
 		if !strings.Contains(own, want) {
 			t.Errorf("%s is missing in\n%s", want, own)
 		}

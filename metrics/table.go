@@ -45,30 +45,30 @@ func table() []metric {
 
 func nodeMetrics() []metric {
 	return []metric{
-		{"overlayd_build_info", gauge, []string{"version", "goversion"}, "1; the labels tell what runs.", true, func(n reading, give emit) {
+		{"overlayd_build_info", gauge, []string{"version", "goversion"}, "1; labels: version of overlayd and of Go.", true, func(n reading, give emit) {
 			give(1, n.Version, runtime.Version())
 		}},
-		{"overlayd_loop_answers", gauge, nil, "1 if the daemon's loop answered this scrape within two seconds. If it is 0, only this one, overlayd_build_info and what is measured as it happens are there.", true, func(n reading, give emit) {
+		{"overlayd_loop_responsive", gauge, nil, "1 if the daemon's main loop answered this scrape within two seconds. If 0, only this metric, overlayd_build_info, the histograms and the process metrics are present.", true, func(n reading, give emit) {
 			give(oneIf(!n.silent))
 		}},
-		{"overlayd_node_info", gauge, []string{"node", "backend", "firewall"}, "1; the labels tell the node's name, the backend of the network and what holds the firewall rules.", false, func(n reading, give emit) {
+		{"overlayd_node_info", gauge, []string{"node", "backend", "firewall"}, "1; labels: node name, network backend, firewall driver.", false, func(n reading, give emit) {
 			give(1, n.Name, n.Network.Backend, n.Firewall.Kind)
 		}},
-		{"overlayd_ready", gauge, nil, "1 if all that pods need is in place, as /readyz says.", false, func(n reading, give emit) {
+		{"overlayd_ready", gauge, nil, "1 if the node is ready for pods, as in /readyz.", false, func(n reading, give emit) {
 			give(oneIf(n.Ready))
 		}},
-		{"overlayd_problem", gauge, []string{"name", "fatal"}, "1 for each thing that is not as it should be, by its name; fatal is true if the node is not ready because of it.", false, func(n reading, give emit) {
+		{"overlayd_problem", gauge, []string{"name", "fatal"}, "1 for each failed condition, by name; fatal is true if it makes the node not ready.", false, func(n reading, give emit) {
 			for _, p := range n.Problems {
 				give(1, p.Name, strconv.FormatBool(p.Fatal))
 			}
 		}},
-		{"overlayd_restart_needed", gauge, nil, "1 if something would be otherwise after a restart of the daemon.", false, func(n reading, give emit) {
+		{"overlayd_restart_needed", gauge, nil, "1 if a change takes effect only after a restart of the daemon.", false, func(n reading, give emit) {
 			give(oneIf(len(n.Restart) > 0))
 		}},
-		{"overlayd_interface_changes_total", counter, nil, "How often another device or address came to lead to the other nodes.", false, func(n reading, give emit) {
+		{"overlayd_interface_changes_total", counter, nil, "Changes of the external interface or its address.", false, func(n reading, give emit) {
 			give(float64(n.Changes.Interface))
 		}},
-		{"overlayd_mtu_changes_total", counter, nil, "How often the pods' MTU became another one.", false, func(n reading, give emit) {
+		{"overlayd_mtu_changes_total", counter, nil, "Changes of the pod MTU.", false, func(n reading, give emit) {
 			give(float64(n.Changes.MTU))
 		}},
 	}
@@ -76,16 +76,16 @@ func nodeMetrics() []metric {
 
 func leaseMetrics() []metric {
 	return []metric{
-		{"overlayd_lease_held", gauge, nil, "1 if the node holds its lease and etcd says so; 0 if it has none, or remembers it only.", false, func(n reading, give emit) {
+		{"overlayd_lease_held", gauge, nil, "1 if the node holds its lease, confirmed by etcd; 0 if it has none, or only a persisted one.", false, func(n reading, give emit) {
 			give(oneIf(n.Lease.Held))
 		}},
-		{"overlayd_lease_reserved", gauge, nil, "1 if the node's subnet is reserved for it, so that its lease never ends.", false, func(n reading, give emit) {
+		{"overlayd_lease_reserved", gauge, nil, "1 if the node's subnet is a reservation, which never expires.", false, func(n reading, give emit) {
 			give(oneIf(n.Lease.Reserved))
 		}},
-		{"overlayd_lease_losses_total", counter, nil, "How often the node's lease was gone from etcd, and had to be taken again.", false, func(n reading, give emit) {
+		{"overlayd_lease_losses_total", counter, nil, "Times that the node's lease disappeared from etcd and had to be acquired again.", false, func(n reading, give emit) {
 			give(float64(n.Lease.Losses))
 		}},
-		{"overlayd_lease_expiry_timestamp_seconds", gauge, nil, "When the node's lease ends unless it is renewed, in Unix time. Absent if it never ends, or if that is not known.", false, func(n reading, give emit) {
+		{"overlayd_lease_expiry_timestamp_seconds", gauge, nil, "Unix time at which the node's lease expires unless renewed. Absent if it never expires, or if that is unknown.", false, func(n reading, give emit) {
 			giveTime(give, n.Lease.Expires)
 		}},
 	}
@@ -93,25 +93,25 @@ func leaseMetrics() []metric {
 
 func etcdMetrics() []metric {
 	return []metric{
-		{"overlayd_etcd_reachable", gauge, nil, "1 if etcd answers as it should; 0 while there is an error.", false, func(n reading, give emit) {
+		{"overlayd_etcd_reachable", gauge, nil, "1 if etcd is reachable; 0 while requests or the watch fail.", false, func(n reading, give emit) {
 			give(oneIf(n.Store.Error == ""))
 		}},
-		{"overlayd_etcd_data_losses_total", counter, nil, "How often etcd was found to have lost data, or to have been restored from a backup.", false, func(n reading, give emit) {
+		{"overlayd_etcd_data_losses_total", counter, nil, "Times that etcd lost data or was restored from a backup.", false, func(n reading, give emit) {
 			give(float64(n.Store.Losses))
 		}},
 		{"overlayd_etcd_requests_total", counter, []string{"method"}, "Requests to etcd by gRPC method; a stream counts once.", false, func(n reading, give emit) {
 			each(n.Store.Requests, give)
 		}},
-		{"overlayd_etcd_table_revision", gauge, nil, "The revision of the table of leases that the node works with; 0 if none was read yet.", false, func(n reading, give emit) {
+		{"overlayd_etcd_table_revision", gauge, nil, "Revision of the lease table in use; 0 before the first one is read.", false, func(n reading, give emit) {
 			give(float64(n.Store.Revision))
 		}},
-		{"overlayd_etcd_newest_revision", gauge, nil, "The newest revision that etcd has told of, be it for a key of somebody else.", false, func(n reading, give emit) {
+		{"overlayd_etcd_newest_revision", gauge, nil, "Newest revision reported by etcd, for any key.", false, func(n reading, give emit) {
 			give(float64(n.Store.Newest))
 		}},
-		{"overlayd_etcd_revision_lag", gauge, nil, "By how many revisions the table is behind the newest one. Other users of the same etcd can make it large; that it stays so while the table's revision stands still is what counts.", false, func(n reading, give emit) {
+		{"overlayd_etcd_revision_lag", gauge, nil, "Revisions by which the lease table is behind the newest one. Other users of the same etcd can make it large; it matters only if it stays large while the table's revision does not change.", false, func(n reading, give emit) {
 			give(float64(max(0, n.Store.Newest-n.Store.Revision)))
 		}},
-		{"overlayd_leases", gauge, nil, "Leases in the table, this node's among them.", false, func(n reading, give emit) {
+		{"overlayd_leases", gauge, nil, "Leases in the table, including this node's.", false, func(n reading, give emit) {
 			give(float64(n.Store.Entries))
 		}},
 	}
@@ -119,27 +119,27 @@ func etcdMetrics() []metric {
 
 func networkMetrics() []metric {
 	return []metric{
-		{"overlayd_pool_subnets", gauge, []string{"network"}, "Subnets of a network that can be leased.", false, func(n reading, give emit) {
+		{"overlayd_pool_subnets", gauge, []string{"network"}, "Subnets of a network that nodes can lease.", false, func(n reading, give emit) {
 			for _, p := range n.Network.Pools {
 				give(float64(p.Subnets), p.Network)
 			}
 		}},
-		{"overlayd_pool_subnets_leased", gauge, []string{"network"}, "Subnets of a network that are leased, those of nodes that are refused among them.", false, func(n reading, give emit) {
+		{"overlayd_pool_subnets_leased", gauge, []string{"network"}, "Leased subnets of a network, including those of rejected leases.", false, func(n reading, give emit) {
 			for _, p := range n.Network.Pools {
 				give(float64(p.Leased), p.Network)
 			}
 		}},
-		{"overlayd_pod_mtu_bytes", gauge, nil, "The MTU of pods. Absent until there is a network config.", false, func(n reading, give emit) {
+		{"overlayd_pod_mtu_bytes", gauge, nil, "Pod MTU. Absent before there is a network config.", false, func(n reading, give emit) {
 			if n.Network.MTU > 0 {
 				give(float64(n.Network.MTU))
 			}
 		}},
-		{"overlayd_device_mtu_bytes", gauge, []string{"device"}, "The MTU of a tunnel device.", false, func(n reading, give emit) {
+		{"overlayd_device_mtu_bytes", gauge, []string{"device"}, "MTU of a tunnel device.", false, func(n reading, give emit) {
 			for _, d := range n.Devices {
 				give(float64(d.MTU), d.Name)
 			}
 		}},
-		{"overlayd_device_offload_enabled", gauge, []string{"device", "feature"}, "1 if an offload of a tunnel device is on, 0 if it is off, by the feature's name in ethtool.", false, func(n reading, give emit) {
+		{"overlayd_device_offload_enabled", gauge, []string{"device", "feature"}, "1 if an offload of a tunnel device is on, 0 if it is off, by ethtool feature name.", false, func(n reading, give emit) {
 			for _, d := range n.Devices {
 				on := map[string]int{}
 				for feature, is := range d.Offloads {
@@ -153,15 +153,15 @@ func networkMetrics() []metric {
 
 func peerMetrics() []metric {
 	return []metric{
-		{"overlayd_peers", gauge, []string{"way"}, "Other nodes by the way to them: tunnel, direct, unreachable.", false, func(n reading, give emit) {
+		{"overlayd_peers", gauge, []string{"path"}, "Peers by path: tunnel, direct, unreachable.", false, func(n reading, give emit) {
 			give(float64(n.Peers.Tunnel), "tunnel")
 			give(float64(n.Peers.Direct), "direct")
 			give(float64(n.Peers.Unreachable), "unreachable")
 		}},
-		{"overlayd_peers_lingering", gauge, nil, "Other nodes whose leases are gone, and that are kept for a moment.", false, func(n reading, give emit) {
+		{"overlayd_peers_lingering", gauge, nil, "Peers whose leases are gone and that are kept briefly.", false, func(n reading, give emit) {
 			give(float64(n.Peers.Lingering))
 		}},
-		{"overlayd_leases_refused", gauge, []string{"cause"}, "Leases of others that are not believed, by cause: nonsense, backend, subnet, overlap, public-ip, vtep, other. Their nodes are not reached.", false, func(n reading, give emit) {
+		{"overlayd_leases_rejected", gauge, []string{"cause"}, "Rejected leases of other nodes, by cause: invalid, backend, subnet, overlap, public-ip, vtep, other. This node sends nothing to them.", false, func(n reading, give emit) {
 			by, rest := map[string]int{others: 0}, n.Peers.Refused
 			for cause, count := range n.Peers.RefusedBy {
 				by[cause] += count
@@ -175,22 +175,22 @@ func peerMetrics() []metric {
 
 func kernelMetrics() []metric {
 	return []metric{
-		{"overlayd_reconcile_rounds_total", counter, nil, "Rounds of the loop.", false, func(n reading, give emit) {
+		{"overlayd_reconcile_rounds_total", counter, nil, "Reconciliations of the main loop.", false, func(n reading, give emit) {
 			give(float64(n.Reconcile.Rounds))
 		}},
-		{"overlayd_reconcile_last_timestamp_seconds", gauge, nil, "When the last round was, in Unix time. Absent before the first one.", false, func(n reading, give emit) {
+		{"overlayd_reconcile_last_timestamp_seconds", gauge, nil, "Unix time of the last reconciliation. Absent before the first one.", false, func(n reading, give emit) {
 			giveTime(give, n.Reconcile.Last)
 		}},
-		{"overlayd_kernel_looked_timestamp_seconds", gauge, nil, "When the whole kernel was last looked at, in Unix time. Absent before that.", false, func(n reading, give emit) {
+		{"overlayd_kernel_last_resync_timestamp_seconds", gauge, nil, "Unix time of the last full resync with the kernel. Absent before the first one.", false, func(n reading, give emit) {
 			giveTime(give, n.Reconcile.Looked)
 		}},
-		{"overlayd_kernel_refused_objects", gauge, nil, "Objects that the kernel refused in the last round. They are tried again.", false, func(n reading, give emit) {
+		{"overlayd_kernel_refused_objects", gauge, nil, "Objects that the kernel refused in the last reconciliation. They are retried.", false, func(n reading, give emit) {
 			give(float64(n.Reconcile.Failures))
 		}},
-		{"overlayd_kernel_entries", gauge, []string{"kind"}, "Objects that the node is to have in its kernel, by kind.", false, func(n reading, give emit) {
+		{"overlayd_kernel_entries", gauge, []string{"kind"}, "Desired kernel objects, by kind.", false, func(n reading, give emit) {
 			each(counts(n.Entries), give)
 		}},
-		{"overlayd_drift_repaired_total", counter, []string{"kind"}, "What somebody else changed and was put right, by kind of object.", false, func(n reading, give emit) {
+		{"overlayd_drift_reverted_total", counter, []string{"kind"}, "External changes that were reverted, by kind of object.", false, func(n reading, give emit) {
 			by := counts(n.Entries)
 			zero(by) // so that the first repair is an increase, and not a new series
 			for _, d := range n.Drift {
@@ -198,13 +198,13 @@ func kernelMetrics() []metric {
 			}
 			each(by, give)
 		}},
-		{"overlayd_firewall_runs_total", counter, nil, "How often the firewall rules were looked at.", false, func(n reading, give emit) {
+		{"overlayd_firewall_runs_total", counter, nil, "Reconciliations of the firewall rules.", false, func(n reading, give emit) {
 			give(float64(n.Firewall.Runs))
 		}},
-		{"overlayd_firewall_failed_runs_total", counter, nil, "How often that failed, so that the rules may not be in place.", false, func(n reading, give emit) {
+		{"overlayd_firewall_failed_runs_total", counter, nil, "Failed reconciliations of the firewall rules; rules may be missing.", false, func(n reading, give emit) {
 			give(float64(n.Firewall.Failed))
 		}},
-		{"overlayd_firewall_checked_timestamp_seconds", gauge, nil, "When the firewall rules were last known to be in place, in Unix time. Absent before that.", false, func(n reading, give emit) {
+		{"overlayd_firewall_checked_timestamp_seconds", gauge, nil, "Unix time at which the firewall rules were last verified. Absent before the first time.", false, func(n reading, give emit) {
 			giveTime(give, n.Firewall.Checked)
 		}},
 	}
@@ -212,13 +212,13 @@ func kernelMetrics() []metric {
 
 func probeMetrics() []metric {
 	return []metric{
-		{"overlayd_probe_enabled", gauge, nil, "1 if this node pings the others.", false, func(n reading, give emit) {
+		{"overlayd_probe_enabled", gauge, nil, "1 if this node pings its peers.", false, func(n reading, give emit) {
 			give(oneIf(n.Probe.On))
 		}},
-		{"overlayd_probe_failing", gauge, nil, "1 if this node is to ping the others, and can't ping anybody.", false, func(n reading, give emit) {
+		{"overlayd_probe_failing", gauge, nil, "1 if this node cannot send pings at all.", false, func(n reading, give emit) {
 			give(oneIf(n.Probe.Error != ""))
 		}},
-		{"overlayd_probe_targets", gauge, []string{"verdict"}, "Peers that are pinged, by what came of the last pings: answers, lossy, small-only (full-size packets are lost), silent, not-pinged (not yet).", false, func(n reading, give emit) {
+		{"overlayd_probe_targets", gauge, []string{"verdict"}, "Pinged peers, by result of the last pings: answers, lossy, small-only (full-size packets are lost), silent, not-pinged (not yet).", false, func(n reading, give emit) {
 			give(float64(n.Probe.Answer), string(status.Answers))
 			give(float64(n.Probe.Lossy), string(status.Lossy))
 			give(float64(n.Probe.SmallOnly), string(status.SmallOnly))
@@ -228,21 +228,21 @@ func probeMetrics() []metric {
 		{"overlayd_probe_packets_sent_total", counter, nil, "Pings sent.", false, func(n reading, give emit) {
 			give(float64(n.Probe.Sent))
 		}},
-		{"overlayd_probe_packets_lost_total", counter, nil, "Pings sent that nobody answered.", false, func(n reading, give emit) {
+		{"overlayd_probe_packets_lost_total", counter, nil, "Pings without an answer.", false, func(n reading, give emit) {
 			give(float64(n.Probe.Lost))
 		}},
-		{"overlayd_probe_packets_not_allowed_total", counter, nil, "Pings that this node's own kernel refused to send.", false, func(n reading, give emit) {
+		{"overlayd_probe_packets_not_allowed_total", counter, nil, "Pings that this node's kernel refused to send.", false, func(n reading, give emit) {
 			give(float64(n.Probe.NotAllowed))
 		}},
-		{"overlayd_probe_packet_size_bytes", gauge, nil, "Size of a full-size ping with its IP header. Absent where nothing is pinged.", false, func(n reading, give emit) {
+		{"overlayd_probe_packet_size_bytes", gauge, nil, "Size of a full-size ping, including the IP header. Absent if nothing is pinged.", false, func(n reading, give emit) {
 			if n.Probe.Size > 0 {
 				give(float64(n.Probe.Size))
 			}
 		}},
-		{"overlayd_probe_round_seconds", gauge, nil, "How long it takes until every peer has been pinged once. Absent where nothing is pinged.", false, func(n reading, give emit) {
+		{"overlayd_probe_round_seconds", gauge, nil, "Time in which every peer is pinged once. Absent if nothing is pinged.", false, func(n reading, give emit) {
 			giveDuration(give, n.Probe.Round)
 		}},
-		{"overlayd_probe_rtt_median_seconds", gauge, nil, "The median round trip to the peers that answer. Absent if none does.", false, func(n reading, give emit) {
+		{"overlayd_probe_rtt_median_seconds", gauge, nil, "Median round-trip time of the peers that answer. Absent if none does.", false, func(n reading, give emit) {
 			giveDuration(give, n.Probe.MedianRTT)
 		}},
 	}
@@ -250,14 +250,14 @@ func probeMetrics() []metric {
 
 func worstMetrics() []metric {
 	return []metric{
-		{"overlayd_probe_peer_loss_ratio", gauge, []string{"peer", "address", "size"}, "Of the last pings to a peer, at most eight of a size, the share that was lost, from 0 to 1, by size: small, full. Only for the worst peers, at most 20.", false, func(n reading, give emit) {
+		{"overlayd_probe_peer_loss_ratio", gauge, []string{"peer", "address", "size"}, "Fraction (0 to 1) of the last pings to a peer that were lost, of at most eight, by size: small, full. Only for the 20 worst peers.", false, func(n reading, give emit) {
 			eachWorst(n, func(p status.Pings, labels ...string) {
 				if p.Sent > 0 {
 					give(float64(p.Lost)/float64(p.Sent), labels...)
 				}
 			})
 		}},
-		{"overlayd_probe_peer_rtt_seconds", gauge, []string{"peer", "address", "size"}, "Round trip of the last ping that a peer answered, by size: small, full. Only for the worst peers, at most 20.", false, func(n reading, give emit) {
+		{"overlayd_probe_peer_rtt_seconds", gauge, []string{"peer", "address", "size"}, "Round-trip time of the last ping that a peer answered, by size: small, full. Only for the 20 worst peers.", false, func(n reading, give emit) {
 			eachWorst(n, func(p status.Pings, labels ...string) {
 				giveDuration(func(v float64, _ ...string) { give(v, labels...) }, p.RTT)
 			})

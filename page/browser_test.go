@@ -358,7 +358,7 @@ func testGone(t *testing.T, c *chrome) {
 	cellsAre(b, 3)
 	first.Close()
 	b.until(`!document.getElementById("gone").hidden && document.getElementById("gone-text").textContent.startsWith("No answer from the daemon") && document.body.classList.contains("old")`)
-	b.until(`/What you see is old: it is how things were at \d+:\d\d:\d\d\./.test(document.getElementById("gone").innerText)`)
+	b.until(`/Showing the state of \d+:\d\d:\d\d\./.test(document.getElementById("gone").innerText)`)
 	picture(t, b, "page-gone.png")
 	again, err := net.Listen("tcp", l.Addr().String())
 	if err != nil {
@@ -375,7 +375,7 @@ func testStuck(t *testing.T, c *chrome) {
 	f.err = errors.New("the loop has not come round for 12s")
 	b := c.open(t, screen{width: 1280, height: 860}, serve(t, f))
 	b.until(`!document.getElementById("gone").hidden && document.getElementById("gone-text").textContent.includes("the loop has not come round for 12s")`)
-	b.until(`!document.getElementById("gone").innerText.includes("old")`) // it never was anything else
+	b.until(`!document.getElementById("gone").innerText.includes("Showing")`) // it never was anything else
 	f.change(func(f *fake) { f.err = nil })
 	cellsAre(b, 3)
 	b.until(`document.getElementById("gone").hidden`)

@@ -100,7 +100,7 @@ func trouble(peer *status.Peer, i int, r *rand.Rand) {
 	case i == 30 || r.IntN(83) == 0:
 		peer.Way, peer.Reason, peer.Probe = "unreachable", "behind the gateway 192.0.2.254, and host-gw needs a common network", nil
 	case i == 44 || r.IntN(89) == 0:
-		peer.Way, peer.Reason, peer.Cause, peer.Probe = "refused", fmt.Sprintf("its public IP %s is also that of node worker-0002", peer.PublicIP), "duplicate-ip", nil
+		peer.Way, peer.Reason, peer.Cause, peer.Probe = "rejected", fmt.Sprintf("its public IP %s is also that of node worker-0002", peer.PublicIP), "duplicate-ip", nil
 	case i == 55 || r.IntN(71) == 0:
 		peer.Leaving = true
 	case i == 17 || r.IntN(29) == 0:

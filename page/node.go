@@ -46,7 +46,7 @@ type node struct {
 }
 
 func unknownNode() node {
-	return node{Name: "this node", State: "unknown", Word: "No answer", Say: "What follows is not known."}
+	return node{Name: "this node", State: "unknown", Word: "No answer", Say: "The values below are unknown."}
 }
 
 func nodeView(n status.Node) node {
@@ -68,11 +68,11 @@ func nodeView(n status.Node) node {
 	slices.SortStableFunc(v.Problems, func(a, b problem) int { return fatalFirst(a) - fatalFirst(b) })
 	switch {
 	case !n.Ready:
-		v.State, v.Word, v.Say = "not-ready", "Not ready", fmt.Sprintf("%s that pods need on this node %s missing.", count(fatal, "thing"), isAre(fatal))
+		v.State, v.Word, v.Say = "not-ready", "Not ready", fmt.Sprintf("%s that pods need %s missing.", count(fatal, "thing"), isAre(fatal))
 	case len(n.Problems) > 0:
-		v.State, v.Word, v.Say = "degraded", "Degraded", "All that pods need on this node is in place, and something is not as it should be."
+		v.State, v.Word, v.Say = "degraded", "Degraded", "Ready for pods, with problems."
 	default:
-		v.State, v.Word, v.Say = "ready", "Ready", "All that pods need on this node is in place."
+		v.State, v.Word, v.Say = "ready", "Ready", "Ready for pods."
 	}
 	v.Facts = facts(n)
 	return v
@@ -92,7 +92,7 @@ func troubled(p status.Probe, c status.PeerCounts) string {
 		n    int
 		what string
 	}{
-		{p.Silent, "silent"}, {p.SmallOnly, "that only small packets reach (MTU)"}, {p.Lossy, "lossy"}, {c.Unreachable, "unreachable"}, {c.Refused, "refused"},
+		{p.Silent, "silent"}, {p.SmallOnly, "reached only by small packets (MTU)"}, {p.Lossy, "lossy"}, {c.Unreachable, "unreachable"}, {c.Refused, "rejected"},
 	} {
 		if x.n > 0 {
 			out = append(out, fmt.Sprintf("%d %s", x.n, x.what))
@@ -134,22 +134,22 @@ func leaseFact(n status.Node) fact {
 	left := l.Expires.Sub(n.Now)
 	switch {
 	case l.Reserved:
-		f.add("reserved for this node: it does not end")
+		f.add("reserved for this node: does not expire")
 	case l.Expires.IsZero():
 	case left < 0:
-		f.alert(true, "ended %s ago", span(-left))
+		f.alert(true, "expired %s ago", span(-left))
 	default:
-		f.add("ends in %s unless it is renewed", span(left))
+		f.add("expires in %s unless renewed", span(left))
 	}
-	f.alert(!l.Held, "etcd does not say so at the moment")
+	f.alert(!l.Held, "not confirmed by etcd")
 	return f
 }
 
 func storeFact(n status.Node) fact {
 	f, e := fact{Label: "etcd"}, n.Store
-	f.alert(e.Error != "", "not reached for %s: %s", since(n.Now, e.Since), e.Error)
+	f.alert(e.Error != "", "unreachable for %s: %s", since(n.Now, e.Since), e.Error)
 	if e.Revision == 0 {
-		f.alert(true, "no table was read yet")
+		f.alert(true, "no lease table read yet")
 	} else {
 		f.add("revision %d, %s", e.Revision, count(e.Entries, "lease"))
 	}
@@ -160,18 +160,18 @@ func storeFact(n status.Node) fact {
 		requests += int(r)
 	}
 	if requests > 0 {
-		f.add("%s since the start", count(requests, "request"))
+		f.add("%s since start", count(requests, "request"))
 	}
 	return f
 }
 
 func networkFact(n status.Network) fact {
 	f := fact{Label: "Network"}
-	f.alert(n.Backend == "", "not known yet")
+	f.alert(n.Backend == "", "unknown yet")
 	if n.Backend == "" {
 		return f
 	}
-	f.add("%s, pods' MTU %d", n.Backend, n.MTU)
+	f.add("%s, pod MTU %d", n.Backend, n.MTU)
 	for _, s := range n.Networks {
 		if !slices.ContainsFunc(n.Pools, func(p status.Pool) bool { return p.Network == s }) {
 			f.add("%s", s)
@@ -229,10 +229,10 @@ func deviceFact(d status.Device) fact {
 func peersFact(c status.PeerCounts) fact {
 	f := fact{Label: "Peers"}
 	f.add("%d", c.Total)
-	f.add("%d by tunnel, %d directly", c.Tunnel, c.Direct)
+	f.add("%d tunnel, %d direct", c.Tunnel, c.Direct)
 	f.alert(c.Unreachable > 0, "%d unreachable", c.Unreachable)
-	f.alert(c.Refused > 0, "%d refused%s", c.Refused, causes(c.RefusedBy))
-	f.alert(c.Lingering > 0, "%d kept although their leases are gone", c.Lingering)
+	f.alert(c.Refused > 0, "%d rejected%s", c.Refused, causes(c.RefusedBy))
+	f.alert(c.Lingering > 0, "%d kept without a lease", c.Lingering)
 	return f
 }
 
@@ -265,21 +265,21 @@ func probeFact(p status.Probe) fact {
 		f.add("%d not pinged yet", p.NotPinged)
 	}
 	f.alert(p.NotAllowed > 0, "the kernel refused to send %s", count(p.NotAllowed, "ping"))
-	f.add("all are pinged within %s, with up to %d bytes", span(p.Round), p.Size)
+	f.add("one round every %s, up to %d bytes", span(p.Round), p.Size)
 	return f
 }
 
 func firewallFact(n status.Node) fact {
 	f, w := fact{Label: "Firewall"}, n.Firewall
 	if w.Checked.IsZero() {
-		f.alert(true, "not in place yet")
+		f.alert(true, "not applied yet")
 		return f
 	}
 	f.add("%s", w.Kind)
 	if w.Reason != "" {
 		f.add("%s", w.Reason)
 	}
-	f.add("looked at %s ago, %s", since(n.Now, w.Checked), count(w.Runs, "run"))
+	f.add("verified %s ago, %s", since(n.Now, w.Checked), count(w.Runs, "run"))
 	f.alert(w.Failed > 0, "%s failed", count(w.Failed, "run"))
 	return f
 }
@@ -287,17 +287,17 @@ func firewallFact(n status.Node) fact {
 func kernelFact(n status.Node) fact {
 	f, r := fact{Label: "Kernel"}, n.Reconcile
 	if r.Last.IsZero() {
-		f.alert(true, "not touched yet")
+		f.alert(true, "not reconciled yet")
 		return f
 	}
 	if r.Failures > 0 {
-		f.alert(true, "refused %s in the last round", count(r.Failures, "object"))
+		f.alert(true, "refused %s in the last reconciliation", count(r.Failures, "object"))
 	} else {
-		f.add("as planned")
+		f.add("in sync")
 	}
-	f.add("brought up to date %s ago, in %s", since(n.Now, r.Last), roundTrip(r.Took))
+	f.add("reconciled %s ago in %s", since(n.Now, r.Last), roundTrip(r.Took))
 	if !r.Looked.IsZero() {
-		f.add("looked at as a whole %s ago", since(n.Now, r.Looked))
+		f.add("full resync %s ago", since(n.Now, r.Looked))
 	}
 	var kinds []string
 	for _, k := range n.Entries {
@@ -310,10 +310,9 @@ func kernelFact(n status.Node) fact {
 }
 
 func repairedFact(drift []status.DriftKind) fact {
-	f := fact{Label: "Repaired"}
+	f := fact{Label: "Drift"}
 	if len(drift) == 0 {
-		f.add("nothing")
-		f.add("nobody has changed what is ours since the start")
+		f.add("none since start")
 	}
 	for _, d := range drift {
 		f.alert(true, "%s: %d, last %s", d.Kind, d.Count, d.Last)

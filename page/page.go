@@ -111,7 +111,7 @@ func (h handler) servePage(w http.ResponseWriter, r *http.Request) {
 	doc.Count, doc.Rows = len(peers), rows(peers)
 	var b bytes.Buffer
 	if err := h.page.Execute(&b, doc); err != nil {
-		http.Error(w, "the page can't be made: "+err.Error(), http.StatusInternalServerError)
+		http.Error(w, "cannot render the page: "+err.Error(), http.StatusInternalServerError)
 		return
 	}
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
@@ -121,7 +121,7 @@ func (h handler) servePage(w http.ResponseWriter, r *http.Request) {
 
 // noAnswer says what it means that the source gave an error.
 func noAnswer(err error) string {
-	return shorten("overlayd runs, but can't say how it is at the moment: "+err.Error(), longText)
+	return shorten("overlayd is running, but its status is unavailable: "+err.Error(), longText)
 }
 
 func (h handler) serveNode(w http.ResponseWriter, r *http.Request) {

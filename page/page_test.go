@@ -97,7 +97,7 @@ func hostileNetwork() *fake {
 		p := &f.peers[i]
 		p.Name, p.ID, p.Subnet, p.PublicIP, p.Reason, p.Cause, p.MAC = hostile, hostile, hostile, hostile, hostile, hostile, hostile
 	}
-	f.peers[1].Way = "refused"
+	f.peers[1].Way = "rejected"
 	f.peers[2].Name = strings.Repeat("\u202eö", 100_000)
 	f.node.Name = hostile
 	f.node.Problems = []status.Problem{{Name: hostile, Reason: hostile + strings.Repeat("x", 100_000), Since: f.node.Now}}
@@ -133,7 +133,7 @@ func TestSourceWithoutAnswer(t *testing.T) {
 	f.err = errors.New("the loop has not come round for 12s <b>")
 	r := get(t, f, "/")
 	text := r.Body.String()
-	if r.Code != http.StatusServiceUnavailable || !strings.Contains(text, "say how it is at the moment: the loop has not come round for 12s &lt;b&gt;") || !strings.Contains(text, "No answer") {
+	if r.Code != http.StatusServiceUnavailable || !strings.Contains(text, "its status is unavailable: the loop has not come round for 12s &lt;b&gt;") || !strings.Contains(text, "No answer") {
 		t.Errorf("%d\n%s", r.Code, text)
 	}
 	for _, path := range []string{"/page/node.json", "/page/peers.json"} {
@@ -185,7 +185,7 @@ func TestTableWithoutScript(t *testing.T) {
 		}
 		last = at
 	}
-	for _, want := range []string{"Not ready", "flannel.1 has VNI 1", "since 2026-03-04 12:52:22 UTC", "for 1 h 13 min", "etcd does not say so at the moment", "--lease-ttl"} {
+	for _, want := range []string{"Not ready", "flannel.1 has VNI 1", "since 2026-03-04 12:52:22 UTC", "for 1 h 13 min", "not confirmed by etcd", "--lease-ttl"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the page does not say %q", want)
 		}
@@ -205,7 +205,7 @@ func TestStates(t *testing.T) {
 		silent:      {Way: "tunnel", Probe: probe(status.Silent)},
 		notPinged:   {Way: "tunnel"},
 		unreachable: {Way: "unreachable", Probe: probe(status.Silent)},
-		refused:     {Way: "refused", Leaving: true},
+		refused:     {Way: "rejected", Leaving: true},
 		leaving:     {Way: "tunnel", Leaving: true, Probe: probe(status.Silent)},
 	} {
 		if got := stateOf(p); got != want {

@@ -21,7 +21,7 @@ const (
 	silent      state = "silent"
 	notPinged   state = "not-pinged"
 	unreachable state = "unreachable"
-	refused     state = "refused"
+	refused     state = "rejected"
 	leaving     state = "leaving"
 )
 
@@ -39,13 +39,13 @@ func states() []legendItem {
 	return []legendItem{
 		{State: answers, Rank: 7, Label: "answers", Meaning: "The last pings of both sizes were answered."},
 		{State: lossy, Rank: 3, Label: "lossy", Meaning: "Some of the last pings were lost."},
-		{State: smallOnly, Rank: 1, Label: "small only", Meaning: "Small packets arrive, full-size ones are lost: something on the way carries smaller packets than this node thinks. " +
+		{State: smallOnly, Rank: 1, Label: "small only", Meaning: "Small packets arrive, full-size ones are lost: the path MTU is smaller than this node assumes. " +
 			"Connections open and then hang. Compare the MTU of the network between the two nodes with that of the tunnel device."},
-		{State: silent, Rank: 0, Label: "silent", Meaning: "None of the last pings was answered: the peer is down, or a firewall drops the tunnel's packets, or its way back is broken."},
-		{State: unreachable, Rank: 2, Label: "unreachable", Meaning: "This node knows no way to the peer, and sends it nothing."},
-		{State: refused, Rank: 4, Label: "refused", Meaning: "The peer's lease is not believed, so that this node sends it nothing."},
-		{State: leaving, Rank: 5, Label: "leaving", Meaning: "The peer's lease is gone from etcd; the way to it is kept for a moment."},
-		{State: notPinged, Rank: 6, Label: "not pinged", Meaning: "Nothing is known of the peer but its lease: it was not pinged yet, or can't be."},
+		{State: silent, Rank: 0, Label: "silent", Meaning: "None of the last pings was answered: the peer is down, a firewall drops the tunnel's packets, or the return path is broken."},
+		{State: unreachable, Rank: 2, Label: "unreachable", Meaning: "This node has no path to the peer and sends nothing to it."},
+		{State: refused, Rank: 4, Label: "rejected", Meaning: "The peer's lease is rejected; this node sends nothing to it."},
+		{State: leaving, Rank: 5, Label: "leaving", Meaning: "The peer's lease disappeared from etcd; the path to it is kept briefly."},
+		{State: notPinged, Rank: 6, Label: "not pinged", Meaning: "The peer was not pinged yet, or cannot be."},
 	}
 }
 
@@ -79,7 +79,7 @@ type peer struct {
 	ID       string `json:"id,omitempty"`
 	Subnet   string `json:"subnet"`
 	PublicIP string `json:"ip,omitempty"`
-	Way      string `json:"way"`
+	Way      string `json:"path"`
 	Reason   string `json:"reason,omitempty"`
 	MAC      string `json:"mac,omitempty"`
 	State    state  `json:"state"`
@@ -127,7 +127,7 @@ func peerViews(all []status.Peer, now time.Time) []peer {
 
 func stateOf(p status.Peer) state {
 	switch {
-	case p.Way == "refused":
+	case p.Way == "rejected":
 		return refused
 	case p.Leaving:
 		return leaving

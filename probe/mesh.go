@@ -67,7 +67,7 @@ func (m *Mesh) rouse() {
 	}
 }
 
-// Resize sets the size of full packets in bytes, with their IP header: the pods' MTU.
+// Resize sets the size of full packets in bytes, with their IP header: the pod MTU.
 func (m *Mesh) Resize(bytes int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -62,7 +62,7 @@ func open(f addr.Family, id uint16) (*socket, error) {
 	}
 	var err error
 	if s.fd, err = unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto); err != nil {
-		return nil, fmt.Errorf("a socket to ping with (%s): %w", f, err)
+		return nil, fmt.Errorf("ping socket (%s): %w", f, err)
 	}
 	if s.udp, err = unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK,
 		unix.IPPROTO_UDP); err == nil {
@@ -70,7 +70,7 @@ func open(f addr.Family, id uint16) (*socket, error) {
 	}
 	if err != nil {
 		s.close()
-		return nil, fmt.Errorf("a socket to ping with (%s): %w", f, err)
+		return nil, fmt.Errorf("ping socket (%s): %w", f, err)
 	}
 	return s, nil
 }

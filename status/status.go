@@ -130,10 +130,10 @@ type PeerCounts struct {
 	Tunnel      int `json:"tunnel"`
 	Direct      int `json:"direct"`
 	Unreachable int `json:"unreachable"`
-	Refused     int `json:"refused"`   // leases that are not believed
+	Refused     int `json:"rejected"`  // leases
 	Lingering   int `json:"lingering"` // their leases are gone; they are kept for a moment
 	// RefusedBy counts the refused ones by why: see Peer.Cause.
-	RefusedBy map[string]int `json:"refusedBy,omitempty"`
+	RefusedBy map[string]int `json:"rejectedBy,omitempty"`
 }
 
 // Firewall is what holds the rules.
@@ -150,8 +150,8 @@ type Reconcile struct {
 	Last     time.Time     `json:"last,omitzero"`
 	Took     time.Duration `json:"took"` // nanoseconds
 	Rounds   int           `json:"rounds"`
-	Looked   time.Time     `json:"looked,omitzero"` // when the whole kernel was last looked at
-	Failures int           `json:"failures"`        // objects that the kernel refused in the last round
+	Looked   time.Time     `json:"lastResync,omitzero"` // when the whole kernel was last looked at
+	Failures int           `json:"failures"`            // objects that the kernel refused in the last round
 }
 
 // KindCount counts objects of one kind.
@@ -163,7 +163,7 @@ type KindCount struct {
 // Changes counts what happened to the node since the start.
 type Changes struct {
 	Interface int `json:"interface"` // another device or address leads to the other nodes
-	MTU       int `json:"mtu"`       // the pods' MTU is another one
+	MTU       int `json:"mtu"`       // the pod MTU is another one
 }
 
 // Probe is what came of pinging the other nodes, the way that pods' packets go.
@@ -171,7 +171,7 @@ type Probe struct {
 	On      bool          `json:"on"`
 	Error   string        `json:"error,omitempty"` // why nobody can be pinged
 	Targets int           `json:"targets"`
-	Size    int           `json:"size"`  // bytes of a full-size packet, with its IP header: the pods' MTU
+	Size    int           `json:"size"`  // bytes of a full-size packet, with its IP header: the pod MTU
 	Round   time.Duration `json:"round"` // how long it takes until every peer has been pinged once
 	// Targets by their Verdict.
 	Answer     int `json:"answer"`
@@ -232,7 +232,7 @@ type Peer struct {
 	ID       string `json:"id,omitempty"`
 	Subnet   string `json:"subnet"`
 	PublicIP string `json:"publicIP"`
-	Way      string `json:"way"` // tunnel, direct, unreachable, refused
+	Way      string `json:"path"` // tunnel, direct, unreachable, refused
 	Reason   string `json:"reason,omitempty"`
 	Cause    string `json:"cause,omitempty"` // of a refusal, in a word
 	MAC      string `json:"mac,omitempty"`   // of its tunnel device

@@ -51,7 +51,7 @@ func TestTexts(t *testing.T) {
 	bad.Devices[0].Offloads = map[string]bool{"gro": true, "tx": false}
 	bad.Store.Losses, bad.Store.LostAt = 1, bad.Now.Add(-time.Hour)
 	bad.Lease.Losses, bad.Lease.LostAt = 2, bad.Now.Add(-time.Minute)
-	bad.Restart = []string{"another overlayd runs then: /usr/local/bin/overlayd was replaced"}
+	bad.Restart = []string{"new binary: /usr/local/bin/overlayd was replaced"}
 	bad.Interface.PublicIPLocal, bad.Reconcile.Failures = false, 1
 	peers := []Peer{
 		{Name: "n2", ID: "id2", Subnet: "10.244.7.0/24", PublicIP: "192.0.2.2", Way: "tunnel", MAC: "02:00:00:00:00:02", Entries: []string{"fdb a", "route b"}, Probe: &PeerProbe{

@@ -63,7 +63,7 @@ func (n Node) Print(w io.Writer, s Style) error {
 	if n.Network.Backend != "" {
 		mtu := ""
 		if n.Network.MTU > 0 {
-			mtu = fmt.Sprintf(", pods' MTU %d", n.Network.MTU)
+			mtu = fmt.Sprintf(", pod MTU %d", n.Network.MTU)
 		}
 		line("Network", "%s, %s%s%s", strings.Join(n.Network.Networks, " and "), n.Network.Backend, mtu, poolsText(n.Network.Pools))
 	}
@@ -78,27 +78,27 @@ func (n Node) Print(w io.Writer, s Style) error {
 	line("Peers", "%s", n.Peers.text(s))
 	line("Pings", "%s", n.Probe.text(s))
 	if n.Firewall.Checked.IsZero() {
-		line("Firewall", "not in place yet")
+		line("Firewall", "not applied yet")
 	} else {
-		line("Firewall", "%s (%s), looked at %s ago", n.Firewall.Kind, n.Firewall.Reason, ago(n.Now, n.Firewall.Checked))
+		line("Firewall", "%s (%s), verified %s ago", n.Firewall.Kind, n.Firewall.Reason, ago(n.Now, n.Firewall.Checked))
 	}
 	if n.Reconcile.Looked.IsZero() {
 		return t.Flush()
 	}
-	line("Kernel", "brought up to date %s ago, in %s; looked at as a whole %s ago%s", ago(n.Now, n.Reconcile.Last), n.Reconcile.Took.Round(time.Microsecond),
-		ago(n.Now, n.Reconcile.Looked), unless(n.Reconcile.Failures == 0, fmt.Sprintf("; it refused %d objects", n.Reconcile.Failures)))
+	line("Kernel", "reconciled %s ago in %s, full resync %s ago%s", ago(n.Now, n.Reconcile.Last), n.Reconcile.Took.Round(time.Microsecond),
+		ago(n.Now, n.Reconcile.Looked), unless(n.Reconcile.Failures == 0, fmt.Sprintf("; %d objects refused", n.Reconcile.Failures)))
 	line("Entries", "%s", entriesText(n.Entries))
 	if len(n.Drift) == 0 {
-		line("Repaired", "nothing: nobody has changed what is ours since the start")
+		line("Drift", "none since start")
 	}
 	for i, d := range n.Drift {
-		line(unless(i > 0, "Repaired"), "%s: %d, last %s, %s ago", d.Kind, d.Count, d.Last, ago(n.Now, d.At))
+		line(unless(i > 0, "Drift"), "%s: %d, last %s, %s ago", d.Kind, d.Count, d.Last, ago(n.Now, d.At))
 	}
 	if len(n.Restart) == 0 {
-		line("Restart", "would change nothing")
+		line("Pending restart", "none")
 	}
 	for i, r := range n.Restart {
-		line(unless(i > 0, "Restart"), "%s", s.paint(yellow, r))
+		line(unless(i > 0, "Pending restart"), "%s", s.paint(yellow, r))
 	}
 	return t.Flush()
 }
@@ -154,16 +154,16 @@ func (p Probe) text(s Style) string {
 	case p.Error != "":
 		return s.paint(yellow, p.Error)
 	case p.Targets == 0:
-		return "nobody to ping"
+		return "no peers"
 	}
 	out := fmt.Sprintf("%d of %d answer", p.Answer+p.Lossy+p.SmallOnly, p.Targets)
 	if p.MedianRTT > 0 {
-		out += fmt.Sprintf(", the median after %s", short(p.MedianRTT))
+		out += fmt.Sprintf(", median RTT %s", short(p.MedianRTT))
 	}
 	for _, x := range []struct {
 		n    int
 		what string
-	}{{p.Silent, "silent"}, {p.SmallOnly, fmt.Sprintf("of them only small packets, not %d bytes", p.Size)}, {p.Lossy, "of them with losses"}} {
+	}{{p.Silent, "silent"}, {p.SmallOnly, fmt.Sprintf("answering only small packets, not %d bytes", p.Size)}, {p.Lossy, "lossy"}} {
 		if x.n > 0 {
 			out += ", " + s.paint(yellow, fmt.Sprintf("%d %s", x.n, x.what))
 		}
@@ -171,7 +171,7 @@ func (p Probe) text(s Style) string {
 	if p.NotPinged > 0 {
 		out += fmt.Sprintf(", %d not pinged yet", p.NotPinged)
 	}
-	return out + fmt.Sprintf("; a round takes %s", p.Round.Round(time.Second))
+	return out + fmt.Sprintf("; one round every %s", p.Round.Round(time.Second))
 }
 
 // short is a round trip as a person reads it.
@@ -205,34 +205,34 @@ func (l Lease) text(now time.Time) string {
 	case l.Reserved:
 		s += ", reserved for this node"
 	case !l.Expires.IsZero():
-		s += fmt.Sprintf(", until %s unless it is renewed", l.Expires.Format(time.RFC3339))
+		s += fmt.Sprintf(", expires %s unless renewed", l.Expires.Format(time.RFC3339))
 		if now.After(l.Expires) {
-			s += " (it has ended)"
+			s += " (expired)"
 		}
 	}
 	if l.Losses > 0 {
-		s += fmt.Sprintf("; was gone from etcd %s, %s ago for the last time", times(l.Losses), ago(now, l.LostAt))
+		s += fmt.Sprintf("; disappeared from etcd %s, last %s ago", times(l.Losses), ago(now, l.LostAt))
 	}
-	return s + unless(l.Held, "; etcd does not say so at the moment")
+	return s + unless(l.Held, "; not confirmed by etcd")
 }
 
 func (e Store) text(now time.Time) string {
 	s := fmt.Sprintf("%s, prefix %s, revision %d, %d leases", strings.Join(e.Endpoints, " "), e.Prefix, e.Revision, e.Entries)
 	if e.Losses > 0 {
-		s += fmt.Sprintf("; lost data or was restored from a backup %s, %s ago for the last time", times(e.Losses), ago(now, e.LostAt))
+		s += fmt.Sprintf("; lost data or was restored from a backup %s, last %s ago", times(e.Losses), ago(now, e.LostAt))
 	}
 	if e.Error != "" {
-		s += fmt.Sprintf("; not reached for %s: %s", ago(now, e.Since), e.Error)
+		s += fmt.Sprintf("; unreachable for %s: %s", ago(now, e.Since), e.Error)
 	}
 	return s
 }
 
 func (p PeerCounts) text(s Style) string {
-	out := []string{fmt.Sprintf("%d: %d by tunnel, %d directly", p.Total, p.Tunnel, p.Direct)}
+	out := []string{fmt.Sprintf("%d: %d tunnel, %d direct", p.Total, p.Tunnel, p.Direct)}
 	for _, x := range []struct {
 		n    int
 		what string
-	}{{p.Unreachable, "unreachable"}, {p.Refused, "refused"}, {p.Lingering, "kept although their leases are gone"}} {
+	}{{p.Unreachable, "unreachable"}, {p.Refused, "rejected"}, {p.Lingering, "kept without a lease"}} {
 		if x.n > 0 {
 			out = append(out, s.paint(yellow, fmt.Sprintf("%d %s", x.n, x.what)))
 		}
@@ -243,11 +243,11 @@ func (p PeerCounts) text(s Style) string {
 // PrintPeers writes a line for each peer.
 func PrintPeers(w io.Writer, peers []Peer, s Style) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(t, "NODE\tSUBNET\tPUBLIC IP\tWAY\tPINGS\tREMARK")
+	_, _ = fmt.Fprintln(t, "NODE\tSUBNET\tPUBLIC IP\tPATH\tPINGS\tREMARK")
 	for _, p := range peers {
 		remark := p.Reason
 		if p.Leaving {
-			remark = "its lease is gone; kept for a moment"
+			remark = "its lease is gone; kept briefly"
 		}
 		way := p.Way
 		if p.Reason != "" {
@@ -286,7 +286,7 @@ func (p Pings) text(size string) string {
 	}
 	out := fmt.Sprintf("%s: %d of the last %d lost", size, p.Lost, p.Sent)
 	if p.RTT > 0 {
-		out += ", round trip " + short(p.RTT)
+		out += ", RTT " + short(p.RTT)
 	}
 	return out
 }
@@ -295,7 +295,7 @@ func (p Pings) text(size string) string {
 func PrintPeer(w io.Writer, p Peer, s Style) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, x := range [][2]string{
-		{"Node", p.Name}, {"ID", p.ID}, {"Subnet", p.Subnet}, {"Public IP", p.PublicIP}, {"MAC", p.MAC}, {"Way", p.Way}, {"Reason", s.paint(yellow, p.Reason)},
+		{"Node", p.Name}, {"ID", p.ID}, {"Subnet", p.Subnet}, {"Public IP", p.PublicIP}, {"MAC", p.MAC}, {"Path", p.Way}, {"Reason", s.paint(yellow, p.Reason)},
 	} {
 		if x[1] != "" && x[1] != yellow+plain {
 			_, _ = fmt.Fprintf(t, "%s\t%s\n", x[0], x[1])
@@ -304,7 +304,7 @@ func PrintPeer(w io.Writer, p Peer, s Style) error {
 	if q := p.Probe; q != nil {
 		_, _ = fmt.Fprintf(t, "Pings\t%s of %s\n\t%s\n\t%s\n", q.word(s), q.Address, q.Small.text("small"), q.Full.text("full size"))
 		if !q.Heard.IsZero() {
-			_, _ = fmt.Fprintf(t, "\tanswered last at %s\n", q.Heard.Format(time.RFC3339))
+			_, _ = fmt.Fprintf(t, "\tlast answer at %s\n", q.Heard.Format(time.RFC3339))
 		}
 	}
 	for i, e := range p.Entries {

@@ -63,8 +63,8 @@ func (e *ConflictError) Error() string {
 var ErrNoConfig = errors.New("there is no network config")
 
 // ErrMoved says that the network config no longer has room for the subnet in use.
-var ErrMoved = errors.New("does not fit the network config any more, which was changed: pods keep their addresses until overlayd is restarted, " +
-	"then the node gets another subnet")
+var ErrMoved = errors.New("does not fit the changed network config: pods keep their addresses until overlayd restarts, " +
+	"then this node gets another subnet")
 
 // Decide says how a claim is made good, given the table. attempt counts the races that were lost so far. In this order:
 // the lease that carries my identity, unless flannel wrote one for my public IP later; that one of flannel's; the

@@ -386,7 +386,7 @@ func TestDecideErrors(t *testing.T) {
 			"pods live outside the network",
 			Table{Config: mustConfig(t, `{"Network":"10.99.0.0/16"}`), Entries: mineAnd(other)},
 			Claim{Attrs: me, Remembered: per("10.244.6.0/24"), Keep: true},
-			"10.244.6.0-24 does not fit the network config any more", ErrMoved,
+			"10.244.6.0-24 does not fit the changed network config", ErrMoved,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -23,7 +23,7 @@ const (
 // Contest is what a node remembers while the lease of another node announces its own address.
 //
 // A lease does not tell whether its node still runs, or still has the address. So a node that has the address writes
-// its own lease with it, and of two leases that announce one address the peers go by the one that was written last. If
+// its own lease with it, and of two leases that announce one address the peers use the one that was written last. If
 // the other node runs and has the address too, it answers by writing its own lease once more, and stays the holder; the
 // challenger leaves it at that. A lease that nothing stands behind any more is not answered for. Each node writes its
 // own key only.

@@ -33,7 +33,7 @@ func (e *PoolFullError) Error() string {
 	for _, p := range e.Pools {
 		pools = append(pools, fmt.Sprintf("%s to %s", p.Subnet(0), p.Subnet(p.Size()-1)))
 	}
-	return fmt.Sprintf("no subnet is free: the pool of %d (%s) is taken up by %d leases and %d reservations",
+	return fmt.Sprintf("no free subnet: all %d (%s) are taken by %d leases and %d reservations",
 		e.Size, strings.Join(pools, " and "), e.Leases, e.Reservations)
 }
 

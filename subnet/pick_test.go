@@ -258,7 +258,7 @@ func TestPoolFullError(t *testing.T) {
 	if !errors.As(err, &full) || full.Size != 7 || full.Leases != 3 || full.Reservations != 1 || len(full.Pools) != 1 {
 		t.Errorf("got %v, %+v", err, full)
 	}
-	want := "no subnet is free: the pool of 7 (fd01:0:0:1::/64 to fd01:0:0:7::/64) is taken up by 3 leases and 1 reservations"
+	want := "no free subnet: all 7 (fd01:0:0:1::/64 to fd01:0:0:7::/64) are taken by 3 leases and 1 reservations"
 	if err == nil || err.Error() != want {
 		t.Errorf("got %v\nwant %s", err, want)
 	}

@@ -66,7 +66,7 @@ type Cause string
 
 // The causes.
 const (
-	CauseNonsense Cause = "nonsense"  // the lease can't be read
+	CauseNonsense Cause = "invalid"   // the lease can't be read
 	CauseBackend  Cause = "backend"   // it is for another backend
 	CauseSubnet   Cause = "subnet"    // its subnet is none of this network's
 	CauseOverlap  Cause = "overlap"   // its subnet is another's, or this node's own
@@ -205,7 +205,7 @@ func settle(c Config, suspects []suspect, young map[*Entry]time.Time) (refused [
 			return objection{}
 		case isYoung(s) > 0:
 			withheld = append(withheld, s.Entry)
-			return objectTo(CausePublicIP, "its public IP %s is that of %s, which may have it still", ip, by.Name())
+			return objectTo(CausePublicIP, "its public IP %s is that of %s, which may still have it", ip, by.Name())
 		}
 		return objectTo(CausePublicIP, "its public IP %s is that of %s, whose lease %s was written later",
 			ip, by.Name(), FormatKey(by.Subnets))
@@ -335,7 +335,7 @@ func (j *judge) alone(e *Entry) (*Lease, objection) {
 		return nil, objectTo(CauseNonsense, "%s", e.Err)
 	}
 	if e.Backend != j.config.Backend.Type {
-		return nil, objectTo(CauseBackend, "its backend is %q, this network's is %q", e.Backend, j.config.Backend.Type)
+		return nil, objectTo(CauseBackend, "its backend is %q, but this network uses %q", e.Backend, j.config.Backend.Type)
 	}
 	used := addr.Per[netip.Prefix]{}
 	for _, f := range addr.Families() {
@@ -367,11 +367,11 @@ func (j *judge) family(l *Lease, f addr.Family, p Pool) objection {
 	case !ip.IsValid():
 		return objectTo(CausePublicIP, "it has no public %s address", f)
 	case ip == mine:
-		return objectTo(CausePublicIP, "its public IP %s is this node's own: two nodes with one address, or a lease that this node left behind", ip)
+		return objectTo(CausePublicIP, "its public IP %s is this node's own: two nodes with one address, or an old lease of this node", ip)
 	case p.Network.Contains(ip):
 		return objectTo(CausePublicIP, "its public IP %s is inside the overlay network %s", ip, p.Network)
 	case !ip.IsGlobalUnicast() || reserved4(ip):
-		return objectTo(CausePublicIP, "its public IP %s is not a unicast address that a packet could be sent to", ip)
+		return objectTo(CausePublicIP, "its public IP %s is not a usable unicast address", ip)
 	}
 	if j.config.Backend.Type != VXLAN {
 		return objection{}
@@ -384,7 +384,7 @@ func (j *judge) family(l *Lease, f addr.Family, p Pool) objection {
 	case v.MAC == j.self.VTEP.Get(f).MAC:
 		return objectTo(CauseVTEP, "its VtepMAC %s is this node's own", v.MAC)
 	case v.VNI != j.config.Backend.VNI && v.VNI != 0: // early versions of flannel did not say it
-		return objectTo(CauseVTEP, "its VNI is %d, this network's is %d", v.VNI, j.config.Backend.VNI)
+		return objectTo(CauseVTEP, "its VNI is %d, but this network uses %d", v.VNI, j.config.Backend.VNI)
 	}
 	return objection{}
 }

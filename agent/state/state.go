@@ -76,7 +76,7 @@ func (d Dir) Load() (Persisted, error) {
 		return Persisted{}, fmt.Errorf("%s: %w", d.LeaseFile(), err)
 	}
 	if p.Node.NodeID != d.Node.NodeID || p.Node.NodeID == "" && p.Node != d.Node {
-		return Persisted{}, fmt.Errorf("%s is the memory of node %q (id %q), not of this one: it is left aside", d.LeaseFile(), p.Node.NodeName, p.Node.NodeID)
+		return Persisted{}, fmt.Errorf("%s is the persisted state of node %q (id %q), not of this one: ignored", d.LeaseFile(), p.Node.NodeName, p.Node.NodeID)
 	}
 	if p.Node != d.Node || p.Prefix != "" && p.Prefix != d.Prefix {
 		p.Config, p.Peers, p.Revision, p.Expires = nil, nil, 0, p.Saved
@@ -149,7 +149,7 @@ func PeersOf(t subnet.Table, own addr.Per[netip.Prefix]) []Peer {
 // Table is what the store would say. It believes no more of it than of the store.
 func (p Persisted) Table() (subnet.Table, error) {
 	if len(p.Config) == 0 {
-		return subnet.Table{}, errors.New("the network config is not remembered")
+		return subnet.Table{}, errors.New("the network config is not persisted")
 	}
 	c, err := subnet.ParseConfig(p.Config)
 	if err != nil {
@@ -167,7 +167,7 @@ func (p Persisted) Table() (subnet.Table, error) {
 // NoteMove leaves a note that the subnet changed under running pods. It stays until an operator has seen to them and removes it.
 func (d Dir) NoteMove(before, now string) error {
 	text := fmt.Sprintf("This node's subnet was %s and is %s\n"+
-		"Another node holds the old one. Pods made before have addresses that no longer lead here.\n"+
+		"Another node holds the old one; pods created before are unreachable.\n"+
 		"Recreate them (and the pod bridge), then remove this file.\n", before, now)
 	return d.write(d.MovedFile(), []byte(text))
 }
@@ -179,5 +179,5 @@ func (d Dir) MovedProblem() error {
 		return nil //nolint:nilerr // no note, no problem
 	}
 	first, _, _ := strings.Cut(string(raw), "\n")
-	return fmt.Errorf("%s: recreate the pods made before, then remove %s", first, d.MovedFile())
+	return fmt.Errorf("%s: recreate the pods created before, then remove %s", first, d.MovedFile())
 }

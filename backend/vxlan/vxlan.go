@@ -114,7 +114,7 @@ func planDevice(p *backend.Plan, in backend.Input, f addr.Family) string {
 	dev := DeviceName(f, b.VNI)
 	mtu := p.LimitMTU(in, f)
 	if mtu < minIPv6MTU && f == addr.IPv6 {
-		p.Problems = append(p.Problems, fmt.Sprintf("%s: an MTU of %d is left over the underlay's %d, IPv6 needs %d", dev, mtu, under.MTU, minIPv6MTU))
+		p.Problems = append(p.Problems, fmt.Sprintf("%s: an underlay MTU of %[3]d leaves %[2]d, IPv6 needs %[4]d", dev, mtu, under.MTU, minIPv6MTU))
 	}
 	p.Tunnel.Set(f, dev)
 	s := &p.State

@@ -149,7 +149,7 @@
       words.every(({ w, address }) => c.hay.includes(w) || (address && within(c, address))));
     put($("shown"), visible.length === all.length ? String(all.length) : visible.length + " of " + all.length);
     $("none").hidden = visible.length > 0;
-    put($("none"), all.length ? "No peer is like that." : "This node has no peers yet.");
+    put($("none"), all.length ? "No peer matches." : "This node has no peers yet.");
     rowsShown = firstRows;
     lay(true);
     list();
@@ -286,7 +286,7 @@
     if (was) paint(was);
     if (back && was && visible[was.index] === was) moveTo(was.index);
   };
-  const pingsText = (p) => (p.sent ? p.lost + " of the last " + p.sent + " lost" + (p.rtt ? ", round trip " + p.rtt : "") : "none sent yet");
+  const pingsText = (p) => (p.sent ? p.lost + " of the last " + p.sent + " lost" + (p.rtt ? ", RTT " + p.rtt : "") : "none sent yet");
   const showDetails = () => {
     const p = opened.peer, s = states.get(p.state);
     put($("details-name"), nameOf(p));
@@ -294,9 +294,9 @@
     put($("details-state"), s.label + (p.state === "answers" && p.rtt ? ", " + p.rtt : ""));
     put($("details-meaning"), p.reason ? p.reason + ". " + s.meaning : s.meaning);
     const rows = [
-      ["Subnet", p.subnet], ["Public IP", p.ip], ["Way", p.way], ["Tunnel MAC", p.mac], ["Pinged at", p.address],
+      ["Subnet", p.subnet], ["Public IP", p.ip], ["Path", p.path], ["Tunnel MAC", p.mac], ["Pinged at", p.address],
       ["Small pings", p.small && pingsText(p.small)], ["Full-size pings", p.full && pingsText(p.full)],
-      ["Answered last", p.heard && p.heard + " ago"], ["ID", p.id],
+      ["Last answer", p.heard && p.heard + " ago"], ["ID", p.id],
       ["On the node", "overlayd status --peer " + (p.name || p.subnet)],
     ].filter((r) => r[1]);
     sync($("details-facts"), rows, "div", (div, [label, text]) => showFact(div, label, [{ text }]));
@@ -336,7 +336,7 @@
       dress(td[0].children[0], "tile " + p.state + (p.state === "answers" ? " r" + p.step : ""));
       put(td[0].children[1], states.get(p.state).label);
       put(td[1].firstChild, p.name || "-");
-      [p.subnet, p.ip, p.way, p.rtt, loss(p), p.reason].forEach((text, i) => put(td[i + 2], text || ""));
+      [p.subnet, p.ip, p.path, p.rtt, loss(p), p.reason].forEach((text, i) => put(td[i + 2], text || ""));
     });
     $("list").hidden = visible.length === 0;
     const rest = sorted.length - rowsShown;
@@ -409,11 +409,11 @@
     document.body.classList.toggle("old", gone);
     $("gone").hidden = !gone;
     $("again").hidden = false;
-    if (gone) put($("gone-text"), trouble + (answered ? ". What you see is old: it is how things were at " + clock(answered) + "." : "."));
+    if (gone) put($("gone-text"), trouble + (answered ? ". Showing the state of " + clock(answered) + "." : "."));
     const wait = Math.max(0, Math.round((nextTry - Date.now()) / 1000));
-    put($("live"), gone ? "asking again in " + wait + " s" : "live, as of " + clock(answered));
+    put($("live"), gone ? "retrying in " + wait + " s" : "live, as of " + clock(answered));
     clearInterval(ticker);
-    if (gone && !document.hidden) ticker = setInterval(() => { if (!running) put($("live"), "asking again in " + Math.max(0, Math.round((nextTry - Date.now()) / 1000)) + " s"); }, 1000);
+    if (gone && !document.hidden) ticker = setInterval(() => { if (!running) put($("live"), "retrying in " + Math.max(0, Math.round((nextTry - Date.now()) / 1000)) + " s"); }, 1000);
   };
   $("again").addEventListener("click", () => plan(0));
   document.addEventListener("visibilitychange", () => {

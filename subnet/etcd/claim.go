@@ -156,7 +156,7 @@ func (c *claimer) settle(ctx context.Context) time.Duration {
 	}
 	switch conflict, leave := c.dispute.disputed(table, *claim, d, c.hasHeld(d.Lease.Subnets), time.Now()); {
 	case leave:
-		c.log.Warn("the lease that this node remembers is that of another machine with its ID, which has taken it back",
+		c.log.Warn("another machine with this node's ID took back the persisted lease",
 			zap.String("key", d.Key))
 		c.leave(d.Lease.Subnets)
 		return 0
@@ -335,7 +335,7 @@ func (c *claimer) took(d subnet.Decision, value []byte, lease, revision int64) {
 	d.LeaseID = lease
 	c.dispute.wrote = revision
 	c.contest.Wrote(d, time.Now())
-	c.log.Info("lease written", zap.String("key", d.Key), zap.Int64("revision", revision), zap.Int("dropped", len(dropped)))
+	c.log.Info("lease written", zap.String("key", d.Key), zap.Int64("revision", revision), zap.Int("deleted", len(dropped)))
 	c.hold(d, expires, nil)
 }
 
@@ -385,7 +385,7 @@ func (c *claimer) refuse(err error) {
 		}
 		if changed && s.said != text(err) {
 			s.said = text(err)
-			c.log.Debug("no lease as it should be", zap.Error(err))
+			c.log.Debug("cannot acquire the claimed lease", zap.Error(err))
 		}
 		return changed
 	})
@@ -399,7 +399,7 @@ func (m *Manager) checkHeld() {
 	}
 	e, ok := m.view.entry(s.held.key)
 	if !ok || e.Identity != s.held.lease.Identity {
-		m.log.Warn("the lease is no longer in the store", zap.String("key", s.held.key))
+		m.log.Warn("subnet lease disappeared from etcd", zap.String("key", s.held.key))
 		s.held = holding{}
 		s.losses, s.lostAt = s.losses+1, time.Now()
 		poke(m.wakeKeep)
@@ -469,7 +469,7 @@ func (c *claimer) initConfig(ctx context.Context, t subnet.Table) (put bool, err
 		c.learn(resp, t)
 		return false, nil
 	}
-	c.log.Info("put the network config, since there was none", zap.String("key", c.keys.config))
+	c.log.Info("wrote the initial network config", zap.String("key", c.keys.config))
 	rev := resp.Header.GetRevision()
 	kv := &mvccpb.KeyValue{Key: []byte(c.keys.config), Value: c.opts.InitConfig, ModRevision: rev, CreateRevision: rev}
 	c.update(func() bool { c.view.wrote(kv, nil, rev); return true })

@@ -149,7 +149,7 @@ func TestConflict(t *testing.T) {
 			n.untilHeld()
 			n.stop()
 			must[[]*subnet.Entry](t)(n.m.Release(ctxFor(t), claim(2).Identity))
-			if got := n.said("no lease as it should be"); got != 1 {
+			if got := n.said("cannot acquire the claimed lease"); got != 1 {
 				t.Errorf("logged %d times", got)
 			}
 		})

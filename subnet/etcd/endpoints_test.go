@@ -106,7 +106,7 @@ func TestUselessEndpointAtStart(t *testing.T) {
 			}
 			untilWatching(t, n.m)
 			told(t, c, n, i)
-			if n.said("etcd can't be reached; the network stays as it is") != 0 {
+			if n.said("etcd unreachable; the data plane stays unchanged") != 0 {
 				t.Errorf("%s, at %d: it was taken for a loss of etcd: %v", name, at, n.logs.All())
 			}
 		}
@@ -120,7 +120,7 @@ func TestUselessEndpointAtStart(t *testing.T) {
 	o := options(c.Members[0])
 	o.Endpoints = []string{bad["is a learner"].Endpoint(), bad["has no leader"].Endpoint()}
 	_, err := must[*Manager](t)(New(o, zap.NewNop())).List(ctxFor(t))
-	want := fmt.Sprintf("etcd: %s is a learner: it serves no node before it is promoted (etcdctl member promote); "+
+	want := fmt.Sprintf("etcd: %s is a learner and serves no requests until promoted (etcdctl member promote); "+
 		"%s: the etcd cluster has no leader", o.Endpoints[0], o.Endpoints[1])
 	if err == nil || err.Error() != want {
 		t.Errorf("it says %v, want %s", err, want)

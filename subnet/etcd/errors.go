@@ -78,7 +78,7 @@ func endpointReason(err error, o Options, where string) string {
 	case errors.Is(known, rpctypes.ErrNoLeader):
 		return "the etcd cluster has no leader"
 	case learner(err):
-		return where + " is a learner: it serves no node before it is promoted (etcdctl member promote)"
+		return where + " is a learner and serves no requests until promoted (etcdctl member promote)"
 	}
 	return text
 }
@@ -90,7 +90,7 @@ func authReason(err error, o Options) string {
 	case errors.Is(known, rpctypes.ErrAuthFailed):
 		return fmt.Sprintf("wrong user name or password for user %q (--etcd-username, --etcd-password, --etcd-password-file)", o.Username)
 	case errors.Is(known, rpctypes.ErrUserEmpty):
-		return "the store wants a user name and password, and there are none (--etcd-username, --etcd-password)"
+		return "etcd requires a user name and password (--etcd-username, --etcd-password)"
 	case errors.Is(known, rpctypes.ErrPermissionDenied) || strings.Contains(err.Error(), rpctypes.ErrPermissionDenied.Error()):
 		return fmt.Sprintf("permission denied for %s: it needs to read and write %s/", user(o), o.Prefix)
 	}
@@ -101,20 +101,20 @@ func authReason(err error, o Options) string {
 func connReason(text, where string) string {
 	// What follows is about the DNS server, not about the endpoint.
 	if _, lookup, ok := strings.Cut(text, ": lookup "); ok {
-		return "the name in --etcd-endpoints can't be resolved: " + strings.TrimSuffix(lookup, `"`)
+		return "cannot resolve the name in --etcd-endpoints: " + strings.TrimSuffix(lookup, `"`)
 	}
 	for _, k := range []struct{ has, means string }{
 		{"certificate signed by unknown authority", "the server's certificate is signed by an unknown authority (--etcd-cafile)"},
 		{"certificate has expired or is not yet valid", "the server's certificate has expired or is not valid yet"},
 		{"x509: certificate is valid for", "the server's certificate is for another name than that in --etcd-endpoints"},
 		{"x509: cannot validate certificate for", "the server's certificate does not name the address in --etcd-endpoints"},
-		{"tls: certificate required", "the server wants a client certificate (--etcd-certfile, --etcd-keyfile)"},
+		{"tls: certificate required", "the server requires a client certificate (--etcd-certfile, --etcd-keyfile)"},
 		{"tls: bad certificate", "the server refuses the client certificate (--etcd-certfile)"},
 		{"tls: expired certificate", "the client certificate has expired (--etcd-certfile)"},
-		{"tls: unknown certificate authority", "the server doesn't know who signed the client certificate (--etcd-certfile)"},
+		{"tls: unknown certificate authority", "the server does not trust the client certificate's issuer (--etcd-certfile)"},
 		{"first record does not look like a TLS handshake", "the server does not speak TLS (http:// in --etcd-endpoints?)"},
 		{"authentication handshake failed: EOF", "the server ended the TLS handshake: most likely it does not speak TLS (http:// in --etcd-endpoints?)"},
-		{"error reading server preface: EOF", "the server closed the connection at once: it speaks TLS (https:// in --etcd-endpoints?), or it is no etcd"},
+		{"error reading server preface: EOF", "the server closed the connection at once: it speaks TLS (https:// in --etcd-endpoints?), or it is not etcd"},
 		{"connection refused", "connection refused by " + where},
 		{"keepalive ping failed", "no answer from " + where},
 		{"use of closed network connection", "no answer from " + where},

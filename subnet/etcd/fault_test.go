@@ -42,7 +42,7 @@ func TestStoppedAndBack(t *testing.T) {
 	if now := n.m.Requests()["Range"]; now > lists+20 {
 		t.Errorf("%d lists", now-lists)
 	}
-	if a, b := n.said("etcd can't be reached; the network stays as it is"), n.said("etcd can be reached again"); a != 1 || b != 1 {
+	if a, b := n.said("etcd unreachable; the data plane stays unchanged"), n.said("etcd reachable again"); a != 1 || b != 1 {
 		t.Errorf("said %d times that it went away, %d times that it is back", a, b)
 	}
 	join(t, s, 2) // the watch goes on

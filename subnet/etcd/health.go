@@ -77,11 +77,11 @@ func (m *Manager) report(p part, err error) {
 func (m *Manager) say(since time.Time) {
 	_, err := m.health.state()
 	if err == nil {
-		m.log.Debug("etcd can be reached again", zap.Duration("after", time.Since(since).Round(time.Millisecond)))
+		m.log.Debug("etcd reachable again", zap.Duration("after", time.Since(since).Round(time.Millisecond)))
 		return
 	}
 	if s := (*storeError)(nil); errors.As(err, &s) && !m.health.said[s.reason] && len(m.health.said) < 10 {
 		m.health.said[s.reason] = true
-		m.log.Debug("etcd can't be reached; the network stays as it is", zap.String("reason", s.reason))
+		m.log.Debug("etcd unreachable; the data plane stays unchanged", zap.String("reason", s.reason))
 	}
 }

@@ -67,7 +67,7 @@ func (m *Manager) renew(ctx context.Context, id int64) (time.Duration, error) {
 	ttl, err := m.keepAlive(ctx, id)
 	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		m.works(partRequests)
-		m.log.Warn("the store has no such etcd lease any more; the key that hung on it goes, and is made anew", zap.Int64("lease", id))
+		m.log.Warn("etcd lease expired or was revoked; recreating the key attached to it", zap.Int64("lease", id))
 		poke(m.wakeProbe)
 		return 0, err
 	}

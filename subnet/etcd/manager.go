@@ -160,7 +160,7 @@ func (m *Manager) distrust(why error) {
 	m.relist = true
 	m.mu.Unlock()
 	if !again {
-		m.log.Warn("reading the whole lease table again", zap.Error(why))
+		m.log.Warn("resyncing the lease table", zap.Error(why))
 	}
 	poke(m.wakeSync)
 }

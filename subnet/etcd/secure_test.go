@@ -101,7 +101,7 @@ func TestUserAndPassword(t *testing.T) {
 	s := store(t, etcdtest.TokenTTL(1))
 	s.EnableAuth("overlayd", secret, prefix+"/")
 
-	start(t, options(s)).says("the store wants a user name and password")
+	start(t, options(s)).says("etcd requires a user name and password")
 
 	wrong := options(s)
 	wrong.Username, wrong.Password = "overlayd", "wrong-one"
@@ -121,14 +121,14 @@ func TestUserAndPassword(t *testing.T) {
 	if now := n.untilKept(first); now.Lease != first.Lease { // tokens and the etcd lease would have ended
 		t.Errorf("it held %v, and holds %v", first.Lease, now.Lease)
 	}
-	if n.said("etcd can't be reached; the network stays as it is") != 0 {
+	if n.said("etcd unreachable; the data plane stays unchanged") != 0 {
 		t.Error("it lost the store")
 	}
 
 	other := o
 	other.Prefix = "/elsewhere"
 	start(t, other).says(`permission denied for user "overlayd": it needs to read and write /elsewhere/`)
-	if got := bad.said("etcd can't be reached; the network stays as it is"); got != 1 {
+	if got := bad.said("etcd unreachable; the data plane stays unchanged"); got != 1 {
 		t.Errorf("said %d times", got)
 	}
 }

@@ -10,7 +10,7 @@ import (
 )
 
 // errRelist ends a watch whose view has to be read again as a whole. It is no fault of the store.
-var errRelist = errors.New("the table has to be read again")
+var errRelist = errors.New("the lease table must be read again")
 
 // syncLoop keeps the view equal to the store: one read of everything, then a watch from there; and again, when that breaks.
 func (m *Manager) syncLoop(ctx context.Context) {

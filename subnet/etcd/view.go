@@ -114,11 +114,11 @@ func (v *view) otherStore(h *pb.ResponseHeader) error {
 	case v.cluster == 0:
 		return nil // it is the first answer
 	case h.GetClusterId() != v.cluster:
-		return fmt.Errorf("it is another etcd cluster (%x, it was %x)", h.GetClusterId(), v.cluster)
+		return fmt.Errorf("different etcd cluster (%x, was %x)", h.GetClusterId(), v.cluster)
 	case h.GetRevision() < v.watched:
-		return fmt.Errorf("its revision is %d, it was %d already", h.GetRevision(), v.watched)
+		return fmt.Errorf("its revision went back from %[2]d to %[1]d", h.GetRevision(), v.watched)
 	case h.GetRaftTerm() < v.term:
-		return fmt.Errorf("its raft term is %d, it was %d already", h.GetRaftTerm(), v.term)
+		return fmt.Errorf("its raft term went back from %[2]d to %[1]d", h.GetRaftTerm(), v.term)
 	}
 	return nil
 }

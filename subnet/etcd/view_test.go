@@ -270,7 +270,7 @@ func TestKeeper(t *testing.T) {
 }
 
 func TestReason(t *testing.T) {
-	const unresolved = "the name in --etcd-endpoints can't be resolved: "
+	const unresolved = "cannot resolve the name in --etcd-endpoints: "
 	dialing := func(text string) error {
 		return status.Error(codes.Unavailable,
 			`connection error: desc = "transport: Error while dialing: dial tcp: `+text+`"`)

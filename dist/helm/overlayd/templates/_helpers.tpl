@@ -69,7 +69,7 @@ securityContext:
 {{- .Values.cni.conflist | default (.Files.Get "files/cni.conflist") }}
 {{- end }}
 
-{{- /* the daemon's environment, and its files; when they change, the pods are made anew */ -}}
+{{- /* the daemon's environment, and its files; when they change, the pods are recreated */ -}}
 {{- define "overlayd.settings" -}}
 OVERLAYD_ETCD_ENDPOINTS: {{ join "," .Values.etcd.endpoints | quote }}
 {{- with .Values.etcd.prefix }}
