@@ -1,5 +1,5 @@
 // Package doctor examines a node on which pods cannot talk, and names the cause: facts are gathered (from the kernel, the daemon, etcd
-// and files), judged by pure functions, and printed as findings, each with the command that mends it. It works with and without a
+// and files), judged by pure functions, and printed as findings, each with the command that fixes it. It works with and without a
 // running daemon, and changes nothing but what Fix is asked to.
 package doctor
 
@@ -34,8 +34,8 @@ type Finding struct {
 	Check  string `json:"check"`
 	Mark   Mark   `json:"mark"`
 	Reason string `json:"reason"`
-	// Mend is what to do about it, as lines for a shell; empty where nothing is to be done or a person has to decide.
-	Mend []string `json:"mend,omitempty"`
+	// Fix is what to do about it, as lines for a shell; empty where nothing is to be done or a person has to decide.
+	Fix []string `json:"fix,omitempty"`
 	// Fixable says that --fix does it.
 	Fixable bool `json:"fixable,omitempty"`
 
@@ -184,12 +184,12 @@ func checks() []check {
 
 func ok(reason string) []Finding      { return []Finding{{Mark: OK, Reason: reason}} }
 func skipped(reason string) []Finding { return []Finding{{Mark: Skipped, Reason: reason}} }
-func warn(reason string, mend ...string) []Finding {
-	return []Finding{{Mark: Warn, Reason: reason, Mend: mend}}
+func warn(reason string, steps ...string) []Finding {
+	return []Finding{{Mark: Warn, Reason: reason, Fix: steps}}
 }
 
-func fail(reason string, mend ...string) []Finding {
-	return []Finding{{Mark: Fail, Reason: reason, Mend: mend}}
+func fail(reason string, steps ...string) []Finding {
+	return []Finding{{Mark: Fail, Reason: reason, Fix: steps}}
 }
 
 // atMost keeps a screen readable where one thing is wrong a thousand times.
@@ -200,7 +200,7 @@ func atMost(found []Finding) []Finding {
 	}
 	rest := found[most]
 	rest.Reason = fmt.Sprintf("and %d more like these", len(found)-most)
-	rest.Mend, rest.fixes, rest.leases = nil, nil, nil
+	rest.Fix, rest.fixes, rest.leases = nil, nil, nil
 	return append(found[:most:most], rest)
 }
 

@@ -42,7 +42,7 @@ func parseEnv(text string) (map[string]string, error) {
 			value = t.value()
 		}
 		if c != '=' || name == "" || strings.ContainsAny(name, " \t\"'") {
-			errs = append(errs, fmt.Errorf("line %d is not of the form NAME=value (systemd leaves it out)", line))
+			errs = append(errs, fmt.Errorf("line %d is not NAME=value (systemd ignores it)", line))
 			continue
 		}
 		out[name] = value

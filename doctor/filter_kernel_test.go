@@ -95,7 +95,7 @@ func TestPodsThatAreNotReached(t *testing.T) {
 			f.Filter, f.Survey.Neighbours = read.Filter, read.Survey.Neighbours
 			got := judgeForwardFilter(f)
 			if len(got) == 0 || got[0].Mark != tt.mark || !strings.Contains(got[0].Reason, tt.text) ||
-				tt.command != "" && !strings.Contains(strings.Join(got[0].Mend, "\n"), tt.command) {
+				tt.command != "" && !strings.Contains(strings.Join(got[0].Fix, "\n"), tt.command) {
 				t.Errorf("%+v", got)
 			}
 		})

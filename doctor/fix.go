@@ -37,9 +37,9 @@ func commands(fixes []fix) []string {
 	return out
 }
 
-// fixable is a finding that --fix mends.
+// fixable is a finding that --fix fixes.
 func fixable(m Mark, reason string, fixes ...fix) []Finding {
-	return []Finding{{Mark: m, Reason: reason, Mend: commands(fixes), fixes: fixes}}
+	return []Finding{{Mark: m, Reason: reason, Fix: commands(fixes), fixes: fixes}}
 }
 
 // Done is a change that Fix made, or could not make.
@@ -74,13 +74,13 @@ func Apply(r Report, rootDir, sysctlDir string) []Done {
 func (x fix) apply(r root, sysctlDir string) (string, error) {
 	if x.sysctl != "" {
 		was, _ := r.read("proc/sys/" + x.sysctl)
-		what := fmt.Sprintf("%s = %s (it was %s)", x.sysctl, x.value, was)
+		what := fmt.Sprintf("%s = %s (was %s)", x.sysctl, x.value, was)
 		err := os.WriteFile(r.path(filepath.Join(sysctlDir, x.sysctl)), []byte(x.value), 0o644)
 		if err != nil {
 			return what, err
 		}
 		if now, _ := r.read("proc/sys/" + x.sysctl); strings.Join(strings.Fields(now), " ") != x.value {
-			return what, fmt.Errorf("it is %s afterwards", now)
+			return what, fmt.Errorf("it is %s after writing", now)
 		}
 		return what, nil
 	}

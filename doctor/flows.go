@@ -143,7 +143,7 @@ func judgePolicyRouting(f Facts) []Finding {
 		return skipped(err.Error())
 	}
 	if len(f.Flows) == 0 {
-		return skipped("there is no route to a peer to ask for")
+		return skipped("no route to a peer to look up")
 	}
 	var out []Finding
 	said := map[string]bool{}
@@ -166,20 +166,20 @@ func judgePolicyRouting(f Facts) []Finding {
 		if x.To.Is6() {
 			word = "ip -6"
 		}
-		mend := f.start()
+		steps := f.start()
 		switch {
 		case !found || rule.Priority >= netstate.MainPriority: // that is the kernel's own: one of ours is missing
 			if f.Daemon.Running {
-				mend = fmt.Sprintf("overlayd diff; %s rule; %s route get %s", word, word, x.To)
+				steps = fmt.Sprintf("overlayd diff; %s rule; %s route get %s", word, word, x.To)
 			}
-			out = append(out, fail(fmt.Sprintf("packets %s %s", x.who, what), mend)...)
+			out = append(out, fail(fmt.Sprintf("packets %s %s", x.who, what), steps)...)
 			continue
 		case f.Daemon.Running:
-			mend = fmt.Sprintf("%s rule   # give that rule a higher number, or have its program leave out %s",
+			steps = fmt.Sprintf("%s rule   # give that rule a higher number, or exclude %s in its program",
 				word, f.network(addr.FamilyOf(x.To)))
 		}
-		reason := fmt.Sprintf("packets %s %s: the rule %q of another program takes them", x.who, what, rule)
-		out = append(out, fail(reason, mend)...)
+		reason := fmt.Sprintf("packets %s %s: the rule %q of another program matches them", x.who, what, rule)
+		out = append(out, fail(reason, steps)...)
 	}
 	return orOK(atMost(out), f.precedence())
 }
@@ -193,9 +193,9 @@ func (f Facts) precedence() string {
 		}
 	}
 	if len(ours) == 0 {
-		return "packets to peers' pods take our routes"
+		return "packets to peers' pods take overlayd's routes"
 	}
-	return fmt.Sprintf("packets to peers' pods take our routes; before rules of other programs stands %q", few(ours))
+	return fmt.Sprintf("packets to peers' pods take overlayd's routes; %q precedes other programs' rules", few(ours))
 }
 
 // elsewhereThanStore finds out where the store is reached by another device than the one that is taken to lead to the
@@ -219,7 +219,7 @@ func (f Facts) elsewhereThanStore() []Finding {
 			continue
 		}
 		return warn(
-			fmt.Sprintf("%s is taken to lead to the other nodes, but etcd (%s) is reached by %s: are the nodes there, too?",
+			fmt.Sprintf("%s is used to reach the other nodes, but etcd (%s) is reached by %s: are the nodes there, too?",
 				strings.Join(uplinks, ", "), x.To, x.Link),
 			f.Service.set(f.EnvFile, "OVERLAYD_IFACE", x.Link))
 	}

@@ -165,7 +165,7 @@ func later[T any](asking context.Context, ask func(context.Context) (T, error)) 
 	go func() {
 		v, err := ask(asking)
 		if err != nil && errors.Is(asking.Err(), context.DeadlineExceeded) {
-			err = fmt.Errorf("nothing came within %v: is it stopped (ps -o pid,stat -C overlayd), or the machine overloaded?", askDaemonFor)
+			err = fmt.Errorf("no answer within %v: is it stopped (ps -o pid,stat -C overlayd), or the machine overloaded?", askDaemonFor)
 		}
 		c <- answer[T]{v, err}
 	}()
@@ -340,23 +340,23 @@ func (f Facts) ownEntry() *subnet.Entry {
 }
 
 // leaseIsNotOurs says why a lease that carries this node's identity is not known to be this node's. Machines that were copied have
-// the same one: what is judged by the other one's lease would be mended at its cost.
+// the same one: what is judged by the other one's lease would be fixed at its cost.
 func (f Facts) leaseIsNotOurs() string {
 	if f.Daemon.Running {
 		l, p := f.Daemon.Status.Lease, f.problem("lease")
 		switch {
 		case len(l.Subnets) == 0 && p != nil && p.Code != status.Starting:
-			return "the daemon holds no lease: see the problem lease"
+			return "the daemon holds no lease: see problems"
 		case len(l.Subnets) == 0:
 			return "the daemon holds no lease"
 		case !l.Held && p != nil && p.Code == status.Conflict:
-			return "another node has this node's lease: see the problem lease"
+			return "another node has this node's lease: see problems"
 		}
 		return ""
 	}
 	if own := f.ownEntry(); own != nil {
 		if ip := f.elsewhere(own); ip.IsValid() {
-			return fmt.Sprintf("the lease of this node's name and ID says that it is at %s, which no device of this node has", ip)
+			return fmt.Sprintf("the lease of this node's name and ID announces %s, which no device of this node has", ip)
 		}
 	}
 	return ""
@@ -435,7 +435,7 @@ func (f *Facts) concludePeers() {
 		f.PeersFrom = "etcd"
 		f.peersOf(f.Store.Table)
 	case f.Memory != nil:
-		f.PeersFrom = "the memory of the daemon"
+		f.PeersFrom = "the persisted state"
 		if t, err := f.Memory.Table(); err == nil {
 			f.peersOf(t)
 		}

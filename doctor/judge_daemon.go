@@ -37,17 +37,17 @@ func judgeDaemon(f Facts) []Finding {
 	d := f.Daemon
 	switch {
 	case errors.Is(d.Err, fs.ErrPermission):
-		return skipped("only root may ask it")
+		return skipped("only root may query it")
 	case d.Err != nil:
 		return fail("the daemon does not answer: "+d.Err.Error(), f.Service.restart(), f.Service.log())
 	case d.Holder != nil:
-		return fail(d.Holder.Error()+", and nobody answers at the socket: it has another --socket, or is about to start or end", "ps -o pid,args -C overlayd")
+		return fail(d.Holder.Error()+", and no process answers at the socket: it has another --socket, or is starting or stopping", "ps -o pid,args -C overlayd")
 	case !d.Running:
-		return fail("overlayd does not run on this node; what it made before stays as it is, and follows no change", f.start(), f.Service.log())
+		return fail("overlayd does not run on this node; the data plane stays unchanged and follows no changes", f.start(), f.Service.log())
 	case !d.Status.Ready:
-		return fail("it runs, and is not ready: see its problems", "overlayd status")
+		return fail("running, but not ready: see its problems", "overlayd status")
 	case d.PeersErr != nil:
-		return warn("it runs, but does not say who the other nodes are: "+d.PeersErr.Error(), "overlayd status --peers")
+		return warn("running, but does not list its peers: "+d.PeersErr.Error(), "overlayd status --peers")
 	}
 	return ok(fmt.Sprintf("%s, version %s, ready", f.name(), d.Status.Version))
 }
@@ -55,7 +55,7 @@ func judgeDaemon(f Facts) []Finding {
 // start starts the daemon. One on a machine that is a clone would take the lease of the other.
 func (f Facts) start() string {
 	if f.NoLease != "" {
-		return f.Service.start() + "   # not before own lease is clear, see there"
+		return f.Service.start() + "   # only after own lease is resolved"
 	}
 	return f.Service.start()
 }
@@ -71,20 +71,20 @@ func judgeProblems(f Facts) []Finding {
 			later = append(later, p.Name)
 			continue
 		}
-		x := Finding{Mark: Warn, Reason: fmt.Sprintf("the daemon says: %s: %s, for %s", p.Name, p.Reason, f.Now.Sub(p.Since).Round(time.Second))}
+		x := Finding{Mark: Warn, Reason: fmt.Sprintf("%s: %s, for %s", p.Name, p.Reason, f.Now.Sub(p.Since).Round(time.Second))}
 		if see := checkFor(p.Name); see != "" {
 			x.Reason += "; see " + see
 		}
 		if p.Fatal {
 			x.Mark = Fail
 		}
-		x.Mend = []string{"overlayd status"}
+		x.Fix = []string{"overlayd status"}
 		out = append(out, x)
 	}
 	if len(later) > 0 { // what waits for the rest is not the cause
-		out = append(out, fail(fmt.Sprintf("the daemon says: not there yet, overlayd is starting: %s", strings.Join(later, ", ")), "overlayd status")...)
+		out = append(out, fail(fmt.Sprintf("overlayd is starting: %s", strings.Join(later, ", ")), "overlayd status")...)
 	}
-	return orOK(out, "the daemon has none")
+	return orOK(out, "none")
 }
 
 // checkFor is the check that looks at the same thing as a problem of the daemon.
@@ -94,23 +94,23 @@ func checkFor(problem string) string {
 		"lease": "leases", "claim": "own lease and leases", "etcd": "etcd", "offline": "etcd",
 		"kernel": "drift and tunnel device", "firewall": "iptables variants and kernel", "subnet-file": "subnet file", "node-set": "kernel", "state-dir": "state directory",
 		"unreachable": "peers", "settings": "forwarding", "subnet-moved": "bridge", "pod-bridge": "bridge",
-		"foreign-route": "routes", "plan": "MTU and policy routing", "refused-lease": "leases",
+		"foreign-route": "routes", "plan": "MTU and policy routing", "rejected-lease": "leases",
 	}[problem]
 }
 
 func judgeDrift(f Facts) []Finding {
 	switch d := f.Daemon; {
 	case !d.Running:
-		return skipped("only the daemon knows what it has planned")
+		return skipped("only the daemon knows the desired state")
 	case d.DiffErr != nil:
-		return skipped("the daemon does not say: " + d.DiffErr.Error())
+		return skipped("the daemon does not answer: " + d.DiffErr.Error())
 	case len(d.Diff) > 0:
-		return warn(fmt.Sprintf("the kernel is not as planned, which the daemon puts right within a second unless something refuses or undoes it: %s", few(d.Diff)), "overlayd diff")
+		return warn(fmt.Sprintf("the kernel differs from the desired state; the daemon reverts that within a second unless the kernel refuses it or another process undoes it: %s", few(d.Diff)), "overlayd diff")
 	}
 	if repairs := f.repairs(); repairs != "" {
-		return warn("the kernel is as planned, but somebody else changes it: "+repairs, f.Service.logOf("repaired what somebody else changed"))
+		return warn("the kernel is in sync, but another process keeps changing it: "+repairs, f.Service.logOf("reverted external change"))
 	}
-	return ok("the kernel is as planned")
+	return ok("the kernel is in sync")
 }
 
 // repairs says what the daemon puts right again and again, or did a moment ago; "" is nothing.
@@ -142,7 +142,7 @@ func judgeSettings(f Facts) []Finding {
 	case f.EnvFileErr != nil && f.Privileges != nil && errors.Is(f.EnvFileErr, fs.ErrPermission):
 		out = append(out, skipped(f.EnvFileErr.Error())...)
 	case f.EnvFileErr != nil:
-		out = append(out, fail("the settings can't all be read: "+f.EnvFileErr.Error())...)
+		out = append(out, fail("some settings cannot be read: "+f.EnvFileErr.Error())...)
 	}
 	if f.Wrong != nil {
 		for line := range strings.Lines(f.Wrong.Error()) {
@@ -150,32 +150,32 @@ func judgeSettings(f Facts) []Finding {
 		}
 	}
 	if len(f.UnknownKeys) > 0 {
-		out = append(out, warn(fmt.Sprintf("%s has settings that overlayd does not know: %s", f.EnvFile, few(f.UnknownKeys)))...)
+		out = append(out, warn(fmt.Sprintf("%s has unknown settings: %s", f.EnvFile, few(f.UnknownKeys)))...)
 	}
 	var off []string
 	if f.System.SubnetEnv["FLANNEL_IPMASQ"] == "false" {
-		off = append(off, "--ip-masq is off: pods reach what is outside of the pod network only where there is a way back to their own addresses")
+		off = append(off, "--ip-masq is off: pods reach external addresses only where a route leads back to the pod network")
 	}
 	if f.Daemon.Running && f.Daemon.Status.Ready && !f.Daemon.Status.Probe.On {
 		off = append(off, "--mesh-probe is off: the daemon does not notice when other nodes stop answering")
 	}
-	return orOK(out, strings.Join(append([]string{"every one makes sense"}, off...), "; "))
+	return orOK(out, strings.Join(append([]string{"all valid"}, off...), "; "))
 }
 
 func judgeIdentity(f Facts) []Finding {
 	if f.IdentityErr != nil {
-		mend := []string{}
+		steps := []string{}
 		if !f.System.HasMachineID || f.System.MachineID == "" || f.System.MachineID == "uninitialized" {
-			mend = []string{"systemd-machine-id-setup"}
+			steps = []string{"systemd-machine-id-setup"}
 		}
-		return fail(f.IdentityErr.Error(), mend...)
+		return fail(f.IdentityErr.Error(), steps...)
 	}
 	reason := fmt.Sprintf("node %s, id %s", f.Identity.NodeName, f.Identity.NodeID)
 	if f.IdentityFromMemory {
-		return ok(fmt.Sprintf("%s, by %s; started without --node-name and --node-id, the daemon would take the host name and /etc/machine-id, which say otherwise", reason, filepath.Join(f.StateDir, "lease.json")))
+		return ok(fmt.Sprintf("%s, from %s; without --node-name and --node-id, the daemon would use the host name and /etc/machine-id, which differ", reason, filepath.Join(f.StateDir, "lease.json")))
 	}
 	if !f.Daemon.Running && f.Memory != nil && f.Memory.Node.NodeID != f.Identity.NodeID {
-		return warn(fmt.Sprintf("%s, but %s is the memory of node %s, id %s: it is left aside at the next start", reason,
+		return warn(fmt.Sprintf("%s, but %s is the persisted state of node %s, id %s: the next start ignores it", reason,
 			filepath.Join(f.StateDir, "lease.json"), f.Memory.Node.NodeName, f.Memory.Node.NodeID))
 	}
 	return ok(reason)
@@ -196,25 +196,25 @@ func judgeStateDir(f Facts) []Finding {
 		}
 	}
 	if f.MemoryErr != nil {
-		out = append(out, warn("what the daemon remembers can't be read, so that it can't start while etcd is away: "+f.MemoryErr.Error())...)
+		out = append(out, warn("the persisted state cannot be read, so the daemon cannot start while etcd is unreachable: "+f.MemoryErr.Error())...)
 	}
 	if f.System.StateDirErr != nil && f.Privileges == nil {
-		out = append(out, fail(fmt.Sprintf("%s can't be written to: %v", f.StateDir, f.System.StateDirErr), "findmnt --target "+f.StateDir)...)
+		out = append(out, fail(fmt.Sprintf("%s is not writable: %v", f.StateDir, f.System.StateDirErr), "findmnt --target "+f.StateDir)...)
 	}
-	return orOK(out, f.StateDir+" can be written to")
+	return orOK(out, f.StateDir+" is writable")
 }
 
 func judgeSubnetFile(f Facts) []Finding {
 	s := f.System
 	if s.SubnetEnvErr != nil {
 		if f.Daemon.Running && !f.Daemon.Status.Ready {
-			return fail(fmt.Sprintf("%s is not there yet, so that no pod can start: %v", f.SubnetFile, s.SubnetEnvErr), "overlayd status")
+			return fail(fmt.Sprintf("%s does not exist yet, so no pod can start: %v", f.SubnetFile, s.SubnetEnvErr), "overlayd status")
 		}
 		again := f.Service.restart()
 		if !f.Daemon.Running {
 			again = f.start()
 		}
-		return fail(fmt.Sprintf("%s can't be read, and no pod can start without it: %v", f.SubnetFile, s.SubnetEnvErr), again)
+		return fail(fmt.Sprintf("%s cannot be read, so no pod can start: %v", f.SubnetFile, s.SubnetEnvErr), again)
 	}
 	if f.NoLease != "" {
 		return skipped(f.NoLease)
@@ -227,14 +227,14 @@ func judgeSubnetFile(f Facts) []Finding {
 		}
 		key := map[addr.Family]string{addr.IPv4: "FLANNEL_SUBNET", addr.IPv6: "FLANNEL_IPV6_SUBNET"}[fam]
 		if got := parsePrefix(s.SubnetEnv[key]); !got.IsValid() || got.Masked() != own {
-			out = append(out, fail(fmt.Sprintf("%s says %s=%s, the lease is %s", f.SubnetFile, key, s.SubnetEnv[key], own), f.Service.restart())...)
+			out = append(out, fail(fmt.Sprintf("%s says %s=%s, but the lease is %s", f.SubnetFile, key, s.SubnetEnv[key], own), f.Service.restart())...)
 		}
 	}
 	if want := f.Daemon.Status.Network.MTU; want > 0 && s.SubnetEnv["FLANNEL_MTU"] != fmt.Sprint(want) {
-		out = append(out, fail(fmt.Sprintf("%s says FLANNEL_MTU=%s, pods should be told %d", f.SubnetFile, s.SubnetEnv["FLANNEL_MTU"], want), f.Service.restart())...)
+		out = append(out, fail(fmt.Sprintf("%s says FLANNEL_MTU=%s, but the pod MTU is %d", f.SubnetFile, s.SubnetEnv["FLANNEL_MTU"], want), f.Service.restart())...)
 	}
 	if len(out) == 0 && f.Self.Subnets.V4 == f.Self.Subnets.V6 {
-		return skipped(f.SubnetFile + " is there; this node's lease is not known")
+		return skipped(f.SubnetFile + " exists; this node's lease is unknown")
 	}
-	return orOK(out, f.SubnetFile+" says what the lease says")
+	return orOK(out, f.SubnetFile+" matches the lease")
 }

@@ -29,7 +29,7 @@ func judgeTunnel(f Facts) []Finding {
 	case f.Errs["devices"] != nil:
 		return skipped(f.Errs["devices"].Error())
 	case f.backend() == subnet.HostGW:
-		return ok("host-gw has none")
+		return ok("host-gw uses none")
 	case f.NoLease != "" && len(f.Daemon.Status.Devices) == 0:
 		return skipped(f.NoLease)
 	}
@@ -44,31 +44,31 @@ func judgeTunnel(f Facts) []Finding {
 		v := d.link.VXLAN
 		switch {
 		case !d.there:
-			out = append(out, fail(d.name+" is not there", again)...)
+			out = append(out, fail(d.name+" does not exist", again)...)
 			continue
 		case d.link.Kind != "vxlan":
-			out = append(out, fail(fmt.Sprintf("%s is a %s device: it is in the way of ours", d.name, d.link.Kind), "ip link delete "+d.name)...)
+			out = append(out, fail(fmt.Sprintf("%s is a %s device, which blocks the tunnel device of this name", d.name, d.link.Kind), "ip link delete "+d.name)...)
 			continue
 		case !d.link.Up && len(f.portHolder(d)) > 0:
-			out = append(out, fail(d.name+" is down, and can't be set up while another program has its UDP port: see VXLAN port", f.portHolder(d)[0].Mend...)...)
+			out = append(out, fail(d.name+" is down, and cannot be set up while another program has its UDP port: see VXLAN port", f.portHolder(d)[0].Fix...)...)
 		case !d.link.Up:
 			out = append(out, fail(d.name+" is down", "ip link set "+d.name+" up")...)
 		case v.VNI != d.vni || v.Port != d.port:
-			out = append(out, fail(fmt.Sprintf("%s has VNI %d and UDP port %d, the network %d and %d", d.name, v.VNI, v.Port, d.vni, d.port), again)...)
+			out = append(out, fail(fmt.Sprintf("%s has VNI %d and UDP port %d, but the network uses %d and %d", d.name, v.VNI, v.Port, d.vni, d.port), again)...)
 		case d.local.IsValid() && (v.Underlay != d.underlay || v.Local != d.local):
 			by := func(device string) string { return orDefault(device, "no device alone") }
-			out = append(out, fail(fmt.Sprintf("%s sends from %s by %s, it should from %s by %s",
+			out = append(out, fail(fmt.Sprintf("%s sends from %s over %s, expected from %s over %s",
 				d.name, v.Local, by(v.Underlay), d.local, by(d.underlay)), again)...)
 		}
 		if mac := f.announced(d); mac != "" && mac != d.link.MAC.String() {
-			out = append(out, fail(fmt.Sprintf("%s has the MAC address %s, the lease announces %s: what the others send is dropped", d.name, d.link.MAC, mac), "ip link set "+d.name+" address "+mac)...)
+			out = append(out, fail(fmt.Sprintf("%s has the MAC address %s, but the lease announces %s: packets from peers are dropped", d.name, d.link.MAC, mac), "ip link set "+d.name+" address "+mac)...)
 		}
 		if s := ipv6Off(d.name); f.System.Sysctls[s] == "1" && d.family == addr.IPv6 {
-			out = append(out, fail("IPv6 is switched off on "+d.name, "sysctl -w "+s+"=0")...)
+			out = append(out, fail("IPv6 is disabled on "+d.name, "sysctl -w "+s+"=0")...)
 		}
 	}
 	if len(names) == 0 {
-		return skipped("the network config is not known")
+		return skipped("the network config is unknown")
 	}
 	return orOK(out, strings.Join(names, " and "))
 }
@@ -94,7 +94,7 @@ func judgePort(f Facts) []Finding {
 		if f.backend() == subnet.HostGW {
 			return ok("host-gw needs none")
 		}
-		return skipped("the network config is not known")
+		return skipped("the network config is unknown")
 	}
 	var out []Finding
 	for _, d := range ds {
@@ -107,7 +107,7 @@ func judgePort(f Facts) []Finding {
 			switch {
 			case v.VNI == d.vni:
 				taken = true
-				out = append(out, fail(fmt.Sprintf("the VXLAN device %s has VNI %d on UDP port %d, which are ours: the kernel lets only one have them", l.Name, v.VNI, v.Port), "ip link delete "+l.Name, f.Service.restart())...)
+				out = append(out, fail(fmt.Sprintf("the VXLAN device %s has VNI %d on UDP port %d, which overlayd needs: the kernel allows only one such device", l.Name, v.VNI, v.Port), "ip link delete "+l.Name, f.Service.restart())...)
 			case !d.there && l.Up:
 				taken = true
 				out = append(out, fail(fmt.Sprintf("the VXLAN device %s is on UDP port %d with other settings", l.Name, v.Port), "ip link delete "+l.Name, f.Service.restart())...)
@@ -117,7 +117,7 @@ func judgePort(f Facts) []Finding {
 			out = append(out, f.portHolder(d)...)
 		}
 	}
-	return orOK(out, fmt.Sprintf("UDP port %d and VNI %d are nobody else's", ds[0].port, ds[0].vni))
+	return orOK(out, fmt.Sprintf("no other program uses UDP port %d or VNI %d", ds[0].port, ds[0].vni))
 }
 
 // portHolder names the program that has the port of a device which is not there, or down.
@@ -127,11 +127,11 @@ func (f Facts) portHolder(d tunnel) []Finding {
 			continue
 		}
 		who := orDefault(s.holder, "another program")
-		mend := []string{fmt.Sprintf("ss -ulnp 'sport = :%d'", d.port)}
+		steps := []string{fmt.Sprintf("ss -ulnp 'sport = :%d'", d.port)}
 		if d.there {
-			mend = append(mend, "ip link set "+d.name+" up   # once that program has given the port up")
+			steps = append(steps, "ip link set "+d.name+" up   # once that program has released the port")
 		}
-		return fail(fmt.Sprintf("UDP port %d is taken by %s", d.port, who), mend...)
+		return fail(fmt.Sprintf("UDP port %d is taken by %s", d.port, who), steps...)
 	}
 	return nil
 }
@@ -155,9 +155,9 @@ func judgeMTU(f Facts) []Finding {
 		said = append(said, fmt.Sprintf("%s %d over %s %d", d.name, d.link.MTU, under.Name, under.MTU))
 		switch {
 		case d.link.MTU > room:
-			out = append(out, fail(fmt.Sprintf("%s has an MTU of %d, but over %s with %d only %d get through", d.name, d.link.MTU, under.Name, under.MTU, room), fmt.Sprintf("ip link set %s mtu %d", d.name, room))...)
+			out = append(out, fail(fmt.Sprintf("%s has an MTU of %d, but %s with %d carries only %d", d.name, d.link.MTU, under.Name, under.MTU, room), fmt.Sprintf("ip link set %s mtu %d", d.name, room))...)
 		case d.mtu > 0 && d.link.MTU != d.mtu:
-			out = append(out, fail(fmt.Sprintf("%s has an MTU of %d, it should have %d", d.name, d.link.MTU, d.mtu), fmt.Sprintf("ip link set %s mtu %d", d.name, d.mtu))...)
+			out = append(out, fail(fmt.Sprintf("%s has an MTU of %d, expected %d", d.name, d.link.MTU, d.mtu), fmt.Sprintf("ip link set %s mtu %d", d.name, d.mtu))...)
 		}
 	}
 	want := f.podMTU()
@@ -170,25 +170,25 @@ func judgeMTU(f Facts) []Finding {
 		}
 		out = append(out, f.ports(b, want)...)
 	}
-	return orOK(out, orDefault(strings.Join(said, "; "), "there is no tunnel device to compare"))
+	return orOK(out, orDefault(strings.Join(said, "; "), "no tunnel device to compare"))
 }
 
 // ports are the devices by which pods are on a bridge.
 func (f Facts) ports(bridge netstate.SurveyLink, want int) []Finding {
 	var over []string
-	mend := []string{}
+	steps := []string{}
 	for _, l := range f.Survey.Links {
 		if l.Master == bridge.Name && l.MTU > want {
 			over = append(over, fmt.Sprintf("%s %d", l.Name, l.MTU))
-			if len(mend) < 3 {
-				mend = append(mend, fmt.Sprintf("ip link set %s mtu %d", l.Name, want))
+			if len(steps) < 3 {
+				steps = append(steps, fmt.Sprintf("ip link set %s mtu %d", l.Name, want))
 			}
 		}
 	}
 	if len(over) == 0 {
 		return nil
 	}
-	return warn(fmt.Sprintf("%d ports of %s have a larger MTU than the %d that get through: pods there were made with another one; make them anew (%s)", len(over), bridge.Name, want, few(over)), mend...)
+	return warn(fmt.Sprintf("%d ports of %s have a larger MTU than the %d that get through: their pods were created with another pod MTU; recreate them (%s)", len(over), bridge.Name, want, few(over)), steps...)
 }
 
 // judgeBridge: whatever pods are on has an address of this node's subnet.
@@ -197,7 +197,7 @@ func judgeBridge(f Facts) []Finding {
 		return skipped(f.Errs["devices"].Error())
 	}
 	if f.Self.Subnets == (addr.Per[netip.Prefix]{}) {
-		return skipped(orDefault(f.NoLease, "this node's lease is not known"))
+		return skipped(orDefault(f.NoLease, "this node's lease is unknown"))
 	}
 	lost := f.lostByBridges()
 	var out []Finding
@@ -211,7 +211,7 @@ func judgeBridge(f Facts) []Finding {
 	for _, b := range f.bridges() {
 		names = append(names, b.Name)
 		if !b.Up && !slices.ContainsFunc(lost, func(l netstate.BridgeLoss) bool { return l.Bridge == b.Name }) {
-			out = append(out, fail(b.Name+" is down: pods can't send", "ip link set "+b.Name+" up")...)
+			out = append(out, fail(b.Name+" is down: pods cannot send", "ip link set "+b.Name+" up")...)
 		}
 	}
 	ours := slices.ContainsFunc(f.bridges(), func(b netstate.SurveyLink) bool { return b.Kind == "bridge" })
@@ -225,16 +225,16 @@ func judgeBridge(f Facts) []Finding {
 		if !network.IsValid() || !network.Contains(a.Prefix.Addr()) {
 			continue
 		}
-		reason := fmt.Sprintf("%s has the address %s, this node's subnet is %s: ", a.Link, a.Prefix, own)
+		reason := fmt.Sprintf("%s has the address %s, but this node's subnet is %s: ", a.Link, a.Prefix, own)
 		if ours { // that of the pods is another one
-			out = append(out, fail(reason+"what is on it has addresses that lead to another node; whoever made it (Docker, say) has to take another network",
+			out = append(out, fail(reason+"its containers have addresses that lead to another node; configure another network in the program that created it (such as Docker)",
 				"ip -br link show master "+a.Link, "ip -d link show "+a.Link)...)
 		} else {
-			out = append(out, fail(reason+"pods there have addresses that lead to another node; make the bridge and the pods anew", f.anew(a)...)...)
+			out = append(out, fail(reason+"its pods have addresses that lead to another node; recreate the bridge and the pods", f.anew(a)...)...)
 		}
 	}
 	if len(out) == 0 && len(names) == 0 {
-		return ok("there is none yet (the first pod brings it)")
+		return ok("none yet (the first pod creates it)")
 	}
 	return orOK(out, strings.Join(names, " and ")+" has an address of this node's subnet")
 }
@@ -272,7 +272,7 @@ func (f Facts) byManager(l netstate.BridgeLoss) string {
 	if len(names) == 0 || len(l.Addrs)+len(l.Ports) == 0 {
 		return ""
 	}
-	return "; another program took that, see " + strings.Join(names, " and ")
+	return "; another program removed it, see " + strings.Join(names, " and ")
 }
 
 // withoutGateway finds the bridge that pods are on where nothing has the address that is their gateway.
@@ -293,14 +293,14 @@ func (f Facts) withoutGateway() []Finding {
 			}
 			has := f.addressesOf(l.Name)
 			ours := slices.ContainsFunc(f.bridges(), func(b netstate.SurveyLink) bool { return b.Name == l.Name })
-			reason, mend := fmt.Sprintf("nothing has the address %s, the gateway of this node's pods: %s, which has ports and no %s address, seems to have lost it", gateway, l.Name, fam), fmt.Sprintf("ip address add %s dev %s", gateway, l.Name)
+			reason, steps := fmt.Sprintf("no device has the address %s, the gateway of this node's pods: %s, which has ports and no %s address, seems to have lost it", gateway, l.Name, fam), fmt.Sprintf("ip address add %s dev %s", gateway, l.Name)
 			switch {
 			case len(has) == 0 && l.Name == "cni0":
-				out = append(out, fail(reason, mend)...)
+				out = append(out, fail(reason, steps)...)
 			case len(has) == 0:
-				out = append(out, warn(reason+", if pods are on it", mend)...)
+				out = append(out, warn(reason+", if pods are on it", steps)...)
 			case ours && !slices.Contains(has, fam):
-				out = append(out, warn(reason+fmt.Sprintf(", if pods are to have addresses of %s", fam), mend)...)
+				out = append(out, warn(reason+fmt.Sprintf(", if pods are to have addresses of %s", fam), steps)...)
 			}
 		}
 	}
@@ -349,14 +349,14 @@ func judgeOffloads(f Facts) []Finding {
 				}
 			}
 			if len(off) > 0 {
-				out = append(out, warn(fmt.Sprintf("%s has %s switched off, which costs throughput; fine if it is against broken hardware", name, strings.Join(off, ", ")), fmt.Sprintf("ethtool -K %s %s on", name, strings.Join(off, " on ")))...)
+				out = append(out, warn(fmt.Sprintf("%s has %s disabled, which costs throughput; fine as a workaround for broken hardware", name, strings.Join(off, ", ")), fmt.Sprintf("ethtool -K %s %s on", name, strings.Join(off, " on ")))...)
 			}
 		}
 	}
 	if len(seen) == 0 {
-		return skipped("there is no tunnel device")
+		return skipped("no tunnel device")
 	}
-	return orOK(out, "checksums, gso and gro are on; if pings get through and TCP does not, see Documentation/doctor.md")
+	return orOK(out, "checksums, gso and gro are on; if pings work and TCP does not, see Documentation/doctor.md")
 }
 
 // judgeLeftovers looks for devices that other overlays make, and for flannel's rules.
@@ -364,20 +364,20 @@ func judgeLeftovers(f Facts) []Finding {
 	if f.Errs["devices"] != nil {
 		return skipped(f.Errs["devices"].Error())
 	}
-	var names, mend []string
+	var names, steps []string
 	for _, l := range f.Survey.Links {
 		for _, prefix := range []string{"flannel.", "flannel-v6.", "flannel-wg", "cilium_", "vxlan.calico", "vxlan-v6.calico", "weave", "antrea-", "kube-bridge", "tunl0"} {
 			if strings.HasPrefix(l.Name, prefix) && (l.Name != "tunl0" || l.Up) { // tunl0 comes with the module ipip
-				names, mend = append(names, l.Name), append(mend, "ip link delete "+l.Name+"   # if nothing uses it any more")
+				names, steps = append(names, l.Name), append(steps, "ip link delete "+l.Name+"   # if it is unused")
 			}
 		}
 	}
 	var out []Finding
 	if len(names) > 0 {
-		out = append(out, warn("devices of other overlays are there, whose routes and rules may be in the way: "+few(names),
-			mend...)...)
+		out = append(out, warn("other overlays' devices exist, whose routes and rules may interfere: "+few(names),
+			steps...)...)
 	}
-	return orOK(append(out, f.leftRules()...), "nothing of any")
+	return orOK(append(out, f.leftRules()...), "none")
 }
 
 // leftRules finds flannel's rules: chains of iptables, or tables of its own with EnableNFTables.
@@ -416,6 +416,6 @@ func (f Facts) leftRules() []Finding {
 	}
 	slices.Sort(fix)
 	return warn(
-		"rules of flannel are there: with them, what pods send to nodes arrives with this node's address, and they let "+
-			"packets pass. If flanneld does not run here any more, remove them: "+few(names), fix...)
+		"flannel's rules exist: they masquerade packets from pods to nodes and accept "+
+			"forwarded packets. If flanneld no longer runs here, remove them: "+few(names), fix...)
 }

@@ -16,7 +16,7 @@ import (
 )
 
 func firewallChecks() []check {
-	return []check{{"iptables variants", judgeVariants}, {"iptables-legacy", judgeLegacy}, {"VXLAN in the firewall", judgeTunnelFilter}, {"forwarded packets", judgeForwardFilter}, {"translated packets", judgeTranslation}}
+	return []check{{"iptables variants", judgeVariants}, {"iptables-legacy", judgeLegacy}, {"VXLAN in the firewall", judgeTunnelFilter}, {"forwarded packets", judgeForwardFilter}, {"masqueraded packets", judgeTranslation}}
 }
 
 func judgeVariants(f Facts) []Finding {
@@ -33,11 +33,11 @@ func judgeVariants(f Facts) []Finding {
 		}
 	}
 	if legacy > 0 && nft > 0 {
-		return warn(fmt.Sprintf("iptables-legacy holds %d rules and iptables-nft %d: a packet must pass both, and each program shows its own only; at a quiet time, "+
-			"have whoever makes the legacy ones use nft (update-alternatives --config iptables, and ip6tables), and delete those that stay, one by one", legacy, nft),
+		return warn(fmt.Sprintf("iptables-legacy has %d rules and iptables-nft %d: packets pass through both, and each program shows only its own; in a maintenance window, "+
+			"switch the programs that write legacy rules to nft (update-alternatives --config iptables, and ip6tables), and delete the remaining ones one by one", legacy, nft),
 			"iptables-legacy-save", "ip6tables-legacy-save")
 	}
-	return ok(fmt.Sprintf("one is in use at most (legacy %d rules, nft %d)", legacy, nft))
+	return ok(fmt.Sprintf("at most one is in use (legacy %d rules, nft %d)", legacy, nft))
 }
 
 // iptablesTable reports whether iptables-nft would show a chain.
@@ -62,7 +62,7 @@ func foreign(c packetfilter.Chain) int {
 // unreadable says why the packet filter can't be judged.
 func (f Facts) unreadable() string {
 	if f.Privileges != nil {
-		return "it takes privileges to look"
+		return "needs privileges to read"
 	}
 	if err := f.Errs["nftables"]; err != nil {
 		return err.Error()
@@ -92,7 +92,7 @@ func judgeTunnelFilter(f Facts) []Finding {
 		}
 	}
 	if len(judged) == 0 {
-		return skipped("it is not known by which device the packets go")
+		return skipped("the device that the packets use is unknown")
 	}
 	slices.Sort(judged)
 	return orOK(out,
@@ -137,15 +137,15 @@ func deviceOf(l netstate.SurveyLink) packetfilter.Device {
 }
 
 func (f Facts) sayTunnel(d tunnel, device, verb string, t packetfilter.Fate) []Finding {
-	mend := f.openPort(t, d, device)
+	steps := f.openPort(t, d, device)
 	if verb == "leave" {
-		mend = f.openOut(t, d, device)
+		steps = f.openOut(t, d, device)
 	}
 	switch {
 	case t.Drops:
-		return fail(fmt.Sprintf("VXLAN packets (UDP port %d) that %s by %s are dropped by %s: %s", d.port, verb, device, t.Chain, t.By), mend...)
+		return fail(fmt.Sprintf("VXLAN packets (UDP port %d) that %s by %s are dropped by %s: %s", d.port, verb, device, t.Chain, t.By), steps...)
 	case t.Unsure:
-		return warn(fmt.Sprintf("not sure whether VXLAN packets (UDP port %d) that %s by %s are let through: %s (%s) may drop them, %s can't be judged", d.port, verb, device, t.Chain, orDefault(t.By, "a rule"), orDefault(t.Unclear, "a test")), mend...)
+		return warn(fmt.Sprintf("not sure whether VXLAN packets (UDP port %d) that %s by %s pass: %s (%s) may drop them, %s cannot be evaluated", d.port, verb, device, t.Chain, orDefault(t.By, "a rule"), orDefault(t.Unclear, "a test")), steps...)
 	}
 	return nil
 }
@@ -224,7 +224,7 @@ func (f Facts) betweenPods(well string, judge podPair) []Finding {
 		}
 	}
 	if judged == 0 {
-		return skipped("no peer, or no lease of this node, is known")
+		return skipped("no peer or no lease of this node is known")
 	}
 	return orOK(out, well+f.besides())
 }
@@ -279,7 +279,7 @@ func shielded(r packetfilter.Rule) (to netip.Addr, ok bool) {
 
 // judgeForwardFilter sends a packet from a pod elsewhere to each one here through the rules, and one the other way.
 func judgeForwardFilter(f Facts) []Finding {
-	well := "what pods of other nodes send, and what goes to them, is let through"
+	well := "packets from and to pods of other nodes pass"
 	return f.betweenPods(well,
 		func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
 			var in, back []forwarded
@@ -322,7 +322,7 @@ func (f Facts) forward(p packetfilter.Packet) forwarded {
 
 // judgeTranslation sends a packet from a pod here to one elsewhere through the rules that change the sender: overlayd's own leave it.
 func judgeTranslation(f Facts) []Finding {
-	well := "pods of other nodes see the pods' own addresses, so far as can be told from the rules"
+	well := "no rule masquerades packets to pods of other nodes"
 	return f.betweenPods(well,
 		func(fam addr.Family, here []netstate.Neighbour, there netip.Addr, outside netstate.SurveyLink) []Finding {
 			t := f.Filter.Translated(packetfilter.Packet{
@@ -338,9 +338,9 @@ func judgeTranslation(f Facts) []Finding {
 			}
 			return warn(
 				fmt.Sprintf(
-					"what pods here send to pods of other nodes arrives with this node's address instead of the pod's: %s "+
-						"translates it: %s; it should except %s", t.Chain, t.By, f.network(fam)),
-				table+"   # change it there, and where it comes from")
+					"packets from local pods to pods of other nodes are masqueraded by %s: "+
+						"%s; exclude %s", t.Chain, t.By, f.network(fam)),
+				table+"   # change it there, and where it is configured")
 		})
 }
 
@@ -411,15 +411,15 @@ func (f Facts) sayForward(fam addr.Family, here []netstate.Neighbour, what, whic
 			}
 		}
 		if t.but {
-			what = "(all but what a rule before lets through) " + what
+			what = "(except those that an earlier rule accepts) " + what
 		}
 		reason := fmt.Sprintf("packets %s are dropped by %s: %s", what, t.Chain, t.By)
 		if !t.Drops {
 			mark = Warn
-			reason = fmt.Sprintf("not sure whether packets %s are let through: %s (%s) may drop them, %s can't be judged",
+			reason = fmt.Sprintf("not sure whether packets %s pass: %s (%s) may drop them, %s cannot be evaluated",
 				what, t.Chain, orDefault(t.By, "a rule"), orDefault(t.Unclear, "a test"))
 		}
-		out = append(out, Finding{Mark: mark, Reason: reason, Mend: f.openForward(fam, t.Fate)})
+		out = append(out, Finding{Mark: mark, Reason: reason, Fix: f.openForward(fam, t.Fate)})
 	}
 	return out
 }

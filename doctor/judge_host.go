@@ -38,14 +38,14 @@ func parsePrefix(s string) netip.Prefix {
 
 func judgePrivileges(f Facts) []Finding {
 	if f.Privileges != nil {
-		return fail(f.Privileges.Error()+": much can't be looked at", "sudo overlayd doctor")
+		return fail(f.Privileges.Error()+": many checks cannot run", "sudo overlayd doctor")
 	}
-	return ok("CAP_NET_ADMIN and CAP_NET_RAW are there")
+	return ok("CAP_NET_ADMIN and CAP_NET_RAW are present")
 }
 
 func judgeSupport(f Facts) []Finding {
 	if f.Privileges != nil {
-		return skipped("it takes privileges to try")
+		return skipped("needs privileges to test")
 	}
 	var out []Finding
 	for _, what := range slices.Sorted(maps.Keys(f.Errs)) {
@@ -54,13 +54,13 @@ func judgeSupport(f Facts) []Finding {
 	for _, s := range f.System.Support {
 		if errors.Is(s.err, unix.EPERM) { // in a container, for example
 			out = append(out, skipped(fmt.Sprintf("%s: %v", s.what, s.err))...)
-		} else if s.err != nil && s.mend == nil {
+		} else if s.err != nil && s.steps == nil {
 			out = append(out, warn(fmt.Sprintf("%s: %v", s.what, s.err))...)
 		} else if s.err != nil {
-			out = append(out, fail(fmt.Sprintf("%s: %v", s.what, s.err), s.mend...)...)
+			out = append(out, fail(fmt.Sprintf("%s: %v", s.what, s.err), s.steps...)...)
 		}
 	}
-	return orOK(out, "it has what is needed")
+	return orOK(out, "all that is needed is available")
 }
 
 // families are those of the network; IPv4 where it is not known.
@@ -85,15 +85,15 @@ func judgeForwarding(f Facts) []Finding {
 		v, known := f.System.Sysctls[s.Path]
 		switch {
 		case !known:
-			out = append(out, fail(fmt.Sprintf("the kernel has no setting %s: is %s switched off?", s.Path, fam))...)
+			out = append(out, fail(fmt.Sprintf("the kernel has no setting %s: is %s disabled?", s.Path, fam))...)
 		case v == "0":
-			out = append(out, fixable(Fail, fmt.Sprintf("%s is 0: this node passes no packets of pods on", s.Path), f.forwardingFixes(fam)...)...)
+			out = append(out, fixable(Fail, fmt.Sprintf("%s is 0: this node does not forward packets of pods", s.Path), f.forwardingFixes(fam)...)...)
 		}
 	}
 	if len(out) == 0 && slices.Contains(f.families(), addr.IPv4) {
 		for _, dev := range f.podDevices() {
 			if f.System.Sysctls[deviceForwarding(dev)] == "0" {
-				out = append(out, fixable(Fail, fmt.Sprintf("%s is 0: what comes by %s is not passed on", deviceForwarding(dev), dev), sysctlFix(deviceForwarding(dev), "1"))...)
+				out = append(out, fixable(Fail, fmt.Sprintf("%s is 0: packets that arrive by %s are not forwarded", deviceForwarding(dev), dev), sysctlFix(deviceForwarding(dev), "1"))...)
 			}
 		}
 	}
@@ -108,19 +108,19 @@ func judgeIPv6(f Facts) []Finding {
 	var out []Finding
 	for _, b := range f.bridges() {
 		if s := ipv6Off(b.Name); f.System.Sysctls[s] == "1" {
-			reason := fmt.Sprintf("it is switched off on %s, so that pods have no gateway", b.Name)
+			reason := fmt.Sprintf("disabled on %s, so pods have no gateway", b.Name)
 			out = append(out, fixable(Fail, reason, sysctlFix(s, "0"))...)
 		}
 	}
 	for _, l := range f.uplinks(addr.IPv6) {
 		if s := ipv6Off(l.Name); f.System.Sysctls[s] == "1" { // its addresses and routes do not come back by themselves
-			reason := fmt.Sprintf("it is switched off on %s, which leads to the other nodes", l.Name)
+			reason := fmt.Sprintf("disabled on %s, which leads to the other nodes", l.Name)
 			out = append(out,
 				fail(reason, "sysctl -w "+s+"=0   # and in /etc/sysctl.d; then give it its addresses and routes again")...)
 		}
 	}
 	if s := ipv6Off("default"); f.System.Sysctls[s] == "1" {
-		const reason = "new devices get none: the CNI plugin can't give a new bridge its address"
+		const reason = "disabled on new devices: the CNI plugin cannot give a new bridge its address"
 		out = append(out, warn(reason, "sysctl -w "+s+"=0   # and in /etc/sysctl.d")...)
 	}
 	return orOK(out, "the pods' devices may have it")
@@ -132,7 +132,7 @@ func judgeEcho(f Facts) []Finding {
 	for _, fam := range f.families() {
 		if s := ignoresPings(fam); f.System.Sysctls[s] == "1" {
 			out = append(out,
-				warn(s+" is 1: this node answers no pings, so that other nodes can't tell well whether it is there",
+				warn(s+" is 1: this node answers no pings, so other nodes cannot reliably tell whether it is up",
 					fmt.Sprintf("sysctl -w %s=0", s))...)
 		}
 	}
@@ -142,16 +142,16 @@ func judgeEcho(f Facts) []Finding {
 // judgeBridgeFilter: kube-proxy sends what goes to a service to one of its pods. The answers of a pod on the same bridge don't pass the
 // routing, and only where the packet filter sees them all the same is the address of the service put back into them.
 func judgeBridgeFilter(f Facts) []Finding {
-	const lost = "pods lose answers of services (also of the cluster's DNS) whose pod is on the same node"
+	const lost = "pods lose replies of services (including cluster DNS) whose endpoint is on the same node"
 	if why := f.unreadable(); why != "" {
 		return skipped(why)
 	}
 	pods := slices.ContainsFunc(f.bridges(), func(l netstate.SurveyLink) bool { return l.Kind == "bridge" })
 	switch {
 	case !f.kubeProxy():
-		return skipped("no rules of kube-proxy are on this node")
+		return skipped("no kube-proxy rules on this node")
 	case !pods && !f.Service.inKubernetes():
-		return skipped("there is no bridge for pods")
+		return skipped("no pod bridge")
 	}
 	var out []Finding
 	for _, fam := range f.families() {
@@ -163,7 +163,7 @@ func judgeBridgeFilter(f Facts) []Finding {
 			out = append(out, fixable(Fail, fmt.Sprintf("%s is 0: %s", netstate.BridgeNetfilter(fam).Path, lost), sysctlFix(netstate.BridgeNetfilter(fam).Path, "1"))...)
 		}
 	}
-	return orOK(out, "kube-proxy's rules see what crosses the bridge")
+	return orOK(out, "kube-proxy's rules see bridged packets")
 }
 
 // kubeProxy reports whether kube-proxy has rules here: it is known by its chains in iptables, and by its table in nftables.
@@ -222,9 +222,9 @@ func judgeInterface(f Facts) []Finding {
 	}
 	var out []Finding
 	if p := f.problem("underlay"); p != nil && p.Code != status.Starting {
-		out = append(out, fail("the daemon finds none: "+p.Reason, f.wayMend()...)...)
+		out = append(out, fail("none found: "+p.Reason, f.interfaceSteps()...)...)
 	} else if f.ChooseErr != nil {
-		return fail(strings.ReplaceAll(f.ChooseErr.Error(), "\n", "; "), f.wayMend()...)
+		return fail(strings.ReplaceAll(f.ChooseErr.Error(), "\n", "; "), f.interfaceSteps()...)
 	}
 	var names []string
 	for _, fam := range f.families() {
@@ -241,17 +241,17 @@ func judgeInterface(f Facts) []Finding {
 		l, there := f.Survey.Link(u.Device)
 		switch {
 		case !there:
-			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, is not there", u.Device), "ip -br link")...)
+			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, does not exist", u.Device), "ip -br link")...)
 		case !l.Up:
 			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, is down", u.Device), "ip link set "+u.Device+" up")...)
 		case !l.Carrier:
-			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, has no carrier: is the cable in?", u.Device), "ip -br link show "+u.Device)...)
+			out = append(out, fail(fmt.Sprintf("%s, which leads to the other nodes, has no carrier: is the cable plugged in?", u.Device), "ip -br link show "+u.Device)...)
 		case !f.Survey.Host.Has(u.Addr):
 			out = append(out, fail(fmt.Sprintf("%s no longer has the address %s", u.Device, u.Addr), f.Service.restart())...)
 		}
 		if l.Kind == "dummy" {
 			out = append(out,
-				warn(fmt.Sprintf("%s is a dummy device, by which nothing is sent: say which device leads to the other nodes",
+				warn(fmt.Sprintf("%s is a dummy device, which sends nothing: set --iface to the device that leads to the other nodes",
 					u.Device),
 					f.Service.set(f.EnvFile, "OVERLAYD_IFACE", "DEVICE"))...)
 		}
@@ -260,7 +260,7 @@ func judgeInterface(f Facts) []Finding {
 	}
 	out = append(out, f.elsewhereThanStore()...)
 	if len(names) == 0 && len(out) == 0 {
-		return skipped("the network config is not known")
+		return skipped("the network config is unknown")
 	}
 	return orOK(out, strings.Join(names, " and "))
 }
@@ -284,9 +284,9 @@ func (f Facts) pastDevice(fam addr.Family, device string) []Finding {
 	if len(names) == 0 {
 		return nil
 	}
-	return fail(fmt.Sprintf("no route leads by %s, to which the tunnel is bound, to %s, from where no answer comes",
+	return fail(fmt.Sprintf("no route over %s, to which the tunnel is bound, leads to %s, which does not answer",
 		device, few(names)),
-		fmt.Sprintf("ip route get %s   # and give it such a route by %s, or choose the device that leads there", first,
+		fmt.Sprintf("ip route get %s   # add a route over %s, or set --iface to the device that leads there", first,
 			device))
 }
 
@@ -294,35 +294,35 @@ func (f Facts) pastDevice(fam addr.Family, device string) []Finding {
 func (f Facts) judgeUplinks(fam addr.Family) []Finding {
 	u, links := f.Underlay.By.Get(fam), f.uplinks(fam)
 	if !f.Survey.Host.Has(u.Addr) {
-		return fail(fmt.Sprintf("no device has the address %s any more", u.Addr), f.Service.restart())
+		return fail(fmt.Sprintf("no device has the address %s any longer", u.Addr), f.Service.restart())
 	}
 	if len(links) == 0 {
-		return fail(fmt.Sprintf("no route leads from %s to the other nodes", u.Addr), f.wayMend()...)
+		return fail(fmt.Sprintf("no route leads from %s to the other nodes", u.Addr), f.interfaceSteps()...)
 	}
-	var dead, mend []string
+	var dead, steps []string
 	for _, l := range links {
 		switch {
 		case !l.Up:
-			dead, mend = append(dead, l.Name+" is down"), append(mend, "ip link set "+l.Name+" up")
+			dead, steps = append(dead, l.Name+" is down"), append(steps, "ip link set "+l.Name+" up")
 		case !l.Carrier:
-			dead, mend = append(dead, l.Name+" has no carrier"), append(mend, "ip -br link show "+l.Name)
+			dead, steps = append(dead, l.Name+" has no carrier"), append(steps, "ip -br link show "+l.Name)
 		}
 	}
 	switch len(dead) {
 	case 0:
 		return nil
 	case len(links):
-		return fail("nothing leads to the other nodes: "+strings.Join(dead, ", "), mend...)
+		return fail("no device leads to the other nodes: "+strings.Join(dead, ", "), steps...)
 	}
 	all := strings.Join(dead, ", ")
-	return warn(fmt.Sprintf("%d of the %d devices that lead to the other nodes: %s", len(dead), len(links), all), mend...)
+	return warn(fmt.Sprintf("%d of the %d devices that lead to the other nodes: %s", len(dead), len(links), all), steps...)
 }
 
-// wayMend is what to do where no interface is found: mostly it is the default route that is missing.
-func (f Facts) wayMend() []string {
-	mend := []string{"ip -br address", "ip route show default"}
+// interfaceSteps is what to do where no interface is found: mostly it is the default route that is missing.
+func (f Facts) interfaceSteps() []string {
+	steps := []string{"ip -br address", "ip route show default"}
 	if !f.Underlay.ByDefault {
-		return mend
+		return steps
 	}
 	for _, fam := range f.families() {
 		if slices.ContainsFunc(f.Survey.Host.Routes, func(r netstate.HostRoute) bool {
@@ -331,12 +331,12 @@ func (f Facts) wayMend() []string {
 			continue
 		}
 		word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip -6"}[fam]
-		mend = append(mend, fmt.Sprintf("%s route add default via GATEWAY dev %s   # there is none for %s; or say with --iface which device leads to the other nodes", word, orDefault(f.Underlay.By.Get(fam).Device, "DEVICE"), fam))
+		steps = append(steps, fmt.Sprintf("%s route add default via GATEWAY dev %s   # there is none for %s; or set --iface to the device that leads to the other nodes", word, orDefault(f.Underlay.By.Get(fam).Device, "DEVICE"), fam))
 	}
-	if len(mend) > 2 { // then that is it
-		return append(mend[2:], mend[:2]...)
+	if len(steps) > 2 { // then that is it
+		return append(steps[2:], steps[:2]...)
 	}
-	return mend
+	return steps
 }
 
 // ambiguous: which device the default route goes by may be another one tomorrow.
@@ -352,7 +352,7 @@ func (f Facts) ambiguous(fam addr.Family) []Finding {
 		return nil
 	}
 	slices.Sort(devices)
-	return warn(fmt.Sprintf("%s has default routes by %s; the one with the lowest metric is taken, which may be another one after the next start: say which with --iface", fam, strings.Join(devices, " and ")),
+	return warn(fmt.Sprintf("%s has default routes by %s; the lowest metric wins, which may change with the next boot: set --iface", fam, strings.Join(devices, " and ")),
 		f.Service.set(f.EnvFile, "OVERLAYD_IFACE",
 			orDefault(f.Underlay.By.Get(fam).Device, f.Underlay.By.Get(fam).Addr.String())))
 }
@@ -373,7 +373,7 @@ func judgeRPFilter(f Facts) []Finding {
 	}
 	all, known := f.System.number(rpFilter("all"))
 	if !known {
-		return skipped("it can't be read")
+		return skipped("unreadable")
 	}
 	var out []Finding
 	// What comes by the tunnel is answered by it, but where a peer sends through it and is sent to directly: it has other routes, or
@@ -386,7 +386,7 @@ func judgeRPFilter(f Facts) []Finding {
 	}
 	for _, d := range f.devices() {
 		if own, ok := f.System.number(rpFilter(d.name)); ok && d.family == addr.IPv4 && len(unanswered) > 0 && max(all, own) == strictRP {
-			out = append(out, fixable(Warn, fmt.Sprintf("it is strict on %s, so that what a node sends through the tunnel is dropped where this node reaches it without; that may be why %s does not answer", d.name, few(unanswered)), sysctlFix(rpFilter(d.name), "2"))...)
+			out = append(out, fixable(Warn, fmt.Sprintf("strict on %s, which drops tunnel packets of nodes that this node reaches directly; that may be why %s does not answer", d.name, few(unanswered)), sysctlFix(rpFilter(d.name), "2"))...)
 		}
 	}
 	arrivals := f.arrivals(addr.IPv4)
@@ -407,14 +407,14 @@ func judgeRPFilter(f Facts) []Finding {
 		}
 		mark, ifThere := Fail, ""
 		if len(arrivals) > 1 {
-			mark, ifThere = Warn, " if it arrives there"
+			mark, ifThere = Warn, " if they arrive there"
 		}
 		out = append(out, fixable(mark, fmt.Sprintf(
-			"it is strict on %s, and the way back to %d nodes leaves by another device, so that "+
-				"what they send to %s is dropped%s: %s",
+			"strict on %s, and the return path to %d nodes leaves by another device, so that "+
+				"their packets to %s are dropped%s: %s",
 			l.Name, len(odd), f.reachedAt(addr.IPv4), ifThere, few(odd)), sysctlFix(rpFilter(l.Name), "2"))...)
 	}
-	return orOK(out, "it drops nothing that comes by the devices in use")
+	return orOK(out, "drops nothing on the devices in use")
 }
 
 // judgeRoutes finds routes of somebody else that come before ours.
@@ -440,11 +440,11 @@ func judgeRoutes(f Facts) []Finding {
 	}
 	var out []Finding
 	if len(missing) > 0 {
-		mend := f.start()
+		steps := f.start()
 		if f.Daemon.Running {
-			mend = "overlayd diff"
+			steps = "overlayd diff"
 		}
-		out = append(out, fail(fmt.Sprintf("the routes to %d peers are missing: %s", len(missing), few(missing)), mend)...)
+		out = append(out, fail(fmt.Sprintf("the routes to %d peers are missing: %s", len(missing), few(missing)), steps)...)
 	}
 	f.Survey.Host.EachRoute(func(hops []netstate.HostRoute) {
 		r := hops[0]
@@ -464,15 +464,15 @@ func judgeRoutes(f Facts) []Finding {
 			} else if len(hops) > 1 {
 				how = r.Dst.String()
 			}
-			out = append(out, fail(fmt.Sprintf("%s is not ours and comes before the way to the peer %s", what, p), fmt.Sprintf("ip route del %s metric %d", how, r.Metric))...)
+			out = append(out, fail(fmt.Sprintf("%s belongs to another program and precedes the route to the peer %s", what, p), fmt.Sprintf("ip route del %s metric %d", how, r.Metric))...)
 			break
 		}
 	})
 	out = append(out, f.staleRoutes(ours)...)
 	if len(out) == 0 && f.PeersFrom == "" {
-		return skipped("who the others are is not known")
+		return skipped("the peers are unknown")
 	}
-	return orOK(atMost(out), fmt.Sprintf("%d of ours, and nobody else's before them", len(f.Survey.Ours.Routes)))
+	return orOK(atMost(out), fmt.Sprintf("%d, none shadowed by other programs' routes", len(f.Survey.Ours.Routes)))
 }
 
 // intoTunnel finds a route by which the tunnel's own packets would enter it again: they never leave.
@@ -488,8 +488,8 @@ func (f Facts) intoTunnel(hops []netstate.HostRoute) []Finding {
 		return nil // no packet of the tunnel takes it
 	}
 	word := map[addr.Family]string{addr.IPv4: "ip", addr.IPv6: "ip -6"}[addr.FamilyOf(r.Dst.Addr())]
-	return fail(fmt.Sprintf("the route to %s by %s leads packets to other nodes into the tunnel that they are to carry; "+
-		"a DHCP client that works on that device may have made it", r.Dst, r.Link),
+	return fail(fmt.Sprintf("the route to %s by %s leads the tunnel's own packets into the tunnel; "+
+		"a DHCP client on that device may have added it", r.Dst, r.Link),
 		fmt.Sprintf("%s route del %s dev %s metric %d", word, r.Dst, r.Link, r.Metric))
 }
 
@@ -508,8 +508,8 @@ func (f Facts) staleRoutes(ours map[netip.Prefix]uint32) []Finding {
 			continue
 		}
 		out = append(out,
-			warn(fmt.Sprintf("the route to %s via %s by %s is not ours and leads to a subnet of the pod network: "+
-				"flannel leaves such routes, and they outlive the node that they lead to", r.Dst, r.Via, r.Link),
+			warn(fmt.Sprintf("the route to %s via %s by %s belongs to another program and leads to a subnet of the pod network: "+
+				"flannel leaves such routes behind", r.Dst, r.Via, r.Link),
 				fmt.Sprintf("ip route del %s via %s dev %s metric %d", r.Dst, r.Via, r.Link, r.Metric))...)
 	}
 	return out

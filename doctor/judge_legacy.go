@@ -19,16 +19,16 @@ func judgeLegacy(f Facts) []Finding {
 	}
 	suspects, saves := f.suspects()
 	if len(suspects) == 0 {
-		return ok("it holds no rules that may drop packets of pods or of the tunnel, or change their sender")
+		return ok("no rules that may drop or masquerade packets of pods or of the tunnel")
 	}
-	return warn("iptables-legacy holds rules that may drop packets of pods or of the tunnel, or change their sender; what they "+
-		"do to a packet is not judged here, though it must pass them too: "+few(suspects), saves...)
+	return warn("iptables-legacy has rules that may drop or masquerade packets of pods or of the tunnel; "+
+		"they are listed here, not evaluated: "+few(suspects), saves...)
 }
 
 // legacyUnknown says why it is not known what iptables-legacy holds.
 func (f Facts) legacyUnknown() string {
 	if f.Privileges != nil {
-		return "it takes privileges to look"
+		return "needs privileges to read"
 	}
 	if err := f.Errs["iptables-legacy"]; err != nil {
 		return err.Error()

@@ -67,7 +67,7 @@ func TestLegacyRules(t *testing.T) {
 		got := judgeLegacy(f)
 		switch {
 		case tt.names == "" && got[0].Mark != OK,
-			tt.names != "" && (got[0].Mark != Warn || !strings.Contains(got[0].Reason, tt.names) || got[0].Mend[0] != "iptables-legacy-save"):
+			tt.names != "" && (got[0].Mark != Warn || !strings.Contains(got[0].Reason, tt.names) || got[0].Fix[0] != "iptables-legacy-save"):
 			t.Errorf("%s: %+v", name, got)
 		}
 		if tunnel := judgeTunnelFilter(f); strings.Contains(tunnel[0].Reason, "see iptables-legacy") != (tt.names != "") {

@@ -18,7 +18,7 @@ func managerChecks() []check {
 
 // unseen is said in a pod, which sees neither the processes nor the files of its host.
 func (f Facts) unseen(look string) []Finding {
-	return skipped("not visible from a pod; to see on the node whether it leaves overlayd's devices alone: " + look)
+	return skipped("not visible from a pod; on the node, check that it leaves overlayd's devices alone: " + look)
 }
 
 func judgeNetworkd(f Facts) []Finding {
@@ -27,12 +27,12 @@ func judgeNetworkd(f Facts) []Finding {
 		return f.unseen("networkctl status " + f.someDevice())
 	}
 	if !m.Networkd {
-		return ok("it does not run")
+		return ok("not running")
 	}
 	var out []Finding
 	if m.NetworkFile != "" {
-		reason := fmt.Sprintf("%s fits %s: systemd-networkd may change its addresses, routes and ports; "+
-			"after this: networkctl reload", m.NetworkFile, m.Managed)
+		reason := fmt.Sprintf("%s matches %s: systemd-networkd may change its addresses, routes and ports; "+
+			"then: networkctl reload", m.NetworkFile, m.Managed)
 		if dropInCovers(m.Managed) {
 			file := fix{file: "/etc/systemd/network/10-overlayd.network", content: "10-overlayd.network"}
 			out = append(out, fixable(Warn, reason, file)...)
@@ -42,10 +42,10 @@ func judgeNetworkd(f Facts) []Finding {
 		}
 	}
 	if !m.ForeignRoutes {
-		out = append(out, fixable(Warn, "when systemd-networkd starts or configures a device again, it removes routes and rules that it did not make; this tells it not to, from its next start on",
+		out = append(out, fixable(Warn, "systemd-networkd removes foreign routes and rules when it starts or reconfigures a device; the fix tells it not to, from its next start on",
 			fix{file: "/etc/systemd/networkd.conf.d/overlayd.conf", content: "networkd.conf"})...)
 	}
-	return orOK(out, "it leaves overlayd's devices, routes and rules alone")
+	return orOK(out, "leaves overlayd's devices, routes and rules alone")
 }
 
 func judgeNetworkManager(f Facts) []Finding {
@@ -55,7 +55,7 @@ func judgeNetworkManager(f Facts) []Finding {
 	case f.Service.inKubernetes():
 		return f.unseen("nmcli device status")
 	case !m.NetworkManager:
-		return ok("it does not run")
+		return ok("not running")
 	case m.NMManages != "":
 		var out []string
 		covered := true
@@ -63,21 +63,21 @@ func judgeNetworkManager(f Facts) []Finding {
 			out = append(out, "nmcli device set "+name+" managed no")
 			covered = covered && dropInCovers(name)
 		}
-		reason := fmt.Sprintf("it manages %s, and takes addresses and ports away with `nmcli networking off`, "+
+		reason := fmt.Sprintf("manages %s, and removes addresses and ports with `nmcli networking off`, "+
 			"or when a connection ends", m.NMManages)
 		if m.NMIgnores || !covered {
-			return warn(reason+"; this holds until the next boot, for longer /etc/NetworkManager/conf.d has to name it", out...)
+			return warn(reason+"; this lasts until the next boot; for longer, name it in /etc/NetworkManager/conf.d", out...)
 		}
-		found := fixable(Warn, reason+"; after this: nmcli general reload", file)
-		found[0].Mend = append(found[0].Mend, out...)
+		found := fixable(Warn, reason+"; then: nmcli general reload", file)
+		found[0].Fix = append(found[0].Fix, out...)
 		return found
 	case m.NMAnswers:
-		return ok("it manages none of overlayd's devices, nor the pods' bridge")
+		return ok("manages neither overlayd's devices nor the pod bridge")
 	case !m.NMIgnores:
-		return fixable(Warn, "it does not say what it manages (its networking is off, or there is no nmcli), and nothing "+
-			"tells it to leave overlayd's devices alone; after this: nmcli general reload", file)
+		return fixable(Warn, "what it manages is unknown (its networking is off, or there is no nmcli), and nothing "+
+			"tells it to leave overlayd's devices alone; then: nmcli general reload", file)
 	}
-	return ok("it is told to leave overlayd's devices alone")
+	return ok("configured to leave overlayd's devices alone")
 }
 
 // dropInCovers reports whether the drop-in files name a device.
@@ -92,12 +92,12 @@ func judgeUdev(f Facts) []Finding {
 	case f.Service.inKubernetes():
 		return f.unseen("udevadm test-builtin net_setup_link /sys/class/net/" + f.someDevice())
 	case !m.Udev:
-		return ok("it does not run")
+		return ok("not running")
 	case m.LinkFile != "" && m.MACPolicy != "" && m.MACPolicy != "none":
-		return fixable(Warn, fmt.Sprintf("%s has MACAddressPolicy=%s, by which udev may change the MAC address that the lease announces", m.LinkFile, m.MACPolicy),
+		return fixable(Warn, fmt.Sprintf("%s has MACAddressPolicy=%s, so udev may change the MAC address that the lease announces", m.LinkFile, m.MACPolicy),
 			fix{file: "/etc/systemd/network/10-overlayd.link", content: "10-overlayd.link"})
 	}
-	return ok("it leaves the MAC addresses of overlayd's devices alone")
+	return ok("leaves the MAC addresses of overlayd's devices alone")
 }
 
 func limitChecks() []check {
@@ -131,12 +131,12 @@ func judgeNeighbours(f Facts) []Finding {
 			for next < 2*need {
 				next *= 2
 			}
-			out = append(out, fixable(Warn, fmt.Sprintf("%s is %d: %d nodes are on a network of this node, which with its pods may be more", threshold(fam, "3"), hard, need-spare),
+			out = append(out, fixable(Warn, fmt.Sprintf("%s is %d: %d nodes are on a network of this node, which together with its pods may exceed it", threshold(fam, "3"), hard, need-spare),
 				f.moreNeighbours(fam, next)...)...)
 		}
 	}
 	if !known {
-		return skipped("the limits are not visible in this network namespace")
+		return skipped("limits not visible in this network namespace")
 	}
 	if n := f.System.NeighbourTable.Overflows; n > 0 && len(out) == 0 {
 		var more []fix
@@ -147,7 +147,7 @@ func judgeNeighbours(f Facts) []Finding {
 		}
 		out = append(out, warn(fmt.Sprintf("it was full %d times since the machine started (gc_thresh3)", n), commands(more)...)...)
 	}
-	return orOK(out, "there is room for all nodes that are on a network of this one")
+	return orOK(out, "large enough for all nodes on this node's networks")
 }
 
 // moreNeighbours makes the table larger, and no limit smaller than it is.
@@ -168,7 +168,7 @@ func judgeConntrack(f Facts) []Finding {
 	count, ok1 := f.System.number("net/netfilter/nf_conntrack_count")
 	most, ok2 := f.System.number("net/netfilter/nf_conntrack_max")
 	if !ok1 || !ok2 || most == 0 {
-		return skipped("connections are not tracked, or it is not visible here")
+		return skipped("connections are not tracked, or the table is not visible here")
 	}
 	reason := fmt.Sprintf("%d of %d connections (%d %%)", count, most, 100*count/most)
 	more := sysctlFix("net/netfilter/nf_conntrack_max", fmt.Sprint(2*most))
@@ -194,13 +194,13 @@ func judgePeers(f Facts) []Finding {
 	}
 	switch {
 	case len(odd) > 0:
-		return fail(fmt.Sprintf("there is no way to %d: %s", len(odd), few(odd)), "overlayd status --peers")
+		return fail(fmt.Sprintf("no path to %d: %s", len(odd), few(odd)), "overlayd status --peers")
 	case f.PeersFrom == "":
-		return skipped("who the others are is not known")
+		return skipped("the peers are unknown")
 	case len(f.Peers) == 0:
-		return ok("there are no other nodes")
+		return ok("no peers")
 	}
-	return ok(fmt.Sprintf("%d, by what %s says", len(f.Peers), f.PeersFrom))
+	return ok(fmt.Sprintf("%d, as listed by %s", len(f.Peers), f.PeersFrom))
 }
 
 // unpinged says why there is nothing to judge.
@@ -209,7 +209,7 @@ func (f Facts) unpinged() []Finding {
 		return nil
 	}
 	if errors.Is(f.Pings.Err, errNobody) && f.PeersFrom != "" {
-		return ok("there are no other nodes")
+		return ok("no peers")
 	}
 	return skipped(f.Pings.Err.Error())
 }
@@ -249,9 +249,9 @@ func judgePings(f Facts) []Finding {
 	if len(lossy) > 0 {
 		out = append(out, warn(fmt.Sprintf("some packets to %d of %d are lost: %s", len(lossy), n, few(lossy)))...)
 	}
-	all := fmt.Sprintf("%d of %d pinged, all answer, in %s at most", n, f.Pings.Of, slowest.Round(10*time.Microsecond))
+	all := fmt.Sprintf("%d of %d pinged, all answer within %s", n, f.Pings.Of, slowest.Round(10*time.Microsecond))
 	if len(mute) > 0 {
-		all += fmt.Sprintf("; %s ignores pings (%s is 1 there?), and was asked by a datagram instead", few(mute), ignores)
+		all += fmt.Sprintf("; %s ignores pings (is %s 1 there?), and was probed by UDP instead", few(mute), ignores)
 	}
 	return orOK(out, all)
 }
@@ -261,7 +261,7 @@ func (f Facts) silent(silent []string, n int) []Finding {
 	who := fmt.Sprintf("%d of the %d pinged", len(silent), n)
 	if len(silent) == n && n > 1 {
 		who = fmt.Sprintf("none of the %d pinged", n)
-		reason := who + " answers through the pod network, so that the cause is most likely at this node: see the other findings; if there are none, whether the network between the nodes lets UDP through"
+		reason := who + " answers through the pod network: the cause is most likely on this node, see the other findings; if there are none, check that the network between the nodes passes UDP"
 		return fail(reason, f.capture())
 	}
 	verb := "do"
@@ -270,7 +270,7 @@ func (f Facts) silent(silent []string, n int) []Finding {
 	}
 	return fail(
 		fmt.Sprintf(
-			"%s %s not answer through the pod network: %s; run overlayd doctor there, which also tells whether it ignores pings",
+			"%s %s not answer through the pod network: %s; run overlayd doctor there, which also detects ignored pings",
 			who, verb, few(silent)), "overlayd status --peers", f.capture())
 }
 
@@ -322,15 +322,15 @@ func judgeBlackHole(f Facts) []Finding {
 	case len(holes) == 0 && len(refused) == 0 && f.Pings.FullErr != nil:
 		return skipped(f.Pings.FullErr.Error())
 	case len(holes) == 0 && len(refused) == 0 && sized == 0:
-		return skipped("no peer answers small ones, or the MTU is not known")
+		return skipped("no peer answers small packets, or the MTU is unknown")
 	case len(holes) == 0 && len(refused) == 0 && len(lossy) > 0:
 		return warn(fmt.Sprintf("some packets of %d bytes to %d of %d are lost: %s", f.podMTU(), len(lossy), sized, few(lossy)))
 	case len(holes) == 0 && len(refused) == 0:
 		return ok(fmt.Sprintf("%d bytes get through to %d peers", f.podMTU(), sized))
 	case len(refused) > 0:
-		return fail(fmt.Sprintf("pods are told an MTU of %d, and this node can't send such packets to %d peers: %s", one.peer.full, len(refused), few(refused)), "ip -d link show type vxlan", f.Service.restart())
+		return fail(fmt.Sprintf("the pod MTU is %d, but this node cannot send such packets to %d peers: %s", one.peer.full, len(refused), few(refused)), "ip -d link show type vxlan", f.Service.restart())
 	}
-	reason := fmt.Sprintf("small packets reach %s, those of %d bytes (the pods' MTU) don't: an MTU black hole on the way between the nodes", few(holes), one.peer.full)
+	reason := fmt.Sprintf("small packets reach %s, those of %d bytes (the pod MTU) don't: an MTU black hole between the nodes", few(holes), one.peer.full)
 	largest := f.Pings.Largest
 	around := 0
 	if largest.Peer.way == "tunnel" {
@@ -341,13 +341,13 @@ func judgeBlackHole(f Facts) []Finding {
 	case largest.Size <= smallSize:
 		return fail(reason, f.capture())
 	case !largest.Exact:
-		reason += fmt.Sprintf("; at least %d get through to %s, the search for more did not end: run overlayd doctor again", largest.Size, largest.Peer.name)
+		reason += fmt.Sprintf("; at least %d get through to %s; the search did not finish: run overlayd doctor again", largest.Size, largest.Peer.name)
 		return fail(reason, f.capture())
 	default:
-		reason += fmt.Sprintf("; the largest that gets through to %s is %d, so that the MTU of the network there is %d",
+		reason += fmt.Sprintf("; the largest packet that reaches %s is %d, so the path MTU is %d",
 			largest.Peer.name, largest.Size, outer)
 		if outer < least {
-			return fail(fmt.Sprintf("%s: less than the overlay needs (%d), so the network between the nodes has to carry more",
+			return fail(fmt.Sprintf("%s: less than the overlay needs (%d); raise the MTU of the network between the nodes",
 				reason, least), f.capture())
 		}
 	}

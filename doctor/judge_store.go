@@ -53,9 +53,9 @@ func storePrefix(o etcd.Options) string {
 func (f Facts) asked() (why string, asked bool) {
 	switch {
 	case f.Store == nil:
-		return "etcd was not asked", false
+		return "etcd was not queried", false
 	case f.Store.OptionsErr != nil:
-		return "the settings of etcd make no sense", false
+		return "the etcd settings are invalid", false
 	case f.Store.TableErr != nil:
 		return "etcd does not answer", false
 	}
@@ -65,7 +65,7 @@ func (f Facts) asked() (why string, asked bool) {
 func judgeStore(f Facts) []Finding {
 	x := f.Store
 	if x == nil {
-		return skipped("it was not asked")
+		return skipped("not queried")
 	}
 	if x.OptionsErr != nil {
 		return fail(strings.ReplaceAll(x.OptionsErr.Error(), "\n", "; "), "overlayd --help")
@@ -89,11 +89,11 @@ func judgeStore(f Facts) []Finding {
 		case f.onlySlow(e.Err):
 			out = append(out, warn(reason+onlySlow, f.etcdctl("endpoint status -w table"))...)
 		default:
-			meanwhile := "this node has no lease yet, and gets none until it answers"
+			meanwhile := "this node has no lease yet, and gets none until etcd answers"
 			if f.connected() {
-				meanwhile = "the daemon is still connected, and sees the changes of other nodes as long as that lasts"
+				meanwhile = "the daemon is still connected, and sees changes of other nodes while that lasts"
 			} else if f.Self.Subnets != (addr.Per[netip.Prefix]{}) {
-				meanwhile = "traffic flows on by what was known last, changes of other nodes are not seen"
+				meanwhile = "traffic continues with the last known peers, changes of other nodes are not seen"
 			}
 			out = append(out, fail(reason+"; "+meanwhile, f.etcdctl("endpoint health"))...)
 		}
@@ -104,9 +104,9 @@ func judgeStore(f Facts) []Finding {
 	}
 	if x.WriteErr != nil {
 		status, alarms := f.etcdctl("endpoint status -w table"), f.etcdctl("alarm list")
-		out = append(out, f.unlessSlow(x.WriteErr, "leases can't be written", status, alarms)...)
+		out = append(out, f.unlessSlow(x.WriteErr, "leases cannot be written", status, alarms)...)
 	}
-	return orOK(out, fmt.Sprintf("%d of %d endpoints answer, in %s at most", len(x.Endpoints)-bad, len(x.Endpoints), slowest(x.Endpoints).Round(100*time.Microsecond)))
+	return orOK(out, fmt.Sprintf("%d of %d endpoints answer within %s", len(x.Endpoints)-bad, len(x.Endpoints), slowest(x.Endpoints).Round(100*time.Microsecond)))
 }
 
 // connected says that the daemon has read etcd, and has had no failure since.
@@ -164,38 +164,38 @@ func judgeCertificates(f Facts) []Finding {
 		if c.File != "" {
 			what = fmt.Sprintf("%s %s (%s)", c.What, c.File, c.Subject)
 		}
-		mend := []string{}
+		steps := []string{}
 		if c.File != "" {
-			mend = []string{"openssl x509 -in " + c.File + " -noout -subject -enddate"}
+			steps = []string{"openssl x509 -in " + c.File + " -noout -subject -enddate"}
 		}
 		// One that lives for hours only is renewed by a program.
 		soon := min(14*day, c.NotAfter.Sub(c.NotBefore)/4)
 		switch left := c.NotAfter.Sub(f.Now); {
 		case left <= 0:
-			out = append(out, fail(fmt.Sprintf("%s expired at %s; replace it, the daemon reads the file again", what, c.NotAfter.Format(time.RFC3339)), mend...)...)
+			out = append(out, fail(fmt.Sprintf("%s expired at %s; replace it, the daemon rereads the file", what, c.NotAfter.Format(time.RFC3339)), steps...)...)
 		case f.Now.Before(c.NotBefore):
-			out = append(out, fail(fmt.Sprintf("%s is valid from %s on only: is the clock right?", what, c.NotBefore.Format(time.RFC3339)), mend...)...)
+			out = append(out, fail(fmt.Sprintf("%s is valid only from %s: is the clock right?", what, c.NotBefore.Format(time.RFC3339)), steps...)...)
 		case left < soon:
 			in := fmt.Sprintf("%d days", left/day)
 			if left < 2*day {
 				in = left.Round(time.Minute).String()
 			}
-			out = append(out, warn(fmt.Sprintf("%s expires in %s", what, in), mend...)...)
+			out = append(out, warn(fmt.Sprintf("%s expires in %s", what, in), steps...)...)
 		}
 		if c.NotAfter.Before(first) {
 			first = c.NotAfter
 		}
 	}
-	return orOK(out, fmt.Sprintf("the first one ends at %s", first.Format(time.DateOnly)))
+	return orOK(out, fmt.Sprintf("the first one expires at %s", first.Format(time.DateOnly)))
 }
 
 func judgeClock(f Facts) []Finding {
 	const odd, wrong = 5 * time.Second, 5 * time.Minute
 	if f.Memory != nil && f.Memory.Saved.After(f.Now.Add(odd)) {
-		return fail(fmt.Sprintf("it says %s, and the daemon noted something at %s already: it goes wrong or back", f.Now.UTC().Format(time.RFC3339), f.Memory.Saved.Format(time.RFC3339)), "timedatectl set-ntp true", "timedatectl status")
+		return fail(fmt.Sprintf("it says %s, but the daemon recorded something at %s: it is wrong or was set back", f.Now.UTC().Format(time.RFC3339), f.Memory.Saved.Format(time.RFC3339)), "timedatectl set-ntp true", "timedatectl status")
 	}
 	if f.Store == nil || f.Store.OptionsErr != nil {
-		return skipped("etcd was not asked")
+		return skipped("etcd was not queried")
 	}
 	var known []etcd.Endpoint
 	for _, e := range f.Store.Endpoints {
@@ -204,7 +204,7 @@ func judgeClock(f Facts) []Finding {
 		}
 	}
 	if len(known) == 0 {
-		return skipped("no endpoint of etcd tells its time")
+		return skipped("no etcd endpoint returns its time")
 	}
 	// The endpoint that agrees best counts: it may be the others that are wrong.
 	best := slices.MinFunc(known, func(a, b etcd.Endpoint) int { return int(a.Clock.Abs() - b.Clock.Abs()) })
@@ -215,11 +215,11 @@ func judgeClock(f Facts) []Finding {
 	reason := fmt.Sprintf("it is %s %s that of %s", best.Clock.Abs().Round(time.Second), way, best.URL)
 	switch {
 	case best.Clock.Abs() >= wrong:
-		return fail(reason+": certificates and remembered leases are judged by it", "timedatectl set-ntp true", "timedatectl status")
+		return fail(reason+": certificates and persisted leases depend on it", "timedatectl set-ntp true", "timedatectl status")
 	case best.Clock.Abs() >= odd:
 		return warn(reason, "timedatectl set-ntp true", "timedatectl status")
 	}
-	return ok("it agrees with etcd's to the second")
+	return ok("agrees with etcd's to the second")
 }
 
 func judgeConfig(f Facts) []Finding {
@@ -231,15 +231,15 @@ func judgeConfig(f Facts) []Finding {
 	var out []Finding
 	switch {
 	case x.NoConfig && len(x.Table.Entries) == 0:
-		return fail(fmt.Sprintf("there is nothing in etcd under %s/: another prefix is meant (--etcd-prefix), or no config was put there yet", f.prefix()),
+		return fail(fmt.Sprintf("etcd has nothing under %s/: the prefix is wrong (--etcd-prefix), or no config was written yet", f.prefix()),
 			f.etcdctl("get --prefix --keys-only --limit=20 /"), f.etcdctl(fmt.Sprintf(`put %s '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'`, key)))
 	case x.NoConfig:
 		return fail(fmt.Sprintf("%s is missing, there are %d leases", key, len(x.Table.Entries)), f.putConfig(key))
 	case x.Table.ConfigErr != nil:
-		return fail(fmt.Sprintf("%s; the nodes go on with the last one that was good", x.Table.ConfigErr), f.putConfig(key))
+		return fail(fmt.Sprintf("%s; nodes continue with the last valid one", x.Table.ConfigErr), f.putConfig(key))
 	}
 	if keys := subnet.UnknownKeys([]byte(x.Table.ConfigJSON)); len(keys) > 0 {
-		out = append(out, warn(fmt.Sprintf("%s has keys that mean nothing here: %s", key, few(keys)), f.etcdctl("get "+key))...)
+		out = append(out, warn(fmt.Sprintf("%s has unknown keys: %s", key, few(keys)), f.etcdctl("get "+key))...)
 	}
 	for _, fam := range x.Table.Config.Families() {
 		out = append(out, judgePool(f, x.Table, fam)...)
@@ -289,7 +289,7 @@ func (f Facts) outOfTheNetwork(a netstate.HostAddress) []string {
 	needed := !f.Self.Subnets.Get(fam).IsValid() || a.Prefix.Addr() == f.Underlay.By.Get(fam).Addr || slices.ContainsFunc(f.Survey.Host.Routes, func(r netstate.HostRoute) bool {
 		return r.Dst.Bits() == 0 && r.Link == a.Link
 	})
-	other := f.etcdctl("get "+f.prefix()+"/config") + "   # choose another Network, and put it there with that: all nodes get other subnets, and pods other addresses"
+	other := f.etcdctl("get "+f.prefix()+"/config") + "   # change Network and put it back: all nodes get other subnets, and pods other addresses"
 	if needed {
 		return []string{other}
 	}
@@ -327,14 +327,14 @@ func judgeLeases(f Facts) []Finding {
 			"drop all their peers when such a key is written; '{}' reserves the same", e.Key), fix)...)
 	}
 	if len(broken) > 0 {
-		out = append(out, warn(fmt.Sprintf("%d leases can't be read and are left out: %s", len(broken), few(broken)), f.etcdctl("get --prefix "+f.prefix()+"/subnets/"))...)
+		out = append(out, warn(fmt.Sprintf("%d unreadable leases are rejected: %s", len(broken), few(broken)), f.etcdctl("get --prefix "+f.prefix()+"/subnets/"))...)
 	}
-	return orOK(out, fmt.Sprintf("%d, no two of which claim the same", len(live)))
+	return orOK(out, fmt.Sprintf("%d, none in conflict", len(live)))
 }
 
 // removal is how to take a lease away.
 func (f Facts) removal(e *subnet.Entry) string {
-	return f.etcdctl(fmt.Sprintf("del '%s/subnets/%s'", f.prefix(), e.Key)) + "   # if no node is behind it"
+	return f.etcdctl(fmt.Sprintf("del '%s/subnets/%s'", f.prefix(), e.Key)) + "   # if no node uses it"
 }
 
 // younger is the lease that came later: it is the one that is not believed.
@@ -371,7 +371,7 @@ func (f Facts) sharedIPs(live []*subnet.Entry) []Finding {
 				if stale == f.ownEntry() { // there is a node behind it: this one
 					stale = now
 				}
-				out = append(out, about(other, e, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers go by the "+
+				out = append(out, about(other, e, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers use the "+
 					"one that was written last, %s", other.Name(), other.Key, e.Name(), e.Key, ip, now.Key), f.removal(stale)))...)
 				continue
 			}
@@ -391,7 +391,7 @@ func (f Facts) overlaps(live []*subnet.Entry) []Finding {
 		var open *subnet.Entry
 		for _, e := range order {
 			if open != nil && open.Subnets.Get(fam).Overlaps(e.Subnets.Get(fam)) {
-				out = append(out, about(open, e, fail(fmt.Sprintf("the subnets %s of %s and %s of %s overlap: the younger one is not believed",
+				out = append(out, about(open, e, fail(fmt.Sprintf("the subnets %s of %s and %s of %s overlap: the younger lease is rejected",
 					open.Subnets.Get(fam), open.Name(), e.Subnets.Get(fam), e.Name()), f.removal(younger(open, e))))...)
 				continue
 			}
@@ -417,7 +417,7 @@ func (f Facts) clones(live []*subnet.Entry) []Finding {
 		}
 		if e.NodeName != "" {
 			if o := byName[e.NodeName]; o != nil && o.NodeID != e.NodeID {
-				out = append(out, about(o, e, fail(fmt.Sprintf("two machines are called %s: one has the ID %s, the other %s; or the machine was set up anew and its old lease is still there", e.NodeName, o.NodeID, e.NodeID), f.removal(earlier(o, e))))...)
+				out = append(out, about(o, e, fail(fmt.Sprintf("two machines are called %s: one has the ID %s, the other %s; or the machine was reinstalled and its old lease still exists", e.NodeName, o.NodeID, e.NodeID), f.removal(earlier(o, e))))...)
 			}
 			byName[e.NodeName] = e
 		}
@@ -457,7 +457,7 @@ func (f Facts) refused(before []Finding) []Finding {
 	if len(names) == 0 {
 		return nil
 	}
-	return warn(fmt.Sprintf("%d leases are not believed: %s", len(names), few(names)), "overlayd leases")
+	return warn(fmt.Sprintf("%d leases are rejected: %s", len(names), few(names)), "overlayd leases")
 }
 
 func judgeOwnLease(f Facts) []Finding {
@@ -465,16 +465,16 @@ func judgeOwnLease(f Facts) []Finding {
 		return skipped(why)
 	}
 	if f.Identity.NodeID == "" {
-		return skipped("this node's identity is not known")
+		return skipped("this node's identity is unknown")
 	}
 	own := f.ownEntry()
 	switch {
 	case f.NoLease != "" && !f.Daemon.Running:
 		ip := f.elsewhere(own)
-		return fail(f.NoLease+": the node's address has changed, or another machine has the same name and ID (one is a clone of the other). Which of the two it is has to be known before overlayd is started here",
-			fmt.Sprintf("ping -c 3 %s   # if another machine answers, and this one is the clone of it, then here:", ip), f.Service.newIdentity(), f.Service.start()+"   # if nobody answers")
+		return fail(f.NoLease+": the node's address has changed, or another machine has the same name and ID (one is a clone of the other). Find out which before starting overlayd here",
+			fmt.Sprintf("ping -c 3 %s   # if another machine answers, and this one is its clone, then here:", ip), f.Service.newIdentity(), f.Service.start()+"   # if nothing answers")
 	case f.NoLease != "" && own == nil:
-		return fail("this node has none, so that no pod can start here", "overlayd status")
+		return fail("this node has none, so no pod can start here", "overlayd status")
 	case f.NoLease != "":
 		return skipped(f.NoLease)
 	case own == nil && f.Daemon.Running:
@@ -483,14 +483,14 @@ func judgeOwnLease(f Facts) []Finding {
 		return warn(fmt.Sprintf("etcd has no lease of this node under %s/subnets/; it gets one when overlayd starts", f.prefix()))
 	}
 	if ip, ours := f.takenOver(own); ip.IsValid() {
-		return fail(fmt.Sprintf("etcd says that this node is at %s, the daemon that it is at %s: most likely another machine with this node's name and ID (a clone of it, with /etc/machine-id and host name) has taken the lease over, and is at %s. "+
-			"Restarting overlayd here before that is mended would only take it back for a moment", ip, ours, ip), "ping -c 3 "+ip.String()+"   # if it is another machine that answers, then there:", f.Service.newIdentity(), f.Service.restart()+"   # and after that here: the lease is back at once")
+		return fail(fmt.Sprintf("etcd has this node at %s, the daemon has it at %s: most likely another machine with this node's name and ID (a clone of it, with /etc/machine-id and host name) has taken the lease over, and is at %s. "+
+			"Restarting overlayd here before is fixed would only take it back for a moment", ip, ours, ip), "ping -c 3 "+ip.String()+"   # if it is another machine that answers, then there:", f.Service.newIdentity(), f.Service.restart()+"   # and after that here: the lease is back at once")
 	}
 	if ip := f.elsewhere(own); ip.IsValid() {
-		return fail(fmt.Sprintf("the others send to %s, which no device of this node has: its address has changed", ip), f.Service.restart())
+		return fail(fmt.Sprintf("peers send to %s, which no device of this node has: its address changed", ip), f.Service.restart())
 	}
 	if own.Subnets != f.Self.Subnets {
-		return fail(fmt.Sprintf("etcd says %s, this node works with %s", own.Key, subnet.FormatKey(f.Self.Subnets)), "overlayd status")
+		return fail(fmt.Sprintf("etcd has %s, but this node uses %s", own.Key, subnet.FormatKey(f.Self.Subnets)), "overlayd status")
 	}
 	return ok(own.Key)
 }

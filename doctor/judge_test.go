@@ -230,10 +230,10 @@ func TestAnothersLease(t *testing.T) {
 	}{
 		"daemon without a lease": {func(f *Facts) {
 			f.Daemon.Status.Lease, f.Daemon.Status.Devices, f.Daemon.Status.Problems = status.Lease{}, nil, []status.Problem{conflict}
-		}, Skipped, "see the problem lease"},
+		}, Skipped, "see problems"},
 		"daemon with a conflict": {func(f *Facts) {
 			f.Daemon.Status.Lease.Held, f.Daemon.Status.Devices, f.Daemon.Status.Problems = false, nil, []status.Problem{conflict}
-		}, Skipped, "see the problem lease"},
+		}, Skipped, "see problems"},
 		"no daemon": {func(f *Facts) {
 			f.Daemon, f.Memory = DaemonFacts{}, &state.Persisted{Node: f.Identity, Subnets: "10.244.1.0-24"}
 		}, Fail, "192.0.2.1, which no device of this node has: the node's address has changed, or another machine"},
@@ -261,7 +261,7 @@ func TestAnothersLease(t *testing.T) {
 						t.Errorf("%+v", x)
 					}
 				}
-				for _, m := range x.Mend {
+				for _, m := range x.Fix {
 					for _, harm := range []string{"ip link set overlay.1 address", "ip link delete", "rm -rf", " del '"} {
 						if strings.Contains(m, harm) || strings.HasPrefix(m, "systemctl start") && !strings.Contains(m, "#") {
 							t.Errorf("%s: %s", x.Reason, m)
@@ -325,9 +325,9 @@ func TestIdentityOfMemory(t *testing.T) {
 
 // destructive reports whether a command throws away what another program made, however it is printed; but for what
 // flannel left.
-func destructive(mend string) bool {
-	mend = regexp.MustCompile(`delete table (ip flannel-ipv4|ip6 flannel-ipv6)$`).ReplaceAllString(mend, "")
-	return regexp.MustCompile(`(^|\s)(-F|-X|flush|--flush)(\s|;|$)|-P (INPUT|FORWARD|OUTPUT)|rm -rf? .*\*|del .*--prefix|delete table`).MatchString(mend)
+func destructive(steps string) bool {
+	steps = regexp.MustCompile(`delete table (ip flannel-ipv4|ip6 flannel-ipv6)$`).ReplaceAllString(steps, "")
+	return regexp.MustCompile(`(^|\s)(-F|-X|flush|--flush)(\s|;|$)|-P (INPUT|FORWARD|OUTPUT)|rm -rf? .*\*|del .*--prefix|delete table`).MatchString(steps)
 }
 
 func TestDestructive(t *testing.T) {
@@ -378,11 +378,11 @@ func TestJudges(t *testing.T) {
 		check string
 		mark  Mark
 		text  string
-		mend  string // part of the first command
+		steps string // part of the first command
 		spoil func(f *Facts)
 	}{
 		{"daemon away", "daemon", Fail, "does not run", "systemctl start overlayd", func(f *Facts) { f.Daemon = DaemonFacts{} }},
-		{"peers late", "daemon", Warn, "it runs, but does not say who the other nodes are: nothing came", "overlayd status --peers", func(f *Facts) {
+		{"peers late", "daemon", Warn, "running, but does not list its peers: nothing came", "overlayd status --peers", func(f *Facts) {
 			f.Daemon.PeersErr = errors.New("nothing came")
 		}},
 		{"daemon silent", "daemon", Fail, "does not answer: late", "systemctl restart", func(f *Facts) { f.Daemon = DaemonFacts{Err: errors.New("late")} }},
@@ -401,7 +401,7 @@ func TestJudges(t *testing.T) {
 		{"repaired just now", "drift", Warn, "route 1 times since the daemon started, the last 10s ago (add route x)", "journalctl", func(f *Facts) {
 			f.Daemon.Status.Drift = []status.DriftKind{{Kind: "route", Count: 1, Last: "add route x", At: f.Now.Add(-10 * time.Second)}}
 		}},
-		{"repaired long ago", "drift", OK, "as planned", "", func(f *Facts) {
+		{"repaired long ago", "drift", OK, "in sync", "", func(f *Facts) {
 			f.Daemon.Status.Drift = []status.DriftKind{{Kind: "route", Count: 1, Last: "add route x", At: f.Now.Add(-10 * time.Minute)}}
 		}},
 		{"repaired often", "drift", Warn, "route 50 times", "journalctl", func(f *Facts) {
@@ -411,7 +411,7 @@ func TestJudges(t *testing.T) {
 			f.System.SubnetEnv = map[string]string{"FLANNEL_SUBNET": "10.244.1.1/24", "FLANNEL_MTU": "1450", "FLANNEL_IPMASQ": "false"}
 		}},
 		{"no pings", "settings", OK, "--mesh-probe is off", "", func(f *Facts) { f.Daemon.Status.Probe.On = false }},
-		{"identity of memory", "identity", OK, "node n1, id id1, by " + os.TempDir() + "/lease.json", "", func(f *Facts) {
+		{"identity of memory", "identity", OK, "node n1, id id1, from " + os.TempDir() + "/lease.json", "", func(f *Facts) {
 			f.Daemon, f.IdentityFromMemory = DaemonFacts{}, true
 		}},
 		{"drift", "drift", Warn, "add route x", "overlayd diff", func(f *Facts) { f.Daemon.Diff = []string{"add route x"} }},
@@ -420,13 +420,13 @@ func TestJudges(t *testing.T) {
 		{"no machine-id", "identity", Fail, "none in /etc/machine-id", "systemd-machine-id-setup", func(f *Facts) {
 			f.IdentityErr, f.System.MachineID = errors.New("this machine has none in /etc/machine-id"), "uninitialized"
 		}},
-		{"disk read-only", "state directory", Fail, "can't be written to: no space", "findmnt", func(f *Facts) { f.System.StateDirErr = errors.New("no space") }},
+		{"disk read-only", "state directory", Fail, "is not writable: no space", "findmnt", func(f *Facts) { f.System.StateDirErr = errors.New("no space") }},
 		{"memory broken", "state directory", Warn, "lease.json: bad", "", func(f *Facts) { f.MemoryErr = errors.New("lease.json: bad") }},
 		{"no subnet file", "subnet file", Fail, "no pod can start", "systemctl restart overlayd", func(f *Facts) { f.System.SubnetEnvErr = os.ErrNotExist }},
-		{"other subnet file", "subnet file", Fail, "FLANNEL_SUBNET=10.244.7.1/24, the lease is 10.244.1.0/24", "systemctl restart", func(f *Facts) {
+		{"other subnet file", "subnet file", Fail, "FLANNEL_SUBNET=10.244.7.1/24, but the lease is 10.244.1.0/24", "systemctl restart", func(f *Facts) {
 			f.System.SubnetEnv = map[string]string{"FLANNEL_SUBNET": "10.244.7.1/24", "FLANNEL_MTU": "1450"}
 		}},
-		{"subnet file's MTU", "subnet file", Fail, "FLANNEL_MTU=1500, pods should be told 1450", "systemctl restart", func(f *Facts) {
+		{"subnet file's MTU", "subnet file", Fail, "FLANNEL_MTU=1500, but the pod MTU is 1450", "systemctl restart", func(f *Facts) {
 			f.System.SubnetEnv = map[string]string{"FLANNEL_SUBNET": "10.244.1.1/24", "FLANNEL_MTU": "1500"}
 		}},
 		{"etcd refused", "etcd", Fail, "connection refused", "etcdctl --endpoints=http://etcd:2379 endpoint health", func(f *Facts) {
@@ -437,7 +437,7 @@ func TestJudges(t *testing.T) {
 		}},
 		{"etcd slow", "etcd", Warn, "takes 900ms", "endpoint status", func(f *Facts) { f.Store.Endpoints[0].Took = 900 * time.Millisecond }},
 		{"etcd full", "etcd", Fail, "alarm: NOSPACE", "alarm list", func(f *Facts) { f.Store.Endpoints[0].Alarms = []string{"NOSPACE"} }},
-		{"etcd read-only", "etcd", Fail, "can't be written: permission denied", "endpoint status", func(f *Facts) { f.Store.WriteErr = errors.New("etcd: permission denied") }},
+		{"etcd read-only", "etcd", Fail, "cannot be written: permission denied", "endpoint status", func(f *Facts) { f.Store.WriteErr = errors.New("etcd: permission denied") }},
 		{"etcd options", "etcd", Fail, "expected http", "", func(f *Facts) { f.Store = &etcd.Examination{OptionsErr: errors.New("expected http")} }},
 		{"certificate ended", "certificates", Fail, "--etcd-certfile /c.pem (CN=x) expired", "openssl x509 -in /c.pem", func(f *Facts) {
 			f.Store.Certificates = []etcd.Certificate{{What: "--etcd-certfile", File: "/c.pem", Subject: "CN=x", NotAfter: f.Now.Add(-time.Hour)}}
@@ -450,8 +450,8 @@ func TestJudges(t *testing.T) {
 		}},
 		{"clock ahead", "clock", Warn, "it is 30s ahead of", "timedatectl set-ntp", func(f *Facts) { f.Store.Endpoints[0].Clock = 30 * time.Second }},
 		{"clock behind", "clock", Fail, "it is 1h0m0s behind", "timedatectl set-ntp", func(f *Facts) { f.Store.Endpoints[0].Clock = -time.Hour }},
-		{"clock went back", "clock", Fail, "goes wrong or back", "timedatectl", func(f *Facts) { f.Memory = &state.Persisted{Node: f.Identity, Saved: f.Now.Add(time.Hour)} }},
-		{"nothing under the prefix", "network config", Fail, "another prefix is meant", "get --prefix --keys-only", func(f *Facts) { f.Store.Table, f.Store.NoConfig = subnet.Table{}, true }},
+		{"clock went back", "clock", Fail, "is wrong or was set back", "timedatectl", func(f *Facts) { f.Memory = &state.Persisted{Node: f.Identity, Saved: f.Now.Add(time.Hour)} }},
+		{"nothing under the prefix", "network config", Fail, "the prefix is wrong", "get --prefix --keys-only", func(f *Facts) { f.Store.Table, f.Store.NoConfig = subnet.Table{}, true }},
 		{"config broken", "network config", Fail, "no good", `put /overlayd/network/config '{"Network":"10.244.0.0/16"`, func(f *Facts) {
 			f.Store.Table.ConfigErr, f.Memory = errors.New("no good"), &state.Persisted{Node: f.Identity, Config: json.RawMessage(plainConfig)}
 		}},
@@ -461,13 +461,13 @@ func TestJudges(t *testing.T) {
 			f.address("veth1", "10.244.9.9/24")
 			f.Self.Subnets = addr.Per[netip.Prefix]{}
 		}},
-		{"needed address inside the network", "network config", Fail, "10.244.9.9/24 of eth0 is inside", "get /overlayd/network/config   # choose another Network", func(f *Facts) { f.address("eth0", "10.244.9.9/24") }},
+		{"needed address inside the network", "network config", Fail, "10.244.9.9/24 of eth0 is inside", "get /overlayd/network/config   # change Network", func(f *Facts) { f.address("eth0", "10.244.9.9/24") }},
 		{"other address inside the network", "network config", Fail, "10.244.9.9/24 of veth1 is inside", "ip address del 10.244.9.9/24 dev veth1", func(f *Facts) { f.address("veth1", "10.244.9.9/24") }},
 		{"etcd away, and no lease", "etcd", Fail, "this node has no lease yet", "endpoint health", func(f *Facts) {
 			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
 			f.Self.Subnets = addr.Per[netip.Prefix]{}
 		}},
-		{"etcd away, and a lease", "etcd", Fail, "traffic flows on", "endpoint health", func(f *Facts) {
+		{"etcd away, and a lease", "etcd", Fail, "traffic continues", "endpoint health", func(f *Facts) {
 			f.Store.Endpoints[0].Err, f.Store.TableErr = errors.New("etcd: connection refused"), errors.New("etcd: connection refused")
 		}},
 		{
@@ -495,14 +495,14 @@ func TestJudges(t *testing.T) {
 		},
 		{
 			"etcd too slow to try a write", "etcd", Warn,
-			"leases can't be written: no answer within 1.5s: context deadline exceeded; the daemon is connected",
+			"leases cannot be written: no answer within 1.5s: context deadline exceeded; the daemon is connected",
 			"endpoint status", func(f *Facts) {
 				f.Store.WriteErr, f.Daemon.Status.Store.Revision = late, 9
 			},
 		},
 		{
 			"etcd hangs", "etcd", Fail,
-			"deadline exceeded; traffic flows on by what was known last, changes of other nodes are not seen", "endpoint health",
+			"deadline exceeded; traffic continues with the last known peers, changes of other nodes are not seen", "endpoint health",
 			func(f *Facts) {
 				f.Store.Endpoints[0].Err, f.Store.TableErr = late, late
 				f.Daemon.Status.Store.Revision, f.Daemon.Status.Store.Error = 9, "no answer from http://etcd:2379"
@@ -515,25 +515,25 @@ func TestJudges(t *testing.T) {
 			},
 		},
 		{
-			"no lease yet, but the one of the last run", "leases", OK, "no two of which claim the same", "",
+			"no lease yet, but the one of the last run", "leases", OK, "none in conflict", "",
 			func(f *Facts) { f.Self, f.NoLease = subnet.Lease{}, "the daemon holds no lease" },
 		},
 		{
 			"one address twice", "leases", Fail,
-			"the same public IP 192.0.2.2: peers go by the one that was written last, 10.244.9.0-24",
+			"the same public IP 192.0.2.2: peers use the one that was written last, 10.244.9.0-24",
 			"del '/overlayd/network/subnets/10.244.2.0-24'",
 			func(f *Facts) { f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9)) },
 		},
 		{
 			"this node's address in another lease that counts", "leases", Fail,
-			"peers go by the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'",
+			"peers use the one that was written last, 10.244.9.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'",
 			func(f *Facts) {
 				f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.1", 9))
 			},
 		},
 		{
 			"one address twice, and the older lease written again", "leases", Fail,
-			"peers go by the one that was written last, 10.244.2.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'",
+			"peers use the one that was written last, 10.244.2.0-24", "del '/overlayd/network/subnets/10.244.9.0-24'",
 			func(f *Facts) {
 				f.lease(entry("10.244.9.0-24", "n9", "id9", "192.0.2.2", 9))
 				e := f.Store.Table.Find("10.244.2.0-24")
@@ -556,12 +556,12 @@ func TestJudges(t *testing.T) {
 						`"VtepMAC":"02:00:00:00:00:09"}}`), 2, 2, 7))
 			},
 		},
-		{"unreadable lease", "leases", Warn, "1 leases can't be read", "get --prefix", func(f *Facts) { f.lease(subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)) }},
+		{"unreadable lease", "leases", Warn, "1 unreadable leases", "get --prefix", func(f *Facts) { f.lease(subnet.ParseEntry("10.244.9.0-24", []byte("{"), 1, 1, 1)) }},
 		{"refused lease", "leases", Warn, "outside the network", "overlayd leases", func(f *Facts) { f.lease(entry("10.9.9.0-24", "n9", "id9", "192.0.2.9", 9)) }},
 		{"lease gone", "own lease", Fail, "the daemon holds 10.244.1.0/24, and etcd has no lease", "overlayd status", func(f *Facts) {
 			f.Store.Table.Entries = slices.Clone(f.Store.Table.Entries[1:])
 		}},
-		{"address changed", "own lease", Fail, "others send to 192.0.2.1", "systemctl restart", func(f *Facts) {
+		{"address changed", "own lease", Fail, "peers send to 192.0.2.1", "systemctl restart", func(f *Facts) {
 			h := f.Survey.Host
 			h.Addresses = slices.Clone(h.Addresses)
 			h.Addresses[0].Prefix = prefixOf("192.0.2.9/24")
@@ -580,7 +580,7 @@ func TestJudges(t *testing.T) {
 		}},
 		{"no forwarding", "forwarding", Fail, "net/ipv4/ip_forward is 0", "sysctl -w net/ipv4/ip_forward=1", func(f *Facts) { f.System.Sysctls["net/ipv4/ip_forward"] = "0" }},
 		{"no forwarding on a device", "forwarding", Fail, "cni0/forwarding is 0", "sysctl -w net/ipv4/conf/cni0/forwarding=1", func(f *Facts) { f.System.Sysctls[deviceForwarding("cni0")] = "0" }},
-		{"no br_netfilter", "bridge netfilter", Fail, "the module br_netfilter is not loaded: pods lose answers of services", "modprobe br_netfilter && echo br_netfilter", func(f *Facts) {
+		{"no br_netfilter", "bridge netfilter", Fail, "the module br_netfilter is not loaded: pods lose replies of services", "modprobe br_netfilter && echo br_netfilter", func(f *Facts) {
 			f.Filter = packetfilter.Filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
 			delete(f.System.Sysctls, netstate.BridgeNetfilter(addr.IPv4).Path)
 		}},
@@ -588,7 +588,7 @@ func TestJudges(t *testing.T) {
 			f.Filter = packetfilter.Filter{base("ip", "kube-proxy", "filter-forward", "forward", "accept")}
 			delete(f.System.Sysctls, netstate.BridgeNetfilter(addr.IPv4).Path)
 		}},
-		{"bridge netfilter off", "bridge netfilter", Fail, "net/bridge/bridge-nf-call-iptables is 0: pods lose answers", "sysctl -w net/bridge/bridge-nf-call-iptables=1", func(f *Facts) {
+		{"bridge netfilter off", "bridge netfilter", Fail, "net/bridge/bridge-nf-call-iptables is 0: pods lose replies", "sysctl -w net/bridge/bridge-nf-call-iptables=1", func(f *Facts) {
 			f.Filter = packetfilter.Filter{base("ip", "filter", "KUBE-FORWARD", "", "")}
 			f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv4).Path] = "0"
 		}},
@@ -597,11 +597,11 @@ func TestJudges(t *testing.T) {
 			f.dual(t)
 			f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv6).Path] = "0"
 		}},
-		{"bridge netfilter on", "bridge netfilter", OK, "see what crosses", "", func(f *Facts) {
+		{"bridge netfilter on", "bridge netfilter", OK, "see bridged packets", "", func(f *Facts) {
 			f.Filter = packetfilter.Filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
 		}},
-		{"no kube-proxy", "bridge netfilter", Skipped, "no rules of kube-proxy", "", func(f *Facts) { f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv4).Path] = "0" }},
-		{"kube-proxy and no bridge", "bridge netfilter", Skipped, "no bridge for pods", "", func(f *Facts) {
+		{"no kube-proxy", "bridge netfilter", Skipped, "no kube-proxy rules", "", func(f *Facts) { f.System.Sysctls[netstate.BridgeNetfilter(addr.IPv4).Path] = "0" }},
+		{"kube-proxy and no bridge", "bridge netfilter", Skipped, "no pod bridge", "", func(f *Facts) {
 			f.Filter = packetfilter.Filter{base("ip", "filter", "KUBE-SERVICES", "", "")}
 			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
 			f.Survey.Host = f.Survey.Host.Indexed()
@@ -613,10 +613,10 @@ func TestJudges(t *testing.T) {
 			f.route(netstate.HostRoute{Dst: prefixOf("0.0.0.0/0"), Via: addrOf("203.0.113.1"), Link: "eth1", Metric: 9})
 		}},
 		{"no interface", "interface", Fail, "none fits", "ip -br address", func(f *Facts) { f.ChooseErr = errors.New("none fits") }},
-		{"no default route", "interface", Fail, "eth0, which it was so far", "ip route add default via GATEWAY dev eth0", func(f *Facts) {
+		{"no default route", "interface", Fail, "eth0, used so far", "ip route add default via GATEWAY dev eth0", func(f *Facts) {
 			f.Survey.Host.Routes = slices.Clone(f.Survey.Host.Routes[1:])
 			f.Survey.Host = f.Survey.Host.Indexed()
-			f.Daemon.Status.Problems = []status.Problem{{Name: "underlay", Reason: "no network interface for IPv4 yet (x); eth0, which it was so far, is as it was, but nothing leads to it", Since: f.Now, Fatal: true}}
+			f.Daemon.Status.Problems = []status.Problem{{Name: "underlay", Reason: "no network interface for IPv4 yet (x); eth0, used so far, is unchanged, but no route uses it", Since: f.Now, Fatal: true}}
 		}},
 		{"strict tunnel", "rp_filter", Warn, "strict on overlay.1", "sysctl -w net/ipv4/conf/overlay.1/rp_filter=2", func(f *Facts) {
 			f.System.Sysctls[rpFilter("all")], f.Pings.Sample[0].way, f.Pings.Sample[0].small.Lost = "1", "direct", 2
@@ -625,10 +625,10 @@ func TestJudges(t *testing.T) {
 			f.System.Sysctls[rpFilter("eth0")] = "1"
 			f.route(netstate.HostRoute{Dst: prefixOf("198.51.100.0/24"), Link: "eth1"})
 		}},
-		{"foreign route", "routes", Fail, "10.244.2.128/25 by eth0 is not ours", "ip route del 10.244.2.128/25 dev eth0 metric 0", func(f *Facts) {
+		{"foreign route", "routes", Fail, "10.244.2.128/25 by eth0 belongs to another program", "ip route del 10.244.2.128/25 dev eth0 metric 0", func(f *Facts) {
 			f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.128/25"), Via: addrOf("192.0.2.7"), Link: "eth0"})
 		}},
-		{"learning", "learning", OK, "it is on, and peers send from", "", func(f *Facts) { f.learn() }},
+		{"learning", "learning", OK, "it is on, and as far as is known, peers send from", "", func(f *Facts) { f.learn() }},
 		{
 			"learning, and a peer behind NAT", "learning", Fail,
 			"the address of n3 (10.244.3.0-24) is on no device of that node",
@@ -638,15 +638,15 @@ func TestJudges(t *testing.T) {
 				f.lease(natted(entry("10.244.3.0-24", "n3", "id3", "198.51.100.3", 6)))
 			},
 		},
-		{"learning, and a peer of flannel", "learning", OK, "it is on, and peers send from", "", func(f *Facts) {
+		{"learning, and a peer of flannel", "learning", OK, "it is on, and as far as is known, peers send from", "", func(f *Facts) {
 			f.learn()
 			f.lease(natted(entry("10.244.3.0-24", "", "", "198.51.100.3", 6)))
 		}},
-		{"no learning, and a peer behind NAT", "learning", OK, "learns nothing", "", func(f *Facts) {
+		{"no learning, and a peer behind NAT", "learning", OK, "does not learn", "", func(f *Facts) {
 			f.lease(natted(entry("10.244.3.0-24", "n3", "id3", "198.51.100.3", 6)))
 		}},
 		{
-			"learning, and this node behind NAT", "learning", Fail, "the others drop what it sends", `"Learning":false`,
+			"learning, and this node behind NAT", "learning", Fail, "peers drop what it sends", `"Learning":false`,
 			func(f *Facts) {
 				f.learn()
 				f.lease(natted(entry("10.244.1.0-24", "n1", "id1", "192.0.2.1", 6)))
@@ -660,14 +660,14 @@ func TestJudges(t *testing.T) {
 			},
 		},
 		{
-			"no IPv6 on the bridge", "IPv6", Fail, "it is switched off on cni0", "sysctl -w net/ipv6/conf/cni0/disable_ipv6=0",
+			"no IPv6 on the bridge", "IPv6", Fail, "disabled on cni0", "sysctl -w net/ipv6/conf/cni0/disable_ipv6=0",
 			func(f *Facts) {
 				f.dual(t)
 				f.System.Sysctls["net/ipv6/conf/cni0/disable_ipv6"] = "1"
 			},
 		},
 		{
-			"no IPv6 on the uplink", "IPv6", Fail, "it is switched off on eth0, which leads to the other nodes",
+			"no IPv6 on the uplink", "IPv6", Fail, "disabled on eth0, which leads to the other nodes",
 			"sysctl -w net/ipv6/conf/eth0/disable_ipv6=0", func(f *Facts) {
 				f.dual(t)
 				f.Underlay.By.V6.Device = "eth0"
@@ -675,7 +675,7 @@ func TestJudges(t *testing.T) {
 			},
 		},
 		{
-			"no IPv6 on new devices", "IPv6", Warn, "new devices get none", "sysctl -w net/ipv6/conf/default/disable_ipv6=0",
+			"no IPv6 on new devices", "IPv6", Warn, "disabled on new devices", "sysctl -w net/ipv6/conf/default/disable_ipv6=0",
 			func(f *Facts) {
 				f.dual(t)
 				f.System.Sysctls["net/ipv6/conf/default/disable_ipv6"] = "1"
@@ -689,7 +689,7 @@ func TestJudges(t *testing.T) {
 		},
 		{
 			"a peer ignores pings", "peers answer", OK,
-			"n2 (10.244.2.0) ignores pings (net/ipv4/icmp_echo_ignore_all is 1 there?)", "", func(f *Facts) {
+			"n2 (10.244.2.0) ignores pings (is net/ipv4/icmp_echo_ignore_all 1 there?)", "", func(f *Facts) {
 				f.Pings.Sample[0].mute = true
 			},
 		},
@@ -697,7 +697,7 @@ func TestJudges(t *testing.T) {
 			"a VPN", "policy routing", Fail,
 			`packets from this node to pods of n2 leave by vpn0 (table 52), not by overlay.1: ` +
 				`the rule "0 from all to 10.0.0.0/8 lookup 52"`,
-			"ip rule   # give that rule a higher number, or have its program leave out 10.244.0.0/16",
+			"ip rule   # give that rule a higher number, or exclude 10.244.0.0/16 in its program",
 			func(f *Facts) { f.vpn(netstate.Answer{Link: "vpn0", Table: 52}) },
 		},
 		{
@@ -722,7 +722,7 @@ func TestJudges(t *testing.T) {
 		},
 		{
 			"the store elsewhere", "interface", Warn,
-			"eth0 is taken to lead to the other nodes, but etcd (192.0.2.100) is reached by eth1", "OVERLAYD_IFACE=eth1",
+			"eth0 is used to reach the other nodes, but etcd (192.0.2.100) is reached by eth1", "OVERLAYD_IFACE=eth1",
 			func(f *Facts) {
 				f.ToStore[0].Link = "eth1"
 			},
@@ -748,7 +748,7 @@ func TestJudges(t *testing.T) {
 		}},
 		{
 			"a silent peer, and no route by the device", "interface", Fail,
-			"no route leads by eth0, to which the tunnel is bound, to n3 (198.51.100.3)", "ip route get 198.51.100.3",
+			"no route over eth0, to which the tunnel is bound, leads to n3 (198.51.100.3)", "ip route get 198.51.100.3",
 			func(f *Facts) {
 				f.Survey.Host.Routes[0].Link = "eth1"
 				for i := range f.Pings.Sample {
@@ -764,25 +764,25 @@ func TestJudges(t *testing.T) {
 			f.link("eth0", func(l *netstate.SurveyLink) { l.Kind = "dummy" })
 		}},
 		{
-			"flannel's route to a peer", "routes", Fail, "10.244.2.0/24 by eth0 is not ours",
+			"flannel's route to a peer", "routes", Fail, "10.244.2.0/24 by eth0 belongs to another program",
 			"ip route del 10.244.2.0/24 dev eth0 metric 0", func(f *Facts) {
 				f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0"})
 			},
 		},
 		{
-			"flannel's route behind ours", "routes", Warn, "10.244.2.0/24 via 192.0.2.2 by eth0 is not ours",
+			"flannel's route behind ours", "routes", Warn, "10.244.2.0/24 via 192.0.2.2 by eth0 belongs to another program",
 			"dev eth0 metric 1024", func(f *Facts) {
 				f.route(netstate.HostRoute{Dst: prefixOf("10.244.2.0/24"), Via: addrOf("192.0.2.2"), Link: "eth0", Metric: 1024})
 			},
 		},
 		{
-			"flannel's route to no peer", "routes", Warn, "10.244.9.0/24 via 192.0.2.9 by eth0 is not ours",
+			"flannel's route to no peer", "routes", Warn, "10.244.9.0/24 via 192.0.2.9 by eth0 belongs to another program",
 			"ip route del 10.244.9.0/24 via 192.0.2.9 dev eth0 metric 0", func(f *Facts) {
 				f.route(netstate.HostRoute{Dst: prefixOf("10.244.9.0/24"), Via: addrOf("192.0.2.9"), Link: "eth0"})
 			},
 		},
 		{"routes missing", "routes", Fail, "10.244.2.0/24 (n2)", "overlayd diff", func(f *Facts) { f.Survey.Ours.Routes = f.Survey.Ours.Routes[1:] }},
-		{"no device", "tunnel device", Fail, "overlay.1 is not there", "overlayd status", func(f *Facts) { f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...) }},
+		{"no device", "tunnel device", Fail, "overlay.1 does not exist", "overlayd status", func(f *Facts) { f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...) }},
 		{"device down", "tunnel device", Fail, "overlay.1 is down", "ip link set overlay.1 up", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false }) }},
 		{"other VNI", "tunnel device", Fail, "has VNI 7 and UDP port 8472", "", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.VXLAN.VNI = 7 }) }},
 		{"other MAC", "tunnel device", Fail, "the lease announces 02:00:00:00:00:03", "ip link set overlay.1 address 02:00:00:00:00:03", func(f *Facts) {
@@ -803,24 +803,24 @@ func TestJudges(t *testing.T) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false })
 			f.System.Sockets = []udpSocket{{port: 8472, inode: "12", holder: "dnsd (process 7)", v6: true, any: true}}
 		}},
-		{"device down and its port taken", "tunnel device", Fail, "can't be set up while another program has its UDP port", "ss -ulnp", func(f *Facts) {
+		{"device down and its port taken", "tunnel device", Fail, "cannot be set up while another program has its UDP port", "ss -ulnp", func(f *Facts) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false })
 			f.System.Sockets = []udpSocket{{port: 8472, inode: "12"}}
 		}},
-		{"port of an IPv6 address", "VXLAN port", OK, "nobody else's", "", func(f *Facts) {
+		{"port of an IPv6 address", "VXLAN port", OK, "no other program uses", "", func(f *Facts) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false })
 			f.System.Sockets = []udpSocket{{port: 8472, inode: "12", v6: true}}
 		}},
-		{"device's MTU", "MTU", Fail, "over eth0 with 1500 only 1450 get through", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
-		{"device's MTU too small", "MTU", Fail, "it should have 1450", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1300 }) }},
+		{"device's MTU", "MTU", Fail, "eth0 with 1500 carries only 1450", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
+		{"device's MTU too small", "MTU", Fail, "expected 1450", "ip link set overlay.1 mtu 1450", func(f *Facts) { f.link("overlay.1", func(l *netstate.SurveyLink) { l.MTU = 1300 }) }},
 		{"bridge's MTU", "MTU", Warn, "cni0 has an MTU of 1500", "ip link set cni0 mtu 1450", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
 		{"pod's MTU", "MTU", Warn, "veth1 1500", "ip link set veth1 mtu 1450", func(f *Facts) { f.link("veth1", func(l *netstate.SurveyLink) { l.MTU = 1500 }) }},
-		{"bridge's address", "bridge", Fail, "docker0 has the address 10.244.77.1/24, this node's subnet is 10.244.1.0/24: what is on it", "ip -br link show master docker0", func(f *Facts) {
+		{"bridge's address", "bridge", Fail, "docker0 has the address 10.244.77.1/24, but this node's subnet is 10.244.1.0/24: its containers", "ip -br link show master docker0", func(f *Facts) {
 			f.Survey.Links = append(f.Survey.Links,
 				netstate.SurveyLink{HostLink: netstate.HostLink{Name: "docker0", Kind: "bridge", Up: true}})
 			f.address("docker0", "10.244.77.1/24")
 		}},
-		{"bridge without its address", "bridge", Fail, "nothing has the address 10.244.1.1/24, the gateway of this node's pods: cni0", "ip address add 10.244.1.1/24 dev cni0", func(f *Facts) {
+		{"bridge without its address", "bridge", Fail, "no device has the address 10.244.1.1/24, the gateway of this node's pods: cni0", "ip address add 10.244.1.1/24 dev cni0", func(f *Facts) {
 			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
 			f.Survey.Host = f.Survey.Host.Indexed()
 		}},
@@ -830,11 +830,11 @@ func TestJudges(t *testing.T) {
 			f.link("cni0", func(l *netstate.SurveyLink) { l.Name = "br7" })
 			f.link("veth1", func(l *netstate.SurveyLink) { l.Master = "br7" })
 		}},
-		{"bridge without its IPv6 address", "bridge", Warn, "nothing has the address fd00:1::1/64, the gateway of this node's pods: cni0", "ip address add fd00:1::1/64 dev cni0", func(f *Facts) {
+		{"bridge without its IPv6 address", "bridge", Warn, "no device has the address fd00:1::1/64, the gateway of this node's pods: cni0", "ip address add fd00:1::1/64 dev cni0", func(f *Facts) {
 			f.Self.Subnets.V6 = prefixOf("fd00:1::/64")
 			f.address("cni0", "fe80::1/64")
 		}},
-		{"Docker's bridge before the first pod", "bridge", OK, "there is none yet", "", func(f *Facts) {
+		{"Docker's bridge before the first pod", "bridge", OK, "none yet", "", func(f *Facts) {
 			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
 			f.address("cni0", "172.17.0.1/16")
 		}},
@@ -842,7 +842,7 @@ func TestJudges(t *testing.T) {
 			"the bridge lost its address and ports", "bridge", Fail,
 			"cni0 has lost its address 10.244.1.1/24, the gateway of this node's pods; " +
 				"cni0 has lost 1 of its ports (veth1): pods there are cut off; " +
-				"another program took that, see systemd-networkd and NetworkManager", "ip address replace 10.244.1.1/24 dev cni0",
+				"another program removed it, see systemd-networkd and NetworkManager", "ip address replace 10.244.1.1/24 dev cni0",
 			func(f *Facts) {
 				f.bridgeWas("cni0", "10.244.1.1/24", "veth1")
 				f.System.Managers = Managers{
@@ -856,7 +856,7 @@ func TestJudges(t *testing.T) {
 			"the bridge has all that it had", "bridge", OK, "cni0 has an address", "",
 			func(f *Facts) { f.bridgeWas("cni0", "10.244.1.1/24") },
 		},
-		{"the bridge was removed with its pods", "bridge", OK, "there is none yet", "", func(f *Facts) {
+		{"the bridge was removed with its pods", "bridge", OK, "none yet", "", func(f *Facts) {
 			f.Memory = &state.Persisted{
 				Node: f.Identity,
 				Bridges: []netstate.PodBridge{{
@@ -866,13 +866,13 @@ func TestJudges(t *testing.T) {
 			}
 			f.Survey.Links, f.Survey.Host.Addresses = f.Survey.Links[:2], f.Survey.Host.Addresses[:2]
 		}},
-		{"no bridge yet", "bridge", OK, "there is none yet", "", func(f *Facts) {
+		{"no bridge yet", "bridge", OK, "none yet", "", func(f *Facts) {
 			f.Survey.Host.Addresses = slices.Clone(f.Survey.Host.Addresses[:2])
 			f.Survey.Host = f.Survey.Host.Indexed()
 			f.Survey.Links = f.Survey.Links[:2]
 		}},
 		{"bridge down", "bridge", Fail, "cni0 is down", "ip link set cni0 up", func(f *Facts) { f.link("cni0", func(l *netstate.SurveyLink) { l.Up = false }) }},
-		{"no checksums", "offloads", Warn, "overlay.1 has tx switched off", "ethtool -K overlay.1 tx on", func(f *Facts) {
+		{"no checksums", "offloads", Warn, "overlay.1 has tx disabled", "ethtool -K overlay.1 tx on", func(f *Facts) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Offloads = []netstate.Offload{{Name: "tx"}} })
 		}},
 		{"flannel", "other overlays", Warn, "flannel.2", "ip link delete flannel.2", func(f *Facts) {
@@ -901,7 +901,7 @@ func TestJudges(t *testing.T) {
 				f.Filter = packetfilter.Filter{base("ip6", "flannel-ipv6", "postrtg", "postrouting", "accept")}
 			},
 		},
-		{"mixed iptables", "iptables variants", Warn, "legacy holds 3 rules and iptables-nft 4", "iptables-legacy-save", func(f *Facts) {
+		{"mixed iptables", "iptables variants", Warn, "legacy has 3 rules and iptables-nft 4", "iptables-legacy-save", func(f *Facts) {
 			f.Legacy = []packetfilter.Legacy{{Save: "iptables-legacy-save", Table: "filter", Chain: "INPUT", Policy: "ACCEPT", Rules: []string{"a", "b", "c"}}}
 			f.Filter = packetfilter.Filter{base("ip", "filter", "x", "", "", make([]packetfilter.Rule, 4)...)}
 		}},
@@ -945,27 +945,27 @@ func TestJudges(t *testing.T) {
 					false, true
 			},
 		},
-		{"forward policy but for one port", "forwarded packets", Fail, "packets (all but what a rule before lets through) from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD", func(f *Facts) {
+		{"forward policy but for one port", "forwarded packets", Fail, "packets (except those that an earlier rule accepts) from pods of other nodes are dropped by table ip filter, chain FORWARD: its policy", "iptables -I FORWARD", func(f *Facts) {
 			f.Filter = packetfilter.Filter{base("ip", "filter", "FORWARD", "forward", "drop", tcpPort(22, packetfilter.Accept))}
 		}},
 		{"one port of pods closed", "forwarded packets", Warn, "not sure whether packets from pods", "iptables -I FORWARD", func(f *Facts) {
 			f.Filter = packetfilter.Filter{base("ip", "filter", "FORWARD", "forward", "accept", tcpPort(25, packetfilter.Drop))}
 		}},
-		{"translated", "translated packets", Warn, "table ip foreign, chain c translates it: \"ip saddr 10.0.0.0/8 masquerade\"; it should except 10.244.0.0/16", "nft -a list chain ip foreign c", func(f *Facts) {
+		{"translated", "masqueraded packets", Warn, "masqueraded by table ip foreign, chain c: \"ip saddr 10.0.0.0/8 masquerade\"; exclude 10.244.0.0/16", "nft -a list chain ip foreign c", func(f *Facts) {
 			c := base("ip", "foreign", "c", "postrouting", "accept", packetfilter.Rule{
 				Tests: []packetfilter.Test{{Key: []packetfilter.Key{{Field: packetfilter.Source}}, Any: [][]packetfilter.Range{{{From: []byte{10}, To: []byte{10}}}}}}, Action: packetfilter.Action{Verdict: packetfilter.Translate},
 			})
 			c.NAT = true
 			f.Filter = packetfilter.Filter{c}
 		}},
-		{"networkd", "systemd-networkd", Warn, "/etc/systemd/network/all.network fits", "overlayd doctor --fix   # writes /etc/systemd/network/10-overlayd.network", func(f *Facts) {
+		{"networkd", "systemd-networkd", Warn, "/etc/systemd/network/all.network matches", "overlayd doctor --fix   # writes /etc/systemd/network/10-overlayd.network", func(f *Facts) {
 			f.System.Managers = Managers{
 				Networkd: true, NetworkFile: "/etc/systemd/network/all.network", Managed: "cni0",
 				ForeignRoutes: true,
 			}
 		}},
 		{
-			"networkd, and a bridge that the drop-in does not name", "systemd-networkd", Warn, "all.network fits br7",
+			"networkd, and a bridge that the drop-in does not name", "systemd-networkd", Warn, "all.network matches br7",
 			"Name=br7", func(f *Facts) {
 				f.System.Managers = Managers{
 					Networkd: true, NetworkFile: "/etc/systemd/network/all.network", Managed: "br7",
@@ -973,32 +973,32 @@ func TestJudges(t *testing.T) {
 				}
 			},
 		},
-		{"networkd's routes", "systemd-networkd", Warn, "removes routes and rules", "/etc/systemd/networkd.conf.d/overlayd.conf", func(f *Facts) { f.System.Managers = Managers{Networkd: true} }},
+		{"networkd's routes", "systemd-networkd", Warn, "removes foreign routes and rules", "/etc/systemd/networkd.conf.d/overlayd.conf", func(f *Facts) { f.System.Managers = Managers{Networkd: true} }},
 		{
-			"NetworkManager manages the bridge", "NetworkManager", Warn, "it manages br-pods, veth1,",
+			"NetworkManager manages the bridge", "NetworkManager", Warn, "manages br-pods, veth1,",
 			"/etc/NetworkManager/conf.d/overlayd.conf", func(f *Facts) {
 				f.System.Managers = Managers{NetworkManager: true, NMAnswers: true, NMManages: "br-pods, veth1"}
 			},
 		},
 		{
-			"NetworkManager manages the bridge in spite of the file", "NetworkManager", Warn, "it manages br-pods,",
+			"NetworkManager manages the bridge in spite of the file", "NetworkManager", Warn, "manages br-pods,",
 			"nmcli device set br-pods managed no", func(f *Facts) {
 				f.System.Managers = Managers{NetworkManager: true, NMIgnores: true, NMAnswers: true, NMManages: "br-pods"}
 			},
 		},
 		{
-			"NetworkManager manages a bridge that the drop-in does not name", "NetworkManager", Warn, "it manages br7,",
+			"NetworkManager manages a bridge that the drop-in does not name", "NetworkManager", Warn, "manages br7,",
 			"nmcli device set br7 managed no", func(f *Facts) {
 				f.System.Managers = Managers{NetworkManager: true, NMAnswers: true, NMManages: "br7"}
 			},
 		},
 		{
-			"NetworkManager manages none, by whatever file", "NetworkManager", OK, "it manages none of overlayd's devices", "",
+			"NetworkManager manages none, by whatever file", "NetworkManager", OK, "manages neither overlayd's devices", "",
 			func(f *Facts) {
 				f.System.Managers = Managers{NetworkManager: true, NMAnswers: true}
 			},
 		},
-		{"NetworkManager does not answer, and has the file", "NetworkManager", OK, "it is told to leave", "", func(f *Facts) {
+		{"NetworkManager does not answer, and has the file", "NetworkManager", OK, "configured to leave", "", func(f *Facts) {
 			f.System.Managers = Managers{NetworkManager: true, NMIgnores: true}
 		}},
 		{"NetworkManager", "NetworkManager", Warn, "nothing tells it", "/etc/NetworkManager/conf.d/overlayd.conf", func(f *Facts) { f.System.Managers = Managers{NetworkManager: true} }},
@@ -1023,18 +1023,18 @@ func TestJudges(t *testing.T) {
 		}},
 		{"lossy", "peers answer", Warn, "some packets to 1 of 2 are lost", "", func(f *Facts) { f.Pings.Sample[0].small.Lost = 1 }},
 		{
-			"black hole", "full-size packets", Fail, "the MTU of the network there is 1400",
+			"black hole", "full-size packets", Fail, "the path MTU is 1400",
 			`put /overlayd/network/config '{"Backend":{"MTU":1400,"Type":"vxlan"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
 				f.Pings.Sample[0].full.Lost = 2
 				f.Pings.Largest.Peer, f.Pings.Largest.Size, f.Pings.Largest.Exact = f.Peers[0], 1350, true
 			},
 		},
-		{"black hole, not measured to the end", "full-size packets", Fail, "at least 1350 get through to n2, the search for more did not end", "tcpdump", func(f *Facts) {
+		{"black hole, not measured to the end", "full-size packets", Fail, "at least 1350 get through to n2; the search did not finish", "tcpdump", func(f *Facts) {
 			f.Pings.Sample[0].full.Lost = 2
 			f.Pings.Largest.Peer, f.Pings.Largest.Size = f.Peers[0], 1350
 		}},
 		{
-			"black hole, keys in another letter case", "full-size packets", Fail, "the MTU of the network there is 1420",
+			"black hole, keys in another letter case", "full-size packets", Fail, "the path MTU is 1420",
 			`put /overlayd/network/config '{"backend":{"mtu":1420},"network":"10.244.0.0/16"}'`, func(f *Facts) {
 				f.Store.Table.ConfigJSON = `{"network":"10.244.0.0/16","backend":{"mtu":1500}}`
 				f.Pings.Sample[0].full.Lost = 2
@@ -1051,7 +1051,7 @@ func TestJudges(t *testing.T) {
 		},
 		{
 			"black hole without a tunnel", "full-size packets", Fail,
-			"the largest that gets through to n2 is 1400, so that the MTU of the network there is 1400",
+			"the largest packet that reaches n2 is 1400, so the path MTU is 1400",
 			`'{"Backend":{"MTU":1400,"Type":"host-gw"},"Network":"10.244.0.0/16"}'`, func(f *Facts) {
 				f.Daemon.Status.Network.Backend = "host-gw"
 				f.Store.Table.ConfigJSON = `{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}`
@@ -1063,7 +1063,7 @@ func TestJudges(t *testing.T) {
 		{"full packets lossy", "full-size packets", Warn, "some packets of 1450 bytes to 1 of 2 are lost: n2 (10.244.2.0): 2 of 5", "", func(f *Facts) {
 			f.Pings.Sample[0].full.Sent, f.Pings.Sample[0].full.Lost = 5, 2
 		}},
-		{"silent to all sizes", "full-size packets", Skipped, "no peer answers small ones", "", func(f *Facts) {
+		{"silent to all sizes", "full-size packets", Skipped, "no peer answers small packets", "", func(f *Facts) {
 			for i := range f.Pings.Sample {
 				f.Pings.Sample[i].small.Lost, f.Pings.Sample[i].full.Lost = 2, 2
 			}
@@ -1074,7 +1074,7 @@ func TestJudges(t *testing.T) {
 				f.Pings.Sample[i].sized = false
 			}
 		}},
-		{"too large to send", "full-size packets", Fail, "this node can't send such packets", "ip -d link", func(f *Facts) {
+		{"too large to send", "full-size packets", Fail, "this node cannot send such packets", "ip -d link", func(f *Facts) {
 			f.Pings.Sample[0].full = Pong{Sent: 2, Lost: 2, Err: unix.EMSGSIZE}
 		}},
 	} {
@@ -1087,13 +1087,13 @@ func TestJudges(t *testing.T) {
 				if x.Mark == Fail && x.Check != tt.check && !slices.Contains(also[tt.name], x.Check) {
 					t.Errorf("it fails too: %s: %s", x.Check, x.Reason)
 				}
-				if slices.ContainsFunc(x.Mend, destructive) {
-					t.Errorf("%s: mend: %q", x.Reason, x.Mend)
+				if slices.ContainsFunc(x.Fix, destructive) {
+					t.Errorf("%s: steps: %q", x.Reason, x.Fix)
 				}
 				if x.Check == tt.check && x.Mark == tt.mark && strings.Contains(x.Reason, tt.text) {
 					found = true
-					if len(x.Mend) == 0 && tt.mend != "" || len(x.Mend) > 0 && !strings.Contains(x.Mend[0], tt.mend) {
-						t.Errorf("mend: %q, want %q in the first", x.Mend, tt.mend)
+					if len(x.Fix) == 0 && tt.steps != "" || len(x.Fix) > 0 && !strings.Contains(x.Fix[0], tt.steps) {
+						t.Errorf("steps: %q, want %q in the first", x.Fix, tt.steps)
 					}
 				}
 			}
@@ -1107,9 +1107,9 @@ func TestJudges(t *testing.T) {
 			}
 			f.Service = Service{Namespace: "net", Pod: "overlayd-x7"} // there is no systemd for whom runs it as a pod
 			for _, x := range judge(f) {
-				for _, m := range x.Mend {
+				for _, m := range x.Fix {
 					if destructive(m) || strings.Contains(m, "systemctl") || strings.Contains(m, "journalctl") || strings.Contains(m, "overlayd.env &&") {
-						t.Errorf("of a pod: %s: mend: %s", x.Reason, m)
+						t.Errorf("of a pod: %s: steps: %s", x.Reason, m)
 					}
 				}
 			}
@@ -1157,7 +1157,7 @@ func TestBridgeAnew(t *testing.T) {
 		found := false
 		for _, x := range judgeBridge(f) {
 			if strings.Contains(x.Reason, "cni0 has the address 10.244.77.1/24") {
-				found = x.Mark == Fail && slices.Equal(x.Mend, []string{"ip link delete cni0   # if pods are on it", tt.want})
+				found = x.Mark == Fail && slices.Equal(x.Fix, []string{"ip link delete cni0   # if pods are on it", tt.want})
 			}
 		}
 		if !found {
@@ -1173,7 +1173,7 @@ func TestBridgeAnew(t *testing.T) {
 	}
 }
 
-// What a pod can't see of its host is not judged, and not mended inside of the pod.
+// What a pod can't see of its host is not judged, and not fixed inside of the pod.
 func TestInAPod(t *testing.T) {
 	t.Parallel()
 	f := healthy(t)
@@ -1223,7 +1223,7 @@ func TestNeighboursOnlyGrow(t *testing.T) {
 	f := healthy(t)
 	f.System.Sysctls[threshold(addr.IPv4, "3")], f.System.Sysctls[threshold(addr.IPv4, "2")], f.System.Sysctls[threshold(addr.IPv4, "1")] = "128", "64", "1000"
 	want := []string{"sysctl -w net/ipv4/neigh/default/gc_thresh3=2048", "sysctl -w net/ipv4/neigh/default/gc_thresh2=1024"}
-	if x := judgeNeighbours(f); !slices.Equal(x[0].Mend, want) {
+	if x := judgeNeighbours(f); !slices.Equal(x[0].Fix, want) {
 		t.Errorf("%+v", x)
 	}
 }

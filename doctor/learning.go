@@ -16,10 +16,10 @@ func judgeLearning(f Facts) []Finding {
 		learns = learns || d.there && d.link.VXLAN.Learning
 	}
 	if !learns {
-		return ok("the tunnel device learns nothing")
+		return ok("the tunnel device does not learn")
 	}
-	const dropped = "Backend.Learning is on, with which a node drops what a peer sends from another address " +
-		"than it announces, and counts it nowhere"
+	const dropped = "Backend.Learning is on: a node silently drops what a peer sends from another address " +
+		"than it announces"
 	var behind, silent []string
 	if f.Store != nil {
 		for _, e := range f.Store.Table.Entries {
@@ -38,7 +38,7 @@ func judgeLearning(f Facts) []Finding {
 	var out []Finding
 	if own := f.ownEntry(); own != nil && !own.PublicIPLocal {
 		const own = ": the address that this node announces is on none of its devices (NAT), " +
-			"so that the others drop what it sends"
+			"so peers drop what it sends"
 		out = append(out, fail(dropped+own, f.noLearning())...)
 	}
 	if len(behind) > 0 {
@@ -49,7 +49,7 @@ func judgeLearning(f Facts) []Finding {
 		reason := fmt.Sprintf("%s: that may be why %s does not answer", dropped, few(slices.Compact(silent)))
 		out = append(out, warn(reason, f.noLearning())...)
 	}
-	return orOK(out, "it is on, and peers send from the addresses that they announce, so far as can be told")
+	return orOK(out, "it is on, and as far as is known, peers send from the addresses that they announce")
 }
 
 // tunnelled reports whether a lease's node is reached through the tunnel.

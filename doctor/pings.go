@@ -83,7 +83,7 @@ var errNobody = errors.New("no other node is known")
 func (f *Facts) ping(ctx context.Context, o Options) {
 	switch {
 	case o.Ping == nil:
-		f.Pings.Err = errors.New("this build can't ping")
+		f.Pings.Err = errors.New("this build cannot ping")
 		return
 	case f.Privileges != nil:
 		f.Pings.Err = f.Privileges

@@ -92,10 +92,10 @@ func TestBlackHoleAndLoss(t *testing.T) {
 	}{
 		"no loss":                        {lose(0, full, 1450), OK, "1450 bytes get through", 0},
 		"the first two full ones":        {lose(2, full, 1450), Warn, "are lost: n2 (10.244.2.0): 2 of 5", 0},
-		"a hole":                         {lose(0, full, 1400), Fail, "the largest that gets through to n2 is 1400", 1400},
-		"a hole at once below":           {lose(0, full, 1449), Fail, "the largest that gets through to n2 is 1449", 1449},
-		"a hole, and one lost packet":    {lose(1, part, 1400), Fail, "the largest that gets through to n2 is 1400", 1400},
-		"a hole, and three lost packets": {lose(3, part, 1400), Fail, "the largest that gets through to n2 is 1400", 1400},
+		"a hole":                         {lose(0, full, 1400), Fail, "the largest packet that reaches n2 is 1400", 1400},
+		"a hole at once below":           {lose(0, full, 1449), Fail, "the largest packet that reaches n2 is 1449", 1449},
+		"a hole, and one lost packet":    {lose(1, part, 1400), Fail, "the largest packet that reaches n2 is 1400", 1400},
+		"a hole, and three lost packets": {lose(3, part, 1400), Fail, "the largest packet that reaches n2 is 1400", 1400},
 		"no hole any more":               {lose(5, full, 1450), Warn, "5 of 8", 1450},
 	} {
 		f := tt.wire.pinged(t, 1)
@@ -114,7 +114,7 @@ func TestSearchDoesNotEnd(t *testing.T) {
 	slow := wire{passes: func(_ netip.Addr, size int) bool { return size <= 1400 }, rtt: 150 * time.Millisecond}
 	f := slow.pinged(t, 1)
 	x := judgeBlackHole(f)
-	if f.Pings.Largest.Exact || f.Pings.Largest.Size <= smallSize || !strings.Contains(x[0].Reason, "at least") || strings.Contains(strings.Join(x[0].Mend, ""), "put") {
+	if f.Pings.Largest.Exact || f.Pings.Largest.Size <= smallSize || !strings.Contains(x[0].Reason, "at least") || strings.Contains(strings.Join(x[0].Fix, ""), "put") {
 		t.Errorf("%+v %+v", f.Pings.Largest, x)
 	}
 }

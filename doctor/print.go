@@ -26,7 +26,7 @@ func (s Style) mark(m Mark) string {
 	return map[Mark]string{OK: green, Warn: yellow, Fail: red, Skipped: grey}[m] + text + plain
 }
 
-// Print writes a line for each finding, and below it what mends it.
+// Print writes a line for each finding, and below it how to fix it.
 func (r Report) Print(w io.Writer, s Style) error {
 	longest := 0
 	for _, f := range r.Findings {
@@ -50,8 +50,8 @@ func (r Report) Print(w io.Writer, s Style) error {
 				fmt.Fprintf(&b, "%s%s\n", indent, line)
 			}
 		}
-		for _, m := range f.Mend {
-			fmt.Fprintf(&b, "%smend: %s\n", indent, m)
+		for _, m := range f.Fix {
+			fmt.Fprintf(&b, "%sfix: %s\n", indent, m)
 		}
 		if f.Fixable {
 			fixable++
@@ -59,7 +59,7 @@ func (r Report) Print(w io.Writer, s Style) error {
 	}
 	fmt.Fprintf(&b, "%d fail, %d warn, %d ok, %d not checked", r.Count(Fail), r.Count(Warn), r.Count(OK), r.Count(Skipped))
 	if fixable > 0 {
-		fmt.Fprintf(&b, "; overlayd doctor --fix mends %d of them", fixable)
+		fmt.Fprintf(&b, "; overlayd doctor --fix fixes %d of them", fixable)
 	}
 	b.WriteString("\n")
 	_, err := io.WriteString(w, b.String())

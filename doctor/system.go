@@ -78,9 +78,9 @@ type Managers struct {
 
 // support is one thing that the kernel and the system must be able to do.
 type support struct {
-	what string
-	err  error
-	mend []string
+	what  string
+	err   error
+	steps []string
 }
 
 // udpSocket is a socket of a program, or of the kernel (without an inode).
@@ -510,7 +510,7 @@ func trySupport(f *Facts) []support {
 	var out []support
 	firewallUp := f.Daemon.Running && !f.Daemon.Status.Firewall.Checked.IsZero()
 	deviceUp := f.Daemon.Running && len(f.Daemon.Status.Devices) > 0 && len(f.Survey.Ours.Links) > 0
-	try := func(what string, do func() error, mend ...string) { out = append(out, support{what, do(), mend}) }
+	try := func(what string, do func() error, steps ...string) { out = append(out, support{what, do(), steps}) }
 	err := netstate.InTrial(func() {
 		if f.backend() == subnet.VXLAN && !deviceUp {
 			try("VXLAN devices", func() error { return netstate.TryVXLAN(addr.IPv4) }, "modprobe vxlan && echo vxlan > /etc/modules-load.d/overlayd.conf")
@@ -523,7 +523,7 @@ func trySupport(f *Facts) []support {
 		}
 	})
 	if err != nil {
-		out = append(out, support{what: "trying it", err: err})
+		out = append(out, support{what: "test", err: err})
 	}
 	return out
 }

@@ -241,7 +241,7 @@ func TestFixSysctl(t *testing.T) {
 	f := healthy(t)
 	f.System.Sysctls["net/ipv4/ip_forward"] = "0"
 	done := Apply(Report{Findings: judge(f)}, dir, "/proc/sys")
-	if want := []Done{{What: "net/ipv4/ip_forward = 1 (it was 0)"}}; !reflect.DeepEqual(done, want) {
+	if want := []Done{{What: "net/ipv4/ip_forward = 1 (was 0)"}}; !reflect.DeepEqual(done, want) {
 		t.Errorf("%+v", done)
 	}
 	// A kernel that does not take the value is not believed to have it.
@@ -260,7 +260,7 @@ func TestFixKeepsAdvertisedRoutes(t *testing.T) {
 	f.System.Sysctls["net/ipv6/conf/all/forwarding"] = "0"
 	got := judgeForwarding(f)
 	want := []string{"sysctl -w net/ipv6/conf/eth0/accept_ra=2", "sysctl -w net/ipv6/conf/all/forwarding=1"}
-	if len(got) != 1 || !reflect.DeepEqual(got[0].Mend, want) {
+	if len(got) != 1 || !reflect.DeepEqual(got[0].Fix, want) {
 		t.Errorf("%+v", got)
 	}
 }
@@ -296,8 +296,8 @@ func TestPrint(t *testing.T) {
 	t.Parallel()
 	r := Report{Findings: []Finding{
 		{Check: "daemon", Mark: OK, Reason: "n1, ready"},
-		{Check: "forwarding", Mark: Fail, Reason: "net/ipv4/ip_forward is 0: this node passes no packets of pods on", Mend: []string{"sysctl -w net/ipv4/ip_forward=1"}, Fixable: true},
-		{Check: "clock", Mark: Skipped, Reason: "etcd was not asked"},
+		{Check: "forwarding", Mark: Fail, Reason: "net/ipv4/ip_forward is 0: this node passes no packets of pods on", Fix: []string{"sysctl -w net/ipv4/ip_forward=1"}, Fixable: true},
+		{Check: "clock", Mark: Skipped, Reason: "etcd was not queried"},
 		{Check: "offloads", Mark: Warn, Reason: "off"},
 	}}
 	var b strings.Builder
@@ -306,10 +306,10 @@ func TestPrint(t *testing.T) {
 	}
 	want := `ok    daemon      n1, ready
 FAIL  forwarding  net/ipv4/ip_forward is 0: this node passes no packets of pods on
-                  mend: sysctl -w net/ipv4/ip_forward=1
--     clock       not checked: etcd was not asked
+                  fix: sysctl -w net/ipv4/ip_forward=1
+-     clock       not checked: etcd was not queried
 warn  offloads    off
-1 fail, 1 warn, 1 ok, 1 not checked; overlayd doctor --fix mends 1 of them
+1 fail, 1 warn, 1 ok, 1 not checked; overlayd doctor --fix fixes 1 of them
 `
 	if b.String() != want {
 		t.Errorf("got\n%s", b.String())
@@ -319,8 +319,8 @@ warn  offloads    off
 		t.Fatal(err)
 	}
 	want = "\x1b[31mFAIL\x1b[0m  forwarding  net/ipv4/ip_forward is 0: this node passes\n" +
-		"                  no packets of pods on\n                  mend: sysctl -w net/ipv4/ip_forward=1\n" +
-		"\x1b[33mwarn\x1b[0m  offloads    off\n1 fail, 1 warn, 1 ok, 1 not checked; overlayd doctor --fix mends 1 of them\n"
+		"                  no packets of pods on\n                  fix: sysctl -w net/ipv4/ip_forward=1\n" +
+		"\x1b[33mwarn\x1b[0m  offloads    off\n1 fail, 1 warn, 1 ok, 1 not checked; overlayd doctor --fix fixes 1 of them\n"
 	if b.String() != want {
 		t.Errorf("got\n%q", b.String())
 	}
@@ -373,7 +373,7 @@ func TestSlowDaemon(t *testing.T) {
 	}
 	var f Facts
 	nstest.New(t).Do(func() { f = gather(t.Context(), o) })
-	if !f.Daemon.Running || f.Daemon.Err != nil || f.Daemon.PeersErr == nil || f.Store == nil || f.Store.TableErr == nil || f.PeersFrom != "the memory of the daemon" || len(f.Peers) != 1 {
+	if !f.Daemon.Running || f.Daemon.Err != nil || f.Daemon.PeersErr == nil || f.Store == nil || f.Store.TableErr == nil || f.PeersFrom != "the persisted state" || len(f.Peers) != 1 {
 		t.Errorf("%+v, peers %+v from %s", f.Daemon, f.Peers, f.PeersFrom)
 	}
 }
@@ -388,7 +388,7 @@ func TestLateAnswer(t *testing.T) {
 			<-ctx.Done()
 			return 0, errors.New("within 5s")
 		})
-		if a.err == nil || !strings.Contains(a.err.Error(), "nothing came within 3s") || strings.Contains(a.err.Error(), "5s") {
+		if a.err == nil || !strings.Contains(a.err.Error(), "no answer within 3s") || strings.Contains(a.err.Error(), "5s") {
 			t.Error(a.err)
 		}
 	})
@@ -443,8 +443,8 @@ func TestRunOnBareNode(t *testing.T) {
 		text string
 	}{
 		"daemon": {Fail, "does not run"}, "etcd": {Fail, "connection refused"}, "kernel": {OK, ""}, "forwarding": {Fail, "ip_forward is 0"},
-		"tunnel device": {Fail, "overlay.1 is not there"}, "routes": {Fail, "10.244.2.0/24 (n2)"}, "subnet file": {Fail, "no pod can start"},
-		"peers": {OK, "1, by what the memory of the daemon says"}, "peers answer": {Fail, "1 of the 1 pinged does not answer"}, "leases": {Skipped, "etcd does not answer"},
+		"tunnel device": {Fail, "overlay.1 does not exist"}, "routes": {Fail, "10.244.2.0/24 (n2)"}, "subnet file": {Fail, "no pod can start"},
+		"peers": {OK, "1, as listed by the persisted state"}, "peers answer": {Fail, "1 of the 1 pinged does not answer"}, "leases": {Skipped, "etcd does not answer"},
 		"drift": {Skipped, ""}, "privileges": {OK, ""},
 	} {
 		if f := got[check]; f.Mark != want.mark || !strings.Contains(f.Reason, want.text) {

@@ -90,14 +90,14 @@ func TestUplinks(t *testing.T) {
 		}
 	}
 	for name, tt := range map[string]struct {
-		node, spoil  func(*Facts)
-		check        string
-		mark         Mark
-		reason, mend string
+		node, spoil   func(*Facts)
+		check         string
+		mark          Mark
+		reason, steps string
 	}{
 		"public IP of a second device, strict there": {
 			publicOnSecond, strict("eth1"), "rp_filter", Fail,
-			"what they send to 203.0.113.1 is dropped: n2 (192.0.2.2, by eth0)", "sysctl -w net/ipv4/conf/eth1/rp_filter=2",
+			"their packets to 203.0.113.1 are dropped: n2 (192.0.2.2, by eth0)", "sysctl -w net/ipv4/conf/eth1/rp_filter=2",
 		},
 		"public IP of a second device, strict where packets leave": {publicOnSecond, strict("eth0"), "rp_filter", OK, "", ""},
 		"public IP of a second device beside --iface": {func(f *Facts) {
@@ -117,7 +117,7 @@ func TestUplinks(t *testing.T) {
 			publicOnSecond,
 			func(f *Facts) {
 				f.link("eth0", func(l *netstate.SurveyLink) { l.MTU = 1400 })
-			}, "MTU", Fail, "over eth0 with 1400 only 1350 get through", "ip link set overlay.1 mtu 1350",
+			}, "MTU", Fail, "eth0 with 1400 carries only 1350", "ip link set overlay.1 mtu 1350",
 		},
 		"two uplinks, strict": {
 			multipath, func(f *Facts) { f.System.Sysctls[rpFilter("all")] = "1" },
@@ -135,7 +135,7 @@ func TestUplinks(t *testing.T) {
 			multipath,
 			func(f *Facts) {
 				f.link("overlay.1", func(l *netstate.SurveyLink) { l.VXLAN.Underlay = "eth1" })
-			}, "tunnel device", Fail, "from 192.0.2.1 by eth1, it should from 192.0.2.1 by no device alone", "",
+			}, "tunnel device", Fail, "from 192.0.2.1 over eth1, expected from 192.0.2.1 over no device alone", "",
 		},
 		"two uplinks, one is down": {
 			multipath, down("eth1"), "interface", Warn,
@@ -145,18 +145,18 @@ func TestUplinks(t *testing.T) {
 			multipath,
 			func(f *Facts) {
 				f.link("eth1", func(l *netstate.SurveyLink) { l.MTU = 1400 })
-			}, "MTU", Fail, "over eth1 with 1400 only 1350 get through", "",
+			}, "MTU", Fail, "eth1 with 1400 carries only 1350", "",
 		},
 		"address on lo, both are down": {
 			routed, down("eth0", "eth1"), "interface", Fail,
-			"nothing leads to the other nodes", "ip link set eth0 up",
+			"no device leads to the other nodes", "ip link set eth0 up",
 		},
 		"address on lo, it is gone": {
 			routed,
 			func(f *Facts) {
 				f.Survey.Host.Addresses = nil
 				f.Survey.Host = f.Survey.Host.Indexed()
-			}, "interface", Fail, "no device has the address 10.255.0.1 any more", "",
+			}, "interface", Fail, "no device has the address 10.255.0.1 any longer", "",
 		},
 		"address on lo, no route": {
 			routed,
@@ -173,7 +173,7 @@ func TestUplinks(t *testing.T) {
 			routed, func(f *Facts) {
 				f.System.Sysctls[rpFilter("all")] = "1"
 				f.route(netstate.HostRoute{Dst: prefixOf("198.51.100.0/24"), Via: addrOf("192.0.2.254"), Link: "eth0"})
-			}, "rp_filter", Warn, "strict on eth1, and the way back to 1 nodes leaves by another device",
+			}, "rp_filter", Warn, "strict on eth1, and the return path to 1 nodes leaves by another device",
 			"sysctl -w net/ipv4/conf/eth1/rp_filter=2",
 		},
 		"address on lo, firewall": {
@@ -185,7 +185,7 @@ func TestUplinks(t *testing.T) {
 				f.Survey.Host.Links = []netstate.HostLink{{Name: "overlay.1", Tunnel: true}}
 				f.Survey.Host.Routes = []netstate.HostRoute{{Dst: prefixOf("0.0.0.0/0"), Link: "overlay.1"}}
 				f.Survey.Host = f.Survey.Host.Indexed()
-			}, "routes", Fail, "the route to 0.0.0.0/0 by overlay.1 leads packets to other nodes into the tunnel",
+			}, "routes", Fail, "the route to 0.0.0.0/0 by overlay.1 leads the tunnel's own packets into the tunnel",
 			"ip route del 0.0.0.0/0 dev overlay.1 metric 0",
 		},
 	} {
@@ -201,7 +201,7 @@ func TestUplinks(t *testing.T) {
 			tt.spoil(&f)
 			found := slices.ContainsFunc(judge(f), func(x Finding) bool {
 				return x.Check == tt.check && x.Mark == tt.mark && strings.Contains(x.Reason, tt.reason) &&
-					strings.Contains(strings.Join(x.Mend, "\n"), tt.mend)
+					strings.Contains(strings.Join(x.Fix, "\n"), tt.steps)
 			})
 			if !found {
 				for _, x := range judge(f) {
@@ -209,7 +209,7 @@ func TestUplinks(t *testing.T) {
 						t.Errorf("%+v", x)
 					}
 				}
-				t.Errorf("want %s: %s (%s), arrivals %v, uplinks %v", tt.check, tt.reason, tt.mend, namesOf(f.arrivals(addr.IPv4)),
+				t.Errorf("want %s: %s (%s), arrivals %v, uplinks %v", tt.check, tt.reason, tt.steps, namesOf(f.arrivals(addr.IPv4)),
 					namesOf(f.uplinks(addr.IPv4)))
 			}
 		})

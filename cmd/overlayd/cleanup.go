@@ -20,9 +20,9 @@ import (
 func cleanupCommand(f *flags) *cobra.Command {
 	return &cobra.Command{
 		Use: "cleanup", Args: noArgs,
-		Short: "Remove all that overlayd made on this node, and nothing else",
-		Long: `Remove all that overlayd made on this node: devices, routes, rules, firewall chains, address sets, the subnet file and
-what it remembers. The daemon must be stopped. The lease in etcd stays until it expires; settings such as ip_forward stay.`,
+		Short: "Remove everything that overlayd created on this node",
+		Long: `Remove everything that overlayd created on this node: devices, routes, rules, firewall chains, ipsets, the subnet file and
+the persisted state. The daemon must be stopped. The lease in etcd stays until it expires; sysctls such as ip_forward stay.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := needPrivileges(); err != nil {
 				return err

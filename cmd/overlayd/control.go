@@ -26,11 +26,11 @@ func listenControl(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("--socket: %w", err)
 	}
 	if st, err := os.Lstat(path); err == nil && st.Mode()&os.ModeSocket == 0 {
-		return nil, usageError{fmt.Errorf("--socket: %s is there and is not a socket", path)}
+		return nil, usageError{fmt.Errorf("--socket: %s exists and is not a socket", path)}
 	}
 	if c, err := net.Dial("unix", path); err == nil {
 		_ = c.Close()
-		return nil, usageError{fmt.Errorf("--socket: another overlayd answers at %s: give this one another", path)}
+		return nil, usageError{fmt.Errorf("--socket: another overlayd uses %s: set another path", path)}
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("--socket: %w", err)
@@ -75,20 +75,20 @@ func (c client) ask(ctx context.Context, method, path string, body []byte, out a
 			return fmt.Errorf("%w, or with another --socket than %s", errNotRunning, c.socket)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
-			return fmt.Errorf("overlayd runs, and does not answer at %s within %v: is it stopped (ps -o pid,stat -C overlayd), or the machine overloaded?", c.socket, askWithin)
+			return fmt.Errorf("overlayd runs, but does not answer at %s within %v: is it stopped (ps -o pid,stat -C overlayd), or the machine overloaded?", c.socket, askWithin)
 		}
 		if u := (*url.Error)(nil); errors.As(err, &u) {
 			err = u.Err // the URL means nothing to an operator
 		}
-		return fmt.Errorf("asking overlayd at %s: %w", c.socket, err)
+		return fmt.Errorf("query overlayd at %s: %w", c.socket, err)
 	}
 	defer resp.Body.Close()
 	raw, err := io.ReadAll(resp.Body)
 	if err != nil {
-		return fmt.Errorf("asking overlayd at %s: %w", c.socket, err)
+		return fmt.Errorf("query overlayd at %s: %w", c.socket, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("overlayd says: %s", strings.TrimSpace(string(raw)))
+		return fmt.Errorf("overlayd: %s", strings.TrimSpace(string(raw)))
 	}
 	return json.Unmarshal(raw, out)
 }

@@ -103,18 +103,18 @@ func daemon(ctx context.Context, f flags) error {
 	kernel.SysctlDir = f.sysctlDir
 
 	if len(f.unknown) > 0 {
-		log.Warn("unknown variables in the environment", zap.Strings("variables", f.unknown))
+		log.Warn("unknown environment variables", zap.Strings("variables", f.unknown))
 	}
-	log.Info("overlayd starts", zap.String("version", version), zap.String("node", opts.Identity.NodeName), zap.String("id", opts.Identity.NodeID),
+	log.Info("overlayd starting", zap.String("version", version), zap.String("node", opts.Identity.NodeName), zap.String("id", opts.Identity.NodeID),
 		zap.Strings("etcd", storeOpts.Endpoints), zap.String("prefix", storeOpts.Prefix))
 	fw.Sets = ipset.New()
 	changes, err := masquerade.Watch(ctx)
 	if err != nil {
-		log.Warn("changes of the firewall are found only every --iptables-resync", zap.Error(err))
+		log.Warn("no firewall notifications; comparing only every --iptables-resync", zap.Error(err))
 	}
 	subnetFile, err := agent.WatchFile(opts.SubnetFile)
 	if err != nil {
-		log.Warn("changes of the subnet file are found only by looking now and then", zap.Error(err))
+		log.Warn("cannot watch the subnet file; comparing it periodically", zap.Error(err))
 	}
 	var chosen atomic.Pointer[masquerade.Decision]
 	choose := func(ctx context.Context) masquerade.Driver {
@@ -136,12 +136,12 @@ func daemon(ctx context.Context, f flags) error {
 				if d := chosen.Load(); d != nil {
 					return strings.TrimSuffix(fmt.Sprintf("%s-%s", d.Kind, d.Variant), "-"), d.Reason
 				}
-				return "", "it is being chosen"
+				return "", "not chosen yet"
 			},
 		},
 	}).Run(ctx)
 	if ctx.Err() != nil {
-		log.Info("overlayd stops; the data plane stays as it is")
+		log.Info("overlayd stopping; the data plane stays unchanged")
 		return nil
 	}
 	return err

@@ -35,18 +35,18 @@ type doctorFlags struct {
 func doctorCommand(f *flags) *cobra.Command {
 	var d doctorFlags
 	cmd := &cobra.Command{
-		Use: "doctor", Short: "Examine this node, name what is wrong, and how to mend it", Args: noArgs,
-		Long: `doctor examines this node: the daemon, etcd, the kernel, the firewall, the way to the other nodes. It works with and without a
-running daemon: with one, it takes the settings from it, and what it can't know (secrets, TLS files) from flags, the environment and
-the file that systemd gives to the daemon, in this order. Exit status: 0 nothing fails, 1 something does, 2 wrong usage.`,
+		Use: "doctor", Short: "Diagnose this node and print how to fix what is wrong", Args: noArgs,
+		Long: `doctor checks the daemon, etcd, the kernel, the firewall and the path to the other nodes. It works with and without a
+running daemon. Settings come from the running daemon; what it does not tell (secrets, TLS files), from flags, the environment and
+the daemon's environment file, in this order. Exit status: 0 no check fails, 1 some do, 2 wrong usage.`,
 		// Instead of that of all commands: wrong settings are a finding here.
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return d.read(cmd, f) },
 		RunE:              func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context(), f, cmd.OutOrStdout()) },
 	}
 	own := pflag.NewFlagSet("doctor", pflag.ContinueOnError)
-	own.BoolVar(&d.fix, "fix", false, "mend what is safe to mend (settings of the kernel, files that keep other programs off), and look again")
-	own.BoolVar(&d.problems, "problems", false, "show only what is not as it should be")
-	own.StringVarP(&d.output, "output", "o", "text", "text or json")
+	own.BoolVar(&d.fix, "fix", false, "Apply the safe fixes (sysctls, files that keep other programs off), and check again")
+	own.BoolVar(&d.problems, "problems", false, "Show only findings that fail or warn")
+	own.StringVarP(&d.output, "output", "o", "text", "Output format: text or json")
 	cmd.Flags().AddFlagSet(own)
 	// All that the daemon can be told is understood here too, so that one file serves both.
 	daemon := pflag.NewFlagSet("daemon", pflag.ContinueOnError)
@@ -125,7 +125,7 @@ func (d *doctorFlags) print(out io.Writer, r doctor.Report, done []doctor.Done) 
 		_, _ = fmt.Fprintln(out, line)
 	}
 	if d.fix && len(done) == 0 {
-		_, _ = fmt.Fprintln(out, "nothing to fix: what is wrong, if anything, a person has to mend")
+		_, _ = fmt.Fprintln(out, "nothing to fix automatically")
 	}
 	return r.Print(out, doctor.Style{Colour: isTerminal(out), Problems: d.problems, Width: width(out)})
 }

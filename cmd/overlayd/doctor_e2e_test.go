@@ -33,7 +33,7 @@ type doctorReport struct {
 
 type doctorFinding struct {
 	Check, Mark, Reason string
-	Mend                []string
+	Fix                 []string
 }
 
 func (r doctorReport) with(marks ...string) []doctorFinding {
@@ -116,8 +116,8 @@ func (p patient) finds(check, mark, text string, more ...string) doctorFinding {
 		r = p.examine(more...)
 		for _, f := range r.Findings {
 			if f.Check == check && f.Mark == mark && strings.Contains(f.Reason, text) {
-				if (mark == "fail" || mark == "warn") && len(f.Mend) == 0 {
-					p.t.Errorf("%s: there is nothing that mends %q", check, f.Reason)
+				if (mark == "fail" || mark == "warn") && len(f.Fix) == 0 {
+					p.t.Errorf("%s: nothing fixes %q", check, f.Reason)
 				}
 				return f
 			}
@@ -152,7 +152,7 @@ func (p patient) well(but ...string) {
 func (p patient) harmless() {
 	p.t.Helper()
 	for _, f := range p.examine().Findings {
-		for _, m := range f.Mend {
+		for _, m := range f.Fix {
 			for _, harm := range []string{"ip link set overlay.1 address", "ip link delete", "rm -rf", " del "} {
 				if strings.Contains(m, harm) {
 					p.t.Errorf("%s %s: %s: %s", f.Mark, f.Check, f.Reason, m)
@@ -188,7 +188,7 @@ func TestDoctor(t *testing.T) {
 		p := p.in(t)
 		p.sh(`nft add table inet site; nft add chain inet site in '{ type filter hook input priority 0; policy accept; }'; nft add rule inet site in udp dport 8472 drop`)
 		f := p.finds("VXLAN in the firewall", "fail", "udp dport 8472 drop")
-		p.sh(f.Mend[0])
+		p.sh(f.Fix[0])
 		p.well()
 		p.sh(`nft delete table inet site`)
 	})
@@ -207,7 +207,7 @@ table inet site {
 }
 EOF`)
 		f := p.finds("VXLAN in the firewall", "fail", "its policy")
-		p.sh(f.Mend[0])
+		p.sh(f.Fix[0])
 		p.well()
 		p.sh(`nft delete table inet site`)
 	})
@@ -228,10 +228,10 @@ EOF`)
 		if out, err := sw.Run(t.Context(), "ip", "link", "set", "n2", "mtu", "1400"); err != nil {
 			t.Fatal(err, out)
 		}
-		f := p.finds("full-size packets", "fail", "is 1354, so that the MTU of the network there is 1404") // a bridge leaves room for a VLAN's tag
-		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil ||
-			!strings.Contains(f.Mend[0], `"MTU":1404`) {
-			t.Errorf("%s: %v\n%s", f.Mend[0], err, out)
+		f := p.finds("full-size packets", "fail", "is 1354, so the path MTU is 1404") // a bridge leaves room for a VLAN's tag
+		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Fix[0]); err != nil ||
+			!strings.Contains(f.Fix[0], `"MTU":1404`) {
+			t.Errorf("%s: %v\n%s", f.Fix[0], err, out)
 		}
 		p.finds("full-size packets", "ok", "1354 bytes get through")
 		if out, err := sw.Run(t.Context(), "ip", "link", "set", "n2", "mtu", "1500"); err != nil {
@@ -246,7 +246,7 @@ EOF`)
 		key := "/overlayd/network/subnets/10.244.255.0-24"
 		p.etcdctl("put", key, fmt.Sprintf(value, p.lab.Node(2).Addr(addr.IPv4), "other", "some-id"))
 		f := p.finds("leases", "fail", "n2 (10.244.")
-		if !strings.Contains(f.Reason, "same public IP 172.31.2.12") || !strings.Contains(f.Mend[0], key) {
+		if !strings.Contains(f.Reason, "same public IP 172.31.2.12") || !strings.Contains(f.Fix[0], key) {
 			t.Errorf("%+v", f)
 		}
 		p.etcdctl("put", key, fmt.Sprintf(value, "172.31.1.77", "twin", p.lab.Node(2).Spec().ID))
@@ -258,8 +258,8 @@ EOF`)
 		p := p.in(t)
 		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"pigeon"}}`)
 		f := p.finds("network config", "fail", `expected "vxlan" or "host-gw", found "pigeon"`)
-		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil || !strings.Contains(f.Mend[0], "put") {
-			t.Errorf("%s: %v\n%s", f.Mend[0], err, out)
+		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Fix[0]); err != nil || !strings.Contains(f.Fix[0], "put") {
+			t.Errorf("%s: %v\n%s", f.Fix[0], err, out)
 		}
 		p.well()
 		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"},"Bakend":1}`)
@@ -277,21 +277,21 @@ EOF`)
 				`"NodeName":"natted","NodeID":"some-id"}`)
 		f := p.finds("learning", "fail", "the address of natted (10.244.255.0-24) is on no device of that node")
 		p.etcdctl("del", key)
-		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Mend[0]); err != nil {
-			t.Errorf("%s: %v\n%s", f.Mend[0], err, out)
+		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Fix[0]); err != nil {
+			t.Errorf("%s: %v\n%s", f.Fix[0], err, out)
 		}
-		p.finds("learning", "ok", "learns nothing")
+		p.finds("learning", "ok", "does not learn")
 		p.well()
 	})
 	t.Run("a node that answers no pings", func(t *testing.T) {
 		p := p.in(t)
 		p.sh("echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all")
-		p.sh(p.finds("pings", "warn", "net/ipv4/icmp_echo_ignore_all is 1").Mend[0])
+		p.sh(p.finds("pings", "warn", "net/ipv4/icmp_echo_ignore_all is 1").Fix[0])
 		if out, err := p.lab.Node(2).
 			Run(t.Context(), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all"); err != nil {
 			t.Fatal(err, out)
 		}
-		p.finds("peers answer", "ok", "ignores pings (net/ipv4/icmp_echo_ignore_all is 1 there?)")
+		p.finds("peers answer", "ok", "ignores pings (is net/ipv4/icmp_echo_ignore_all 1 there?)")
 		if out, err := p.lab.Node(2).
 			Run(t.Context(), "sh", "-c", "echo 0 > /proc/sys/net/ipv4/icmp_echo_ignore_all"); err != nil {
 			t.Fatal(err, out)
@@ -300,12 +300,12 @@ EOF`)
 	})
 	t.Run("wrong prefix", func(t *testing.T) {
 		p := p.in(t)
-		p.finds("network config", "fail", "there is nothing in etcd under /wrong/network/", "--etcd-prefix", "/wrong/network")
+		p.finds("network config", "fail", "etcd has nothing under /wrong/network/", "--etcd-prefix", "/wrong/network")
 	})
 	t.Run("bridge with another address", func(t *testing.T) {
 		p := p.in(t)
 		p.sh("ip link add docker7 type bridge; ip address add 10.244.250.1/24 dev docker7; ip link set docker7 up")
-		p.finds("bridge", "fail", "docker7 has the address 10.244.250.1/24, this node's subnet is "+own.Subnets[0].String())
+		p.finds("bridge", "fail", "docker7 has the address 10.244.250.1/24, but this node's subnet is "+own.Subnets[0].String())
 		p.sh("ip link delete docker7")
 		p.well()
 	})
@@ -338,12 +338,12 @@ EOF`)
 				chain forward { type filter hook forward priority filter; accept; }; }
 EOF
 			done; ip route add 10.244.0.0/24 via 172.31.1.12`)
-		p.finds("routes", "warn", "10.244.0.0/24 via 172.31.1.12 by eth0 is not ours")
-		f := p.finds("other overlays", "warn", "rules of flannel are there")
-		if len(f.Mend) != 8 {
-			t.Errorf("commands for %d leftovers, want 8: %q", len(f.Mend), f.Mend)
+		p.finds("routes", "warn", "10.244.0.0/24 via 172.31.1.12 by eth0 belongs to another program")
+		f := p.finds("other overlays", "warn", "flannel's rules exist")
+		if len(f.Fix) != 8 {
+			t.Errorf("commands for %d leftovers, want 8: %q", len(f.Fix), f.Fix)
 		}
-		for _, command := range append(f.Mend, p.finds("routes", "warn", "10.244.0.0/24").Mend...) {
+		for _, command := range append(f.Fix, p.finds("routes", "warn", "10.244.0.0/24").Fix...) {
 			p.sh(command)
 		}
 		p.sh(
@@ -359,8 +359,8 @@ EOF
 			t.Fatal(err)
 		}
 		p.sh("ip route add blackhole " + other.Subnets[0].String())
-		f := p.finds("routes", "fail", "is not ours")
-		p.sh(f.Mend[0])
+		f := p.finds("routes", "fail", "belongs to another program")
+		p.sh(f.Fix[0])
 		p.well()
 	})
 	t.Run("rules of another program", func(t *testing.T) {
@@ -382,7 +382,7 @@ EOF
 		// One that does not hear of a change goes on to send through the tunnel.
 		stop(t, p.lab.Node(3))
 		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}`)
-		p.finds("rp_filter", "warn", "it is strict on overlay.1") // as all of the lab's devices are
+		p.finds("rp_filter", "warn", "strict on overlay.1") // as all of the lab's devices are
 		if r := p.examine("--fix"); len(r.Fixed) != 1 || r.Fixed[0].Error != "" {
 			t.Errorf("--fix: %+v", r.Fixed)
 		}
@@ -422,9 +422,9 @@ EOF
 	t.Run("both iptables", func(t *testing.T) {
 		p := p.in(t)
 		p.sh("iptables-legacy -w 20 -A INPUT -p udp --dport 8472 -j DROP; iptables-nft -A INPUT -p tcp --dport 25 -j DROP")
-		p.finds("iptables variants", "warn", "iptables-legacy holds 1 rules and iptables-nft 1")
+		p.finds("iptables variants", "warn", "iptables-legacy has 1 rules and iptables-nft 1")
 		f := p.finds("iptables-legacy", "warn", "-A INPUT -p udp -m udp --dport 8472 -j DROP (iptables-legacy-save -t filter)")
-		p.sh(f.Mend[0] + " | grep -e '--dport 8472 -j DROP'")
+		p.sh(f.Fix[0] + " | grep -e '--dport 8472 -j DROP'")
 		p.finds("VXLAN in the firewall", "ok", "is open by nf_tables; see iptables-legacy")
 		p.sh("iptables-legacy -w 20 -F; iptables-nft -D INPUT -p tcp --dport 25 -j DROP")
 		p.well()
@@ -488,8 +488,8 @@ EOF
 
 		p.etcdctl("del", "/overlayd/network/subnets/"+strings.ReplaceAll(theirs.Subnets[0].String(), "/", "-"))
 		f := p.finds("own lease", "fail", "has taken the lease over, and is at 172.31.1.13")
-		if !strings.Contains(f.Mend[1], "systemd-machine-id-setup") {
-			t.Errorf("%q", f.Mend)
+		if !strings.Contains(f.Fix[1], "systemd-machine-id-setup") {
+			t.Errorf("%q", f.Fix)
 		}
 		p.harmless()
 		end()
@@ -511,8 +511,8 @@ EOF
 			t.Fatalf("%q: %v", gone, err)
 		}
 		p.sh("ip route del default")
-		if f := p.finds("interface", "fail", "eth0, which it was so far"); !strings.Contains(f.Mend[0], "ip route add default via GATEWAY dev eth0") {
-			t.Errorf("%q", f.Mend)
+		if f := p.finds("interface", "fail", "eth0, used so far"); !strings.Contains(f.Fix[0], "ip route add default via GATEWAY dev eth0") {
+			t.Errorf("%q", f.Fix)
 		}
 		p.sh("ip route add " + gone)
 		p.well()
@@ -521,14 +521,14 @@ EOF
 		p := p.in(t)
 		p.sh("ip address flush dev cni0")
 		f := p.finds("bridge", "fail", "the gateway of this node's pods")
-		p.sh(f.Mend[0])
+		p.sh(f.Fix[0])
 		p.well()
 	})
 	t.Run("another masquerade", func(t *testing.T) {
 		p := p.in(t)
 		p.sh("nft 'add table ip foreign; add chain ip foreign c { type nat hook postrouting priority 90; }; add rule ip foreign c ip saddr 10.0.0.0/8 masquerade'")
-		f := p.finds("translated packets", "warn", `"ip saddr 10.0.0.0/8 masquerade"`)
-		p.sh(f.Mend[0])
+		f := p.finds("masqueraded packets", "warn", `"ip saddr 10.0.0.0/8 masquerade"`)
+		p.sh(f.Fix[0])
 		p.sh("nft delete table ip foreign")
 		p.well()
 	})
@@ -545,8 +545,8 @@ EOF
 		}
 		p.well("daemon")
 		p.sh("ip link set overlay.1 mtu 1300")
-		f := p.finds("MTU", "fail", "overlay.1 has an MTU of 1300, it should have 1450")
-		p.sh(f.Mend[0])
+		f := p.finds("MTU", "fail", "overlay.1 has an MTU of 1300, expected 1450")
+		p.sh(f.Fix[0])
 		p.sh("iptables -P FORWARD DROP; iptables -F FORWARD")
 		p.finds("forwarded packets", "fail", "its policy")
 		p.sh("iptables -P FORWARD ACCEPT")
@@ -565,7 +565,7 @@ EOF
 		p.finds("VXLAN port", "fail", fmt.Sprintf("UDP port 8472 is taken by overlayd.test (process %d)", os.Getpid()))
 		p.sh("ip link add overlay.1 type vxlan id 1 dstport 8472 local 172.31.1.11 dev eth0")
 		p.finds("VXLAN port", "fail", fmt.Sprintf("UDP port 8472 is taken by overlayd.test (process %d)", os.Getpid()))
-		p.finds("tunnel device", "fail", "can't be set up while another program has its UDP port")
+		p.finds("tunnel device", "fail", "cannot be set up while another program has its UDP port")
 		_ = socket.Close()
 		if err := p.node.Start(); err != nil {
 			t.Fatal(err)
@@ -613,7 +613,7 @@ func TestDoctorWithManyPeers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p.finds("peers", "ok", fmt.Sprintf("%d, by what", peers))
+	p.finds("peers", "ok", fmt.Sprintf("%d, as listed by", peers))
 	p.finds("routes", "ok", fmt.Sprint(2*peers))
 	r := p.examine()
 	t.Logf("on this node %s, all %s", r.Local, r.Took)

@@ -247,7 +247,7 @@ func TestOperatorCommands(t *testing.T) {
 			t.Errorf("another logger than overlayd's wrote %q", line)
 		}
 	}
-	if !strings.Contains(string(log), `"msg":"unknown variables in the environment","variables":["OVERLAYD_IFACES"]`) {
+	if !strings.Contains(string(log), `"msg":"unknown environment variables","variables":["OVERLAYD_IFACES"]`) {
 		t.Errorf("it does not warn about the variable that it does not know:\n%s", log)
 	}
 	// Commands find the store without being told: by the daemon, and by its settings.
@@ -501,7 +501,7 @@ func TestWaitsForWhatCanHeal(t *testing.T) {
 	put(`{"Network":`)
 	waitLog(t, n1, "expected a JSON object")
 	put(good)
-	waitLog(t, n1, "ok: config")
+	waitLog(t, n1, `condition recovered	{"condition": "config"`)
 
 	stop(t, n1)
 	if err := n1.LinkDown(); err != nil {
@@ -535,7 +535,7 @@ func waitLog(t *testing.T, n *lab.Node, texts string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		at := max(strings.LastIndex(string(b), "overlayd starts"), 0)
+		at := max(strings.LastIndex(string(b), "overlayd starting"), 0)
 		for text := range strings.SplitSeq(texts, "|") {
 			if strings.Contains(string(b[at:]), text) {
 				return
@@ -690,10 +690,10 @@ func TestStatusCommands(t *testing.T) {
 		}
 	}
 	// A node that is ready learns of those that come after it a moment later.
-	expect(says(0, "2: 2 by tunnel"), "n1 (id ", "ready", "http://172.31.100.2:2379", "172.31.1.11 on eth0", "overlay.1, VNI 1", "2: 2 by tunnel", "iptables", "nothing: nobody")
+	expect(says(0, "2: 2 tunnel"), "n1 (id ", "ready", "http://172.31.100.2:2379", "172.31.1.11 on eth0", "overlay.1, VNI 1", "2: 2 tunnel", "iptables", "nothing: nobody")
 	expect(run(0, "status", "--peers"), "n2", "n3", "tunnel")
 	expect(run(0, "status", "--peer", "n2"), "172.31.2.12", "fdb ", "neighbour ", "route ")
-	expect(run(0, "status", "--peer", "172.31.2.12", "-o", "json"), `"name": "n2"`, `"way": "tunnel"`)
+	expect(run(0, "status", "--peer", "172.31.2.12", "-o", "json"), `"name": "n2"`, `"path": "tunnel"`)
 	expect(run(1, "status", "--peer", "nobody"), `no peer is called "nobody"`)
 	expect(run(0, "status", "--explain"), "it has the default route")
 	var doc struct {
@@ -717,7 +717,7 @@ func TestStatusCommands(t *testing.T) {
 	if _, err := n.Run(t.Context(), "sh", "-c", "ip route del $(ip route show proto 118 | head -1 | cut -d' ' -f1)"); err != nil {
 		t.Fatal(err)
 	}
-	expect(says(0, "route: 1, last add route 10.244."), "Repaired", "route: 1, last add route 10.244.")
+	expect(says(0, "route: 1, last add route 10.244."), "Drift", "route: 1, last add route 10.244.")
 
 	// An address that is gone is a problem with a name and a reason.
 	if err := n.LinkDown(); err != nil {

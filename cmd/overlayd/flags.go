@@ -65,55 +65,55 @@ type flags struct {
 }
 
 func (f *flags) addStore(s *pflag.FlagSet) {
-	s.StringSliceVar(&f.store.Endpoints, "etcd-endpoints", []string{"http://127.0.0.1:2379"}, "etcd `URLs`, separated by commas")
-	s.StringVar(&f.store.Prefix, "etcd-prefix", etcd.DefaultPrefix, "the `key` under which the network lives in etcd")
-	s.StringVar(&f.store.CertFile, "etcd-certfile", "", "client certificate `file` (PEM); read again when it changes")
-	s.StringVar(&f.store.KeyFile, "etcd-keyfile", "", "client key `file` (PEM); read again when it changes")
-	s.StringVar(&f.store.CAFile, "etcd-cafile", "", "`file` with the CAs that vouch for etcd (PEM); read again when it changes")
+	s.StringSliceVar(&f.store.Endpoints, "etcd-endpoints", []string{"http://127.0.0.1:2379"}, "etcd endpoint `URLs`, comma-separated")
+	s.StringVar(&f.store.Prefix, "etcd-prefix", etcd.DefaultPrefix, "Key `prefix` of the network in etcd")
+	s.StringVar(&f.store.CertFile, "etcd-certfile", "", "Client certificate `file` (PEM); reloaded when it changes")
+	s.StringVar(&f.store.KeyFile, "etcd-keyfile", "", "Client key `file` (PEM); reloaded when it changes")
+	s.StringVar(&f.store.CAFile, "etcd-cafile", "", "CA certificate `file` to verify etcd (PEM); reloaded when it changes")
 	s.StringVar(&f.store.Username, "etcd-username", "", "etcd user `name`")
-	s.StringVar(&f.store.Password, "etcd-password", "", "etcd `password`; everybody on the node can read a command line: prefer --etcd-password-file")
-	s.StringVar(&f.store.PasswordFile, "etcd-password-file", "", "`file` with the etcd password; read again when etcd refuses it")
+	s.StringVar(&f.store.Password, "etcd-password", "", "etcd `password`; prefer --etcd-password-file, because command lines are public on the node")
+	s.StringVar(&f.store.PasswordFile, "etcd-password-file", "", "`file` with the etcd password; reloaded when etcd rejects it")
 }
 
 func (f *flags) addNode(s *pflag.FlagSet) {
-	s.StringVar(&f.nodeName, "node-name", "", "`name` of this node, unique in the network (default: the host name)")
-	s.StringVar(&f.nodeID, "node-id", "", "`ID` of this machine, unique and lasting (default: the content of "+machineIDFile+")")
-	s.StringVar(&f.subnetFile, "subnet-file", defaultSubnetFile, "`file` that tells CNI plugins the subnet and MTU")
-	s.StringVar(&f.stateDir, "state-dir", defaultStateDir, "`directory` in which the node remembers its subnet")
-	s.StringVar(&f.socket, "socket", defaultSocket, "unix `socket` by which commands on this node ask the daemon; empty: none")
-	s.StringVar(&f.firewall, "firewall", string(masquerade.KindAuto), "`what` holds the rules: auto (what the host and kube-proxy use), iptables or nftables")
-	s.StringVar(&f.iptables, "iptables-variant", "", "`variant` of iptables: nft or legacy (default: what the host uses)")
+	s.StringVar(&f.nodeName, "node-name", "", "Unique `name` of this node (default: the host name)")
+	s.StringVar(&f.nodeID, "node-id", "", "Unique, permanent `ID` of this machine (default: from "+machineIDFile+")")
+	s.StringVar(&f.subnetFile, "subnet-file", defaultSubnetFile, "Subnet `file` to write for CNI plugins")
+	s.StringVar(&f.stateDir, "state-dir", defaultStateDir, "State `directory`: the node's last subnet and peers")
+	s.StringVar(&f.socket, "socket", defaultSocket, "Unix `socket` for overlayd's commands on this node; empty: none")
+	s.StringVar(&f.firewall, "firewall", string(masquerade.KindAuto), "Firewall `driver`: auto (what the host and kube-proxy use), iptables or nftables")
+	s.StringVar(&f.iptables, "iptables-variant", "", "iptables `variant`: nft or legacy (default: what the host uses)")
 }
 
 func (f *flags) addDaemon(s *pflag.FlagSet) {
-	s.StringVar(&f.initConfig, "init-config", "", "JSON `file` that is put into etcd as the network config when there is none")
+	s.StringVar(&f.initConfig, "init-config", "", "JSON `file` to write to etcd as the network config if there is none")
 	f.leaseTTL = seconds(etcd.DefaultLeaseTTL)
-	s.Var(&f.leaseTTL, "lease-ttl", "how long a lease outlives its node")
-	s.StringSliceVar(&f.ifaces, "iface", nil, "`device or address` that leads to the other nodes; several: the first that fits (default: the device with the default route)")
+	s.Var(&f.leaseTTL, "lease-ttl", "Time until a lease expires once its node stops renewing it")
+	s.StringSliceVar(&f.ifaces, "iface", nil, "External `interface` or its address; the first match wins (default: the interface of the default route)")
 	s.StringArrayVar(&f.ifaceRegexes, "iface-regex", nil,
-		"`pattern` for the device's name or address, tried where no --iface fits; repeatable")
+		"`pattern` for the external interface's name or address, after --iface; repeatable")
 	s.StringVar(&f.ifaceCanReach, "iface-can-reach", "",
-		"take the device that leads to this `address`, where neither --iface nor --iface-regex fits")
+		"`address` that the external interface reaches, after --iface and --iface-regex")
 	s.StringVar(&f.publicIP, "public-ip", "",
-		"IPv4 `address` that the others reach this node at: of one of its devices, or behind NAT")
+		"IPv4 `address` to announce to peers: of a device of this node, or of NAT in front of it")
 	s.StringVar(&f.publicIPv6, "public-ipv6", "",
-		"IPv6 `address` that the others reach this node at: of one of its devices, or behind NAT")
-	s.BoolVar(&f.ipMasq, "ip-masq", true, "masquerade what leaves the pod network")
-	s.StringSliceVar(&f.masqExclude, "ip-masq-exclude", nil, "`network` (CIDR) that sees the pods' own addresses; repeatable")
-	s.BoolVar(&f.forwardRules, "iptables-forward-rules", true, "accept the pod network's packets in the FORWARD chain")
-	s.BoolVar(&f.ipForward, "ip-forward", true, "switch on forwarding in the kernel for the families in use")
-	s.BoolVar(&f.bridgeNetfilter, "bridge-netfilter", false, "keep net.bridge.bridge-nf-call-iptables and -ip6tables on, as kube-proxy needs it (module br_netfilter)")
-	s.StringVar(&f.sysctlDir, "sysctl-dir", "/proc/sys", "`directory` where settings of the kernel are written; in a container, a mount of the host's")
+		"IPv6 `address` to announce to peers: of a device of this node, or of NAT in front of it")
+	s.BoolVar(&f.ipMasq, "ip-masq", true, "Masquerade traffic that leaves the pod network")
+	s.StringSliceVar(&f.masqExclude, "ip-masq-exclude", nil, "Destination `network` (CIDR) to exclude from masquerading; repeatable")
+	s.BoolVar(&f.forwardRules, "iptables-forward-rules", true, "Accept traffic of the pod network in the FORWARD chain")
+	s.BoolVar(&f.ipForward, "ip-forward", true, "Enable IP forwarding for the families in use")
+	s.BoolVar(&f.bridgeNetfilter, "bridge-netfilter", false, "Enable net.bridge.bridge-nf-call-iptables and -ip6tables, as kube-proxy needs (module br_netfilter)")
+	s.StringVar(&f.sysctlDir, "sysctl-dir", "/proc/sys", "`directory` to write sysctls in; in a container, a mount of the host's")
 	f.iptablesResync = seconds(10 * time.Second)
-	s.Var(&f.iptablesResync, "iptables-resync", "how often to compare firewall rules that the kernel sends no notifications of; a number is in seconds")
+	s.Var(&f.iptablesResync, "iptables-resync", "Resync interval of firewall rules for which the kernel sends no notifications; a plain number is in seconds")
 	f.stalePeerGrace = seconds(10 * time.Minute)
-	s.Var(&f.stalePeerGrace, "stale-peer-grace", "how long to keep peers whose leases vanished because etcd lost its data")
-	s.BoolVar(&f.meshProbe, "mesh-probe", true, "ping the other nodes in turn, at most ten packets a second")
-	s.StringVar(&f.healthzIP, "healthz-ip", "127.0.0.1", "`address` for /healthz, /readyz, /metrics, /status, /peers and the page at /")
-	s.IntVar(&f.healthzPort, "healthz-port", 8471, "`port` for these; 0 turns them off")
-	s.Uint16Var(&f.pprof, "pprof", 0, "`port` on loopback for profiles of the daemon itself; 0 is none")
-	s.StringVar(&f.logLevel, "log-level", "info", "`level` from which on to log: debug, info, warn, error")
-	s.StringVar(&f.logFormat, "log-format", "console", "`form` of the log: console or json")
+	s.Var(&f.stalePeerGrace, "stale-peer-grace", "Time to keep peers whose leases are missing after etcd lost data")
+	s.BoolVar(&f.meshProbe, "mesh-probe", true, "Ping the peers in turn, at most ten packets per second")
+	s.StringVar(&f.healthzIP, "healthz-ip", "127.0.0.1", "Listen `address` for /healthz, /readyz, /metrics, /status, /peers and the page at /")
+	s.IntVar(&f.healthzPort, "healthz-port", 8471, "Listen `port` for these; 0: off")
+	s.Uint16Var(&f.pprof, "pprof", 0, "Loopback `port` for Go profiles of the daemon; 0: off")
+	s.StringVar(&f.logLevel, "log-level", "info", "Minimum log `level`: debug, info, warn or error")
+	s.StringVar(&f.logFormat, "log-format", "console", "Log `format`: console or json")
 }
 
 // seconds is a duration that may also be given as flannel's plain number.
@@ -176,7 +176,7 @@ func (f flags) identity() (subnet.Identity, error) {
 		raw, err := os.ReadFile(machineIDFile)
 		id.NodeID = strings.TrimSpace(string(raw))
 		if err != nil || id.NodeID == "" || id.NodeID == "uninitialized" {
-			return id, usageError{fmt.Errorf("--node-id: this machine has none in %s, set one that is unique and lasting", machineIDFile)}
+			return id, usageError{fmt.Errorf("--node-id: %s has none, set one that is unique and permanent", machineIDFile)}
 		}
 	}
 	if err := id.Check(); err != nil {

@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	grpcSays  = "gRPC reports"
+	grpcSays  = "gRPC message"
 	grpcEvery = time.Minute
 	grpcMost  = 5 // lines in that time
 )

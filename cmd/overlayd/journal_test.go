@@ -29,8 +29,8 @@ func TestJournal(t *testing.T) {
 			t.Fatal(err)
 		}
 		log.Debug("looked", zap.Int("n", 1))
-		log.Info("overlayd starts")
-		log.With(zap.String("node", "n1")).Warn("problem: etcd", zap.Error(errors.New("no\nanswer")))
+		log.Info("overlayd starting")
+		log.With(zap.String("node", "n1")).Warn("condition failed", zap.Error(errors.New("no\nanswer")))
 		log.Error("two\n<0>lines\n")
 		return
 	}
@@ -42,18 +42,18 @@ func TestJournal(t *testing.T) {
 		want         []string // regular expressions, one for each line
 	}{
 		{"console", "console", same, []string{
-			`<7>debug\tlooked\t\{"n": 1\}`, `<6>info\toverlayd starts`,
-			`<4>warn\tproblem: etcd\t\{"node": "n1", "error": "no\\nanswer"\}`, `<3>error\ttwo`, `<3><0>lines`, `<3>`,
+			`<7>debug\tlooked\t\{"n": 1\}`, `<6>info\toverlayd starting`,
+			`<4>warn\tcondition failed\t\{"node": "n1", "error": "no\\nanswer"\}`, `<3>error\ttwo`, `<3><0>lines`, `<3>`,
 		}},
 		{"json", "json", same, []string{
-			`<7>\{"level":"debug","ts":"` + stamp + `","msg":"looked","n":1\}`, `<6>\{"level":"info".*"msg":"overlayd starts"\}`,
+			`<7>\{"level":"debug","ts":"` + stamp + `","msg":"looked","n":1\}`, `<6>\{"level":"info".*"msg":"overlayd starting"\}`,
 			`<4>\{"level":"warn".*"error":"no\\nanswer"\}`,
 			`<3>\{"level":"error".*"msg":"two\\n<0>lines\\n"\}`,
 		}},
 		{
 			"stderr is redirected", "console", func(dev, ino uint64) string { return fmt.Sprintf("%d:%d", dev, ino+1) },
 			[]string{
-				stamp + `\tdebug\tlooked\t\{"n": 1\}`, stamp + `\tinfo\toverlayd starts`, stamp + `\twarn\tproblem: etcd\t.*`,
+				stamp + `\tdebug\tlooked\t\{"n": 1\}`, stamp + `\tinfo\toverlayd starting`, stamp + `\twarn\tcondition failed\t.*`,
 				stamp + `\terror\ttwo`, `<0>lines`, ``,
 			},
 		},

@@ -55,7 +55,7 @@ func leasesCommand(f *flags) *cobra.Command {
 			return printLeases(cmd.OutOrStdout(), rows, time.Now())
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "`form` of the list: table or json")
+	cmd.Flags().StringVarP(&output, "output", "o", "table", "Output `format`: table or json")
 	return f.addEnvFile(cmd)
 }
 
@@ -110,7 +110,7 @@ func rowOf(e *subnet.Entry) leaseRow {
 
 func printLeases(out io.Writer, rows []leaseRow, now time.Time) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, "SUBNET\tNODE\tPUBLIC IP\tBACKEND\tVTEP MAC\tEXPIRES IN\tWHOSE")
+	_, _ = fmt.Fprintln(w, "SUBNET\tNODE\tPUBLIC IP\tBACKEND\tVTEP MAC\tEXPIRES IN\tOWNER")
 	for _, r := range rows {
 		name := fmt.Sprintf("%.64q", r.Key) // a key that can't be read is shown as it is, but harmless to a terminal
 		if r.Error == "" {
@@ -135,7 +135,7 @@ func (r leaseRow) expiry(now time.Time) string {
 func (r leaseRow) whose() string {
 	switch {
 	case r.Error != "":
-		return "unusable: " + r.Error
+		return "invalid: " + r.Error
 	case r.Mine:
 		return "mine"
 	case r.Node == "" && len(r.PublicIPs) == 0:

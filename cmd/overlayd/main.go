@@ -56,7 +56,7 @@ func run() int {
 	return exitFailure
 }
 
-// usageError marks what the operator can mend by giving something else.
+// usageError marks what the operator can fix by giving something else.
 type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
@@ -65,9 +65,9 @@ func root() *cobra.Command {
 	var f flags
 	cmd := &cobra.Command{
 		Use:   "overlayd",
-		Short: "overlayd joins this node to the cluster's pod network",
-		Long: `overlayd leases a pod subnet for this node from etcd, programs the way to the subnets of all other nodes
-(VXLAN or direct routes), and masquerades what leaves the network. Without a subcommand it runs as the daemon.
+		Short: "overlayd connects this node to the cluster's pod network",
+		Long: `overlayd leases a pod subnet for this node from etcd, programs the path to the subnets of all other nodes
+(VXLAN or direct routes), and masquerades traffic that leaves the pod network. Without a subcommand it runs as the daemon.
 
 Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ETCD_ENDPOINTS.`,
 		Args:              noArgs,
@@ -82,7 +82,7 @@ Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ET
 	f.addNode(cmd.PersistentFlags())
 	f.addDaemon(cmd.Flags())
 	// Cobra's own would have the short form -v, which is another thing in flannel.
-	cmd.Flags().Bool("version", false, "print the version and exit")
+	cmd.Flags().Bool("version", false, "Print the version and exit")
 	cmd.SetVersionTemplate("overlayd {{.Version}}\n")
 	for _, c := range []*cobra.Command{statusCommand(&f), diffCommand(&f), logLevelCommand(&f), cleanupCommand(&f)} {
 		cmd.AddCommand(f.addEnvFile(c)) // it may say where the socket and the files are

@@ -35,16 +35,16 @@ func (r *restart) changes() []string {
 		now, err := os.Stat(r.binary)
 		switch {
 		case err != nil:
-			out = append(out, fmt.Sprintf("overlayd would not start: %s is gone", r.binary))
+			out = append(out, fmt.Sprintf("overlayd cannot start again: %s is gone", r.binary))
 		case !os.SameFile(now, r.was) || !now.ModTime().Equal(r.was.ModTime()):
-			out = append(out, fmt.Sprintf("another overlayd: %s was replaced at %s", r.binary, now.ModTime().Format(time.RFC3339)))
+			out = append(out, fmt.Sprintf("new binary: %s was replaced at %s", r.binary, now.ModTime().Format(time.RFC3339)))
 		}
 	}
 	if st, err := os.Stat(r.settings); err == nil && st.ModTime().After(r.started) {
-		out = append(out, fmt.Sprintf("the settings in %s, which were changed at %s", r.settings, st.ModTime().Format(time.RFC3339)))
+		out = append(out, fmt.Sprintf("new settings: %s was changed at %s", r.settings, st.ModTime().Format(time.RFC3339)))
 	}
 	if now := r.level.String(); now != r.logLevel {
-		out = append(out, fmt.Sprintf("the log level: %s, now %s", r.logLevel, now))
+		out = append(out, fmt.Sprintf("log level: %s, currently %s", r.logLevel, now))
 	}
 	return out
 }

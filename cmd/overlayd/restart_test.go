@@ -49,16 +49,16 @@ func TestRestart(t *testing.T) {
 	}
 	want()
 	level.SetLevel(zapcore.DebugLevel)
-	want("the log level: info, now debug")
+	want("log level: info, currently debug")
 	level.SetLevel(zapcore.InfoLevel)
 	r.started = time.Now().Add(-time.Hour)
-	want("the settings in " + settings)
+	want("new settings: " + settings)
 	r.settings = filepath.Join(dir, "nothing")
 	old := binary + ".old" // keeps its inode from being used again
 	if err := os.Rename(binary, old); err != nil {
 		t.Fatal(err)
 	}
-	want("overlayd would not start: " + binary + " is gone")
+	want("overlayd cannot start again: " + binary + " is gone")
 	write(binary)
-	want("another overlayd: " + binary + " was replaced")
+	want("new binary: " + binary + " was replaced")
 }

@@ -37,7 +37,7 @@ type envFile struct {
 // addEnvFile makes a command find the daemon's settings.
 func (f *flags) addEnvFile(cmd *cobra.Command) *cobra.Command {
 	cmd.Flags().StringVar(&f.file.path, "env-file", defaultEnvFile,
-		"`file` with the daemon's environment; it need not be there")
+		"Environment `file` of the daemon; optional")
 	return cmd
 }
 

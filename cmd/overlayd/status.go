@@ -32,16 +32,16 @@ type statusFlags struct {
 func statusCommand(f *flags) *cobra.Command {
 	var s statusFlags
 	cmd := &cobra.Command{
-		Use: "status", Short: "Show how this node is: its lease, device, peers, firewall, and what is wrong", Args: noArgs,
-		Long: `status asks the daemon on this node. Exit status: 0 all is well, 1 something is degraded or not ready, 2 the daemon does not run.`,
+		Use: "status", Short: "Show this node's lease, devices, peers, firewall and problems", Args: noArgs,
+		Long: `status queries the daemon on this node. Exit status: 0 ready, 1 degraded or not ready, 2 the daemon is not running.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return s.run(cmd.Context(), client{f.socket}, cmd.OutOrStdout())
 		},
 	}
-	cmd.Flags().BoolVar(&s.peers, "peers", false, "a line for each peer")
-	cmd.Flags().StringVar(&s.peer, "peer", "", "all about one peer: its node `name`, ID, subnet, or any address in that")
-	cmd.Flags().BoolVar(&s.explain, "explain", false, "why the interface is the one that it is")
-	cmd.Flags().StringVarP(&s.output, "output", "o", "text", "text or json")
+	cmd.Flags().BoolVar(&s.peers, "peers", false, "List the peers")
+	cmd.Flags().StringVar(&s.peer, "peer", "", "Show one peer, by node `name`, ID, subnet, or any address in its subnet")
+	cmd.Flags().BoolVar(&s.explain, "explain", false, "Show why the external interface was chosen")
+	cmd.Flags().StringVarP(&s.output, "output", "o", "text", "Output format: text or json")
 	return cmd
 }
 
@@ -83,7 +83,7 @@ func (s statusFlags) showPeers(ctx context.Context, c client, out io.Writer, sty
 		return notRunning(err)
 	}
 	if s.peer != "" && len(peers) == 0 {
-		return fmt.Errorf("no peer is called %q or has it as its ID, subnet or address", s.peer)
+		return fmt.Errorf("no peer has the name, ID, subnet or address %q", s.peer)
 	}
 	if s.output == "json" {
 		return printJSON(out, peers)
@@ -105,10 +105,10 @@ func (s statusFlags) showPeers(ctx context.Context, c client, out io.Writer, sty
 func diffCommand(f *flags) *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
-		Use: "diff", Short: "Compare the kernel with the plan, as it is right now", Args: noArgs,
-		Long: `diff has the daemon look at the kernel, and prints what would have to be done for it to be as planned. The daemon puts it right by
-itself within a second; what is printed again and again is refused by the kernel, or changed again by somebody. Exit status: 0 no
-difference, 1 some, 2 the daemon does not run.`,
+		Use: "diff", Short: "Compare the kernel with the desired state", Args: noArgs,
+		Long: `diff has the daemon compare the kernel with the desired state, and prints the missing changes. The daemon applies them itself
+within a second; a change that is printed again and again is refused by the kernel, or undone by another process. Exit status: 0 no
+difference, 1 some, 2 the daemon is not running.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var lines []string
 			if err := (client{f.socket}).ask(cmd.Context(), http.MethodGet, "/diff", nil, &lines); err != nil {
@@ -132,13 +132,13 @@ difference, 1 some, 2 the daemon does not run.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "Output format: text or json")
 	return cmd
 }
 
 func logLevelCommand(f *flags) *cobra.Command {
 	return &cobra.Command{
-		Use: "log-level [LEVEL]", Short: "Show or change how much the running daemon logs", Args: cobra.MaximumNArgs(1),
+		Use: "log-level [LEVEL]", Short: "Show or set the log level of the running daemon", Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			method, body := http.MethodGet, ""
 			if len(args) > 0 {

@@ -34,7 +34,7 @@ func ReadLegacy(ctx context.Context) ([]Legacy, error) {
 			text, err = exec.CommandContext(ctx, save).Output()
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("iptables-legacy has tables, and what they hold is not known: %s: %w", save, err))
+			errs = append(errs, fmt.Errorf("iptables-legacy has tables that cannot be read: %s: %w", save, err))
 		}
 		out = append(out, parseSave(save, string(text))...)
 	}

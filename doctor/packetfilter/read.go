@@ -157,7 +157,7 @@ func (r *reader) chain(c *nftables.Chain) Chain {
 	}
 	rules, err := r.c.GetRules(c.Table, c)
 	if err != nil {
-		out.Unclear = fmt.Sprintf("one of its rules, which this version of overlayd does not understand (%v),", err)
+		out.Unclear = fmt.Sprintf("a rule that this version of overlayd does not understand (%v)", err)
 	}
 	for _, rule := range rules {
 		out.Rules = append(out.Rules, r.rule(c.Table, rule.Exprs))

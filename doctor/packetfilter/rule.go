@@ -24,7 +24,7 @@ import (
 // them, whose value has the same length, would not be found.
 
 // notKnown says of a test what it asks for, in place of a name.
-const notKnown = "an expression that this version of overlayd does not know"
+const notKnown = "an expression unknown to this version of overlayd"
 
 // part is a field in a register, or the beginning of one.
 type part struct {

@@ -212,7 +212,7 @@ func (w *walk) chain(c Chain, depth int) (outcome, Fate) {
 	}
 	for _, r := range c.Rules {
 		if w.steps++; w.steps > maxSteps || depth > maxDepth {
-			return w.unsure(Fate{Chain: c}, "more rules than are judged")
+			return w.unsure(Fate{Chain: c}, "more rules than are evaluated")
 		}
 		holds, doubt := w.matches(r)
 		if holds == no {
