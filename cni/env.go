@@ -83,14 +83,14 @@ func ParseSubnetEnv(text string) (SubnetEnv, error) {
 		env.Networks.Set(f, networks)
 	}
 	if len(env.Families()) == 0 {
-		return SubnetEnv{}, errors.New("neither FLANNEL_SUBNET nor FLANNEL_IPV6_SUBNET is in it")
+		return SubnetEnv{}, errors.New("neither FLANNEL_SUBNET nor FLANNEL_IPV6_SUBNET is set")
 	}
 	mtu, masq := vars.get("MTU"), vars.get("IPMASQ")
 	switch "" {
 	case mtu.name:
-		return SubnetEnv{}, errors.New("FLANNEL_MTU is not in it")
+		return SubnetEnv{}, errors.New("FLANNEL_MTU is not set")
 	case masq.name:
-		return SubnetEnv{}, errors.New("FLANNEL_IPMASQ is not in it")
+		return SubnetEnv{}, errors.New("FLANNEL_IPMASQ is not set")
 	}
 	if env.MTU, err = strconv.Atoi(mtu.value); err != nil || env.MTU < minMTU || env.MTU > maxMTU {
 		return SubnetEnv{}, mtu.expected(fmt.Sprintf("a number from %d to %d", minMTU, maxMTU), mtu.value)

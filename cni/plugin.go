@@ -134,7 +134,7 @@ func (p *Plugin) Check(args *skel.CmdArgs) error {
 	k, err := p.kept(j)
 	if errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(types.ErrUnknownContainer,
-			fmt.Sprintf("%s is missing: this plugin did not set up %s of this container, or it is deleted", j.store.path(j.at), j.at.ifname), "")
+			fmt.Sprintf("%s is missing: this plugin did not set up %s of this container, or already deleted it", j.store.path(j.at), j.at.ifname), "")
 	}
 	if err != nil {
 		return ioError(err)
@@ -272,7 +272,7 @@ func (p *Plugin) takeBack(j job, k kept, del func(Delegate) error) error {
 			e.Msg += "; ADD kept its configuration in " + k.path
 			return e
 		}
-		_, _ = fmt.Fprintf(p.Stderr, "%s: %s; deleted with what the list says now\n", k.path, oneLine(first.Error()))
+		_, _ = fmt.Fprintf(p.Stderr, "%s: %s; deleted with the current list\n", k.path, oneLine(first.Error()))
 	}
 	if err := k.forget(); err != nil {
 		return ioError(err)
@@ -289,9 +289,9 @@ func (p *Plugin) delegateOf(j job, k kept) (Delegate, error) {
 	d, err := j.conf.anew()
 	if err != nil {
 		return Delegate{}, types.NewError(types.ErrIOFailure, oneLine(fmt.Sprintf(
-			"%s is broken (%v), and can't be made anew: %v; leave it there, the next DEL tries again", k.path, broken, err)), "")
+			"%s is broken (%v) and cannot be recreated: %v; leave it, the next DEL tries again", k.path, broken, err)), "")
 	}
-	_, _ = fmt.Fprintf(p.Stderr, "%s is broken (%v): made anew from %s\n", k.path, broken, j.conf.SubnetFile)
+	_, _ = fmt.Fprintf(p.Stderr, "%s is broken (%v): recreated from %s\n", k.path, broken, j.conf.SubnetFile)
 	return d, nil
 }
 
@@ -348,7 +348,7 @@ func withAttachments(conf []byte, attachments json.RawMessage) ([]byte, error) {
 func subnetFileError(err error, absent uint, waited string) *types.Error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(absent, fmt.Sprintf("%v%s: is overlayd running on this node? "+
-			"Look at `overlayd status` and `journalctl -u overlayd`, or at the log of its pod", err, waited), "")
+			"See `overlayd status` and `journalctl -u overlayd`, or the log of its pod", err, waited), "")
 	}
 	code := types.ErrIOFailure
 	if said := new(types.Error); errors.As(err, &said) {

@@ -316,7 +316,7 @@ func TestWaitsForSubnetFile(t *testing.T) {
 		args := s.args()
 		args.StdinData = bytes.Replace(args.StdinData, []byte(`"waitSeconds":0`), []byte(`"waitSeconds":2.5`), 1)
 		start := time.Now()
-		s.fails(s.Add(args), types.ErrTryAgainLater, "open "+filepath.Join(s.dir, "subnet.env")+": no such file or directory; waited 2.5s for it: is overlayd running on this node? Look at `overlayd status`")
+		s.fails(s.Add(args), types.ErrTryAgainLater, "open "+filepath.Join(s.dir, "subnet.env")+": no such file or directory; waited 2.5s for it: is overlayd running on this node? See `overlayd status`")
 		if took := time.Since(start); took < 2500*time.Millisecond || took > 3*time.Second {
 			t.Errorf("waited %v", took)
 		}
@@ -451,7 +451,7 @@ func TestBrokenKept(t *testing.T) {
 		s.out.Reset()
 		s.must(os.WriteFile(s.data("pods", "c1:eth0"), []byte(broken), 0o600))
 		s.fails(s.Del(s.args(`"subnetFile":"subnet.env"`)), types.ErrIOFailure, s.data("pods", "c1:eth0")+" is broken (")
-		if err := s.Del(s.args(`"subnetFile":7`)); err == nil || !strings.Contains(err.Error(), "can't be made anew: subnetFile: expected a string, found number") {
+		if err := s.Del(s.args(`"subnetFile":7`)); err == nil || !strings.Contains(err.Error(), "cannot be recreated: subnetFile: expected a string, found number") {
 			t.Errorf("with a bad path of the subnet file: %v", err)
 		}
 		s.env("")
@@ -463,7 +463,7 @@ func TestBrokenKept(t *testing.T) {
 			t.Errorf("%q: the delegate was told %v", broken, got)
 		}
 		s.absent(s.data("pods", "c1:eth0"))
-		if !strings.Contains(s.stderr.String(), "made anew") {
+		if !strings.Contains(s.stderr.String(), "recreated") {
 			t.Errorf("stderr: %s", s.stderr)
 		}
 	}

@@ -104,11 +104,11 @@ func decideKind(f Facts) (Kind, string) {
 	case !f.NFT:
 		return KindIPTables, "the kernel has no nf_tables"
 	case !f.IPTablesNFT.Program && !f.Legacy.Program:
-		return KindNFTables, "there is no iptables here"
+		return KindNFTables, "iptables not found"
 	case f.KubeProxyNFT && !f.IPTablesNFT.KubeProxy && !f.Legacy.KubeProxy:
 		return KindNFTables, "kube-proxy uses nftables"
 	}
-	return KindIPTables, "nothing here asks for nftables"
+	return KindIPTables, "nothing on this host requires nftables"
 }
 
 // decideVariant asks in the order in which the Kubernetes images do (kubernetes-sigs/iptables-wrappers): the kubelet's
@@ -117,19 +117,19 @@ func decideVariant(f Facts) (Variant, string) {
 	nft, legacy := f.IPTablesNFT, f.Legacy
 	switch {
 	case !nft.Program && !legacy.Program:
-		return VariantDefault, "whatever the host calls iptables"
+		return VariantDefault, "the host's default iptables"
 	case !legacy.Program:
-		return VariantNFT, "there is no iptables-legacy here"
+		return VariantNFT, "iptables-legacy not found"
 	case !nft.Program:
-		return VariantLegacy, "there is no iptables-nft here"
+		return VariantLegacy, "iptables-nft not found"
 	case nft.KubeProxy != legacy.KubeProxy:
 		return either(nft.KubeProxy), "kube-proxy uses it"
 	case nft.Kubelet != legacy.Kubelet:
 		return either(nft.Kubelet), "the kubelet uses it"
 	case nft.Rules != legacy.Rules:
-		return either(nft.Rules > legacy.Rules), fmt.Sprintf("most rules on this host are there (nft %d, legacy %d)", nft.Rules, legacy.Rules)
+		return either(nft.Rules > legacy.Rules), fmt.Sprintf("most rules on this host use it (nft %d, legacy %d)", nft.Rules, legacy.Rules)
 	}
-	return VariantDefault, "whatever the host calls iptables"
+	return VariantDefault, "the host's default iptables"
 }
 
 func either(nft bool) Variant {

@@ -242,7 +242,7 @@ func testPackets(t *testing.T, w *world, r *rig) {
 		{"pod to excluded", w.pod, "", w.world, p.excluded, 0, p.pod},
 		{"pod to world, marked by kube-proxy", w.pod, "", w.world, p.world, markedPort, p.pod},
 		{"pod to pod elsewhere", w.pod, "", w.peer, p.peerPod, 0, p.pod},
-		{"pod to a node by the tunnel", w.pod, "", w.peer, p.peer, 0, p.pod},
+		{"pod to a node through the tunnel", w.pod, "", w.peer, p.peer, 0, p.pod},
 		{"pod to a node directly", w.pod, "", w.direct, p.direct, 0, p.pod},
 		{"pod to its own node", w.pod, "", w.node, p.node, 0, p.pod},
 		{"node to its own pod", w.node, p.node, w.pod, p.pod, 0, p.node},

@@ -16,7 +16,7 @@ import (
 
 // ErrSet is in the error when iptables refused a rule that matches on a set: the set is not there, or the kernel cannot
 // match on sets.
-var ErrSet = errors.New("no match on a set of addresses")
+var ErrSet = errors.New("no ipset match")
 
 // execTimeout bounds one run of iptables. Its wait for the xtables lock is bounded by itself, and much tighter.
 const execTimeout = time.Minute

@@ -210,12 +210,12 @@ func postRoutingRules(in Input, f addr.Family) []Rule {
 	for _, p := range members(in.Exclude, f) {
 		rules = append(rules, Rule{Src: net, Dst: p, Verdict: Return, Comment: "excluded by the operator"})
 	}
-	rules = append(rules, Rule{Src: net, Dst: multicast(f), DstNot: true, Verdict: Masquerade, Comment: "pod to the world"})
+	rules = append(rules, Rule{Src: net, Dst: multicast(f), DstNot: true, Verdict: Masquerade, Comment: "pod to external"})
 	if in.Subnet.IsValid() {
-		rules = append(rules, Rule{Dst: in.Subnet, Verdict: Return, Comment: "the world to a pod of this node"})
+		rules = append(rules, Rule{Dst: in.Subnet, Verdict: Return, Comment: "external to a pod of this node"})
 	}
 	return append(rules,
-		Rule{Dst: net, Verdict: Masquerade, Comment: "the world to a pod elsewhere, whose answer must come back here"},
+		Rule{Dst: net, Verdict: Masquerade, Comment: "external to a pod of another node, replies must return here"},
 	)
 }
 
@@ -227,7 +227,7 @@ func (in Input) bare() bool { return in.Node.IsValid() && len(in.Bare) > 0 }
 func nodeRules(in Input, f addr.Family) []Rule {
 	var rules []Rule
 	if in.Tunnel != "" {
-		rules = append(rules, Rule{Src: in.Network, OutDevice: in.Tunnel, Verdict: Return, Comment: "pod to a node by the tunnel"})
+		rules = append(rules, Rule{Src: in.Network, OutDevice: in.Tunnel, Verdict: Return, Comment: "pod to a node through the tunnel"})
 	}
 	if in.DirectNodes {
 		rules = append(rules, Rule{Src: in.Network, DstSet: NodeSet(f), Verdict: Return, Comment: "pod to a node directly"})
@@ -235,7 +235,7 @@ func nodeRules(in Input, f addr.Family) []Rule {
 	if in.Node.IsValid() {
 		r := Rule{Src: addr.Host(in.Node), Dst: in.Network, Verdict: Return, Comment: "this node to a pod"}
 		if in.bare() {
-			r.DstSet, r.DstSetNot, r.Comment = bareSet(f), true, "this node to a pod whose answer comes back here"
+			r.DstSet, r.DstSetNot, r.Comment = bareSet(f), true, "this node to a pod whose replies return here"
 		}
 		rules = append(rules, r)
 	}

@@ -26,7 +26,7 @@ type Variant string
 
 // The variants.
 const (
-	VariantDefault Variant = ""       // whatever the host calls iptables
+	VariantDefault Variant = ""       // the host's default iptables
 	VariantNFT     Variant = "nft"    // iptables-nft
 	VariantLegacy  Variant = "legacy" // iptables-legacy
 )
@@ -242,7 +242,7 @@ func (t *tables) finish(ctx context.Context, c change) error {
 	t.written[c.Place] = written{c.rules, s.chain}
 	if len(s.chain) != len(c.rules) || len(s.hook.jumps()) != 1 {
 		t.written[c.Place] = written{}
-		return fmt.Errorf("%s table: %s is not as it was just written: another program may be writing there too", c.Table, c.Name)
+		return fmt.Errorf("%s table: %s differs from what was just written: another program may be writing it too", c.Table, c.Name)
 	}
 	return nil
 }

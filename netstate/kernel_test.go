@@ -391,7 +391,7 @@ func TestDeviceInTheWay(t *testing.T) {
 		},
 		{
 			"another kind", "ip link add overlay.1 type bridge; ip link set overlay.1 up",
-			"a bridge device of this name that is not ours is in the way",
+			"another program's bridge device has this name",
 		},
 		{
 			"same port with other flags", "ip link add vx0 type vxlan id 5 dstport 8472 local 192.0.2.1 dev eth0 gbp; ip link set vx0 up",

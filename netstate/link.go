@@ -128,14 +128,14 @@ func (k *Kernel) linksOrNone() []netlink.Link {
 // explainAdd says what stands in the way of a new device: the kernel only says "exists".
 func explainAdd(err error, l Link, all []netlink.Link) error {
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		return fmt.Errorf("%w: this kernel has no VXLAN (is the module vxlan there?)", err)
+		return fmt.Errorf("%w: this kernel has no VXLAN (is the module vxlan available?)", err)
 	}
 	if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EADDRINUSE) {
 		return err
 	}
 	for _, other := range all { // first, because a name stands in the way of any device
 		if other.Attrs().Name == l.Name && errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("%w: a %s device of this name that is not ours is in the way; rename or delete it (ip link delete %s)", err, other.Type(), l.Name)
+			return fmt.Errorf("%w: another program's %s device has this name; rename or delete it (ip link delete %s)", err, other.Type(), l.Name)
 		}
 	}
 	for _, other := range all {

@@ -105,7 +105,7 @@ func inUse(h Host, sn netip.Prefix) bool {
 func (l BridgeLoss) String() string {
 	var out []string
 	if l.Down {
-		out = append(out, l.Bridge+" is down: pods can't send")
+		out = append(out, l.Bridge+" is down: pods cannot send")
 	}
 	for _, p := range l.Addrs {
 		out = append(out, fmt.Sprintf("%s has lost its address %s, the gateway of this node's pods", l.Bridge, p))
@@ -118,7 +118,7 @@ func (l BridgeLoss) String() string {
 		}
 		how := fmt.Sprintf("%s has lost %d of its ports (%s)", l.Bridge, n, names)
 		if l.Gone {
-			how = fmt.Sprintf("%s is gone, and %d devices that were on it are still there (%s)", l.Bridge, n, names)
+			how = fmt.Sprintf("%s is gone, but %d of its ports still exist (%s)", l.Bridge, n, names)
 		}
 		out = append(out, how+": pods there are cut off")
 	}
@@ -128,7 +128,7 @@ func (l BridgeLoss) String() string {
 // Commands give back what is lost. A bridge that is gone is made by whoever made it, and the pods with it.
 func (l BridgeLoss) Commands() []string {
 	if l.Gone {
-		return []string{"ip link add " + l.Bridge + " type bridge   # or start the pods of this node again"}
+		return []string{"ip link add " + l.Bridge + " type bridge   # or restart the pods of this node"}
 	}
 	var out []string
 	for _, p := range l.Addrs {

@@ -147,7 +147,7 @@ func isGone(err error) bool {
 }
 
 // ErrNoLink is why nothing can be put on a device that could not be made.
-var ErrNoLink = errors.New("there is no such device")
+var ErrNoLink = errors.New("no such device")
 
 func (k *Kernel) writeSysctl(s Sysctl) error {
 	dir := k.SysctlDir

@@ -185,12 +185,12 @@ func (h Host) Precede(r Rule) ([]Rule, error) {
 	if local >= 0 || r.Table != MainTable {
 		if room == 0 || room == local {
 			r.Priority = first.Priority
-			return []Rule{r}, fmt.Errorf("no rule can come before %q of another program: give that one a higher number", first)
+			return []Rule{r}, fmt.Errorf("no rule can precede %q of another program: give that one a higher number", first)
 		}
 		return []Rule{r}, nil
 	}
 	if room < 2 {
-		return nil, fmt.Errorf("no rule can come before %q of another program, which comes before the local table: "+
+		return nil, fmt.Errorf("no rule can precede %q of another program, which precedes the local table: "+
 			"give it a higher number", first)
 	}
 	toLocal := Rule{Priority: r.Priority - 1, From: r.From, To: r.To, Table: unix.RT_TABLE_LOCAL}

@@ -25,7 +25,7 @@ func InTrial(try func()) error {
 		done <- err
 	}()
 	if err := <-done; err != nil {
-		return fmt.Errorf("a network namespace to try things in: %w", err)
+		return fmt.Errorf("test network namespace: %w", err)
 	}
 	return nil
 }

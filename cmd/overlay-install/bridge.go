@@ -12,8 +12,8 @@ import (
 
 // Why a bridge is not removed.
 var (
-	errNoBridge = errors.New("there is no such bridge")
-	errBusy     = errors.New("it is in use")
+	errNoBridge = errors.New("no such bridge")
+	errBusy     = errors.New("in use")
 )
 
 // removeBridge removes a bridge that nothing is attached to.

@@ -22,9 +22,9 @@ const (
 )
 
 const usage = `Usage:
-  overlay-install install     put the CNI plugins and their configuration in place
-  overlay-install uninstall   remove what install put there
-  overlay-install wait        do nothing until told to end
+  overlay-install install     install the CNI plugins and their configuration
+  overlay-install uninstall   remove what was installed
+  overlay-install wait        sleep until SIGTERM
   overlay-install version     print the version
 
 flags of install and uninstall:
@@ -36,13 +36,13 @@ func run(args []string, stdout, stderr io.Writer) int {
 	var n node
 	f := flag.NewFlagSet("overlay-install", flag.ContinueOnError)
 	f.SetOutput(stderr)
-	f.StringVar(&n.binDir, "bin-dir", "/host/opt/cni/bin", "`directory` where the container runtime looks for plugins")
-	f.StringVar(&n.confDir, "conf-dir", "/host/etc/cni/net.d", "`directory` where it looks for configurations")
-	f.StringVar(&n.confName, "conf-name", "10-overlayd.conflist", "`name` of ours; the runtime takes the first in alphabetical order")
-	f.StringVar(&n.stateDir, "state-dir", "/var/lib/overlayd", "`directory` to remember in what was installed")
-	from := f.String("from", "/opt/cni/bin", "`directory` with the plugins to install")
-	conf := f.String("conf", "/etc/overlayd/cni.conflist", "`file` with the configuration to install")
-	f.StringVar(&n.cniState, "cni-state-dir", "/host/var/lib/cni", "`directory` where plugins remember their containers (uninstall)")
+	f.StringVar(&n.binDir, "bin-dir", "/host/opt/cni/bin", "`directory` of the container runtime's plugins")
+	f.StringVar(&n.confDir, "conf-dir", "/host/etc/cni/net.d", "`directory` of its network configurations")
+	f.StringVar(&n.confName, "conf-name", "10-overlayd.conflist", "`name` of overlayd's configuration; the runtime uses the first in alphabetical order")
+	f.StringVar(&n.stateDir, "state-dir", "/var/lib/overlayd", "`directory` to record what was installed")
+	from := f.String("from", "/opt/cni/bin", "source `directory` of the plugins")
+	conf := f.String("conf", "/etc/overlayd/cni.conflist", "source `file` of the configuration")
+	f.StringVar(&n.cniState, "cni-state-dir", "/host/var/lib/cni", "`directory` of the plugins' container state (uninstall)")
 	f.Usage = func() {
 		_, _ = fmt.Fprint(stderr, usage)
 		f.PrintDefaults()

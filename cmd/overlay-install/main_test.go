@@ -179,7 +179,7 @@ func TestOthersPlugins(t *testing.T) {
 	want := installed("one")
 	want["bridge"], want["firewall"] = "the distribution's", "somebody's"
 	r.has(want)
-	if !strings.Contains(r.out.String(), "bridge, which is not ours") {
+	if !strings.Contains(r.out.String(), "bridge, which overlay-install did not install") {
 		t.Errorf("nothing is said of it:\n%s", r.out)
 	}
 	r.write(filepath.Join(r.node.binDir, "portmap"), "a newer one")
@@ -222,7 +222,7 @@ func TestLinks(t *testing.T) {
 	if !isLink("portmap") || !isLink("tuning") || isLink("overlay-cni") || isLink("bridge") {
 		t.Errorf("portmap %v, tuning %v, overlay-cni %v, bridge %v", isLink("portmap"), isLink("tuning"), isLink("overlay-cni"), isLink("bridge"))
 	}
-	if !strings.Contains(r.out.String(), "portmap, which is not ours") {
+	if !strings.Contains(r.out.String(), "portmap, which overlay-install did not install") {
 		t.Errorf("nothing is said of it:\n%s", r.out)
 	}
 	link(theirs, "bridge") // that was ours
@@ -271,7 +271,7 @@ func TestBrokenRecord(t *testing.T) {
 		r.install()
 		r.write(filepath.Join(r.node.stateDir, recordName), text)
 		r.install()
-		if strings.Contains(r.out.String(), "warning: ") != warned || !strings.Contains(r.out.String(), "portmap, which is not ours") {
+		if strings.Contains(r.out.String(), "warning: ") != warned || !strings.Contains(r.out.String(), "portmap, which overlay-install did not install") {
 			t.Errorf("%s:\n%s", text, r.out)
 		}
 		r.has(installed("one"))

@@ -76,7 +76,7 @@ func (n node) install(from, confFile string) error {
 	}
 	for _, p := range c.plugins() {
 		if _, err := os.Lstat(filepath.Join(n.binDir, p)); err != nil {
-			return fmt.Errorf("%s: it needs the plugin %s, which is neither in the image nor on the node: %w", confFile, p, err)
+			return fmt.Errorf("%s needs the plugin %s, which is neither in the image nor on the node: %w", confFile, p, err)
 		}
 	}
 	at := filepath.Join(n.confDir, n.confName)
@@ -98,7 +98,7 @@ func (n node) install(from, confFile string) error {
 		}
 	}
 	for _, other := range earlier(n.confDir, n.confName) {
-		n.say("warning: %s comes before %s: the container runtime uses that one, and not ours", filepath.Join(n.confDir, other), n.confName)
+		n.say("warning: %s comes before %s: the container runtime uses that one instead of overlayd's", filepath.Join(n.confDir, other), n.confName)
 	}
 	return nil
 }
@@ -122,7 +122,7 @@ func (n node) installPlugin(source, name string, ours record) error {
 			delete(ours.Plugins, name)
 			err = n.writeRecord(ours)
 		}
-		n.say("kept %s, which is not ours", at)
+		n.say("kept %s, which overlay-install did not install", at)
 		return err
 	}
 	if there && hash(was) == sum {
@@ -214,7 +214,7 @@ func (n node) readConf(path string) (conf, []byte, error) {
 	}
 	c, err := parseConf(raw)
 	if err != nil {
-		n.say("warning: %s does not tell what to remove from %s: %v", path, n.cniState, err)
+		n.say("warning: %s: cannot tell what to remove from %s: %v", path, n.cniState, err)
 	}
 	return c, raw, nil
 }
@@ -229,7 +229,7 @@ func (n node) removePlugins(ours record) error {
 		switch raw, readErr := readPlugin(plugin); {
 		case errors.Is(readErr, fs.ErrNotExist):
 		case errors.Is(readErr, errLink), readErr == nil && !slices.Contains(ours.Plugins[name], hash(raw)):
-			n.say("kept %s, which somebody replaced", plugin)
+			n.say("kept %s, which was replaced", plugin)
 		case readErr != nil:
 			err = errors.Join(err, readErr)
 		default:
@@ -276,7 +276,7 @@ func (n node) readRecord() (record, error) {
 	}
 	var r record
 	if err := json.Unmarshal(raw, &r); err != nil {
-		n.say("warning: %s is not readable, plugins that are on the node are taken for somebody else's: %v", at, err)
+		n.say("warning: %s is unreadable, existing plugins are kept as foreign: %v", at, err)
 		return none, nil
 	}
 	if r.Plugins == nil {

@@ -26,7 +26,7 @@ func (n node) uninstallState(c conf, removeBridge func(string) error) (kept bool
 		what = "the bridge " + bridge + " and " + what
 	}
 	if len(left) > 0 {
-		n.say("kept %s: containers are still at the network %s (%d, such as %s): delete them, then run uninstall again", what, c.Name, len(left), left[0])
+		n.say("kept %s: containers still use the network %s (%d, such as %s): delete them, then run uninstall again", what, c.Name, len(left), left[0])
 		return true, nil
 	}
 	if bridge != "" {
@@ -34,7 +34,7 @@ func (n node) uninstallState(c conf, removeBridge func(string) error) (kept bool
 		case err == nil:
 			n.say("removed the bridge %s", bridge)
 		case errors.Is(err, errBusy):
-			n.say("kept %s: %v: delete the pods that are at it, then run uninstall again", what, err)
+			n.say("kept %s: %v: delete its pods, then run uninstall again", what, err)
 			return true, nil
 		case !errors.Is(err, errNoBridge):
 			return true, err

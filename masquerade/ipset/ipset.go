@@ -102,7 +102,7 @@ func (s *Sets) ensure(name string, want header, members []netip.Prefix) (changed
 		return 0, err
 	}
 	if want.count = found.count; found != want {
-		return 0, fmt.Errorf("%w: %s, wanted %s; remove it with `ipset destroy %s`", ErrType, found, want, name)
+		return 0, fmt.Errorf("%w: %s, expected %s; remove it with `ipset destroy %s`", ErrType, found, want, name)
 	}
 	if found.count != len(left.members) || time.Since(left.checked) > trustFor {
 		n, err := fill(name, found, members)
