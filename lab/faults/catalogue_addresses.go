@@ -30,7 +30,7 @@ func addresses() []Fault {
 			Name: "this node is given the address of another one that runs", Short: true, Peer: true,
 			Inject: Steps(Afterwards(unswap), duplicate),
 			Expect: bothReport, Hold: 3 * time.Second, Keeps: bothReport, Restore: Undo,
-			Log: `problem: lease.*public IP`, Seen: unreadies("lease", "public IP .* is also that of"),
+			Log: `condition failed.*"lease".*public IP`, Seen: unreadies("lease", "public IP .* is also that of"),
 		},
 		{
 			Name: "another name and another address in one restart", On: everywhere(), Short: true,
@@ -49,7 +49,7 @@ func addresses() []Fault {
 			Expect: All(isNamed("covers "), reaches), Hold: time.Second,
 			Keeps:   Sees(`! ip route show proto 118 | grep -F "` + ghostEndpoint.network() + `"`),
 			Restore: Steps(ghostEndpoint.goes, stopDaemon, renamedTo(""), startDaemon),
-			Bound:   Bound{Lost: 0, Repair: letGo}, Log: `problem: etcd-inside`,
+			Bound:   Bound{Lost: 0, Repair: letGo}, Log: `condition failed.*"etcd-inside"`,
 			Seen: degrades("etcd-inside", "inside the cluster network"),
 		},
 	})
@@ -118,7 +118,7 @@ func swapped(ctx context.Context, s *Site) error {
 }
 
 func isReady(ctx context.Context, s *Site) error {
-	return contentOne(ctx, s.Victim, "refused-lease", "silent-peers", "path-mtu")
+	return contentOne(ctx, s.Victim, "rejected-lease", "silent-peers", "path-mtu")
 }
 
 // bothReport holds when the victim says that it is not reached because of the peer, the peer speaks of the victim and
@@ -127,7 +127,7 @@ func bothReport(ctx context.Context, s *Site) error {
 	for n, want := range map[*lab.Node][2]string{
 		s.Victim:      {"not ready: lease: the public IP ", s.Peer.Name},
 		s.Peer:        {"degraded: claim: ", s.Victim.Name},
-		s.otherThan(): {"degraded: refused-lease: ", s.Victim.Name},
+		s.otherThan(): {"degraded: rejected-lease: ", s.Victim.Name},
 	} {
 		_, text, err := n.Readyz(ctx)
 		if err != nil {

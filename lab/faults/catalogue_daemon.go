@@ -17,7 +17,7 @@ import (
 )
 
 // swept is what the log says when routes to a peer that is gone were taken away.
-const swept = `brought up to date.*delete route|peers changed.*"gone": [1-9]`
+const swept = `kernel reconciled.*delete route|peers changed.*"removed": [1-9]`
 
 // comeBack is how long a daemon that starts may take until it is content.
 const comeBack = 5 * time.Second
@@ -29,26 +29,26 @@ func boot() []Fault {
 			Name: "reboot with etcd away", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
 			Inject: Steps(stopDaemon, wipe, stopStore, startDaemon), Expect: All(KernelWhole, reaches),
 			Hold: 3 * time.Second, Keeps: KernelWhole, Restore: storeBack,
-			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `starting from what is remembered`,
-			Seen: degrades("offline", "etcd has not answered since the start", `overlayd_lease_held 0`).in(10 * time.Second),
+			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `starting from persisted state`,
+			Seen: degrades("offline", "no answer from etcd since the start", `overlayd_lease_held 0`).in(10 * time.Second),
 		},
 		{
 			Name: "started with etcd away, and its key deleted meanwhile", On: []string{OnVXLAN, OnDual},
 			Inject: Steps(stopDaemon, deleteOwnKey, stopStore, startDaemon, Until(offline, catchUp), startStore),
 			Expect: registered, Restore: Wait(0),
-			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `the lease is gone from etcd`,
+			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `the lease disappeared from etcd`,
 		},
 		{
 			Name: "another port, then a start with etcd away", On: []string{OnVXLAN, OnDual}, Short: true,
 			Inject: Steps(changePort, stopDaemon, stopStore, startDaemon, Until(offline, catchUp)),
 			Expect: All(usesPort, reaches), Hold: time.Second, Keeps: usesPort, Restore: Steps(startStore, Undo),
-			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from what is remembered`,
+			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from persisted state`,
 		},
 		{
 			Name: "another port, SIGKILL a second later, then a reboot with etcd away", On: []string{OnVXLAN, OnDual},
 			Inject: Steps(changePort, Wait(time.Second), killDaemon, wipe, stopStore, startDaemon, Until(offline, catchUp)),
 			Expect: All(usesPort, reaches), Hold: time.Second, Keeps: usesPort, Restore: Steps(startStore, Undo),
-			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from what is remembered`,
+			Bound: Bound{Lost: Any, Every: true, Repair: catchUp}, Log: `starting from persisted state`,
 		},
 		{
 			// As after flanneld was stopped and its device was left: the lease is flannel's, and so are the packets that peers
@@ -60,7 +60,7 @@ func boot() []Fault {
 				Afterwards(On(`ip link del flannel$F 2>/dev/null || true`)), flannelsLease, startDaemon),
 			Expect: unannounced, Hold: 3 * time.Second, Keeps: unannounced,
 			Restore: Steps(On(`ip link del flannel$F`), Undo), Bound: Bound{Lost: Any, Repair: 4 * time.Second},
-			Log: `problem: kernel.*flannel`, Seen: unreadies("kernel", "the VXLAN device flannel-"),
+			Log: `condition failed.*"kernel".*flannel`, Seen: unreadies("kernel", "the VXLAN device flannel-"),
 		},
 		{
 			Name:   "reboot",
@@ -69,7 +69,7 @@ func boot() []Fault {
 		{
 			Name: "start with etcd away, nothing else lost", On: []string{OnVXLAN, OnHostGW, OnDual},
 			Inject: Steps(stopDaemon, stopStore, startDaemon), Hold: 6 * time.Second, Keeps: KernelWhole,
-			Restore: storeBack, Bound: lossless(catchUp), Log: `(?i)problem: (etcd|offline)`,
+			Restore: storeBack, Bound: lossless(catchUp), Log: `(?i)condition failed.*"(etcd|offline)"`,
 		},
 		{
 			Name: "peer removed while the daemon was down: swept after the start", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
@@ -91,24 +91,24 @@ func daemon() []Fault {
 	rows := []Fault{
 		{
 			Name: "SIGKILL 20 times at random moments while peers change", On: []string{OnVXLAN, OnHostGW, OnDual},
-			Inject: killOften(20), Bound: Bound{Repair: letGo, Lines: 20 * mostLines}, Log: `overlayd starts`,
+			Inject: killOften(20), Bound: Bound{Repair: letGo, Lines: 20 * mostLines}, Log: `overlayd starting`,
 		},
 		{
 			Name: "SIGKILL", Short: true, Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
-			Inject: killDaemon, Hold: 2 * time.Second, Restore: startDaemon, Log: `overlayd starts`,
+			Inject: killDaemon, Hold: 2 * time.Second, Restore: startDaemon, Log: `overlayd starting`,
 			Seen: &Seen{Status: `does not run on this node`, Ready: NoAnswer, Metrics: []string{`up 0`}},
 		},
 		{
 			Name: "crash with a stack trace, as a panic ends it", On: []string{OnVXLAN, OnHostGW, OnDual},
-			Inject: Steps(crashDaemon, Until(daemonEnded, 20*time.Second), startDaemon), Log: `overlayd starts`,
+			Inject: Steps(crashDaemon, Until(daemonEnded, 20*time.Second), startDaemon), Log: `overlayd starting`,
 			Bound: Bound{Repair: comeBack, Lines: 20 * mostLines}, // the trace has a line for each frame
 		},
 		{
 			Name: "restart", Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
-			Inject: Steps(stopDaemon, startDaemon), Log: `overlayd stops`,
+			Inject: Steps(stopDaemon, startDaemon), Log: `overlayd stopping`,
 		},
 		{
-			Name: "upgrade to another binary", Short: true, Inject: upgrade, Log: `overlayd starts`,
+			Name: "upgrade to another binary", Short: true, Inject: upgrade, Log: `overlayd starting`,
 		},
 		{
 			Name: "stopped in its tracks (SIGSTOP) for 5s", On: []string{OnHostGW, OnVXLAN}, Short: true, Soak: true,
@@ -121,32 +121,32 @@ func daemon() []Fault {
 		{
 			Name: "killed after drift: repaired by the next one", On: []string{OnVXLAN, OnDual},
 			Inject: Steps(killDaemon, On(`ip $F neigh flush dev $DEV nud permanent; ip $F route flush proto 118`), startDaemon),
-			Bound:  Bound{Lost: Any, Repair: comeBack}, Log: `brought up to date|repaired`,
+			Bound:  Bound{Lost: Any, Repair: comeBack}, Log: `kernel reconciled|reverted`,
 		},
 		{
 			Name: "state directory read-only", Short: true,
 			Inject: Steps(stopDaemon, Afterwards(freeState), Once(`mount -t tmpfs -o size=64k none "$STATE_DIR"; mount -o remount,ro "$STATE_DIR"`), startDaemon),
-			Expect: All(KernelWhole, LogSays(`problem: state-dir`)), Hold: 2 * time.Second, Restore: Undo, Log: `problem: state-dir`,
+			Expect: All(KernelWhole, LogSays(`condition failed.*"state-dir"`)), Hold: 2 * time.Second, Restore: Undo, Log: `condition failed.*"state-dir"`,
 			Seen: degrades("state-dir", "read-only"),
 		},
 		{
 			Name:   "state directory full",
 			Inject: Steps(stopDaemon, Afterwards(freeState), Once(`mount -t tmpfs -o size=8k none "$STATE_DIR"; head -c 100000 /dev/zero > "$STATE_DIR/full" 2>/dev/null || true`), startDaemon),
-			Expect: All(KernelWhole, LogSays(`problem: state-dir`)), Hold: 2 * time.Second, Restore: Undo, Log: `problem: state-dir`,
+			Expect: All(KernelWhole, LogSays(`condition failed.*"state-dir"`)), Hold: 2 * time.Second, Restore: Undo, Log: `condition failed.*"state-dir"`,
 		},
 		{
 			Name:   "lease.json is nonsense",
-			Inject: Steps(stopDaemon, Once(`head -c 4096 /dev/urandom > "$STATE_DIR/lease.json"`), startDaemon), Log: `problem: state-dir`,
+			Inject: Steps(stopDaemon, Once(`head -c 4096 /dev/urandom > "$STATE_DIR/lease.json"`), startDaemon), Log: `condition failed.*"state-dir"`,
 		},
 		{
 			Name: "subnet.env deleted", Soak: true,
 			Inject: Once(`rm "$SUBNET_FILE"`), Short: true,
-			Bound: lossless(withinASecond), Log: `repaired.*: subnet-file`, Seen: repairs("subnet-file", "subnet.env"),
+			Bound: lossless(withinASecond), Log: `reverted external change.*"subnet-file"`, Seen: repairs("subnet-file", "subnet.env"),
 		},
 		{
 			Name: "subnet.env emptied", Soak: true,
 			Inject: Once(`cp /dev/null "$SUBNET_FILE"`),
-			Bound:  lossless(withinASecond), Log: `repaired.*: subnet-file`, Seen: repairs("subnet-file", "subnet.env"),
+			Bound:  lossless(withinASecond), Log: `reverted external change.*"subnet-file"`, Seen: repairs("subnet-file", "subnet.env"),
 		},
 	}
 	return in(Daemon, lossless(comeBack), rows)

@@ -29,7 +29,7 @@ const (
 const catchUp = 30 * time.Second
 
 // leaseGone is what the log says of a lease that the node had.
-const leaseGone = `the lease is no longer in the store|the store has no such etcd lease any more`
+const leaseGone = `subnet lease disappeared from etcd|etcd lease expired or was revoked`
 
 // etcdFaults are what happens to the store. In none of them a packet is lost.
 func etcdFaults(long bool) []Fault {
@@ -41,15 +41,15 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "stopped for " + away.String(), Short: true,
 			Inject: stopStore, Hold: away, Keeps: KernelWhole, Restore: startStore,
-			Log: `problem: etcd`, Seen: storeAway("connection refused by http").diagnosed(`^FAIL etcd .*(refused|answer)`),
+			Log: `condition failed.*"etcd"`, Seen: storeAway("connection refused by http").diagnosed(`^FAIL etcd .*(refused|answer)`),
 		},
 		{
 			Name: "stopped for 5s", On: []string{OnHostGW, OnDual, OnEtcd34, OnEtcd35, OnEtcd36}, Soak: true,
-			Inject: stopStore, Hold: 5 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `problem: etcd`,
+			Inject: stopStore, Hold: 5 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `condition failed.*"etcd"`,
 		},
 		{
 			Name: "hangs (SIGSTOP) for 20s", Soak: true,
-			Inject: pauseStore, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: resumeStore, Log: `problem: etcd`,
+			Inject: pauseStore, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: resumeStore, Log: `condition failed.*"etcd"`,
 			Seen: storeAway("no answer from http").in(20 * time.Second),
 		},
 		{
@@ -85,32 +85,32 @@ func etcdFaults(long bool) []Fault {
 				}
 				return nil
 			},
-			Hold: 10 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `problem: etcd`,
+			Hold: 10 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `condition failed.*"etcd"`,
 		},
 		{
 			Name:   "compaction while the node is cut off",
 			Inject: Steps(cutOff, Wait(2*time.Second), ghostCompaction.appears, compact),
 			Hold:   18 * time.Second, Keeps: RoutesWholeOnVictim,
 			Restore: Steps(rejoin, Until(ghostCompaction.routedHere, catchUp+2*time.Second), ghostCompaction.goes),
-			Log:     `problem: etcd`,
+			Log:     `condition failed.*"etcd"`,
 		},
 		{
 			Name:   "a connection that leads nowhere (packets dropped) for 20s",
-			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: Undo, Log: `problem: etcd`,
+			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: Undo, Log: `condition failed.*"etcd"`,
 		},
 		{
 			// The connection ends after 15 s, the login before that: a token of the lab lasts 5 s.
 			Name: "out of reach for longer than a login lasts", Short: true,
 			On:     []string{OnEtcd34, OnEtcd35, OnEtcd36, OnSecure},
 			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole,
-			Restore: fewLogins(Steps(Undo, Until(Whole, catchUp))), Log: `problem: etcd`,
+			Restore: fewLogins(Steps(Undo, Until(Whole, catchUp))), Log: `condition failed.*"etcd"`,
 		},
 		{
 			Name: "credentials refused and restored", On: []string{OnSecure, OnEtcd34, OnEtcd35, OnEtcd36}, Short: true,
 			// etcd forgets the tokens that it has given out when it starts anew.
 			Inject: Steps(setPassword("changed"), stopStore, startStore), Hold: 12 * time.Second, Keeps: KernelWhole,
 			Restore: setPassword(lab.EtcdPassword),
-			Log:     `problem: etcd.*(?i)(password|authenti|credential|user)`,
+			Log:     `condition failed.*"etcd".*(?i)(password|authenti|credential|user)`,
 			Seen:    storeAway(`wrong user name or password`).diagnosed(`^FAIL etcd .*wrong user name or password`),
 		},
 		{
@@ -127,14 +127,14 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "data lost: an empty store", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true, Soak: true,
 			Inject: emptyStore, Expect: registered, Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
-			Log: `etcd has lost data`, Seen: follows(`^etcd .*lost data`, `overlayd_etcd_data_losses_total +`),
+			Log: `etcd lost data`, Seen: follows(`^etcd .*lost data`, `overlayd_etcd_data_losses_total +`),
 		},
 		{
 			Name: "data lost while a node is away: its peers keep it", On: []string{OnVXLAN},
 			Inject: Steps(func(ctx context.Context, s *Site) error { return s.Peer.Stop(ctx) }, emptyStore),
 			Hold:   5 * time.Second, Keeps: KernelWhole,
 			Restore: func(_ context.Context, s *Site) error { return s.Peer.Start() },
-			Log:     `etcd has lost data`,
+			Log:     `etcd lost data`,
 		},
 		{
 			Name: "restored from a snapshot that is older than the victim's lease", On: []string{OnVXLAN, OnDual},
@@ -143,7 +143,7 @@ func etcdFaults(long bool) []Fault {
 				ghostRestart.appears, Until(ghostRestart.routed, catchUp), ghostRestart.goes, Until(Whole, catchUp),
 				advance(20), Wait(time.Second), rollBack),
 			Expect: registered, Hold: 2 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
-			Log: `(?i)lost data|was restored`,
+			Log: `etcd lost data`,
 		},
 		{
 			Name:   "restored from a snapshot with a node that is gone",
@@ -154,7 +154,7 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "own key deleted", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true, Soak: true,
 			Inject: deleteOwnKey, Expect: registered, Restore: Wait(0),
-			Log: leaseGone, Seen: follows(`^Lease .*was gone from etcd`, `overlayd_lease_losses_total +`),
+			Log: leaseGone, Seen: follows(`^Lease .*disappeared from etcd`, `overlayd_lease_losses_total +`),
 		},
 		{
 			Name: "etcd lease revoked", On: []string{OnVXLAN, OnHostGW, OnDual}, Soak: true,
@@ -171,25 +171,25 @@ func etcdFaults(long bool) []Fault {
 			Inject: overwriteOwnKey(ghostThief.value),
 			Expect: All(movedAway, LogSays(`\terror\t.*subnet`)), Hold: time.Second,
 			Restore: operatorAgrees, Ruins: true,
-			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `(?i)subnet was lost|lost to another`,
-			Seen: degrades("subnet-moved", "10.244.*recreate the pods").diagnosed(`^FAIL bridge .* make the bridge and the pods anew`),
+			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `subnet lease lost to another node`,
+			Seen: degrades("subnet-moved", "10.244.*recreate the pods").diagnosed(`^FAIL bridge .* recreate the bridge and the pods`),
 		},
 		{
 			Name: "network config is no JSON", On: []string{OnDual, OnVXLAN}, Short: true,
 			Inject: changeConfig(func(string) string { return "{" }), Hold: time.Second, Keeps: KernelWhole, Restore: Undo,
-			Bound: lossless(2 * time.Second), Log: `problem: config`, Seen: degrades("config", "/overlayd/network/config: "),
+			Bound: lossless(2 * time.Second), Log: `condition failed.*"config"`, Seen: degrades("config", "/overlayd/network/config: "),
 		},
 		{
 			Name: "network config for another network", On: []string{OnDual, OnVXLAN}, Short: true,
 			Inject: changeConfig(func(old string) string { return strings.ReplaceAll(old, "10.244.", "10.99.") }),
 			Hold:   time.Second, Keeps: KernelWhole, Restore: Undo,
-			Bound: lossless(2 * time.Second), Log: `problem: config`, Seen: degrades("config", "10.244.*"),
+			Bound: lossless(2 * time.Second), Log: `condition failed.*"config"`, Seen: degrades("config", "10.244.*"),
 		},
 		{
 			Name: "network config with a misspelt key", On: []string{OnDual, OnVXLAN}, Short: true,
 			Inject: changeConfig(func(old string) string { return strings.Replace(old, "{", `{"DirectRoutin":true,`, 1) }),
 			Hold:   time.Second, Keeps: KernelWhole, Restore: Undo,
-			Bound: lossless(2 * time.Second), Log: `problem: config-keys`, Seen: degrades("config-keys", "DirectRoutin"),
+			Bound: lossless(2 * time.Second), Log: `condition failed.*"config-keys"`, Seen: degrades("config-keys", "DirectRoutin"),
 		},
 	}
 	return in(Etcd, lossless(catchUp), rows)

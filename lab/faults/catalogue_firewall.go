@@ -26,7 +26,7 @@ func firewall() []Fault {
 			Inject: On(`if [ -n "$NFT_TABLE" ]; then nft flush table $NFT_TABLE; else $IPT -w -t nat -F OVERLAYD-POSTRTG; $IPT -w -F OVERLAYD-FWD; fi`), Seen: rewritten(),
 		},
 		{
-			Name: "jumps removed", On: []string{OnVXLAN, OnDual, OnLegacy}, Log: `repaired.*: firewall: jump missing`,
+			Name: "jumps removed", On: []string{OnVXLAN, OnDual, OnLegacy}, Log: `reverted external change.*"firewall: jump missing"`,
 			Inject: On(`for t in nat filter; do $IPT -w -t $t -S | grep -e "-j OVERLAYD" | sed "s/^-A/-w -t $t -D/" | xargs -r -L1 $IPT; done`),
 		},
 		{
@@ -34,7 +34,7 @@ func firewall() []Fault {
 			Inject: Steps(On(`$IPT -w -t nat -I POSTROUTING -d 192.0.2.1/32 -j RETURN 2>/dev/null || $IPT -w -t nat -I POSTROUTING -d 2001:db8::1/128 -j RETURN`),
 				Afterwards(On(`$IPT -w -t nat -D POSTROUTING -d 192.0.2.1/32 -j RETURN 2>/dev/null || $IPT -w -t nat -D POSTROUTING -d 2001:db8::1/128 -j RETURN 2>/dev/null || true`))),
 			Expect:  Sees(`$IPT -w -t nat -S POSTROUTING | grep -v -e '^-P' | head -n 1 | grep OVERLAYD`),
-			Restore: Undo, Log: `repaired.*: firewall: jump misplaced`,
+			Restore: Undo, Log: `reverted external change.*"firewall: jump misplaced"`,
 		},
 		{
 			Name: "rules reordered", On: []string{OnVXLAN, OnDual, OnLegacy},
@@ -66,7 +66,7 @@ func firewall() []Fault {
 			// The kernel tells nobody of changes to its address sets: it is found when the rules are looked at, every 10 s.
 			Name: "set of node addresses emptied", On: []string{OnHostGW, OnDirect}, Bound: Bound{Repair: 10*time.Second + withinASecond},
 			Inject: Once(`if [ -n "$NFT_TABLE" ]; then for s in $(nft list table $NFT_TABLE | sed -n 's/^\tset \([^ ]*\).*/\1/p'); do nft flush set $NFT_TABLE $s; done
-				else ipset flush; fi`), Log: `repaired.*: firewall: set changed`,
+				else ipset flush; fi`), Log: `reverted external change.*"firewall: set changed"`,
 		},
 		{
 			Name: "xtables lock held by another for 20 s, routes go meanwhile", On: []string{OnLegacy},
@@ -74,7 +74,7 @@ func firewall() []Fault {
 				Once(`setsid flock $LOCK sleep 20 >/dev/null 2>&1 & sleep 0.2`),
 				On(`ip $F route del $PEER_SUBNET`)),
 			Expect: RoutesWhole, Hold: 21 * time.Second, Restore: Wait(0),
-			Bound: Bound{Lost: Any, Repair: resync*time.Second + withinASecond}, Log: `repaired.*: route`,
+			Bound: Bound{Lost: Any, Repair: resync*time.Second + withinASecond}, Log: `reverted external change.*"route"`,
 		},
 		{
 			Name: "rules flushed while another holds the xtables lock for 5 s", On: []string{OnLegacy},
@@ -85,7 +85,7 @@ func firewall() []Fault {
 	rows = in(Firewall, lossless(withinASecond), rows)
 	for i := range rows {
 		if rows[i].Log == "" {
-			rows[i].Log = `repaired.*: firewall: `
+			rows[i].Log = `reverted external change.*"firewall: `
 		}
 	}
 	rows = append(rows, in(Firewall, lossless(withinASecond), forwarded())...)
@@ -131,7 +131,7 @@ func forwarded() []Fault {
 				$IPT -w -D FORWARD -i eth9 -j DROP 2>/dev/null || true; $IPT -w -A FORWARD -i eth9 -j DROP
 				sleep 0.3; done`)),
 			Expect:  Sees(`$IPT -w -S FORWARD | tail -n 1 | grep OVERLAYD-FWD`),
-			Restore: Undo, Log: `another program keeps moving the jump to our rules`, Bound: lossless(6 * time.Second),
+			Restore: Undo, Log: `another process keeps moving the jump`, Bound: lossless(6 * time.Second),
 		},
 	}
 }
@@ -266,5 +266,5 @@ func reached(ctx context.Context, s *Site) (families int, err error) {
 
 // rewritten is what is seen of rules that were put right.
 func rewritten() *Seen {
-	return &Seen{Status: `firewall: .*: \d+, last`, Metrics: []string{`overlayd_firewall_runs_total +`, `overlayd_drift_repaired_total +`}}
+	return &Seen{Status: `firewall: .*: \d+, last`, Metrics: []string{`overlayd_firewall_runs_total +`, `overlayd_drift_reverted_total +`}}
 }

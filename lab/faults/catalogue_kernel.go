@@ -13,74 +13,74 @@ func kernel() []Fault {
 	rows := []Fault{
 		{
 			Name: "route deleted", On: everywhere(), Short: true, Soak: true,
-			Inject: On(`ip $F route del $PEER_SUBNET`), Log: `repaired.*: route`, Seen: repairs("route", "add route"),
+			Inject: On(`ip $F route del $PEER_SUBNET`), Log: `reverted external change.*"route"`, Seen: repairs("route", "add route"),
 		},
 		{
 			Name: "route through another gateway", On: everywhere(), Short: true,
 			Inject: On(`ip $F route show $PEER_SUBNET | sed 's/via [^ ]*/via '"$WRONG_GW"'/' | while read -r r; do ip $F route replace $r; done`),
-			Log:    `repaired.*: route`, Seen: repairs("route", "found route"),
+			Log:    `reverted external change.*"route"`, Seen: repairs("route", "found route"),
 		},
 		{
 			Name: "all routes flushed (ip route flush proto 118)", On: everywhere(), Short: true, Soak: true,
-			Inject: On(`ip $F route flush proto 118 table all`), Log: `repaired.*: route`, Seen: repairs("route", "add route"),
+			Inject: On(`ip $F route flush proto 118 table all`), Log: `reverted external change.*"route"`, Seen: repairs("route", "add route"),
 		},
 		{
 			Name: "policy table's route deleted", On: tunnelled(), Soak: true,
-			Inject: On(`ip $F route del $PEER_IP table 118`), Log: `repaired.*: route`,
+			Inject: On(`ip $F route del $PEER_IP table 118`), Log: `reverted external change.*"route"`,
 		},
 		{
 			Name: "rule deleted", On: tunnelled(), Soak: true,
-			Inject: On(`ip $F rule del from $SUBNET lookup 118`), Log: `repaired.*: rule`,
+			Inject: On(`ip $F rule del from $SUBNET lookup 118`), Log: `reverted external change.*"rule"`,
 		},
 		{
 			Name: "forwarding entry deleted", On: tunnelled(), Short: true, Soak: true,
-			Inject: On(`bridge fdb del $PEER_MAC dev $DEV`), Log: `repaired.*: fdb`, Seen: repairs("fdb", "add "),
+			Inject: On(`bridge fdb del $PEER_MAC dev $DEV`), Log: `reverted external change.*"fdb"`, Seen: repairs("fdb", "add "),
 		},
 		{
 			Name: "forwarding entry to another node", On: tunnelled(), Soak: true,
-			Inject: On(`bridge fdb replace $PEER_MAC dev $DEV dst $TARGET_IP`), Log: `repaired.*: fdb`,
+			Inject: On(`bridge fdb replace $PEER_MAC dev $DEV dst $TARGET_IP`), Log: `reverted external change.*"fdb"`,
 		},
 		{
 			Name: "neighbour deleted", On: tunnelled(), Soak: true,
-			Inject: On(`ip $F neigh del $PEER_FIRST dev $DEV`), Log: `repaired.*: neighbour`,
+			Inject: On(`ip $F neigh del $PEER_FIRST dev $DEV`), Log: `reverted external change.*"neighbour"`,
 		},
 		{
 			Name: "neighbour with another MAC", On: tunnelled(),
-			Inject: On(`ip $F neigh replace $PEER_FIRST lladdr 02:00:00:00:00:99 nud permanent dev $DEV`), Log: `repaired.*: neighbour`,
+			Inject: On(`ip $F neigh replace $PEER_FIRST lladdr 02:00:00:00:00:99 nud permanent dev $DEV`), Log: `reverted external change.*"neighbour"`,
 		},
 		{
 			Name: "neighbours flushed", On: tunnelled(), Soak: true,
-			Inject: On(`ip $F neigh flush dev $DEV nud permanent`), Log: `repaired.*: neighbour`,
+			Inject: On(`ip $F neigh flush dev $DEV nud permanent`), Log: `reverted external change.*"neighbour"`,
 		},
 		{
 			Name: "device's address deleted", On: tunnelled(), Soak: true,
-			Inject: On(`ip $F address del $FIRST/$BITS dev $DEV`), Log: `repaired.*: address`,
+			Inject: On(`ip $F address del $FIRST/$BITS dev $DEV`), Log: `reverted external change.*"address"`,
 		},
 		{
 			Name: "device deleted", On: tunnelled(), Short: true, Soak: true,
-			Inject: On(`ip link del $DEV`), Log: `repaired.*: device`, Seen: repairs("device", "add "),
+			Inject: On(`ip link del $DEV`), Log: `reverted external change.*"device"`, Seen: repairs("device", "add "),
 		},
 		{
 			Name: "device set down", On: tunnelled(), Short: true, Soak: true,
-			Inject: On(`ip link set $DEV down`), Log: `repaired.*: device`, Seen: repairs("device", " down"),
+			Inject: On(`ip link set $DEV down`), Log: `reverted external change.*"device"`, Seen: repairs("device", " down"),
 		},
 		{
 			Name: "device's MTU changed", On: tunnelled(), Short: true, Soak: true,
-			Inject: On(`ip link set $DEV mtu 1300`), Log: `repaired.*: device`, Seen: repairs("device", "1300"),
+			Inject: On(`ip link set $DEV mtu 1300`), Log: `reverted external change.*"device"`, Seen: repairs("device", "1300"),
 		},
 		{
 			Name: "device's MAC changed", On: tunnelled(), Soak: true,
-			Inject: On(`ip link set $DEV address 02:00:00:00:00:98`), Log: `repaired.*: device`,
+			Inject: On(`ip link set $DEV address 02:00:00:00:00:98`), Log: `reverted external change.*"device"`,
 		},
 		{
 			Name: "somebody deletes a route for 10 s", On: everywhere(), Short: true,
 			Inject: keepsDeleting(`ip $F route del $PEER_SUBNET`, `ip $F route show proto 118 | grep "^$PEER_SUBNET "`),
-			Bound:  Bound{Lost: Any, Repair: withinASecond, Lines: 30}, Log: `repaired.*: route`, Seen: repairs("route", "add route"),
+			Bound:  Bound{Lost: Any, Repair: withinASecond, Lines: 30}, Log: `reverted external change.*"route"`, Seen: repairs("route", "add route"),
 		},
 		{
 			Name: "somebody deletes the device for 10 s", On: tunnelled(),
 			Inject: keepsDeleting(`ip link del $DEV`, `ip link show $DEV`),
-			Bound:  Bound{Lost: Any, Repair: withinASecond, Lines: 60}, Log: `repaired.*: device`,
+			Bound:  Bound{Lost: Any, Repair: withinASecond, Lines: 60}, Log: `reverted external change.*"device"`,
 		},
 		foreignRoute("foreign route of a better metric over a peer's subnet", `$PEER_SUBNET via $GW dev eth0 metric 1`, everywhere()...).short(),
 		foreignRoute("foreign route to a part of a peer's subnet", `${PEER_SUBNET%%/*}/$PART via $GW dev eth0`, everywhere()...),
@@ -93,24 +93,24 @@ func kernel() []Fault {
 				On(`ip link del $DEV; ip link add thief type vxlan id 1 dstport 8472 local $IP dev eth0; ip link set thief up`),
 				Afterwards(On(`ip link del thief`)), resumeDaemon),
 			Hold: time.Second, Restore: Undo, Bound: Bound{Lost: Any, Repair: 2 * time.Second},
-			Log: `problem: kernel.*thief`, Seen: unreadies("kernel", "thief").diagnosed(`^FAIL VXLAN port the VXLAN device thief has VNI 1`),
+			Log: `condition failed.*"kernel".*thief`, Seen: unreadies("kernel", "thief").diagnosed(`^FAIL VXLAN port the VXLAN device thief has VNI 1`),
 		},
 		{
 			Name: "forwarding switched off", On: everywhere(), Short: true, Soak: true,
 			Inject: On(`if [ $F = -4 ]; then echo 0 > /proc/sys/net/ipv4/ip_forward; else echo 0 > /proc/sys/net/ipv6/conf/all/forwarding; fi`),
-			Log:    `repaired.*: sysctl`, Seen: repairs("sysctl", "forward"),
+			Log:    `reverted external change.*"sysctl"`, Seen: repairs("sysctl", "forward"),
 		},
 		{
 			Name: "device deleted while new devices get no IPv6", On: []string{OnDual}, Short: true,
 			Inject: Steps(
 				Once(`echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6; ip link del overlay-v6.1`),
 				Afterwards(Once(`echo 0 > /proc/sys/net/ipv6/conf/default/disable_ipv6`))),
-			Expect: All(Whole, reaches), Log: `repaired.*: device`,
+			Expect: All(Whole, reaches), Log: `reverted external change.*"device"`,
 		},
 		{
 			Name: "IPv6 switched off on the device", On: []string{OnDual}, Short: true,
 			Inject: Once(`echo 1 > /proc/sys/net/ipv6/conf/overlay-v6.1/disable_ipv6`), Expect: All(Whole, reaches),
-			Log: `repaired.*: sysctl`, Seen: repairs("sysctl", "disable_ipv6"),
+			Log: `reverted external change.*"sysctl"`, Seen: repairs("sysctl", "disable_ipv6"),
 		},
 		diverted("a VPN's rule before the main table", `5269`, vpnUp, vpnDown),
 		diverted("source routing of the node's own address", `[0-9]*`,
@@ -122,7 +122,7 @@ func kernel() []Fault {
 		{
 			Name: "the pods' bridge stripped of its addresses and ports, as a network manager does",
 			On:   []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
-			Inject: Once(stripBridge), Hold: 2 * time.Second, Log: `problem: pod-bridge`,
+			Inject: Once(stripBridge), Hold: 2 * time.Second, Log: `condition failed.*"pod-bridge"`,
 			Restore: Once(giveBridgeBack),
 			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
 			Seen: degrades("pod-bridge", "cni0 has lost its address .*cni0 has lost 1 of its ports .*: ip ").in(8 * time.Second).
@@ -131,7 +131,7 @@ func kernel() []Fault {
 		{
 			Name: "the pods' bridge stripped while the daemon is down", On: []string{OnVXLAN, OnDual},
 			Inject: Steps(Wait(2*time.Second), stopDaemon, Once(stripBridge), startDaemon),
-			Hold:   2 * time.Second, Log: `problem: pod-bridge`,
+			Hold:   2 * time.Second, Log: `condition failed.*"pod-bridge"`,
 			Restore: Once(giveBridgeBack),
 			Bound:   Bound{Lost: Any, Repair: 8 * time.Second},
 			Seen: degrades("pod-bridge", "cni0 has lost its address ").in(12 * time.Second).
@@ -196,7 +196,7 @@ func foreignRoute(name, route string, on ...string) Fault {
 		Inject: Steps(On(part+`ip $F route add `+route),
 			Afterwards(On(part+`ip $F route del `+route+` 2>/dev/null || true`))),
 		Expect: LogNames(`PEER_FIRST`), Restore: Undo,
-		Log: `(?i)is not ours`, Seen: unreadies("foreign-route", "is not ours"),
+		Log: `another program`, Seen: unreadies("foreign-route", "belongs to another program"),
 	}
 }
 
@@ -204,7 +204,7 @@ func foreignRoute(name, route string, on ...string) Fault {
 // moved.
 func flannelsRoute() Fault {
 	f := foreignRoute("flannel's route to where a peer was", `$PEER_SUBNET via $GW dev eth0`, OnHostGW, OnDirect, OnVXLAN)
-	f.Seen = f.Seen.diagnosed(`^FAIL routes .* by eth0 is not ours and comes before the way to the peer`)
+	f.Seen = f.Seen.diagnosed(`^FAIL routes .* by eth0 belongs to another program and precedes the route to the peer`)
 	return f
 }
 

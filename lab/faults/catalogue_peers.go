@@ -98,15 +98,15 @@ func peers() []Fault {
 				Put(key, n.value),
 			),
 			Expect: All(RoutesWhole, refused), Hold: 300 * time.Millisecond, Keeps: KernelWhole,
-			Restore: Undo, Log: `problem: refused-lease`,
-			Seen: degrades("refused-lease", n.says, `overlayd_leases_refused 1`),
+			Restore: Undo, Log: `condition failed.*"rejected-lease"`,
+			Seen: degrades("rejected-lease", n.says, `overlayd_leases_rejected 1`),
 		})
 	}
 	rows = append(rows,
 		Fault{
 			Name: "a clone of this node: the same name and machine-id, another address", On: []string{OnVXLAN}, Short: true,
 			Inject: clone, Hold: time.Second, Restore: deleteOwnKey,
-			Log: `problem: lease.*clone of the other`, Seen: unreadies("lease", "clone of the other"),
+			Log: `condition failed.*"lease".*clone of the other`, Seen: unreadies("lease", "clone of the other"),
 			Bound: Bound{Lost: Any, Repair: 5 * time.Second},
 		},
 		Fault{
@@ -122,7 +122,7 @@ func peers() []Fault {
 		Fault{
 			Name: "a node that is no more, whose lease still stands", On: []string{OnVXLAN},
 			Inject: ghostSlow.appears, Restore: ghostSlow.goes, Bound: lossless(letGo),
-			Log: `problem: silent-peers`, Seen: pinged("silent-peers", "ghost64: pings are not answered", `overlayd_probe_targets{verdict="silent"} `),
+			Log: `condition failed.*"silent-peers"`, Seen: pinged("silent-peers", "ghost64: pings are not answered", `overlayd_probe_targets{verdict="silent"} `),
 		},
 		Fault{
 			Name: "two leases for overlapping subnets: the older one holds", On: []string{OnVXLAN, OnHostGW},
@@ -131,7 +131,7 @@ func peers() []Fault {
 				Afterwards(Delete(overlapKey)),
 				Put(overlapKey, ghostThief.value)),
 			Expect: All(ghostKilled.routed, refused), Hold: time.Second, Keeps: All(ghostKilled.routed, notRouted(overlapKey)),
-			Restore: Undo, Bound: lossless(letGo), Log: `problem: refused-lease.*overlaps`,
+			Restore: Undo, Bound: lossless(letGo), Log: `condition failed.*"rejected-lease".*overlaps`,
 		},
 		Fault{
 			Name: "10,000 junk keys", On: []string{OnVXLAN}, Short: true,
@@ -139,8 +139,8 @@ func peers() []Fault {
 				Afterwards(deleteAll(subnets+"junk-")),
 				manyKeys(10000, func(i int) string { return fmt.Sprintf("junk-%d", i) }, "junk")),
 			Expect: All(RoutesWhole, refused), Hold: 2 * time.Second, Keeps: RoutesWhole,
-			Restore: Undo, Log: `problem: refused-lease`, Bound: Bound{Repair: 5 * time.Second},
-			Seen: degrades("refused-lease", "junk", `overlayd_leases_refused 10000`),
+			Restore: Undo, Log: `condition failed.*"rejected-lease"`, Bound: Bound{Repair: 5 * time.Second},
+			Seen: degrades("rejected-lease", "junk", `overlayd_leases_rejected 10000`),
 		},
 		Fault{
 			Name: "10,000 keys for no subnet of the network", On: []string{OnVXLAN},
@@ -148,7 +148,7 @@ func peers() []Fault {
 				Afterwards(deleteAll(subnets+"11.")),
 				manyKeys(10000, func(i int) string { return fmt.Sprintf("11.%d.%d.0-24", i/256, i%256) }, fields(strangerIP, strangerMAC))),
 			Expect: All(RoutesWhole, refused), Hold: 2 * time.Second, Keeps: RoutesWhole,
-			Restore: Undo, Log: `problem: refused-lease`, Bound: Bound{Repair: 5 * time.Second},
+			Restore: Undo, Log: `condition failed.*"rejected-lease"`, Bound: Bound{Repair: 5 * time.Second},
 		},
 	)
 	return in(Peers, lossless(2*time.Second), rows)
@@ -156,7 +156,7 @@ func peers() []Fault {
 
 // refused holds when the victim says that it leaves a lease out, and goes on.
 func refused(ctx context.Context, s *Site) error {
-	return isNamed("refused-lease")(ctx, s)
+	return isNamed("rejected-lease")(ctx, s)
 }
 
 // overlapKey is a part of a ghost's subnet.

@@ -33,8 +33,8 @@ func routeFaults() []Fault {
 		{
 			Name: "one of two uplinks is narrower", On: tunnelled(),
 			Inject: Steps(uplinks, twoUplinks, Once(`ip link set eth1 mtu 1400`)),
-			Expect: All(bound(""), lowerMTU, reachesAll), Restore: Undo, Log: `MTU.*chang`,
-			Seen: follows(`^Network .*pods' MTU 13\d\d`, `overlayd_mtu_changes_total +`),
+			Expect: All(bound(""), lowerMTU, reachesAll), Restore: Undo, Log: `MTU changed`,
+			Seen: follows(`^Network .*pod MTU 13\d\d`, `overlayd_mtu_changes_total +`),
 		},
 		{
 			Name: "node becomes a routed host, with its address on lo", On: tunnelled(), Short: true,
@@ -96,7 +96,7 @@ func routeFaults() []Fault {
 				Until(reachesAll, 5*time.Second), Undo),
 			Bound: routes, Log: `interface chosen.*on eth1`,
 			Seen: (&Seen{Status: `^Interface .* on eth1 \(--public-ip`}).
-				diagnosed(`^FAIL rp_filter .*strict on eth1, and the way back to \d nodes leaves by another device`),
+				diagnosed(`^FAIL rp_filter .*strict on eth1, and the return path to \d nodes leaves by another device`),
 		},
 		{
 			Name: "preferred source of the default route changes", On: everywhere(),
@@ -123,18 +123,18 @@ func routeFaults() []Fault {
 			Name: "another program puts an address and a default route on the tunnel device", On: tunnelled(),
 			Inject: intoTheTunnel,
 			Expect: bound("eth0"), Hold: 2 * time.Second, Keeps: All(bound("eth0"), announcesAt(ownAddr)),
-			Restore: Undo, Log: `problem: foreign-route.*leads packets to other nodes into the tunnel`,
-			Seen: unreadies("foreign-route", "into the tunnel that they are to carry").
+			Restore: Undo, Log: `condition failed.*"foreign-route".*leads the tunnel's own packets into the tunnel`,
+			Seen: unreadies("foreign-route", "leads the tunnel's own packets into the tunnel").
 				diagnosed(`^FAIL routes the route to (0\.0\.0\.0|::)/0 by overlay.* into the tunnel`),
 		},
 		{
 			Name: "the only default route leads into the tunnel", On: tunnelled(),
 			Inject: Steps(intoTheTunnel, On(`ip $F route del default via $GW`)),
-			Expect: LogSays(`problem: underlay.*is a tunnel device of overlayd itself`), Hold: 2 * time.Second,
+			Expect: LogSays(`condition failed.*"underlay".*is a tunnel device of overlayd itself`), Hold: 2 * time.Second,
 			Keeps: All(bound("eth0"), announcesAt(ownAddr)),
 			// etcd is away
 			Restore: Undo, Bound: Bound{Lost: Any, Repair: 10 * time.Second},
-			Log: `problem: underlay.*is a tunnel device of overlayd itself`,
+			Log: `condition failed.*"underlay".*is a tunnel device of overlayd itself`,
 			Seen: unreadies("underlay", "is a tunnel device of overlayd itself").
 				diagnosed(`^FAIL interface .*is a tunnel device of overlayd itself`),
 		},
@@ -157,9 +157,9 @@ func routeFaults() []Fault {
 		{
 			Name: "start with the name that ip prints", On: []string{OnVXLAN},
 			Inject: restart("--iface", "eth0@if5"),
-			Expect: LogSays(`problem: underlay.*there is no device eth0@if5: the name is eth0`),
-			Bound:  routes, Restore: Undo, Log: `problem: underlay.*there is no device eth0@if5: the name is eth0`,
-			Seen: unreadies("underlay", "the name is eth0"),
+			Expect: LogSays(`condition failed.*"underlay".*device eth0@if5 does not exist: its name is eth0`),
+			Bound:  routes, Restore: Undo, Log: `condition failed.*"underlay".*device eth0@if5 does not exist: its name is eth0`,
+			Seen: unreadies("underlay", "its name is eth0"),
 		},
 	}
 	return in(Underlay, underlay(), rows)

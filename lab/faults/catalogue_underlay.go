@@ -17,8 +17,8 @@ func underlayFaults() []Fault {
 	rows := []Fault{
 		{
 			Name: "interface down and up", On: everywhere(), Short: true, Soak: true,
-			Inject: linkDown, Hold: 2 * time.Second, Keeps: keepsState, Restore: linkUp, Log: `problem: underlay.*eth0`,
-			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface .*eth0, which (leads to the other nodes|it was so far), is down`),
+			Inject: linkDown, Hold: 2 * time.Second, Keeps: keepsState, Restore: linkUp, Log: `condition failed.*"underlay".*eth0`,
+			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface .*eth0, (which leads to the other nodes|used so far), is down`),
 		},
 		{
 			Name: "cable out and in", On: everywhere(), Soak: true,
@@ -37,19 +37,19 @@ func underlayFaults() []Fault {
 			Name: "MTU lowered", On: everywhere(), Short: true, Soak: true,
 			Inject:  Steps(Once(`ip link set eth0 mtu 1400`), Afterwards(Once(`ip link set eth0 mtu 1500`))),
 			Expect:  All(lowerMTU, reaches),
-			Restore: Undo, Log: `the pods' MTU has changed`,
-			Seen: follows(`^Network .*pods' MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
+			Restore: Undo, Log: `MTU changed`,
+			Seen: follows(`^Network .*pod MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
 		},
 		{
 			Name: "Backend.MTU of a smaller network between the nodes", On: everywhere(),
 			Inject: backendMTU(1400), Expect: All(lowerMTU, reaches),
-			Restore: Undo, Log: `the pods' MTU has changed`,
-			Seen: follows(`^Network .*pods' MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
+			Restore: Undo, Log: `MTU changed`,
+			Seen: follows(`^Network .*pod MTU (1400|13\d\d)`, `overlayd_mtu_changes_total +`),
 		},
 		{
 			Name: "Backend.MTU larger than the interface's", On: everywhere(),
 			Inject: backendMTU(9000), Hold: time.Second, Keeps: All(KernelWhole, reaches), Restore: Undo,
-			Log: `problem: plan`, Seen: degrades("plan", "Backend.MTU is 9000, but eth0 has an MTU of 1500"),
+			Log: `condition failed.*"plan"`, Seen: degrades("plan", "Backend.MTU is 9000, but eth0 has an MTU of 1500"),
 		},
 		{
 			Name: "default route moved to another interface", On: tunnelled(), Short: true,
@@ -68,7 +68,7 @@ func underlayFaults() []Fault {
 		},
 		{
 			Name: "interface deleted and made again", On: everywhere(), Short: true,
-			Inject: recreate, Hold: 2 * time.Second, Restore: Undo, Log: `problem: underlay.*eth0`,
+			Inject: recreate, Hold: 2 * time.Second, Restore: Undo, Log: `condition failed.*"underlay".*eth0`,
 			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface .*eth0`),
 		},
 		{
@@ -83,7 +83,7 @@ func underlayFaults() []Fault {
 			Name: "a peer's firewall drops this node's tunnel packets", On: []string{OnDual, OnVXLAN}, Short: true,
 			Inject: onPeer(`nft add table inet host-$NFT_FAMILY; nft add chain inet host-$NFT_FAMILY in '{ type filter hook input priority -10; }'
 				nft add rule inet host-$NFT_FAMILY in $NFT_FAMILY saddr $IP udp dport 8472 drop`, `nft delete table inet host-$NFT_FAMILY`),
-			Restore: Undo, Log: `problem: silent-peers`,
+			Restore: Undo, Log: `condition failed.*"silent-peers"`,
 			Seen: pinged("silent-peers", `n1: pings are not answered`, `overlayd_probe_targets{verdict="silent"} `).diagnosed(`^(FAIL|warn) peers answer .*n1 `),
 		},
 		{
@@ -101,7 +101,7 @@ func underlayFaults() []Fault {
 				Once(`nft add table inet host; nft add chain inet host in '{ type filter hook input priority -10; }'
 					nft add rule inet host in udp dport 8472 drop`),
 				Afterwards(Once(`nft delete table inet host`))),
-			Restore: Undo, Log: `problem: silent-peers`,
+			Restore: Undo, Log: `condition failed.*"silent-peers"`,
 			Seen: pinged("silent-peers", `n1, n2: no peer at all answers pings`, `overlayd_probe_targets{verdict="silent"} `).
 				diagnosed(`^FAIL VXLAN in the firewall VXLAN packets \(UDP port 8472\).* are dropped by table inet host, chain in`),
 		},
@@ -110,7 +110,7 @@ func underlayFaults() []Fault {
 			Name: "the router drops large packets of the tunnel", On: []string{OnDual, OnVXLAN}, Short: true,
 			Inject: onRouter(`nft add table inet narrow; nft add chain inet narrow way '{ type filter hook forward priority 0; }'
 				nft add rule inet narrow way udp dport 8472 meta length gt 1400 drop`, `nft delete table inet narrow`),
-			Restore: Undo, Log: `problem: path-mtu`, Bound: lossless(2 * time.Second),
+			Restore: Undo, Log: `condition failed.*"path-mtu"`, Bound: lossless(2 * time.Second),
 			Seen: pinged("path-mtu", `n2: small packets arrive, those of 14\d\d bytes don't`, `overlayd_probe_targets{verdict="small-only"} `).
 				diagnosed(`^FAIL full-size packets .*n2`),
 		},

@@ -209,7 +209,7 @@ func TestGrown(t *testing.T) {
 
 func TestMessage(t *testing.T) {
 	t.Parallel()
-	if m := message("2026-01-02T03:04:05.000Z\tinfo\tlease held\t{\"subnet\": \"x\"}"); m != `lease held {"subnet": "x"}` {
+	if m := message("2026-01-02T03:04:05.000Z\tinfo\tlease acquired\t{\"subnet\": \"x\"}"); m != `lease acquired {"subnet": "x"}` {
 		t.Error(m)
 	}
 }

@@ -31,7 +31,7 @@ func parseMove(text string) (move, error) {
 		m.to, err = strconv.ParseFloat(to, 64)
 	}
 	if !ok || err != nil || name != up && !strings.HasPrefix(name, "overlayd_") || m.rises != strings.HasSuffix(name, "_total") {
-		return m, fmt.Errorf("the row's metric %q: expected such as `overlayd_ready 0` or `overlayd_drift_repaired_total{kind=\"route\"} +`", text)
+		return m, fmt.Errorf("the row's metric %q: expected such as `overlayd_ready 0` or `overlayd_drift_reverted_total{kind=\"route\"} +`", text)
 	}
 	return m, nil
 }

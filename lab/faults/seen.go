@@ -13,7 +13,7 @@ type Seen struct {
 	// fault breaks is put right, or gone round, before anybody can ask.
 	Ready string
 	// Metrics have to move: `overlayd_ready 0` is a gauge with the value that it has meanwhile, or "more" where only that it rises is
-	// sure; `overlayd_drift_repaired_total{kind="route"} +` a counter that rises. Labels that are not named are summed up. `up 0` says,
+	// sure; `overlayd_drift_reverted_total{kind="route"} +` a counter that rises. Labels that are not named are summed up. `up 0` says,
 	// as Prometheus does, that there are no metrics to be had.
 	Metrics []string
 	// Within is how long all that may take from the fault on; 0: seenSoon.
@@ -37,8 +37,8 @@ func (s *Seen) within() time.Duration {
 // repairs is what is seen of drift: it is put right before anybody can ask, and told afterwards, with the object.
 func repairs(kind, object string) *Seen {
 	return &Seen{
-		Status:  `(^|Repaired )` + kind + `: \d+, last .*(` + object + `)`,
-		Metrics: []string{`overlayd_drift_repaired_total{kind="` + kind + `"} +`},
+		Status:  `(^|Drift )` + kind + `: \d+, last .*(` + object + `)`,
+		Metrics: []string{`overlayd_drift_reverted_total{kind="` + kind + `"} +`},
 	}
 }
 

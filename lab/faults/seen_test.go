@@ -46,7 +46,7 @@ func TestSeen(t *testing.T) {
 func TestParseMove(t *testing.T) {
 	t.Parallel()
 	for _, bad := range []string{
-		"", "overlayd_ready", "overlayd_ready x", "ready 0", "overlayd_ready +", "overlayd_drift_repaired_total 3", "overlayd_drift_repaired_total more",
+		"", "overlayd_ready", "overlayd_ready x", "ready 0", "overlayd_ready +", "overlayd_drift_reverted_total 3", "overlayd_drift_reverted_total more",
 	} {
 		if m, err := parseMove(bad); err == nil {
 			t.Errorf("%q is %+v", bad, m)
@@ -60,10 +60,10 @@ func TestMove(t *testing.T) {
 # TYPE overlayd_ready gauge
 overlayd_ready 1
 overlayd_ready_other 7
-overlayd_drift_repaired_total{kind="route"} 4
-overlayd_drift_repaired_total{kind="fdb"} 1
+overlayd_drift_reverted_total{kind="route"} 4
+overlayd_drift_reverted_total{kind="fdb"} 1
 overlayd_problem{fatal="false",name="etcd"} 1
-overlayd_leases_refused{cause="nonsense"} 1e+04
+overlayd_leases_rejected{cause="nonsense"} 1e+04
 `
 	for _, c := range []struct {
 		text        string
@@ -72,14 +72,14 @@ overlayd_leases_refused{cause="nonsense"} 1e+04
 	}{
 		{"overlayd_ready 0", 1, 0, true, false},
 		{"overlayd_ready 0", 1, 1, false, true},
-		{`overlayd_drift_repaired_total{kind="route"} +`, 4, 5, true, true},
-		{`overlayd_drift_repaired_total{kind="route"} +`, 4, 4, false, true},
-		{`overlayd_drift_repaired_total{kind="route"} +`, 4, 3, false, false},
-		{`overlayd_drift_repaired_total +`, 5, 6, true, true},
+		{`overlayd_drift_reverted_total{kind="route"} +`, 4, 5, true, true},
+		{`overlayd_drift_reverted_total{kind="route"} +`, 4, 4, false, true},
+		{`overlayd_drift_reverted_total{kind="route"} +`, 4, 3, false, false},
+		{`overlayd_drift_reverted_total +`, 5, 6, true, true},
 		{`overlayd_problem{name="etcd",fatal="false"} 1`, 1, 1, true, true},
 		{`overlayd_problem{name="etcd",fatal="true"} 1`, 0, 1, true, false},
-		{`overlayd_leases_refused more`, 10000, 10001, true, false},
-		{`overlayd_leases_refused more`, 10000, 10000, false, true},
+		{`overlayd_leases_rejected more`, 10000, 10001, true, false},
+		{`overlayd_leases_rejected more`, 10000, 10000, false, true},
 	} {
 		m, err := parseMove(c.text)
 		if err != nil {
@@ -113,12 +113,12 @@ func TestVerdict(t *testing.T) {
 func TestPlainLines(t *testing.T) {
 	t.Parallel()
 	for line, want := range map[string]string{
-		"   Repaired   route: 2, last add route 10.244.2.0/24 via 10.244.2.0, 657ms ago\n": "Repaired route: 2, last add route 10.244.2.0/24 via 10.244.2.0, … ago",
-		"etcd: refused by http://172.31.100.2:2379, for 1m5s":                              "etcd: refused by http://172.31.100.2:2379, for …",
-		"Node n1 (id 3), overlayd v1, up 3 days":                                           "Node n1 (id 3), overlayd v1, up …",
-		"Kernel brought up to date 1.2s ago, in 813µs; looked at as a whole 2h0m1s ago":    "Kernel brought up to date … ago, in …; looked at as a whole … ago",
-		"overlayd does not answer within 5s":                                               "overlayd does not answer within 5s",
-		"Device overlay.1, VNI 1, UDP 8472 over eth0, MTU 1450":                            "Device overlay.1, VNI 1, UDP 8472 over eth0, MTU 1450",
+		"Drift   route: 2, last add route 10.244.2.0/24 via 10.244.2.0, 657ms ago\n": "Drift route: 2, last add route 10.244.2.0/24 via 10.244.2.0, … ago",
+		"etcd: refused by http://172.31.100.2:2379, for 1m5s":                        "etcd: refused by http://172.31.100.2:2379, for …",
+		"Node n1 (id 3), overlayd v1, up 3 days":                                     "Node n1 (id 3), overlayd v1, up …",
+		"Kernel reconciled 1.2s ago in 813µs, full resync 2h0m1s ago":                "Kernel reconciled … ago in …, full resync … ago",
+		"overlayd does not answer within 5s":                                         "overlayd does not answer within 5s",
+		"Device overlay.1, VNI 1, UDP 8472 over eth0, MTU 1450":                      "Device overlay.1, VNI 1, UDP 8472 over eth0, MTU 1450",
 	} {
 		if got := plainLines(line); len(got) != 1 || got[0] != want {
 			t.Errorf("%q: %q, want %q", line, got, want)
