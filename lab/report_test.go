@@ -5,6 +5,9 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/net/icmp"
+	"golang.org/x/net/ipv4"
+
 	"github.com/overlayd/overlayd/addr"
 )
 
@@ -69,8 +72,8 @@ func TestSighting(t *testing.T) {
 
 // A ping's token is found bare and in VXLAN, in both families, and nowhere in frames that are something else or cut short.
 func TestClassify(t *testing.T) {
-	p := Ping{To: netip.MustParseAddr("10.244.1.2"), token: newToken()}
-	msg, err := p.request()
+	want := newToken()
+	msg, err := (&icmp.Message{Type: ipv4.ICMPTypeEcho, Body: &icmp.Echo{Data: want[:]}}).Marshal(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,8 +106,8 @@ func TestClassify(t *testing.T) {
 		{"ARP", eth(0x08, 0x06, msg), ""},
 	} {
 		path, token, ok := classify(c.frame)
-		if path != c.want && ok || ok != (c.want != "") || ok && token != p.token {
-			t.Errorf("%s: %q, %v, token found %v", c.name, path, ok, token == p.token)
+		if path != c.want && ok || ok != (c.want != "") || ok && token != want {
+			t.Errorf("%s: %q, %v, token found %v", c.name, path, ok, token == want)
 		}
 		for n := range c.frame {
 			classify(c.frame[:n]) // must not panic

@@ -131,6 +131,7 @@ func (t *tap) wait(ctx context.Context, token pingToken) sighting {
 
 const (
 	ethHeader   = 14
+	icmpHeader  = 8
 	udpHeader   = 8
 	vxlanHeader = 8
 )

@@ -1,3 +1,5 @@
+// Package probe pings other nodes the way that pods' packets go, in small packets and in as large ones as pods may send, which are
+// not to be cut up on the way. It knows addresses, and nothing of leases.
 package probe
 
 import (
@@ -10,8 +12,12 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/ping"
 	"github.com/overlayd/overlayd/status"
 )
+
+// SmallSize is the size of a small ping in bytes, with the IP header of either family.
+const SmallSize = 64
 
 // errNoSocket is why a packet was not sent where no socket could be made, which is said elsewhere.
 var errNoSocket = errors.New("no socket")
@@ -27,7 +33,7 @@ type Mesh struct {
 	rot     *rotation
 	err     error
 	told    time.Time
-	sockets addr.Per[*socket]
+	sockets addr.Per[*ping.Socket]
 	wake    chan struct{}
 }
 
@@ -114,7 +120,7 @@ func (m *Mesh) close() {
 	defer m.mu.Unlock()
 	for _, f := range addr.Families() {
 		if s := m.sockets.Get(f); s != nil {
-			s.close()
+			s.Close()
 			m.sockets.Set(f, nil)
 		}
 	}
@@ -128,11 +134,7 @@ func (m *Mesh) step(passed time.Duration) {
 	errs := []error{err}
 	for _, f := range addr.Families() {
 		if s := m.sockets.Get(f); s != nil {
-			pongs, err := s.receive(nil)
-			errs = append(errs, err)
-			for _, p := range pongs {
-				m.rot.answered(p)
-			}
+			errs = append(errs, s.Receive(m.rot.answered))
 		}
 	}
 	m.err = errors.Join(errs...)
@@ -167,7 +169,7 @@ func (m *Mesh) open() (opened bool, err error) {
 		if m.sockets.Get(f) != nil || m.rot.families.Get(f) == 0 {
 			continue
 		}
-		s, openErr := open(f, uint16(rand.Uint32()))
+		s, openErr := ping.Open(f, uint16(rand.Uint32()), ping.Probe)
 		if openErr != nil {
 			err = errors.Join(err, openErr)
 			continue
@@ -178,12 +180,19 @@ func (m *Mesh) open() (opened bool, err error) {
 	return opened, err
 }
 
-func (m *Mesh) send(p ping) error {
+func (m *Mesh) send(p packet) error {
 	s := m.sockets.Get(addr.FamilyOf(p.to))
 	if s == nil {
 		return errNoSocket
 	}
-	return s.send(p.to, p.seq, p.size, p.knock)
+	return p.send(s)
+}
+
+func (p packet) send(s *ping.Socket) error {
+	if p.knock {
+		return s.Knock(p.to, p.seq, p.size)
+	}
+	return s.Send(p.to, p.seq, p.size, nil)
 }
 
 // Summary is what is known of all targets together.
@@ -289,7 +298,7 @@ func sleep(ctx context.Context, d time.Duration) {
 type once struct {
 	out     []Outcome
 	knock   bool
-	sockets addr.Per[*socket]
+	sockets addr.Per[*ping.Socket]
 	flights map[uint16]int // the index in out
 	sent    map[uint16]time.Time
 }
@@ -297,7 +306,7 @@ type once struct {
 func (o *once) close() {
 	for _, f := range addr.Families() {
 		if s := o.sockets.Get(f); s != nil {
-			s.close()
+			s.Close()
 		}
 	}
 }
@@ -307,7 +316,7 @@ func (o *once) send(i int, seq uint16, size int) error {
 	s := o.sockets.Get(f)
 	if s == nil {
 		var err error
-		if s, err = open(f, uint16(rand.Uint32())); err != nil {
+		if s, err = ping.Open(f, uint16(rand.Uint32()), ping.Probe); err != nil {
 			return err
 		}
 		o.sockets.Set(f, s)
@@ -315,7 +324,7 @@ func (o *once) send(i int, seq uint16, size int) error {
 	o.out[i].Sent++
 	o.out[i].Lost++
 	o.flights[seq], o.sent[seq] = i, time.Now()
-	if err := s.send(o.out[i].Addr, seq, size, o.knock); err != nil {
+	if err := (packet{o.out[i].Addr, seq, size, o.knock}).send(s); err != nil {
 		o.out[i].Err = err
 		delete(o.flights, seq)
 	}
@@ -325,24 +334,22 @@ func (o *once) send(i int, seq uint16, size int) error {
 func (o *once) receive() error {
 	var errs []error
 	for _, f := range addr.Families() {
-		s := o.sockets.Get(f)
-		if s == nil {
-			continue
-		}
-		pongs, err := s.receive(nil)
-		errs = append(errs, err)
-		for _, p := range pongs {
-			i, ok := o.flights[p.seq]
-			if !ok || o.out[i].Addr != p.from {
-				continue
-			}
-			delete(o.flights, p.seq)
-			x := &o.out[i]
-			x.Lost--
-			if rtt := max(p.at.Sub(o.sent[p.seq]), 1); x.RTT == 0 || rtt < x.RTT {
-				x.RTT = rtt
-			}
+		if s := o.sockets.Get(f); s != nil {
+			errs = append(errs, s.Receive(o.answered))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func (o *once) answered(r ping.Reply) {
+	i, ok := o.flights[r.Seq]
+	if !ok || o.out[i].Addr != r.From {
+		return
+	}
+	delete(o.flights, r.Seq)
+	x := &o.out[i]
+	x.Lost--
+	if rtt := max(r.At.Sub(o.sent[r.Seq]), 1); x.RTT == 0 || rtt < x.RTT {
+		x.RTT = rtt
+	}
 }

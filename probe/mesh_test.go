@@ -10,7 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/status"
 )
@@ -80,69 +79,6 @@ func TestOnce(t *testing.T) {
 			t.Errorf("small enough for the hole: %+v", o)
 		}
 	}
-}
-
-// As many packets as go out together, of the largest kind, are all answered, also if nobody reads the answers meanwhile.
-func TestRoomForABurst(t *testing.T) {
-	t.Parallel()
-	node, middle, peer := site(t)
-	for _, l := range []string{"p1", "p2", "br0"} {
-		middle.Exec("ip", "link", "set", "dev", l, "mtu", "9000")
-	}
-	node.Exec("ip", "link", "set", "dev", "eth0", "mtu", "9000")
-	peer.Exec("ip", "link", "set", "dev", "eth0", "mtu", "9000")
-	const burst = perSecond * int(longestPause/time.Second)
-	node.Do(func() {
-		s, err := open(addr.IPv4, 7)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer s.close()
-		for seq := range burst {
-			if err := s.send(peer4, uint16(seq), 9000, false); err != nil {
-				t.Fatal(err)
-			}
-		}
-		time.Sleep(500 * time.Millisecond) // so that all are there before the first is read
-		var got []pong
-		for end := time.Now().Add(patience); len(got) < burst && time.Now().Before(end); time.Sleep(time.Millisecond) {
-			got, _ = s.receive(got)
-		}
-		if len(got) != burst {
-			t.Errorf("%d answers to %d packets", len(got), burst)
-		}
-	})
-}
-
-// Several who ping on one node don't take each other's answers.
-func TestSocketsAreApart(t *testing.T) {
-	t.Parallel()
-	node, _, _ := site(t)
-	node.Do(func() {
-		for _, f := range addr.Families() {
-			a, errA := open(f, 1)
-			b, errB := open(f, 2)
-			if errA != nil || errB != nil {
-				t.Fatal(errA, errB)
-			}
-			defer a.close()
-			defer b.close()
-			to, began := addr.Per[netip.Addr]{V4: peer4, V6: peer6}.Get(f), time.Now()
-			if err := a.send(to, 7, SmallSize, false); err != nil {
-				t.Fatal(err)
-			}
-			var got []pong
-			for end := time.Now().Add(patience); len(got) == 0 && time.Now().Before(end); time.Sleep(time.Millisecond) {
-				got, _ = a.receive(got)
-			}
-			if len(got) != 1 || got[0].from != to || got[0].seq != 7 || got[0].at.Before(began) || got[0].at.After(time.Now()) {
-				t.Errorf("%s: %+v", f, got)
-			}
-			if other, err := b.receive(nil); len(other) != 0 || err != nil {
-				t.Errorf("%s: the other one got %+v, %v", f, other, err)
-			}
-		}
-	})
 }
 
 // A peer that ignores pings refuses datagrams to a closed port: it is not silent, and what is too large for the way is

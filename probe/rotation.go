@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/ping"
 	"github.com/overlayd/overlayd/status"
 )
 
@@ -82,7 +83,7 @@ type target struct {
 	both        history // those of either size
 	verdict     verdict
 	fullNext    bool          // where there is time for one size only
-	knock       bool          // it is knocked at instead of pinged, see socket
+	knock       bool          // it is knocked at instead of pinged, see ping.Socket
 	early       bool          // due before its turn, and then pinged in both sizes
 	due         time.Duration // when to ping it next, by rotation.now
 	place       int           // in rotation.queue; gone: in none
@@ -161,8 +162,8 @@ func (t *target) result() status.PeerProbe {
 	return p
 }
 
-// ping is a packet that is to be sent.
-type ping struct {
+// packet is one that is to be sent.
+type packet struct {
 	to    netip.Addr
 	seq   uint16
 	size  int
@@ -278,7 +279,7 @@ func (r *rotation) pause() time.Duration {
 }
 
 // due chooses what to send for a stretch of time that has passed since the last call, a second for example.
-func (r *rotation) due(now time.Time, passed time.Duration) []ping {
+func (r *rotation) due(now time.Time, passed time.Duration) []packet {
 	passed = min(passed, longestPause)
 	r.now += passed
 	each, round := pace(len(r.queue))
@@ -290,7 +291,7 @@ func (r *rotation) due(now time.Time, passed time.Duration) []ping {
 	}
 	r.round = round
 	budget := int(math.Round(perSecond * passed.Seconds()))
-	var out []ping
+	var out []packet
 	for len(r.queue) > 0 && r.queue[0].due <= r.now {
 		t, n := r.queue[0], each
 		if t.early {
@@ -316,7 +317,7 @@ func (r *rotation) hasten(t *target, after time.Duration) {
 	}
 }
 
-func (r *rotation) visit(out []ping, t *target, each int, now time.Time) []ping {
+func (r *rotation) visit(out []packet, t *target, each int, now time.Time) []packet {
 	if t.both.down(2) && t.small.down(1) { // to see whether it answers the other way
 		t.knock = !t.knock
 	}
@@ -330,7 +331,7 @@ func (r *rotation) visit(out []ping, t *target, each int, now time.Time) []ping 
 		}
 		r.seq++
 		r.flights[r.seq] = flight{target: t, to: t.Address, full: full, sent: now}
-		out = append(out, ping{to: t.Address, seq: r.seq, size: size, knock: t.knock})
+		out = append(out, packet{to: t.Address, seq: r.seq, size: size, knock: t.knock})
 	}
 	t.fullNext = !t.fullNext
 	return out
@@ -355,17 +356,17 @@ func (r *rotation) departed(seq uint16, at time.Time, err error) {
 }
 
 // answered takes an answer. One that comes late, twice, or from another address is none.
-func (r *rotation) answered(p pong) {
-	f, ok := r.flights[p.seq]
-	if !ok || f.to != p.from {
+func (r *rotation) answered(p ping.Reply) {
+	f, ok := r.flights[p.Seq]
+	if !ok || f.to != p.From {
 		return
 	}
 	// Two readings of the wall clock, the kernel's and ours: it may have been set in between.
-	rtt := p.at.Sub(f.sent)
+	rtt := p.At.Sub(f.sent)
 	if rtt > waitFor {
 		return
 	}
-	r.settle(p.seq, f, false, max(rtt, 1), p.at)
+	r.settle(p.Seq, f, false, max(rtt, 1), p.At)
 }
 
 // expire gives up what has not been answered in time.

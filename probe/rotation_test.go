@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/overlayd/overlayd/internal/ping"
 	"github.com/overlayd/overlayd/status"
 )
 
@@ -25,7 +26,7 @@ func targets(n int) []Target {
 type world struct {
 	rot    *rotation
 	now    time.Time
-	answer func(p ping) bool
+	answer func(p packet) bool
 	most   float64 // packets in a second, over a pause
 	sent   map[netip.Addr]int
 	sizes  map[netip.Addr]map[int]bool
@@ -35,7 +36,7 @@ type world struct {
 
 func newWorld(ts []Target) *world {
 	w := &world{
-		rot: newRotation(), now: time.Unix(1e9, 0), answer: func(ping) bool { return true },
+		rot: newRotation(), now: time.Unix(1e9, 0), answer: func(packet) bool { return true },
 		sent: map[netip.Addr]int{}, sizes: map[netip.Addr]map[int]bool{},
 		last: map[netip.Addr]time.Time{}, gap: map[netip.Addr]time.Duration{},
 	}
@@ -79,7 +80,7 @@ func (w *world) run(seconds int) {
 			}
 			w.sizes[p.to][p.size] = true
 			if w.answer(p) {
-				w.rot.answered(pong{from: p.to, seq: p.seq, at: w.now.Add(time.Millisecond)})
+				w.rot.answered(ping.Reply{From: p.to, Seq: p.seq, At: w.now.Add(time.Millisecond)})
 			}
 		}
 	}
@@ -111,18 +112,18 @@ func TestVerdicts(t *testing.T) {
 	ts := targets(5)
 	for _, c := range []struct {
 		name   string
-		answer func(p ping, n int) bool
+		answer func(p packet, n int) bool
 		want   status.Verdict
 	}{
-		{"answers", func(ping, int) bool { return true }, status.Answers},
-		{"silent", func(ping, int) bool { return false }, status.Silent},
-		{"small only", func(p ping, _ int) bool { return p.size == SmallSize }, status.SmallOnly},
-		{"lossy", func(_ ping, n int) bool { return n%3 != 1 }, status.Lossy},
+		{"answers", func(packet, int) bool { return true }, status.Answers},
+		{"silent", func(packet, int) bool { return false }, status.Silent},
+		{"small only", func(p packet, _ int) bool { return p.size == SmallSize }, status.SmallOnly},
+		{"lossy", func(_ packet, n int) bool { return n%3 != 1 }, status.Lossy},
 	} {
 		w := newWorld(ts)
 		w.run(10)
 		n := 0
-		w.answer = func(p ping) bool {
+		w.answer = func(p packet) bool {
 			if p.to != ts[2].Address {
 				return true
 			}
@@ -136,7 +137,7 @@ func TestVerdicts(t *testing.T) {
 		if got, rest := w.target(ts[1].Subnet).verdict.word(), w.rot.counts[answers]; got != status.Answers || c.want != status.Answers && rest != 4 {
 			t.Errorf("%s: another one is %q, %d answer", c.name, got, rest)
 		}
-		w.answer = func(ping) bool { return true }
+		w.answer = func(packet) bool { return true }
 		w.run(110) // eight answers, one every ten seconds
 		if p := w.rot.summary(); p.Answer != 5 {
 			t.Errorf("%s: afterwards %+v", c.name, p)
@@ -154,7 +155,7 @@ func TestGrace(t *testing.T) {
 	w := newWorld(ts[:2])
 	w.run(30)
 	joins := w.now.Add(15 * time.Second)
-	w.answer = func(p ping) bool { return p.to != ts[2].Address || w.now.After(joins) }
+	w.answer = func(p packet) bool { return p.to != ts[2].Address || w.now.After(joins) }
 	w.rot.put(ts[2], soon)
 	verdict := func() status.Verdict { return w.target(ts[2].Subnet).verdict.word() }
 	for !w.now.After(joins) {
@@ -167,12 +168,12 @@ func TestGrace(t *testing.T) {
 	if v := verdict(); v != status.Answers {
 		t.Errorf("once it has joined: %s", v)
 	}
-	w.answer = func(p ping) bool { return p.to != ts[2].Address }
+	w.answer = func(p packet) bool { return p.to != ts[2].Address }
 	w.run(40)
 	if v := verdict(); v != status.Silent {
 		t.Errorf("it does not answer: %s", v)
 	}
-	w.answer = func(p ping) bool { return p.to != ts[2].Address || p.size == SmallSize }
+	w.answer = func(p packet) bool { return p.to != ts[2].Address || p.size == SmallSize }
 	for range 20 {
 		if w.run(5); verdict() != status.Silent {
 			break
@@ -187,11 +188,11 @@ func TestGrace(t *testing.T) {
 	if after := w.now.Sub(back); after < grace-5*time.Second || after > 2*grace || verdict() != status.SmallOnly {
 		t.Errorf("%s after it is back: %s", after, verdict())
 	}
-	w.answer = func(ping) bool { return true }
+	w.answer = func(packet) bool { return true }
 	w.run(120)
 	asked := 0 // one visit is lost, then the large packets of the next ones, for a while
 	booted := w.now.Add(20 * time.Second)
-	w.answer = func(p ping) bool {
+	w.answer = func(p packet) bool {
 		if p.to == ts[2].Address {
 			asked++
 		}
@@ -204,7 +205,7 @@ func TestGrace(t *testing.T) {
 	}
 	never := Target{Subnet: netip.MustParsePrefix("10.9.9.0/24"), Address: netip.MustParseAddr("10.9.9.0")}
 	w.rot.put(never, soon)
-	w.answer = func(p ping) bool { return p.to != never.Address }
+	w.answer = func(p packet) bool { return p.to != never.Address }
 	w.run(45)
 	if v := w.target(never.Subnet).verdict.word(); v != status.Silent {
 		t.Errorf("one that never answers: %s", v)
@@ -218,7 +219,7 @@ func TestSuspectsAmongMany(t *testing.T) {
 	w := newWorld(ts)
 	w.run(600)
 	bad := ts[1234]
-	w.answer = func(p ping) bool { return p.to != bad.Address }
+	w.answer = func(p packet) bool { return p.to != bad.Address }
 	w.run(612)
 	if got := w.target(bad.Subnet).verdict.word(); got != status.Silent {
 		t.Fatalf("%q", got)
@@ -226,13 +227,13 @@ func TestSuspectsAmongMany(t *testing.T) {
 	if got := w.rot.named(silent, 3); !slices.Equal(got, []string{"n1234"}) {
 		t.Errorf("%q", got)
 	}
-	w.answer = func(ping) bool { return true }
+	w.answer = func(packet) bool { return true }
 	w.run(110)
 	if got := w.target(bad.Subnet).verdict.word(); got != status.Answers {
 		t.Errorf("afterwards: %q", got)
 	}
 	// Even if all fail, there is no more than that.
-	w.answer = func(ping) bool { return false }
+	w.answer = func(packet) bool { return false }
 	w.run(1900) // three rounds
 	if p := w.rot.summary(); p.Silent < 4990 || w.most > perSecond || len(p.Worst) != status.WorstPeers || p.Worst[0].Probe.Verdict != status.Silent {
 		t.Errorf("%d silent, %g a second, %d worst", p.Silent, w.most, len(p.Worst))
@@ -250,7 +251,7 @@ func TestTargetsChange(t *testing.T) {
 	if w.sent[ts[4999].Address] == 0 {
 		t.Error("a target that came was not pinged within ten seconds")
 	}
-	w.answer = func(ping) bool { return false }
+	w.answer = func(packet) bool { return false }
 	w.run(5) // packets are on their way to targets that go now
 	for _, x := range ts {
 		w.rot.remove(x.Subnet)
@@ -307,7 +308,7 @@ func TestReplaceKeepsItsPlace(t *testing.T) {
 				w.now = w.now.Add(time.Second)
 				pings := w.rot.due(w.now, time.Second)
 				for _, p := range pings {
-					w.rot.answered(pong{from: p.to, seq: p.seq, at: w.now})
+					w.rot.answered(ping.Reply{From: p.to, Seq: p.seq, At: w.now})
 				}
 				if len(pings) > 0 {
 					return w.name(pings[0].to)
@@ -331,7 +332,7 @@ func TestFairness(t *testing.T) {
 	for _, c := range []struct{ targets, failing, seconds int }{{40, 30, 10}, {1000, 900, 250}, {5000, 500, 600}, {5000, 4900, 600}, {20000, 19000, 2000}} {
 		w := newWorld(targets(c.targets))
 		w.run(c.seconds + 10)
-		w.answer = func(p ping) bool { return int(p.to.As4()[1])<<8+int(p.to.As4()[2]) >= c.failing }
+		w.answer = func(p packet) bool { return int(p.to.As4()[1])<<8+int(p.to.As4()[2]) >= c.failing }
 		w.run(4 * c.seconds)
 		longest := time.Duration(0)
 		for _, gap := range w.gap {
@@ -368,7 +369,7 @@ func TestSleep(t *testing.T) {
 func TestStrangeAnswers(t *testing.T) {
 	t.Parallel()
 	w := newWorld(targets(1))
-	w.answer = func(ping) bool { return false }
+	w.answer = func(packet) bool { return false }
 	w.rot.due(w.now, time.Second)
 	pings := w.rot.due(w.now, time.Second)
 	for range 20 {
@@ -380,10 +381,10 @@ func TestStrangeAnswers(t *testing.T) {
 	}
 	p := pings[0]
 	w.rot.departed(p.seq, w.now, nil)
-	for _, bad := range []pong{
-		{from: netip.MustParseAddr("192.0.2.66"), seq: p.seq, at: w.now},
-		{from: p.to, seq: p.seq + 100, at: w.now},
-		{from: p.to, seq: p.seq, at: w.now.Add(3 * time.Second)},
+	for _, bad := range []ping.Reply{
+		{From: netip.MustParseAddr("192.0.2.66"), Seq: p.seq, At: w.now},
+		{From: p.to, Seq: p.seq + 100, At: w.now},
+		{From: p.to, Seq: p.seq, At: w.now.Add(3 * time.Second)},
 	} {
 		w.rot.answered(bad)
 	}
@@ -391,7 +392,7 @@ func TestStrangeAnswers(t *testing.T) {
 	if tg.verdict != notPinged {
 		t.Errorf("%d", tg.verdict)
 	}
-	w.rot.answered(pong{from: p.to, seq: p.seq, at: w.now.Add(-time.Hour)}) // the clock was set back
+	w.rot.answered(ping.Reply{From: p.to, Seq: p.seq, At: w.now.Add(-time.Hour)}) // the clock was set back
 	if time.Duration(tg.small.rtt+tg.full.rtt) > time.Millisecond || tg.verdict == notPinged {
 		t.Errorf("%+v", tg.result())
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/internal/ping"
 	"github.com/overlayd/overlayd/lab"
 	"github.com/overlayd/overlayd/lab/labtest"
 )
@@ -177,7 +178,7 @@ func TestRestartChangesNothing(t *testing.T) {
 					t.Errorf("%s: etcd went from revision %d to %d", name, at, now)
 				}
 				for what, s := range streams {
-					if st := s.Stop(); st.Lost > 0 || st.Sent < 50 {
+					if st := s.Stop(lab.LateAnswer); st.Lost > 0 || st.Sent < 50 {
 						t.Errorf("%s: %s: %d of %d pings lost, longest gap %v", name, what, st.Lost, st.Sent, st.Gap)
 					}
 				}
@@ -187,9 +188,9 @@ func TestRestartChangesNothing(t *testing.T) {
 }
 
 // stream pings every 10 ms between pods on different nodes, to and from the second node.
-func stream(t *testing.T, l *lab.Lab) map[string]*lab.PingStream {
+func stream(t *testing.T, l *lab.Lab) map[string]*ping.Stream {
 	t.Helper()
-	out := map[string]*lab.PingStream{}
+	out := map[string]*ping.Stream{}
 	for _, pair := range [][2]int{{1, 2}, {2, 3}, {3, 1}} {
 		from, err := l.PodEndpoint(pair[0], 1)
 		if err != nil {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/ping"
 	"github.com/overlayd/overlayd/lab"
 )
 
@@ -22,7 +23,7 @@ const (
 type flow struct {
 	from, to *lab.Node
 	name     string
-	ping     *lab.PingStream
+	ping     *ping.Stream
 	tcp      *lab.TCPStream
 }
 

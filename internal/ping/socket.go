@@ -1,0 +1,247 @@
+// Package ping sends ICMP echo requests of both families and takes the replies to them: one at a time, many targets over one socket, or
+// one target in a stream.
+package ping
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/net/bpf"
+	"golang.org/x/net/icmp"
+	"golang.org/x/net/ipv4"
+	"golang.org/x/net/ipv6"
+	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/addr"
+)
+
+// PMTU says what the kernel does with packets that are larger than the path takes: IP_PMTUDISC_* of uapi/linux/in.h, and the same
+// numbers for IPv6.
+type PMTU int
+
+const (
+	// Fragment lets packets be cut up.
+	Fragment PMTU = unix.IP_PMTUDISC_WANT
+	// DontFragment refuses to send packets that are larger than the path MTU that the kernel knows of.
+	DontFragment PMTU = unix.IP_PMTUDISC_DO
+	// Probe sends all that the device takes, whatever the kernel knows of the path, and lets nothing be cut up.
+	Probe PMTU = unix.IP_PMTUDISC_PROBE
+)
+
+// Lengths of the headers in bytes (RFC 791, RFC 8200, RFC 792).
+const (
+	ipv4Header    = 20
+	ipv6Header    = 40
+	icmpHeader    = 8
+	largestPacket = 65535
+)
+
+// Socket sends echo requests of one family with one identifier, and receives the replies to them and nothing else.
+type Socket struct {
+	family addr.Family
+	fd     int
+	udp    int // see Knock; -1: not yet made
+	id     uint16
+	packet []byte
+	answer [256]byte // what is behind the headers does not matter
+	oob    [128]byte
+}
+
+// Reply is an answer to one packet.
+type Reply struct {
+	From netip.Addr
+	Seq  uint16
+	At   time.Time // when the kernel got it
+}
+
+// Open makes a socket in the network namespace of the calling thread, which takes CAP_NET_RAW. Several sockets are told apart by their
+// identifiers.
+func Open(f addr.Family, id uint16, pmtu PMTU) (*Socket, error) {
+	domain, proto := unix.AF_INET, unix.IPPROTO_ICMP
+	if f == addr.IPv6 {
+		domain, proto = unix.AF_INET6, unix.IPPROTO_ICMPV6
+	}
+	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
+	if err != nil {
+		return nil, fmt.Errorf("ping socket (%s): %w", f, err)
+	}
+	s := &Socket{family: f, fd: fd, udp: -1, id: id}
+	if err := errors.Join(s.filter(), s.prepare(fd, pmtu)); err != nil {
+		s.Close()
+		return nil, fmt.Errorf("ping socket (%s): %w", f, err)
+	}
+	// Room for as many packets of the largest kind as go out together, and for their answers, which may not be read for seconds. It takes
+	// CAP_NET_ADMIN.
+	const room = 4 << 20
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room)
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, room)
+	return s, nil
+}
+
+// Close releases the socket.
+func (s *Socket) Close() {
+	_ = unix.Close(s.fd)
+	if s.udp >= 0 {
+		_ = unix.Close(s.udp)
+	}
+}
+
+// level is that of the options of a family.
+func (s *Socket) level() int {
+	if s.family == addr.IPv6 {
+		return unix.IPPROTO_IPV6
+	}
+	return unix.IPPROTO_IP
+}
+
+func (s *Socket) prepare(fd int, pmtu PMTU) error {
+	option := unix.IP_MTU_DISCOVER
+	if s.family == addr.IPv6 {
+		option = unix.IPV6_MTU_DISCOVER
+	}
+	return errors.Join(
+		os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, s.level(), option, int(pmtu))),
+		os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS_NEW, 1)),
+	)
+}
+
+// refusals has ICMP errors about the packets that a socket sent reported at it.
+func (s *Socket) refusals(fd int) error {
+	option := unix.IP_RECVERR
+	if s.family == addr.IPv6 {
+		option = unix.IPV6_RECVERR
+	}
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, s.level(), option, 1))
+}
+
+// filter lets the answers to this socket's packets in. A raw socket gets all of the protocol's packets otherwise, from the IP header on
+// with IPv4 and from behind it with IPv6.
+func (s *Socket) filter() error {
+	reply, start := uint32(ipv4.ICMPTypeEchoReply), bpf.Instruction(bpf.LoadMemShift{Off: 0})
+	if s.family == addr.IPv6 {
+		reply, start = uint32(ipv6.ICMPTypeEchoReply), bpf.LoadConstant{Dst: bpf.RegX, Val: 0}
+	}
+	raw, err := bpf.Assemble([]bpf.Instruction{
+		start,
+		bpf.LoadIndirect{Off: 0, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: reply, SkipTrue: 3},
+		bpf.LoadIndirect{Off: 4, Size: 2},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(s.id), SkipTrue: 1},
+		bpf.RetConstant{Val: largestPacket},
+		bpf.RetConstant{Val: 0},
+	})
+	if err != nil {
+		return err
+	}
+	code := make([]unix.SockFilter, 0, len(raw))
+	for _, i := range raw {
+		code = append(code, unix.SockFilter{Code: i.Op, Jt: i.Jt, Jf: i.Jf, K: i.K})
+	}
+	return os.NewSyscallError("setsockopt", unix.SetsockoptSockFprog(s.fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+		&unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]}))
+}
+
+// Connect binds the socket to one address: Receive fails with what ICMP errors say about packets to it. It returns the source address
+// that the kernel chose.
+func (s *Socket) Connect(to netip.Addr) (netip.Addr, error) {
+	if err := errors.Join(s.refusals(s.fd), os.NewSyscallError("connect", unix.Connect(s.fd, sockaddr(to, 0)))); err != nil {
+		return netip.Addr{}, err
+	}
+	local, err := unix.Getsockname(s.fd)
+	return addressOf(local), os.NewSyscallError("getsockname", err)
+}
+
+// Send sends an echo request of size bytes, its IP header among them, with some data at its start and zeros behind it. An error is why the
+// kernel refused: a packet larger than the device's MTU, no route.
+func (s *Socket) Send(to netip.Addr, seq uint16, size int, data []byte) error {
+	var kind icmp.Type = ipv4.ICMPTypeEcho
+	header := ipv4Header
+	if s.family == addr.IPv6 { // the kernel does the checksum (RFC 3542 section 3.1)
+		kind, header = ipv6.ICMPTypeEchoRequest, ipv6Header
+	}
+	echo := icmp.Message{Type: kind, Body: &icmp.Echo{ID: int(s.id), Seq: int(seq), Data: data}}
+	msg, err := echo.Marshal(nil) // its checksum stays the same with zeros behind it
+	if err != nil {
+		return err
+	}
+	n := min(max(size-header, len(msg)), largestPacket-header)
+	if len(s.packet) < n {
+		s.packet = make([]byte, n)
+	}
+	clear(s.packet[copy(s.packet, msg):n])
+	return unix.Sendto(s.fd, s.packet[:n], 0, sockaddr(to, 0))
+}
+
+func sockaddr(to netip.Addr, port int) unix.Sockaddr {
+	if to.Is4() {
+		return &unix.SockaddrInet4{Addr: to.As4(), Port: port}
+	}
+	return &unix.SockaddrInet6{Addr: to.As16(), Port: port}
+}
+
+// Wait waits until something has come, but no longer than d.
+func (s *Socket) Wait(d time.Duration) {
+	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLIN}}, int(max(d, 0)/time.Millisecond)+1)
+}
+
+// Receive hands over what has come; it does not wait.
+func (s *Socket) Receive(take func(Reply)) error {
+	if err := s.refused(take); err != nil {
+		return err
+	}
+	return s.each(s.fd, unix.MSG_TRUNC, func(b, oob []byte, from unix.Sockaddr) {
+		if s.family == addr.IPv4 && len(b) > 0 {
+			b = b[min(len(b), int(b[0]&0xf)*4):]
+		}
+		// What came in before the filter was there may be an answer to another socket.
+		if len(b) >= icmpHeader && binary.BigEndian.Uint16(b[4:]) == s.id {
+			take(Reply{From: addressOf(from), Seq: binary.BigEndian.Uint16(b[6:]), At: received(oob)})
+		}
+	})
+}
+
+// each calls do with each message that waits at a socket.
+func (s *Socket) each(fd, flags int, do func(b, oob []byte, from unix.Sockaddr)) error {
+	for {
+		n, oobn, _, from, err := unix.Recvmsg(fd, s.answer[:], s.oob[:], flags)
+		switch {
+		case errors.Is(err, unix.EAGAIN):
+			return nil
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return os.NewSyscallError("recvmsg", err)
+		}
+		do(s.answer[:min(n, len(s.answer))], s.oob[:oobn], from)
+	}
+}
+
+func addressOf(from unix.Sockaddr) netip.Addr {
+	switch f := from.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrFrom4(f.Addr)
+	case *unix.SockaddrInet6:
+		return netip.AddrFrom16(f.Addr)
+	}
+	return netip.Addr{}
+}
+
+// received is when the kernel got a packet; now, where it doesn't say.
+func received(oob []byte) time.Time {
+	for len(oob) >= unix.SizeofCmsghdr {
+		h, data, rest, err := unix.ParseOneSocketControlMessage(oob)
+		if err != nil {
+			break
+		}
+		// struct __kernel_timespec: two 64-bit numbers, in the machine's order.
+		if h.Level == unix.SOL_SOCKET && h.Type == unix.SO_TIMESTAMPNS_NEW && len(data) >= 16 {
+			return time.Unix(int64(binary.NativeEndian.Uint64(data)), int64(binary.NativeEndian.Uint64(data[8:])))
+		}
+		oob = rest
+	}
+	return time.Now()
+}
