@@ -22,8 +22,6 @@ type Kernel struct {
 
 	index   map[string]int // of the devices, by name, when they were last observed
 	devices devices        // the same for the monitor
-	// nexthops says that routes of the host have nexthop objects, of which the kernel sends notifications of their own.
-	nexthops bool
 
 	desired  State  // the monitor reads it too, see change
 	prune    bool   // what is ours and not desired is removed

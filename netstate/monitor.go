@@ -53,8 +53,7 @@ func (c cause) when(condition bool) cause {
 type devices struct {
 	index map[uint32]string   // of ours alone
 	cared map[uint32]hostLink // others that carry an address or a route, or are VXLAN devices: what they are may matter
-	// nexthops says that nexthop objects matter: routes of the host follow from them, of which the kernel says nothing
-	// itself.
+	// nexthops says that nexthop objects matter: routes of the host follow from them, of which the kernel sends no notification then.
 	nexthops bool
 }
 

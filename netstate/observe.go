@@ -61,7 +61,12 @@ func (k *Kernel) look() (Host, error) {
 		}
 	}
 	s.Sort()
-	k.observed, k.devices = &s, k.devicesOf(&s, h)
+	k.observed, k.devices.cared, k.devices.index = &s, k.others(&s, h), map[uint32]string{}
+	for name, i := range k.index {
+		if k.owned(name) {
+			k.devices.index[uint32(i)] = name
+		}
+	}
 	return h.Indexed(), nil
 }
 
@@ -132,17 +137,6 @@ func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error
 	return nil
 }
 
-// devicesOf is what the monitor has to know of the devices.
-func (k *Kernel) devicesOf(s *State, h Host) devices {
-	d := devices{index: map[uint32]string{}, cared: k.others(s, h), nexthops: k.nexthops}
-	for name, i := range k.index {
-		if k.owned(name) {
-			d.index[uint32(i)] = name
-		}
-	}
-	return d
-}
-
 // others lists the links by number that are not ours and carry an address or a route, or are VXLAN devices: such a one may have the VNI
 // that one of ours is to have, and its end is all that tells that ours can be made.
 func (k *Kernel) others(s *State, h Host) map[uint32]hostLink {
@@ -195,8 +189,8 @@ func (k *Kernel) observeRoutes(names map[int]string, s *State, h *Host) error {
 			return err
 		}
 	}
-	k.nexthops = len(bare) > 0
-	if !k.nexthops {
+	k.devices.nexthops = len(bare) > 0
+	if !k.devices.nexthops {
 		return nil
 	}
 	objects, err := k.nexthopObjects()
