@@ -1,21 +1,19 @@
 package doctor
 
 import (
-	"embed"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
-)
 
-//go:embed dropins
-var dropins embed.FS
+	"github.com/overlayd/overlayd/dist"
+)
 
 // fix is one safe change: a setting of the kernel, or a file that is not there yet.
 type fix struct {
 	sysctl, value string // its path below /proc/sys
-	file, content string // its full name, and a file of dropins
+	file          string // its full name; dist has what is written
 }
 
 func sysctlFix(path, value string) fix { return fix{sysctl: path, value: value} }
@@ -85,7 +83,7 @@ func (x fix) apply(r root, sysctlDir string) (string, error) {
 		return what, nil
 	}
 	what := "write " + x.file
-	content, err := dropins.ReadFile("dropins/" + x.content)
+	content, err := dist.DropIns.ReadFile(strings.TrimPrefix(x.file, "/etc/"))
 	if err != nil {
 		return what, err
 	}

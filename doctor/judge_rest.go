@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/dist"
 	"github.com/overlayd/overlayd/subnet"
 )
 
@@ -34,7 +35,7 @@ func judgeNetworkd(f Facts) []Finding {
 		reason := fmt.Sprintf("%s matches %s: systemd-networkd may change its addresses, routes and ports; "+
 			"then: networkctl reload", m.NetworkFile, m.Managed)
 		if dropInCovers(m.Managed) {
-			file := fix{file: "/etc/systemd/network/10-overlayd.network", content: "10-overlayd.network"}
+			file := fix{file: "/etc/systemd/network/10-overlayd.network"}
 			out = append(out, fixable(Warn, reason, file)...)
 		} else {
 			const write = `printf '[Match]\nName=%[1]s\n[Link]\nUnmanaged=yes\n' > /etc/systemd/network/10-%[1]s.network`
@@ -43,14 +44,14 @@ func judgeNetworkd(f Facts) []Finding {
 	}
 	if !m.ForeignRoutes {
 		out = append(out, fixable(Warn, "systemd-networkd removes foreign routes and rules when it starts or reconfigures a device; the fix tells it not to, from its next start on",
-			fix{file: "/etc/systemd/networkd.conf.d/overlayd.conf", content: "networkd.conf"})...)
+			fix{file: "/etc/systemd/networkd.conf.d/overlayd.conf"})...)
 	}
 	return orOK(out, "leaves overlayd's devices, routes and rules alone")
 }
 
 func judgeNetworkManager(f Facts) []Finding {
 	m := f.System.Managers
-	file := fix{file: "/etc/NetworkManager/conf.d/overlayd.conf", content: "NetworkManager.conf"}
+	file := fix{file: "/etc/NetworkManager/conf.d/overlayd.conf"}
 	switch {
 	case f.Service.inKubernetes():
 		return f.unseen("nmcli device status")
@@ -82,7 +83,7 @@ func judgeNetworkManager(f Facts) []Finding {
 
 // dropInCovers reports whether the drop-in files name a device.
 func dropInCovers(name string) bool {
-	text, err := dropins.ReadFile("dropins/10-overlayd.network")
+	text, err := dist.DropIns.ReadFile("systemd/network/10-overlayd.network")
 	return err == nil && device{name: name}.matches(string(text))
 }
 
@@ -95,7 +96,7 @@ func judgeUdev(f Facts) []Finding {
 		return ok("not running")
 	case m.LinkFile != "" && m.MACPolicy != "" && m.MACPolicy != "none":
 		return fixable(Warn, fmt.Sprintf("%s has MACAddressPolicy=%s, so udev may change the MAC address that the lease announces", m.LinkFile, m.MACPolicy),
-			fix{file: "/etc/systemd/network/10-overlayd.link", content: "10-overlayd.link"})
+			fix{file: "/etc/systemd/network/10-overlayd.link"})
 	}
 	return ok("leaves the MAC addresses of overlayd's devices alone")
 }

@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/overlayd/overlayd/dist"
 	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/status"
@@ -71,27 +72,6 @@ func TestSocketsThatTakeIPv4(t *testing.T) {
 			t.Errorf("%d of %d found", found, len(want))
 		}
 	})
-}
-
-// What --fix writes is what is shipped.
-func TestDropinsAreThoseShipped(t *testing.T) {
-	t.Parallel()
-	for name, shipped := range map[string]string{
-		"10-overlayd.network": "systemd/network/10-overlayd.network", "10-overlayd.link": "systemd/network/10-overlayd.link",
-		"networkd.conf": "systemd/networkd.conf.d/overlayd.conf", "NetworkManager.conf": "NetworkManager/conf.d/overlayd.conf",
-	} {
-		have, err := dropins.ReadFile("dropins/" + name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		want, err := os.ReadFile(filepath.Join("../dist", shipped))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if string(have) != string(want) {
-			t.Errorf("%s is not %s", name, shipped)
-		}
-	}
 }
 
 // Who would configure our devices is found, and after --fix nobody does.
@@ -216,7 +196,7 @@ func TestNetworkdAndTheBridge(t *testing.T) {
 		m := lookAtManagers(root(files(t, files1)), managedLike(netstate.Survey{}, nil))
 		return m.NetworkFile + " " + m.Managed
 	}
-	now, err := dropins.ReadFile("dropins/10-overlayd.network")
+	now, err := dist.DropIns.ReadFile("systemd/network/10-overlayd.network")
 	if err != nil {
 		t.Fatal(err)
 	}
