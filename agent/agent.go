@@ -22,10 +22,10 @@ import (
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/hostgw"
 	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/diag/metrics"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/masquerade"
-	"github.com/overlayd/overlayd/metrics"
 	"github.com/overlayd/overlayd/netstate"
-	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
 )
 

@@ -23,9 +23,9 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/agent/state"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/netstate"
-	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
 )
 

@@ -6,8 +6,8 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/netstate"
-	"github.com/overlayd/overlayd/status"
 )
 
 // throttle spaces out how often the kernel is looked at because something changed there: at once after a quiet time, then ever

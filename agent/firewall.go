@@ -9,9 +9,9 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/runner"
-	"github.com/overlayd/overlayd/status"
 )
 
 // firewall keeps the rules in place in a goroutine of its own: iptables may wait long for its lock, and routes must not

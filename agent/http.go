@@ -14,9 +14,9 @@ import (
 
 	"go.uber.org/zap/zapcore"
 
-	"github.com/overlayd/overlayd/metrics"
-	"github.com/overlayd/overlayd/page"
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/metrics"
+	"github.com/overlayd/overlayd/diag/page"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 const (

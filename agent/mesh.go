@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/backend"
-	"github.com/overlayd/overlayd/probe"
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/probe"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 const (

@@ -12,7 +12,7 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
-	"github.com/overlayd/overlayd/metrics"
+	"github.com/overlayd/overlayd/diag/metrics"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )

@@ -8,7 +8,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 // notifySystemd tells systemd by sd_notify(3) that the node is ready, once, and what is wrong with it, until ctx ends. Within each period

@@ -17,9 +17,9 @@ import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/agent"
 	"github.com/overlayd/overlayd/backend/vxlan"
-	"github.com/overlayd/overlayd/doctor"
+	"github.com/overlayd/overlayd/diag/doctor"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/netstate"
-	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
 )
 

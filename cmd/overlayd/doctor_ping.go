@@ -5,8 +5,8 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/overlayd/overlayd/doctor"
-	"github.com/overlayd/overlayd/probe"
+	"github.com/overlayd/overlayd/diag/doctor"
+	"github.com/overlayd/overlayd/diag/probe"
 )
 
 // ping is how the doctor asks other nodes.

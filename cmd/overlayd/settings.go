@@ -15,8 +15,8 @@ import (
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
 
-	"github.com/overlayd/overlayd/doctor"
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/doctor"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd"
 )

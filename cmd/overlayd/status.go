@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 // exitStatus is how a command ends that has said all it has to say.

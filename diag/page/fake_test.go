@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 // fake is a Source whose answers a test sets.

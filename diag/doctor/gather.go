@@ -19,9 +19,9 @@ import (
 	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/vxlan"
-	"github.com/overlayd/overlayd/doctor/packetfilter"
+	"github.com/overlayd/overlayd/diag/doctor/packetfilter"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/netstate"
-	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd"
 )

@@ -7,7 +7,7 @@ import (
 	"strings"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/doctor/packetfilter"
+	"github.com/overlayd/overlayd/diag/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
 )
 

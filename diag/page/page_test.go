@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 func get(t testing.TB, s Source, path string) *httptest.ResponseRecorder {

@@ -4,7 +4,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/overlayd/overlayd/doctor/packetfilter"
+	"github.com/overlayd/overlayd/diag/doctor/packetfilter"
 )
 
 // Rules of iptables-legacy are named where they may concern pods or the tunnel, and not where programs have them that leave

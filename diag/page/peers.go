@@ -8,7 +8,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 // state is what a peer's tile shows. It is the name of a CSS class, too.

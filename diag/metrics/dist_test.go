@@ -13,10 +13,10 @@ import (
 )
 
 const (
-	rulesDir  = "../dist/prometheus"
+	rulesDir  = "../../dist/prometheus"
 	rulesFile = rulesDir + "/alerts.yaml"
-	dashboard = "../dist/grafana/overlayd.json"
-	document  = "../Documentation/metrics.md"
+	dashboard = "../../dist/grafana/overlayd.json"
+	document  = "../../Documentation/metrics.md"
 )
 
 func read(t *testing.T, file string) string {
@@ -129,7 +129,7 @@ func TestRunbooks(t *testing.T) {
 	}
 	for _, m := range found {
 		file, anchor, ok := strings.Cut(strings.TrimPrefix(m[1], at), "#")
-		if !ok || !slices.Contains(anchors(read(t, "../"+file)), anchor) {
+		if !ok || !slices.Contains(anchors(read(t, "../../"+file)), anchor) {
 			t.Errorf("%s: %s has no such heading", m[1], file)
 		}
 	}

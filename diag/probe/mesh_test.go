@@ -10,8 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/internal/nstest"
-	"github.com/overlayd/overlayd/status"
 )
 
 // patience bounds the wait for what has to come.

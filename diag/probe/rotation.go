@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/internal/ping"
-	"github.com/overlayd/overlayd/status"
 )
 
 const (

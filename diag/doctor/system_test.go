@@ -13,10 +13,10 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/dist"
 	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/netstate"
-	"github.com/overlayd/overlayd/status"
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd"
 )

@@ -9,8 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/internal/ping"
-	"github.com/overlayd/overlayd/status"
 )
 
 func targets(n int) []Target {

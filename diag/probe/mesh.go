@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/internal/ping"
-	"github.com/overlayd/overlayd/status"
 )
 
 // SmallSize is the size of a small ping in bytes, with the IP header of either family.

@@ -22,14 +22,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/internal/nstest"
-	"github.com/overlayd/overlayd/status"
 )
 
 var update = flag.Bool("update", false, "write the pictures into Documentation/images")
 
 const (
-	images      = "../Documentation/images"
+	images      = "../../Documentation/images"
 	largestShot = 300_000
 )
 

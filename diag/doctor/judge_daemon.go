@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 // few shortens a list for a line.

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 // line is one line of a fact. Alert is set where it is not as it should be.

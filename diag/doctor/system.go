@@ -20,7 +20,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/doctor/packetfilter"
+	"github.com/overlayd/overlayd/diag/doctor/packetfilter"
 	"github.com/overlayd/overlayd/masquerade/ipset"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"

@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/doctor/packetfilter"
+	"github.com/overlayd/overlayd/diag/doctor/packetfilter"
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/netstate"
-	"github.com/overlayd/overlayd/status"
 )
 
 func hostChecks() []check {

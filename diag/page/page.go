@@ -13,7 +13,7 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/overlayd/overlayd/status"
+	"github.com/overlayd/overlayd/diag/status"
 )
 
 // Source tells what the page shows. An error means that it does not know at the moment; the page then says so.
