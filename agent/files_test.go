@@ -18,8 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 func TestSubnetEnv(t *testing.T) {

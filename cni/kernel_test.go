@@ -23,7 +23,7 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"github.com/overlayd/overlayd/cni"
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // These tests run the real programs: overlay-cni, the reference plugins and cnitool, in network namespaces.

@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/masquerade/ipset"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // benchmarkNodes is how many peers are reached without the tunnel, where there are any.

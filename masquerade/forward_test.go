@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // forwardOrder is FORWARD with "ours" for the call of our chain, without the words that all rules have.

@@ -16,7 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 func TestDriftIsRepaired(t *testing.T) {

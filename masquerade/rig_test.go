@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/masquerade/ipset"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // rig is a driver on the real iptables or nftables in a namespace of its own, whose every run of iptables is counted.

@@ -12,7 +12,7 @@ import (
 	"testing"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // node is a namespace with an underlay device eth0, and the kernel state in it.

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // uplinks gives a node a second device, and an address of its own on the loopback device.

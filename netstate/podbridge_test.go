@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // On real devices: what is taken from a bridge is named, with commands that give it back, and what is gone for a

@@ -15,8 +15,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/overlayd/overlayd/bench"
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/bench"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 func main() {

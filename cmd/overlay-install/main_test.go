@@ -15,7 +15,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 const conflist = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "overlay-cni"}, {"type": "portmap"}]}`

@@ -11,7 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/overlayd/overlayd/lab/faults"
+	"github.com/overlayd/overlayd/test/faults"
 )
 
 // errFaults says that the catalogue was run and a bound is broken.

@@ -18,9 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
-	"github.com/overlayd/overlayd/lab"
-	"github.com/overlayd/overlayd/lab/labtest"
+	"github.com/overlayd/overlayd/test/lab"
+	"github.com/overlayd/overlayd/test/labtest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // doctorReport is what `overlayd doctor -o json` prints.

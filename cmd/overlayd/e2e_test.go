@@ -17,10 +17,10 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/internal/ping"
-	"github.com/overlayd/overlayd/lab"
-	"github.com/overlayd/overlayd/lab/labtest"
+	"github.com/overlayd/overlayd/test/lab"
+	"github.com/overlayd/overlayd/test/labtest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 func TestMain(m *testing.M) { os.Exit(labtest.Main(m)) }

@@ -8,8 +8,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/overlayd/overlayd/lab"
-	"github.com/overlayd/overlayd/lab/labtest"
+	"github.com/overlayd/overlayd/test/lab"
+	"github.com/overlayd/overlayd/test/labtest"
 )
 
 // systemd is told that a node is ready when its subnet file is written, and what it waits for until then.

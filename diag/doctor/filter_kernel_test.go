@@ -4,8 +4,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/netstate"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // What keeps single pods from being reached is found with the pods' own addresses, and named with what to do about it.

@@ -15,10 +15,10 @@ import (
 
 	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/dist"
-	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // files makes a root directory with these in it.

@@ -23,7 +23,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/diag/status"
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 var update = flag.Bool("update", false, "write the pictures into Documentation/images")

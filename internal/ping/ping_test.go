@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // patience bounds the wait for what has to come.

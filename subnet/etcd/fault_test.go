@@ -12,8 +12,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 
-	"github.com/overlayd/overlayd/internal/nstest"
 	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 func entries(n int) func(subnet.Snapshot) bool {

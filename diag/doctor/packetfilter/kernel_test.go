@@ -19,7 +19,7 @@ import (
 	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
 
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // rulesets are packet filters as they are found in the wild, and what becomes of a peer's VXLAN packet (UDP port 8472 from 192.0.2.2 by

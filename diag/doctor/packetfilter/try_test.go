@@ -4,7 +4,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 func TestTryMasquerade(t *testing.T) {

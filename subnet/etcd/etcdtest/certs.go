@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // Certs are the files of a small CA: a server certificate for one address of the loopback, and a client's.

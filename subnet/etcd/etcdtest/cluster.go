@@ -16,7 +16,7 @@ import (
 
 	"go.etcd.io/etcd/server/v3/embed"
 
-	"github.com/overlayd/overlayd/internal/nstest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // Cluster is an etcd of several members, which talk to each other through wires that can be cut.

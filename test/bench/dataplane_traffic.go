@@ -14,7 +14,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 const (

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // The set-ups, as the rows call them. Each is a lab of its own: two nodes at one switch, a pod on each. Only the underlay has none: it

@@ -11,8 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/overlayd/overlayd/lab"
-	"github.com/overlayd/overlayd/lab/labtest"
+	"github.com/overlayd/overlayd/test/lab"
+	"github.com/overlayd/overlayd/test/labtest"
 )
 
 func TestMain(m *testing.M) {

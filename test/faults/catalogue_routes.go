@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // routeFaults are hosts whose way to the others is another one than a single default route by a device with a single

@@ -12,7 +12,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // Options say what to run.

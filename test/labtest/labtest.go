@@ -11,7 +11,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // Main is what TestMain does, and gives the exit status:

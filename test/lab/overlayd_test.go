@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"testing"
 
-	"github.com/overlayd/overlayd/lab"
-	"github.com/overlayd/overlayd/lab/labtest"
+	"github.com/overlayd/overlayd/test/lab"
+	"github.com/overlayd/overlayd/test/labtest"
 )
 
 // The real overlayd gives a flat pod network over every backend and stack: pod to pod on a node and across nodes, node to

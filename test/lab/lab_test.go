@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/lab"
-	"github.com/overlayd/overlayd/lab/labtest"
+	"github.com/overlayd/overlayd/test/lab"
+	"github.com/overlayd/overlayd/test/labtest"
 )
 
 // settle is short in these tests: nothing that a test has broken mends itself.

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // place is a machine of a site.

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // kernel is the drift of what the daemon put into the kernel. The scripts run on the victim; what they name is in Site.variables.

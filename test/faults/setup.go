@@ -3,7 +3,7 @@ package faults
 import (
 	"fmt"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // The kinds of labs that faults are made in.

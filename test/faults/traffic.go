@@ -9,7 +9,7 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/ping"
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 const (

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // The stand-in does by hand, once, what overlayd does for a VXLAN network, so that the lab is tested by itself: a fault

@@ -10,7 +10,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // addresses is what may happen to addresses of which two nodes are said to have one.

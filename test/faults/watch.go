@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 const (

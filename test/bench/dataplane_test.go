@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/overlayd/overlayd/internal/nstest"
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // Both kinds of exchange go through a real server, in both families, and a client that finds none says so.

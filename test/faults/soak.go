@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/overlayd/overlayd/lab"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // SoakOptions say how long and how wild.

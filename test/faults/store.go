@@ -14,8 +14,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/lab"
 	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 const (

@@ -21,8 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/lab"
 	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/test/lab"
 )
 
 // site is a node and an etcd that holds the leases of many nodes which do not exist: what the one real node does with them is
