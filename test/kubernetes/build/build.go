@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/overlayd/overlayd/image"
+	"github.com/overlayd/overlayd/dist/image"
 )
 
 // Names of the images.
@@ -108,7 +108,7 @@ func space(dir string, needed float64) error {
 // Overlayd makes an image of overlayd with this version in its programs, and returns its archive.
 func (b Builder) Overlayd(ctx context.Context, version, name string) (string, error) {
 	out := filepath.Join(b.Cache, "image", version)
-	err := b.run(ctx, "image", nil, "run", "./cmd/overlay-image", "build", "-root", b.Root, "-out", out, "-go", b.Go,
+	err := b.run(ctx, "dist/image", nil, "run", "./cmd/overlay-image", "build", "-root", b.Root, "-out", out, "-go", b.Go,
 		"-arch", runtime.GOARCH, "-version", version, "-name", name)
 	return filepath.Join(out, "overlayd-image-"+runtime.GOARCH+".tar"), err
 }

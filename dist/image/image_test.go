@@ -29,7 +29,7 @@ var built = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 func build(t *testing.T, a Arch) Result {
 	t.Helper()
 	r, err := Build(t.Context(), Options{
-		Root: "..", Out: t.TempDir(), Cache: "../bin/debian-packages", Go: "go", Arch: a, Version: "v9.9.9-test",
+		Root: "../..", Out: t.TempDir(), Cache: "../../bin/debian-packages", Go: "go", Arch: a, Version: "v9.9.9-test",
 		Names: []string{"registry.example.net/overlayd:a", "registry.example.net/overlayd:b"}, Created: built,
 	})
 	if err != nil {
@@ -362,7 +362,7 @@ func runs(t *testing.T, o opened) {
 	}
 	// The firewall rules that overlayd writes, in a network namespace of its own.
 	for family, program := range map[string]string{"IPv4": "iptables", "IPv6": "ip6tables"} {
-		rules := restorable(string(read(t, "../masquerade/testdata/"+family+".rules")))
+		rules := restorable(string(read(t, "../../masquerade/testdata/"+family+".rules")))
 		for _, variant := range []string{"-nft", "-legacy"} {
 			if out, err := inside(t, dir, rules, "/usr/sbin/"+program+variant+"-restore"); err != nil {
 				t.Errorf("%s%s-restore: %v %s", program, variant, err, out)

@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/overlayd/overlayd/image"
+	"github.com/overlayd/overlayd/dist/image"
 )
 
 const usage = `Usage:
@@ -53,7 +53,7 @@ func run() int {
 	case "build":
 		err = build(ctx, *root, *out, *arches, *version, *names, *goCommand)
 	case "lock":
-		err = image.WriteLock(ctx, filepath.Join(*root, "image"), time.Now())
+		err = image.WriteLock(ctx, filepath.Join(*root, "dist/image"), time.Now())
 	default:
 		f.Usage()
 		return 2

@@ -48,11 +48,11 @@ func Build(ctx context.Context, o Options) (Result, error) {
 			return Result{}, fmt.Errorf("building the image needs apt and dpkg, which Debian and Ubuntu have: %w", err)
 		}
 	}
-	debs, err := readWanted(filepath.Join(o.Root, "image", "packages.txt"))
+	debs, err := readWanted(filepath.Join(o.Root, "dist/image", "packages.txt"))
 	if err != nil {
 		return Result{}, err
 	}
-	l, err := readLock(filepath.Join(o.Root, "image", "packages.lock"))
+	l, err := readLock(filepath.Join(o.Root, "dist/image", "packages.lock"))
 	if err != nil {
 		return Result{}, err
 	}
@@ -174,7 +174,7 @@ func matches(debs []wanted, l lock, a Arch) error {
 	locked := l.of(a)
 	for i := 0; i < max(len(debs), len(locked)); i++ {
 		if i >= len(debs) || i >= len(locked) || debs[i].name != locked[i].name {
-			return fmt.Errorf("packages.lock is not that of packages.txt: `go run ./cmd/overlay-image lock -root ..` in image/ writes it")
+			return fmt.Errorf("packages.lock is not that of packages.txt: `go run ./cmd/overlay-image lock -root ../..` in dist/image/ writes it")
 		}
 	}
 	return nil

@@ -239,7 +239,7 @@ func (l lock) fetch(ctx context.Context, p pinned, cache string) (string, error)
 		}
 		return at, os.Rename(part, at)
 	}
-	return "", fmt.Errorf("%s %s: %w (a newer version: `go run ./cmd/overlay-image lock -root ..` in image/)", p.name, p.version, last)
+	return "", fmt.Errorf("%s %s: %w (a newer version: `go run ./cmd/overlay-image lock -root ../..` in dist/image/)", p.name, p.version, last)
 }
 
 // run starts a program and returns what it prints. Env is added to this process's.
