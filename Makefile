@@ -89,8 +89,8 @@ lint: bin/golangci-lint ## golangci-lint, with the rules on who may import whom
 	cd dist/test && ../../bin/golangci-lint run -c ../../.golangci.yml ./...
 	cd test/kubernetes && ../../bin/golangci-lint run -c ../../.golangci.yml ./build/... ./cluster/... ./deploy/... ./nodes/... ./rows/... ./cmd/kubernetes-test ./cmd/netcheck
 
-bin/golangci-lint: tools/go.mod tools/go.sum
-	$(GO) build -C tools -o ../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+bin/golangci-lint: hack/lint/go.mod hack/lint/go.sum
+	$(GO) build -C hack/lint -o ../../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
 check: lint test demo ## what CI runs
 

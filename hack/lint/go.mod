@@ -1,4 +1,4 @@
-module github.com/overlayd/overlayd/tools
+module github.com/overlayd/overlayd/hack/lint
 
 go 1.26.8
 
