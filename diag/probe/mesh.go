@@ -33,13 +33,13 @@ type Mesh struct {
 	rot     *rotation
 	err     error
 	told    time.Time
-	sockets addr.Per[*ping.Socket]
+	sockets sockets
 	wake    chan struct{}
 }
 
 // NewMesh makes a mesh that calls changed whenever the verdict on a target has changed, and now and then while some don't answer.
 func NewMesh(changed func()) *Mesh {
-	return &Mesh{changed: changed, rot: newRotation(), wake: make(chan struct{}, 1)}
+	return &Mesh{changed: changed, rot: newRotation(), sockets: sockets{}, wake: make(chan struct{}, 1)}
 }
 
 // Replace makes these the targets. What is known of those that stay is kept.
@@ -65,7 +65,7 @@ func (m *Mesh) Change(gone []netip.Prefix, come []Target) {
 	m.rouse()
 }
 
-// rouse has Run look again how long to wait.
+// rouse has Run determine again how long to wait.
 func (m *Mesh) rouse() {
 	select {
 	case m.wake <- struct{}{}:
@@ -82,7 +82,11 @@ func (m *Mesh) Resize(bytes int) {
 
 // Run pings until ctx ends.
 func (m *Mesh) Run(ctx context.Context) error {
-	defer m.close()
+	defer func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.sockets.close()
+	}()
 	// Nodes that start together don't ping in step.
 	timer := time.NewTimer(rand.N(shortestPause))
 	defer timer.Stop()
@@ -115,35 +119,25 @@ func (m *Mesh) next(passed time.Duration) time.Duration {
 	return max(m.rot.pause()-passed, 1)
 }
 
-func (m *Mesh) close() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, f := range addr.Families() {
-		if s := m.sockets.Get(f); s != nil {
-			s.Close()
-			m.sockets.Set(f, nil)
-		}
-	}
-}
-
 // step reads the answers, gives up on what is late, and sends the next packets.
 func (m *Mesh) step(passed time.Duration) {
 	m.mu.Lock()
 	before, errBefore := m.verdicts(), m.err
-	opened, err := m.open()
-	errs := []error{err}
+	opened := false
+	var errs []error
 	for _, f := range addr.Families() {
-		if s := m.sockets.Get(f); s != nil {
-			errs = append(errs, s.Receive(m.rot.answered))
+		if m.rot.families.Get(f) > 0 {
+			made, err := m.sockets.open(f)
+			opened, errs = opened || made, append(errs, err)
 		}
 	}
-	m.err = errors.Join(errs...)
+	m.err = errors.Join(append(errs, m.sockets.receive(m.rot.answered))...)
 	now := time.Now()
 	m.rot.expire(now)
 	if !opened { // the kernel begins to note when packets arrive only a moment after it was asked to
 		for _, p := range m.rot.due(now, passed) {
 			at := time.Now()
-			m.rot.departed(p.seq, at, m.send(p))
+			m.rot.departed(p.seq, at, m.sockets.send(p))
 		}
 	}
 	after := m.verdicts()
@@ -161,38 +155,6 @@ func (m *Mesh) step(passed time.Duration) {
 func (m *Mesh) verdicts() [3]int {
 	c := m.rot.counts
 	return [3]int{c[silent], c[smallOnly], c[lossy]}
-}
-
-// open makes the sockets that the targets need, and reports whether it made any.
-func (m *Mesh) open() (opened bool, err error) {
-	for _, f := range addr.Families() {
-		if m.sockets.Get(f) != nil || m.rot.families.Get(f) == 0 {
-			continue
-		}
-		s, openErr := ping.Open(f, uint16(rand.Uint32()), ping.Probe)
-		if openErr != nil {
-			err = errors.Join(err, openErr)
-			continue
-		}
-		m.sockets.Set(f, s)
-		opened = true
-	}
-	return opened, err
-}
-
-func (m *Mesh) send(p packet) error {
-	s := m.sockets.Get(addr.FamilyOf(p.to))
-	if s == nil {
-		return errNoSocket
-	}
-	return p.send(s)
-}
-
-func (p packet) send(s *ping.Socket) error {
-	if p.knock {
-		return s.Knock(p.to, p.seq, p.size)
-	}
-	return s.Send(p.to, p.seq, p.size, nil)
 }
 
 // Summary is what is known of all targets together.
@@ -222,7 +184,7 @@ func (m *Mesh) Peer(subnet netip.Prefix) *status.PeerProbe {
 type Trouble struct {
 	Targets           int // of all kinds
 	Silent, SmallOnly Group
-	Err               error // why nobody can be pinged
+	Err               error // why none of them can be pinged
 }
 
 // Trouble lists the targets that don't answer, and those that answer small packets only: how many, and a few by name.
@@ -264,23 +226,24 @@ func Once(ctx context.Context, to []netip.Addr, size, count int, wait time.Durat
 
 func ask(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration, knock bool) ([]Outcome, error) {
 	out := make([]Outcome, len(to))
+	o := once{out: out, knock: knock, sockets: sockets{}, flights: map[uint16]int{}, sent: map[uint16]time.Time{}}
+	defer o.sockets.close()
 	for i, a := range to {
 		out[i].Addr = a
+		if _, err := o.sockets.open(addr.FamilyOf(a)); err != nil {
+			return nil, err
+		}
 	}
-	o := once{out: out, knock: knock, flights: map[uint16]int{}, sent: map[uint16]time.Time{}}
-	defer o.close()
 	seq := uint16(0)
 	for range count {
 		for i := range out {
 			seq++
-			if err := o.send(i, seq, size); err != nil {
-				return nil, err
-			}
+			o.send(i, seq, size)
 			sleep(ctx, spacing)
 		}
 	}
 	for end := time.Now().Add(wait); len(o.flights) > 0 && time.Now().Before(end) && ctx.Err() == nil; sleep(ctx, spacing) {
-		if err := o.receive(); err != nil {
+		if err := o.sockets.receive(o.answered); err != nil {
 			return nil, err
 		}
 	}
@@ -298,47 +261,19 @@ func sleep(ctx context.Context, d time.Duration) {
 type once struct {
 	out     []Outcome
 	knock   bool
-	sockets addr.Per[*ping.Socket]
+	sockets sockets
 	flights map[uint16]int // the index in out
 	sent    map[uint16]time.Time
 }
 
-func (o *once) close() {
-	for _, f := range addr.Families() {
-		if s := o.sockets.Get(f); s != nil {
-			s.Close()
-		}
-	}
-}
-
-func (o *once) send(i int, seq uint16, size int) error {
-	f := addr.FamilyOf(o.out[i].Addr)
-	s := o.sockets.Get(f)
-	if s == nil {
-		var err error
-		if s, err = ping.Open(f, uint16(rand.Uint32()), ping.Probe); err != nil {
-			return err
-		}
-		o.sockets.Set(f, s)
-	}
+func (o *once) send(i int, seq uint16, size int) {
 	o.out[i].Sent++
 	o.out[i].Lost++
 	o.flights[seq], o.sent[seq] = i, time.Now()
-	if err := (packet{o.out[i].Addr, seq, size, o.knock}).send(s); err != nil {
+	if err := o.sockets.send(packet{o.out[i].Addr, seq, size, o.knock}); err != nil {
 		o.out[i].Err = err
 		delete(o.flights, seq)
 	}
-	return nil
-}
-
-func (o *once) receive() error {
-	var errs []error
-	for _, f := range addr.Families() {
-		if s := o.sockets.Get(f); s != nil {
-			errs = append(errs, s.Receive(o.answered))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 func (o *once) answered(r ping.Reply) {
@@ -352,4 +287,46 @@ func (o *once) answered(r ping.Reply) {
 	if rtt := max(r.At.Sub(o.sent[r.Seq]), 1); x.RTT == 0 || rtt < x.RTT {
 		x.RTT = rtt
 	}
+}
+
+// sockets are those of the families that packets are sent in.
+type sockets map[addr.Family]*ping.Socket
+
+// open makes the socket of a family, unless there is one.
+func (s sockets) open(f addr.Family) (made bool, err error) {
+	if s[f] != nil {
+		return false, nil
+	}
+	socket, err := ping.Open(f, uint16(rand.Uint32()), ping.Probe)
+	if err != nil {
+		return false, err
+	}
+	s[f] = socket
+	return true, nil
+}
+
+func (s sockets) send(p packet) error {
+	socket := s[addr.FamilyOf(p.to)]
+	switch {
+	case socket == nil:
+		return errNoSocket
+	case p.knock:
+		return socket.Knock(p.to, p.seq, p.size)
+	}
+	return socket.Send(p.to, p.seq, p.size, nil)
+}
+
+func (s sockets) receive(take func(ping.Reply)) error {
+	var errs []error
+	for _, socket := range s {
+		errs = append(errs, socket.Receive(take))
+	}
+	return errors.Join(errs...)
+}
+
+func (s sockets) close() {
+	for _, socket := range s {
+		socket.Close()
+	}
+	clear(s)
 }

@@ -7,8 +7,6 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/overlayd/overlayd/addr"
 )
 
 // discard is the UDP port at which nothing listens, or what throws all away (RFC 863).
@@ -17,17 +15,11 @@ const discard = 9
 // Knock sends a datagram of size bytes, its IP header among them, to a closed port, for nodes that ignore echo requests: their kernels refuse
 // it, which is an answer, too.
 func (s *Socket) Knock(to netip.Addr, seq uint16, size int) error {
-	if s.udp < 0 {
-		if err := s.openUDP(); err != nil {
-			return fmt.Errorf("UDP socket (%s): %w", s.family, err)
-		}
+	if err := s.openUDP(); err != nil {
+		return fmt.Errorf("UDP socket (%s): %w", s.family, err)
 	}
-	header := ipv4Header
-	if s.family == addr.IPv6 {
-		header = ipv6Header
-	}
-	const udpHeader = 8
-	p := make([]byte, min(max(size-header-udpHeader, 4), largestPacket-header-udpHeader))
+	headers := s.family.header + icmpHeader
+	p := make([]byte, min(max(size-headers, 4), largestPacket-headers))
 	binary.BigEndian.PutUint16(p, s.id)
 	binary.BigEndian.PutUint16(p[2:], seq)
 	for {
@@ -39,20 +31,15 @@ func (s *Socket) Knock(to netip.Addr, seq uint16, size int) error {
 }
 
 func (s *Socket) openUDP() error {
-	domain := unix.AF_INET
-	if s.family == addr.IPv6 {
-		domain = unix.AF_INET6
+	if s.udp >= 0 {
+		return nil
 	}
-	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_UDP)
+	fd, err := s.open(unix.SOCK_DGRAM, unix.IPPROTO_UDP, Probe)
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(s.prepare(fd, Probe), s.refusals(fd)); err != nil {
-		_ = unix.Close(fd)
-		return err
-	}
 	s.udp = fd
-	return nil
+	return s.refusals(fd)
 }
 
 // refused hands over the datagrams that the nodes themselves have refused: their kernels are there, and the path is open in both directions.

@@ -3,6 +3,7 @@
 package ping
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -32,17 +33,36 @@ const (
 	Probe PMTU = unix.IP_PMTUDISC_PROBE
 )
 
-// Lengths of the headers in bytes (RFC 791, RFC 8200, RFC 792).
+// family is what the two differ in.
+type family struct {
+	addr.Family
+	domain, proto, level, mtuDiscover, recvErr int
+	header                                     int // of IP, in bytes (RFC 791, RFC 8200)
+	request                                    icmp.Type
+	reply                                      uint32
+}
+
+func familyOf(f addr.Family) family {
+	if f == addr.IPv6 {
+		return family{
+			f, unix.AF_INET6, unix.IPPROTO_ICMPV6, unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_RECVERR,
+			40, ipv6.ICMPTypeEchoRequest, uint32(ipv6.ICMPTypeEchoReply),
+		}
+	}
+	return family{
+		f, unix.AF_INET, unix.IPPROTO_ICMP, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_RECVERR,
+		20, ipv4.ICMPTypeEcho, uint32(ipv4.ICMPTypeEchoReply),
+	}
+}
+
 const (
-	ipv4Header    = 20
-	ipv6Header    = 40
-	icmpHeader    = 8
+	icmpHeader    = 8 // and that of UDP, in bytes (RFC 792, RFC 768)
 	largestPacket = 65535
 )
 
 // Socket sends echo requests of one family with one identifier, and receives the replies to them and nothing else.
 type Socket struct {
-	family addr.Family
+	family family
 	fd     int
 	udp    int // see Knock; -1: not yet made
 	id     uint16
@@ -61,74 +81,65 @@ type Reply struct {
 // Open makes a socket in the network namespace of the calling thread, which takes CAP_NET_RAW. Several sockets are told apart by their
 // identifiers.
 func Open(f addr.Family, id uint16, pmtu PMTU) (*Socket, error) {
-	domain, proto := unix.AF_INET, unix.IPPROTO_ICMP
-	if f == addr.IPv6 {
-		domain, proto = unix.AF_INET6, unix.IPPROTO_ICMPV6
+	s := &Socket{family: familyOf(f), fd: -1, udp: -1, id: id}
+	var err error
+	if s.fd, err = s.open(unix.SOCK_RAW, s.family.proto, pmtu); err == nil {
+		err = s.filter()
 	}
-	fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
 	if err != nil {
-		return nil, fmt.Errorf("ping socket (%s): %w", f, err)
-	}
-	s := &Socket{family: f, fd: fd, udp: -1, id: id}
-	if err := errors.Join(s.filter(), s.prepare(fd, pmtu)); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("ping socket (%s): %w", f, err)
 	}
 	// Room for as many packets of the largest kind as go out together, and for their answers, which may not be read for seconds. It takes
 	// CAP_NET_ADMIN.
 	const room = 4 << 20
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room)
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, room)
+	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room)
+	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, room)
 	return s, nil
 }
 
-// Close releases the socket.
-func (s *Socket) Close() {
-	_ = unix.Close(s.fd)
-	if s.udp >= 0 {
-		_ = unix.Close(s.udp)
+// open makes a descriptor.
+func (s *Socket) open(kind, proto int, pmtu PMTU) (int, error) {
+	fd, err := unix.Socket(s.family.domain, kind|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
+	if err != nil {
+		return -1, os.NewSyscallError("socket", err)
 	}
-}
-
-// level is that of the options of a family.
-func (s *Socket) level() int {
-	if s.family == addr.IPv6 {
-		return unix.IPPROTO_IPV6
-	}
-	return unix.IPPROTO_IP
-}
-
-func (s *Socket) prepare(fd int, pmtu PMTU) error {
-	option := unix.IP_MTU_DISCOVER
-	if s.family == addr.IPv6 {
-		option = unix.IPV6_MTU_DISCOVER
-	}
-	return errors.Join(
-		os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, s.level(), option, int(pmtu))),
-		os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS_NEW, 1)),
+	err = cmp.Or(
+		unix.SetsockoptInt(fd, s.family.level, s.family.mtuDiscover, int(pmtu)),
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS_NEW, 1),
 	)
+	if err != nil {
+		_ = unix.Close(fd)
+		return -1, os.NewSyscallError("setsockopt", err)
+	}
+	return fd, nil
 }
 
 // refusals has ICMP errors about the packets that a socket sent reported at it.
 func (s *Socket) refusals(fd int) error {
-	option := unix.IP_RECVERR
-	if s.family == addr.IPv6 {
-		option = unix.IPV6_RECVERR
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, s.family.level, s.family.recvErr, 1))
+}
+
+// Close releases the socket.
+func (s *Socket) Close() {
+	for _, fd := range []int{s.fd, s.udp} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
 	}
-	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, s.level(), option, 1))
 }
 
 // filter lets the answers to this socket's packets in. A raw socket gets all of the protocol's packets otherwise, from the IP header on
 // with IPv4 and from behind it with IPv6.
 func (s *Socket) filter() error {
-	reply, start := uint32(ipv4.ICMPTypeEchoReply), bpf.Instruction(bpf.LoadMemShift{Off: 0})
-	if s.family == addr.IPv6 {
-		reply, start = uint32(ipv6.ICMPTypeEchoReply), bpf.LoadConstant{Dst: bpf.RegX, Val: 0}
+	start := bpf.Instruction(bpf.LoadMemShift{Off: 0})
+	if s.family.Family == addr.IPv6 {
+		start = bpf.LoadConstant{Dst: bpf.RegX, Val: 0}
 	}
 	raw, err := bpf.Assemble([]bpf.Instruction{
 		start,
 		bpf.LoadIndirect{Off: 0, Size: 1},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: reply, SkipTrue: 3},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: s.family.reply, SkipTrue: 3},
 		bpf.LoadIndirect{Off: 4, Size: 2},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(s.id), SkipTrue: 1},
 		bpf.RetConstant{Val: largestPacket},
@@ -158,17 +169,12 @@ func (s *Socket) Connect(to netip.Addr) (netip.Addr, error) {
 // Send sends an echo request of size bytes, its IP header among them, with some data at its start and zeros behind it. An error is why the
 // kernel refused: a packet larger than the device's MTU, no route.
 func (s *Socket) Send(to netip.Addr, seq uint16, size int, data []byte) error {
-	var kind icmp.Type = ipv4.ICMPTypeEcho
-	header := ipv4Header
-	if s.family == addr.IPv6 { // the kernel does the checksum (RFC 3542 section 3.1)
-		kind, header = ipv6.ICMPTypeEchoRequest, ipv6Header
-	}
-	echo := icmp.Message{Type: kind, Body: &icmp.Echo{ID: int(s.id), Seq: int(seq), Data: data}}
-	msg, err := echo.Marshal(nil) // its checksum stays the same with zeros behind it
+	echo := icmp.Message{Type: s.family.request, Body: &icmp.Echo{ID: int(s.id), Seq: int(seq), Data: data}}
+	msg, err := echo.Marshal(nil) // zeros behind it change no checksum; with IPv6 it is the kernel's work (RFC 3542 section 3.1)
 	if err != nil {
 		return err
 	}
-	n := min(max(size-header, len(msg)), largestPacket-header)
+	n := min(max(size-s.family.header, len(msg)), largestPacket-s.family.header)
 	if len(s.packet) < n {
 		s.packet = make([]byte, n)
 	}
@@ -194,7 +200,7 @@ func (s *Socket) Receive(take func(Reply)) error {
 		return err
 	}
 	return s.each(s.fd, unix.MSG_TRUNC, func(b, oob []byte, from unix.Sockaddr) {
-		if s.family == addr.IPv4 && len(b) > 0 {
+		if s.family.Family == addr.IPv4 && len(b) > 0 {
 			b = b[min(len(b), int(b[0]&0xf)*4):]
 		}
 		// What came in before the filter was there may be an answer to another socket.
