@@ -15,6 +15,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/overlayd/overlayd/internal/ping"
 )
 
 const usage = `Usage:
@@ -62,7 +64,7 @@ func run() int {
 	case "mtu":
 		err = printMTU()
 	case "ping":
-		err = pinging{to: f.Arg(0), n: *n, every: *every, size: *size, df: *df}.run()
+		err = stream(f.Arg(0), *df, ping.Options{Every: *every, Size: *size, Count: *n})
 	default:
 		f.Usage()
 		return 2

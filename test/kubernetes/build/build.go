@@ -77,7 +77,7 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 		return out, err
 	}
 	out.Netcheck = filepath.Join(b.Cache, "netcheck")
-	if err := b.compile(ctx, "test/kubernetes", out.Netcheck, "-s -w", "./cmd/netcheck"); err != nil {
+	if err := b.compile(ctx, "", out.Netcheck, "-s -w", "./test/netcheck"); err != nil {
 		return out, err
 	}
 	for _, x := range []struct {

@@ -32,7 +32,7 @@ type Config struct {
 	Kubernetes string // the program of cmd/kubernetes
 	Helm       string
 	Containerd string   // directory with the programs of containerd 2; the machine's own are those of version 1
-	Netcheck   string   // the program of cmd/netcheck
+	Netcheck   string   // the program of test/netcheck
 	Images     []string // archives that each node gets at first
 	ProxyMode  string   // of kube-proxy: iptables or nftables
 }
