@@ -10,19 +10,23 @@ import (
 // up is the metric of Prometheus' own that is 1 if a scrape brought metrics.
 const up = "up"
 
-// move is one of Seen.Metrics, taken apart.
+// move is one of Seen.Metrics, taken apart, with the values that it had.
 type move struct {
 	text, name string
 	labels     []string // as they are written: kind="route"
 	rises      bool     // a counter
 	more       bool     // a gauge that is to be higher than before
 	to         float64
+
+	before, now float64
+	peak        *float64 // the value when it had moved
+	unread      bool     // the metrics could not be read, the last time
 }
 
-func parseMove(text string) (move, error) {
+func parseMove(text string) (*move, error) {
 	series, to, ok := strings.Cut(text, " ")
 	name, labels, _ := strings.Cut(strings.TrimSuffix(series, "}"), "{")
-	m := move{text: series, name: name, rises: to == "+", more: to == "more"}
+	m := &move{text: series, name: name, rises: to == "+", more: to == "more"}
 	if labels != "" {
 		m.labels = strings.Split(labels, ",")
 	}
@@ -37,7 +41,7 @@ func parseMove(text string) (move, error) {
 }
 
 // value sums up the series in an exposition that a move is about. None is 0: a problem that there is not, a kind that was never repaired.
-func (m move) value(exposition string) (sum float64) {
+func (m *move) value(exposition string) (sum float64) {
 	for line := range strings.Lines(exposition) {
 		rest, ok := strings.CutPrefix(strings.TrimSpace(line), m.name)
 		if !ok || rest == "" || rest[0] != ' ' && rest[0] != '{' {
@@ -52,22 +56,57 @@ func (m move) value(exposition string) (sum float64) {
 	return sum
 }
 
-// moved reports whether a value is what the fault has to make of the one before.
-func (m move) moved(before, now float64) bool {
-	if m.rises || m.more {
-		return now > before
+// read takes a value from an exposition; there is none where the metrics could not be read.
+func (m *move) read(exposition string, err error) {
+	m.unread = err != nil
+	switch {
+	case m.name == up && err != nil:
+		m.peak = new(float64)
+	case m.name == up:
+		m.now = 1
+	case err == nil:
+		m.now = m.value(exposition)
 	}
-	return now == m.to
+	if err == nil && m.moved() {
+		now := m.now
+		m.peak = &now
+	}
 }
 
-// back reports whether a value is such that the fault is over.
-func (m move) back(before, now float64) bool { return m.rises && now > before || now == before }
+// moved reports whether the value is what the fault has to make of the one before.
+func (m *move) moved() bool {
+	if m.rises || m.more {
+		return m.now > m.before
+	}
+	return m.now == m.to
+}
 
-// path shows how a metric moved: `problem{name="etcd"} 0→1→0`.
-func (m move) path(before, peak, now float64) string {
+// missing says in what it has not moved as it should, and left in what the fault is not over; "" in nothing.
+func (m *move) missing() string {
+	switch {
+	case m.peak != nil:
+		return ""
+	case m.unread:
+		return m.text + " can't be read"
+	}
+	return fmt.Sprintf("%s did not move as it should: it was %g, it is %g", m.text, m.before, m.now)
+}
+
+func (m *move) left() string {
+	switch {
+	case m.unread:
+		return m.text + " can't be read"
+	case m.now == m.before, m.rises && m.now > m.before:
+		return ""
+	}
+	return fmt.Sprintf("%s is %g: it was %g", m.text, m.now, m.before)
+}
+
+// path shows how it moved: `problem{name="etcd"} 0→1→0`.
+func (m *move) path() string {
 	name := strings.TrimPrefix(m.text, "overlayd_")
 	if m.rises {
-		return fmt.Sprintf("%s %g→%g", name, before, now)
+		return fmt.Sprintf("%s %g→%g", name, m.before, m.now)
 	}
-	return fmt.Sprintf("%s %g→%g→%g", name, before, peak, now)
+	return fmt.Sprintf("%s %g→%g→%g", name, m.before, *m.peak, m.now)
 }

@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"errors"
 	"regexp"
 	"slices"
 	"strings"
@@ -88,8 +89,9 @@ overlayd_leases_rejected{cause="nonsense"} 1e+04
 		if v := m.value(before); v != c.value {
 			t.Errorf("%s: %g, want %g", c.text, v, c.value)
 		}
-		if m.moved(c.value, c.then) != c.moved || m.back(c.value, c.then) != c.back {
-			t.Errorf("%s from %g to %g: moved %v, back %v", c.text, c.value, c.then, !c.moved, !c.back)
+		m.before, m.now = c.value, c.then
+		if m.moved() != c.moved || (m.left() == "") != c.back {
+			t.Errorf("%s from %g to %g: moved %v, %q is left", c.text, c.value, c.then, !c.moved, m.left())
 		}
 	}
 }
@@ -99,8 +101,8 @@ func TestVerdict(t *testing.T) {
 	for want, lines := range map[string][]string{
 		NoAnswer:               {NoAnswer},
 		"an empty answer":      nil,
-		"ok":                   {readyOK},
-		"degraded: etcd, plan": {readyOK, "200 degraded: plan: a: b (since x)", "200 degraded: etcd: refused (since x)"},
+		"ok":                   {"200 ok"},
+		"degraded: etcd, plan": {"200 ok", "200 degraded: plan: a: b (since x)", "200 degraded: etcd: refused (since x)"},
 		"503: etcd, lease":     {"503 not ready: lease: it is gone (since x)", "503 degraded: etcd: refused: by it (since x)"},
 	} {
 		if got := verdict(lines); got != want {
@@ -129,34 +131,32 @@ func TestPlainLines(t *testing.T) {
 // A row whose signs are not seen fails, and so does one whose signs stay.
 func TestWatchJudges(t *testing.T) {
 	t.Parallel()
-	w := &watch{
-		seen: *degrades("etcd", "refused"), verdicts: []string{"ok"}, before: []float64{0}, now: []float64{0}, peaks: make([]*float64, 1), ok: true,
-	}
-	m, err := parseMove(w.seen.Metrics[0])
+	w, err := newWatch(nil, *degrades("etcd", "refused"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.moves = []move{m}
 	if out := w.missing(); len(out) != 3 {
 		t.Errorf("nothing was seen, and it misses only %q", out)
 	}
-	one := 1.0
-	w.said, w.unready, w.peaks[0], w.now[0], w.ok = "etcd: refused", "200 degraded: etcd: refused", &one, 1, false
+	w.said, w.unready, w.verdicts = "etcd: refused", "200 degraded: etcd: refused", []string{"ok", "degraded: etcd"}
+	metrics := func(v string, err error) { w.moves[0].read(`overlayd_problem{name="etcd",fatal="false"} `+v, err) }
+	metrics("1", nil)
 	if out := w.missing(); len(out) != 0 {
 		t.Errorf("all was seen, and it misses %q", out)
 	}
 	if out := w.left(); len(out) != 2 {
 		t.Errorf("the fault is not over, and that is seen by %q alone", out)
 	}
-	w.now[0], w.ok = 0, true
-	if out := w.left(); len(out) != 0 {
-		t.Errorf("the fault is over, and it sees %q", out)
-	}
-	w.now = nil // a daemon that answers /readyz may not give its metrics yet
+	w.verdicts = append(w.verdicts, "ok")
+	metrics("", errors.New("no answer")) // a daemon that answers /readyz may not give its metrics yet
 	if out := w.left(); len(out) != 1 {
 		t.Errorf("the metrics can't be read, and it sees %q", out)
 	}
-	if p := m.path(0, 1, 0); p != `problem{name="etcd",fatal="false"} 0→1→0` {
+	metrics("0", nil)
+	if out := w.left(); len(out) != 0 {
+		t.Errorf("the fault is over, and it sees %q", out)
+	}
+	if p := w.moves[0].path(); p != `problem{name="etcd",fatal="false"} 0→1→0` {
 		t.Error(p)
 	}
 }

@@ -64,32 +64,21 @@ func openSite(ctx context.Context, l *lab.Lab, setup string, victim, peer int) (
 
 // calm waits until nothing changes any more, and takes that for the plan.
 func (s *Site) calm(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	var err error
-	if s.plan, err = s.observe(ctx); err != nil {
-		return err
-	}
-	for {
-		if err := sleep(ctx, 300*time.Millisecond); err != nil {
-			return fmt.Errorf("wait for the lab to come to rest: %w", err)
-		}
-		if !s.settling() && s.whole(ctx) == nil {
-			return nil
-		}
+	resting := func(ctx context.Context, s *Site) (err error) {
 		if s.plan, err = s.observe(ctx); err != nil {
 			return err
 		}
-	}
-}
-
-func (s *Site) settling() bool {
-	for _, st := range s.plan {
-		if st.settling() {
-			return true
+		for name, st := range s.plan {
+			if st.settling() {
+				return fmt.Errorf("%s: an address is not in use yet", name)
+			}
 		}
+		return errors.Join(sleep(ctx, 300*time.Millisecond), s.whole(ctx))
 	}
-	return false
+	if _, err := s.await(ctx, resting, time.Now(), 20*time.Second); err != nil {
+		return fmt.Errorf("wait for the lab to come to rest: %w", err)
+	}
+	return nil
 }
 
 func (s *Site) observe(ctx context.Context) (map[string]state, error) {
@@ -326,11 +315,7 @@ func findLine(lines []string, pattern *regexp.Regexp) (string, bool) {
 }
 
 func matchesAny(lines []string, pattern string) bool {
-	re, err := regexp.Compile(pattern)
-	if err != nil {
-		return false
-	}
-	_, ok := findLine(lines, re)
+	_, ok := findLine(lines, regexp.MustCompile(pattern))
 	return ok
 }
 

@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -28,30 +26,20 @@ const (
 
 // watch asks the victim what an operator would: before the fault, while it lasts, and afterwards.
 type watch struct {
-	node                  *lab.Node
-	seen                  Seen
-	status, doctor, ready *regexp.Regexp
-	moves                 []move
+	node  *lab.Node
+	seen  Seen
+	moves []*move
 
-	before                     []float64 // values of the moves
-	beforeStatus, beforeDoctor []string  // lines
+	beforeStatus, beforeDoctor []string // lines
 
-	said     string     // the line of the status
-	unready  string     // the line of /readyz
-	verdicts []string   // what /readyz said, each change of it
-	ok       bool       // /readyz said so, the last time
-	peaks    []*float64 // the values of those that moved
-	now      []float64  // the values that were read last; nil if they could not be
+	said, unready string   // the lines of the status and of /readyz that match
+	verdicts      []string // what /readyz said, each change of it
 }
 
 // newWatch reads what a row says is to be seen.
 func newWatch(n *lab.Node, seen Seen) (*watch, error) {
-	w := &watch{node: n, seen: seen, peaks: make([]*float64, len(seen.Metrics)), verdicts: []string{"ok"}} // else no row begins
-	var errStatus, errDoctor, errReady error
-	w.status, errStatus = regexp.Compile(seen.Status)
-	w.doctor, errDoctor = regexp.Compile(seen.Doctor)
-	w.ready, errReady = regexp.Compile(seen.Ready)
-	errs := errors.Join(errStatus, errDoctor, errReady)
+	w := &watch{node: n, seen: seen, verdicts: []string{"ok"}} // else no row begins
+	var errs error
 	for _, text := range seen.Metrics {
 		m, err := parseMove(text)
 		errs = errors.Join(errs, err)
@@ -63,7 +51,10 @@ func newWatch(n *lab.Node, seen Seen) (*watch, error) {
 // first is the Check that takes down what there is before the fault.
 func (w *watch) first(ctx context.Context, _ *Site) (err error) {
 	var errStatus, errDoctor error
-	w.before, err = w.values(ctx)
+	err = w.read(ctx)
+	for _, m := range w.moves {
+		m.before, m.peak = m.now, nil
+	}
 	w.beforeStatus, errStatus = w.statusLines(ctx)
 	if w.seen.Doctor != "" {
 		w.beforeDoctor, errDoctor = w.doctorLines(ctx)
@@ -76,7 +67,7 @@ func (w *watch) appeared(ctx context.Context, _ *Site) error {
 	w.ask(ctx)
 	if w.said == "" && w.seen.Status != "" && len(w.missing()) == 1 {
 		lines, _ := w.statusLines(ctx) // without an answer it is asked again
-		w.said, _ = w.added(lines, w.beforeStatus, w.status)
+		w.said = added(lines, w.beforeStatus, w.seen.Status)
 	}
 	return pause(ctx, w.missing())
 }
@@ -99,37 +90,39 @@ func pause(ctx context.Context, found []string) error {
 // ask reads /readyz and the metrics.
 func (w *watch) ask(ctx context.Context) {
 	lines := readyLines(ctx, w.node)
-	w.ok = len(lines) == 1 && lines[0] == readyOK
 	if v := verdict(lines); w.verdicts[len(w.verdicts)-1] != v {
 		w.verdicts = append(w.verdicts, v)
 	}
-	if i := slices.IndexFunc(lines, w.ready.MatchString); i >= 0 && w.unready == "" {
-		w.unready = lines[i]
+	if w.unready == "" {
+		w.unready = added(lines, nil, w.seen.Ready)
 	}
-	var err error
-	w.now, err = w.values(ctx)
-	for i, m := range w.moves {
-		switch {
-		case err != nil && m.name == up:
-			w.peaks[i] = new(float64)
-		case err == nil && m.moved(w.before[i], w.now[i]):
-			w.peaks[i] = &w.now[i]
-		}
-	}
+	_ = w.read(ctx) // each move says so
 }
 
-// added is the first line that matches and was not there before.
-func (w *watch) added(lines, before []string, pattern *regexp.Regexp) (string, bool) {
+// read reads the metrics.
+func (w *watch) read(ctx context.Context) error {
+	if len(w.moves) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	text, err := w.node.Metrics(ctx)
+	for _, m := range w.moves {
+		m.read(text, err)
+	}
+	return err
+}
+
+// added is the first line that matches and was not there before, "" where there is none.
+func added(lines, before []string, pattern string) string {
+	re := regexp.MustCompile(pattern) // TestSeen holds that it compiles
 	for _, l := range lines {
-		if pattern.MatchString(l) && !slices.Contains(before, l) {
-			return l, true
+		if re.MatchString(l) && !slices.Contains(before, l) {
+			return l
 		}
 	}
-	return "", false
+	return ""
 }
-
-// readyOK is all that /readyz of a node says with which nothing is wrong.
-const readyOK = "200 ok"
 
 // readyLines are the lines of /readyz with the HTTP status in front of each.
 func readyLines(ctx context.Context, n *lab.Node) []string {
@@ -148,6 +141,9 @@ func readyLines(ctx context.Context, n *lab.Node) []string {
 
 // verdict is what /readyz said, in a few words: the HTTP status and the names of what is wrong.
 func verdict(lines []string) string {
+	if len(lines) == 0 {
+		return "an empty answer"
+	}
 	var names []string
 	for _, l := range lines {
 		if fields := strings.SplitN(l, ": ", 3); len(fields) > 1 {
@@ -155,40 +151,16 @@ func verdict(lines []string) string {
 		}
 	}
 	slices.Sort(names)
-	if len(lines) == 0 {
-		return "an empty answer"
-	}
-	code, _, _ := strings.Cut(lines[0], " ")
-	switch {
+	switch code, text, _ := strings.Cut(lines[0], " "); {
 	case lines[0] == NoAnswer:
 		return NoAnswer
 	case len(names) == 0:
-		return "ok"
-	case code == strconv.Itoa(http.StatusOK):
+		return text
+	case code == "200":
 		return "degraded: " + strings.Join(names, ", ")
+	default:
+		return code + ": " + strings.Join(names, ", ")
 	}
-	return code + ": " + strings.Join(names, ", ")
-}
-
-func (w *watch) values(ctx context.Context) ([]float64, error) {
-	if len(w.moves) == 0 {
-		return []float64{}, nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
-	text, err := w.node.Metrics(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var out []float64
-	for _, m := range w.moves {
-		v := m.value(text)
-		if m.name == up {
-			v = 1
-		}
-		out = append(out, v)
-	}
-	return out, nil
 }
 
 // statusLines are those of `overlayd status`, without the blanks that only make columns of them.
@@ -221,29 +193,21 @@ func (w *watch) missing() (out []string) {
 	if w.seen.Ready != "" && w.unready == "" {
 		out = append(out, fmt.Sprintf("/readyz does not say /%s/, but %s", w.seen.Ready, strings.Join(w.verdicts, ", ")))
 	}
-	for i, m := range w.moves {
-		switch {
-		case w.peaks[i] != nil:
-		case w.now == nil:
-			out = append(out, m.text+" can't be read")
-		default:
-			out = append(out, fmt.Sprintf("%s did not move as it should: it was %g, it is %g", m.text, w.before[i], w.now[i]))
-		}
-	}
-	return out
+	return append(out, w.each((*move).missing)...)
 }
 
 // left says what still looks like a fault.
 func (w *watch) left() (out []string) {
-	if !w.ok {
+	if w.verdicts[len(w.verdicts)-1] != "ok" {
 		out = append(out, "/readyz does not say ok, but "+strings.Join(w.verdicts, ", "))
 	}
-	for i, m := range w.moves {
-		switch {
-		case w.now == nil:
-			out = append(out, m.text+" can't be read")
-		case !m.back(w.before[i], w.now[i]):
-			out = append(out, fmt.Sprintf("%s is %g: it was %g", m.text, w.now[i], w.before[i]))
+	return append(out, w.each((*move).left)...)
+}
+
+func (w *watch) each(says func(*move) string) (out []string) {
+	for _, m := range w.moves {
+		if text := says(m); text != "" {
+			out = append(out, text)
 		}
 	}
 	return out
@@ -275,8 +239,7 @@ func (w *watch) askDoctor(ctx context.Context, r *Result) {
 		r.fail("%v", err)
 		return
 	}
-	line, ok := w.added(lines, w.beforeDoctor, w.doctor)
-	if r.Doctor = line; !ok {
+	if r.Doctor = added(lines, w.beforeDoctor, w.seen.Doctor); r.Doctor == "" {
 		r.fail("overlayd doctor does not say /%s/, but %s", w.seen.Doctor, strings.Join(lines, " | "))
 	}
 }
@@ -290,9 +253,9 @@ func (w *watch) after(ctx context.Context, s *Site, r *Result) {
 		r.fail("afterwards: %v", err)
 	}
 	r.Ready = strings.Join(w.verdicts, " → ")
-	for i, m := range w.moves {
-		if w.peaks[i] != nil && w.now != nil {
-			r.Metrics = append(r.Metrics, m.path(w.before[i], *w.peaks[i], w.now[i]))
+	for _, m := range w.moves {
+		if m.peak != nil {
+			r.Metrics = append(r.Metrics, m.path())
 		}
 	}
 }

@@ -83,8 +83,8 @@ type Topology struct {
 func NewTopology(o Options) Topology {
 	t := Topology{Options: o}
 	t.Router = t.router()
-	t.Internet = t.leaf("internet", "internet", internetNet, 10, underlayRoutes)
-	t.Etcd = t.leaf("etcd", "etcd", etcdNet, 2, defaultRoutes)
+	t.Internet = t.leaf("internet", internetNet, 10, underlayRoutes)
+	t.Etcd = t.leaf("etcd", etcdNet, 2, defaultRoutes)
 	t.Cables = append(t.Cables,
 		Cable{Port{t.Internet.NS, "eth0"}, Port{t.Router.NS, "internet"}},
 		Cable{Port{t.Etcd.NS, "eth0"}, Port{t.Router.NS, "etcd"}})
@@ -169,8 +169,8 @@ func (t Topology) router() Host {
 }
 
 // leaf is a host with one interface, whose routes go through the router.
-func (t Topology) leaf(name, ns string, net network, n int, dst network) Host {
-	h := Host{Name: name, NS: t.ns(ns), Interfaces: []Interface{{Name: "eth0", Addrs: t.addrs(net, n)}}}
+func (t Topology) leaf(name string, net network, n int, dst network) Host {
+	h := Host{Name: name, NS: t.ns(name), Interfaces: []Interface{{Name: "eth0", Addrs: t.addrs(net, n)}}}
 	for _, f := range t.Options.Stack.Families() {
 		h.Routes = append(h.Routes, Route{Dst: dst(f), Via: hostAddr(net(f), 1).Addr()})
 	}
@@ -191,7 +191,7 @@ func (t Topology) node(i int) NodeSpec {
 	name := fmt.Sprintf("n%d", i)
 	segment := (i-1)%t.Options.Segments + 1
 	n := NodeSpec{
-		Host:    t.leaf(name, name, segmentNet(segment), firstNodeHost-1+i, defaultRoutes),
+		Host:    t.leaf(name, segmentNet(segment), firstNodeHost-1+i, defaultRoutes),
 		Segment: segment,
 		ID:      nodeID(t.Options.Name, name),
 	}
@@ -274,37 +274,20 @@ func (t Topology) ExpectedPath(a, b NodeSpec) Path {
 	return PathTunnel
 }
 
-// networkConfig is the document that overlayd puts at PREFIX/config.
-type networkConfig struct {
-	EnableIPv4    *bool         `json:"EnableIPv4,omitempty"`
-	Network       string        `json:"Network,omitempty"`
-	SubnetLen     int           `json:"SubnetLen,omitempty"`
-	EnableIPv6    bool          `json:"EnableIPv6,omitempty"`
-	IPv6Network   string        `json:"IPv6Network,omitempty"`
-	IPv6SubnetLen int           `json:"IPv6SubnetLen,omitempty"`
-	Backend       backendConfig `json:"Backend"`
-}
-
-type backendConfig struct {
-	Type          Backend `json:"Type"`
-	VNI           int     `json:"VNI,omitempty"`
-	Port          int     `json:"Port,omitempty"`
-	DirectRouting bool    `json:"DirectRouting,omitempty"`
-}
-
 // NetworkConfig renders the network config for overlayd's --init-config.
 func (t Topology) NetworkConfig() ([]byte, error) {
-	c := networkConfig{Backend: backendConfig{Type: t.Options.Backend}}
-	if c.Backend.Type == VXLAN {
-		c.Backend.VNI, c.Backend.Port, c.Backend.DirectRouting = vni, vxlanPort, t.Options.Direct
+	backend := map[string]any{"Type": t.Options.Backend}
+	if t.Options.Backend == VXLAN {
+		backend["VNI"], backend["Port"], backend["DirectRouting"] = vni, vxlanPort, t.Options.Direct
 	}
+	c := map[string]any{"Backend": backend}
 	if t.Options.Stack == StackIPv6 {
-		c.EnableIPv4 = new(bool)
+		c["EnableIPv4"] = false
 	} else {
-		c.Network, c.SubnetLen = "10.244.0.0/16", 24
+		c["Network"], c["SubnetLen"] = "10.244.0.0/16", 24
 	}
 	if t.Options.Stack != StackIPv4 {
-		c.EnableIPv6, c.IPv6Network, c.IPv6SubnetLen = true, "fd00:10:244::/48", 64
+		c["EnableIPv6"], c["IPv6Network"], c["IPv6SubnetLen"] = true, "fd00:10:244::/48", 64
 	}
 	return json.MarshalIndent(c, "", "  ")
 }
