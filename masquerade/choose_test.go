@@ -25,7 +25,7 @@ func TestDecide(t *testing.T) {
 		wantV   Variant
 		reason  string
 	}{
-		{"nothing special", KindAuto, "", Facts{true, false, plain, plain}, KindIPTables, "", "whatever"},
+		{"nothing special", KindAuto, "", Facts{true, false, plain, plain}, KindIPTables, "", "the host's default"},
 		{"kube-proxy in nftables", KindAuto, "", Facts{true, true, plain, plain}, KindNFTables, "", "kube-proxy"},
 		{"kube-proxy in nftables, the kubelet's hint is in iptables", KindAuto, "", Facts{true, true, kubelet, plain}, KindNFTables, "", "kube-proxy"},
 		{"kube-proxy in nftables, but there is no nft", KindAuto, "", Facts{false, true, kubelet, plain}, KindIPTables, "nft", "kubelet"},
@@ -35,10 +35,10 @@ func TestDecide(t *testing.T) {
 		{"kubelet in iptables-legacy", KindAuto, "", Facts{true, false, rules(99), kubelet}, KindIPTables, "legacy", "kubelet"},
 		{"Docker in iptables-legacy", KindAuto, "", Facts{true, false, plain, rules(12)}, KindIPTables, "legacy", "legacy 12"},
 		{"Docker in iptables-nft", KindAuto, "", Facts{true, false, rules(12), rules(3)}, KindIPTables, "nft", "nft 12"},
-		{"no iptables", KindAuto, "", Facts{NFT: true}, KindNFTables, "", "no iptables"},
-		{"neither", KindAuto, "", Facts{}, KindIPTables, "", "whatever"},
-		{"only iptables-nft", KindAuto, "", Facts{NFT: true, IPTablesNFT: plain}, KindIPTables, "nft", "no iptables-legacy"},
-		{"only iptables-legacy", KindAuto, "", Facts{NFT: true, Legacy: plain}, KindIPTables, "legacy", "no iptables-nft"},
+		{"no iptables", KindAuto, "", Facts{NFT: true}, KindNFTables, "", "iptables not found"},
+		{"neither", KindAuto, "", Facts{}, KindIPTables, "", "the host's default"},
+		{"only iptables-nft", KindAuto, "", Facts{NFT: true, IPTablesNFT: plain}, KindIPTables, "nft", "iptables-legacy not found"},
+		{"only iptables-legacy", KindAuto, "", Facts{NFT: true, Legacy: plain}, KindIPTables, "legacy", "iptables-nft not found"},
 		{"told iptables", KindIPTables, "", Facts{true, true, plain, rules(2)}, KindIPTables, "legacy", "legacy 2"},
 		{"told nftables", KindNFTables, "", Facts{true, false, kube, plain}, KindNFTables, "", "configured"},
 		{"told the variant", KindAuto, VariantLegacy, Facts{true, false, kube, plain}, KindIPTables, "legacy", "configured"},

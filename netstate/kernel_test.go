@@ -342,12 +342,12 @@ func TestRefusedObjectsHoldNobodyBack(t *testing.T) {
 		},
 	}
 	refused := map[string]string{
-		"add " + bad.Links[0].String():      "there is no such device as eth7",
+		"add " + bad.Links[0].String():      "no such device: eth7",
 		"add " + bad.Sysctls[0].String():    "no such file",
-		"add " + bad.Addresses[0].String():  "there is no such device as overlay.9",
-		"add " + bad.Neighbours[0].String(): "there is no such device as overlay.9",
-		"add " + bad.FDB[0].String():        "there is no such device as overlay.9",
-		"add " + bad.Routes[0].String():     "there is no such device as eth7",
+		"add " + bad.Addresses[0].String():  "no such device: overlay.9",
+		"add " + bad.Neighbours[0].String(): "no such device: overlay.9",
+		"add " + bad.FDB[0].String():        "no such device: overlay.9",
+		"add " + bad.Routes[0].String():     "no such device: eth7",
 		"add " + bad.Routes[1].String():     "(Nexthop has invalid gateway)", // the kernel's own words
 	}
 	n.wantFailures(n.reconcile(Merge(bad, want)).Failed, refused)
@@ -368,7 +368,7 @@ func TestRefusalsAmongMany(t *testing.T) {
 	for i := 0; i < len(want.Neighbours); i += 11 {
 		nb := &want.Neighbours[i]
 		nb.Link = "overlay.9"
-		refused["add "+nb.String()] = "there is no such device as overlay.9"
+		refused["add "+nb.String()] = "no such device: overlay.9"
 	}
 	want.Sort()
 	rest.Routes = reject(rest.Routes, func(r Route) bool { return !slices.Contains(want.Routes, r) })

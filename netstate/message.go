@@ -120,7 +120,7 @@ func (k *Kernel) linkIndex(name string) (uint32, error) {
 	if i, ok := k.index[name]; ok {
 		return uint32(i), nil
 	}
-	return 0, fmt.Errorf("%w as %s", ErrNoLink, name)
+	return 0, fmt.Errorf("%w: %s", ErrNoLink, name)
 }
 
 func (k *Kernel) putAddress(m *messages, op Op, a Address) error {

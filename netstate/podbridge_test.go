@@ -68,7 +68,7 @@ func TestFollowBridges(t *testing.T) {
 	ns.Exec("ip", "address", "flush", "dev", "br-pods")
 	ns.Exec("ip", "link", "set", "veth2", "nomaster")
 	is("stripped",
-		"br-pods is down: pods can't send; br-pods has lost its address 10.244.5.1/24, the gateway of this node's pods; "+
+		"br-pods is down: pods cannot send; br-pods has lost its address 10.244.5.1/24, the gateway of this node's pods; "+
 			"br-pods has lost its address fd00:10:244:5::1/64, the gateway of this node's pods; br-pods has lost 2 of its "+
 			"ports (veth1, veth2): pods there are cut off")
 	give()
@@ -88,7 +88,7 @@ func TestFollowBridges(t *testing.T) {
 	is("all is there", "")
 	ns.Exec("ip", "link", "del", "br-pods")
 	is("the bridge removed under a pod",
-		"br-pods is gone, and 1 devices that were on it are still there (veth2): pods there are cut off")
+		"br-pods is gone, but 1 of its ports still exist (veth2): pods there are cut off")
 	ns.Exec("ip", "link", "del", "veth2")
 	is("and the pod", "")
 

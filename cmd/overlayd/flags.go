@@ -71,8 +71,8 @@ func (f *flags) addStore(s *pflag.FlagSet) {
 	s.StringVar(&f.store.KeyFile, "etcd-keyfile", "", "Client key `file` (PEM); reloaded when it changes")
 	s.StringVar(&f.store.CAFile, "etcd-cafile", "", "CA certificate `file` to verify etcd (PEM); reloaded when it changes")
 	s.StringVar(&f.store.Username, "etcd-username", "", "etcd user `name`")
-	s.StringVar(&f.store.Password, "etcd-password", "", "etcd `password`; prefer --etcd-password-file, because command lines are public on the node")
-	s.StringVar(&f.store.PasswordFile, "etcd-password-file", "", "`file` with the etcd password; reloaded when etcd rejects it")
+	s.StringVar(&f.store.Password, "etcd-password", "", "etcd `password`; visible to all users of the node: prefer --etcd-password-file")
+	s.StringVar(&f.store.PasswordFile, "etcd-password-file", "", "Read the etcd password from this `file`; reloaded when etcd rejects it")
 }
 
 func (f *flags) addNode(s *pflag.FlagSet) {
@@ -91,9 +91,9 @@ func (f *flags) addDaemon(s *pflag.FlagSet) {
 	s.Var(&f.leaseTTL, "lease-ttl", "Time until a lease expires once its node stops renewing it")
 	s.StringSliceVar(&f.ifaces, "iface", nil, "External `interface` or its address; the first match wins (default: the interface of the default route)")
 	s.StringArrayVar(&f.ifaceRegexes, "iface-regex", nil,
-		"`pattern` for the external interface's name or address, after --iface; repeatable")
+		"Use the interface whose name or address matches this `pattern`, after --iface; repeatable")
 	s.StringVar(&f.ifaceCanReach, "iface-can-reach", "",
-		"`address` that the external interface reaches, after --iface and --iface-regex")
+		"Use the interface that reaches this `address`, after --iface and --iface-regex")
 	s.StringVar(&f.publicIP, "public-ip", "",
 		"IPv4 `address` to announce to peers: of a device of this node, or of NAT in front of it")
 	s.StringVar(&f.publicIPv6, "public-ipv6", "",
@@ -103,7 +103,7 @@ func (f *flags) addDaemon(s *pflag.FlagSet) {
 	s.BoolVar(&f.forwardRules, "iptables-forward-rules", true, "Accept traffic of the pod network in the FORWARD chain")
 	s.BoolVar(&f.ipForward, "ip-forward", true, "Enable IP forwarding for the families in use")
 	s.BoolVar(&f.bridgeNetfilter, "bridge-netfilter", false, "Enable net.bridge.bridge-nf-call-iptables and -ip6tables, as kube-proxy needs (module br_netfilter)")
-	s.StringVar(&f.sysctlDir, "sysctl-dir", "/proc/sys", "`directory` to write sysctls in; in a container, a mount of the host's")
+	s.StringVar(&f.sysctlDir, "sysctl-dir", "/proc/sys", "Write sysctls below this `directory`; in a container, a mount of the host's")
 	f.iptablesResync = seconds(10 * time.Second)
 	s.Var(&f.iptablesResync, "iptables-resync", "Resync interval of firewall rules for which the kernel sends no notifications; a plain number is in seconds")
 	f.stalePeerGrace = seconds(10 * time.Minute)
