@@ -3,8 +3,8 @@ package agent
 import (
 	"context"
 	"errors"
-	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,10 +12,26 @@ import (
 	"go.uber.org/zap"
 )
 
-// told is what systemd was told, without the first of what it was told already.
-type told []string
+// told is what systemd was told.
+type told struct {
+	mu     sync.Mutex
+	states []string
+}
 
-func (s *told) since(n int) string { return strings.Join((*s)[n:], "|") }
+func (s *told) notify(state string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.states = append(s.states, state)
+}
+
+// take gives what systemd was told since the last call.
+func (s *told) take() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := strings.Join(s.states, "|")
+	s.states = nil
+	return out
+}
 
 func TestNotifySystemd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -24,15 +40,15 @@ func TestNotifySystemd(t *testing.T) {
 		var got told
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error)
-		go func() {
-			ended <- h.notifySystemd(ctx, func(state string) { got = append(got, state) }, 2*time.Minute)
-		}()
+		go func() { ended <- h.notifySystemd(ctx, got.notify, 2*time.Minute) }()
+		synctest.Wait()
+		got.take()
 		step := func(want string, act func()) {
 			t.Helper()
-			n := len(got)
 			act()
-			if synctest.Wait(); got.since(n) != want {
-				t.Errorf("got %q, want %q", got.since(n), want)
+			synctest.Wait()
+			if said := got.take(); said != want {
+				t.Errorf("got %q, want %q", said, want)
 			}
 		}
 		step("STATUS=not ready: etcd: no answer MAINPID=1", func() { h.set(condStore, errors.New("no answer\nMAINPID=1")) })
@@ -65,19 +81,19 @@ func TestReadyForSystemd(t *testing.T) {
 		r.stop()
 		r = newAgent(r)
 		var got told
-		r.agent.notify = func(state string) { got = append(got, state) }
+		r.agent.notify = got.notify
 		r.start()
 		defer r.stop()
 		r.change(func() { r.firewall.err = errors.New("no iptables") })
 		r.table(onlyV4)
 		r.sleep(time.Minute)
-		if s := got.since(0); strings.Contains(s, "READY") || !strings.Contains(got[len(got)-1], "firewall: no iptables") {
+		if s := got.take(); strings.Contains(s, "READY") || !strings.HasSuffix(s, "firewall: no iptables") {
 			t.Errorf("got %q", s)
 		}
 		r.change(func() { r.firewall.err = nil })
 		r.sleep(time.Minute)
-		if !slices.Contains(got, "READY=1\nSTATUS=ready") {
-			t.Errorf("got %q", got)
+		if s := got.take(); !strings.Contains(s, "READY=1\nSTATUS=ready") {
+			t.Errorf("got %q", s)
 		}
 	})
 }
