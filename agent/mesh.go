@@ -106,7 +106,7 @@ func silentError(t probe.Trouble) error {
 		return trouble(t.Silent, "no peer at all answers pings: most likely it is this node's own firewall or network; run overlayd doctor")
 	}
 	return trouble(t.Silent,
-		"pings are not answered: is the node up, does every firewall on the way let the tunnel's packets pass, "+
+		"pings are not answered: is the node up, does every firewall on the path let the tunnel's packets pass, "+
 			"and does the node answer at all (net.ipv4.icmp_echo_ignore_all, net.ipv6.icmp.echo_ignore_all, "+
 			"a firewall that drops ICMP)?")
 }

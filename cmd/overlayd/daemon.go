@@ -172,7 +172,7 @@ func systemd(log *zap.Logger) (notify func(state string), watchdog time.Duration
 	}
 	notify = func(state string) {
 		if _, err := sd.SdNotify(false, state); err != nil {
-			log.Warn("systemd can't be notified", zap.Error(err))
+			log.Warn("cannot notify systemd", zap.Error(err))
 		}
 	}
 	watchdog, err = sd.SdWatchdogEnabled(false)

@@ -49,7 +49,7 @@ func judgeSupport(f Facts) []Finding {
 	}
 	var out []Finding
 	for _, what := range slices.Sorted(maps.Keys(f.Errs)) {
-		out = append(out, warn(fmt.Sprintf("%s can't be read: %v", what, f.Errs[what]))...)
+		out = append(out, warn(fmt.Sprintf("%s cannot be read: %v", what, f.Errs[what]))...)
 	}
 	for _, s := range f.System.Support {
 		if errors.Is(s.err, unix.EPERM) { // in a container, for example

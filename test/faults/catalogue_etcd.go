@@ -162,7 +162,7 @@ func etcdFaults(long bool) []Fault {
 			Log: leaseGone,
 		},
 		{
-			Name: "own key overwritten with nonsense", On: []string{OnVXLAN},
+			Name: "own key overwritten with invalid data", On: []string{OnVXLAN},
 			Inject: overwriteOwnKey(func(*Site) string { return "{" }), Expect: registered, Restore: Wait(0),
 			Log: leaseGone,
 		},

@@ -73,12 +73,12 @@ func kernel() []Fault {
 			Inject: On(`ip link set $DEV address 02:00:00:00:00:98`), Log: `reverted external change.*"device"`,
 		},
 		{
-			Name: "somebody deletes a route for 10 s", On: everywhere(), Short: true,
+			Name: "another process deletes a route for 10 s", On: everywhere(), Short: true,
 			Inject: keepsDeleting(`ip $F route del $PEER_SUBNET`, `ip $F route show proto 118 | grep "^$PEER_SUBNET "`),
 			Bound:  Bound{Lost: Any, Repair: withinASecond, Lines: 30}, Log: `reverted external change.*"route"`, Seen: repairs("route", "add route"),
 		},
 		{
-			Name: "somebody deletes the device for 10 s", On: tunnelled(),
+			Name: "another process deletes the device for 10 s", On: tunnelled(),
 			Inject: keepsDeleting(`ip link del $DEV`, `ip link show $DEV`),
 			Bound:  Bound{Lost: Any, Repair: withinASecond, Lines: 60}, Log: `reverted external change.*"device"`,
 		},
@@ -88,7 +88,7 @@ func kernel() []Fault {
 		foreignRoute("foreign blackhole over a peer's subnet", `blackhole $PEER_SUBNET metric 1`, OnVXLAN, OnDual),
 		{
 			// The daemon is stopped for a moment, so that the other device surely comes first.
-			Name: "somebody else's device has the VNI", On: []string{OnVXLAN}, Short: true,
+			Name: "another program's device has the VNI", On: []string{OnVXLAN}, Short: true,
 			Inject: Steps(pauseDaemon,
 				On(`ip link del $DEV; ip link add thief type vxlan id 1 dstport 8472 local $IP dev eth0; ip link set thief up`),
 				Afterwards(On(`ip link del thief`)), resumeDaemon),
