@@ -3,23 +3,15 @@ package agent
 import (
 	"bytes"
 	"context"
-	crand "crypto/rand"
-	"encoding/binary"
-	"errors"
 	"fmt"
-	"math"
-	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
-	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/atomicfile"
@@ -118,183 +110,4 @@ func subnetEnv(c subnet.Config, l subnet.Lease, mtu int, ipMasq bool) []byte {
 		}
 	}
 	return []byte(b.String())
-}
-
-// ErrRunning says that another daemon works on this node.
-var ErrRunning = errors.New("another overlayd is running on this node")
-
-// Lock keeps a second daemon off this network namespace, whatever container it is in, until the returned function is called or
-// the process ends. The lock is an abstract unix socket (unix(7)), of which each network namespace has its own.
-//
-// Anybody can take such a name, and leave no room for whoever wants to ask there who it is. So it is the kernel that is asked whose sockets
-// there are (sock_diag(7)), and only those of root count, and of this process's own user if that is another one. If somebody else has the
-// name, the daemon takes one that nobody can guess. It looks for others once it can be seen itself, so that of two that start at once one
-// at least finds the other.
-//
-// A daemon that was killed holds it until the kernel, and a command that it was just starting, have let go: so it is tried for a while.
-func Lock(name string, patience time.Duration) (unlock func(), err error) {
-	for deadline := time.Now().Add(patience); ; time.Sleep(lockRetry/2 + rand.N(lockRetry)) { // two that found each other: not in step
-		unlock, err = tryLock(name)
-		if !errors.Is(err, ErrRunning) || time.Now().After(deadline) {
-			return unlock, err
-		}
-	}
-}
-
-const lockRetry = 20 * time.Millisecond
-
-func tryLock(name string) (unlock func(), err error) {
-	own := name
-	l, err := listenLock(own)
-	if errors.Is(err, unix.EADDRINUSE) {
-		if err = noOther(name, ""); err != nil {
-			return nil, err
-		}
-		own = name + "/" + crand.Text()
-		l, err = listenLock(own)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("lock: %w", err)
-	}
-	if err := noOther(name, own); err != nil {
-		_ = l.Close()
-		return nil, err
-	}
-	// Who is refused asks for the process: there has to be room for the next one.
-	go func() {
-		for c, err := l.Accept(); err == nil; c, err = l.Accept() {
-			_ = c.Close()
-		}
-	}()
-	return func() { _ = l.Close() }, nil
-}
-
-func listenLock(name string) (net.Listener, error) {
-	return net.ListenUnix("unix", &net.UnixAddr{Name: "@" + name, Net: "unix"})
-}
-
-// noOther returns ErrRunning if a daemon holds the lock, other than the one that goes by the name own.
-func noOther(name, own string) error {
-	sockets, err := abstractSockets()
-	if err != nil && own == name { // a kernel without unix_diag: then the name is all there is
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("%w, or another program has the name @%s: the kernel does not tell which (module unix_diag): %w", ErrRunning, name, err)
-	}
-	found := false
-	for _, s := range sockets {
-		found = found || s.name == name
-		if s.name == own || s.name != name && !strings.HasPrefix(s.name, name+"/") || s.uid != 0 && s.uid != uint32(os.Geteuid()) {
-			continue
-		}
-		if pid := listener(s.name); pid != 0 {
-			return fmt.Errorf("%w: process %d", ErrRunning, pid)
-		}
-		return ErrRunning // in a container that can't be seen from here, or it is just ending
-	}
-	if !found { // whoever has the name: somebody came or went while the kernel was asked, and it may have left out more than him
-		return fmt.Errorf("%w, or another program keeps taking the name @%s and giving it back", ErrRunning, name)
-	}
-	return nil
-}
-
-// listener is the process that listens at an abstract name; 0: it can't be seen.
-func listener(name string) int {
-	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: "@" + name, Net: "unix"})
-	if err != nil {
-		return 0
-	}
-	defer func() { _ = c.Close() }()
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0
-	}
-	pid := 0
-	_ = raw.Control(func(fd uintptr) {
-		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			pid = int(cred.Pid)
-		}
-	})
-	return pid
-}
-
-// abstractSocket is a stream socket that has an abstract name: its own, or that of the one that accepted it.
-type abstractSocket struct {
-	name string
-	uid  uint32 // of who made it
-}
-
-// abstractSockets asks the kernel for those of this network namespace.
-func abstractSockets() ([]abstractSocket, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = unix.Close(fd) }()
-	request := binary.NativeEndian.AppendUint32(nil, unix.SizeofNlMsghdr+24)
-	request = binary.NativeEndian.AppendUint16(request, unix.SOCK_DIAG_BY_FAMILY)
-	request = binary.NativeEndian.AppendUint16(request, unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
-	request = append(request, make([]byte, 8)...) // no number, no sender
-	// struct unix_diag_req, linux/unix_diag.h: the family, all states, no single socket, what is to be told of each.
-	request = append(request, unix.AF_UNIX, 0, 0, 0)
-	request = binary.NativeEndian.AppendUint32(request, math.MaxUint32)
-	request = append(request, make([]byte, 4)...)
-	request = binary.NativeEndian.AppendUint32(request, 1<<diagName|1<<(diagUID-1))
-	request = append(request, make([]byte, 8)...)
-	if err := unix.Sendto(fd, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nil, err
-	}
-	var out []abstractSocket
-	for buf := make([]byte, 64<<10); ; {
-		n, _, err := unix.Recvfrom(fd, buf, 0)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		messages, err := syscall.ParseNetlinkMessage(buf[:n])
-		if err != nil {
-			return nil, err
-		}
-		for _, m := range messages {
-			switch m.Header.Type {
-			case unix.NLMSG_DONE:
-				return out, nil
-			case unix.NLMSG_ERROR:
-				return nil, unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data)))
-			}
-			if s, ok := parseAbstractSocket(m.Data); ok {
-				out = append(out, s)
-			}
-		}
-	}
-}
-
-// The attributes of a socket that are asked for.
-const diagName, diagUID = 0, 7
-
-// parseAbstractSocket reads a struct unix_diag_msg with its attributes. Not ok: it is another kind of socket.
-func parseAbstractSocket(b []byte) (s abstractSocket, ok bool) {
-	const bodyLen = 16
-	if len(b) < bodyLen || b[1] != unix.SOCK_STREAM {
-		return s, false
-	}
-	s.uid = math.MaxUint32 // nobody's, unless the kernel says whose
-	for b = b[bodyLen:]; len(b) >= unix.SizeofNlAttr; {
-		size := int(binary.NativeEndian.Uint16(b))
-		if size < unix.SizeofNlAttr || size > len(b) {
-			break
-		}
-		value := b[unix.SizeofNlAttr:size]
-		switch typ := binary.NativeEndian.Uint16(b[2:]); {
-		case typ == diagName:
-			s.name, ok = strings.CutPrefix(string(value), "\x00")
-		case typ == diagUID && len(value) == 4:
-			s.uid = binary.NativeEndian.Uint32(value)
-		}
-		b = b[min(len(b), (size+3)&^3):]
-	}
-	return s, ok
 }
