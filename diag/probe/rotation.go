@@ -101,9 +101,7 @@ type queue []*target
 
 func (q queue) Len() int { return len(q) }
 
-func (q queue) Less(i, j int) bool {
-	return cmp.Or(cmp.Compare(q[i].due, q[j].due), addr.ComparePrefix(q[i].Subnet, q[j].Subnet)) < 0
-}
+func (q queue) Less(i, j int) bool { return q[i].due < q[j].due }
 
 func (q queue) Swap(i, j int) {
 	q[i], q[j] = q[j], q[i]
