@@ -12,8 +12,9 @@ const (
 	underlayLink = "eth0"
 )
 
-// SetupPods makes the node's bridge and pods from its subnet.env, as the CNI plugins bridge and host-local would. Pods
-// that are there already are made anew, which is what a changed subnet needs.
+// SetupPods makes the node's bridge and pods from its subnet.env, as the CNI plugins bridge and host-local do: the bridge has its addresses
+// when the first pod is on it. Pods that are there already are made again, which is what a changed subnet needs. A bridge with a MAC of its
+// own keeps it when ports come and go; the pods know it as their gateway's.
 func (n *Node) SetupPods() error {
 	env, err := n.SubnetEnv()
 	if err != nil {
@@ -22,15 +23,19 @@ func (n *Node) SetupPods() error {
 	if err := n.removePods(); err != nil {
 		return err
 	}
-	if err := n.addBridge(env); err != nil {
-		return fmt.Errorf("%s: %s: %w", n.Name, bridgeName, err)
+	if err := script(n.NS, fmt.Sprintf("ip link add %s address %s mtu %d type bridge", bridgeName, randomMAC(), env.MTU)); err != nil {
+		return err
 	}
 	for i, p := range n.spec.Pods {
 		if err := n.addPod(env, i, p); err != nil {
 			return fmt.Errorf("pod %s: %w", p.Name, err)
 		}
 	}
-	return nil
+	bridge := Interface{Name: bridgeName}
+	for _, f := range n.options.Stack.Families() {
+		bridge.Addrs = append(bridge.Addrs, env.Gateway.Get(f))
+	}
+	return script(n.NS, bridge.script())
 }
 
 func (n *Node) removePods() error {
@@ -39,15 +44,6 @@ func (n *Node) removePods() error {
 		errs = append(errs, deleteNS(p.NS), n.RemoveLink(p.Port))
 	}
 	return errors.Join(errs...)
-}
-
-// addBridge makes the bridge. One with a MAC of its own keeps it when ports come and go; the pods know it as their gateway's.
-func (n *Node) addBridge(env SubnetEnv) error {
-	i := Interface{Name: bridgeName}
-	for _, f := range n.options.Stack.Families() {
-		i.Addrs = append(i.Addrs, env.Gateway.Get(f))
-	}
-	return script(n.NS, fmt.Sprintf("ip link add %s address %s mtu %d type bridge\n%s", bridgeName, randomMAC(), env.MTU, i.script()))
 }
 
 func randomMAC() net.HardwareAddr {
