@@ -367,7 +367,7 @@ EOF
 		p := p.in(t)
 		p.sh("ip route add 10.0.0.0/8 via 172.31.1.1 table 52; ip rule add pref 5270 lookup 52")
 		p.finds("policy routing", "ok",
-			`before rules of other programs stands "5269 from all to 10.244.0.0/16 lookup 254 suppress_prefixlength 15"`)
+			`"5269 from all to 10.244.0.0/16 lookup 254 suppress_prefixlength 15" precedes other programs' rules`)
 		p.well()
 		p.sh("ip rule del pref 5270; ip rule add pref 0 lookup 52") // nothing can come before that
 		p.finds("policy routing", "fail",
@@ -552,7 +552,7 @@ EOF
 		p.sh("iptables -P FORWARD ACCEPT")
 		p.sh("ip link delete overlay.1; ip link add thief type vxlan id 1 dstport 8472 local 172.31.1.11 dev eth0; ip link set thief up")
 		p.finds("VXLAN port", "fail", "thief has VNI 1 on UDP port 8472")
-		p.finds("tunnel device", "fail", "overlay.1 is not there")
+		p.finds("tunnel device", "fail", "overlay.1 does not exist")
 		p.finds("routes", "fail", "the routes to 2 peers are missing")
 		p.sh("ip link delete thief")
 		var socket *net.UDPConn
@@ -656,7 +656,7 @@ func TestDoctorFindsNothing(t *testing.T) {
 				t.Errorf("no %q: %v\n%s", want, err, out)
 			}
 			look("\n0 fail, 0 warn")
-			if o.Secure && !strings.Contains(out, "certificates           the first one ends at") {
+			if o.Secure && !strings.Contains(out, "certificates           the first one expires at") {
 				t.Errorf("nothing of certificates:\n%s", out)
 			}
 			stop(t, n)
@@ -692,7 +692,7 @@ func TestDoctorSettings(t *testing.T) {
 	}
 	for _, want := range []doctorFinding{
 		{Check: "identity", Mark: "ok", Reason: "node of-environment, id of-flag"},
-		{Check: "settings", Mark: "fail", Reason: "line 6 is not of the form NAME=value"},
+		{Check: "settings", Mark: "fail", Reason: "line 6 is not NAME=value"},
 		{Check: "settings", Mark: "fail", Reason: `OVERLAYD_IP_MASQ: "perhaps" is not valid`},
 		{Check: "settings", Mark: "warn", Reason: "OVERLAYD_IFACES"},
 		{Check: "etcd", Mark: "fail", Reason: "connection refused by http://127.0.0.1:1"},

@@ -691,11 +691,11 @@ func TestStatusCommands(t *testing.T) {
 		}
 	}
 	// A node that is ready learns of those that come after it a moment later.
-	expect(says(0, "2: 2 tunnel"), "n1 (id ", "ready", "http://172.31.100.2:2379", "172.31.1.11 on eth0", "overlay.1, VNI 1", "2: 2 tunnel", "iptables", "nothing: nobody")
+	expect(says(0, "2: 2 tunnel"), "n1 (id ", "ready", "http://172.31.100.2:2379", "172.31.1.11 on eth0", "overlay.1, VNI 1", "2: 2 tunnel", "iptables", "none since start")
 	expect(run(0, "status", "--peers"), "n2", "n3", "tunnel")
 	expect(run(0, "status", "--peer", "n2"), "172.31.2.12", "fdb ", "neighbour ", "route ")
 	expect(run(0, "status", "--peer", "172.31.2.12", "-o", "json"), `"name": "n2"`, `"path": "tunnel"`)
-	expect(run(1, "status", "--peer", "nobody"), `no peer is called "nobody"`)
+	expect(run(1, "status", "--peer", "nobody"), `no peer has the name, ID, subnet or address "nobody"`)
 	expect(run(0, "status", "--explain"), "it has the default route")
 	var doc struct {
 		Ready bool
