@@ -371,7 +371,7 @@ EOF
 		p.well()
 		p.sh("ip rule del pref 5270; ip rule add pref 0 lookup 52") // nothing can come before that
 		p.finds("policy routing", "fail",
-			`leave by eth0 (table 52), not by overlay.1: the rule "0 from all lookup 52" of another program takes them`)
+			`leave by eth0 (table 52), not by overlay.1: the rule "0 from all lookup 52" of another program matches them`)
 		p.finds("policy routing", "fail", " are not sent (invalid argument)")
 		p.finds("problems", "warn", "give that one a higher number, for ")
 		p.sh("ip rule del pref 0 lookup 52; ip route flush table 52")
