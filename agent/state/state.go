@@ -112,12 +112,31 @@ func read(file string) (*Persisted, error) {
 	return &p, nil
 }
 
-// Save writes one of the files, and whose it is.
+// Save writes one of the files, and whose it is. Thousands of peers are put into it one by one: as one value, they would
+// take several times their size in memory.
 func (d Dir) Save(file string, p Persisted) error {
 	p.Node, p.Prefix, p.Saved = d.Node, d.Prefix, time.Now().UTC().Round(0)
+	peers := p.Peers
+	p.Peers = nil
 	raw, err := json.Marshal(p)
 	if err != nil {
 		return err
+	}
+	for i, peer := range peers {
+		one, err := json.Marshal(peer)
+		if err != nil {
+			return err
+		}
+		if i == 0 {
+			raw = slices.Grow(raw, len(peers)*(len(one)+len(one)/8)) // they are about as long
+			raw = append(raw[:len(raw)-1], `,"Peers":[`...)
+		} else {
+			raw = append(raw, ',')
+		}
+		raw = append(raw, one...)
+	}
+	if len(peers) > 0 {
+		raw = append(raw, "]}"...)
 	}
 	return d.write(file, append(raw, '\n'))
 }
