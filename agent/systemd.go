@@ -11,31 +11,36 @@ import (
 	"github.com/overlayd/overlayd/diag/status"
 )
 
-// notifySystemd tells systemd by sd_notify(3) that the node is ready, once, and what is wrong with it, until ctx ends. Within each period
-// watchdog it says that the loop comes round; zero: systemd does not wait for that.
+// notifySystemd tells systemd by sd_notify(3) that the node is ready, once, and what is wrong with it, until ctx ends. A node that is not ready
+// after readyWithin is declared started all the same: a restart would cure nothing. Within each period watchdog it says that the loop comes
+// round; zero: systemd does not wait for that.
 func (h *health) notifySystemd(ctx context.Context, notify func(state string), watchdog time.Duration) error {
 	var alive <-chan time.Time
 	if watchdog > 0 {
-		t := time.NewTicker(watchdog / 2)
+		t := time.NewTicker(watchdog / 4) // so that a stall of half the time ends well before the deadline
 		defer t.Stop()
 		alive = t.C
 	}
-	ready, said := false, ""
+	patience := time.NewTimer(readyWithin)
+	defer patience.Stop()
+	ready, given, said := false, false, ""
 	for {
 		nowReady, text := h.statusLine()
-		state := "STATUS=" + text
-		if nowReady && !ready {
-			ready, state = true, daemon.SdNotifyReady+"\n"+state
-		}
 		if text != said {
-			notify(state)
+			notify("STATUS=" + text)
 			said = text
+		}
+		if (nowReady || given) && !ready {
+			ready = true
+			notify(daemon.SdNotifyReady)
 		}
 		select {
 		case <-ctx.Done():
 			notify(daemon.SdNotifyStopping + "\nSTATUS=stopping; the data plane stays as it is")
 			return ctx.Err()
 		case <-h.changed:
+		case <-patience.C:
+			given = true
 		case <-alive:
 			if h.stuck() < watchdog/2 {
 				notify(daemon.SdNotifyWatchdog)
@@ -43,6 +48,13 @@ func (h *health) notifySystemd(ctx context.Context, notify func(state string), w
 		}
 	}
 }
+
+const (
+	// readyWithin is less than the unit's TimeoutStartSec, at which systemd ends the daemon.
+	readyWithin = 150 * time.Second
+	// statusLength bounds a status, in bytes: systemd drops a message of 4096 or more (NOTIFY_BUFFER_MAX of its manager.c).
+	statusLength = 1000
+)
 
 // statusLine says on one line whether the node is ready, and what is wrong.
 func (h *health) statusLine() (ready bool, text string) {
@@ -56,5 +68,5 @@ func (h *health) statusLine() (ready bool, text string) {
 	}
 	worst := problems[max(0, slices.IndexFunc(problems, func(p status.Problem) bool { return p.Fatal && starting(p) == 0 }))]
 	line := strings.Join(strings.Fields(text+": "+worst.Name+": "+worst.Reason), " ") // a second line would be another variable
-	return ready, strings.ToValidUTF8(line, "?")
+	return ready, strings.ToValidUTF8(line[:min(len(line), statusLength)], "?")
 }

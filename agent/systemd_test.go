@@ -53,25 +53,47 @@ func TestNotifySystemd(t *testing.T) {
 		}
 		step("STATUS=not ready: etcd: no answer MAINPID=1", func() { h.set(condStore, errors.New("no answer\nMAINPID=1")) })
 		step("STATUS=not ready: lease: the pool is full", func() { h.set(condLease, errors.New("the pool is full")) })
-		step("READY=1\nSTATUS=degraded: etcd: no answer MAINPID=1", func() {
+		step("STATUS=degraded: etcd: no answer MAINPID=1|READY=1", func() {
 			for _, c := range needed() {
 				h.set(c, nil)
 			}
 		})
 		step("STATUS=ready", func() { h.set(condStore, nil) })
-		step("WATCHDOG=1", func() { time.Sleep(time.Minute) })
+		step("WATCHDOG=1|WATCHDOG=1", func() { time.Sleep(time.Minute) })
 		step("STATUS=not ready: firewall: gone", func() { h.set(condFirewall, errors.New("gone")) })
 		step("STATUS=ready", func() { h.set(condFirewall, nil) }) // READY=1 was said
 		h.works()
-		step("", func() { time.Sleep(3 * time.Minute) }) // the loop is stuck
+		step("WATCHDOG=1", func() { time.Sleep(3 * time.Minute) }) // the loop is stuck, after half a minute it is not known yet
 		h.waits()
-		step("WATCHDOG=1", func() { time.Sleep(time.Minute) })
+		step("WATCHDOG=1|WATCHDOG=1", func() { time.Sleep(time.Minute) })
 		step("STOPPING=1\nSTATUS=stopping; the data plane stays as it is", func() {
 			cancel()
 			if err := <-ended; !errors.Is(err, context.Canceled) {
 				t.Error(err)
 			}
 		})
+	})
+}
+
+// A node that does not become ready is declared started before systemd ends the daemon; a long reason is cut.
+func TestSystemdIsNotKeptWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHealth(zap.NewNop(), time.Now)
+		h.set(condLease, errors.New(strings.Repeat("x", 5000)))
+		var got told
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- h.notifySystemd(ctx, got.notify, 0) }()
+		time.Sleep(readyWithin - time.Second)
+		if s := got.take(); strings.Contains(s, "READY") || len(s) > 2*statusLength || !strings.Contains(s, "xxx") {
+			t.Errorf("before: %q", s)
+		}
+		time.Sleep(2 * time.Second)
+		if s := got.take(); s != "READY=1" {
+			t.Errorf("after: %q", s)
+		}
+		cancel()
+		<-ended
 	})
 }
 
@@ -92,7 +114,7 @@ func TestReadyForSystemd(t *testing.T) {
 		}
 		r.change(func() { r.firewall.err = nil })
 		r.sleep(time.Minute)
-		if s := got.take(); !strings.Contains(s, "READY=1\nSTATUS=ready") {
+		if s := got.take(); !strings.HasSuffix(s, "STATUS=ready|READY=1") {
 			t.Errorf("got %q", s)
 		}
 	})

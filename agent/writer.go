@@ -54,7 +54,9 @@ func newStateWriter(h *health) *stateWriter {
 	file := func(every time.Duration) stateFile {
 		return stateFile{every: every, jobs: newMailbox[func() error]()}
 	}
-	return &stateWriter{health: h, lease: file(leaseEvery), peers: file(peersEvery)}
+	w := &stateWriter{health: h, lease: file(leaseEvery), peers: file(peersEvery)}
+	w.peers.at = time.Now() // a start has other things to do than to write down thousands of peers
+	return w
 }
 
 // note has the file written if it has changed, or could not be written before, and it is time; last: there is no other time.

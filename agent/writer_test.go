@@ -116,7 +116,7 @@ func TestWhatChangesIsRemembered(t *testing.T) {
 			}
 		}
 		r.table(onlyV4, peer(1))
-		r.sleep(2 * leaseEvery)
+		r.sleep(peersEvery + leaseEvery)
 		remembers("at the start", onlyV4, "192.0.2.10", 1)
 		r.table(port, peer(1))
 		remembers("port", port, "192.0.2.10", 1)
