@@ -179,7 +179,7 @@ func wipe(ctx context.Context, s *Site) error {
 
 // storeBack ends the absence of etcd: it has the node's lease, and the node does not say otherwise.
 func storeBack(ctx context.Context, s *Site) error {
-	return Steps(startStore, Until(Whole, catchUp), Until(logLacks(`gone from etcd`), 0))(ctx, s)
+	return Steps(startStore, Until(Whole, catchUp), Until(logLacks(`disappeared from etcd`), 0))(ctx, s)
 }
 
 // changePort has all nodes use another port, once the victim has written down its own.

@@ -116,7 +116,7 @@ func routeFaults() []Fault {
 				ip $F route del $TARGET_IP; ip $F address del $NEW/$NET_BITS dev eth0`)),
 				restart("--iface-can-reach", "TARGET")),
 			Expect: All(ready, announces4("98"), subnetKept, reachesAll),
-			Bound:  routes, Restore: Undo, Log: `interface chosen.*\.98 on eth0 \(the way to`,
+			Bound:  routes, Restore: Undo, Log: `interface chosen.*\.98 on eth0 \(route to`,
 		},
 		{
 			// As a DHCP client does that takes any device for one of its own.
