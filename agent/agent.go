@@ -48,7 +48,7 @@ const (
 type Kernel interface {
 	// Observe looks at the kernel, and returns what of it is not ours.
 	Observe() (netstate.Host, error)
-	// Reconcile makes what is ours the desired state, which it takes over; AddMissing does so without removing anything.
+	// Reconcile makes the objects with our marks equal to the desired state, which it takes over; AddMissing removes none.
 	Reconcile(desired netstate.State) (netstate.Result, error)
 	AddMissing(desired netstate.State) (netstate.Result, error)
 	// Uncover removes those of our routes that cover one of these addresses.
@@ -72,7 +72,7 @@ type Parts struct {
 	Firewall func(context.Context) masquerade.Driver
 	// FirewallChanges notifies of changes in the firewall; nil or closed: not of any more.
 	FirewallChanges <-chan struct{}
-	SubnetFile      *FileWatch         // nil: nothing tells when somebody changes the subnet file
+	SubnetFile      *FileWatch         // nil: changes of the subnet file are not notified
 	Health          net.Listener       // for /healthz, /readyz and /status; nil: none
 	Control         net.Listener       // for the operator's commands on this node; nil: none
 	Notify          func(state string) // to systemd, see sd_notify(3); nil: it does not run the daemon
@@ -116,7 +116,7 @@ type Agent struct {
 	choice     *Choice
 	claim      subnet.Claim
 	lease      subnet.Lease
-	planned    *planned        // nil: everything has to be planned anew
+	planned    *planned        // nil: the next round plans everything
 	mtu        int             // that pods were told last
 	subnetEnv  []byte          // the subnet file as it was written last
 	watch      *FileWatch      // of that

@@ -22,10 +22,10 @@ var ErrRunning = errors.New("another overlayd is running on this node")
 // Lock keeps a second daemon off this network namespace, whatever container it is in, until the returned function is called or
 // the process ends. The lock is an abstract unix socket (unix(7)), of which each network namespace has its own.
 //
-// Anybody can take such a name, and leave no room for whoever wants to ask there who it is. So it is the kernel that is asked whose sockets
-// there are (sock_diag(7)), and only those of root count, and of this process's own user if that is another one. If somebody else has the
-// name, the daemon takes one that nobody can guess. It looks for others once it can be seen itself, so that of two that start at once one
-// at least finds the other.
+// Any process can bind such a name, and need not answer there. So the daemon asks the kernel whose sockets there are (sock_diag(7)), and
+// counts only those of root, and of this process's own user if that is another one. If another program has bound the name, the daemon binds
+// one that cannot be guessed. It searches for others once its own socket is bound, so that of two that start at once one at least finds the
+// other.
 //
 // A daemon that was killed holds it until the kernel, and a command that it was just starting, have let go: so it is tried for a while.
 func Lock(name string, patience time.Duration) (unlock func(), err error) {
@@ -89,7 +89,7 @@ func noOther(name, own string) error {
 		}
 		return ErrRunning // in a container that can't be seen from here, or it is just ending
 	}
-	if !found { // whoever has the name: somebody came or went while the kernel was asked, and it may have left out more than him
+	if !found { // sockets came or went during the dump, which may have left out others too
 		return fmt.Errorf("%w, or another program keeps taking the name @%s and giving it back", ErrRunning, name)
 	}
 	return nil
@@ -177,7 +177,7 @@ func parseAbstractSocket(b []byte) (s abstractSocket, ok bool) {
 	if len(b) < bodyLen || b[1] != unix.SOCK_STREAM {
 		return s, false
 	}
-	s.uid = math.MaxUint32 // nobody's, unless the kernel says whose
+	s.uid = math.MaxUint32 // of no user, unless the kernel says whose
 	for b = b[bodyLen:]; len(b) >= unix.SizeofNlAttr; {
 		size := int(binary.NativeEndian.Uint16(b))
 		if size < unix.SizeofNlAttr || size > len(b) {

@@ -35,7 +35,7 @@ func TestLock(t *testing.T) {
 	unlock()
 }
 
-// Whatever somebody does with the name who could not run the daemon: it runs, and a second one does not.
+// Whatever a process without privileges does with the name: the daemon runs, and a second one does not.
 func TestLockOfAStranger(t *testing.T) {
 	t.Parallel()
 	nstest.NeedRoot(t)
@@ -99,7 +99,7 @@ func TestLockOfAStranger(t *testing.T) {
 	}
 }
 
-// However often somebody calls a daemon that runs, it is found, and there is room to ask for its process.
+// However many connections wait at a daemon that runs, it is found, and its process can be asked for.
 func TestLockThatIsCalled(t *testing.T) {
 	t.Parallel()
 	nstest.NeedRoot(t)
@@ -125,7 +125,7 @@ func TestLockThatIsCalled(t *testing.T) {
 	refused(t, name)
 }
 
-// Of many that start at once one runs at a time, also if somebody else has the name; and those of other network namespaces don't matter.
+// Of many that start at once one runs at a time, also if another program has bound the name; other network namespaces do not matter.
 func TestLockOfManyAtOnce(t *testing.T) {
 	t.Parallel()
 	nstest.NeedRoot(t)

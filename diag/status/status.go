@@ -232,7 +232,7 @@ type Peer struct {
 	ID       string `json:"id,omitempty"`
 	Subnet   string `json:"subnet"`
 	PublicIP string `json:"publicIP"`
-	Way      string `json:"path"` // tunnel, direct, unreachable, refused
+	Way      string `json:"path"` // tunnel, direct, unreachable, rejected
 	Reason   string `json:"reason,omitempty"`
 	Cause    string `json:"cause,omitempty"` // of a refusal, in a word
 	MAC      string `json:"mac,omitempty"`   // of its tunnel device
