@@ -38,7 +38,7 @@ build: ## bin/overlayd, bin/overlay-cni, bin/overlay-install, bin/overlay-lab an
 demo: deps build ## a whole network on this machine: NODES=3 PODS=2 BACKEND=vxlan|host-gw DIRECT=1 STACK=ipv4|dual|ipv6 KEEP=1
 	bin/overlay-lab demo --nodes $(NODES) --pods $(PODS) --backend $(BACKEND) --stack $(STACK) $(if $(DIRECT),--direct) $(if $(KEEP),--keep)
 
-test: deps ## everything, with the race detector, on the real kernel, etcd and iptables
+test: deps bin/kubernetes ## everything, with the race detector, on the real kernel, etcd, kube-apiserver and iptables
 	$(GO) vet ./...
 	$(GO) test -race -count 1 -timeout 15m ./...
 	$(MAKE) --no-print-directory fuzz
@@ -56,6 +56,12 @@ bin/etcd-3.5:
 bin/etcd-3.6: test/etcd/go.mod test/etcd/go.sum
 	CGO_ENABLED=0 $(GO) build -C test/etcd -trimpath -o ../../$@ go.etcd.io/etcd/server/v3
 
+# kube-apiserver and others in one: minutes to compile the first time. The flags are those of test/kubernetes/build, which shares
+# the cache of the compiler.
+bin/kubernetes: test/kubernetes/go.mod test/kubernetes/go.sum test/kubernetes/cmd/kubernetes/main.go
+	CGO_ENABLED=0 GOFLAGS= GOWORK=off $(GO) build -C test/kubernetes -buildvcs=false -trimpath -tags no_btrfs,no_zfs,no_devmapper -ldflags '-s -w' \
+		-o ../../$@ ./cmd/kubernetes
+
 faults: deps build bin/etcd-3.4 $(if $(SHORT),,bin/etcd-3.5 bin/etcd-3.6) ## the catalogue of faults, each with what it may cost: SHORT=1 for a part of it, ONLY=REGEX
 	bin/overlay-lab faults $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)')
 
@@ -69,7 +75,7 @@ bench-go: deps ## the Go benchmarks, in the form that benchstat reads
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 
 image: deps ## bin/overlayd-image-ARCH.tar, for `ctr images import` and `docker load`, and what is in it (SPDX): ARCHES=amd64,arm64 IMAGE=NAME[:TAG]
-	$(GO) run -C dist/image ./cmd/overlay-image build -root ../.. -arch '$(ARCHES)' -version '$(VERSION)' -name '$(IMAGE)' -go '$(GO)'
+	$(GO) run -C dist/image . build -arch '$(ARCHES)' -version '$(VERSION)' -name '$(IMAGE)' -go '$(GO)'
 
 test-image: deps ## the image, both architectures, built twice, its programs run
 	$(GO) vet -C dist/image ./... && $(GO) test -C dist/image -count 1 -timeout 15m ./...
@@ -77,10 +83,10 @@ test-image: deps ## the image, both architectures, built twice, its programs run
 test-dist: ## Kubernetes manifests and chart, strictly against the API types
 	$(GO) vet -C dist/test ./... && $(GO) test -C dist/test -count 1 -timeout 10m ./...
 
-test-kubernetes: deps ## overlayd on a real Kubernetes of three nodes: ONLY=REGEX KEEP=1
+test-kubernetes: deps ## overlayd on a real Kubernetes of three nodes: STORE=kubernetes|etcd ONLY=REGEX PROXY=iptables|nftables KEEP=1
 	$(GO) test -C test/kubernetes ./build ./rows
 	$(GO) build -C test/kubernetes -o ../../bin/kubernetes-test ./cmd/kubernetes-test
-	bin/kubernetes-test -go '$(GO)' $(if $(ONLY),-only '$(ONLY)') $(if $(KEEP),-keep)
+	bin/kubernetes-test -go '$(GO)' $(if $(STORE),-store $(STORE)) $(if $(PROXY),-proxy $(PROXY)) $(if $(ONLY),-only '$(ONLY)') $(if $(KEEP),-keep)
 
 lint: bin/golangci-lint ## golangci-lint, with the rules on who may import whom
 	bin/golangci-lint run ./...

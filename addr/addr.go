@@ -42,7 +42,8 @@ func Host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 func (f Family) String() string { return fmt.Sprintf("IPv%d", uint8(f)) }
 
-// Per holds one value for each family; the zero value of T stands for "this family is not in use". It is comparable where T is.
+// Per holds one value for each family; the zero value of T stands for "this family is not in use". It is comparable
+// where T is.
 type Per[T any] struct{ V4, V6 T }
 
 // Get returns the value of one family.

@@ -29,8 +29,8 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// The fakes stand for parts whose faults the real ones can't be made to show at will. The real parts are tested in their own
-// packages, and together with this loop in cmd/overlayd.
+// The fakes stand for parts whose faults the real ones can't be made to show at will. The real parts are tested in
+// their own packages, and together with this loop in cmd/overlayd.
 
 // fakeStore decides claims with the real rules, on a table that the test writes.
 type fakeStore struct {
@@ -41,6 +41,7 @@ type fakeStore struct {
 
 func (s *fakeStore) Run(ctx context.Context) error           { <-ctx.Done(); return ctx.Err() }
 func (s *fakeStore) Updates() <-chan subnet.Snapshot         { return s.updates }
+func (s *fakeStore) Name() string                            { return "etcd" }
 func (s *fakeStore) deliver(change func(s *subnet.Snapshot)) { change(&s.snap); s.updates.put(s.snap) }
 
 func (s *fakeStore) Claim(c subnet.Claim) {
@@ -59,11 +60,12 @@ type fakeKernel struct {
 	host     netstate.Host
 	state    netstate.State
 	want     netstate.State // the last wish
-	adjusted int            // calls of Adjust
+	adjusted int            // calls of Reconcile for a few peers
 	err      error          // of looking
 	refuse   func(netstate.Change) error
 	observed int
-	unswept  int // calls of AddMissing
+	unswept  int // calls of Reconcile without pruning
+	forgot   []netip.Addr
 	changed  chan struct{}
 }
 
@@ -78,14 +80,18 @@ func (k *fakeKernel) Offloads(string) []netstate.Offload {
 	return []netstate.Offload{{Name: "tx", On: true}, {Name: "gro"}}
 }
 
+func (k *fakeKernel) Desired() map[string]int {
+	return locked(k, func(k *fakeKernel) map[string]int { return k.want.Counts() })
+}
+
 func (k *fakeKernel) Watch(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
 func (k *fakeKernel) Changed() <-chan struct{}        { return k.changed }
 
-func (k *fakeKernel) AddMissing(want netstate.State) (netstate.Result, error) {
+func (k *fakeKernel) Forget(_ netip.Prefix, source netip.Addr) error {
 	k.mu.Lock()
-	k.unswept++
-	k.mu.Unlock()
-	return k.Reconcile(want) // in these tests there is nothing to be swept
+	defer k.mu.Unlock()
+	k.forgot = append(k.forgot, source)
+	return nil
 }
 
 func (k *fakeKernel) Uncover(ips []netip.Addr) (netstate.Result, error) {
@@ -102,15 +108,19 @@ func (k *fakeKernel) Uncover(ips []netip.Addr) (netstate.Result, error) {
 	return res, nil
 }
 
-func (k *fakeKernel) Adjust(gone, come netstate.State) (netstate.Result, error) {
-	k.mu.Lock()
+// updated is the last wish after an update.
+func (k *fakeKernel) updated(u netstate.Update) netstate.State {
+	if u.All {
+		return u.Come
+	}
+	gone, come := u.Gone, u.Come
 	want := netstate.State{Links: k.want.Links, Sysctls: k.want.Sysctls, Addresses: k.want.Addresses, Rules: k.want.Rules}
-	want.Neighbours = without(k.want.Neighbours, gone.Neighbours, come.Neighbours)
-	want.FDB = without(k.want.FDB, gone.FDB, come.FDB)
-	want.Routes = without(k.want.Routes, gone.Routes, come.Routes)
+	want.Neighbours = append(without(k.want.Neighbours, gone.Neighbours, come.Neighbours), come.Neighbours...)
+	want.FDB = append(without(k.want.FDB, gone.FDB, come.FDB), come.FDB...)
+	want.Routes = append(without(k.want.Routes, gone.Routes, come.Routes), come.Routes...)
+	want.Sort()
 	k.adjusted++
-	k.mu.Unlock()
-	return k.Reconcile(netstate.Merge(want, come))
+	return want
 }
 
 func (k *fakeKernel) Compare() ([]netstate.Change, error) {
@@ -126,9 +136,13 @@ func without[T interface{ Compare(T) int }](list, gone, come []T) []T {
 	})
 }
 
-func (k *fakeKernel) Reconcile(want netstate.State) (res netstate.Result, err error) {
+func (k *fakeKernel) Reconcile(u netstate.Update) (res netstate.Result, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	want := k.updated(u)
+	if !u.Prune { // in these tests there is nothing to be swept
+		k.unswept++
+	}
 	if k.err != nil {
 		return res, k.err
 	}
@@ -153,16 +167,28 @@ type fakeFirewall struct {
 	sets error // why it has no sets
 	want rulesets
 	runs int
+
+	chosen int  // how often it was
+	again  bool // it says once that another one would be
 }
 
-func (f *fakeFirewall) Ensure(_ context.Context, want rulesets, _ bool) (masquerade.Result, error) {
+func (f *fakeFirewall) choose(context.Context) masquerade.Driver {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.chosen++
+	return f
+}
+
+func (f *fakeFirewall) Ensure(_ context.Context, want rulesets) (masquerade.Result, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.runs++
 	if f.err == nil {
 		f.want = want
 	}
-	return masquerade.Result{NoSets: f.sets}, f.err
+	res := masquerade.Result{NoSets: f.sets, ChooseAgain: f.again}
+	f.again = false
+	return res, f.err
 }
 
 // rig is an agent that runs in a bubble of its own time.
@@ -173,6 +199,7 @@ type rig struct {
 	kernel   *fakeKernel
 	firewall *fakeFirewall
 	agent    *Agent
+	saves    counter // of the state directory
 	logs     *observer.ObservedLogs
 	stop     func()
 }
@@ -201,8 +228,9 @@ func newAgent(of *rig) *rig {
 		IPMasq: true, ForwardRules: true, IPForward: true, IPTablesResync: 10 * time.Second, StalePeerGrace: 10 * time.Minute,
 	}, Parts{
 		Store: r.store, Kernel: r.kernel,
-		Firewall: func(context.Context) masquerade.Driver { return r.firewall }, Log: zap.New(core),
+		Firewall: r.firewall.choose, Log: zap.New(core),
 	})
+	r.agent.writer.save = r.saves.count(r.agent.writer.save)
 	return r
 }
 
@@ -234,7 +262,7 @@ func (r *rig) host(h netstate.Host) {
 	synctest.Wait()
 	r.change(func() { r.kernel.host = h.Indexed() })
 	r.kernel.changed <- struct{}{}
-	r.sleep(longestGap)
+	r.sleep(observeMin)
 }
 
 // tell says that something changed in the kernel.
@@ -257,7 +285,10 @@ func (r *rig) table(config string, entries ...*subnet.Entry) {
 	c, err := subnet.ParseConfig([]byte(config))
 	slices.SortFunc(entries, func(a, b *subnet.Entry) int { return strings.Compare(a.Key, b.Key) })
 	r.store.deliver(func(s *subnet.Snapshot) {
-		s.Table = subnet.Table{Revision: s.Table.Revision + 1, Epoch: s.Table.Epoch, ConfigJSON: config, ConfigRevision: 1, Config: c, ConfigErr: err, Entries: entries}
+		s.Table = subnet.Table{
+			Revision: s.Table.Revision + 1, Epoch: s.Table.Epoch, ConfigJSON: config, ConfigRevision: 1,
+			Config: c, ConfigErr: err, Entries: entries,
+		}
 	})
 	synctest.Wait()
 }
@@ -275,6 +306,14 @@ func (r *rig) problem(c condition) string {
 		}
 	}
 	return ""
+}
+
+// subnets are those that the agent holds.
+func (r *rig) subnets() (own addr.Per[netip.Prefix]) {
+	if err := r.agent.ask(r.t.Context(), func() { own = r.agent.facts.subnets }); err != nil {
+		r.t.Error(err)
+	}
+	return own
 }
 
 func (r *rig) routes() int { return len(r.state().Routes) }
@@ -330,7 +369,8 @@ func TestFromTableToKernel(t *testing.T) {
 			t.Errorf("firewall %+v", r.firewall.want)
 		}
 		c := r.store.claims[len(r.store.claims)-1]
-		if c.PublicIP.V4.String() != "192.0.2.10" || !c.PublicIPLocal || c.VTEP.V4.MAC.IsZero() || c.Backend != subnet.VXLAN || !c.Keep {
+		if c.PublicIP.V4.String() != "192.0.2.10" || !c.PublicIPLocal || c.VTEP.V4.MAC.IsZero() ||
+			c.Backend != subnet.VXLAN || !c.Keep {
 			t.Errorf("claim %+v", c)
 		}
 		if mac := r.state().Links[0].MAC; mac != c.VTEP.V4.MAC {
@@ -390,7 +430,10 @@ func TestConfigThatCannotBeUsedChangesNothing(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))
 		before := r.state()
-		for _, c := range []string{`{`, `{"Network":"10.244.0.0/16","Backend":{"Type":"ipip"}}`, `{"Network":"10.99.0.0/16"}`, dual} {
+		for _, c := range []string{
+			`{`, `{"Network":"10.244.0.0/16","Backend":{"Type":"ipip"}}`, `{"Network":"10.99.0.0/16"}`,
+			dual,
+		} {
 			r.table(c, peer(1))
 			if r.problem(condConfig) == "" {
 				t.Errorf("%s: no problem is named", c)
@@ -455,7 +498,7 @@ func TestWaitsForAnInterface(t *testing.T) {
 		}
 		// It is gone again: what is there stays, and the others' leases are followed all the same.
 		r.host(netstate.Host{})
-		r.sleep(2 * auditEvery)
+		r.sleep(2 * resyncEvery)
 		if r.problem(condUnderlay) == "" || r.routes() != 2 {
 			t.Errorf("problem %q, %d routes", r.problem(condUnderlay), r.routes())
 		}
@@ -470,7 +513,7 @@ func TestKernelThatCannotBeRead(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))
 		r.change(func() { r.kernel.err = errors.New("interrupted") })
-		r.sleep(2 * auditEvery)
+		r.sleep(2 * resyncEvery)
 		if !strings.Contains(r.problem(condKernel), "interrupted") {
 			t.Errorf("problem %q", r.problem(condKernel))
 		}
@@ -518,7 +561,9 @@ func TestFirewall(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.change(func() { r.firewall.err = errors.New("another app is currently holding the xtables lock") })
 		r.change(func() { r.firewall.sets = errors.New("no ipset here") })
-		r.table(`{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}`, peer(1))
+		unsure := peer(2) // its public IP may be another host's
+		unsure.PublicIPLocal = false
+		r.table(`{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}`, peer(1), unsure)
 		if !strings.Contains(r.problem(condFirewall), "xtables lock") || r.routes() == 0 {
 			t.Errorf("problem %q, %d routes", r.problem(condFirewall), r.routes())
 		}
@@ -535,6 +580,19 @@ func TestFirewall(t *testing.T) {
 		if p := r.agent.health.list(); len(p) > 0 {
 			t.Errorf("problems %v", p)
 		}
+	})
+}
+
+func TestFirewallIsChosenAgain(t *testing.T) {
+	inRig(t, func(r *rig) {
+		r.table(onlyV4, peer(1))
+		r.change(func() { r.firewall.again = true })
+		r.sleep(time.Minute)
+		r.change(func() {
+			if r.firewall.chosen != 2 {
+				t.Errorf("chosen %d times, want twice", r.firewall.chosen)
+			}
+		})
 	})
 }
 
@@ -585,7 +643,8 @@ func TestLeaseThatLeadsElsewhere(t *testing.T) {
 				}
 			})
 			synctest.Wait()
-			if p := r.agent.health.list(); len(p) != 1 || p[0].Code != status.Conflict || !strings.Contains(r.problem(where), "192.0.2.10") {
+			if p := r.agent.health.list(); len(p) != 1 || p[0].Code != status.Conflict ||
+				!strings.Contains(r.problem(where), "192.0.2.10") {
 				t.Errorf("problems %v, want one of %s", p, where)
 			}
 		}
@@ -782,7 +841,7 @@ func TestDriftIsRepairedAtOnceAndCounted(t *testing.T) {
 		if n := r.looks() - looks; n < 15 || n > 40 {
 			t.Errorf("looked %d times in 10 s", n)
 		}
-		r.sleep(longestGap)
+		r.sleep(observeMin)
 		if d := netstate.Diff(r.state(), whole); len(d) > 0 {
 			t.Errorf("not repaired in the end: %v", d)
 		}
@@ -821,7 +880,8 @@ func TestStoreThatLostItsDataIsNotAThousandRemovedNodes(t *testing.T) {
 		other := peer(9)
 		other.Subnets, other.Key = peer(2).Subnets, peer(2).Key // n9 has taken the subnet of n2
 		r.table(onlyV4, peer(1), other)
-		if got := r.state().FDB; len(got) != 3 || slices.ContainsFunc(got, func(e netstate.FDBEntry) bool { return e.Dst == peer(2).PublicIP.V4 }) {
+		if got := r.state().FDB; len(got) != 3 || slices.ContainsFunc(got,
+			func(e netstate.FDBEntry) bool { return e.Dst == peer(2).PublicIP.V4 }) {
 			t.Errorf("FDB %v", got)
 		}
 		r.table(onlyV4, peer(1), other, peer(4))
@@ -841,8 +901,8 @@ func TestStoreThatLostItsDataIsNotAThousandRemovedNodes(t *testing.T) {
 	})
 }
 
-// A lease that was deleted or spoiled by mistake is back in a moment: until then nothing is taken down. One that was removed for
-// good goes soon after.
+// A lease that was deleted or spoiled by mistake is back in a moment: until then nothing is taken down. One that was
+// removed for good goes soon after.
 func TestRemovedPeersLingerAMoment(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1), peer(2))
@@ -888,9 +948,9 @@ func TestContradictedPeersGoAtOnce(t *testing.T) {
 func TestStartWithoutStore(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1), peer(2))
-		lease := r.agent.lease.Subnets
-		r.sleep(2 * auditEvery)
-		m, err := r.agent.state.Load()
+		lease := r.subnets()
+		r.sleep(2 * resyncEvery)
+		m, err := r.agent.opts.dir().Load()
 		if err != nil || len(m.Peers) != 2 || m.Own() != lease {
 			t.Fatalf("remembered %+v, %v", m, err)
 		}
@@ -906,8 +966,9 @@ func TestStartWithoutStore(t *testing.T) {
 			t.Error("started from memory before the store had a chance")
 		}
 		r.sleep(offlineAfter)
-		if again.routes() != 4 || again.agent.lease.Subnets != lease || again.problem(condOffline) == "" || again.unswept() == 0 {
-			t.Errorf("%d routes, lease %v, offline %q, %d rounds without sweeping", again.routes(), again.agent.lease.Subnets, again.problem(condOffline), again.unswept())
+		if again.routes() != 4 || again.subnets() != lease || again.problem(condOffline) == "" || again.unswept() == 0 {
+			t.Errorf("%d routes, lease %v, offline %q, %d rounds without sweeping", again.routes(), again.subnets(),
+				again.problem(condOffline), again.unswept())
 		}
 		for _, p := range again.agent.health.list() {
 			if p.Fatal {
@@ -917,8 +978,8 @@ func TestStartWithoutStore(t *testing.T) {
 		again.store.deliver(func(s *subnet.Snapshot) { s.Err = nil })
 		again.table(onlyV4, peer(2), peer(3))
 		r.sleep(lingerFor + time.Second)
-		if again.problem(condOffline) != "" || again.routes() != 4 || again.agent.lease.Subnets != lease {
-			t.Errorf("back online: %q, %d routes, lease %v", again.problem(condOffline), again.routes(), again.agent.lease.Subnets)
+		if again.problem(condOffline) != "" || again.routes() != 4 || again.subnets() != lease {
+			t.Errorf("back online: %q, %d routes, lease %v", again.problem(condOffline), again.routes(), again.subnets())
 		}
 	})
 }
@@ -957,14 +1018,14 @@ func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 		for range 5 {
 			r.table(onlyV4, peer(1), peer(2))
 		}
-		r.sleep(2 * auditEvery)
+		r.sleep(2 * resyncEvery)
 		r.stop()
 		again := newAgent(r)
 		again.start()
 		defer again.stop()
 		again.table(onlyV4, peer(2)) // at revision 1
-		if again.routes() != 4 || again.logged("etcd lost data") != 1 {
-			t.Errorf("%d routes, said %d times", again.routes(), again.logged("etcd lost data"))
+		if again.routes() != 4 || again.logged("store lost data") != 1 {
+			t.Errorf("%d routes, said %d times", again.routes(), again.logged("store lost data"))
 		}
 		again.sleep(20 * time.Minute)
 		if again.routes() != 2 {
@@ -973,22 +1034,48 @@ func TestStoreThatLostItsDataWhileTheDaemonWasDown(t *testing.T) {
 	})
 }
 
+// The same, where the daemon has started from the persisted state, but has not programmed its peers yet: there is no
+// interface until etcd is back.
+func TestStoreThatLostItsDataBeforeThereIsAnInterface(t *testing.T) {
+	inRig(t, func(r *rig) {
+		for range 5 {
+			r.table(onlyV4, peer(1), peer(2))
+		}
+		r.sleep(2 * peersEvery)
+		r.stop()
+		again := newAgent(r)
+		r.change(func() { r.kernel.host = netstate.Host{} })
+		again.start()
+		defer again.stop()
+		again.store.deliver(func(s *subnet.Snapshot) { s.Err, s.Since = errors.New("connection refused"), time.Now() })
+		again.sleep(2 * offlineAfter)
+		again.store.deliver(func(s *subnet.Snapshot) { s.Err = nil })
+		again.table(onlyV4, peer(2)) // at revision 1
+		again.host(testHost())
+		again.sleep(time.Minute)
+		if again.routes() != 4 || again.logged("store lost data") != 1 {
+			t.Errorf("%d routes, said %d times", again.routes(), again.logged("store lost data"))
+		}
+	})
+}
+
 func TestNoStartFromMemoryThatMayBeWrong(t *testing.T) {
 	for what, change := range map[string]func(*state.Persisted){
 		"the persisted lease of 192.0.2.0-24 expired": func(m *state.Persisted) { m.Expires = time.Now().Add(-time.Minute) },
 		`is of node "another"`:                        func(m *state.Persisted) { m.Node.NodeName = "another" },
-		"another network, /another/network":           func(m *state.Persisted) { m.Prefix = "/another/network" },
+		`another network, "/another/network"`:         func(m *state.Persisted) { m.Prefix = "/another/network" },
 	} {
 		inRig(t, func(r *rig) {
 			r.stop()
 			again := newAgent(r)
 			m := state.Persisted{
-				Node: again.agent.opts.Identity, Saved: time.Now(), Prefix: again.agent.state.Prefix, Subnets: peer(7).Key,
+				Node: again.agent.opts.Identity, Saved: time.Now(), Prefix: again.agent.opts.dir().Prefix, Subnets: peer(7).Key,
 				Expires: time.Now().Add(time.Hour), Config: json.RawMessage(onlyV4),
 			}
 			change(&m)
 			raw, err := json.Marshal(m)
-			if err := errors.Join(err, os.MkdirAll(again.agent.state.Path, 0o755), os.WriteFile(again.agent.state.LeaseFile(), raw, 0o600)); err != nil {
+			if err := errors.Join(err, os.MkdirAll(again.agent.opts.dir().Path, 0o755),
+				os.WriteFile(again.agent.opts.dir().LeaseFile(), raw, 0o600)); err != nil {
 				t.Fatal(err)
 			}
 			again.start()
@@ -1005,7 +1092,7 @@ func TestNoStartFromMemoryThatMayBeWrong(t *testing.T) {
 func TestSubnetLostToAnotherNode(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))
-		before := r.agent.lease.Subnets
+		before := r.subnets()
 		thief := peer(8)
 		thief.Subnets, thief.Key = before, subnet.FormatKey(before)
 		r.store.deliver(func(s *subnet.Snapshot) {
@@ -1017,20 +1104,21 @@ func TestSubnetLostToAnotherNode(t *testing.T) {
 			s.Lease = d.Lease
 		})
 		synctest.Wait()
-		if r.agent.lease.Subnets == before || r.logged("lost to another node") != 1 {
-			t.Errorf("lease %v, said %d times", r.agent.lease.Subnets, r.logged("lost to another node"))
+		if r.subnets() == before || r.logged("lost to another node") != 1 {
+			t.Errorf("lease %v, said %d times", r.subnets(), r.logged("lost to another node"))
 		}
-		if env, _ := os.ReadFile(filepath.Join(r.dir, "subnet.env")); !strings.Contains(string(env), r.agent.lease.Subnets.V4.Addr().Next().String()) {
+		if env, _ := os.ReadFile(filepath.Join(r.dir, "subnet.env")); !strings.Contains(string(env),
+			r.subnets().V4.Addr().Next().String()) {
 			t.Errorf("subnet.env still says %s", env)
 		}
 		r.sleep(time.Hour)
 		if r.problem(condMoved) == "" {
 			t.Error("nothing reminds of it")
 		}
-		if err := os.Remove(r.agent.state.MovedFile()); err != nil {
+		if err := os.Remove(r.agent.opts.dir().MovedFile()); err != nil {
 			t.Fatal(err)
 		}
-		r.sleep(2 * auditEvery)
+		r.sleep(2 * resyncEvery)
 		if p := r.problem(condMoved); p != "" {
 			t.Errorf("after the operator agreed: %q", p)
 		}
@@ -1047,7 +1135,8 @@ func TestForeignRouteIsNamed(t *testing.T) {
 		r.host(h)
 		r.table(onlyV4, peer(1), peer(2), peer(3))
 		p := r.problem(condRoutes)
-		if !strings.Contains(p, "10.244.101.0/24") || !strings.Contains(p, "10.244.102.128/25") || strings.Contains(p, "10.244.103.0/24") {
+		if !strings.Contains(p, "10.244.101.0/24") || !strings.Contains(p, "10.244.102.128/25") ||
+			strings.Contains(p, "10.244.103.0/24") {
 			t.Errorf("problem %q", p)
 		}
 	})
@@ -1057,7 +1146,10 @@ func TestForeignRouteIsNamed(t *testing.T) {
 func TestForwardingKeepsAdvertisedRoutes(t *testing.T) {
 	inRig(t, func(r *rig) {
 		h := testHost()
-		h.Routes = append(h.Routes, netstate.HostRoute{Dst: netip.MustParsePrefix("::/0"), Link: "eth0", Metric: 1024, Advertised: true})
+		h.Routes = append(h.Routes, netstate.HostRoute{
+			Dst: netip.MustParsePrefix("::/0"), Link: "eth0", Metric: 1024,
+			Advertised: true,
+		})
 		r.host(h)
 		r.table(dual)
 		at := func(path string) int {
@@ -1102,7 +1194,8 @@ func TestBridgeNetfilter(t *testing.T) {
 		if asked() != 2 {
 			t.Errorf("settings %v", r.state().Sysctls)
 		}
-		if p := r.problem(condSettings); !strings.Contains(p, "modprobe br_netfilter") || !strings.Contains(p, "--bridge-netfilter=false") || strings.Contains(p, "ip6tables") {
+		if p := r.problem(condSettings); !strings.Contains(p, "modprobe br_netfilter") ||
+			!strings.Contains(p, "--bridge-netfilter=false") || strings.Contains(p, "ip6tables") {
 			t.Errorf("problem %q", p)
 		}
 		if p := r.problem(condKernel); p != "" {
@@ -1111,7 +1204,8 @@ func TestBridgeNetfilter(t *testing.T) {
 	})
 }
 
-// A second address on the underlay does not move the tunnel, not even over a restart; only when the one in use goes, it does.
+// A second address on the underlay does not move the tunnel, not even over a restart; only when the one in use goes, it
+// does.
 func TestAddressInUseIsKept(t *testing.T) {
 	second := netstate.HostAddress{Link: "eth0", Prefix: netip.MustParsePrefix("192.0.2.5/32")}
 	inRig(t, func(r *rig) {
@@ -1119,13 +1213,16 @@ func TestAddressInUseIsKept(t *testing.T) {
 		h := testHost()
 		h.Addresses = append([]netstate.HostAddress{second}, h.Addresses...)
 		r.host(h)
-		r.sleep(2 * auditEvery)
+		r.sleep(2 * resyncEvery)
 		local := func() string { return r.state().Links[0].VXLAN.Local.String() }
 		if local() != "192.0.2.10" {
 			t.Errorf("the tunnel moved to %s", local())
 		}
 		r.stop()
-		own := &subnet.Entry{Lease: r.store.snap.Lease, Key: subnet.FormatKey(r.store.snap.Lease.Subnets), Revision: 3, LeaseID: 1}
+		own := &subnet.Entry{
+			Lease: r.store.snap.Lease, Key: subnet.FormatKey(r.store.snap.Lease.Subnets), Revision: 3,
+			LeaseID: 1,
+		}
 		again := newAgent(r)
 		again.start()
 		defer again.stop()
@@ -1136,9 +1233,12 @@ func TestAddressInUseIsKept(t *testing.T) {
 		h.Addresses = slices.DeleteFunc(slices.Clone(h.Addresses),
 			func(a netstate.HostAddress) bool { return a.Prefix.Addr().String() == "192.0.2.10" })
 		again.change(func() { again.kernel.host = h.Indexed() })
-		again.sleep(2 * auditEvery)
+		again.sleep(2 * resyncEvery)
 		if local() == "192.0.2.10" {
 			t.Error("the tunnel stays on an address that is gone")
+		}
+		if was := netip.MustParseAddr("192.0.2.10"); !slices.Equal(again.kernel.forgot, []netip.Addr{was}) {
+			t.Errorf("connections with the addresses %v are ended, want %s", again.kernel.forgot, was)
 		}
 	})
 }
@@ -1169,11 +1269,14 @@ func TestSubnetLostWhileTheDaemonWasDown(t *testing.T) {
 		r.stop()
 		again := newAgent(r)
 		m := state.Persisted{Subnets: peer(7).Key, Config: json.RawMessage(onlyV4), Expires: time.Now().Add(time.Hour)}
-		if err := again.agent.state.Save(again.agent.state.LeaseFile(), m); err != nil {
+		if err := again.agent.opts.dir().Save(again.agent.opts.dir().LeaseFile(), m); err != nil {
 			t.Fatal(err)
 		}
 		h := testHost()
-		h.Addresses = append(h.Addresses, netstate.HostAddress{Link: "cni0", Prefix: netip.MustParsePrefix("10.244.107.1/24")})
+		h.Addresses = append(h.Addresses, netstate.HostAddress{
+			Link:   "cni0",
+			Prefix: netip.MustParsePrefix("10.244.107.1/24"),
+		})
 		again.change(func() { again.kernel.host = h.Indexed() })
 		again.start()
 		defer again.stop()
@@ -1244,12 +1347,12 @@ func TestAnyOrderEndsInTheSameState(t *testing.T) {
 			r.change(func() { r.kernel.refuse = nil })
 			r.store.deliver(func(s *subnet.Snapshot) { s.Err = nil })
 			r.table(onlyV4, last...)
-			r.sleep(2*auditEvery + lastRetry)
+			r.sleep(2*resyncEvery + lastRetry)
 			if d := netstate.Diff(r.state(), wanted); len(d) > 0 {
 				t.Errorf("seed %d: %v", seed, d)
 			}
 			before := r.logs.Len()
-			r.sleep(10 * auditEvery)
+			r.sleep(10 * resyncEvery)
 			if n := r.logs.Len() - before; n > 0 || len(r.agent.health.list()) > 0 {
 				t.Errorf("seed %d: not at rest: %d lines, problems %v", seed, n, r.agent.health.list())
 			}
@@ -1288,7 +1391,7 @@ func TestWhatWasRefusedIsNoDrift(t *testing.T) {
 func TestPodBridge(t *testing.T) {
 	inRig(t, func(r *rig) {
 		r.table(onlyV4, peer(1))
-		gateway := netip.PrefixFrom(r.agent.lease.Subnets.V4.Addr().Next(), 24)
+		gateway := netip.PrefixFrom(r.subnets().V4.Addr().Next(), 24)
 		with := func(address bool, master string) {
 			t.Helper()
 			h := testHost()
@@ -1342,9 +1445,9 @@ func TestPodBridge(t *testing.T) {
 // An address that the node had before it was started says nothing if the node has it no more.
 func TestAddressOfBefore(t *testing.T) {
 	has, had := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
-	a := &Agent{host: netstate.Host{Addresses: []netstate.HostAddress{{Link: "eth0", Prefix: addr.Host(has)}}}.Indexed()}
-	a.remembered.Addresses = addr.Per[netip.Addr]{V4: has, V6: had}
-	if got, want := a.current(), (addr.Per[netip.Addr]{V4: has}); got != want {
+	f := facts{host: netstate.Host{Addresses: []netstate.HostAddress{{Link: "eth0", Prefix: addr.Host(has)}}}.Indexed()}
+	f.persisted.Addresses = addr.Per[netip.Addr]{V4: has, V6: had}
+	if got, want := f.addresses(subnet.Identity{}), (addr.Per[netip.Addr]{V4: has}); got != want {
 		t.Errorf("it goes by %v, want %v", got, want)
 	}
 }

@@ -10,64 +10,42 @@ import (
 	"github.com/overlayd/overlayd/netstate"
 )
 
-// throttle spaces out how often the kernel is looked at because something changed there: at once after a quiet time, then ever
-// more slowly, so that somebody who keeps changing things costs little and is still undone within a second.
-type throttle struct {
-	gap  time.Duration
-	last time.Time // the last look
-}
-
-const (
-	firstGap, longestGap = 20 * time.Millisecond, 500 * time.Millisecond
-	quiet                = 2 * time.Second
-)
-
-// due is when to look because of a change that was heard of now.
-func (t *throttle) due(now time.Time) time.Time {
-	if now.Sub(t.last) > quiet {
-		t.gap = 0
-	}
-	return t.last.Add(t.gap)
-}
-
-// looked notes a look that a change asked for.
-func (t *throttle) looked(now time.Time) {
-	t.last = now
-	t.gap = min(max(2*t.gap, firstGap), longestGap)
-}
-
-// driftLog counts what was changed behind our back and put right, and says so once a minute for each kind of object.
+// driftLog counts external changes that were reverted, and logs them once a minute for each kind of object.
 type driftLog struct {
 	mu    sync.Mutex
 	log   *zap.Logger
-	now   func() time.Time
 	kinds map[string]*driftCount
 }
 
 type driftCount struct {
-	total, pending int
-	example        string
-	at, said       time.Time
+	status.DriftKind
+	pending int       // not logged yet
+	logged  time.Time // when the last line was
 }
 
-const driftEvery = time.Minute
+const (
+	driftEvery = time.Minute
+	driftDelay = 100 * time.Millisecond // what one round reverts makes one line
+)
 
 func newDriftLog(log *zap.Logger) *driftLog {
-	return &driftLog{log: log, now: time.Now, kinds: map[string]*driftCount{}}
+	return &driftLog{log: log, kinds: map[string]*driftCount{}}
 }
 
-func (d *driftLog) note(repaired []netstate.Change) {
-	for _, c := range repaired {
-		example := c.String()
-		if c.Old != nil {
-			example += ", found " + c.Old.String()
-		}
-		d.count(c.Kind(), example)
+// reverted counts changes of the kernel, and describes only one of each kind: they may be thousands.
+func (d *driftLog) reverted(changes []netstate.Change) {
+	counts, last := map[string]int{}, map[string]netstate.Change{}
+	for _, c := range changes {
+		counts[c.Kind()]++
+		last[c.Kind()] = c
 	}
-	d.flush()
+	for kind, c := range last {
+		d.count(kind, counts[kind], describe(c))
+	}
 }
 
-func (d *driftLog) count(kind, example string) {
+// count counts n changes of a kind; last describes the last of them.
+func (d *driftLog) count(kind string, n int, last string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	k := d.kinds[kind]
@@ -75,35 +53,34 @@ func (d *driftLog) count(kind, example string) {
 		k = &driftCount{}
 		d.kinds[kind] = k
 	}
-	k.total++
-	k.pending++
-	k.example, k.at = example, d.now()
-}
-
-// flush says what has not been said yet and may be by now.
-func (d *driftLog) flush() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for kind, k := range d.kinds {
-		if k.pending == 0 || !k.said.IsZero() && d.now().Sub(k.said) < driftEvery {
-			continue
-		}
-		d.log.Warn("reverted external change", zap.String("kind", kind), zap.Int("count", k.pending), zap.Int("total", k.total), zap.String("last", k.example))
-		k.pending, k.said = 0, d.now()
+	k.DriftKind = status.DriftKind{Kind: kind, Count: k.Count + n, Last: last, At: time.Now()}
+	if k.pending += n; k.pending == n {
+		time.AfterFunc(max(driftDelay, time.Until(k.logged.Add(driftEvery))), func() { d.flush(k) })
 	}
 }
 
-// due is when something may be said that could not be yet; the zero time: nothing waits.
-func (d *driftLog) due() time.Time {
+func (d *driftLog) flush(k *driftCount) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var first time.Time
+	d.write(k)
+}
+
+// flushAll is for the end of the daemon, when no minute has to pass any more.
+func (d *driftLog) flushAll() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for _, k := range d.kinds {
-		if at := k.said.Add(driftEvery); k.pending > 0 && (first.IsZero() || at.Before(first)) {
-			first = at
-		}
+		d.write(k)
 	}
-	return first
+}
+
+func (d *driftLog) write(k *driftCount) {
+	if k.pending == 0 {
+		return
+	}
+	d.log.Warn("reverted external change", zap.String("kind", k.Kind), zap.Int("count", k.pending),
+		zap.Int("total", k.Count), zap.String("last", k.Last))
+	k.pending, k.logged = 0, time.Now()
 }
 
 // counts are those since the start.
@@ -111,8 +88,16 @@ func (d *driftLog) counts() []status.DriftKind {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	out := []status.DriftKind{}
-	for kind, k := range d.kinds {
-		out = append(out, status.DriftKind{Kind: kind, Count: k.total, Last: k.example, At: k.at})
+	for _, k := range d.kinds {
+		out = append(out, k.DriftKind)
 	}
 	return out
+}
+
+// describe says what a change of the kernel is, and what it replaces.
+func describe(c netstate.Change) string {
+	if c.Old == nil {
+		return c.String()
+	}
+	return c.String() + ", found " + c.Old.String()
 }

@@ -15,7 +15,10 @@ import (
 
 func TestSubnetEnv(t *testing.T) {
 	t.Parallel()
-	l := subnet.Lease{Subnets: addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.244.5.0/24"), V6: netip.MustParsePrefix("fd00:10:244:5::/64")}}
+	l := subnet.Lease{Subnets: addr.Per[netip.Prefix]{
+		V4: netip.MustParsePrefix("10.244.5.0/24"),
+		V6: netip.MustParsePrefix("fd00:10:244:5::/64"),
+	}}
 	const want = `FLANNEL_NETWORK=10.244.0.0/16
 FLANNEL_SUBNET=10.244.5.1/24
 FLANNEL_IPV6_NETWORK=fd00:10:244::/48
@@ -24,10 +27,11 @@ FLANNEL_MTU=1430
 FLANNEL_IPMASQ=true
 `
 	want2 := want + strings.ReplaceAll(want, "FLANNEL_", "OVERLAYD_")
-	if got := string(subnetEnv(config(t, dual), l, 1430, true)); got != want2 {
+	if got := string(subnetEnv(config(t, dual), l.Subnets, 1430, true)); got != want2 {
 		t.Errorf("got:\n%swant:\n%s", got, want2)
 	}
-	if got := string(subnetEnv(config(t, onlyV4), l, 1450, false)); strings.Contains(got, "IPV6") || !strings.Contains(got, "FLANNEL_IPMASQ=false\n") {
+	if got := string(subnetEnv(config(t, onlyV4), l.Subnets, 1450, false)); strings.Contains(got, "IPV6") ||
+		!strings.Contains(got, "FLANNEL_IPMASQ=false\n") {
 		t.Errorf("IPv4 alone:\n%s", got)
 	}
 }
@@ -72,7 +76,8 @@ func TestMailboxKeepsTheNewest(t *testing.T) {
 	}
 }
 
-// Whoever deletes or changes the file is told of at once, also if the directory was made after the watch began or went in between.
+// Whoever deletes or changes the file is told of at once, also if the directory was made after the watch began or went
+// in between.
 func TestWatchFile(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "run")
@@ -83,7 +88,8 @@ func TestWatchFile(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error)
-	go func() { ended <- w.run(ctx) }()
+	events := newMailbox[struct{}]()
+	go func() { ended <- w.run(ctx, func() { events.put(struct{}{}) }) }()
 	defer func() { cancel(); <-ended }()
 	write := func() {
 		t.Helper()
@@ -93,7 +99,7 @@ func TestWatchFile(t *testing.T) {
 		w.again()
 		for { // our own write may be told of, too
 			select {
-			case <-w.news():
+			case <-events:
 				continue
 			case <-time.After(3 * fileGap):
 			}
@@ -103,7 +109,7 @@ func TestWatchFile(t *testing.T) {
 	told := func(what string) {
 		t.Helper()
 		select {
-		case <-w.news():
+		case <-events:
 		case <-time.After(time.Minute):
 			t.Fatalf("%s: nobody was told", what)
 		}

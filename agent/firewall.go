@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"fmt"
+	"net/netip"
+	"reflect"
 	"sync"
 	"time"
 
@@ -18,28 +20,23 @@ import (
 // wait with it.
 type firewall struct {
 	choose  func(context.Context) masquerade.Driver // makes the driver, when it is needed first
-	changes <-chan struct{}                         // notifications of the kernel; nil or closed: it sends none
-	resync  time.Duration                           // for what the kernel sends no notifications for
+	kernel  Kernel
+	changes <-chan struct{} // notifications of the kernel; nil or closed: it sends none
 	runner  *runner.Runner
 	health  *health
 	log     *zap.Logger
 	drift   *driftLog
 	took    func(time.Duration) // told how long each reconcile took
 
-	driver  masquerade.Driver
-	desired *rulesets // nil before there are any
-	applied *rulesets // what the last reconcile without an error put in place
-	began   time.Time // when the last reconcile began
-	said    time.Time // when a contested jump was logged last
+	// Of the runner.
+	driver    masquerade.Driver
+	applied   *rulesets            // what the last reconcile put in place; nil: it failed
+	contested time.Time            // when a contested jump was logged last
+	source    addr.Per[netip.Addr] // that is given to connections into the tunnel
 
-	mu      sync.Mutex
-	inputs  []masquerade.Input
-	posted  bool      // the inputs may have changed
-	full    bool      // all is to be compared
-	deaf    bool      // the kernel sends no notifications
-	checked time.Time // when the rules were last found or put in place, without an error
-	runs    int
-	failed  int // of the runs
+	mu     sync.Mutex
+	inputs []masquerade.Input // what the desired rules are made of; none: nothing is desired yet
+	report status.Firewall
 }
 
 // Bounds of the reconciles that notifications cause, and of those that errors cause. Rules are to be repaired within a
@@ -52,23 +49,25 @@ const (
 // stopWithin is how long the end of the daemon waits for iptables, which may be waiting for its lock.
 const stopWithin = time.Second
 
-func newFirewall(p Parts, resync time.Duration, h *health, took func(time.Duration)) *firewall {
+// newFirewall makes one that compares at each resync what the kernel sends no notifications for.
+func newFirewall(p Parts, resync time.Duration, h *health, d *driftLog, took func(time.Duration)) *firewall {
 	f := &firewall{
-		choose: p.Firewall, changes: p.FirewallChanges, resync: resync, health: h, log: p.Log, took: took,
-		drift: newDriftLog(p.Log), deaf: p.FirewallChanges == nil,
+		choose: p.Firewall, kernel: p.Kernel, changes: p.FirewallChanges, health: h, log: p.Log, took: took, drift: d,
 	}
 	f.runner = runner.New(runner.Options{
-		Min: firewallMin, Burst: firewallBurst, RetryMin: firewallRetry, RetryMax: resync,
+		Min: firewallMin, Burst: firewallBurst, Max: resync, RetryMin: firewallRetry, RetryMax: resync,
 	}, f.reconcile)
 	return f
 }
 
-// put says what is to be in the firewall. It only takes note: the rules are made of it by run.
+// put hands over what is desired. The rules are made of it by the runner.
 func (f *firewall) put(inputs []masquerade.Input) {
 	f.mu.Lock()
-	f.inputs, f.posted = inputs, true
-	f.mu.Unlock()
-	f.runner.Wake()
+	defer f.mu.Unlock()
+	if !reflect.DeepEqual(f.inputs, inputs) {
+		f.inputs = inputs
+		f.runner.Wake()
+	}
 }
 
 // run reconciles until ctx ends. What is still running then may be waiting for the lock of iptables, and is left to it.
@@ -85,9 +84,6 @@ func (f *firewall) run(ctx context.Context) error {
 			if !ok {
 				f.changes = nil
 			}
-			f.mu.Lock()
-			f.full, f.deaf = true, !ok
-			f.mu.Unlock()
 			f.runner.Wake()
 		case <-ctx.Done():
 			select {
@@ -99,78 +95,84 @@ func (f *firewall) run(ctx context.Context) error {
 	}
 }
 
-// reconcile makes the firewall hold the desired rules, if there is a reason to: other rules are desired, a notification
-// came, the last time failed, or it is time to compare what the kernel sends no notifications for.
+// reconcile makes the firewall hold the desired rules.
 func (f *firewall) reconcile(ctx context.Context) error {
 	if f.driver == nil {
 		f.driver = f.choose(ctx)
 	}
-	desired, full := f.take()
-	if desired == nil {
+	f.mu.Lock()
+	inputs := f.inputs
+	f.mu.Unlock()
+	if len(inputs) == 0 {
 		return nil
 	}
-	again := f.applied != nil && same(*desired, *f.applied)
-	full = full || !again
-	if rest := f.resync - time.Since(f.began); !full && rest > 0 {
-		f.runner.WakeAfter(rest)
-		return nil
+	desired := &rulesets{}
+	for _, in := range inputs {
+		desired.Set(in.Family(), masquerade.Rules(in))
 	}
-	f.began = time.Now()
-	f.runner.WakeAfter(f.resync)
-	res, err := f.driver.Ensure(ctx, *desired, full)
-	f.took(time.Since(f.began))
-	f.note(err)
+	again := f.applied != nil && desired.V4.Equal(f.applied.V4) && desired.V6.Equal(f.applied.V6)
+	began := time.Now()
+	res, err := f.driver.Ensure(ctx, *desired)
+	f.took(time.Since(began))
 	if ctx.Err() != nil {
 		return err
 	}
-	if f.report(res, again) {
-		f.mu.Lock()
-		f.full = true // it was left where it is
-		f.mu.Unlock()
-		f.runner.WakeAfter(masquerade.MoveEvery)
-	}
+	contested := f.logResult(res, again)
 	f.health.set(condFirewall, err)
 	if f.applied = desired; err != nil {
 		f.applied = nil
+	} else {
+		f.forget(inputs)
+	}
+	if res.ChooseAgain {
+		f.driver, f.applied = nil, nil
+		f.runner.Wake()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.report.Runs++; err != nil {
+		f.report.Failed++
+	} else {
+		f.report.Checked = time.Now()
+	}
+	if contested { // it was left where it is
+		f.runner.WakeAfter(masquerade.MoveEvery)
 	}
 	return err
 }
 
-// take returns the desired rules, nil before the first, and whether all is to be compared.
-func (f *firewall) take() (desired *rulesets, full bool) {
-	f.mu.Lock()
-	posted, inputs := f.posted, f.inputs
-	full = f.full || f.deaf
-	f.posted, f.full = false, false
-	f.mu.Unlock()
-	if posted {
-		f.desired = &rulesets{} // without inputs, there are to be no rules
-		for _, in := range inputs {
-			f.desired.Set(in.Family(), masquerade.Rules(in))
+// forget ends the connections into the tunnel that were given an address which the node no longer goes by: peers do not
+// answer it.
+func (f *firewall) forget(inputs []masquerade.Input) {
+	for _, in := range inputs {
+		was, is := f.source.Get(in.Family()), in.Source()
+		f.source.Set(in.Family(), is)
+		if !was.IsValid() || was == is {
+			continue
+		}
+		if err := f.kernel.Forget(in.Network, was); err != nil {
+			f.log.Warn("connections keep an address that peers no longer answer", zap.Error(err))
 		}
 	}
-	return f.desired, full
 }
 
-// report logs what has been repaired, and tells whether a jump is contested. What differs from rules that were in place
-// before has been changed by another process.
-func (f *firewall) report(res masquerade.Result, again bool) (contested bool) {
+// logResult logs what has been repaired, and tells whether a jump is contested. What differs from rules that were in
+// place before has been changed by another process.
+func (f *firewall) logResult(res masquerade.Result, again bool) (contested bool) {
 	if !again && len(res.Drifts) > 0 {
 		f.log.Info("firewall rules applied", zap.Stringers("found", res.Drifts))
 	}
 	for _, d := range res.Drifts {
 		if d.Kind == masquerade.JumpContested {
 			contested = true
-			if time.Since(f.said) >= driftEvery {
-				f.said = time.Now()
-				f.log.Warn("another process keeps moving the jump to our chain; moving it back only every few seconds", zap.Stringer("place", d))
+			if time.Since(f.contested) >= driftEvery {
+				f.contested = time.Now()
+				f.log.Warn("another process keeps moving the jump to our chain; moving it back only every few seconds",
+					zap.Stringer("place", d))
 			}
 		} else if again {
-			f.drift.count("firewall: "+string(d.Kind), d.String())
+			f.drift.count("firewall: "+string(d.Kind), 1, d.String())
 		}
-	}
-	if again {
-		f.drift.flush()
 	}
 	noSets := res.NoSets
 	if noSets != nil {
@@ -180,29 +182,15 @@ func (f *firewall) report(res masquerade.Result, again bool) (contested bool) {
 	return contested
 }
 
-// note counts a reconcile.
-func (f *firewall) note(err error) {
+// status says when the rules were last found or put in place, and how often they were compared.
+func (f *firewall) status() status.Firewall {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.runs++
-	if err != nil {
-		f.failed++
-		return
-	}
-	f.checked = time.Now()
-}
-
-// seen adds to a status when the rules were last found or put in place, and how often they were compared.
-func (f *firewall) seen(s *status.Firewall) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	s.Checked, s.Runs, s.Failed = f.checked, f.runs, f.failed
+	return f.report
 }
 
 // rulesets are the rules of both families.
 type rulesets = addr.Per[masquerade.Ruleset]
-
-func same(a, b rulesets) bool { return a.V4.Equal(b.V4) && a.V6.Equal(b.V6) }
 
 // mailbox holds the newest value for a reader that may be slow. It has one writer.
 type mailbox[T any] chan T

@@ -2,9 +2,11 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -20,21 +22,23 @@ const (
 	condUnderlay    condition = "underlay"       // a device leads to the other nodes
 	condConfig      condition = "config"         // the network config is valid, and the lease fits it
 	condLease       condition = "lease"          // this node holds its lease
-	condStore       condition = "etcd"           // etcd answers
+	condStore       condition = "store"          // the store answers
 	condKernel      condition = "kernel"         // the kernel state is the planned one
 	condFirewall    condition = "firewall"       // the rules are in place
 	condSubnetEnv   condition = "subnet-file"    // subnet.env is written
-	condNodeSet     condition = "node-set"       // pods and nodes on one network see each other untranslated
-	condStateDir    condition = "state-dir"      // what has to be remembered is
+	condNodeSet     condition = "node-set"       // traffic between pods and nodes on one network is not masqueraded
+	condStateDir    condition = "state-dir"      // the state is persisted
 	condConfigKeys  condition = "config-keys"    // every key of the network config means something
+	condInitConfig  condition = "init-config"    // the network config in the store is the one that this node was given
 	condClaim       condition = "claim"          // the lease says what it should
-	condUnreachable condition = "unreachable"    // there is a way to every peer
+	condUnreachable condition = "unreachable"    // there is a path to every peer
 	condSettings    condition = "settings"       // the lesser settings of the kernel are as they should be
-	condOffline     condition = "offline"        // the leases are those of the store, not of memory
+	condOffline     condition = "offline"        // the leases are those of the store, not the persisted ones
+	condCNI         condition = "cni-config"     // the container runtime uses overlayd's CNI configuration
 	condMoved       condition = "subnet-moved"   // the pods that run have addresses of the subnet that this node holds
 	condBridge      condition = "pod-bridge"     // the pods' bridge has what it had
 	condRoutes      condition = "foreign-route"  // no route of another program comes before one of ours
-	condEndpoints   condition = "etcd-inside"    // etcd is outside of the cluster network
+	condEndpoints   condition = "store-inside"   // the store is outside of the cluster network
 	condPlan        condition = "plan"           // nothing in the plan is known not to work
 	condPeers       condition = "rejected-lease" // all leases of others make sense
 	condSilent      condition = "silent-peers"   // every peer answers when it is pinged
@@ -47,27 +51,29 @@ func needed() []condition {
 	return []condition{condUnderlay, condLease, condKernel, condRoutes, condFirewall, condSubnetEnv}
 }
 
-// health is the one place that knows what is wrong on this node, since when and why. A problem is logged when it comes, when its
-// reason changes, and when it goes.
+// health is the one place that knows what is wrong on this node, since when and why. A problem is logged when it comes,
+// when its reason changes, and when it goes.
 type health struct {
 	mu       sync.Mutex
 	log      *zap.Logger
-	now      func() time.Time
 	problems map[condition]status.Problem
-	changed  mailbox[struct{}] // there is another problem, or one less
-	busy     time.Time         // since when the loop has been at work without a pause; zero while it waits
+	logged   map[condition]time.Time   // when a problem was logged last
+	changed  chan struct{}             // closed when there is another problem, or one less; then there is a new one
+	busy     atomic.Pointer[time.Time] // since when the loop has been at work without a pause; nil while it waits
 }
 
 // errStarting is what is wrong with everything in the first moments. It is not worth a line in the log.
 var errStarting = errors.New("overlayd is starting")
 
-// newHealth starts with everything that is needed missing: ready is what has been seen to be so.
-func newHealth(log *zap.Logger, now func() time.Time) *health {
-	h := &health{log: log, now: now, problems: map[condition]status.Problem{}, changed: newMailbox[struct{}]()}
-	for _, c := range needed() {
-		h.problems[c] = problemOf(c, errStarting, now())
+// newHealth starts with everything that is needed missing, until it was found to hold.
+func newHealth(log *zap.Logger) *health {
+	h := &health{
+		log: log, problems: map[condition]status.Problem{}, logged: map[condition]time.Time{}, changed: make(chan struct{}),
 	}
-	h.busy = now()
+	h.works()
+	for _, c := range needed() {
+		h.problems[c] = problemOf(c, errStarting, time.Now())
+	}
 	return h
 }
 
@@ -81,38 +87,58 @@ func problemOf(c condition, err error, since time.Time) status.Problem {
 	return p
 }
 
-// set notes that a condition holds (no error) or why it does not.
-func (h *health) set(c condition, err error) { h.note(c, err, true) }
+// logEvery bounds how often the log has the same trouble with other names: a thousand peers may fall silent one by one.
+const logEvery = 30 * time.Second
 
-// note does so, and says in the log that the reason has changed only if it is told to.
-func (h *health) note(c condition, err error, say bool) {
+// set notes that a condition holds (no error) or why it does not.
+func (h *health) set(c condition, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	old, was := h.problems[c]
 	if err == nil {
 		if was {
 			delete(h.problems, c)
-			h.changed.put(struct{}{})
-			h.log.Info("condition recovered", zap.String("condition", string(c)), zap.Duration("after", h.now().Sub(old.Since).Round(time.Millisecond)))
+			h.tell()
+			if _, failed := h.logged[c]; failed { // else it was not there yet
+				h.log.Info("condition recovered", zap.String("condition", string(c)),
+					zap.Duration("after", time.Since(old.Since).Round(time.Millisecond)))
+			}
+			delete(h.logged, c)
 		}
 		return
 	}
 	if was && old.Reason == err.Error() {
 		return
 	}
-	p := problemOf(c, err, h.now())
+	now := time.Now()
+	p := problemOf(c, err, now)
 	if was {
 		p.Since = old.Since
 	}
 	h.problems[c] = p
-	h.changed.put(struct{}{})
-	if was && !say {
+	h.tell()
+	if was && (c == condSilent || c == condPathMTU) && now.Sub(h.logged[c]) < logEvery {
 		return
 	}
+	h.logged[c] = now
 	h.log.Warn("condition failed", zap.String("condition", string(c)), zap.Error(err))
 }
 
-// list returns what is wrong, the longest-standing first; what is only not there yet comes behind what keeps it from being there.
+// tell wakes all who wait for a change. The mutex is held.
+func (h *health) tell() {
+	close(h.changed)
+	h.changed = make(chan struct{})
+}
+
+// change is closed by the next change. Who has it before the list misses none.
+func (h *health) change() <-chan struct{} {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.changed
+}
+
+// list returns what is wrong, the longest-standing first; what is only not there yet comes behind what keeps it from
+// being there.
 func (h *health) list() []status.Problem {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -134,21 +160,43 @@ func starting(p status.Problem) int {
 }
 
 // works notes that the loop has something to do, and waits that it has done it.
-func (h *health) works() { h.setBusy(h.now()) }
-func (h *health) waits() { h.setBusy(time.Time{}) }
-
-func (h *health) setBusy(t time.Time) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.busy = t
-}
+func (h *health) works() { h.busy.Store(new(time.Now())) }
+func (h *health) waits() { h.busy.Store(nil) }
 
 // stuck is how long the loop has been at work without coming to an end.
 func (h *health) stuck() time.Duration {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.busy.IsZero() {
-		return 0
+	if since := h.busy.Load(); since != nil {
+		return time.Since(*since)
 	}
-	return h.now().Sub(h.busy)
+	return 0
+}
+
+// notifyReady reports whether the node is ready for pods, and why not, when that changes, until ctx ends. In the first
+// moments it is not known: a daemon that restarts has found nothing wrong with what its predecessor left.
+func (h *health) notifyReady(ctx context.Context, notify func(ready bool, reason string)) error {
+	type report struct {
+		ready  bool
+		reason string
+	}
+	var last report
+	for ctx.Err() == nil {
+		changed := h.change()
+		now := report{ready: true, reason: "ready for pods"}
+		problems := h.list()
+		if i := slices.IndexFunc(problems, func(p status.Problem) bool { return p.Fatal }); i >= 0 {
+			now = report{reason: problems[i].Name + ": " + problems[i].Reason}
+			if starting(problems[i]) == 1 { // the others, too: they come last
+				now = last
+			}
+		}
+		if now != last {
+			last = now
+			notify(now.ready, now.reason)
+		}
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		}
+	}
+	return ctx.Err()
 }

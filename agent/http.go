@@ -5,14 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"slices"
-	"strings"
 	"time"
-
-	"go.uber.org/zap/zapcore"
 
 	"github.com/overlayd/overlayd/diag/metrics"
 	"github.com/overlayd/overlayd/diag/page"
@@ -20,17 +16,19 @@ import (
 )
 
 const (
-	// stuckAfter is how long the loop may be at one thing before the process counts as stuck: what takes long in it takes a second.
+	// stuckAfter is how long one round may take before the process counts as stuck: a long one takes a second.
 	stuckAfter = time.Minute
 	// answerWithin bounds how long a question waits for the loop.
 	answerWithin = 2 * time.Second
 
-	// The port may be one that strangers reach: nobody may hold a connection, and what it takes, for as long as he likes. A question has a
-	// few headers, and a body of one word at most.
+	// The port may be one that strangers reach: none of them may hold a connection, and what it takes, without end. A
+	// question has a few headers, and a body of one word at most.
 	headerWithin, questionWithin = 5 * time.Second, 10 * time.Second
-	// readWithin bounds an answer from the question to its last byte: /peers of a large cluster has megabytes, and the line may be slow.
+	// readWithin bounds an answer from the question to its last byte: /peers of a large cluster has megabytes, and the
+	// line may be slow.
 	readWithin = 30 * time.Second
-	// idleFor is how long a connection stays open for the next question: longer than it is from one scrape to the next, usually.
+	// idleFor is how long a connection stays open for the next question: longer than it is from one scrape to the next,
+	// usually.
 	idleFor = 2 * time.Minute
 	// largestHeader has room for the cookies that a browser brings from whatever else is at the same address.
 	largestHeader = 32 << 10
@@ -39,8 +37,8 @@ const (
 // serve answers until ctx ends.
 func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	srv := &http.Server{
-		Handler: h, ReadHeaderTimeout: headerWithin, ReadTimeout: questionWithin, WriteTimeout: readWithin, IdleTimeout: idleFor,
-		MaxHeaderBytes: largestHeader,
+		Handler: h, ReadHeaderTimeout: headerWithin, ReadTimeout: questionWithin, WriteTimeout: readWithin,
+		IdleTimeout: idleFor, MaxHeaderBytes: largestHeader,
 	}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
@@ -50,8 +48,8 @@ func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	return ctx.Err()
 }
 
-// public is what anybody may ask who reaches the port: /healthz (the loop comes round), /readyz (all that pods need is in place), the
-// documents /status and /peers, /metrics, and the page.
+// public is what any client that reaches the port may ask: /healthz (the loop runs), /readyz (all that pods need is in
+// place), the documents /status and /peers, /metrics, and the page.
 func (a *Agent) public() *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.Handle("GET /", page.Handler(a))
@@ -66,21 +64,12 @@ func (a *Agent) public() *http.ServeMux {
 // private is what the operator's commands ask, through a socket that only root can open.
 func (a *Agent) private() *http.ServeMux {
 	mux := a.public()
-	mux.HandleFunc("GET /peer", answer(func(r *http.Request) (any, error) { return a.Peer(r.Context(), r.URL.Query().Get("name")) }))
-	mux.HandleFunc("GET /diff", answer(func(r *http.Request) (any, error) { return a.Compare(r.Context()) }))
-	mux.HandleFunc("GET /log-level", answer(func(*http.Request) (any, error) { return a.level.String(), nil }))
-	mux.HandleFunc("PUT /log-level", answer(func(r *http.Request) (any, error) {
-		text, err := io.ReadAll(io.LimitReader(r.Body, 64))
-		if err != nil {
-			return nil, err
-		}
-		level, err := zapcore.ParseLevel(strings.TrimSpace(string(text)))
-		if err != nil {
-			return nil, err
-		}
-		a.level.SetLevel(level)
-		return level.String(), nil
+	mux.HandleFunc("GET /peer", answer(func(r *http.Request) (any, error) {
+		return a.Peer(r.Context(), r.URL.Query().Get("name"))
 	}))
+	mux.HandleFunc("GET /diff", answer(func(r *http.Request) (any, error) { return a.Compare(r.Context()) }))
+	mux.Handle("GET /log-level", a.parts.LogLevel)
+	mux.Handle("PUT /log-level", a.parts.LogLevel)
 	return mux
 }
 
@@ -111,8 +100,8 @@ func (h *health) serveHealthz(w http.ResponseWriter, _ *http.Request) {
 	_, _ = fmt.Fprintln(w, "ok")
 }
 
-// serveReadyz says what is wrong, and with ?verbose also what is needed and right. With ?online a daemon is not ready that has not reached
-// etcd since its start and works from memory: whoever replaces daemons one after the other is to stop there.
+// serveReadyz lists what is wrong, and with ?verbose also what is needed and right. With ?online, a daemon is not ready
+// that has not reached the store since its start and works from the persisted state: a rolling update is to stop there.
 func (h *health) serveReadyz(w http.ResponseWriter, r *http.Request) {
 	code, text := http.StatusOK, ""
 	problems := h.list()

@@ -20,32 +20,29 @@ import (
 // A loop that waits is alive however long it waits; one that is at work for minutes is stuck.
 func TestHealthz(t *testing.T) {
 	t.Parallel()
-	now := time.Unix(1e9, 0)
-	h := newHealth(zap.NewNop(), func() time.Time { return now })
-	ask := func(path string, serve http.HandlerFunc) (int, string) {
-		w := httptest.NewRecorder()
-		serve(w, httptest.NewRequest(http.MethodGet, path, nil))
-		return w.Code, w.Body.String()
-	}
-	step := func(d time.Duration, want int) {
-		t.Helper()
-		now = now.Add(d)
-		if code, text := ask("/healthz", h.serveHealthz); code != want {
-			t.Errorf("%d %s", code, text)
+	synctest.Test(t, func(t *testing.T) {
+		h := newHealth(zap.NewNop())
+		step := func(d time.Duration, want int) {
+			t.Helper()
+			time.Sleep(d)
+			w := httptest.NewRecorder()
+			if h.serveHealthz(w, httptest.NewRequest(http.MethodGet, "/healthz", nil)); w.Code != want {
+				t.Errorf("%d %s", w.Code, w.Body)
+			}
 		}
-	}
-	step(30*time.Second, 200)
-	step(31*time.Second, 503) // it never came to an end of its first round
-	h.waits()
-	step(time.Hour, 200)
-	h.works()
-	step(59*time.Second, 200)
-	step(2*time.Second, 503)
+		step(30*time.Second, 200)
+		step(31*time.Second, 503) // it never came to an end of its first round
+		h.waits()
+		step(time.Hour, 200)
+		h.works()
+		step(59*time.Second, 200)
+		step(2*time.Second, 503)
+	})
 }
 
 func TestReadyz(t *testing.T) {
 	t.Parallel()
-	h := newHealth(zap.NewNop(), time.Now)
+	h := newHealth(zap.NewNop())
 	ask := func(path string) (int, string) {
 		w := httptest.NewRecorder()
 		h.serveReadyz(w, httptest.NewRequest(http.MethodGet, path, nil))
@@ -64,7 +61,7 @@ func TestReadyz(t *testing.T) {
 		t.Errorf("%d %s", code, text)
 	}
 	h.set(condStore, errors.New("connection refused"))
-	if code, text := ask("/readyz"); code != 200 || !strings.Contains(text, "degraded: etcd: connection refused (since ") {
+	if code, text := ask("/readyz"); code != 200 || !strings.Contains(text, "degraded: store: connection refused (since ") {
 		t.Errorf("degraded: %d %s", code, text)
 	}
 	if code, _ := ask("/readyz?online"); code != 200 {
@@ -74,11 +71,13 @@ func TestReadyz(t *testing.T) {
 	if code, _ := ask("/readyz"); code != 200 {
 		t.Errorf("offline: %d", code)
 	}
-	if code, text := ask("/readyz?online"); code != 503 || !strings.Contains(text, "not ready: offline: not since the start") || !strings.Contains(text, "degraded: etcd: ") {
+	if code, text := ask("/readyz?online"); code != 503 || !strings.Contains(text,
+		"not ready: offline: not since the start") || !strings.Contains(text, "degraded: store: ") {
 		t.Errorf("offline, of one that must not be: %d %s", code, text)
 	}
 	h.set(condLease, errors.New("gone"))
-	if code, text := ask("/readyz?verbose"); code != 503 || !strings.Contains(text, "not ready: lease: gone") || strings.Contains(text, "ok: lease") || !strings.Contains(text, "ok: kernel") {
+	if code, text := ask("/readyz?verbose"); code != 503 || !strings.Contains(text, "not ready: lease: gone") ||
+		strings.Contains(text, "ok: lease") || !strings.Contains(text, "ok: kernel") {
 		t.Errorf("without a lease: %d %s", code, text)
 	}
 }
@@ -129,7 +128,10 @@ func TestServeOutlastsSlowClients(t *testing.T) {
 		{"half a body", question + "Content-Length: 2\r\n\r\nx", "HTTP/1.1 200 OK", true, questionWithin},
 		{"no second question", question + "\r\n", "HTTP/1.1 200 OK", true, idleFor},
 		{"an answer that nobody reads", question + "\r\n", "HTTP/1.1 200 OK", false, readWithin},
-		{"a long header", question + "Cookie: " + strings.Repeat("x", 2*largestHeader) + "\r\n\r\n", "HTTP/1.1 431 Request Header Fields Too Large", true, time.Second},
+		{
+			"a long header", question + "Cookie: " + strings.Repeat("x", 2*largestHeader) + "\r\n\r\n",
+			"HTTP/1.1 431 Request Header Fields Too Large", true, time.Second,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()

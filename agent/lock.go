@@ -10,26 +10,29 @@ import (
 	"net"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // ErrRunning says that another daemon works on this node.
 var ErrRunning = errors.New("another overlayd is running on this node")
 
-// Lock keeps a second daemon off this network namespace, whatever container it is in, until the returned function is called or
-// the process ends. The lock is an abstract unix socket (unix(7)), of which each network namespace has its own.
+// Lock keeps a second daemon off this network namespace, whatever container it is in, until the returned function is
+// called or the process ends. The lock is an abstract unix socket (unix(7)), of which each network namespace has its
+// own.
 //
-// Any process can bind such a name, and need not answer there. So the daemon asks the kernel whose sockets there are (sock_diag(7)), and
-// counts only those of root, and of this process's own user if that is another one. If another program has bound the name, the daemon binds
-// one that cannot be guessed. It searches for others once its own socket is bound, so that of two that start at once one at least finds the
-// other.
+// Any process can bind such a name, and need not answer there. So the daemon asks the kernel whose sockets there are
+// (sock_diag(7)), and counts only those of root, and of this process's own user if that is another one. If another
+// program has bound the name, the daemon binds one that cannot be guessed. It searches for others once its own socket
+// is bound, so that of two that start at once one at least finds the other.
 //
-// A daemon that was killed holds it until the kernel, and a command that it was just starting, have let go: so it is tried for a while.
+// A daemon that was killed holds it until the kernel, and a command that it was just starting, have let go: so it is
+// tried for a while.
 func Lock(name string, patience time.Duration) (unlock func(), err error) {
-	for deadline := time.Now().Add(patience); ; time.Sleep(lockRetry/2 + rand.N(lockRetry)) { // two that found each other: not in step
+	// two that found each other: not in step
+	for deadline := time.Now().Add(patience); ; time.Sleep(lockRetry/2 + rand.N(lockRetry)) {
 		unlock, err = tryLock(name)
 		if !errors.Is(err, ErrRunning) || time.Now().After(deadline) {
 			return unlock, err
@@ -76,12 +79,14 @@ func noOther(name, own string) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("%w, or another program has the name @%s: the kernel does not tell which (module unix_diag): %w", ErrRunning, name, err)
+		return fmt.Errorf("%w, or another program has the name @%s: the kernel does not tell which (module unix_diag): %w",
+			ErrRunning, name, err)
 	}
 	found := false
 	for _, s := range sockets {
 		found = found || s.name == name
-		if s.name == own || s.name != name && !strings.HasPrefix(s.name, name+"/") || s.uid != 0 && s.uid != uint32(os.Geteuid()) {
+		if s.name == own || s.name != name && !strings.HasPrefix(s.name, name+"/") || s.uid != 0 &&
+			s.uid != uint32(os.Geteuid()) {
 			continue
 		}
 		if pid := listener(s.name); pid != 0 {
@@ -121,76 +126,45 @@ type abstractSocket struct {
 	uid  uint32 // of who made it
 }
 
+// Of linux/unix_diag.h: the length of struct unix_diag_msg, and the attributes that are asked for.
+const diagLen, diagName, diagUID = 16, 0, 7
+
 // abstractSockets asks the kernel for those of this network namespace.
 func abstractSockets() ([]abstractSocket, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	c, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = unix.Close(fd) }()
-	request := binary.NativeEndian.AppendUint32(nil, unix.SizeofNlMsghdr+24)
-	request = binary.NativeEndian.AppendUint16(request, unix.SOCK_DIAG_BY_FAMILY)
-	request = binary.NativeEndian.AppendUint16(request, unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
-	request = append(request, make([]byte, 8)...) // no number, no sender
-	// struct unix_diag_req, linux/unix_diag.h: the family, all states, no single socket, what is to be told of each.
-	request = append(request, unix.AF_UNIX, 0, 0, 0)
-	request = binary.NativeEndian.AppendUint32(request, math.MaxUint32)
+	defer func() { _ = c.Close() }()
+	// struct unix_diag_req: the family, all states, no single socket, what is to be told of each.
+	request := binary.NativeEndian.AppendUint32([]byte{unix.AF_UNIX, 0, 0, 0}, math.MaxUint32)
 	request = append(request, make([]byte, 4)...)
 	request = binary.NativeEndian.AppendUint32(request, 1<<diagName|1<<(diagUID-1))
 	request = append(request, make([]byte, 8)...)
-	if err := unix.Sendto(fd, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nil, err
-	}
+	messages, err := c.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: netlink.Request | netlink.Dump}, Data: request,
+	})
 	var out []abstractSocket
-	for buf := make([]byte, 64<<10); ; {
-		n, _, err := unix.Recvfrom(fd, buf, 0)
-		if errors.Is(err, unix.EINTR) {
+	for _, m := range messages {
+		if len(m.Data) < diagLen || m.Data[1] != unix.SOCK_STREAM {
 			continue
 		}
+		attrs, err := netlink.NewAttributeDecoder(m.Data[diagLen:])
 		if err != nil {
 			return nil, err
 		}
-		messages, err := syscall.ParseNetlinkMessage(buf[:n])
-		if err != nil {
-			return nil, err
-		}
-		for _, m := range messages {
-			switch m.Header.Type {
-			case unix.NLMSG_DONE:
-				return out, nil
-			case unix.NLMSG_ERROR:
-				return nil, unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data)))
-			}
-			if s, ok := parseAbstractSocket(m.Data); ok {
-				out = append(out, s)
+		abstract, s := false, abstractSocket{uid: math.MaxUint32} // of no user, unless the kernel says whose
+		for attrs.Next() {
+			switch attrs.Type() {
+			case diagName:
+				s.name, abstract = strings.CutPrefix(string(attrs.Bytes()), "\x00")
+			case diagUID:
+				s.uid = attrs.Uint32()
 			}
 		}
-	}
-}
-
-// The attributes of a socket that are asked for.
-const diagName, diagUID = 0, 7
-
-// parseAbstractSocket reads a struct unix_diag_msg with its attributes. Not ok: it is another kind of socket.
-func parseAbstractSocket(b []byte) (s abstractSocket, ok bool) {
-	const bodyLen = 16
-	if len(b) < bodyLen || b[1] != unix.SOCK_STREAM {
-		return s, false
-	}
-	s.uid = math.MaxUint32 // of no user, unless the kernel says whose
-	for b = b[bodyLen:]; len(b) >= unix.SizeofNlAttr; {
-		size := int(binary.NativeEndian.Uint16(b))
-		if size < unix.SizeofNlAttr || size > len(b) {
-			break
+		if abstract && attrs.Err() == nil {
+			out = append(out, s)
 		}
-		value := b[unix.SizeofNlAttr:size]
-		switch typ := binary.NativeEndian.Uint16(b[2:]); {
-		case typ == diagName:
-			s.name, ok = strings.CutPrefix(string(value), "\x00")
-		case typ == diagUID && len(value) == 4:
-			s.uid = binary.NativeEndian.Uint32(value)
-		}
-		b = b[min(len(b), (size+3)&^3):]
 	}
-	return s, ok
+	return out, err
 }

@@ -24,7 +24,8 @@ func TestLock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Lock(name, 50*time.Millisecond); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
+	if _, err := Lock(name, 50*time.Millisecond); !errors.Is(err, ErrRunning) ||
+		!strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
 		t.Fatalf("a second lock: %v", err)
 	}
 	time.AfterFunc(100*time.Millisecond, unlock) // as one that is just ending
@@ -125,7 +126,8 @@ func TestLockThatIsCalled(t *testing.T) {
 	refused(t, name)
 }
 
-// Of many that start at once one runs at a time, also if another program has bound the name; other network namespaces do not matter.
+// Of many that start at once one runs at a time, also if another program has bound the name; other network namespaces
+// do not matter.
 func TestLockOfManyAtOnce(t *testing.T) {
 	t.Parallel()
 	nstest.NeedRoot(t)
@@ -176,7 +178,8 @@ func TestLockOfManyAtOnce(t *testing.T) {
 
 func refused(t *testing.T, name string) {
 	t.Helper()
-	if _, err := Lock(name, 0); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) {
+	if _, err := Lock(name, 0); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(),
+		fmt.Sprintf("process %d", os.Getpid())) {
 		t.Errorf("a second lock: %v", err)
 	}
 }

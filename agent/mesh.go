@@ -6,72 +6,45 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
-	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/diag/probe"
 	"github.com/overlayd/overlayd/diag/status"
 )
 
-const (
-	// sayEvery bounds how often the log tells of the same trouble in other words: a thousand peers may fall silent one by one.
-	sayEvery = 30 * time.Second
-	// silentNamed is how many peers such a line names.
-	silentNamed = 3
-)
+// silentNamed is how many peers a problem names.
+const silentNamed = 3
 
-// mesh pings the peers, and says which of them don't answer as they should.
+// mesh pings the peers, and reports which of them don't answer as they should.
 type mesh struct {
 	*probe.Mesh
 	on     bool
 	health *health
-
-	mu   sync.Mutex
-	size int
-	said map[condition]time.Time // when the log last told of a changed reason
+	mu     sync.Mutex // what is judged last is newest
 }
 
 func newMesh(h *health, on bool) *mesh {
-	m := &mesh{on: on, health: h, said: map[condition]time.Time{}}
+	m := &mesh{on: on, health: h}
 	m.Mesh = probe.NewMesh(m.judge)
 	return m
 }
 
-// resize sets how large packets pods may send.
-func (m *mesh) resize(bytes int) {
-	m.mu.Lock()
-	m.size = bytes
-	m.mu.Unlock()
-	m.Resize(bytes)
-}
-
-// change takes note of ways that are no more, and of others that are new. all: there are no others than these.
-func (m *mesh) change(gone, come []backend.Way, all bool) {
-	switch {
-	case !m.on:
+// change replaces some paths by others.
+func (m *mesh) change(changes []pathChange) {
+	if !m.on || len(changes) == 0 {
 		return
-	case all:
-		m.Replace(targets(come))
-	case len(gone)+len(come) == 0:
-		return
-	default:
-		left := make([]netip.Prefix, 0, len(gone))
-		for _, w := range gone {
-			left = append(left, w.Peer.Subnets.Get(w.Family))
-		}
-		m.Change(left, targets(come))
 	}
-	m.judge() // who is gone is no trouble any more
-}
-
-func targets(ways []backend.Way) []probe.Target {
-	out := make([]probe.Target, 0, len(ways))
-	for _, w := range ways {
-		if w.Ping.IsValid() {
-			out = append(out, probe.Target{Subnet: w.Peer.Subnets.Get(w.Family), Name: w.Peer.Name(), Address: w.Ping})
+	var left []netip.Prefix
+	var come []probe.Target
+	for _, c := range changes {
+		if c.was.Peer != nil {
+			left = append(left, c.subnet())
+		}
+		if ip := c.is.Ping(); ip.IsValid() {
+			come = append(come, probe.Target{Subnet: c.subnet(), Name: c.is.Peer.Name(), Address: ip})
 		}
 	}
-	return out
+	m.Change(left, come)
+	m.judge() // a peer that is gone is no longer silent
 }
 
 // judge turns what came of the pings into problems.
@@ -82,32 +55,21 @@ func (m *mesh) judge() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	t := m.Trouble(silentNamed)
-	now := time.Now()
-	for _, x := range []struct {
-		condition
-		err error
-	}{
-		{condProbe, t.Err},
-		{condSilent, silentError(t)},
-		{condPathMTU, trouble(t.SmallOnly, fmt.Sprintf("small packets arrive, those of %d bytes don't: the network between has a smaller MTU than this node's interface; "+
-			"set the interface's MTU, or Backend.MTU in the network config, to what that network carries "+
-			"(overlayd doctor measures it)", m.size))},
-	} {
-		say := now.Sub(m.said[x.condition]) >= sayEvery
-		if say {
-			m.said[x.condition] = now
-		}
-		m.health.note(x.condition, x.err, say)
-	}
+	m.health.set(condProbe, t.Err)
+	m.health.set(condSilent, silentError(t))
+	m.health.set(condPathMTU, trouble(t.SmallOnly, fmt.Sprintf("small packets arrive, those of %d bytes do not: a network "+
+		"on the path has a smaller MTU than this node's interface; set that MTU on the interface, or as Backend.MTU in the "+
+		"network config (overlayd doctor measures it)", t.Size)))
 }
 
 func silentError(t probe.Trouble) error {
 	if t.Silent.Count > 1 && t.Silent.Count == t.Targets {
-		return trouble(t.Silent, "no peer at all answers pings: most likely it is this node's own firewall or network; run overlayd doctor")
+		return trouble(t.Silent, "no peer answers pings: most likely this node's own firewall or network drops them; "+
+			"run overlayd doctor")
 	}
 	return trouble(t.Silent,
-		"pings are not answered: is the node up, does every firewall on the path let the tunnel's packets pass, "+
-			"and does the node answer at all (net.ipv4.icmp_echo_ignore_all, net.ipv6.icmp.echo_ignore_all, "+
+		"pings are not answered: is the node up, does every firewall on the path accept the tunnel's packets, "+
+			"and does the node answer pings (net.ipv4.icmp_echo_ignore_all, net.ipv6.icmp.echo_ignore_all, "+
 			"a firewall that drops ICMP)?")
 }
 
@@ -115,7 +77,7 @@ func trouble(g probe.Group, what string) error {
 	if g.Count == 0 {
 		return nil
 	}
-	names := slices.Compact(slices.Clone(g.Names)) // a name stands there for each family
+	names := slices.Compact(slices.Clone(g.Names)) // each name is listed once for each family
 	text := strings.Join(names, ", ")
 	if rest := g.Count - len(g.Names); rest > 0 {
 		text += fmt.Sprintf(" and %d more", rest)

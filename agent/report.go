@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -20,151 +19,81 @@ import (
 // mostNamed bounds how many objects one message names; the rest is counted.
 const mostNamed = 10
 
-// few shortens a list for a message.
-func few(names []string) string {
-	if rest := len(names) - mostNamed; rest > 0 {
-		return fmt.Sprintf("%s; and %d more", strings.Join(names[:mostNamed], "; "), rest)
+// problems is an error that names what is wrong with each of a list, so far as something is; nil: nothing.
+func problems[T any](list []T, wrong func(T) string) error {
+	var out []string
+	for _, x := range list {
+		if s := wrong(x); s != "" {
+			out = append(out, s)
+		}
 	}
-	return strings.Join(names, "; ")
-}
-
-func joined(problems []string) error {
-	if len(problems) == 0 {
+	switch rest := len(out) - mostNamed; {
+	case len(out) == 0:
 		return nil
+	case rest > 0:
+		return fmt.Errorf("%s; and %d more", strings.Join(out[:mostNamed], "; "), rest)
 	}
-	return errors.New(few(problems))
+	return errors.New(strings.Join(out, "; "))
 }
 
-func refusals(refused []subnet.Refusal) error {
-	var out []string
-	for _, r := range refused {
-		out = append(out, fmt.Sprintf("lease %.100q of node %q rejected: %s", r.Key, r.Node, r.Reason))
-	}
-	return joined(out)
-}
+func asItIs(s string) string { return s }
 
-// shadowed finds routes that are not ours and that packets to a peer's subnet would take before ours: for the same
-// destination with a better metric, or for a part of it. And those by which packets to the peers themselves would enter
-// the tunnel.
-func shadowed(h netstate.Host, desired netstate.State) error {
-	var lengths []int
-	for _, r := range desired.Routes {
-		if r.Table == netstate.MainTable && !slices.Contains(lengths, r.Dst.Bits()) {
-			lengths = append(lengths, r.Dst.Bits())
-		}
-	}
-	out := intoTunnel(h, desired)
-	h.EachRoute(func(hops []netstate.HostRoute) {
-		r := hops[0]
-		for _, bits := range lengths {
-			p, err := r.Dst.Addr().Prefix(bits)
-			if err != nil || bits > r.Dst.Bits() {
-				continue
-			}
-			i, _ := slices.BinarySearchFunc(desired.Routes, netstate.Route{Table: netstate.MainTable, Dst: p}, netstate.Route.Compare)
-			if i == len(desired.Routes) || desired.Routes[i].Dst != p {
-				continue
-			}
-			if bits < r.Dst.Bits() || r.Metric <= desired.Routes[i].Metric {
-				out = append(out, describe(hops, "belongs to another program and precedes the route to the peer "+p.String()))
-			}
-		}
+func rejections(rejected []subnet.Rejection) error {
+	return problems(rejected, func(r subnet.Rejection) string {
+		return fmt.Sprintf("lease %.100q of node %q rejected: %s", r.Key, r.Node, r.Reason)
 	})
-	return joined(out)
 }
 
-// intoTunnel finds routes by which the tunnel's own packets would enter it again: they never leave.
-func intoTunnel(h netstate.Host, desired netstate.State) []string {
-	var out []string
-	for _, r := range h.Routes {
-		covers := func(e netstate.FDBEntry) bool { return r.Dst.Contains(e.Dst) }
-		if !h.IsTunnel(r.Link) || r.Dst.Bits() > 0 && !slices.ContainsFunc(desired.FDB, covers) {
-			continue
-		}
-		if best := h.NextHops(r.Dst.Addr()); slices.Contains(best, r) { // no other comes before it
-			out = append(out,
-				describe(best, "belongs to another program and leads the tunnel's own packets into the tunnel"))
-		}
-	}
-	return out
+// shadowed says which routes of other programs send packets where they must not go, and how to remove them.
+func shadowed(h netstate.Host, desired netstate.State) error {
+	return problems(netstate.RouteConflicts(h, desired), func(c netstate.RouteConflict) string {
+		return fmt.Sprintf("%s; to remove it: %s", c, c.Command())
+	})
 }
 
-// describe names a route, with what is said of it, and how to remove it.
-func describe(hops []netstate.HostRoute, what string) string {
-	r := hops[0]
-	name, how := fmt.Sprintf("the route to %s by %s", r.Dst, strings.Join(devicesOf(hops), " and ")), r.Dst.String()
-	if len(hops) == 1 && !r.Drops {
-		how += " dev " + r.Link
-	}
-	if r.Drops {
-		name = fmt.Sprintf("the route that drops packets to %s", r.Dst)
-	}
-	command := "ip route del"
-	if r.Dst.Addr().Is6() {
-		command = "ip -6 route del"
-	}
-	return fmt.Sprintf("%s, metric %d, %s; to remove it: %s %s metric %d", name, r.Metric, what, command, how, r.Metric)
-}
-
-// failures says which changes the kernel refused: those without which pods can't talk, and the minor ones. What only follows from
-// a device that could not be made is left out.
+// failures says which changes the kernel refused: those without which pods can't talk, and the minor ones. What only
+// follows from a device that could not be made is left out.
 func failures(failed []netstate.Failure) (major, minor error) {
 	var out, less []string
 	noLink := slices.ContainsFunc(failed, func(f netstate.Failure) bool { return f.Kind() == "device" })
 	for _, f := range failed {
-		s, setting := f.Obj.(netstate.Sysctl)
+		s, _ := f.Obj.(netstate.Sysctl)
+		bridge := strings.HasPrefix(s.Path, "net/bridge/")
 		switch {
-		case setting && strings.HasPrefix(s.Path, "net/bridge/") && errors.Is(f, fs.ErrNotExist):
-			less = append(less, fmt.Sprintf("%s does not exist: load the module br_netfilter on the host (modprobe br_netfilter), or pods lose replies of services "+
-				"whose endpoint is on their own node (or set --bridge-netfilter=false)", s.Path))
-		case setting && strings.HasPrefix(s.Path, "net/bridge/"):
-			less = append(less, f.Error())
-		case setting && noLink && strings.HasPrefix(s.Path, "net/ipv6/conf/"): // it may be that of the device
-		case setting && strings.HasSuffix(s.Path, "/accept_ra"):
+		case bridge && errors.Is(f, fs.ErrNotExist):
+			less = append(less, s.Path+" does not exist: load the module br_netfilter on the host (modprobe br_netfilter), "+
+				"or pods lose replies of services whose endpoint is on their own node (or set --bridge-netfilter=false)")
+		case noLink && strings.HasPrefix(s.Path, "net/ipv6/conf/"): // it may be that of the device
+		case bridge, strings.HasSuffix(s.Path, "/accept_ra"):
 			less = append(less, f.Error())
 		case !noLink || f.Kind() == "device" || !errors.Is(f, netstate.ErrNoLink):
 			out = append(out, f.Error())
 		}
 	}
-	return joined(out), joined(less)
+	return problems(out, asItIs), problems(less, asItIs)
 }
 
-func unreachable(ways []backend.Way) error {
-	var out []string
-	for _, w := range ways {
-		if w.Kind == backend.Unreachable {
-			out = append(out, fmt.Sprintf("%s of node %s: %s", w.Peer.Subnets.Get(w.Family), w.Peer.Name(), w.Reason))
+func unreachable(all []backend.Path) error {
+	return problems(all, func(p backend.Path) string {
+		if p.Kind != backend.Unreachable {
+			return ""
 		}
-	}
-	return joined(out)
+		return fmt.Sprintf("%s of node %s: %s", p.Subnet(), p.Peer.Name(), p.Reason)
+	})
 }
 
-// reasons says why peers are unreachable, by subnet.
-func reasons(ways []backend.Way) map[netip.Prefix]string {
-	out := map[netip.Prefix]string{}
-	for _, w := range ways {
-		if w.Kind == backend.Unreachable {
-			out[w.Peer.Subnets.Get(w.Family)] = w.Reason
-		}
-	}
-	return out
-}
-
-// inside says which endpoints of etcd are inside the cluster network, where any node may lease the subnet that covers
+// inside says which endpoints of the store are inside the cluster network, where any node may lease the subnet that covers
 // them.
-func inside(endpoints []netip.Addr, c subnet.Config, own subnet.Lease) error {
-	var out []string
-	for _, ip := range endpoints {
-		if sn := own.Subnets.Get(addr.FamilyOf(ip)); sn.Contains(ip) {
-			out = append(out,
-				fmt.Sprintf("etcd is at %s, inside this node's own subnet %s: that address leads to the pod bridge instead; "+
-					"move etcd, or give this node another subnet", ip, sn))
-			continue
+func inside(store string, endpoints []netip.Addr, c subnet.Config, own addr.Per[netip.Prefix]) error {
+	return problems(endpoints, func(ip netip.Addr) string {
+		f := addr.FamilyOf(ip)
+		if sn := own.Get(f); sn.Contains(ip) {
+			return fmt.Sprintf("%s is at %s, inside this node's own subnet %s: that address leads to the pod bridge instead; "+
+				"move it, or give this node another subnet", store, ip, sn)
 		}
-		out = append(out, fmt.Sprintf("etcd is at %s, inside the cluster network %s: a peer whose subnet covers it is "+
-			"unreachable from here; move etcd, or choose another network", ip, c.Pools.Get(addr.FamilyOf(ip)).Network))
-	}
-	return joined(out)
+		return fmt.Sprintf("%s is at %s, inside the cluster network %s: a peer whose subnet covers it is unreachable from "+
+			"here; move it, or choose another network", store, ip, c.Pools.Get(f).Network)
+	})
 }
 
 func unknownKeys(config string) error {
@@ -189,87 +118,38 @@ func logChanges(log *zap.Logger, done []netstate.Change) {
 	log.Info("kernel reconciled", zap.Any("changes", counts))
 }
 
-// peerLog says which peers came, went, or are reached in another way than before.
-type peerLog struct {
-	log  *zap.Logger
-	ways map[*subnet.Lease]wayKinds
-}
-
-type wayKinds = addr.Per[backend.WayKind]
-
-func kindsOf(ways []backend.Way) map[*subnet.Lease]wayKinds {
-	out := make(map[*subnet.Lease]wayKinds, len(ways))
-	for _, w := range ways {
-		k := out[w.Peer]
-		k.Set(w.Family, w.Kind)
-		out[w.Peer] = k
-	}
-	return out
-}
-
-// change takes note of ways that are no more, and of others that are new. all: there are no others than these.
-func (p *peerLog) change(gone, come []backend.Way, all bool) {
-	left, arrived := kindsOf(gone), kindsOf(come)
-	if all {
-		left = maps.Clone(p.ways)
-	}
-	for l, k := range left {
-		if arrived[l] == k { // as before
-			delete(left, l)
-			delete(arrived, l)
-		} else {
-			delete(p.ways, l)
+// logPaths logs peers that came, went, or are reached by another path than before: a line for each while they are few,
+// a count otherwise.
+func logPaths(log *zap.Logger, changes []pathChange, peers int) {
+	// what is pinged, or why there is no path, may be another alone
+	changes = slices.DeleteFunc(slices.Clone(changes), func(c pathChange) bool {
+		return c.was.Kind == c.is.Kind && c.was.Peer.PublicIP.Get(c.was.Family) == c.is.Peer.PublicIP.Get(c.is.Family)
+	})
+	if len(changes) > mostNamed {
+		added, removed := map[*subnet.Lease]bool{}, map[*subnet.Lease]bool{} // they have a path in each family
+		for _, c := range changes {
+			added[c.is.Peer], removed[c.was.Peer] = true, true
 		}
-	}
-	maps.Copy(p.ways, arrived)
-	p.say(left, arrived)
-}
-
-// say logs a line for each peer and family while they are few, a count otherwise. A peer that is in both lists has changed.
-func (p *peerLog) say(gone, come map[*subnet.Lease]wayKinds) {
-	if len(gone)+len(come) > mostNamed {
-		p.log.Info("peers changed", zap.Int("added", len(come)), zap.Int("removed", len(gone)), zap.Int("peers", len(p.ways)))
+		delete(added, nil)
+		delete(removed, nil)
+		log.Info("peers changed", zap.Int("added", len(added)), zap.Int("removed", len(removed)), zap.Int("peers", peers))
 		return
 	}
-	was := map[netip.Prefix]string{}
-	for l, kinds := range gone {
-		for _, f := range addr.Families() {
-			if k := kinds.Get(f); k != 0 {
-				was[l.Subnets.Get(f)] = fmt.Sprintf("%s via %s", k, l.PublicIP.Get(f))
-			}
+	slices.SortFunc(changes, func(a, b pathChange) int { return a.subnet().Compare(b.subnet()) })
+	for _, c := range changes {
+		if c.is.Peer == nil {
+			log.Info("peer removed", zap.String("peer", c.was.Peer.Name()), zap.Stringer("subnet", c.subnet()))
+			continue
 		}
-	}
-	lines := map[netip.Prefix]func(){}
-	note := func(message string, l *subnet.Lease, f addr.Family, fields ...zap.Field) {
-		sn := l.Subnets.Get(f)
-		lines[sn] = func() {
-			p.log.Info(message, append([]zap.Field{zap.String("peer", l.Name()), zap.Stringer("subnet", sn)}, fields...)...)
+		fields := []zap.Field{
+			zap.String("peer", c.is.Peer.Name()), zap.Stringer("subnet", c.subnet()), zap.Stringer("path", c.is.Kind),
+			zap.Stringer("via", c.is.Peer.PublicIP.Get(c.is.Family)),
 		}
-	}
-	for l, kinds := range come {
-		for _, f := range addr.Families() {
-			k, sn := kinds.Get(f), l.Subnets.Get(f)
-			if k == 0 {
-				continue
-			}
-			path, via := zap.Stringer("path", k), zap.Stringer("via", l.PublicIP.Get(f))
-			switch old, known := was[sn]; {
-			case !known:
-				note("peer added", l, f, path, via)
-			case old != fmt.Sprintf("%s via %s", k, l.PublicIP.Get(f)):
-				note("peer changed", l, f, path, via, zap.String("before", old))
-			}
-			delete(was, sn)
+		if c.was.Peer == nil {
+			log.Info("peer added", fields...)
+		} else {
+			before := fmt.Sprintf("%s via %s", c.was.Kind, c.was.Peer.PublicIP.Get(c.was.Family))
+			log.Info("peer changed", append(fields, zap.String("before", before))...)
 		}
-	}
-	for l := range gone {
-		for _, f := range addr.Families() {
-			if was[l.Subnets.Get(f)] != "" {
-				note("peer removed", l, f)
-			}
-		}
-	}
-	for _, sn := range slices.SortedFunc(maps.Keys(lines), netip.Prefix.Compare) {
-		lines[sn]()
 	}
 }

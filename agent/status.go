@@ -17,14 +17,13 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// About is what an agent can say of itself only if it is told.
+// About is what an agent reports of itself and does not know otherwise.
 type About struct {
-	Version   string
-	Endpoints []string // of etcd
-	Prefix    string
-	Firewall  func() (kind, reason string) // nil: not known
-	Traffic   Traffic                      // with the store; nil: not known
-	Restart   func() []string              // what would be otherwise after a restart; nil: nothing
+	Version  string
+	Store    status.Store                 // which store it is, and where; the agent adds what comes of it
+	Firewall func() (kind, reason string) // nil: not known
+	Traffic  Traffic                      // with the store; nil: not known
+	Restart  func() []string              // what would be otherwise after a restart; nil: nothing
 }
 
 // Traffic is what a store's client knows of it.
@@ -38,23 +37,17 @@ type Traffic interface {
 // ErrBusy says that the loop does not answer.
 var ErrBusy = errors.New("the daemon's main loop does not answer")
 
-// work is what status tells of the loop.
-type work struct {
-	last, looked time.Time
-	took         time.Duration
-	rounds       int
-}
-
-// ask has the loop do something between two rounds: all that it knows is its own.
+// ask has the loop answer a question between two rounds: what it knows belongs to its goroutine.
 func (a *Agent) ask(ctx context.Context, question func()) error {
-	done := make(chan struct{})
-	select {
-	case a.questions <- func() { question(); close(done) }:
-		<-done
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("%w: %w", ErrBusy, context.Cause(ctx))
+	err := a.rounds.Do(ctx, func() {
+		a.health.works()
+		defer a.health.waits()
+		question()
+	})
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrBusy, err)
 	}
+	return nil
 }
 
 // Status says how the node is.
@@ -64,13 +57,13 @@ func (a *Agent) Status(ctx context.Context) (s status.Node, err error) {
 	return s, err
 }
 
-// Peers lists the other nodes, those that are refused among them: one for each family.
+// Peers lists the other nodes, also those whose leases are rejected: one for each family.
 func (a *Agent) Peers(ctx context.Context) (ps []status.Peer, err error) {
 	err = a.ask(ctx, func() { ps = a.listPeers() })
 	return ps, err
 }
 
-// Peer says all about the peers that a text names: by node name, ID, public IP, subnet, or an address in that.
+// Peer reports the peers that a text names (by node name, ID, public IP, subnet, or an address in that) in full.
 func (a *Agent) Peer(ctx context.Context, text string) (found []status.Peer, err error) {
 	err = a.ask(ctx, func() {
 		for _, p := range a.listPeers() {
@@ -83,105 +76,112 @@ func (a *Agent) Peer(ctx context.Context, text string) (found []status.Peer, err
 	return found, err
 }
 
-// Compare looks at the kernel and says what would have to be done for it to be as planned, one line for each change.
+// Compare observes the kernel and lists what would have to be done for it to be as desired, one line for each change.
 func (a *Agent) Compare(ctx context.Context) (lines []string, err error) {
 	askErr := a.ask(ctx, func() {
 		var changes []netstate.Change
-		changes, err = a.kernel.Compare()
+		changes, err = a.parts.Kernel.Compare()
 		for _, c := range changes {
-			line := c.String()
-			if c.Old != nil {
-				line += ", found " + c.Old.String()
-			}
-			lines = append(lines, line)
+			lines = append(lines, describe(c))
 		}
 	})
 	return lines, errors.Join(askErr, err)
 }
 
 func (a *Agent) status() status.Node {
-	now := time.Now()
+	about, table := a.parts.About, a.facts.leases.table
 	s := status.Node{
-		Name: a.opts.Identity.NodeName, ID: a.opts.Identity.NodeID, Version: a.about.Version, Started: a.started, Now: now,
-		SubnetFile: a.opts.SubnetFile, StateDir: a.opts.StateDir,
-		Ready: true, Problems: []status.Problem{}, Devices: []status.Device{}, Drift: []status.DriftKind{}, Entries: []status.KindCount{},
-		Changes: a.changes,
-		Store: status.Store{
-			Endpoints: a.about.Endpoints, Prefix: a.about.Prefix, Revision: a.table().Revision, Entries: len(a.table().Entries),
-			Losses: a.losses, LostAt: a.lostAt,
-		},
+		Name: a.opts.Identity.NodeName, ID: a.opts.Identity.NodeID, Version: about.Version,
+		Started: a.facts.started, Now: time.Now(), SubnetFile: a.opts.SubnetFile, StateDir: a.opts.StateDir,
+		Ready: true, Problems: []status.Problem{}, Devices: []status.Device{},
+		Entries:   []status.KindCount{},
+		Changes:   a.applied.changes,
+		Store:     about.Store,
 		Lease:     a.leaseStatus(),
-		Reconcile: status.Reconcile{Last: a.work.last, Took: a.work.took, Rounds: a.work.rounds, Looked: a.work.looked, Failures: len(a.refused)},
+		Network:   a.networkStatus(),
+		Reconcile: a.applied.work,
 		Peers:     a.peerCounts(),
+		Firewall:  a.firewall.status(),
+		Drift:     a.drift.counts(),
 	}
+	s.Store.Name, s.Store.Revision, s.Store.Entries = a.facts.store, table.Revision, len(table.Entries)
+	s.Store.Losses, s.Store.LostAt = a.facts.leases.losses, a.facts.leases.lostAt
+	s.Reconcile.Failures = len(a.applied.failed)
 	for _, p := range a.health.list() {
 		s.Problems = append(s.Problems, p)
 		s.Ready = s.Ready && !p.Fatal
 	}
-	if a.snap.Err != nil {
-		s.Store.Error, s.Store.Since = a.snap.Err.Error(), a.snap.Since
+	if err := withoutName(a.facts.snap.Err); err != nil {
+		s.Store.Error, s.Store.Since = err.Error(), a.facts.snap.Since
 	}
-	if a.config != nil {
-		s.Network = status.Network{Backend: string(a.config.Backend.Type), MTU: a.mtu}
-		for _, f := range a.config.Families() {
-			pool := a.config.Pools.Get(f)
-			s.Network.Networks = append(s.Network.Networks, pool.Network.String())
-			s.Network.Pools = append(s.Network.Pools, status.Pool{
-				Network: pool.Network.String(), Subnets: int(min(pool.Size(), math.MaxInt)), Leased: pool.Leased(a.table()),
-			})
-		}
-	}
-	if a.choice != nil {
+	if c := a.facts.choice; c != nil {
 		s.Interface = status.Interface{
-			Reason: a.choice.Reason, ByDefault: a.choice.ByDefault,
-			PublicIPLocal: a.choice.PublicIPLocal, PublicIPs: texts(a.choice.PublicIP),
+			Reason: c.Reason, ByDefault: c.ByDefault, PublicIPLocal: c.PublicIPLocal, PublicIPs: texts(c.PublicIP),
 		}
 	}
-	if p := a.planned; p != nil {
-		s.Devices = a.deviceStatus(p.devices)
-		for kind, n := range p.entries {
-			s.Entries = append(s.Entries, status.KindCount{Kind: kind, Count: n})
-		}
-		slices.SortFunc(s.Entries, func(a, b status.KindCount) int { return strings.Compare(a.Kind, b.Kind) })
+	if p := a.peers.planned; p != nil {
+		s.Devices = a.deviceStatus(p.node.State.Links)
 	}
-	if a.about.Firewall != nil {
-		s.Firewall.Kind, s.Firewall.Reason = a.about.Firewall()
+	for kind, n := range a.parts.Kernel.Desired() {
+		s.Entries = append(s.Entries, status.KindCount{Kind: kind, Count: n})
 	}
-	a.firewall.seen(&s.Firewall)
-	if t := a.about.Traffic; t != nil {
+	slices.SortFunc(s.Entries, func(a, b status.KindCount) int { return strings.Compare(a.Kind, b.Kind) })
+	if about.Firewall != nil {
+		s.Firewall.Kind, s.Firewall.Reason = about.Firewall()
+	}
+	if t := about.Traffic; t != nil {
 		s.Store.Requests = t.Requests()
 		complete, newest := t.Revisions()
 		s.Store.Revision = max(s.Store.Revision, complete)
 		s.Store.Newest = max(s.Store.Revision, newest)
 	}
-	s.Restart = a.afterRestart()
-	s.Drift = append(a.drift.counts(), a.firewall.drift.counts()...)
+	s.Restart = a.pendingRestart()
 	slices.SortFunc(s.Drift, func(a, b status.DriftKind) int { return strings.Compare(a.Kind, b.Kind) })
 	return s
 }
 
-// afterRestart lists what would be otherwise if the daemon were restarted now.
-func (a *Agent) afterRestart() []string {
-	out := []string{}
-	if a.online() && a.lease != (subnet.Lease{}) && a.snap.Table.ConfigErr == nil && !a.snap.Table.Config.Fits(a.lease.Subnets) {
-		out = append(out, fmt.Sprintf("this node gets another subnet: %s does not fit the changed network config", subnet.FormatKey(a.lease.Subnets)))
+func (a *Agent) networkStatus() (n status.Network) {
+	c := a.facts.config
+	if c == nil {
+		return n
 	}
-	if a.about.Restart != nil {
-		out = append(out, a.about.Restart()...)
+	n.Backend, n.MTU = string(c.Backend.Type), a.applied.mtu
+	for _, f := range c.Families() {
+		pool := c.Pools.Get(f)
+		n.Networks = append(n.Networks, pool.Network.String())
+		n.Pools = append(n.Pools, status.Pool{
+			Network: pool.Network.String(), Subnets: int(min(pool.Size(), math.MaxInt)),
+			Leased: pool.Leased(a.facts.leases.table),
+		})
+	}
+	return n
+}
+
+// pendingRestart lists what would change if the daemon were restarted now.
+func (a *Agent) pendingRestart() []string {
+	out := []string{}
+	f := &a.facts
+	none := f.subnets == (addr.Per[netip.Prefix]{})
+	if t := f.leases.table; f.leases.online() && !none && t.ConfigErr == nil && !t.Config.Fits(f.subnets) {
+		out = append(out, fmt.Sprintf("this node needs another subnet: %s does not fit the changed network config",
+			subnet.FormatKey(f.subnets)))
+	}
+	if a.parts.About.Restart != nil {
+		out = append(out, a.parts.About.Restart()...)
 	}
 	return out
 }
 
 func (a *Agent) leaseStatus() status.Lease {
-	l := status.Lease{Held: a.snap.Held(), Subnets: []string{}, Losses: a.snap.Losses, LostAt: a.snap.LostAt}
-	if a.lease == (subnet.Lease{}) {
+	f := &a.facts
+	l := status.Lease{Held: f.snap.Held(), Subnets: texts(f.subnets), Losses: f.snap.Losses, LostAt: f.snap.LostAt}
+	if len(l.Subnets) == 0 {
 		return l
 	}
-	l.Subnets = texts(a.lease.Subnets)
-	own := a.table().Find(subnet.FormatKey(a.lease.Subnets))
+	own := f.leases.table.Find(subnet.FormatKey(f.subnets))
 	l.Reserved = own != nil && own.Reserved()
-	if l.Expires = a.snap.Expires; !a.online() {
-		l.Expires = a.remembered.Expires
+	if l.Expires = f.snap.Expires; !f.leases.online() {
+		l.Expires = f.persisted.Expires
 	}
 	return l
 }
@@ -205,28 +205,29 @@ func (a *Agent) deviceStatus(links []netstate.Link) []status.Device {
 	out := []status.Device{}
 	for _, l := range links {
 		offloads := map[string]bool{}
-		for _, o := range a.kernel.Offloads(l.Name) {
+		for _, o := range a.parts.Kernel.Offloads(l.Name) {
 			offloads[o.Name] = o.On
 		}
 		out = append(out, status.Device{
-			Offloads: offloads, Name: l.Name, MAC: l.MAC.String(), MTU: l.MTU, VNI: l.VXLAN.VNI, Port: l.VXLAN.Port, Local: l.VXLAN.Local.String(), Underlay: l.VXLAN.Underlay,
+			Offloads: offloads, Name: l.Name, MAC: l.MAC.String(), MTU: l.MTU, VNI: l.VXLAN.VNI, Port: l.VXLAN.Port,
+			Local: l.VXLAN.Local.String(), Underlay: l.VXLAN.Underlay,
 		})
 	}
 	return out
 }
 
 func (a *Agent) peerCounts() status.PeerCounts {
-	refused := a.roster.Refused()
-	c := status.PeerCounts{Total: len(a.peers.ways), Refused: len(refused), Lingering: a.roster.Lingering()}
-	for _, r := range refused {
-		if c.RefusedBy == nil {
-			c.RefusedBy = map[string]int{}
+	roster := &a.peers.roster
+	rejected := roster.Rejected()
+	c := status.PeerCounts{Total: len(roster.Peers()), Rejected: len(rejected), Lingering: roster.Lingering()}
+	for _, r := range rejected {
+		if c.RejectedBy == nil {
+			c.RejectedBy = map[string]int{}
 		}
-		c.RefusedBy[string(r.Cause)]++
+		c.RejectedBy[string(r.Cause)]++
 	}
-	for _, kinds := range a.peers.ways {
-		worst := max(kinds.V4, kinds.V6)
-		switch worst {
+	for _, l := range roster.Peers() {
+		switch max(a.peers.paths.to(l, addr.IPv4).Kind, a.peers.paths.to(l, addr.IPv6).Kind) { // the worst
 		case backend.Tunnel:
 			c.Tunnel++
 		case backend.Direct:
@@ -240,15 +241,17 @@ func (a *Agent) peerCounts() status.PeerCounts {
 
 func (a *Agent) listPeers() []status.Peer {
 	out := []status.Peer{}
-	for _, l := range a.roster.Peers() {
+	roster := &a.peers.roster
+	for _, l := range roster.Peers() {
 		for _, f := range addr.Families() {
-			sn, kind := l.Subnets.Get(f), a.peers.ways[l].Get(f)
+			sn := l.Subnets.Get(f)
 			if !sn.IsValid() {
 				continue
 			}
+			path := a.peers.paths.to(l, f)
 			p := status.Peer{
-				Name: l.NodeName, ID: l.NodeID, Subnet: sn.String(), PublicIP: l.PublicIP.Get(f).String(), Way: kind.String(),
-				Reason: a.unreachable[sn], Leaving: a.roster.Lingers(l), Probe: a.mesh.Peer(sn),
+				Name: l.NodeName, ID: l.NodeID, Subnet: sn.String(), PublicIP: l.PublicIP.Get(f).String(),
+				Path: path.Kind.String(), Reason: path.Reason, Leaving: roster.Lingers(l), Probe: a.mesh.Peer(sn),
 			}
 			if mac := l.VTEP.Get(f).MAC; !mac.IsZero() {
 				p.MAC = mac.String()
@@ -256,8 +259,10 @@ func (a *Agent) listPeers() []status.Peer {
 			out = append(out, p)
 		}
 	}
-	for _, r := range a.roster.Refused() {
-		out = append(out, status.Peer{Name: r.Node, Subnet: r.Key, Way: "rejected", Reason: r.Reason, Cause: string(r.Cause)})
+	for _, r := range roster.Rejected() {
+		out = append(out, status.Peer{
+			Name: r.Node, Subnet: r.Key, Path: "rejected", Reason: r.Reason, Cause: string(r.Cause),
+		})
 	}
 	return out
 }
@@ -273,19 +278,16 @@ func names(p status.Peer, text string) bool {
 }
 
 // entriesFor lists what is planned for a peer.
-func (a *Agent) entriesFor(p status.Peer) []string {
-	if a.planned == nil {
+func (a *Agent) entriesFor(p status.Peer) (out []string) {
+	if a.peers.planned == nil {
 		return nil
 	}
-	in := a.planned.input
-	for _, l := range a.roster.Peers() {
-		if texts := texts(l.Subnets); slices.Contains(texts, p.Subnet) {
-			in.Peers = append(in.Peers, l)
+	for _, l := range a.peers.roster.Peers() {
+		if slices.Contains(texts(l.Subnets), p.Subnet) {
+			for _, c := range netstate.Diff(netstate.State{}, ofPeers(planFor(a.peers.planned.input, l).State)) {
+				out = append(out, c.Obj.String())
+			}
 		}
-	}
-	var out []string
-	for _, c := range netstate.Diff(netstate.State{}, ofPeers(backendOf(in.Config.Backend.Type).Plan(in).State)) {
-		out = append(out, c.Obj.String())
 	}
 	return out
 }

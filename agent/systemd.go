@@ -11,9 +11,9 @@ import (
 	"github.com/overlayd/overlayd/diag/status"
 )
 
-// notifySystemd tells systemd by sd_notify(3) that the node is ready, once, and what is wrong with it, until ctx ends. A node that is not ready
-// after readyWithin is declared started all the same: a restart would cure nothing. Within each period watchdog it says that the loop comes
-// round; zero: systemd does not wait for that.
+// notifySystemd tells systemd by sd_notify(3) that the node is ready, once, and what is wrong with it, until ctx ends.
+// A node that is not ready after readyWithin is declared started all the same: a restart would cure nothing. Within
+// each period watchdog it reports that the loop runs; zero: systemd does not expect that.
 func (h *health) notifySystemd(ctx context.Context, notify func(state string), watchdog time.Duration) error {
 	var alive <-chan time.Time
 	if watchdog > 0 {
@@ -25,6 +25,7 @@ func (h *health) notifySystemd(ctx context.Context, notify func(state string), w
 	defer patience.Stop()
 	ready, given, said := false, false, ""
 	for {
+		changed := h.change()
 		nowReady, text := h.statusLine()
 		if text != said {
 			notify("STATUS=" + text)
@@ -38,7 +39,7 @@ func (h *health) notifySystemd(ctx context.Context, notify func(state string), w
 		case <-ctx.Done():
 			notify(daemon.SdNotifyStopping + "\nSTATUS=stopping; the data plane stays as it is")
 			return ctx.Err()
-		case <-h.changed:
+		case <-changed:
 		case <-patience.C:
 			given = true
 		case <-alive:
@@ -52,7 +53,8 @@ func (h *health) notifySystemd(ctx context.Context, notify func(state string), w
 const (
 	// readyWithin is less than the unit's TimeoutStartSec, at which systemd ends the daemon.
 	readyWithin = 150 * time.Second
-	// statusLength bounds a status, in bytes: systemd drops a message of 4096 or more (NOTIFY_BUFFER_MAX of its manager.c).
+	// statusLength bounds a status, in bytes: systemd drops a message of 4096 or more (NOTIFY_BUFFER_MAX of its
+	// manager.c).
 	statusLength = 1000
 )
 
@@ -66,7 +68,11 @@ func (h *health) statusLine() (ready bool, text string) {
 	if slices.ContainsFunc(problems, func(p status.Problem) bool { return p.Fatal }) {
 		ready, text = false, "not ready"
 	}
-	worst := problems[max(0, slices.IndexFunc(problems, func(p status.Problem) bool { return p.Fatal && starting(p) == 0 }))]
-	line := strings.Join(strings.Fields(text+": "+worst.Name+": "+worst.Reason), " ") // a second line would be another variable
+	worst := problems[max(0, slices.IndexFunc(problems, func(p status.Problem) bool {
+		return p.Fatal &&
+			starting(p) == 0
+	}))]
+	// a second line would be another variable
+	line := strings.Join(strings.Fields(text+": "+worst.Name+": "+worst.Reason), " ")
 	return ready, strings.ToValidUTF8(line[:min(len(line), statusLength)], "?")
 }

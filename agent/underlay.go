@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -23,7 +24,8 @@ type InterfaceOptions struct {
 	PublicIP addr.Per[netip.Addr] // what the lease says, if it is not the device's own address
 }
 
-func (o InterfaceOptions) chosen() bool {
+// Chosen says that an operator chose an interface.
+func (o InterfaceOptions) Chosen() bool {
 	return len(o.Names)+len(o.Regexes) > 0 || o.CanReach.IsValid()
 }
 
@@ -36,7 +38,8 @@ type Choice struct {
 	Reason        string
 }
 
-// Choose decides which device and address each family of the network uses. It is pure: all it knows is the host as it was seen.
+// Choose decides which device and address each family of the network uses. It is pure: all it knows is the host as it
+// was seen.
 //
 // Where there are several addresses, it is the one that the route prefers; if that prefers none, the current one, if
 // that is there still: the kernel lists a new IPv6 address first, and one that comes and goes (a virtual address, a
@@ -52,11 +55,8 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 		case h.Has(public):
 			s.asked = public
 		case public == s.current: // whether NAT leads here from now on, or its device comes back in a moment, can't be told
-			return Choice{}, noUnderlay{
-				f,
-				fmt.Errorf("no network interface for %s: --public-ip %s is no longer on any device "+
-					"(restart overlayd if NAT leads from it to this node now)", f, public),
-			}
+			return Choice{}, noUnderlay{f, fmt.Errorf("no network interface for %s: --public-ip %s is no longer on any "+
+				"device (restart overlayd if NAT leads from it to this node now)", f, public)}
 		}
 		u, why, err := s.choose(o)
 		if err != nil {
@@ -68,7 +68,7 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 		out.Underlay.Set(f, u)
 		out.PublicIP.Set(f, public)
 		out.PublicIPLocal = out.PublicIPLocal && h.Has(public)
-		out.ByDefault = out.ByDefault || !o.chosen() && !s.asked.IsValid()
+		out.ByDefault = out.ByDefault || !o.Chosen() && !s.asked.IsValid()
 		reasons = append(reasons, fmt.Sprintf("%s: %s", f, why))
 	}
 	out.Reason = strings.Join(reasons, "; ")
@@ -226,15 +226,10 @@ func (s search) byDevice(l netstate.HostLink, why string) candidate {
 		return candidate{uplinks: s.uplinks(), from: l.Name, named: true, why: why}
 	}
 	c := candidate{named: true, why: why}
-	for _, hops := range s.defaults() {
-		for _, r := range hops {
-			if r.Link == l.Name && len(c.uplinks) == 0 {
-				c.uplinks = append(c.uplinks, r)
-			}
-		}
-	}
-	if len(c.uplinks) == 0 {
-		c.uplinks = []netstate.HostRoute{{Link: l.Name}}
+	hops := slices.Concat(s.defaults()...)
+	i := slices.IndexFunc(hops, func(r netstate.HostRoute) bool { return r.Link == l.Name })
+	if c.uplinks = []netstate.HostRoute{{Link: l.Name}}; i >= 0 {
+		c.uplinks = hops[i : i+1]
 	}
 	return c
 }
@@ -283,9 +278,8 @@ func (s search) take(c candidate) (backend.Underlay, string, error) {
 			"no route leads from %s to other nodes: no default route, and none with a gateway", c.from)
 	}
 	var u backend.Underlay
-	var up []netstate.HostRoute
 	var errs []error
-	devices := devicesOf(c.uplinks)
+	devices, up := devicesOf(c.uplinks), slices.Clone(c.uplinks)
 	for _, d := range devices {
 		l, err := s.uplink(d)
 		if err == nil && !c.named {
@@ -297,12 +291,7 @@ func (s search) take(c candidate) (backend.Underlay, string, error) {
 		}
 		if err != nil {
 			errs = append(errs, err)
-			continue
-		}
-		for _, hop := range c.uplinks {
-			if hop.Link == d {
-				up = append(up, hop)
-			}
+			up = slices.DeleteFunc(up, func(hop netstate.HostRoute) bool { return hop.Link == d })
 		}
 	}
 	if len(up) == 0 {
@@ -374,63 +363,56 @@ func (s search) podsBridge(l netstate.HostLink) error {
 		s.host.Addresses[i].Prefix.Addr())
 }
 
-// address finds the address to send from: the one that was asked for; else the one that the route prefers, then the
-// current one, and then the one that the kernel would take: in the network of the gateway, or else the first of the
-// device, or of the loopback device.
+// address finds the address to send from: of those that can be reached, the one with the lowest rank.
 func (s search) address(c candidate, up []netstate.HostRoute) (netstate.HostAddress, error) {
-	var usable []netstate.HostAddress
-	for _, a := range s.host.Addresses {
-		if addr.FamilyOf(a.Prefix.Addr()) == s.family && s.why(a) == "" {
-			usable = append(usable, a)
-		}
-	}
-	find := func(match func(a netstate.HostAddress) bool) (netstate.HostAddress, bool) {
-		i := slices.IndexFunc(usable, match)
-		if i < 0 {
-			return netstate.HostAddress{}, false
-		}
-		return usable[i], true
-	}
 	devices := devicesOf(up)
 	if c.from != "" {
 		devices = []string{c.from}
 	}
-	on := func(a netstate.HostAddress) bool { return slices.Contains(devices, a.Link) }
-	if c.addr.IsValid() {
-		if a, ok := find(func(a netstate.HostAddress) bool { return a.Prefix.Addr() == c.addr }); ok {
-			return a, nil
-		}
-		return netstate.HostAddress{}, s.unusable(c.addr, devices)
-	}
-	src := up[0].Src
-	tries := []func(a netstate.HostAddress) bool{
-		func(a netstate.HostAddress) bool { return a.Prefix.Addr() == s.asked && on(a) },
-		func(a netstate.HostAddress) bool { return a.Prefix.Addr() == src && (!c.named || on(a)) },
-		func(a netstate.HostAddress) bool { return a.Prefix.Addr() == s.current && on(a) },
-		func(a netstate.HostAddress) bool {
-			return a.Link == up[0].Link && a.Prefix.Contains(up[0].Via) && on(a)
-		},
-	}
-	for _, d := range devices {
-		tries = append(tries, func(a netstate.HostAddress) bool { return a.Link == d })
-	}
-	lost := s.current.IsValid() && !s.host.Has(s.current)    // and may be back in a moment
-	if c.from == "" && c.uplinks[0].Dst.IsValid() && !lost { // a route by devices that have no address of their own
-		loopback := func(a netstate.HostAddress) bool {
-			l, _ := s.host.Link(a.Link)
-			return l.Loopback
-		}
-		tries = append(tries,
-			func(a netstate.HostAddress) bool { return a.Prefix.Addr() == src },
-			func(a netstate.HostAddress) bool { return a.Prefix.Addr() == s.current && loopback(a) },
-			loopback)
-	}
-	for _, match := range tries {
-		if a, ok := find(match); ok {
-			return a, nil
+	best, least := netstate.HostAddress{}, noRank
+	for _, a := range s.host.Addresses {
+		if r := s.rank(c, up[0], devices, a); r < least && addr.FamilyOf(a.Prefix.Addr()) == s.family && s.why(a) == "" {
+			best, least = a, r
 		}
 	}
-	return netstate.HostAddress{}, s.unusable(netip.Addr{}, devices)
+	if least == noRank {
+		return best, s.unusable(c.addr, devices)
+	}
+	return best, nil
+}
+
+const noRank = math.MaxInt
+
+// rank is the place of an address among those to send from: the one that was asked for; else the one that the route
+// prefers, then the current one, and then the one that the kernel would take: in the network of the gateway, or else
+// the first of the device, or of the loopback device.
+func (s search) rank(c candidate, hop netstate.HostRoute, devices []string, a netstate.HostAddress) int {
+	ip, at := a.Prefix.Addr(), slices.Index(devices, a.Link)
+	l, _ := s.host.Link(a.Link)
+	lost := s.current.IsValid() && !s.host.Has(s.current) // and may be back in a moment
+	switch on := at >= 0; {
+	case c.addr.IsValid() && ip != c.addr:
+		return noRank
+	case c.addr.IsValid(), on && ip == s.asked:
+		return 0
+	case ip == hop.Src && (on || !c.named):
+		return 1
+	case on && ip == s.current:
+		return 2
+	case on && a.Link == hop.Link && a.Prefix.Contains(hop.Via):
+		return 3
+	case on:
+		return 4 + at
+	case c.from != "" || !hop.Dst.IsValid() || lost: // else a route by devices that have no address of their own
+		return noRank
+	case ip == hop.Src:
+		return 4 + len(devices)
+	case l.Loopback && ip == s.current:
+		return 5 + len(devices)
+	case l.Loopback:
+		return 6 + len(devices)
+	}
+	return noRank
 }
 
 // why says why an address of the node can't be the one that it is reached at; "": it can.

@@ -74,12 +74,30 @@ func TestChoose(t *testing.T) {
 		fails  string // or: what the error says
 	}{
 		"default route with the lowest metric": {config: onlyV4, want: "eth0 192.0.2.10", public: "192.0.2.10", local: true},
-		"both families":                        {config: dual, want: "eth0 192.0.2.10 eth0 2001:db8::10", public: "192.0.2.10 2001:db8::10", local: true},
-		"by name":                              {o: InterfaceOptions{Names: []string{"eth1"}}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
-		"first name that fits":                 {o: InterfaceOptions{Names: []string{"eth9", "eth2", "lo", "eth1"}}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
-		"by second address":                    {o: InterfaceOptions{Names: []string{"192.0.2.11"}}, config: onlyV4, want: "eth0 192.0.2.11", public: "192.0.2.11", local: true},
-		"by an address of one family":          {o: InterfaceOptions{Names: []string{"192.0.2.11"}}, config: dual, want: "eth0 192.0.2.11 eth0 2001:db8::10", public: "192.0.2.11 2001:db8::10", local: true},
-		"by pattern of the name":               {o: InterfaceOptions{Regexes: regex("^eth[12]$")}, config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true},
+		"both families": {
+			config: dual, want: "eth0 192.0.2.10 eth0 2001:db8::10",
+			public: "192.0.2.10 2001:db8::10", local: true,
+		},
+		"by name": {
+			o: InterfaceOptions{Names: []string{"eth1"}}, config: onlyV4,
+			want: "eth1 198.51.100.10", public: "198.51.100.10", local: true,
+		},
+		"first name that fits": {
+			o:      InterfaceOptions{Names: []string{"eth9", "eth2", "lo", "eth1"}},
+			config: onlyV4, want: "eth1 198.51.100.10", public: "198.51.100.10", local: true,
+		},
+		"by second address": {
+			o: InterfaceOptions{Names: []string{"192.0.2.11"}}, config: onlyV4,
+			want: "eth0 192.0.2.11", public: "192.0.2.11", local: true,
+		},
+		"by an address of one family": {
+			o: InterfaceOptions{Names: []string{"192.0.2.11"}}, config: dual,
+			want: "eth0 192.0.2.11 eth0 2001:db8::10", public: "192.0.2.11 2001:db8::10", local: true,
+		},
+		"by pattern of the name": {
+			o: InterfaceOptions{Regexes: regex("^eth[12]$")}, config: onlyV4,
+			want: "eth1 198.51.100.10", public: "198.51.100.10", local: true,
+		},
 		"by pattern, where no name fits": {o: InterfaceOptions{
 			Names:   []string{"eth9", "eth2"},
 			Regexes: regex("^eth1$"),

@@ -2,20 +2,24 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
-	"net/netip"
+	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/overlayd/overlayd/addr"
+	"golang.org/x/sync/errgroup"
+
 	"github.com/overlayd/overlayd/agent/state"
+	"github.com/overlayd/overlayd/runner"
 	"github.com/overlayd/overlayd/subnet"
 )
 
 const (
-	// leaseEvery and peersEvery are the least time between two writes of a file: thousands of peers are 300 bytes each.
+	// leaseEvery is the least time between two writes of lease.json, which is written at once; peersEvery is how long
+	// after a change peers.json is: thousands of peers are 300 bytes each.
 	leaseEvery, peersEvery = time.Second, 30 * time.Second
 	// retryEvery is how long after a write that failed the next one comes, if nothing changes meanwhile.
 	retryEvery = 30 * time.Second
@@ -23,119 +27,111 @@ const (
 	leaseProgress = 10 * time.Minute
 )
 
-// stateWriter writes the files of the state directory when they change.
+// stateWriter writes the files of the state directory when they change, in goroutines of its own: the disk may be slow,
+// and no peer waits for it.
 type stateWriter struct {
+	save         func(file string, p state.Persisted) error
 	health       *health
-	lease, peers stateFile
+	lease, peers *stateFile
 
-	state   leaseState      // in lease.json
-	entries []*subnet.Entry // in peers.json
+	// What the loop has handed over last.
+	leaseGist string // without the ports of bridges, which come and go with the pods
+	entries   []*subnet.Entry
+
+	mu sync.Mutex // for the errors of both files
 }
 
-// stateFile is one of them. It is written by a goroutine of its own: the disk may be slow, and no peer waits for it.
+// stateFile is one of them.
 type stateFile struct {
-	every    time.Duration
-	at, next time.Time // the last write, and when the next may be due; zero: when something changes
-	jobs     mailbox[func() error]
-	pending  atomic.Bool // the last write has not succeeded, or not yet
-	err      error       // of the last write
+	path    string
+	runner  *runner.Runner
+	content atomic.Pointer[func() state.Persisted] // nil: what the file has is the newest
+	err     error                                  // of the last write
 }
 
-// leaseState tells whether lease.json has changed. It has no ports of bridges, which come and go with the pods.
-type leaseState struct {
-	subnets addr.Per[netip.Prefix]
-	config  string // the network config in use
-	addrs   addr.Per[netip.Addr]
-	bridges string // their names and addresses, and what they have lost
-	expires int64  // in units of leaseProgress
-}
-
-func newStateWriter(h *health) *stateWriter {
-	file := func(every time.Duration) stateFile {
-		return stateFile{every: every, jobs: newMailbox[func() error]()}
+func newStateWriter(dir state.Dir, h *health) *stateWriter {
+	w := &stateWriter{save: dir.Save, health: h}
+	file := func(path string, o runner.Options) *stateFile {
+		o.RetryMin, o.RetryMax = retryEvery, retryEvery
+		f := &stateFile{path: path}
+		f.runner = runner.New(o, func(context.Context) error { return w.write(f) })
+		return f
 	}
-	w := &stateWriter{health: h, lease: file(leaseEvery), peers: file(peersEvery)}
-	w.peers.at = time.Now() // a start has other things to do than to write down thousands of peers
+	w.lease = file(dir.LeaseFile(), runner.Options{Min: leaseEvery})
+	w.peers = file(dir.PeersFile(), runner.Options{Delay: peersEvery})
 	return w
 }
 
-// note has the file written if it has changed, or could not be written before, and it is time; last: there is no other time.
-func (f *stateFile) note(changed, last bool, write func() error) (noted bool) {
-	now, gap := time.Now(), retryEvery
-	if changed {
-		gap = f.every
-	} else if !f.pending.Load() {
-		f.next = time.Time{}
-		return false
-	}
-	if f.next = f.at.Add(gap); now.Before(f.next) && !last {
-		return false
-	}
-	f.pending.Store(true)
-	f.jobs.put(write)
-	f.at, f.next = now, now.Add(retryEvery)
-	return true
+func (w *stateWriter) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return w.lease.runner.Run(ctx) })
+	g.Go(func() error { return w.peers.runner.Run(ctx) })
+	return g.Wait()
 }
 
-// end lets run end once everything is written.
-func (w *stateWriter) end() {
-	close(w.lease.jobs)
-	close(w.peers.jobs)
+// flush writes what run has not written.
+func (w *stateWriter) flush() {
+	_ = w.write(w.lease) // reported
+	_ = w.write(w.peers)
 }
 
-func (w *stateWriter) run() {
-	var mu sync.Mutex
-	var files sync.WaitGroup
-	for _, f := range []*stateFile{&w.lease, &w.peers} {
-		files.Go(func() {
-			for write := range f.jobs {
-				err := write()
-				mu.Lock()
-				f.err = err
-				w.health.set(condStateDir, cmp.Or(w.lease.err, w.peers.err))
-				mu.Unlock()
-				f.pending.Store(err != nil)
-			}
-		})
+// put hands over what a file is to have.
+func (f *stateFile) put(content func() state.Persisted) {
+	f.content.Store(&content)
+	f.runner.Wake()
+}
+
+// write writes the newest content of a file, if the file does not have it.
+func (w *stateWriter) write(f *stateFile) error {
+	content := f.content.Swap(nil)
+	if content == nil {
+		return nil
 	}
-	files.Wait()
+	err := w.save(f.path, (*content)())
+	if err != nil {
+		f.content.CompareAndSwap(nil, content)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f.err = err
+	w.health.set(condStateDir, cmp.Or(w.lease.err, w.peers.err))
+	return err
 }
 
-// save has written what a start without etcd needs.
+// save has what a start without the store needs written, so far as it has changed; last: and when it was.
 func (a *Agent) save(last bool) {
-	w, dir := a.writer, a.state
-	if !a.online() || !a.snap.Held() {
-		w.lease.next, w.peers.next = time.Time{}, time.Time{} // the store says when there is something again
+	f, w := &a.facts, a.writer
+	if !f.leases.online() || !f.snap.Held() {
 		return
 	}
-	expires, bridges := a.expires(), a.bridges.known
-	s := leaseState{a.lease.Subnets, a.configJSON, a.current(), a.bridges.gist(), expires.Unix() / int64(leaseProgress.Seconds())}
-	if w.lease.note(s != w.state || last, last, func() error {
-		return dir.Save(dir.LeaseFile(), state.Persisted{
-			Subnets: subnet.FormatKey(s.subnets), Expires: expires.UTC(),
-			Config: json.RawMessage(s.config), Addresses: s.addrs, Bridges: bridges,
-		})
-	}) {
-		w.state = s
+	own := f.subnets
+	lease := state.Persisted{
+		Subnets: subnet.FormatKey(own), Expires: f.expires().UTC(), Config: json.RawMessage(f.configJSON),
+		Addresses: f.addresses(a.opts.Identity), Bridges: a.bridges.known,
 	}
-	t := a.snap.Table
-	if time.Now().Before(a.lostUntil) { // a restart has to find out again which peers the store has lost
-		w.peers.next = time.Time{}
-	} else if w.peers.note(!slices.Equal(t.Entries, w.entries), last, func() error {
-		return dir.Save(dir.PeersFile(), state.Persisted{Revision: t.Revision, Peers: state.PeersOf(t, s.subnets)})
-	}) {
+	gist := fmt.Sprint(own, f.configJSON, lease.Addresses, a.bridges.gist(), lease.Expires.Truncate(leaseProgress))
+	if gist != w.leaseGist || last {
+		w.leaseGist = gist
+		w.lease.put(func() state.Persisted { return lease })
+	}
+	// While the table is stale, the file keeps the peers that a restart has to know.
+	if t := f.leases.table; f.leases.is == fresh && !slices.Equal(t.Entries, w.entries) {
 		w.entries = t.Entries
+		w.peers.put(func() state.Persisted {
+			return state.Persisted{Revision: t.Revision, Peers: state.PeersOf(t, own)}
+		})
 	}
 }
 
-// expires is when this node's lease ends; zero for a reservation. What the store has not said yet, memory knows better.
-func (a *Agent) expires() time.Time {
-	own := a.snap.Table.Find(subnet.FormatKey(a.lease.Subnets))
+// expires is when this node's lease ends; zero for a reservation. Until the store has said so, the persisted time
+// counts.
+func (f facts) expires() time.Time {
+	own := f.snap.Table.Find(subnet.FormatKey(f.subnets))
 	switch {
-	case own != nil && own.Reserved() || !a.snap.Expires.IsZero():
-		return a.snap.Expires
-	case a.remembered.Own() == a.lease.Subnets && !a.remembered.Expires.IsZero():
-		return a.remembered.Expires
+	case own != nil && own.Reserved() || !f.snap.Expires.IsZero():
+		return f.snap.Expires
+	case f.persisted.Own() == f.subnets && !f.persisted.Expires.IsZero():
+		return f.persisted.Expires
 	}
 	return time.Now()
 }

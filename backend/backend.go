@@ -12,13 +12,13 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// Backend is one way in which packets get from node to node.
+// Backend plans how packets get from node to node.
 type Backend interface {
 	// VTEPs is what the node's lease must say of its tunnel ends, before anything exists.
 	VTEPs(c subnet.Config, id subnet.Identity) addr.Per[subnet.VTEP]
-	// Plan is the kernel state for a lease and its peers, in the order that netstate wants. The neighbours, FDB entries and routes that a
-	// peer adds to it depend on no other peer: the plan for a few of them is what they add to the plan for all. The rest is the same for
-	// any peers, but for the rules: there are such as some of the peers need.
+	// Plan is the kernel state for a lease and its peers, in the order that netstate wants. The neighbours, FDB entries
+	// and routes that a peer adds to it depend on no other peer: the plan for a few of them is what they add to the plan
+	// for all. The rest is the same for any peers, but for the rules: there are such as some of the peers need.
 	Plan(in Input) Plan
 }
 
@@ -42,7 +42,7 @@ func (u Underlay) By() string {
 type Input struct {
 	Config   subnet.Config
 	Self     subnet.Lease
-	Peers    []*subnet.Lease // that were believed, see subnet.Table.Peers
+	Peers    []*subnet.Lease // accepted ones, see subnet.Table.Peers
 	Underlay addr.Per[Underlay]
 	Host     netstate.Host
 	// Endpoints are the addresses of the store that are inside the network: no route may cover one of them, or this node
@@ -50,50 +50,61 @@ type Input struct {
 	Endpoints []netip.Addr
 }
 
-// Plan is what a backend wants of the node.
+// Plan is the desired state of the node.
 type Plan struct {
 	State netstate.State
 	MTU   int // for pods: what gets through in every family
 
-	Tunnel addr.Per[string] // the tunnel device, where there is one
-	// DirectNodes are the peers' own addresses that are reached without a tunnel, and that pods may talk to untranslated.
-	DirectNodes addr.Per[[]netip.Addr]
-	// BareSubnets are those of the peers behind the tunnel that don't say that their public IP is their own, flannel's
-	// for one: what their pods answer to this node's own address comes without the tunnel, and a strict rp_filter drops
-	// it.
-	BareSubnets addr.Per[[]netip.Prefix]
-
-	Ways     []Way // one for each peer and family, in the order of the peers
+	Tunnel   addr.Per[string] // the tunnel device, where there is one
+	Paths    []Path           // one for each peer and family, in the order of the peers
 	Problems []string
 }
 
 // NewPlan is a plan with room for that many peers, each counted once for each family.
 func NewPlan(peers int) Plan {
 	// Two routes for each: to its pods, and to the node itself.
-	return Plan{State: netstate.State{Routes: make([]netstate.Route, 0, 2*peers)}, Ways: make([]Way, 0, peers)}
+	return Plan{State: netstate.State{Routes: make([]netstate.Route, 0, 2*peers)}, Paths: make([]Path, 0, peers)}
 }
 
-// Way is how a peer is reached in one family.
-type Way struct {
+// Path is how a peer is reached in one family.
+type Path struct {
 	Peer   *subnet.Lease
 	Family addr.Family
-	Kind   WayKind
+	Kind   PathKind
+	Device bool   // the peer has a tunnel device, which has the first address of its subnet
 	Reason string // where it is Unreachable
-	// Ping is what answers to a ping at the peer, by the way that packets to its pods take; the zero Addr where there is none.
-	Ping netip.Addr
 }
 
-// WayKind says what becomes of packets to a peer's pods.
-type WayKind uint8
+// Subnet is where the path leads to.
+func (p Path) Subnet() netip.Prefix { return p.Peer.Subnets.Get(p.Family) }
 
-// The kinds of ways.
+// Compare orders paths by subnet.
+func (p Path) Compare(o Path) int { return addr.ComparePrefix(p.Subnet(), o.Subnet()) }
+
+// Ping is what answers to a ping at the peer, on the path that packets to its pods take; the zero Addr where there is
+// none.
+func (p Path) Ping() netip.Addr {
+	switch {
+	case p.Peer == nil || p.Kind == Unreachable:
+		return netip.Addr{}
+	case p.Device:
+		return p.Peer.Gateway(p.Family)
+	}
+	// Nothing has an address of the peer's subnet for sure, and the path to it is that to the peer itself.
+	return p.Peer.PublicIP.Get(p.Family)
+}
+
+// PathKind says what becomes of packets to a peer's pods.
+type PathKind uint8
+
+// The kinds of paths.
 const (
-	Tunnel      WayKind = iota + 1 // encapsulated
-	Direct                         // routed as they are
-	Unreachable                    // no route is made
+	Tunnel      PathKind = iota + 1 // encapsulated
+	Direct                          // routed as they are
+	Unreachable                     // no route is made
 )
 
-func (k WayKind) String() string {
+func (k PathKind) String() string {
 	switch k {
 	case Tunnel:
 		return "tunnel"
@@ -133,57 +144,58 @@ func DirectRoute(sn netip.Prefix, peer netip.Addr, by netstate.HostRoute) netsta
 }
 
 // Add notes how a peer is reached.
-func (p *Plan) Add(peer *subnet.Lease, f addr.Family, kind WayKind, reason error) {
-	w := Way{Peer: peer, Family: f, Kind: kind}
-	switch {
-	case kind == Unreachable:
-	case p.Tunnel.Get(f) != "": // the peer's device has it
-		w.Ping = peer.Gateway(f)
-	default: // nothing has an address of the peer's subnet for sure, and the way to it is that to the peer itself
-		w.Ping = peer.PublicIP.Get(f)
-	}
+func (p *Plan) Add(peer *subnet.Lease, f addr.Family, kind PathKind, reason error) {
+	path := Path{Peer: peer, Family: f, Kind: kind, Device: p.Tunnel.Get(f) != ""}
 	if reason != nil {
-		w.Reason = reason.Error()
+		path.Reason = reason.Error()
 	}
-	p.Ways = append(p.Ways, w)
+	p.Paths = append(p.Paths, path)
 }
 
 // AddDirect plans the plain route to a peer that is on a network of this node.
 func (p *Plan) AddDirect(peer *subnet.Lease, f addr.Family, by netstate.HostRoute) {
 	ip := peer.PublicIP.Get(f)
 	p.State.Routes = append(p.State.Routes, DirectRoute(peer.Subnets.Get(f), ip, by))
-	if peer.PublicIPLocal {
-		p.DirectNodes.Set(f, append(p.DirectNodes.Get(f), ip))
-	}
 	p.Add(peer, f, Direct, nil)
 }
 
-// Each calls do for each peer that has a subnet in the family. Left out, and noted as unreachable, is a peer whose address this
-// node itself has, since packets to it would never leave, and one whose subnet covers a network that this node is on.
+// Each calls do for each peer that has a subnet in the family. Left out, and noted as unreachable, is a peer whose
+// address this node itself has, since packets to it would never leave, and one whose subnet covers a network that this
+// node is on.
 func (p *Plan) Each(in Input, f addr.Family, do func(peer *subnet.Lease)) {
 	local := localNetworks(in, f)
 	for _, peer := range in.Peers {
 		if !peer.Subnets.Get(f).IsValid() {
 			continue
 		}
-		if ip := peer.PublicIP.Get(f); in.Host.Has(ip) {
-			p.Add(peer, f, Unreachable, fmt.Errorf("its public IP %s is configured on this node", ip))
-			continue
-		}
-		if j := slices.IndexFunc(local, func(a netstate.HostAddress) bool { return a.Prefix.Overlaps(peer.Subnets.Get(f)) }); j >= 0 {
-			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet overlaps %s, a network of this node's device %s", local[j].Prefix.Masked(), local[j].Link))
-			continue
-		}
-		if j := slices.IndexFunc(in.Endpoints, peer.Subnets.Get(f).Contains); j >= 0 {
-			p.Add(peer, f, Unreachable, fmt.Errorf("its subnet covers %s, an etcd endpoint: a route there would cut this node off from etcd",
-				in.Endpoints[j]))
+		if err := conflict(in, local, peer.PublicIP.Get(f), peer.Subnets.Get(f)); err != nil {
+			p.Add(peer, f, Unreachable, err)
 			continue
 		}
 		do(peer)
 	}
 }
 
-// localNetworks lists the networks that this node is on and that reach into the cluster network, but for its own subnet.
+// conflict says why a peer can't have a route on this node.
+func conflict(in Input, local []netstate.HostAddress, ip netip.Addr, sn netip.Prefix) error {
+	if in.Host.Has(ip) {
+		return fmt.Errorf("its public IP %s is configured on this node", ip)
+	}
+	for _, a := range local {
+		if a.Prefix.Overlaps(sn) {
+			return fmt.Errorf("its subnet overlaps %s, a network of this node's device %s", a.Prefix.Masked(), a.Link)
+		}
+	}
+	for _, e := range in.Endpoints {
+		if sn.Contains(e) {
+			return fmt.Errorf("its subnet covers %s, an endpoint of the store: a route there would cut this node off from it", e)
+		}
+	}
+	return nil
+}
+
+// localNetworks lists the networks that this node is on and that reach into the cluster network, but for its own
+// subnet.
 func localNetworks(in Input, f addr.Family) []netstate.HostAddress {
 	network, own := in.Config.Pools.Get(f).Network, in.Self.Subnets.Get(f)
 	var out []netstate.HostAddress
@@ -195,7 +207,7 @@ func localNetworks(in Input, f addr.Family) []netstate.HostAddress {
 	return out
 }
 
-// AddRule plans a rule in the place where no rule of another program takes packets away from it.
+// AddRule plans a rule, before those of other programs that would take packets away from it.
 func (p *Plan) AddRule(h netstate.Host, r netstate.Rule) {
 	rules, err := h.Precede(r)
 	p.State.Rules = append(p.State.Rules, rules...)

@@ -98,7 +98,9 @@ func backendOf(c subnet.Config) backend.Backend {
 
 // lease is that of node n, with an address on the underlay that ends in host; in the families that the network uses.
 func lease(c subnet.Config, name string, n int, v4, v6 string) *subnet.Lease {
-	l := &subnet.Lease{Attrs: subnet.Attrs{Backend: c.Backend.Type, Identity: subnet.Identity{NodeName: name, NodeID: "id-" + name}, PublicIPLocal: true}}
+	l := &subnet.Lease{Attrs: subnet.Attrs{
+		Backend: c.Backend.Type, Identity: subnet.Identity{NodeName: name, NodeID: "id-" + name}, PublicIPLocal: true,
+	}}
 	for _, f := range c.Families() {
 		sn, ip := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(n), 0}), 24), v4
 		if f == addr.IPv6 {
@@ -168,12 +170,12 @@ func render(p backend.Plan) string {
 	}
 	line("pod MTU %d", p.MTU)
 	for _, f := range addr.Families() {
-		if p.Tunnel.Get(f) != "" || len(p.DirectNodes.Get(f)) > 0 {
-			line("%s: tunnel device %q, nodes reached directly %s", f, p.Tunnel.Get(f), p.DirectNodes.Get(f))
+		if p.Tunnel.Get(f) != "" {
+			line("%s: tunnel device %q", f, p.Tunnel.Get(f))
 		}
 	}
-	for _, w := range p.Ways {
-		line("%s", strings.TrimSpace(fmt.Sprintf("way to %s %s: %s %s", w.Peer.Name(), w.Family, w.Kind, w.Reason)))
+	for _, w := range p.Paths {
+		line("%s", strings.TrimSpace(fmt.Sprintf("path to %s %s: %s %s", w.Peer.Name(), w.Family, w.Kind, w.Reason)))
 	}
 	for _, problem := range p.Problems {
 		line("problem: %s", problem)
@@ -210,7 +212,8 @@ func TestPlans(t *testing.T) {
 // randomInput has a random network, and peers with random addresses that are all different.
 func randomInput(t *testing.T, g *rand.Rand) backend.Input {
 	of := func(s ...string) string { return s[g.IntN(len(s))] }
-	c := config(t, of(only4, only6, dual), of(`"Type": "host-gw"`, `"Type": "vxlan"`, `"Type": "vxlan", "DirectRouting": true`, `"Type": "vxlan", "VNI": 123456, "MTU": 1400`))
+	c := config(t, of(only4, only6, dual), of(`"Type": "host-gw"`, `"Type": "vxlan"`,
+		`"Type": "vxlan", "DirectRouting": true`, `"Type": "vxlan", "VNI": 123456, "MTU": 1400`))
 	in := input(c)
 	in.Peers = nil
 	for _, n := range g.Perm(254)[:g.IntN(40)] {
@@ -236,10 +239,10 @@ func TestNoRouteCoversAnEndpoint(t *testing.T) {
 				in.Endpoints = append(in.Endpoints, in.Peers[0].Subnets.Get(f).Addr().Next())
 			}
 			p := backendOf(in.Config).Plan(in)
-			for _, w := range p.Ways {
+			for _, w := range p.Paths {
 				covers := w.Peer == in.Peers[0]
-				if covers != strings.Contains(w.Reason, "an etcd endpoint") {
-					t.Errorf("%s, %s: way to %s: %s %s", network, be, w.Peer.Name(), w.Kind, w.Reason)
+				if covers != strings.Contains(w.Reason, "an endpoint of the store") {
+					t.Errorf("%s, %s: path to %s: %s %s", network, be, w.Peer.Name(), w.Kind, w.Reason)
 				}
 			}
 			for _, r := range p.State.Routes {
@@ -247,7 +250,7 @@ func TestNoRouteCoversAnEndpoint(t *testing.T) {
 					t.Errorf("%s, %s: %s", network, be, r)
 				}
 			}
-			checkWays(t, in, p)
+			checkPaths(t, in, p)
 		}
 	}
 }
@@ -268,11 +271,11 @@ func TestPlanLaws(t *testing.T) {
 		in := randomInput(t, g)
 		p := backendOf(in.Config).Plan(in)
 		s := p.State
-		if !strictlySorted(s.Links) || !strictlySorted(s.Sysctls) || !strictlySorted(s.Addresses) || !strictlySorted(s.Neighbours) ||
-			!strictlySorted(s.FDB) || !strictlySorted(s.Routes) || !strictlySorted(s.Rules) {
+		if !strictlySorted(s.Links) || !strictlySorted(s.Sysctls) || !strictlySorted(s.Addresses) ||
+			!strictlySorted(s.Neighbours) || !strictlySorted(s.FDB) || !strictlySorted(s.Routes) || !strictlySorted(s.Rules) {
 			t.Fatalf("seed %d: not in order, or two of one key:\n%s", seed, render(p))
 		}
-		checkWays(t, in, p)
+		checkPaths(t, in, p)
 		checkRoutes(t, in, s.Routes)
 		shuffled := in
 		shuffled.Peers = slices.Clone(in.Peers)
@@ -295,26 +298,33 @@ func checkParts(t *testing.T, in backend.Input, all backend.Plan, at int) {
 	some, others := in, in
 	some.Peers, others.Peers = in.Peers[:at], in.Peers[at:]
 	a, b := backendOf(in.Config).Plan(some), backendOf(in.Config).Plan(others)
-	both := netstate.Merge(a.State, netstate.State{Neighbours: b.State.Neighbours, FDB: b.State.FDB, Routes: b.State.Routes})
-	both.Rules = slices.CompactFunc(netstate.Merge(a.State, b.State).Rules, func(x, y netstate.Rule) bool { return x == y })
+	both := a.State
+	both.Neighbours = append(both.Neighbours, b.State.Neighbours...)
+	both.FDB = append(both.FDB, b.State.FDB...)
+	both.Routes = append(both.Routes, b.State.Routes...)
+	both.Rules = append(both.Rules, b.State.Rules...)
+	both.Sort()
+	both.Rules = slices.Compact(both.Rules)
 	if d := netstate.Diff(both, all.State); len(d) > 0 {
 		t.Errorf("from the parts to the whole: %v", d)
 	}
-	if a.MTU != all.MTU || a.Tunnel != all.Tunnel || len(a.Ways)+len(b.Ways) != len(all.Ways) {
-		t.Errorf("parts with MTU %d, tunnel %v, %d and %d ways; the whole has %d, %v, %d", a.MTU, a.Tunnel, len(a.Ways), len(b.Ways), all.MTU, all.Tunnel, len(all.Ways))
+	if a.MTU != all.MTU || a.Tunnel != all.Tunnel || len(a.Paths)+len(b.Paths) != len(all.Paths) {
+		t.Errorf("parts with MTU %d, tunnel %v, %d and %d paths; the whole has %d, %v, %d",
+			a.MTU, a.Tunnel, len(a.Paths), len(b.Paths), all.MTU, all.Tunnel, len(all.Paths))
 	}
 }
 
-// checkWays: each peer has exactly one way in each family, and a reason where it has none.
-func checkWays(t *testing.T, in backend.Input, p backend.Plan) {
+// checkPaths: each peer has exactly one path in each family, and a reason where it has none.
+func checkPaths(t *testing.T, in backend.Input, p backend.Plan) {
 	t.Helper()
-	ways := map[string]int{}
-	for _, w := range p.Ways {
-		ways[fmt.Sprint(w.Peer.Subnets.Get(w.Family))]++
+	paths := map[string]int{}
+	for _, w := range p.Paths {
+		paths[fmt.Sprint(w.Peer.Subnets.Get(w.Family))]++
 		if (w.Kind == backend.Unreachable) != (w.Reason != "") {
 			t.Errorf("%s: %s %q", w.Peer.Name(), w.Kind, w.Reason)
 		}
-		routed := slices.ContainsFunc(p.State.Routes, func(r netstate.Route) bool { return r.Dst == w.Peer.Subnets.Get(w.Family) })
+		sn := w.Peer.Subnets.Get(w.Family)
+		routed := slices.ContainsFunc(p.State.Routes, func(r netstate.Route) bool { return r.Dst == sn })
 		if routed != (w.Kind != backend.Unreachable) {
 			t.Errorf("%s is %s, but that there is a route is %v", w.Peer.Name(), w.Kind, routed)
 		}
@@ -322,14 +332,15 @@ func checkWays(t *testing.T, in backend.Input, p backend.Plan) {
 	for _, peer := range in.Peers {
 		for _, f := range in.Config.Families() {
 			sn := peer.Subnets.Get(f)
-			if sn.IsValid() && ways[sn.String()] != 1 {
-				t.Errorf("%s has %d ways", sn, ways[sn.String()])
+			if sn.IsValid() && paths[sn.String()] != 1 {
+				t.Errorf("%s has %d paths", sn, paths[sn.String()])
 			}
 		}
 	}
 }
 
-// checkRoutes: nothing is routed but the peers' subnets and, in our own table, the addresses that peers say are their own.
+// checkRoutes: nothing is routed but the peers' subnets and, in our own table, the addresses that peers say are their
+// own.
 func checkRoutes(t *testing.T, in backend.Input, routes []netstate.Route) {
 	t.Helper()
 	for _, r := range routes {
@@ -338,10 +349,19 @@ func checkRoutes(t *testing.T, in backend.Input, routes []netstate.Route) {
 			if r.Table == netstate.OwnTable {
 				return l.PublicIPLocal && r.Dst == addr.Host(l.PublicIP.Get(f)) && r.Via == l.Gateway(f)
 			}
-			return r.Table == netstate.MainTable && r.Dst == l.Subnets.Get(f) && (r.Via == l.PublicIP.Get(f) || r.Via == l.Gateway(f))
+			return r.Table == netstate.MainTable && r.Dst == l.Subnets.Get(f) &&
+				(r.Via == l.PublicIP.Get(f) || r.Via == l.Gateway(f))
 		})
+		var src netip.Addr // into the tunnel, where the answer comes back
+		if f := addr.FamilyOf(r.Dst.Addr()); owner >= 0 && r.OnLink && r.Table == netstate.MainTable &&
+			in.Peers[owner].PublicIPLocal {
+			src = in.Self.PublicIP.Get(f)
+		}
+		if r.Src != src {
+			t.Errorf("%s has not the source %s", r, src)
+		}
 		if owner < 0 || r.Metric < 1 || r.Metric > 1023 || r.Dst != r.Dst.Masked() {
-			t.Errorf("%s is nobody's", r)
+			t.Errorf("%s belongs to no peer", r)
 		}
 	}
 }

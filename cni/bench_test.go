@@ -29,7 +29,8 @@ func BenchmarkAdd(b *testing.B) {
 		b.Helper()
 		n.Do(func() {
 			cmd := exec.Command(filepath.Join(bin, plugin))
-			cmd.Env = append(os.Environ(), "CNI_PATH="+bin, "CNI_COMMAND="+command, "CNI_CONTAINERID="+container, "CNI_IFNAME=eth0", "CNI_NETNS="+p.rt.NetNS)
+			cmd.Env = append(os.Environ(), "CNI_PATH="+bin, "CNI_COMMAND="+command, "CNI_CONTAINERID="+container,
+				"CNI_IFNAME=eth0", "CNI_NETNS="+p.rt.NetNS)
 			cmd.Stdin = strings.NewReader(stdin)
 			start := time.Now()
 			out, err := cmd.Output()

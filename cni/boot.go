@@ -14,15 +14,13 @@ import (
 
 	"github.com/containernetworking/cni/pkg/invoke"
 	"golang.org/x/sys/unix"
-
-	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
 // A reboot ends every pod, and not every runtime says so with DEL or GC. What ADD keeps names the boot in which it
 // was; the first ADD of another one takes back all that is older. That a boot is another one is told by its ID, and
 // by nothing that a clock says.
 
-// bootKey is where that ID stands in what is kept. A delegate does not get to see it.
+// bootKey is where that ID stands in what is kept. It is not passed to a delegate.
 const bootKey = "overlayd.io/boot-id"
 
 // bootFile is in the directory of each network: the boot before which nothing there is from. host-local's may be on
@@ -41,24 +39,18 @@ func readBootID() string {
 // started again under the ID that it had has to find its old address free, and must not lose the new one: so both are
 // done under one lock.
 func (p *Plugin) keep(ctx context.Context, j job, d Delegate, path string) error {
-	var conf jsonobject.Object
-	if err := json.Unmarshal(d.Conf, &conf); err != nil {
-		return err
-	}
-	if err := conf.Put(bootKey, p.BootID); err != nil {
-		return err
-	}
-	raw, err := json.Marshal(conf)
+	conf, err := edit(d.Conf, map[string]any{bootKey: p.BootID})
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Join(j.store.dir, j.store.network), 0o700); err != nil {
+	s := j.conf.store()
+	if err := os.MkdirAll(s.path(""), 0o700); err != nil {
 		return err
 	}
-	if swept, err := j.store.read(bootFile); p.BootID == "" || err == nil && string(swept) == p.BootID {
-		return j.store.save(j.at, raw)
+	if swept, err := s.read(bootFile); p.BootID == "" || err == nil && string(swept) == p.BootID {
+		return s.save(j.at.file(), conf)
 	}
-	unlock, err := lockFile(filepath.Join(j.store.dir, j.store.network, bootFile))
+	unlock, err := lockFile(s.path(bootFile))
 	if err != nil {
 		return err
 	}
@@ -66,12 +58,12 @@ func (p *Plugin) keep(ctx context.Context, j job, d Delegate, path string) error
 	if err := p.sweep(ctx, j, d, path); err != nil {
 		_, _ = fmt.Fprintf(p.Stderr, "attachments from before the reboot: %s\n", oneLine(err.Error()))
 	}
-	return j.store.save(j.at, raw)
+	return s.save(j.at.file(), conf)
 }
 
 // sweep takes back what is left of earlier boots. What fails is tried again by the next ADD.
 func (p *Plugin) sweep(ctx context.Context, j job, d Delegate, path string) error {
-	before, err := j.store.read(bootFile)
+	before, err := j.conf.store().read(bootFile)
 	if err != nil || string(before) == p.BootID { // another ADD has done it meanwhile
 		return err
 	}
@@ -83,7 +75,7 @@ func (p *Plugin) sweep(ctx context.Context, j job, d Delegate, path string) erro
 		var of map[string]json.RawMessage
 		var id string
 		if json.Unmarshal(k.conf, &of) != nil { // as a power failure leaves a file that was written just before
-			info, err := os.Stat(k.path)
+			info, err := os.Stat(k.path())
 			return err == nil && info.ModTime().Before(booted)
 		}
 		return json.Unmarshal(of[bootKey], &id) == nil && id != "" && id != p.BootID
@@ -93,7 +85,7 @@ func (p *Plugin) sweep(ctx context.Context, j job, d Delegate, path string) erro
 	if err = errors.Join(err, p.freeAddresses(j.conf, d)); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(j.store.dir, j.store.network, bootFile), []byte(p.BootID), 0o600)
+	return os.WriteFile(j.conf.store().path(bootFile), []byte(p.BootID), 0o600)
 }
 
 // freeAddresses frees what host-local holds for attachments of which nothing is kept, as where dataDir does not
@@ -135,7 +127,7 @@ func (p *Plugin) freeUnknown(c Config, dir string) error {
 	}
 	known := map[string]bool{}
 	for _, dir := range p.dirs(c.DataDir) {
-		all, err := store{dir: dir, network: c.Name}.list()
+		all, err := store{dir, c.Name}.list()
 		if err != nil {
 			return err
 		}
@@ -159,7 +151,7 @@ func (p *Plugin) freeUnknown(c Config, dir string) error {
 		container, _, _ := strings.Cut(strings.Trim(string(raw), "\x00 \r\n"), "\r\n")
 		at, notContainer := newAttachment(container, "eth0") // flannel's plugin has one file for all interfaces
 		flannels := func(dir string) bool {
-			_, err := flannelKept{dir}.load(at)
+			_, err := flannelKept(dir, at)
 			return !errors.Is(err, fs.ErrNotExist)
 		}
 		if container != "" && (notContainer != nil || known[container] || flannels(c.DataDir) || flannels(p.FlannelDir)) {
@@ -202,14 +194,14 @@ func (p *Plugin) removeAll(ctx context.Context, c Config, path string, which fun
 	c.prevResult, c.runtimeConfig = nil, nil // those of one attachment, if any
 	var errs []error
 	for _, dir := range p.dirs(c.DataDir) {
-		s := store{dir: dir, network: c.Name}
+		s := store{dir, c.Name}
 		all, err := s.list()
 		if err != nil {
 			errs = append(errs, ioError(err))
 		}
 		for _, at := range all {
-			j := job{conf: c, at: at, store: s}
-			k, err := j.keptHere()
+			j := job{c, at}
+			k, err := s.kept(at.file())
 			if err == nil && which(at, k) {
 				err = p.removeOne(ctx, j, k, path)
 			}

@@ -1,11 +1,10 @@
 package cni
 
 import (
+	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"path/filepath"
-	"reflect"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -41,96 +40,74 @@ type Config struct {
 
 	badSubnetFile, badWait error // what is wrong with these two, which not every command needs
 
-	delegate, ipam                  json.RawMessage // nil where they are absent
-	runtimeConfig, args, prevResult json.RawMessage
-	attachments                     json.RawMessage
+	all                       jsonobject.Object
+	runtimeConfig, prevResult json.RawMessage // nil where they are absent
 }
 
-// wire is the configuration as it comes. Letter case does not matter, as in every plugin written in Go.
-type wire struct {
-	CNIVersion       string          `json:"cniVersion"`
-	Name             string          `json:"name"`
-	Type             string          `json:"type"`
-	SubnetFile       json.RawMessage `json:"subnetFile"`
-	DataDir          string          `json:"dataDir"`
-	WaitSeconds      json.RawMessage `json:"waitSeconds"`
-	Delegate         json.RawMessage `json:"delegate"`
-	IPAM             json.RawMessage `json:"ipam"`
-	RuntimeConfig    json.RawMessage `json:"runtimeConfig"`
-	Args             json.RawMessage `json:"args"`
-	PrevResult       json.RawMessage `json:"prevResult"`
-	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments"`
-}
+// attachmentsKey is where the runtime puts Attachments.
+const attachmentsKey = "cni.dev/valid-attachments"
 
-// ParseConfig reads a network configuration. It refuses what no command could work with; what only some commands need is
-// looked at by [Config.CheckForAdd] and [Config.Generate], so that DEL still works where an operator broke that. Errors are
-// of type *types.Error and name the JSON path.
+// ParseConfig reads a network configuration, whose keys may be in any letter case, as in every plugin written in Go. It
+// rejects what no command could work with; what only some commands need is checked by [Config.CheckForAdd] and
+// [Config.Generate], so that DEL still works where an operator broke that. Errors are of type *types.Error and name the
+// JSON path.
 func ParseConfig(stdin []byte) (Config, error) {
-	var w wire
-	if err := json.Unmarshal(stdin, &w); err != nil {
-		return Config{}, decodeError("", err)
+	var c Config
+	if err := json.Unmarshal(stdin, &c.all); err != nil {
+		if json.Valid(stdin) {
+			return Config{}, unexpected("network configuration", "an object", stdin)
+		}
+		return Config{}, types.NewError(types.ErrDecodingFailure, "network configuration: not JSON: "+err.Error(), "")
 	}
-	c := Config{
-		CNIVersion: w.CNIVersion, Name: w.Name, Type: w.Type, DataDir: w.DataDir,
-		delegate: given(w.Delegate), ipam: given(w.IPAM),
-		runtimeConfig: given(w.RuntimeConfig), args: given(w.Args), prevResult: given(w.PrevResult), attachments: w.ValidAttachments,
+	for key, v := range map[string]*string{
+		"cniVersion": &c.CNIVersion, "name": &c.Name, "type": &c.Type, "dataDir": &c.DataDir,
+	} {
+		if err := c.all.Decode(key, v, "a string"); err != nil {
+			return Config{}, invalid("%v", err)
+		}
 	}
-	if err := utils.ValidateNetworkName(w.Name); err != nil {
-		return Config{}, invalid("name: expected letters, digits, dots, dashes and underscores, found %q", w.Name)
+	if err := utils.ValidateNetworkName(c.Name); err != nil {
+		return Config{}, invalid("name: expected letters, digits, dots, dashes and underscores, found %q", c.Name)
 	}
-	if c.DataDir == "" {
-		c.DataDir = DefaultDataDir
-	}
+	c.DataDir = cmp.Or(c.DataDir, DefaultDataDir)
 	if err := fullPath("dataDir", c.DataDir); err != nil {
 		return Config{}, err
 	}
-	c.SubnetFile, c.badSubnetFile = readSubnetFile(w.SubnetFile)
-	c.Wait, c.badWait = readWait(w.WaitSeconds)
-	if w.ValidAttachments != nil {
-		c.KnowsAttachments = true
-		if err := json.Unmarshal(w.ValidAttachments, &c.Attachments); err != nil {
-			return Config{}, decodeError("cni.dev/valid-attachments", err)
-		}
+	if err := c.all.Decode(attachmentsKey, &c.Attachments, "a list of attachments"); err != nil {
+		return Config{}, invalid("%v", err)
 	}
+	c.KnowsAttachments = c.all.Get(attachmentsKey) != nil
+	c.runtimeConfig, c.prevResult = given(c.all.Get("runtimeConfig")), given(c.all.Get("prevResult"))
+	c.badSubnetFile, c.badWait = c.readSubnetFile(), c.readWait()
 	return c, nil
 }
 
 // CheckForAdd says what is wrong with the keys that ADD needs and DEL and CHECK do not: subnetFile and waitSeconds.
-func (c Config) CheckForAdd() error {
-	if c.badSubnetFile != nil {
-		return c.badSubnetFile
-	}
-	return c.badWait
-}
+func (c Config) CheckForAdd() error { return cmp.Or(c.badSubnetFile, c.badWait) }
 
-func readSubnetFile(raw json.RawMessage) (string, error) {
+func (c *Config) readSubnetFile() error {
 	var path string
-	if given(raw) != nil {
-		if err := json.Unmarshal(raw, &path); err != nil {
-			return "", decodeError("subnetFile", err)
-		}
+	if err := c.all.Decode("subnetFile", &path, "a string"); err != nil {
+		return invalid("%v", err)
 	}
-	if path == "" {
-		path = DefaultSubnetFile
-	}
-	return path, fullPath("subnetFile", path)
+	c.SubnetFile = cmp.Or(path, DefaultSubnetFile)
+	return fullPath("subnetFile", c.SubnetFile)
 }
 
-func readWait(raw json.RawMessage) (time.Duration, error) {
-	if given(raw) == nil {
-		return DefaultWait, nil
-	}
-	var s float64
-	if err := json.Unmarshal(raw, &s); err != nil {
-		return 0, decodeError("waitSeconds", err)
+func (c *Config) readWait() error {
+	s := DefaultWait.Seconds()
+	expected := fmt.Sprintf("a number from 0 to %g", maxWait.Seconds())
+	if err := c.all.Decode("waitSeconds", &s, expected); err != nil {
+		return invalid("%v", err)
 	}
 	if !(s >= 0 && s <= maxWait.Seconds()) {
-		return 0, invalid("waitSeconds: expected a number from 0 to %g, found %g", maxWait.Seconds(), s)
+		return unexpected("waitSeconds", expected, c.all.Get("waitSeconds"))
 	}
-	return time.Duration(s * float64(time.Second)), nil
+	c.Wait = time.Duration(s * float64(time.Second))
+	return nil
 }
 
-// fullPath refuses a path that depends on where the runtime starts the plugin.
+// fullPath rejects a path that depends on where the runtime starts the plugin.
 func fullPath(key, path string) error {
 	if !filepath.IsAbs(path) {
 		return invalid("%s: expected a full path, found %q", key, path)
@@ -153,34 +130,4 @@ func invalid(format string, args ...any) *types.Error {
 
 func unexpected(path, expected string, found []byte) *types.Error {
 	return invalid("%v", jsonobject.Unexpected(path, expected, found))
-}
-
-// decodeError says in an operator's words what encoding/json found at a path.
-func decodeError(path string, err error) *types.Error {
-	wrong := new(json.UnmarshalTypeError)
-	if !errors.As(err, &wrong) {
-		return types.NewError(types.ErrDecodingFailure, fmt.Sprintf("network configuration: not JSON: %v", err), "")
-	}
-	if wrong.Field != "" && path != "" {
-		path += "."
-	}
-	if path += wrong.Field; path == "" {
-		path = "network configuration"
-	}
-	return invalid("%s: expected %s, found %s", path, expected(wrong.Type), wrong.Value)
-}
-
-func expected(t reflect.Type) string {
-	switch t.Kind() {
-	case reflect.String:
-		return "a string"
-	case reflect.Float64:
-		return "a number"
-	case reflect.Bool:
-		return "true or false"
-	case reflect.Slice:
-		return "a list"
-	default:
-		return "an object"
-	}
 }

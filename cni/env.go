@@ -43,14 +43,6 @@ const (
 	maxEnvSize = 64 << 10 // it has a dozen lines; a wrong path may lead to anything
 )
 
-// familyKey is the part of a variable's name that tells the family.
-func familyKey(f addr.Family) string {
-	if f == addr.IPv4 {
-		return ""
-	}
-	return "IPV6_"
-}
-
 // ParseSubnetEnv reads subnet.env as overlayd writes it, with each variable under OVERLAYD_ and FLANNEL_ (the former
 // wins), or as flannel does, under FLANNEL_ alone. Other variables are passed over. Errors name the line.
 func ParseSubnetEnv(text string) (SubnetEnv, error) {
@@ -60,7 +52,8 @@ func ParseSubnetEnv(text string) (SubnetEnv, error) {
 	}
 	var env SubnetEnv
 	for _, f := range addr.Families() {
-		subnet, network := vars.get(familyKey(f)+"SUBNET"), vars.get(familyKey(f)+"NETWORK")
+		key := addr.Per[string]{V6: "IPV6_"}.Get(f)
+		subnet, network := vars.get(key+"SUBNET"), vars.get(key+"NETWORK")
 		if subnet.name == "" {
 			continue
 		}
@@ -70,7 +63,7 @@ func ParseSubnetEnv(text string) (SubnetEnv, error) {
 		}
 		env.Subnet.Set(f, p)
 		if network.name == "" {
-			return SubnetEnv{}, fmt.Errorf("line %d: %s without FLANNEL_%sNETWORK", subnet.line, subnet.name, familyKey(f))
+			return SubnetEnv{}, fmt.Errorf("line %d: %s without FLANNEL_%sNETWORK", subnet.line, subnet.name, key)
 		}
 		var networks []netip.Prefix
 		for part := range strings.SplitSeq(network.value, ",") {
@@ -95,11 +88,7 @@ func ParseSubnetEnv(text string) (SubnetEnv, error) {
 	if env.MTU, err = strconv.Atoi(mtu.value); err != nil || env.MTU < minMTU || env.MTU > maxMTU {
 		return SubnetEnv{}, mtu.expected(fmt.Sprintf("a number from %d to %d", minMTU, maxMTU), mtu.value)
 	}
-	switch masq.value {
-	case "true":
-		env.IPMasq = true
-	case "false":
-	default:
+	if env.IPMasq = masq.value == "true"; !env.IPMasq && masq.value != "false" {
 		return SubnetEnv{}, masq.expected("true or false", masq.value)
 	}
 	return env, nil
@@ -172,10 +161,10 @@ func readSubnetEnv(path string) (SubnetEnv, error) {
 	if err != nil {
 		return SubnetEnv{}, err
 	}
-	if len(text) > maxEnvSize {
-		return SubnetEnv{}, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("%s: more than %d bytes", path, maxEnvSize), "")
-	}
 	env, err := ParseSubnetEnv(string(text))
+	if len(text) > maxEnvSize {
+		err = fmt.Errorf("more than %d bytes", maxEnvSize)
+	}
 	if err != nil {
 		return SubnetEnv{}, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("%s: %v", path, err), "")
 	}

@@ -10,11 +10,12 @@ import (
 	"github.com/overlayd/overlayd/cni"
 )
 
-// FuzzStdin: whatever a runtime writes, there is an error or a configuration that a delegate can read, with the network's
-// name, the node's subnet, and no way back to this plugin.
+// FuzzStdin: whatever a runtime writes, there is an error or a configuration that a delegate can read, with the
+// network's name, the node's subnet, and no way back to this plugin.
 func FuzzStdin(f *testing.F) {
 	for _, seed := range []string{
-		``, `null`, `{}`, `{"name":"pods","type":"overlay-cni"}`, `{"name":"n","delegate":null,"ipam":null,"runtimeConfig":null}`,
+		``, `null`, `{}`, `{"name":"pods","type":"overlay-cni"}`,
+		`{"name":"n","delegate":null,"ipam":null,"runtimeConfig":null}`,
 		`{"cniVersion":"1.1.0","name":"n","type":"t","delegate":{"type":"ptp","mtu":9,"Name":"x"},"ipam":{"routes":[{"dst":"::/0"}]}}`,
 		`{"name":"n","delegate":{"TYPE":"bridge","type":"x","isGateway":null},"ipam":{"Ranges":1,"ranges":2,"Type":"dhcp"},"waitSeconds":1.5}`,
 		`{"name":"n","cni.dev/valid-attachments":[{"containerID":"a","ifname":"b"}],"args":{"cni":{}},"prevResult":{}}`,
@@ -22,7 +23,8 @@ func FuzzStdin(f *testing.F) {
 	} {
 		f.Add([]byte(seed), envDual)
 	}
-	f.Add([]byte(`{"name":"n"}`), "FLANNEL_SUBNET=0.0.0.0/0\nFLANNEL_NETWORK=0.0.0.0/0\nFLANNEL_MTU=68\nFLANNEL_IPMASQ=false")
+	f.Add([]byte(`{"name":"n"}`),
+		"FLANNEL_SUBNET=0.0.0.0/0\nFLANNEL_NETWORK=0.0.0.0/0\nFLANNEL_MTU=68\nFLANNEL_IPMASQ=false")
 	f.Fuzz(func(t *testing.T, stdin []byte, text string) {
 		c, err := cni.ParseConfig(stdin)
 		if err != nil {
@@ -56,7 +58,8 @@ func FuzzStdin(f *testing.F) {
 		if err := json.Unmarshal(d.Conf, &got); err != nil {
 			t.Fatalf("%v in %s", err, d.Conf)
 		}
-		if got.Name != c.Name || got.Type != d.Type || d.Type == c.Type || d.Type == "" || strings.ContainsAny(d.Type, `/\`) ||
+		if got.Name != c.Name || got.Type != d.Type || d.Type == c.Type || d.Type == "" ||
+			strings.ContainsAny(d.Type, `/\`) ||
 			got.IPAM.Type == "" || len(got.IPAM.Ranges) != len(env.Families()) {
 			t.Fatalf("generated %s", d.Conf)
 		}
@@ -70,7 +73,10 @@ func FuzzStdin(f *testing.F) {
 
 // FuzzSubnetEnv: whatever the file holds, there is an error of one line or values that make sense.
 func FuzzSubnetEnv(f *testing.F) {
-	for _, seed := range []string{"", "=", "FLANNEL_SUBNET=", envV4, envDual, envFlannel, "\x00=\n\n#", "FLANNEL_MTU=1\r\n"} {
+	for _, seed := range []string{
+		"", "=", "FLANNEL_SUBNET=", envV4, envDual, envFlannel, "\x00=\n\n#",
+		"FLANNEL_MTU=1\r\n",
+	} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {

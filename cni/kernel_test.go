@@ -51,9 +51,11 @@ func programs(t testing.TB) string {
 			return
 		}
 		const plugins = "github.com/containernetworking/plugins/plugins/"
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", builtIn+"/", "github.com/overlayd/overlayd/cmd/overlay-cni",
+		cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", builtIn+"/",
+			"github.com/overlayd/overlayd/cmd/overlay-cni",
 			"github.com/containernetworking/cni/cnitool",
-			plugins+"main/bridge", plugins+"main/ptp", plugins+"main/macvlan", plugins+"ipam/host-local", plugins+"meta/portmap", plugins+"meta/bandwidth")
+			plugins+"main/bridge", plugins+"main/ptp", plugins+"main/macvlan", plugins+"ipam/host-local", plugins+"meta/portmap",
+			plugins+"meta/bandwidth")
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			errBuild = fmt.Errorf("%w\n%s", err, out)
@@ -87,7 +89,8 @@ func newNode(t testing.TB) *node {
 		}
 	})
 	// Given its exec, since it would make that one at its first use, which may be several at once.
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{programs(t)}, filepath.Join(n.dir, "cache"), &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}})
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{programs(t)}, filepath.Join(n.dir, "cache"),
+		&invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}})
 	return n
 }
 
@@ -130,7 +133,10 @@ type pod struct {
 func newPod(t testing.TB, id string) *pod {
 	t.Helper()
 	ns := nstest.New(t)
-	return &pod{NS: ns, rt: &libcni.RuntimeConf{ContainerID: id, IfName: "eth0", NetNS: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.FD())}}
+	return &pod{NS: ns, rt: &libcni.RuntimeConf{
+		ContainerID: id, IfName: "eth0",
+		NetNS: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.FD()),
+	}}
 }
 
 func (n *node) add(l *libcni.NetworkConfigList, p *pod) error {
@@ -278,7 +284,8 @@ func TestPods(t *testing.T) {
 				t.Errorf("routes of the pod:\n%s", routes)
 			}
 			// The daemon masquerades.
-			if rules := n.Exec("iptables-save", "-t", "nat") + n.Exec("nft", "list", "ruleset"); strings.Contains(strings.ToLower(rules), "masquerade") {
+			if rules := n.Exec("iptables-save", "-t", "nat") + n.Exec("nft", "list",
+				"ruleset"); strings.Contains(strings.ToLower(rules), "masquerade") {
 				t.Errorf("the delegate masquerades:\n%s", rules)
 			}
 			if !strings.Contains(c.delegate, "ptp") {
@@ -320,7 +327,8 @@ func TestMacvlan(t *testing.T) {
 	}
 	a.mustPing(t, b.ips[0].Addr(), 1450)
 	a.mustPing(t, netip.MustParseAddr("10.244.5.1"), 1450)
-	if routes := a.Exec("ip", "route"); !strings.Contains(routes, "10.244.0.0/16 via 10.244.5.1") || strings.Contains(routes, "default") {
+	if routes := a.Exec("ip", "route"); !strings.Contains(routes, "10.244.0.0/16 via 10.244.5.1") ||
+		strings.Contains(routes, "default") {
 		t.Errorf("routes of the pod:\n%s", routes)
 	}
 	n.must(n.check(l, a))
@@ -335,7 +343,7 @@ func TestDelegateMasquerades(t *testing.T) {
 	n, out := newNode(t), nstest.New(t)
 	nstest.Link(n.NS, "eth0", out, "eth0")
 	n.Addr("eth0", "192.0.2.1/24")
-	out.Addr("eth0", "192.0.2.2/24")                                                // it knows no way to the pods
+	out.Addr("eth0", "192.0.2.2/24")                                                // it has no route to the pods
 	n.env(strings.Replace(envV4, "FLANNEL_IPMASQ=true", "FLANNEL_IPMASQ=false", 1)) // the other variables still say true
 	l := n.list("1.1.0", `{}`)
 	p := newPod(t, "pod-a")
@@ -374,7 +382,7 @@ func TestDelWithoutDaemon(t *testing.T) {
 }
 
 // A pod that failed for a mistake in the list can be deleted once that is corrected.
-func TestMendedList(t *testing.T) {
+func TestCorrectedList(t *testing.T) {
 	t.Parallel()
 	for _, mistake := range []string{`{"type":"brigde"}`, `{"vlan":5000}`} {
 		t.Run(mistake, func(t *testing.T) {
@@ -486,8 +494,8 @@ func TestOtherDataDir(t *testing.T) {
 	n.must(n.del(old, b))
 }
 
-// reboot does to a node what one does, but for its disk: no pod is left, and the bridge is gone. To the plugin it
-// looks as if what is there were of another boot.
+// reboot does to a node what one does, but for its disk: no pod is left, and the bridge is gone. To the plugin, what is
+// there is of another boot.
 func (n *node) reboot(pods ...*pod) {
 	n.Helper()
 	for _, p := range pods {
@@ -594,7 +602,10 @@ func TestChain(t *testing.T) {
 	p := newPod(t, "pod-a")
 	p.rt.CapabilityArgs = map[string]any{
 		"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}},
-		"bandwidth":    map[string]any{"ingressRate": 100_000_000, "ingressBurst": 80_000_000, "egressRate": 100_000_000, "egressBurst": 80_000_000},
+		"bandwidth": map[string]any{
+			"ingressRate": 100_000_000, "ingressBurst": 80_000_000, "egressRate": 100_000_000,
+			"egressBurst": 80_000_000,
+		},
 	}
 	n.must(n.add(l, p))
 	serve(t, p.NS, ":80")
@@ -673,7 +684,8 @@ func TestStatusAndGC(t *testing.T) {
 		return err
 	}
 	said := new(types.Error)
-	if err := status(); !errors.As(err, &said) || said.Code != types.ErrPluginNotAvailable || !strings.Contains(said.Msg, "is overlayd running on this node?") {
+	if err := status(); !errors.As(err, &said) || said.Code != types.ErrPluginNotAvailable ||
+		!strings.Contains(said.Msg, "is overlayd running on this node?") {
 		t.Errorf("STATUS without the daemon: %v", err)
 	}
 	n.env(envV4)
@@ -722,8 +734,8 @@ func TestManyAtOnce(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	// The first pod alone: the bridge has another MAC address until it has its IP address, and the reference plugin's CHECK
-	// of those who saw it before fails.
+	// The first pod alone: the bridge has another MAC address until it has its IP address, and the reference plugin's
+	// CHECK of those who saw it before fails.
 	n.env(envV4)
 	first := newPod(t, "first")
 	n.must(n.add(l, first))
@@ -763,11 +775,13 @@ func TestCnitool(t *testing.T) {
 		const script = `mount --make-rprivate / && mount --bind "$1" /var/lib && mount --bind "$2" /run && shift 2 && exec "$@"`
 		args := append([]string{
 			"unshare", "--mount", "sh", "-c", script, "sh", lib, run,
-			"env", "CNI_PATH=" + programs(t), "NETCONFPATH=" + filepath.Join(n.dir, "net.d"), filepath.Join(programs(t), "cnitool"), command, "cbr0",
+			"env", "CNI_PATH=" + programs(t), "NETCONFPATH=" + filepath.Join(n.dir, "net.d"), filepath.Join(programs(t),
+				"cnitool"), command, "cbr0",
 		}, more...)
 		return n.Run(args...)
 	}
-	if out, err := cnitool("status", p.rt.NetNS); err == nil || !strings.Contains(out, "/run/overlayd/subnet.env: no such file or directory: is overlayd running") {
+	if out, err := cnitool("status", p.rt.NetNS); err == nil || !strings.Contains(out,
+		"/run/overlayd/subnet.env: no such file or directory: is overlayd running") {
 		t.Errorf("status without the daemon: %v\n%s", err, out)
 	}
 	n.must(os.WriteFile(filepath.Join(run, "overlayd", "subnet.env"), []byte(envV4), 0o644))
@@ -831,8 +845,14 @@ func TestProgramPrintsOnlyJSON(t *testing.T) {
 		{"\x00\xff", "c1", "ADD", types.ErrDecodingFailure},
 		{`{"name":"n","cniVersion":"9.9.9"}`, "c1", "ADD", types.ErrIncompatibleCNIVersion},
 		{`{"name":"../n","cniVersion":"1.1.0"}`, "c1", "ADD", types.ErrInvalidNetworkConfig},
-		{`{"name":"n","cniVersion":"1.1.0","subnetFile":"/nowhere/subnet.env","waitSeconds":0}`, "c1", "ADD", types.ErrTryAgainLater},
-		{`{"name":"n","cniVersion":"1.1.0","subnetFile":"/nowhere/subnet.env","waitSeconds":0}`, "../../c1", "ADD", types.ErrInvalidEnvironmentVariables},
+		{
+			`{"name":"n","cniVersion":"1.1.0","subnetFile":"/nowhere/subnet.env","waitSeconds":0}`, "c1", "ADD",
+			types.ErrTryAgainLater,
+		},
+		{
+			`{"name":"n","cniVersion":"1.1.0","subnetFile":"/nowhere/subnet.env","waitSeconds":0}`, "../../c1", "ADD",
+			types.ErrInvalidEnvironmentVariables,
+		},
 		{`{"name":"n","cniVersion":"1.1.0","subnetFile":"/nowhere/subnet.env"}`, "", "STATUS", types.ErrPluginNotAvailable},
 		{`{"name":"n","cniVersion":"1.0.0"}`, "", "STATUS", types.ErrIncompatibleCNIVersion},
 		{`{"name":"n","cniVersion":"1.1.0","dataDir":7}`, "c1", "DEL", types.ErrInvalidNetworkConfig},
@@ -840,17 +860,22 @@ func TestProgramPrintsOnlyJSON(t *testing.T) {
 	} {
 		var out strings.Builder
 		cmd := exec.Command(filepath.Join(bin, "overlay-cni"))
-		cmd.Env = []string{"CNI_PATH=" + bin, "CNI_COMMAND=" + c.command, "CNI_CONTAINERID=" + c.container, "CNI_IFNAME=eth0", "CNI_NETNS=/proc/1/ns/net"}
+		cmd.Env = []string{
+			"CNI_PATH=" + bin, "CNI_COMMAND=" + c.command, "CNI_CONTAINERID=" + c.container, "CNI_IFNAME=eth0",
+			"CNI_NETNS=/proc/1/ns/net",
+		}
 		cmd.Stdin, cmd.Stdout = strings.NewReader(c.stdin), &out
 		err := cmd.Run()
 		var said types.Error
-		if jsonErr := json.Unmarshal([]byte(out.String()), &said); jsonErr != nil || said.Code != c.code || said.Msg == "" || err == nil || cmd.ProcessState.ExitCode() != 1 {
+		if jsonErr := json.Unmarshal([]byte(out.String()), &said); jsonErr != nil || said.Code != c.code || said.Msg == "" ||
+			err == nil || cmd.ProcessState.ExitCode() != 1 {
 			t.Errorf("%+v\n got %v, %v: %s", c, err, jsonErr, out.String())
 		}
 	}
 }
 
-// A process for each pod must be small: it links of the daemon only how addresses and JSON are read, and no netlink, etcd or zap.
+// A process for each pod must be small: it links of the daemon only how addresses and JSON are read, and no netlink,
+// etcd or zap.
 func TestWhatIsLinked(t *testing.T) {
 	t.Parallel()
 	out, err := exec.Command("go", "list", "-deps", "github.com/overlayd/overlayd/cmd/overlay-cni").Output()
@@ -859,10 +884,14 @@ func TestWhatIsLinked(t *testing.T) {
 	}
 	const own = "github.com/overlayd/overlayd/"
 	for pkg := range strings.FieldsSeq(string(out)) {
-		if strings.HasPrefix(pkg, own) && !slices.Contains([]string{own + "addr", own + "cni", own + "cmd/overlay-cni", own + "internal/jsonobject"}, pkg) {
+		if strings.HasPrefix(pkg, own) && !slices.Contains([]string{own + "addr", own + "cni", own + "cmd/overlay-cni", own +
+			"internal/jsonobject"}, pkg) {
 			t.Errorf("overlay-cni links %s", pkg)
 		}
-		for _, heavy := range []string{"go.etcd.io/", "go.uber.org/zap", "github.com/vishvananda/netlink", "google.golang.org/", "github.com/spf13/cobra"} {
+		for _, heavy := range []string{
+			"go.etcd.io/", "go.uber.org/zap", "github.com/vishvananda/netlink",
+			"google.golang.org/", "github.com/spf13/cobra",
+		} {
 			if strings.HasPrefix(pkg, heavy) {
 				t.Errorf("overlay-cni links %s", pkg)
 			}

@@ -48,15 +48,14 @@ func (p *Plugin) Funcs() skel.CNIFuncs {
 	return skel.CNIFuncs{Add: p.Add, Del: p.Del, Check: p.Check, GC: p.GC, Status: p.Status}
 }
 
-// Versions are those of the specification that the plugin speaks. 0.3.1 is the oldest that anybody should use; older ones
-// cost nothing, and flannel's plugin takes configurations without a version, which are 0.1.0.
+// Versions are those of the specification that the plugin speaks. 0.3.1 is the oldest in use; older ones cost
+// nothing, and flannel's plugin takes configurations without a version, which are 0.1.0.
 func Versions() version.PluginInfo { return version.All }
 
 // job is one command for one attachment.
 type job struct {
-	conf  Config
-	at    attachment
-	store store
+	conf Config
+	at   attachment
 }
 
 func parse(args *skel.CmdArgs) (job, error) {
@@ -65,10 +64,12 @@ func parse(args *skel.CmdArgs) (job, error) {
 		return job{}, err
 	}
 	at, err := newAttachment(args.ContainerID, args.IfName)
-	return job{conf: c, at: at, store: store{dir: c.DataDir, network: c.Name}}, err
+	return job{c, at}, err
 }
 
-// Add makes the container's interface by way of the delegate, and prints the delegate's result.
+func (c Config) store() store { return store{c.DataDir, c.Name} }
+
+// Add makes the container's interface through the delegate, and prints the delegate's result.
 func (p *Plugin) Add(args *skel.CmdArgs) error {
 	j, err := parse(args)
 	if err != nil {
@@ -125,7 +126,7 @@ func (p *Plugin) Del(args *skel.CmdArgs) error {
 	})
 }
 
-// Check has the delegate look whether all is as ADD left it.
+// Check has the delegate check whether all is as ADD left it.
 func (p *Plugin) Check(args *skel.CmdArgs) error {
 	j, err := parse(args)
 	if err != nil {
@@ -134,7 +135,8 @@ func (p *Plugin) Check(args *skel.CmdArgs) error {
 	k, err := p.kept(j)
 	if errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(types.ErrUnknownContainer,
-			fmt.Sprintf("%s is missing: this plugin did not set up %s of this container, or already deleted it", j.store.path(j.at), j.at.ifname), "")
+			fmt.Sprintf("%s is missing: this plugin did not set up %s of this container, or already deleted it",
+				j.conf.store().path(j.at.file()), j.at.ifname), "")
 	}
 	if err != nil {
 		return ioError(err)
@@ -155,23 +157,16 @@ func (p *Plugin) Status(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	if err := c.CheckForAdd(); err != nil {
-		return err
-	}
-	env, err := readSubnetEnv(c.SubnetFile)
-	if err != nil {
-		return subnetFileError(err, types.ErrPluginNotAvailable, "")
-	}
-	d, err := c.Generate(env)
+	d, err := c.current(types.ErrPluginNotAvailable)
 	if err != nil {
 		return err
 	}
 	ctx := context.Background()
 	if err := invoke.DelegateStatus(ctx, d.Type, d.Conf, p.Exec); err != nil {
 		e := delegateError(d.Type, err)
-		if !p.speaks(ctx, d.Type, args.Path) { // then it refuses ADD as well, which is given the same version
-			e.Msg += fmt.Sprintf("; %s does not support CNI %s, so that every ADD fails: install a newer one, or lower cniVersion and cniVersions in the list",
-				d.Type, c.CNIVersion)
+		if !p.speaks(ctx, d.Type, args.Path) { // then it rejects ADD as well, which is given the same version
+			e.Msg += fmt.Sprintf("; %s does not support CNI %s, so that every ADD fails: install a newer one, "+
+				"or lower cniVersion and cniVersions in the list", d.Type, c.CNIVersion)
 		}
 		if e.Code != types.ErrLimitedConnectivity {
 			e.Code = types.ErrPluginNotAvailable
@@ -182,97 +177,74 @@ func (p *Plugin) Status(args *skel.CmdArgs) error {
 }
 
 // GC takes back what belongs to attachments that are not valid any more, and passes the list on to the delegate. The
-// reference plugins do nothing at GC: so each attachment that was kept gets a DEL. Where the runtime gives no list, nothing
-// is known to be invalid.
+// reference plugins do nothing at GC: so each attachment that was kept gets a DEL. Where the runtime gives no list,
+// nothing is known to be invalid.
 func (p *Plugin) GC(args *skel.CmdArgs) error {
 	c, err := ParseConfig(args.StdinData)
 	if err != nil {
 		return err
 	}
 	ctx := context.Background()
-	var errs []error
-	if c.KnowsAttachments {
-		errs = append(errs, p.removeInvalid(ctx, c, args.Path))
-	}
-	if err := c.CheckForAdd(); err != nil {
-		return joined(append(errs, err)...)
-	}
-	env, err := readSubnetEnv(c.SubnetFile)
-	if err != nil {
-		return joined(append(errs, subnetFileError(err, types.ErrTryAgainLater, ""))...)
-	}
-	d, err := c.Generate(env)
-	if err != nil {
-		return joined(append(errs, err)...)
-	}
-	if c.KnowsAttachments {
-		if d.Conf, err = withAttachments(d.Conf, c.attachments); err != nil {
-			return joined(append(errs, err)...)
-		}
-	}
-	if err := invoke.DelegateGC(ctx, d.Type, d.Conf, p.Exec); err != nil && p.speaks(ctx, d.Type, args.Path) {
-		errs = append(errs, delegateError(d.Type, err))
-	}
-	return joined(errs...)
-}
-
-func (p *Plugin) removeInvalid(ctx context.Context, c Config, path string) error {
 	valid := map[attachment]bool{}
 	for _, a := range c.Attachments {
 		valid[attachment{container: a.ContainerID, ifname: a.IfName}] = true
 	}
-	return p.removeAll(ctx, c, path, func(at attachment, _ kept) bool { return !valid[at] })
+	if c.KnowsAttachments {
+		err = p.removeAll(ctx, c, args.Path, func(at attachment, _ kept) bool { return !valid[at] })
+	}
+	return joined(err, p.delegateGC(ctx, c, args.Path))
 }
 
-// kept is what was kept of an attachment at ADD, where, and how to forget it.
-type kept struct {
-	path   string
-	conf   []byte
-	forget func() error
-}
-
-func (j job) keptHere() (kept, error) {
-	conf, err := j.store.load(j.at)
-	return kept{path: j.store.path(j.at), conf: conf, forget: func() error { return j.store.remove(j.at) }}, err
+func (p *Plugin) delegateGC(ctx context.Context, c Config, path string) error {
+	d, err := c.current(types.ErrTryAgainLater)
+	if err == nil && c.KnowsAttachments {
+		list := c.all.Get(attachmentsKey)
+		// The second is the name that a draft of the specification had, and some plugins read.
+		d.Conf, err = edit(d.Conf, map[string]any{attachmentsKey: list, "cni.dev/attachments": list})
+	}
+	if err != nil {
+		return err
+	}
+	if err := invoke.DelegateGC(ctx, d.Type, d.Conf, p.Exec); err != nil && p.speaks(ctx, d.Type, path) {
+		return delegateError(d.Type, err)
+	}
+	return nil
 }
 
 // kept finds what was kept at ADD, by this plugin or by flannel's.
 func (p *Plugin) kept(j job) (kept, error) {
-	var k kept
-	var err error
 	for _, dir := range p.dirs(j.conf.DataDir) {
-		j.store.dir = dir
-		if k, err = j.keptHere(); !errors.Is(err, fs.ErrNotExist) {
+		k, err := store{dir, j.conf.Name}.kept(j.at.file())
+		if !errors.Is(err, fs.ErrNotExist) {
 			return k, err
 		}
 	}
 	for _, dir := range []string{j.conf.DataDir, p.FlannelDir} {
-		f := flannelKept{dir}
-		theirs, readErr := f.load(j.at)
+		k, err := flannelKept(dir, j.at)
 		var of struct{ Name string }
-		// Its file is the container's, whatever the network: it must be of this one.
-		if readErr == nil && json.Unmarshal(theirs, &of) == nil && of.Name == j.conf.Name {
-			return kept{path: f.path(j.at), conf: theirs, forget: func() error { return f.remove(j.at) }}, nil
+		if err == nil && json.Unmarshal(k.conf, &of) == nil && of.Name == j.conf.Name {
+			return k, nil
 		}
 	}
-	return kept{}, err
+	return kept{}, fs.ErrNotExist
 }
 
-// takeBack has the delegate delete an attachment, and forgets it. What was kept may hold a mistake of the list that fails
-// ADD and DEL alike. So where that fails, it is tried once more with what holds now: the list may be corrected since.
+// takeBack has the delegate delete an attachment, and forgets it. What was kept may hold a mistake of the list that
+// fails ADD and DEL alike. So where that fails, it is tried once more with what holds now: the list may be corrected
+// since.
 func (p *Plugin) takeBack(j job, k kept, del func(Delegate) error) error {
 	d, err := p.delegateOf(j, k)
 	if err != nil {
 		return err
 	}
 	if first := del(d); first != nil {
-		now, err := j.conf.anew()
+		now, err := j.conf.recreated()
 		if err != nil || bytes.Equal(now.Conf, d.Conf) || del(now) != nil {
 			e := delegateError(d.Type, first)
-			e.Msg += "; ADD kept its configuration in " + k.path
+			e.Msg += "; ADD kept its configuration in " + k.path()
 			return e
 		}
-		_, _ = fmt.Fprintf(p.Stderr, "%s: %s; deleted with the current list\n", k.path, oneLine(first.Error()))
+		_, _ = fmt.Fprintf(p.Stderr, "%s: %s; deleted with the current list\n", k.path(), oneLine(first.Error()))
 	}
 	if err := k.forget(); err != nil {
 		return ioError(err)
@@ -282,38 +254,44 @@ func (p *Plugin) takeBack(j job, k kept, del func(Delegate) error) error {
 
 // delegateOf reads what was kept. If that is broken, what holds now takes its place.
 func (p *Plugin) delegateOf(j job, k kept) (Delegate, error) {
-	d, broken := j.conf.again(k.conf)
+	d, broken := j.conf.withKept(k.conf)
 	if broken == nil {
 		return d, nil
 	}
-	d, err := j.conf.anew()
+	d, err := j.conf.recreated()
 	if err != nil {
 		return Delegate{}, types.NewError(types.ErrIOFailure, oneLine(fmt.Sprintf(
-			"%s is broken (%v) and cannot be recreated: %v; leave it, the next DEL tries again", k.path, broken, err)), "")
+			"%s is broken (%v) and cannot be recreated: %v; leave it, the next DEL tries again", k.path(), broken, err)), "")
 	}
-	_, _ = fmt.Fprintf(p.Stderr, "%s is broken (%v): recreated from %s\n", k.path, broken, j.conf.SubnetFile)
+	_, _ = fmt.Fprintf(p.Stderr, "%s is broken (%v): recreated from %s\n", k.path(), broken, j.conf.SubnetFile)
 	return d, nil
 }
 
-// anew is what holds now: what ADD would generate. It serves for what an earlier ADD made, since the delegate finds what
-// belongs to a container by the container's ID.
-func (c Config) anew() (Delegate, error) {
-	if c.badSubnetFile != nil {
-		return Delegate{}, c.badSubnetFile
+// current is what ADD would generate now; absent is the code of the error where there is no subnet file.
+func (c Config) current(absent uint) (Delegate, error) {
+	if err := c.CheckForAdd(); err != nil {
+		return Delegate{}, err
 	}
 	env, err := readSubnetEnv(c.SubnetFile)
 	if err != nil {
-		return Delegate{}, err
+		return Delegate{}, subnetFileError(err, absent, "")
 	}
-	d, err := c.Generate(env)
+	return c.Generate(env)
+}
+
+// recreated stands for what an earlier ADD generated, since the delegate finds what belongs to a container by the
+// container's ID.
+func (c Config) recreated() (Delegate, error) {
+	c.badWait = nil
+	d, err := c.current(types.ErrTryAgainLater)
 	if err != nil {
 		return Delegate{}, err
 	}
-	return c.again(d.Conf)
+	return c.withKept(d.Conf)
 }
 
-// speaks reports whether a delegate knows the commands of version 1.1.0: STATUS and GC. It is asked only when one of them
-// failed.
+// speaks reports whether a delegate knows the commands of version 1.1.0: STATUS and GC. It is asked only when one of
+// them failed.
 func (p *Plugin) speaks(ctx context.Context, plugin, path string) bool {
 	program, err := p.Exec.FindInPath(plugin, filepath.SplitList(path))
 	if err != nil {
@@ -329,21 +307,19 @@ func (p *Plugin) speaks(ctx context.Context, plugin, path string) bool {
 	})
 }
 
-func withAttachments(conf []byte, attachments json.RawMessage) ([]byte, error) {
-	var d jsonobject.Object
-	if err := json.Unmarshal(conf, &d); err != nil {
+// edit sets fields of a JSON object.
+func edit(conf []byte, fields map[string]any) ([]byte, error) {
+	var o jsonobject.Object
+	if err := json.Unmarshal(conf, &o); err != nil {
 		return nil, err
 	}
-	// The second is the name that a draft of the specification had, and some plugins read.
-	for _, key := range []string{"cni.dev/valid-attachments", "cni.dev/attachments"} {
-		if err := d.Put(key, attachments); err != nil {
-			return nil, err
-		}
+	if err := o.PutAll(fields); err != nil {
+		return nil, err
 	}
-	return json.Marshal(d)
+	return json.Marshal(o)
 }
 
-// subnetFileError says what to look at while the subnet file is not there, with the given code; a file that can't be used
+// subnetFileError says what to check while the subnet file is not there, with the given code; a file that can't be used
 // has codes of its own, but for STATUS, where all that counts is that ADD would fail.
 func subnetFileError(err error, absent uint, waited string) *types.Error {
 	if errors.Is(err, fs.ErrNotExist) {

@@ -24,7 +24,7 @@ import (
 	"github.com/overlayd/overlayd/cni"
 )
 
-// fakeExec stands for the delegates: it notes what they are told, and answers as the test wishes.
+// fakeExec stands for the delegates: it notes what they are told, and answers as the test says.
 type fakeExec struct {
 	version.PluginDecoder
 	mu     sync.Mutex
@@ -136,7 +136,8 @@ func (s *stand) must(err error) {
 func (s *stand) fails(err error, code uint, want string) {
 	s.Helper()
 	said := new(types.Error)
-	if !errors.As(err, &said) || said.Code != code || !strings.HasPrefix(said.Msg, want) || strings.Contains(said.Msg, "\n") {
+	if !errors.As(err, &said) || said.Code != code || !strings.HasPrefix(said.Msg, want) ||
+		strings.Contains(said.Msg, "\n") {
 		s.Errorf("got %v (%+v)\nwant %s (code %d)", err, said, want, code)
 	}
 	if s.out.Len() > 0 {
@@ -172,7 +173,8 @@ func TestLife(t *testing.T) {
 	s.must(s.Del(again))
 	for i, c := range s.exec.calls[1:] {
 		ranges := fmt.Sprint(c.conf["ipam"].(map[string]any)["ranges"])
-		if c.conf["cniVersion"] != "1.0.0" || c.conf["prevResult"] == nil || c.conf["runtimeConfig"] == nil || !strings.Contains(ranges, "10.244.5.0/24") {
+		if c.conf["cniVersion"] != "1.0.0" || c.conf["prevResult"] == nil || c.conf["runtimeConfig"] == nil ||
+			!strings.Contains(ranges, "10.244.5.0/24") {
 			t.Errorf("call %d: %v", i+1, c.conf)
 		}
 	}
@@ -290,7 +292,14 @@ func TestDelegateFails(t *testing.T) {
 func TestWrongAttachment(t *testing.T) {
 	t.Parallel()
 	s := newStand(t)
-	for _, wrong := range [][2]string{{"../../x", "eth0"}, {"c1", "../x"}, {"..", "eth0"}, {"", "eth0"}, {"c1", ""}, {strings.Repeat("c", 300), "eth0"}} {
+	for _, wrong := range [][2]string{
+		{"../../x", "eth0"},
+		{"c1", "../x"},
+		{"..", "eth0"},
+		{"", "eth0"},
+		{"c1", ""},
+		{strings.Repeat("c", 300), "eth0"},
+	} {
 		args := s.args()
 		args.ContainerID, args.IfName = wrong[0], wrong[1]
 		want := "CNI_CONTAINERID: expected"
@@ -316,7 +325,8 @@ func TestWaitsForSubnetFile(t *testing.T) {
 		args := s.args()
 		args.StdinData = bytes.Replace(args.StdinData, []byte(`"waitSeconds":0`), []byte(`"waitSeconds":2.5`), 1)
 		start := time.Now()
-		s.fails(s.Add(args), types.ErrTryAgainLater, "open "+filepath.Join(s.dir, "subnet.env")+": no such file or directory; waited 2.5s for it: is overlayd running on this node? See `overlayd status`")
+		s.fails(s.Add(args), types.ErrTryAgainLater, "open "+filepath.Join(s.dir,
+			"subnet.env")+": no such file or directory; waited 2.5s for it: is overlayd running on this node? See `overlayd status`")
 		if took := time.Since(start); took < 2500*time.Millisecond || took > 3*time.Second {
 			t.Errorf("waited %v", took)
 		}
@@ -373,9 +383,11 @@ func TestStatus(t *testing.T) {
 
 	s.exec.commands()
 	s.env("nonsense")
-	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable, filepath.Join(s.dir, "subnet.env")+": line 1: expected NAME=VALUE")
+	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable, filepath.Join(s.dir,
+		"subnet.env")+": line 1: expected NAME=VALUE")
 	s.env("")
-	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable, "open "+filepath.Join(s.dir, "subnet.env")+": no such file or directory: is overlayd running")
+	s.fails(s.Status(s.args()), types.ErrPluginNotAvailable, "open "+filepath.Join(s.dir,
+		"subnet.env")+": no such file or directory: is overlayd running")
 	if got := s.exec.commands(); got != nil {
 		t.Errorf("the delegate was told %v", got)
 	}
@@ -434,7 +446,8 @@ func TestGC(t *testing.T) {
 	// An empty list, and no subnet file: what is kept suffices to remove it.
 	s.exec.answer = nil
 	s.env("")
-	s.fails(s.GC(s.args(`"cni.dev/valid-attachments":null`)), types.ErrTryAgainLater, "open "+filepath.Join(s.dir, "subnet.env"))
+	s.fails(s.GC(s.args(`"cni.dev/valid-attachments":null`)), types.ErrTryAgainLater,
+		"open "+filepath.Join(s.dir, "subnet.env"))
 	if entries, err := filepath.Glob(s.data("pods", "*:*")); err != nil || len(entries) > 0 {
 		t.Errorf("left: %v, %v", entries, err)
 	}
@@ -451,7 +464,8 @@ func TestBrokenKept(t *testing.T) {
 		s.out.Reset()
 		s.must(os.WriteFile(s.data("pods", "c1:eth0"), []byte(broken), 0o600))
 		s.fails(s.Del(s.args(`"subnetFile":"subnet.env"`)), types.ErrIOFailure, s.data("pods", "c1:eth0")+" is broken (")
-		if err := s.Del(s.args(`"subnetFile":7`)); err == nil || !strings.Contains(err.Error(), "cannot be recreated: subnetFile: expected a string, found number") {
+		if err := s.Del(s.args(`"subnetFile":7`)); err == nil || !strings.Contains(err.Error(),
+			"cannot be recreated: subnetFile: expected a string, found 7") {
 			t.Errorf("with a bad path of the subnet file: %v", err)
 		}
 		s.env("")
@@ -473,12 +487,12 @@ func TestBrokenKept(t *testing.T) {
 func TestMistakesThatOnlyAddMinds(t *testing.T) {
 	t.Parallel()
 	for mistake, want := range map[string]string{
-		`"waitSeconds":"10s"`:       "waitSeconds: expected a number, found string",
+		`"waitSeconds":"10s"`:       "waitSeconds: expected a number from 0 to 90, found \"10s\"",
 		`"waitSeconds":-1`:          "waitSeconds: expected a number from 0 to 90, found -1",
-		`"subnetFile":7`:            "subnetFile: expected a string, found number",
+		`"subnetFile":7`:            "subnetFile: expected a string, found 7",
 		`"subnetFile":"subnet.env"`: `subnetFile: expected a full path, found "subnet.env"`,
-		`"delegate":"ptp"`:          "delegate: expected an object, found string",
-		`"ipam":[]`:                 "ipam: expected an object, found array",
+		`"delegate":"ptp"`:          `delegate: expected an object, found "ptp"`,
+		`"ipam":[]`:                 "ipam: expected an object, found []",
 	} {
 		s := newStand(t)
 		s.must(s.Add(s.args()))
@@ -525,7 +539,7 @@ func TestMistakeIsCorrected(t *testing.T) {
 		} {
 			s.fails(s.Add(s.args(c.mistake)), types.ErrInternal, c.said)
 			s.exec.commands()
-			// Not yet corrected; into another mistake; and without the means to make it anew.
+			// Not yet corrected; into another mistake; and without the means to recreate it.
 			s.fails(s.Del(s.args(c.mistake)), types.ErrInternal, c.said+"; ADD kept its configuration in "+kept)
 			if n := len(s.exec.commands()); n > 1 {
 				t.Errorf("%s: the delegate was told the same %d times", c.mistake, n)

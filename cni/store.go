@@ -1,11 +1,11 @@
 package cni
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,8 +15,8 @@ import (
 	"github.com/containernetworking/cni/pkg/utils"
 )
 
-// store keeps what was generated at ADD: DIR/NETWORK/CONTAINER:INTERFACE. All access goes through os.Root, so that no
-// name, and no symbolic link, leads out of the directory.
+// store is a directory DIR/NETWORK of files. Access goes through os.Root, so that no name, and no symbolic link, leads
+// out of it.
 type store struct {
 	dir, network string
 }
@@ -30,9 +30,10 @@ type attachment struct {
 const maxContainerID = 200 // leaves room for the interface in a file name of at most 255 bytes
 
 func newAttachment(container, ifname string) (attachment, error) {
+	clip := func(s string) string { return s[:min(len(s), maxContainerID)] }
 	if err := utils.ValidateContainerID(container); err != nil || len(container) > maxContainerID {
-		return attachment{}, types.NewError(types.ErrInvalidEnvironmentVariables,
-			fmt.Sprintf("CNI_CONTAINERID: expected at most %d letters, digits, dots, dashes and underscores, found %q", maxContainerID, clip(container)), "")
+		return attachment{}, types.NewError(types.ErrInvalidEnvironmentVariables, fmt.Sprintf("CNI_CONTAINERID: expected "+
+			"at most %d letters, digits, dots, dashes and underscores, found %q", maxContainerID, clip(container)), "")
 	}
 	if err := utils.ValidateInterfaceName(ifname); err != nil || strings.ContainsRune(ifname, 0) {
 		return attachment{}, types.NewError(types.ErrInvalidEnvironmentVariables,
@@ -41,16 +42,14 @@ func newAttachment(container, ifname string) (attachment, error) {
 	return attachment{container: container, ifname: ifname}, nil
 }
 
-func clip(s string) string { return s[:min(len(s), maxContainerID)] }
-
 func (a attachment) file() string { return a.container + ":" + a.ifname }
 
-func (s store) path(a attachment) string { return filepath.Join(s.dir, s.network, a.file()) }
+func (s store) path(file string) string { return filepath.Join(s.dir, s.network, file) }
 
-// save puts a configuration in place in one step. It is not forced to the disk, which would cost more than all the rest
-// of ADD: what a power failure breaks is made anew where it is needed.
-func (s store) save(a attachment, conf []byte) (err error) {
-	if err := os.MkdirAll(filepath.Join(s.dir, s.network), 0o700); err != nil {
+// save puts a file in place in one step. It is not flushed to the disk, which would take longer than all the rest of
+// ADD: what a power failure breaks is recreated where it is needed.
+func (s store) save(file string, content []byte) error {
+	if err := os.MkdirAll(s.path(""), 0o700); err != nil {
 		return err
 	}
 	root, err := s.open()
@@ -58,16 +57,14 @@ func (s store) save(a attachment, conf []byte) (err error) {
 		return err
 	}
 	defer func() { _ = root.Close() }()
-	tmp := fmt.Sprintf(".%016x", rand.Uint64()) // no container's ID begins with a dot
-	defer func() {
-		if err != nil {
-			_ = root.Remove(tmp)
-		}
-	}()
-	if err := root.WriteFile(tmp, conf, 0o600); err != nil {
-		return err
+	tmp := "." + rand.Text() // no container's ID begins with a dot
+	if err = root.WriteFile(tmp, content, 0o600); err == nil {
+		err = root.Rename(tmp, file)
 	}
-	return root.Rename(tmp, a.file())
+	if err != nil {
+		_ = root.Remove(tmp)
+	}
+	return err
 }
 
 func (s store) open() (*os.Root, error) {
@@ -79,9 +76,7 @@ func (s store) open() (*os.Root, error) {
 	return top.OpenRoot(s.network)
 }
 
-// load reads what was kept; fs.ErrNotExist says that nothing was.
-func (s store) load(a attachment) ([]byte, error) { return s.read(a.file()) }
-
+// read returns the content of a file; fs.ErrNotExist says that there is none.
 func (s store) read(file string) ([]byte, error) {
 	root, err := s.open()
 	if err != nil {
@@ -91,11 +86,11 @@ func (s store) read(file string) ([]byte, error) {
 	return root.ReadFile(file)
 }
 
-// remove forgets an attachment; one that is not known is forgotten already.
-func (s store) remove(a attachment) error {
+// remove removes a file; that there is none is fine.
+func (s store) remove(file string) error {
 	root, err := s.open()
 	if err == nil {
-		err = root.Remove(a.file())
+		err = root.Remove(file)
 		_ = root.Close()
 	}
 	if errors.Is(err, fs.ErrNotExist) {
@@ -136,12 +131,11 @@ func (p *Plugin) noteDir(dir string) error {
 	if dir = filepath.Clean(dir); dir == p.Home {
 		return nil
 	}
-	links := filepath.Join(p.Home, dirLinks)
-	link := filepath.Join(links, fmt.Sprintf("%x", sha256.Sum256([]byte(dir))))
+	link := filepath.Join(p.Home, dirLinks, fmt.Sprintf("%x", sha256.Sum256([]byte(dir))))
 	if to, err := os.Readlink(link); err == nil && to == dir {
 		return nil
 	}
-	if err := os.MkdirAll(links, 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Dir(link), 0o700); err != nil {
 		return err
 	}
 	if err := os.Symlink(dir, link); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -170,26 +164,22 @@ func (p *Plugin) dirs(now string) []string {
 	return out
 }
 
-// flannelKept is what flannel's plugin kept for a container in a directory: one file, by the container's ID. A pod that it
-// made is taken down by it after the change to this plugin.
-type flannelKept struct{ dir string }
-
-func (f flannelKept) path(a attachment) string { return filepath.Join(f.dir, a.container) }
-
-func (f flannelKept) load(a attachment) ([]byte, error) {
-	root, err := os.OpenRoot(f.dir)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = root.Close() }()
-	return root.ReadFile(a.container)
+// kept is what was kept of an attachment at ADD, and where.
+type kept struct {
+	store
+	file string
+	conf []byte
 }
 
-func (f flannelKept) remove(a attachment) error {
-	root, err := os.OpenRoot(f.dir)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = root.Close() }()
-	return root.Remove(a.container)
+func (k kept) path() string { return k.store.path(k.file) }
+
+func (k kept) forget() error { return k.remove(k.file) }
+
+func (s store) kept(file string) (kept, error) {
+	conf, err := s.read(file)
+	return kept{s, file, conf}, err
 }
+
+// flannelKept is what flannel's plugin kept for a container, by whose ID the file is named, whatever the network. A pod
+// that it made is taken down by it after the change to this plugin.
+func flannelKept(dir string, at attachment) (kept, error) { return store{dir, "."}.kept(at.container) }

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// FuzzAttachment: what a runtime gives as container and interface is refused, or is a file of its own in the directory.
+// FuzzAttachment: what a runtime gives as container and interface is rejected, or is a file of its own.
 func FuzzAttachment(f *testing.F) {
 	for _, seed := range [][2]string{
 		{"a", "eth0"},
@@ -47,50 +47,50 @@ func TestStore(t *testing.T) {
 	t.Parallel()
 	s := store{dir: filepath.Join(t.TempDir(), "not", "there"), network: "pods"}
 	at, other := attachment{"c1", "eth0"}, attachment{"c1", "eth1"}
-	if _, err := s.load(at); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.read(at.file()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("load from nowhere: %v", err)
 	}
-	if err := s.remove(at); err != nil {
+	if err := s.remove(at.file()); err != nil {
 		t.Errorf("remove from nowhere: %v", err)
 	}
 	if all, err := s.list(); err != nil || len(all) != 0 {
 		t.Errorf("list of nowhere: %v, %v", all, err)
 	}
 	for _, text := range []string{"first, and long", "second"} {
-		if err := s.save(at, []byte(text)); err != nil {
+		if err := s.save(at.file(), []byte(text)); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := s.load(at); err != nil || string(got) != text {
+		if got, err := s.read(at.file()); err != nil || string(got) != text {
 			t.Errorf("load: %q, %v", got, err)
 		}
 	}
-	if err := s.save(other, []byte("other")); err != nil {
+	if err := s.save(other.file(), []byte("other")); err != nil {
 		t.Fatal(err)
 	}
-	if err := (store{dir: s.dir, network: "net2"}).save(at, []byte("another network's")); err != nil {
+	if err := (store{dir: s.dir, network: "net2"}).save(at.file(), []byte("another network's")); err != nil {
 		t.Fatal(err)
 	}
 	if all, err := s.list(); err != nil || len(all) != 2 || all[0] != at || all[1] != other {
 		t.Errorf("list: %v, %v", all, err)
 	}
-	for _, path := range []string{s.path(at), filepath.Dir(s.path(at)), s.dir} {
+	for _, path := range []string{s.path(at.file()), filepath.Dir(s.path(at.file())), s.dir} {
 		info, err := os.Stat(path)
 		if err != nil || info.Mode().Perm()&0o077 != 0 {
 			t.Errorf("%s: %v, %v", path, info.Mode(), err)
 		}
 	}
 	for range 2 {
-		if err := s.remove(at); err != nil {
+		if err := s.remove(at.file()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := s.load(at); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.read(at.file()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after remove: %v", err)
 	}
-	if got, err := s.load(other); err != nil || string(got) != "other" {
+	if got, err := s.read(other.file()); err != nil || string(got) != "other" {
 		t.Errorf("the other: %q, %v", got, err)
 	}
-	if entries, err := os.ReadDir(filepath.Dir(s.path(at))); err != nil || len(entries) != 1 {
+	if entries, err := os.ReadDir(filepath.Dir(s.path(at.file()))); err != nil || len(entries) != 1 {
 		t.Errorf("left behind: %v, %v", entries, err)
 	}
 }
@@ -107,13 +107,13 @@ func TestStoreFollowsNoLinkOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := store{dir: dir, network: "pods"}
-	if err := s.save(at, []byte("x")); err == nil {
+	if err := s.save(at.file(), []byte("x")); err == nil {
 		t.Error("wrote through a link")
 	}
-	if _, err := s.load(at); err == nil {
+	if _, err := s.read(at.file()); err == nil {
 		t.Error("read through a link")
 	}
-	if err := s.remove(at); err == nil {
+	if err := s.remove(at.file()); err == nil {
 		t.Error("removed through a link")
 	}
 	if _, err := os.Stat(filepath.Join(outside, at.file())); err != nil {

@@ -25,8 +25,8 @@ type benchmarkHost struct {
 	children time.Duration // what the programs have used that were started
 }
 
-// eachDriver runs a benchmark for all drivers, with the tunnel alone and with thousands of peers that are reached without it.
-// What the programs cost that are started is reported beside what the driver itself takes.
+// eachDriver runs a benchmark for all drivers, with the tunnel alone and with thousands of peers that are reached
+// without it. What the programs cost that are started is reported beside what the driver itself takes.
 func eachDriver(b *testing.B, run func(b *testing.B, h *benchmarkHost)) {
 	for _, o := range []Options{{Kind: KindIPTables}, {Kind: KindIPTables, Variant: VariantLegacy}, {Kind: KindNFTables}} {
 		for _, nodes := range []int{0, benchmarkNodes} {
@@ -42,7 +42,7 @@ func eachDriver(b *testing.B, run func(b *testing.B, h *benchmarkHost)) {
 
 func newBenchmarkHost(b *testing.B, o Options, nodes int) *benchmarkHost {
 	ns := nstest.New(b)
-	in := wanted(addr.IPv4)
+	in := fullDesired(addr.IPv4)
 	if in.DirectNodes = nodes > 0; in.DirectNodes {
 		for a := netip.MustParseAddr("172.16.0.1"); len(in.Nodes) < nodes; a = a.Next() {
 			in.Nodes = append(in.Nodes, a)
@@ -79,7 +79,7 @@ func childCPU() time.Duration {
 
 func (h *benchmarkHost) ensure(b *testing.B, d Driver) []Drift {
 	b.Helper()
-	res, err := d.Ensure(b.Context(), per(h.want), true)
+	res, err := d.Ensure(b.Context(), per(h.want))
 	if err != nil || res.NoSets != nil {
 		b.Fatal(err, res.NoSets)
 	}
@@ -98,7 +98,7 @@ func (h *benchmarkHost) clean(b *testing.B) {
 		})
 	}
 	h.ns.Do(func() {
-		if err := h.options.Sets.Remove(NodeSet(addr.IPv4)); err != nil {
+		if err := h.options.Sets.Remove(nodeSet(addr.IPv4)); err != nil {
 			b.Fatal(err)
 		}
 	})
@@ -159,7 +159,8 @@ func BenchmarkEnsureUnchanged(b *testing.B) {
 	})
 }
 
-// BenchmarkGather gathers the facts of a host with some rules of other programs, and of one on which kube-proxy has many.
+// BenchmarkGather gathers the facts of a host with some rules of other programs, and of one on which kube-proxy has
+// many.
 func BenchmarkGather(b *testing.B) {
 	for _, services := range []int{0, 5000} {
 		b.Run("services="+fmt.Sprint(services), func(b *testing.B) {
@@ -183,4 +184,32 @@ func BenchmarkGather(b *testing.B) {
 			h.report(b)
 		})
 	}
+}
+
+// BenchmarkEnsureJoin is what a peer costs that comes or goes, with the notification of the daemon's own change.
+func BenchmarkEnsureJoin(b *testing.B) {
+	eachDriver(b, func(b *testing.B, h *benchmarkHost) {
+		in := fullDesired(addr.IPv4)
+		in.DirectNodes = true
+		for a := netip.MustParseAddr("172.16.0.1"); len(in.Nodes) < benchmarkNodes; a = a.Next() {
+			in.Nodes = append(in.Nodes, a)
+		}
+		steps := [][]Ruleset{{Rules(in)}, nil}
+		in.Nodes = in.Nodes[1:]
+		steps[1] = []Ruleset{Rules(in)}
+		var d Driver
+		h.ns.Do(func() {
+			d, _ = New(b.Context(), h.options)
+			h.ensure(b, d)
+		})
+		h.do(func() {
+			for i := 0; b.Loop(); i++ {
+				h.want = steps[i%2]
+				h.ensure(b, d)
+				if drifts := h.ensure(b, d); len(drifts) > 0 && i > 1 {
+					b.Fatal(drifts)
+				}
+			}
+		})
+	})
 }

@@ -3,11 +3,8 @@ package masquerade
 import (
 	"context"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
-
-	"github.com/google/nftables"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -41,21 +38,19 @@ type Options struct {
 // lockWait is how long one run of iptables waits for the xtables lock.
 const lockWait = 10 * time.Second
 
-// New makes the driver that the options ask for. Where they leave a choice, the host decides. That starts no process but
-// where both variants of iptables could be in use.
+// New makes the driver that the options ask for. Where they leave a choice, the host decides. That starts no process
+// but where both variants of iptables could be in use.
 func New(ctx context.Context, o Options) (Driver, Decision) {
-	d := Decision{o.Kind, o.Variant, "as configured"}
+	d, early := Decision{o.Kind, o.Variant, "as configured"}, false
 	if o.Kind == KindAuto || o.Kind == KindIPTables && o.Variant == VariantDefault {
-		d = Decide(o.Kind, o.Variant, gather(ctx))
+		facts := gather(ctx)
+		d = Decide(o.Kind, o.Variant, facts)
+		early = o.Kind == KindAuto && d.Kind == KindIPTables && !facts.KubeProxyNFT
 	}
-	open := openTables(lockWait)
-	if d.Kind == KindNFTables {
-		return families{&nftablesDriver{open: open, sets: o.Sets}, &nftablesDriver{open: open, sets: o.Sets}}, d
-	}
-	return families{
-		&iptablesDriver{open: open, variant: d.Variant, sets: o.Sets},
-		&iptablesDriver{open: open, variant: d.Variant, sets: o.Sets},
-	}, d
+	o.Kind, o.Variant = d.Kind, d.Variant
+	driver := newDriver(o, openTables(lockWait))
+	driver.early = early
+	return driver, d
 }
 
 // Decision is which driver to use, and why.
@@ -127,7 +122,8 @@ func decideVariant(f Facts) (Variant, string) {
 	case nft.Kubelet != legacy.Kubelet:
 		return either(nft.Kubelet), "the kubelet uses it"
 	case nft.Rules != legacy.Rules:
-		return either(nft.Rules > legacy.Rules), fmt.Sprintf("most rules on this host use it (nft %d, legacy %d)", nft.Rules, legacy.Rules)
+		return either(nft.Rules > legacy.Rules),
+			fmt.Sprintf("most rules on this host use it (nft %d, legacy %d)", nft.Rules, legacy.Rules)
 	}
 	return VariantDefault, "the host's default iptables"
 }
@@ -139,35 +135,33 @@ func either(nft bool) Variant {
 	return VariantLegacy
 }
 
-// gather reads the facts, in the network namespace of the calling thread. It creates no table by looking.
+// gather reads the facts, in the network namespace of the calling thread, and creates no table by that.
 func gather(ctx context.Context) Facts {
 	var f Facts
-	tables, err := (&nftables.Conn{}).ListTables()
+	_, err := generation()
 	f.NFT = err == nil
-	legacy := map[addr.Family]bool{}
 	for _, fam := range addr.Families() {
 		f.IPTablesNFT.Program = f.IPTablesNFT.Program || programThere(fam, VariantNFT)
 		f.Legacy.Program = f.Legacy.Program || programThere(fam, VariantLegacy)
-		f.KubeProxyNFT = f.KubeProxyNFT || hasTable(tables, fam, "kube-proxy")
-		names, _ := legacyNames(fam)
-		legacy[fam] = len(names) > 0
-	}
-	for _, fam := range addr.Families() {
+		f.KubeProxyNFT = f.KubeProxyNFT || kubeProxyNFT(fam)
 		f.IPTablesNFT.find(fam)
-		if legacy[fam] {
-			f.Legacy.save(ctx, fam)
+		if names, _ := legacyNames(fam); len(names) > 0 {
+			f.Legacy.save(ctx, fam, VariantLegacy)
 		}
 	}
-	if nft, legacy := f.IPTablesNFT, f.Legacy; !nft.Program || !legacy.Program ||
-		nft.KubeProxy != legacy.KubeProxy || nft.Kubelet != legacy.Kubelet {
-		return f // how many rules there are makes no difference
+	if nft, legacy := f.IPTablesNFT, f.Legacy; nft.Program && legacy.Program &&
+		nft.KubeProxy == legacy.KubeProxy && nft.Kubelet == legacy.Kubelet {
+		for _, fam := range addr.Families() { // makes no difference otherwise
+			f.IPTablesNFT.save(ctx, fam, VariantNFT)
+		}
 	}
-	f.IPTablesNFT.count()
 	return f
 }
 
-func hasTable(tables []*nftables.Table, f addr.Family, name string) bool {
-	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == name && t.Family == nftTable(f, name).Family })
+// kubeProxyNFT tells whether kube-proxy has its table in nftables.
+func kubeProxyNFT(f addr.Family) bool {
+	table, _ := findTable(f, "kube-proxy")
+	return table != nil
 }
 
 // What kube-proxy and the kubelet are known by.
@@ -190,34 +184,12 @@ func (v *VariantFacts) find(f addr.Family) {
 	v.Kubelet = v.Kubelet || there("mangle", kubeHint) || there("mangle", kubeCanary)
 }
 
-// count counts the rules of iptables-nft.
-func (v *VariantFacts) count() {
-	chains, _ := connect().ListChains()
-	for _, f := range addr.Families() {
-		for _, c := range chains {
-			if c.Table.Family != nftTable(f, "").Family || strings.HasPrefix(c.Name, ourPrefix) ||
-				!slices.Contains([]string{"filter", "nat", "mangle", "raw", "security"}, c.Table.Name) {
-				continue
-			}
-			rules, _ := nftRulesOf(f, c.Table.Name, c.Name)
-			for _, r := range rules {
-				if !slices.ContainsFunc(Places(), func(p Place) bool { return readRule(r, p.Name).calls }) {
-					v.Rules++
-				}
-			}
-		}
+// save lets iptables say who uses a variant, and how much. It makes the tables of iptables-legacy: only where they are.
+func (v *VariantFacts) save(ctx context.Context, f addr.Family, variant Variant) {
+	saved, err := execRun(ctx, "", programName(f, variant)+"-save")
+	if err != nil {
+		return
 	}
-}
-
-// save lets iptables-legacy say who uses it. To save its tables makes them: the caller knows that there are some.
-func (v *VariantFacts) save(ctx context.Context, f addr.Family) {
-	if out, err := execRun(ctx, "", programName(f, VariantLegacy)+"-save"); err == nil {
-		v.read(out)
-	}
-}
-
-// read reads what iptables-save prints.
-func (v *VariantFacts) read(saved string) {
 	for line := range strings.Lines(saved) {
 		switch {
 		case strings.HasPrefix(line, ":"+kubeServices+" "):

@@ -5,7 +5,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/test/nstest"
@@ -224,7 +223,7 @@ func TestContestedPlaceInForward(t *testing.T) {
 			if moved < moveBurst || moved > moveBurst+3 || moved+contested != 3*moveBurst {
 				t.Errorf("moved %d times, left %d times", moved, contested)
 			}
-			// Nothing is remembered of a place that is not ours, and other damage is repaired at once.
+			// Nothing is kept of a place that is not ours, and other damage is repaired at once.
 			if drifts, _ := r.ensure(both()...); len(drifts) == 0 {
 				t.Error("not compared")
 			}
@@ -234,21 +233,5 @@ func TestContestedPlaceInForward(t *testing.T) {
 			}
 			r.quiet(both()...)
 		})
-	}
-}
-
-func TestPace(t *testing.T) {
-	t.Parallel()
-	var p pace
-	now, moves := time.Now(), 0
-	for range 600 {
-		next, ok := p.take(now)
-		if p = next; ok {
-			moves++
-		}
-		now = now.Add(time.Second)
-	}
-	if want := moveBurst + int(10*time.Minute/MoveEvery); moves > want || moves < want-2 {
-		t.Errorf("%d moves in ten minutes, want %d", moves, want)
 	}
 }

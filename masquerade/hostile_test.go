@@ -19,7 +19,8 @@ import (
 // A rule that neither google/nftables nor iptables can read holds back nothing.
 func TestUnreadableRules(t *testing.T) {
 	t.Parallel()
-	for name, make := range map[string]func(*testing.T, *nstest.NS, Variant) *rig{"iptables": newRig, "nftables": newNFTRig} {
+	rigs := map[string]func(*testing.T, *nstest.NS, Variant) *rig{"iptables": newRig, "nftables": newNFTRig}
+	for name, make := range rigs {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := make(t, nstest.New(t), VariantNFT)
@@ -38,7 +39,8 @@ func TestUnreadableRules(t *testing.T) {
 				if !r.native {
 					want = append(want, "jump OVERLAYD-POSTRTG", "ct original ip daddr")
 				}
-				rules := r.ns.Exec("nft", "list", "chain", "ip", "filter", "FORWARD") + r.ns.Exec("nft", "list", "chain", "ip", "nat", "POSTROUTING")
+				rules := r.ns.Exec("nft", "list", "chain", "ip", "filter", "FORWARD") + r.ns.Exec("nft", "list", "chain", "ip",
+					"nat", "POSTROUTING")
 				for _, w := range want {
 					_, behind, ok := strings.Cut(rules, w)
 					if rules = behind; !ok {
@@ -54,7 +56,8 @@ func TestUnreadableRules(t *testing.T) {
 			inPlace("after damage")
 			r.ns.Exec("nft", "delete rule ip filter FORWARD handle "+r.handleOf("filter", "FORWARD", "192.0.2.1"))
 			r.remove()
-			if diff := cmp.Diff(intact, strings.ReplaceAll(r.ruleset(), "table ip6 nat {\n}\n", "")); diff != "" && strings.Contains(diff, "OVERLAYD") {
+			if diff := cmp.Diff(intact, strings.ReplaceAll(r.ruleset(), "table ip6 nat {\n}\n", "")); diff != "" &&
+				strings.Contains(diff, "OVERLAYD") {
 				t.Errorf("left:\n%s", diff)
 			}
 		})
@@ -99,7 +102,8 @@ func TestReloadedWhileWriting(t *testing.T) {
 		_, _, _ = r.tryEnsure(both()...)
 	}
 	r.quiet(both()...)
-	if rules := r.iptables(addr.IPv4, "-S FORWARD"); strings.Count(rules, "-j DROP") != foreign || strings.Count(rules, "OVERLAYD") != 1 {
+	if rules := r.iptables(addr.IPv4, "-S FORWARD"); strings.Count(rules, "-j DROP") != foreign ||
+		strings.Count(rules, "OVERLAYD") != 1 {
 		t.Errorf("got\n%s", rules)
 	}
 }
@@ -186,7 +190,8 @@ func TestAlternativesChange(t *testing.T) {
 	}
 	r.variant = VariantLegacy
 	r.quiet(both()...)
-	if saved := r.saved(); strings.Count(saved, "-j OVERLAYD-POSTRTG") != 2 || strings.Count(saved, "-j OVERLAYD-FWD") != 2 {
+	if saved := r.saved(); strings.Count(saved, "-j OVERLAYD-POSTRTG") != 2 ||
+		strings.Count(saved, "-j OVERLAYD-FWD") != 2 {
 		t.Errorf("got\n%s", saved)
 	}
 	if left := r.ruleset(); strings.Contains(left, "OVERLAYD-POSTRTG") {

@@ -3,6 +3,7 @@ package masquerade
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -35,9 +36,17 @@ func TestDriftIsRepaired(t *testing.T) {
 		{"jump as goto", []string{"-t nat -R POSTROUTING 1 -g OVERLAYD-POSTRTG"}, []DriftKind{JumpChanged}},
 		{"rule deleted", []string{"-t nat -D OVERLAYD-POSTRTG 3"}, []DriftKind{RulesChanged}},
 		{"rule changed", []string{"-t filter -R OVERLAYD-FWD 1 -p udp -j DROP"}, []DriftKind{RulesChanged}},
-		{"rules reordered", []string{"-t nat -I OVERLAYD-POSTRTG 1 -j MASQUERADE", "-t nat -D OVERLAYD-POSTRTG 2"}, []DriftKind{RulesChanged}},
+		{
+			"rules reordered",
+			[]string{"-t nat -I OVERLAYD-POSTRTG 1 -j MASQUERADE", "-t nat -D OVERLAYD-POSTRTG 2"},
+			[]DriftKind{RulesChanged},
+		},
 		{"foreign rule at the end", []string{"-t nat -A OVERLAYD-POSTRTG -p udp -j RETURN"}, []DriftKind{RulesChanged}},
-		{"rule twice", []string{"-t filter -A OVERLAYD-FWD -p udp -j ACCEPT", "-t filter -A OVERLAYD-FWD -p udp -j ACCEPT"}, []DriftKind{RulesChanged}},
+		{
+			"rule twice",
+			[]string{"-t filter -A OVERLAYD-FWD -p udp -j ACCEPT", "-t filter -A OVERLAYD-FWD -p udp -j ACCEPT"},
+			[]DriftKind{RulesChanged},
+		},
 		{"chain flushed", []string{"-t nat -F OVERLAYD-POSTRTG"}, []DriftKind{ChainMissing}},
 		{"table flushed", []string{"-t nat -F"}, []DriftKind{ChainMissing, JumpMissing}},
 		{"chain missing", []string{"-t nat -F", "-t nat -X"}, []DriftKind{ChainMissing, JumpMissing}},
@@ -62,7 +71,10 @@ func TestDriftIsRepaired(t *testing.T) {
 				}
 				drifts, restores := r.ensure(both()...)
 				once := 1
-				if r.variant == VariantNFT && len(c.want) == 1 && slices.Contains([]DriftKind{JumpMisplaced, JumpRepeated, JumpChanged}, c.want[0]) {
+				if r.variant == VariantNFT && len(c.want) == 1 && slices.Contains([]DriftKind{
+					JumpMisplaced, JumpRepeated,
+					JumpChanged,
+				}, c.want[0]) {
 					once = 0 // a jump takes no process
 				}
 				if diff := cmp.Diff(sorted(c.want), kindsOf(drifts)); diff != "" || restores != once {
@@ -107,7 +119,10 @@ func TestDamageByNft(t *testing.T) {
 	r := newRig(t, nstest.New(t), VariantNFT)
 	r.ensure(both()...)
 	intact := r.saved()
-	for _, damage := range []string{"flush ruleset", "add rule ip nat OVERLAYD-POSTRTG ct expiration 10 accept", "delete table ip6 nat"} {
+	for _, damage := range []string{
+		"flush ruleset", "add rule ip nat OVERLAYD-POSTRTG ct expiration 10 accept",
+		"delete table ip6 nat",
+	} {
 		r.ns.Exec(append([]string{"nft"}, strings.Fields(damage)...)...)
 		if drifts, _ := r.ensure(both()...); len(drifts) == 0 {
 			t.Errorf("%s: not found", damage)
@@ -131,7 +146,7 @@ func TestDesiredRulesChange(t *testing.T) {
 				in.Exclude = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
 			},
 		} {
-			in4, in6 := wanted(addr.IPv4), wanted(addr.IPv6)
+			in4, in6 := fullDesired(addr.IPv4), fullDesired(addr.IPv6)
 			change(&in4)
 			change(&in6)
 			drifts, restores := r.ensure(Rules(in4), Rules(in6))
@@ -140,7 +155,7 @@ func TestDesiredRulesChange(t *testing.T) {
 			}
 			r.quiet(Rules(in4), Rules(in6))
 		}
-		noNAT := wanted(addr.IPv4)
+		noNAT := fullDesired(addr.IPv4)
 		noNAT.Masquerade = false
 		drifts, restores := r.ensure(Rules(noNAT)) // and IPv6 not at all
 		if kinds := kindsOf(drifts); !slices.Equal(kinds, []DriftKind{Leftover, Leftover, Leftover}) ||
@@ -148,7 +163,8 @@ func TestDesiredRulesChange(t *testing.T) {
 			t.Errorf("%d restores, %v", restores, drifts)
 		}
 		left := r.saved()
-		if strings.Contains(left, "POSTRTG") || strings.Count(left, "-j OVERLAYD-FWD") != 1 || !strings.Contains(left, "-A POSTROUTING -p tcp -j ACCEPT") {
+		if strings.Contains(left, "POSTRTG") || strings.Count(left, "-j OVERLAYD-FWD") != 1 ||
+			!strings.Contains(left, "-A POSTROUTING -p tcp -j ACCEPT") {
 			t.Errorf("left:\n%s", left)
 		}
 		r.quiet(Rules(noNAT))
@@ -167,7 +183,8 @@ func TestRemoveTakesOnlyWhatIsOurs(t *testing.T) {
 	eachVariant(t, func(t *testing.T, r *rig) {
 		for _, f := range addr.Families() {
 			for _, line := range []string{
-				"-t nat -N KUBE-POSTROUTING", "-t nat -A POSTROUTING -j KUBE-POSTROUTING", "-t nat -A KUBE-POSTROUTING -p udp -j MASQUERADE",
+				"-t nat -N KUBE-POSTROUTING", "-t nat -A POSTROUTING -j KUBE-POSTROUTING",
+				"-t nat -A KUBE-POSTROUTING -p udp -j MASQUERADE",
 				"-t filter -N OVERLAYD-OTHER", "-t filter -A FORWARD -j OVERLAYD-OTHER", "-t filter -P FORWARD DROP",
 			} {
 				r.iptables(f, line)
@@ -236,7 +253,7 @@ func TestRemoveNamesWhatStillUsesTheChain(t *testing.T) {
 	})
 }
 
-// A rule that another program slips in right behind a restore must not be remembered as ours.
+// A rule that another program slips in right behind a restore must not be taken for ours.
 func TestWritingRace(t *testing.T) {
 	t.Parallel()
 	eachVariant(t, func(t *testing.T, r *rig) {
@@ -259,16 +276,53 @@ func TestWritingRace(t *testing.T) {
 	})
 }
 
+// Where the kernel cannot match on sets, iptables is not run at each comparison to hear that again.
+func TestRefusedSetIsTriedAgainLater(t *testing.T) {
+	t.Parallel()
+	eachVariant(t, func(t *testing.T, r *rig) {
+		r.withSets()
+		refuse := true
+		r.run = func(ctx context.Context, stdin, name string, args ...string) (string, error) {
+			if before, _, found := strings.Cut(stdin, "--match-set"); refuse && found {
+				line := 1 + strings.Count(before, "\n")
+				return "", commandError{errors.New("no such match"), 2, fmt.Sprintf("Error occurred at line: %d", line)}
+			}
+			return execRun(ctx, stdin, name, args...)
+		}
+		want := []Ruleset{Rules(fullInput(addr.IPv4))}
+		runs := func(when string, none bool) {
+			t.Helper()
+			if _, n := r.ensure(want...); none != (n == 0) || refuse != errors.Is(r.noSets, ErrSet) {
+				t.Errorf("%s: %d runs of iptables-restore, %v", when, n, r.noSets)
+			}
+		}
+		runs("refused", false)
+		runs("right after", true)
+		r.driver.families.V4.tables[r.variant].refused = time.Now().Add(-setsAgain)
+		runs("later", false)
+		runs("right after that", true)
+		r.ns.Exec("ipset", "flush")
+		runs("when a set was put right", false)
+		refuse = false
+		r.driver.families.V4.tables[r.variant].refused = time.Now().Add(-setsAgain)
+		runs("no longer refused", false)
+		runs("in place", true)
+	})
+}
+
 func TestMissingSet(t *testing.T) {
 	t.Parallel()
 	eachVariant(t, func(t *testing.T, r *rig) {
-		want := []Ruleset{Rules(fullInput(addr.IPv4)), Rules(wanted(addr.IPv6))}
+		want := []Ruleset{Rules(fullInput(addr.IPv4)), Rules(fullDesired(addr.IPv6))}
 		r.ensure(want...)
 		err := r.noSets
 		if !errors.Is(err, ErrSet) {
 			t.Fatalf("got %v", err)
 		}
-		for _, part := range []string{command(addr.IPv4, r.variant) + "-restore", "overlayd-nodes4 doesn't exist", "-A OVERLAYD-POSTRTG"} {
+		for _, part := range []string{
+			command(addr.IPv4, r.variant) + "-restore", "overlayd-bare4 doesn't exist",
+			"-A OVERLAYD-POSTRTG",
+		} {
 			if !strings.Contains(err.Error(), part) {
 				t.Errorf("no %q in %q", part, err)
 			}
@@ -277,7 +331,8 @@ func TestMissingSet(t *testing.T) {
 			t.Errorf("more than one line: %q", err)
 		}
 		after := r.saved()
-		if !strings.Contains(after, "10.244.0.0") || strings.Contains(after, "match-set") || !strings.Contains(after, "fd00:10:244::/48") {
+		if !strings.Contains(after, "10.244.0.0") || strings.Contains(after, "match-set") ||
+			!strings.Contains(after, "fd00:10:244::/48") {
 			t.Errorf("not all but the set:\n%s", after)
 		}
 		r.withSets()
@@ -327,7 +382,7 @@ func TestLock(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
 		var err error
-		r.ns.Do(func() { _, err = r.driver.Ensure(ctx, per(both()), true) })
+		r.ns.Do(func() { _, err = r.driver.Ensure(ctx, per(both())) })
 		if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > execTimeout/2 { // it did not wait for the lock
 			t.Errorf("after %s: %v", time.Since(start), err)
 		}
@@ -347,11 +402,11 @@ func TestMissingPrograms(t *testing.T) {
 	}
 	dir := t.TempDir()
 	t.Setenv("PATH", dir)
-	if _, _, err := r.tryEnsure(Rules(wanted(addr.IPv4))); !errors.Is(err, exec.ErrNotFound) {
+	if _, _, err := r.tryEnsure(Rules(fullDesired(addr.IPv4))); !errors.Is(err, exec.ErrNotFound) {
 		t.Errorf("no iptables at all: %v", err)
 	}
 	if _, _, err := r.tryEnsure(); err != nil {
-		t.Errorf("nothing wanted: %v", err)
+		t.Errorf("nothing desired: %v", err)
 	}
 	ns.Do(func() { err = remove(t.Context(), r.sets, r.open) })
 	if err != nil {
@@ -362,11 +417,12 @@ func TestMissingPrograms(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, restores, err := r.tryEnsure(Rules(wanted(addr.IPv4))); err != nil || restores != 1 {
+	if _, restores, err := r.tryEnsure(Rules(fullDesired(addr.IPv4))); err != nil || restores != 1 {
 		t.Errorf("installed since: %d restores, %v", restores, err)
 	}
-	r.quiet(Rules(wanted(addr.IPv4)))
-	if _, _, err := r.tryEnsure(both()...); !errors.Is(err, exec.ErrNotFound) || !strings.Contains(err.Error(), "ip6tables") {
+	r.quiet(Rules(fullDesired(addr.IPv4)))
+	if _, _, err := r.tryEnsure(both()...); !errors.Is(err, exec.ErrNotFound) ||
+		!strings.Contains(err.Error(), "ip6tables") {
 		t.Errorf("IPv6 without ip6tables: %v", err)
 	}
 }
@@ -388,7 +444,8 @@ func TestProgramsThatSayNothing(t *testing.T) {
 		r := newRig(t, nstest.New(t), VariantDefault)
 		r.ensure(both()...)
 		for _, f := range addr.Families() {
-			if tables := addr.Per[driver](r.driver).Get(f).(*iptablesDriver).tables; tables.legacy != (v == VariantLegacy) || !tables.random {
+			if tables := r.driver.families.Get(f).tables[VariantDefault]; tables.legacy != (v == VariantLegacy) ||
+				!tables.random {
 				t.Errorf("%s: %+v", v, tables)
 			}
 		}

@@ -2,13 +2,12 @@ package masquerade
 
 import (
 	"cmp"
-	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"math/bits"
 	"net/netip"
-	"os/exec"
 	"reflect"
 	"slices"
 	"strings"
@@ -22,94 +21,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/masquerade/ipset"
 )
 
-// nftablesDriver keeps the rules of one family in a table of our own: the chain at the postrouting hook and the sets that
-// it matches on. What differs is repaired by one transaction.
-//
-// The forward chain is not there, since it could not do what it is for. An accept ends only the base chain it is in; the
-// chain of another table can still drop the packet. On most hosts the chain that drops is iptables' own FORWARD, whose
-// policy Docker sets to DROP. There the accepts are needed, and only there they work. So this driver puts them there, as
-// the driver on iptables does, wherever that chain exists, and makes none where it does not.
-type nftablesDriver struct {
-	open        opener
-	sets        Sets // for what the other driver left; nil: none
-	nft, legacy *tables
-	swept       bool
-}
-
-func (d *nftablesDriver) ensure(ctx context.Context, rs Ruleset, full bool) (res Result, err error) {
-	if full {
-		if res.Drifts, err = ensureOwnTable(rs); err != nil {
-			return res, err
-		}
-		found, err := d.ensureForward(ctx, rs, VariantNFT, &d.nft)
-		res.Drifts = append(res.Drifts, found...)
-		if err != nil {
-			return res, err
-		}
-	}
-	found, err := d.ensureForward(ctx, rs, VariantLegacy, &d.legacy)
-	res.Drifts = append(res.Drifts, found...)
-	if err != nil || !full {
-		return res, err
-	}
-	if _, err := removeNFT(rs.Family, []Place{postRouting()}); err != nil || d.swept {
-		return res, err
-	}
-	if _, err := removeLegacy(ctx, rs.Family, []Place{postRouting()}, d.open); err != nil {
-		return res, fmt.Errorf("leftovers in iptables-legacy: %w", err)
-	}
-	err = dropSets(d.sets, Ruleset{Family: rs.Family})
-	d.swept = err == nil
-	return res, err
-}
-
-// ensureForward keeps the accepts in the FORWARD chain of a variant while there is one.
-func (d *nftablesDriver) ensureForward(ctx context.Context, rs Ruleset, v Variant, t **tables) ([]Drift, error) {
-	desired, isDesired := rs.chain(forward())
-	if !isDesired {
-		if v == VariantLegacy {
-			return removeLegacy(ctx, rs.Family, []Place{forward()}, d.open)
-		}
-		return removeNFT(rs.Family, []Place{forward()})
-	}
-	there, drops, err := forwardChain(rs.Family, v)
-	if err != nil || !there {
-		return nil, err
-	}
-	if *t == nil {
-		*t, err = d.open(ctx, rs.Family, v)
-		missing := errors.Is(err, exec.ErrNotFound)
-		switch {
-		case missing && drops:
-			return nil, fmt.Errorf("the FORWARD chain of iptables-nft drops by default, and the program is missing "+
-				"that could accept the pods' packets in it: %w", err)
-		case missing:
-			return nil, nil
-		case err != nil:
-			return nil, err
-		}
-	}
-	found, err := (*t).ensure(ctx, []Chain{desired})
-	if err != nil {
-		*t = nil // the program may have become another one
-	}
-	return found, err
-}
-
-// forwardChain tells whether a variant has a FORWARD chain, and whether its policy is known to be DROP.
-func forwardChain(f addr.Family, v Variant) (there, drops bool, err error) {
-	if v == VariantLegacy {
-		names, err := legacyNames(f)
-		return slices.Contains(names, string(Filter)), false, err
-	}
-	c, err := findChain(f, string(Filter), string(Forward))
-	return c != nil, c != nil && c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop, err
-}
-
-// What is ours in nftables. The chain's priority lets us see a packet just before all that stands at the usual place for
-// source NAT (100), such as kube-proxy. A packet that returns here is left to them.
+// Names of overlayd's own objects in nftables. The chain's priority lets us decide about a packet just before all that is at the usual
+// place for source NAT (100), such as kube-proxy. A packet that returns here is left to them.
 const (
 	ownTable    = "overlayd"
 	ownChain    = "postrouting"
@@ -136,6 +52,35 @@ const (
 	writeBuffer   = 8 << 20 // bytes
 	answerTimeout = 30 * time.Second
 )
+
+// generation is the number of changes in nf_tables of this network namespace: while it stays, nothing changes there.
+func generation() (uint32, error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = conn.Close() }()
+	answers, err := conn.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
+		Data:   make([]byte, nfgenmsgSize),
+	})
+	for _, answer := range answers {
+		attrs, err := netlink.NewAttributeDecoder(answer.Data[nfgenmsgSize:])
+		if err != nil {
+			return 0, err
+		}
+		attrs.ByteOrder = binary.BigEndian
+		for attrs.Next() {
+			if attrs.Type() == unix.NFTA_GEN_ID {
+				return attrs.Uint32(), nil
+			}
+		}
+	}
+	return 0, cmp.Or(err, errors.New("nf_tables tells no generation"))
+}
+
+// nfgenmsgSize is the size of nfgenmsg (uapi/linux/netfilter/nfnetlink.h).
+const nfgenmsgSize = 4
 
 // nftRulesOf returns the rules of a chain; none where there is no such chain. One that the library cannot decode has no
 // handle, and stands for a condition that is not known. The library gives up a chain with such a rule, so the chain is
@@ -194,74 +139,91 @@ func orNil[T any](found *T, err error) (*T, error) {
 	return found, err
 }
 
-// ensureOwnTable makes our table of one family the desired one.
-func ensureOwnTable(rs Ruleset) ([]Drift, error) {
-	chain, isDesired := rs.chain(postRouting())
-	kind, differs, err := compareOwnTable(rs, chain, isDesired)
+// ensureOwnTable makes our table of one family the desired one. Where nothing else can have changed, only the members
+// that came and went since the last time are sent: to list 5,000 takes milliseconds.
+func (d *driver) ensureOwnTable(rs, left Ruleset, full bool) ([]Drift, error) {
+	chain := rs.masquerading()
+	if len(chain.Rules) == 0 {
+		return removeOwnTable(rs.Family)
+	}
+	kind, err := DriftKind(""), error(nil)
+	switch {
+	case full:
+		if kind, err = compareOwnTable(rs, chain); err == nil && kind != "" {
+			err = replaceOwnTable(rs, chain)
+		}
+	case !rs.Equal(left):
+		if kind = SetChanged; changeMembers(rs, left) != nil {
+			err = replaceOwnTable(rs, chain)
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("table %s: %w", ownTable, err)
 	}
 	if kind == "" {
 		return nil, nil
 	}
-	if kind == SetChanged && changeMembers(rs, differs) == nil {
-		return drifts(rs.Family, chain.Place, kind), nil
-	}
-	if err := replaceOwnTable(rs, chain, isDesired); err != nil {
-		return nil, fmt.Errorf("table %s: %w", ownTable, err)
-	}
+	d.generation++ // the next one, unless another program changes something meanwhile
 	return drifts(rs.Family, chain.Place, kind), nil
 }
 
-func removeOwnTable(f addr.Family) error {
-	_, err := ensureOwnTable(Ruleset{Family: f})
-	return err
+func removeOwnTable(f addr.Family) ([]Drift, error) {
+	if have, err := findTable(f, ownTable); err != nil || have == nil {
+		return nil, nil // a kernel without nf_tables has nothing of ours
+	}
+	conn := connect()
+	conn.DelTable(nftTable(f, ownTable))
+	if err := conn.Flush(); err != nil {
+		return nil, fmt.Errorf("table %s: %w", ownTable, err)
+	}
+	return drifts(f, postRouting(), Leftover), nil
 }
 
-// compareOwnTable reads our table and tells in which way it differs from the desired one, if in any. Of sets with
-// other members it returns the elements that there are.
-func compareOwnTable(rs Ruleset, chain Chain, isDesired bool) (DriftKind, map[string][]nftables.SetElement, error) {
+// compareOwnTable reads our table and tells in which way it differs from the desired one, if in any.
+func compareOwnTable(rs Ruleset, chain Chain) (DriftKind, error) {
 	have, err := findTable(rs.Family, ownTable)
 	switch {
-	case err != nil && !isDesired: // a kernel without nf_tables has nothing of ours
-		return "", nil, nil
 	case err != nil:
-		return "", nil, err
-	case have == nil && !isDesired:
-		return "", nil, nil
-	case !isDesired:
-		return Leftover, nil, nil
+		return "", err
 	case have == nil || objects(have) == 0:
-		return ChainMissing, nil, nil
+		return ChainMissing, nil
 	case have.Flags != 0 || objects(have) != 1+len(rs.Sets): // dormant, or with objects that are not ours
-		return RulesChanged, nil, nil
+		return RulesChanged, nil
 	}
 	base, err := findChain(rs.Family, ownTable, ownChain)
 	if err != nil {
-		return "", nil, err
+		return "", err
 	}
 	if base == nil || !isOurs(base) {
-		return RulesChanged, nil, nil
+		return RulesChanged, nil
 	}
 	conn := connect()
 	rules, err := conn.GetRules(have, base)
 	if err != nil || !sameRules(rules, nftRules(have, rs.Family, chain)) {
-		return RulesChanged, nil, nil // also where the library cannot read what another program put there
+		return RulesChanged, nil // also where the library cannot read what another program put there
 	}
-	differs := map[string][]nftables.SetElement{}
 	for _, s := range rs.Sets {
 		elements, err := conn.GetSetElements(nftSet(have, rs.Family, s))
 		if err != nil {
-			return "", nil, err
+			return "", err
 		}
-		if !sameElements(elements, nftElements(s)) {
-			differs[s.Name] = elements
+		if !slices.Equal(inOrder(elements), inOrder(nftElements(s, s.Members))) {
+			return SetChanged, nil
 		}
 	}
-	if len(differs) > 0 {
-		return SetChanged, differs, nil
+	return "", nil
+}
+
+// inOrder are the elements of a set in an order that does not depend on where they come from.
+func inOrder(elements []nftables.SetElement) []string {
+	out := make([]string, len(elements))
+	for i, e := range elements {
+		if out[i] = string(e.Key); e.IntervalEnd {
+			out[i] += " end"
+		}
 	}
-	return "", nil, nil
+	slices.Sort(out)
+	return out
 }
 
 // objects is how many chains, sets and other objects a table holds. The kernel sends the number in network byte order;
@@ -269,9 +231,9 @@ func compareOwnTable(rs Ruleset, chain Chain, isDesired bool) (DriftKind, map[st
 func objects(t *nftables.Table) int { return int(min(t.Use, bits.ReverseBytes32(t.Use))) }
 
 func isOurs(c *nftables.Chain) bool {
-	want := baseChain(c.Table)
-	return c.Type == want.Type && reflect.DeepEqual(c.Hooknum, want.Hooknum) && reflect.DeepEqual(c.Priority, want.Priority) &&
-		reflect.DeepEqual(c.Policy, want.Policy)
+	ours := baseChain(c.Table)
+	return c.Type == ours.Type && reflect.DeepEqual(c.Hooknum, ours.Hooknum) &&
+		reflect.DeepEqual(c.Priority, ours.Priority) && reflect.DeepEqual(c.Policy, ours.Policy)
 }
 
 func baseChain(t *nftables.Table) *nftables.Chain {
@@ -282,31 +244,24 @@ func baseChain(t *nftables.Table) *nftables.Chain {
 	}
 }
 
-func sameRules(have, want []*nftables.Rule) bool {
-	return slices.EqualFunc(have, want, func(a, b *nftables.Rule) bool { return identity(a) == identity(b) })
-}
-
-func sameElements(have, want []nftables.SetElement) bool {
-	return len(have) == len(want) && len(without(want, have)) == 0
+func sameRules(have, desired []*nftables.Rule) bool {
+	return slices.EqualFunc(have, desired, func(a, b *nftables.Rule) bool { return identity(a) == identity(b) })
 }
 
 // replaceOwnTable takes the old table away and makes the new one, in one transaction. Only that
 // removes all that another program may have put into the old one.
-func replaceOwnTable(rs Ruleset, chain Chain, isDesired bool) error {
+func replaceOwnTable(rs Ruleset, chain Chain) error {
 	conn := connect()
 	t := nftTable(rs.Family, ownTable)
 	conn.AddTable(t) // so that there is one to delete
 	conn.DelTable(t)
-	if !isDesired {
-		return conn.Flush()
-	}
 	conn.AddTable(t)
 	for _, s := range rs.Sets {
 		set := nftSet(t, rs.Family, s)
 		if err := conn.AddSet(set, nil); err != nil {
 			return err
 		}
-		if err := addElements(conn, set, nftElements(s)); err != nil {
+		if err := addElements(conn, set, nftElements(s, s.Members)); err != nil {
 			return err
 		}
 	}
@@ -320,27 +275,24 @@ func replaceOwnTable(rs Ruleset, chain Chain, isDesired bool) error {
 // elementsInMessage is how many elements of a set go into one message: a netlink attribute ends at 64 kB.
 const elementsInMessage = 1000
 
-// changeMembers is for a table in which all but the members of its sets is right. Addresses come and go one by one;
-// a set of networks, of which there are few, is filled again: the kernel does not take any half of two networks apart.
-func changeMembers(rs Ruleset, differs map[string][]nftables.SetElement) error {
+// changeMembers is for a table in which all is as it was left but the members of its sets. Addresses come and go one by
+// one; a set of networks, of which there are few, is filled again: the kernel does not take any half of two networks
+// apart.
+func changeMembers(rs, left Ruleset) error {
 	conn := connect()
-	for _, s := range rs.Sets {
-		have, changed := differs[s.Name]
-		if !changed {
-			continue
-		}
-		set, want := nftSet(nftTable(rs.Family, ownTable), rs.Family, s), nftElements(s)
-		add, gone := without(want, have), without(have, want)
-		if s.Networks {
+	for i, s := range rs.Sets {
+		set := nftSet(nftTable(rs.Family, ownTable), rs.Family, s)
+		add, gone := ipset.Diff(s.Members, left.Sets[i].Members)
+		if s.Networks && len(add)+len(gone) > 0 {
 			conn.FlushSet(set)
-			add, gone = want, nil
+			add, gone = s.Members, nil
 		}
-		for part := range slices.Chunk(gone, elementsInMessage) {
+		for part := range slices.Chunk(nftElements(s, gone), elementsInMessage) {
 			if err := conn.SetDeleteElements(set, part); err != nil {
 				return err
 			}
 		}
-		if err := addElements(conn, set, add); err != nil {
+		if err := addElements(conn, set, nftElements(s, add)); err != nil {
 			return err
 		}
 	}
@@ -356,19 +308,6 @@ func addElements(conn *nftables.Conn, set *nftables.Set, elements []nftables.Set
 	return nil
 }
 
-// without is what is in a and not in b.
-func without(a, b []nftables.SetElement) []nftables.SetElement {
-	type key struct {
-		key string
-		end bool
-	}
-	in := make(map[key]bool, len(b))
-	for _, e := range b {
-		in[key{string(e.Key), e.IntervalEnd}] = true
-	}
-	return slices.DeleteFunc(slices.Clone(a), func(e nftables.SetElement) bool { return in[key{string(e.Key), e.IntervalEnd}] })
-}
-
 func nftSet(t *nftables.Table, f addr.Family, s Set) *nftables.Set {
 	kind := map[addr.Family]nftables.SetDatatype{addr.IPv4: nftables.TypeIPAddr, addr.IPv6: nftables.TypeIP6Addr}[f]
 	id := uint32(1 + slices.Index(setNames(f), s.Name)) // the library's own numbers come from a variable of the package
@@ -377,10 +316,10 @@ func nftSet(t *nftables.Table, f addr.Family, s Set) *nftables.Set {
 
 // nftElements are the members of a set: addresses, or for networks the first address of each and the first one behind
 // it. One network inside another is part of that.
-func nftElements(s Set) []nftables.SetElement {
+func nftElements(s Set, members []netip.Prefix) []nftables.SetElement {
 	var out []nftables.SetElement
 	var last netip.Prefix
-	for _, p := range s.Members {
+	for _, p := range members {
 		if last.IsValid() && last.Contains(p.Addr()) {
 			continue
 		}
@@ -420,16 +359,26 @@ func expressions(f addr.Family, r Rule) []expr.Any {
 	if r.Mark.Mask != 0 {
 		out = append(out, &expr.Meta{Key: expr.MetaKeyMARK, Register: register},
 			mask(binaryutil.NativeEndian.PutUint32(r.Mark.Mask)),
-			&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: binaryutil.NativeEndian.PutUint32(r.Mark.Value)})
+			&expr.Cmp{Op: equal(r.MarkNot), Register: register, Data: binaryutil.NativeEndian.PutUint32(r.Mark.Value)})
 	}
 	if r.DstSet != "" {
-		out = append(out, h.load(h.destination, h.size), &expr.Lookup{SourceRegister: register, SetName: r.DstSet, Invert: r.DstSetNot})
+		out = append(out, h.load(h.destination, h.size),
+			&expr.Lookup{SourceRegister: register, SetName: r.DstSet, Invert: r.DstSetNot})
 	}
 	switch r.Verdict {
 	case Return:
 		out = append(out, &expr.Verdict{Kind: expr.VerdictReturn})
 	case Masquerade:
 		out = append(out, &expr.Masq{FullyRandom: true})
+	case SNAT:
+		out = append(out, &expr.Immediate{Register: register, Data: r.Source.AsSlice()}, &expr.NAT{
+			Type: expr.NATTypeSourceNAT, Family: uint32(nftTable(f, ownTable).Family),
+			RegAddrMin: register, RegAddrMax: register, FullyRandom: true,
+		})
+	case Unmark:
+		out = append(out, &expr.Meta{Key: expr.MetaKeyMARK, Register: register},
+			mask(binaryutil.NativeEndian.PutUint32(^r.Mark.Mask)),
+			&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: register})
 	case Accept:
 		out = append(out, &expr.Verdict{Kind: expr.VerdictAccept})
 	}
@@ -453,15 +402,11 @@ func (h header) load(offset, size uint32) expr.Any {
 	return &expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size}
 }
 
-// prefix matches an address with a prefix; the prefix of all addresses is no match. Where the prefix ends at a byte, only
-// the bytes before are loaded, which costs least.
+// prefix matches an address with a prefix; the prefix of all addresses is no match. Where the prefix ends at a byte,
+// only the bytes before are loaded, which costs least.
 func (h header) prefix(offset uint32, p netip.Prefix, not bool) []expr.Any {
 	if !p.IsValid() || p.Bits() == 0 && !not {
 		return nil
-	}
-	op := expr.CmpOpEq
-	if not {
-		op = expr.CmpOpNeq
 	}
 	size, bits := h.size, p.Bits()
 	if bits > 0 && bits%8 == 0 {
@@ -475,9 +420,19 @@ func (h header) prefix(offset uint32, p netip.Prefix, not bool) []expr.Any {
 		}
 		out = append(out, mask(ones))
 	}
-	return append(out, &expr.Cmp{Op: op, Register: register, Data: p.Addr().AsSlice()[:size]})
+	return append(out, &expr.Cmp{Op: equal(not), Register: register, Data: p.Addr().AsSlice()[:size]})
+}
+
+func equal(not bool) expr.CmpOp {
+	if not {
+		return expr.CmpOpNeq
+	}
+	return expr.CmpOpEq
 }
 
 func mask(ones []byte) expr.Any {
-	return &expr.Bitwise{SourceRegister: register, DestRegister: register, Len: uint32(len(ones)), Mask: ones, Xor: make([]byte, len(ones))}
+	return &expr.Bitwise{
+		SourceRegister: register, DestRegister: register, Len: uint32(len(ones)), Mask: ones,
+		Xor: make([]byte, len(ones)),
+	}
 }

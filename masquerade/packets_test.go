@@ -19,44 +19,46 @@ import (
 //
 //	pod ── cni0 ┐         ┌ overlay.1 ══════ peer: a node and the pods on it
 //	            │         │ eth0 ─────────── peer
-//	            └─ node ──┤ eth1 ─────────── world: the internet, and a host that is excluded from masquerade
+//	            └─ node ──┤ eth1 ─────────── external: the internet, and a host that is excluded from masquerade
 //	                      └ eth2 ─────────── direct: a peer node that is reached without the tunnel
 //
 // A veth pair stands in for the tunnel: the rules know it by its name alone. The node checks reverse paths strictly.
 
 // plan holds the addresses of one family.
 type plan struct {
-	f                                      addr.Family
-	pod, podGW, vtep                       string
-	node, nodeOther, nodeWorld, nodeDirect string
-	peer, peerPod, peerVTEP, peerSubnet    string
-	world, excluded, direct, multicast     string
-	hostBits, netBits                      int // of the addresses on one host, and on the links
+	f                                         addr.Family
+	pod, podGW, vtep                          string
+	node, nodeOther, nodeExternal, nodeDirect string
+	peer, peerPod, peerVTEP, peerSubnet       string
+	external, excluded, direct, multicast     string
+	hostBits, netBits                         int // of the addresses on one host, and on the links
 }
 
 func plans() []plan {
 	return []plan{{
 		f: addr.IPv4, pod: "10.244.5.2", podGW: "10.244.5.1", vtep: "10.244.5.0",
-		node: "192.0.2.1", nodeOther: "172.16.9.1", nodeWorld: "198.51.100.1", nodeDirect: "192.168.3.1",
+		node: "192.0.2.1", nodeOther: "172.16.9.1", nodeExternal: "198.51.100.1", nodeDirect: "192.168.3.1",
 		peer: "192.0.2.2", peerPod: "10.244.6.2", peerVTEP: "10.244.6.0", peerSubnet: "10.244.6.0/24",
-		world: "198.51.100.9", excluded: "203.0.113.9", direct: "192.168.3.2", multicast: "239.1.2.3", hostBits: 32, netBits: 24,
+		external: "198.51.100.9", excluded: "203.0.113.9", direct: "192.168.3.2", multicast: "239.1.2.3",
+		hostBits: 32, netBits: 24,
 	}, {
 		f: addr.IPv6, pod: "fd00:10:244:5::2", podGW: "fd00:10:244:5::1", vtep: "fd00:10:244:5::",
-		node: "2001:db8::1", nodeOther: "2001:db8:9::1", nodeWorld: "2001:db8:1::1", nodeDirect: "2001:db8:2::1",
+		node: "2001:db8::1", nodeOther: "2001:db8:9::1", nodeExternal: "2001:db8:1::1", nodeDirect: "2001:db8:2::1",
 		peer: "2001:db8::2", peerPod: "fd00:10:244:6::2", peerVTEP: "fd00:10:244:6::", peerSubnet: "fd00:10:244:6::/64",
-		world: "2001:db8:1::9", excluded: "2001:db8:3::9", direct: "2001:db8:2::2", multicast: "ff02::1:2345", hostBits: 128, netBits: 64,
+		external: "2001:db8:1::9", excluded: "2001:db8:3::9", direct: "2001:db8:2::2", multicast: "ff02::1:2345",
+		hostBits: 128, netBits: 64,
 	}}
 }
 
-type world struct {
-	t                              *testing.T
-	plan                           plan
-	pod, node, peer, world, direct *nstest.NS
+type testbed struct {
+	t                                 *testing.T
+	plan                              plan
+	pod, node, peer, external, direct *nstest.NS
 }
 
-func newWorld(t *testing.T, p plan) *world {
-	w := &world{t, p, nstest.New(t), nstest.New(t), nstest.New(t), nstest.New(t), nstest.New(t)}
-	in := wanted(p.f)
+func newTestbed(t *testing.T, p plan) *testbed {
+	w := &testbed{t, p, nstest.New(t), nstest.New(t), nstest.New(t), nstest.New(t), nstest.New(t)}
+	in := fullDesired(p.f)
 	subnet, network := in.Subnet.String(), in.Network.String()
 	for _, ns := range []*nstest.NS{w.node, w.peer} {
 		ns.Sysctl("net.ipv4.ip_forward", "1")
@@ -67,33 +69,33 @@ func newWorld(t *testing.T, p plan) *world {
 	nstest.Link(w.node, "cni0", w.pod, "eth0")
 	nstest.Link(w.node, "overlay.1", w.peer, "overlay.1")
 	nstest.Link(w.node, "eth0", w.peer, "eth0")
-	nstest.Link(w.node, "eth1", w.world, "eth0")
+	nstest.Link(w.node, "eth1", w.external, "eth0")
 	nstest.Link(w.node, "eth2", w.direct, "eth0")
 
 	wide, host := fmt.Sprintf("/%d", p.netBits), fmt.Sprintf("/%d", p.hostBits)
 	w.node.Addr("overlay.1", p.vtep+host)
 	w.node.Addr("cni0", p.podGW+wide)
 	w.node.Addr("eth0", p.node+wide)
-	w.node.Addr("eth1", p.nodeWorld+wide)
+	w.node.Addr("eth1", p.nodeExternal+wide)
 	w.node.Addr("eth2", p.nodeDirect+wide)
 	w.node.Addr("lo", p.nodeOther+host)
 	w.pod.Addr("eth0", p.pod+wide)
 	w.peer.Addr("overlay.1", p.peerVTEP+host)
 	w.peer.Addr("eth0", p.peer+wide)
 	w.peer.Addr("lo", p.peerPod+host)
-	w.world.Addr("eth0", p.world+wide)
-	w.world.Addr("lo", p.excluded+host)
+	w.external.Addr("eth0", p.external+wide)
+	w.external.Addr("lo", p.excluded+host)
 	w.direct.Addr("eth0", p.direct+wide)
 
 	w.ip(w.pod, "route add default via "+p.podGW)
 	w.ip(w.node, "route add "+p.peerSubnet+" via "+p.peerVTEP+" dev overlay.1 onlink")
 	w.ip(w.node, "route add "+p.peer+" via "+p.peerVTEP+" dev overlay.1 onlink table 100")
 	w.ip(w.node, "rule add from "+subnet+" lookup 100")
-	w.ip(w.node, "route add "+p.excluded+" via "+p.world)
+	w.ip(w.node, "route add "+p.excluded+" via "+p.external)
 	w.ip(w.peer, "route add "+subnet+" via "+p.vtep+" dev overlay.1 onlink")
 	w.ip(w.peer, "route add "+p.node+" via "+p.vtep+" dev overlay.1 onlink table 100")
 	w.ip(w.peer, "rule add from "+p.peerSubnet+" lookup 100")
-	w.ip(w.world, "route add "+network+" via "+p.nodeWorld)
+	w.ip(w.external, "route add "+network+" via "+p.nodeExternal)
 	w.ip(w.direct, "route add "+network+" via "+p.nodeDirect)
 	if p.f == addr.IPv4 {
 		w.ip(w.node, "route add 239.0.0.0/8 dev eth0")
@@ -101,14 +103,14 @@ func newWorld(t *testing.T, p plan) *world {
 	return w
 }
 
-func (w *world) ip(ns *nstest.NS, words string) {
+func (w *testbed) ip(ns *nstest.NS, words string) {
 	w.t.Helper()
 	ns.Exec(append([]string{"ip", fmt.Sprintf("-%d", w.plan.f)}, strings.Fields(words)...)...)
 }
 
-// seenAs sends a datagram to target, from the address bind if there is one, and returns the source address that
+// sentAs sends a datagram to target, from the address bind if there is one, and returns the source address that
 // arrived. The answer has to come back to the sender.
-func (w *world) seenAs(from *nstest.NS, bind string, to *nstest.NS, target string, port int) (string, error) {
+func (w *testbed) sentAs(from *nstest.NS, bind string, to *nstest.NS, target string, port int) (string, error) {
 	w.t.Helper()
 	var server net.PacketConn
 	var client net.Conn
@@ -150,8 +152,8 @@ func exchange(client net.Conn, server net.PacketConn) (net.Addr, error) {
 	return source, err
 }
 
-// multicastSeenAs sends to the group out of the node's eth0, from an address of the pod network.
-func (w *world) multicastSeenAs() (string, error) {
+// multicastSentAs sends to the group out of the node's eth0, from an address of the pod network.
+func (w *testbed) multicastSentAs() (string, error) {
 	var server, client net.Conn
 	var err error
 	group := &net.UDPAddr{IP: net.ParseIP(w.plan.multicast), Port: 6000}
@@ -192,7 +194,8 @@ func multicastBy(device string) func(network, address string, c syscall.RawConn)
 				err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_MULTICAST_IF, dev.Index)
 				return
 			}
-			err = unix.SetsockoptIPMreqn(int(fd), unix.IPPROTO_IP, unix.IP_MULTICAST_IF, &unix.IPMreqn{Ifindex: int32(dev.Index)})
+			err = unix.SetsockoptIPMreqn(int(fd), unix.IPPROTO_IP, unix.IP_MULTICAST_IF,
+				&unix.IPMreqn{Ifindex: int32(dev.Index)})
 		}
 		if e := c.Control(set); e != nil {
 			return e
@@ -205,10 +208,13 @@ func TestPackets(t *testing.T) {
 	t.Parallel()
 	for _, p := range plans() {
 		for _, v := range []Variant{VariantNFT, VariantLegacy} {
-			for name, make := range map[string]func(*testing.T, *nstest.NS, Variant) *rig{"iptables": newRig, "nftables": newNFTRig} {
+			for name, make := range map[string]func(*testing.T, *nstest.NS, Variant) *rig{
+				"iptables": newRig,
+				"nftables": newNFTRig,
+			} {
 				t.Run(p.f.String()+"/"+name+"/"+string(v), func(t *testing.T) {
 					t.Parallel()
-					w := newWorld(t, p)
+					w := newTestbed(t, p)
 					testPackets(t, w, make(t, w.node, v).withSets())
 				})
 			}
@@ -216,20 +222,26 @@ func TestPackets(t *testing.T) {
 	}
 }
 
-func testPackets(t *testing.T, w *world, r *rig) {
-	const markedPort = 4000
+func testPackets(t *testing.T, w *testbed, r *rig) {
+	const markedPort, lastMarked = 4000, 4099 // one for each row: a process that just starts may hold the last socket
 	p := w.plan
-	in := wanted(p.f)
+	in := fullDesired(p.f)
 	in.DirectNodes, in.Nodes = true, []netip.Addr{netip.MustParseAddr(p.direct)}
 	r.iptables(p.f, "-P FORWARD DROP") // as Docker leaves it
-	r.iptables(p.f, fmt.Sprintf("-t mangle -A PREROUTING -p udp --dport %d -j MARK --set-xmark 0x4000/0x4000", markedPort))
+	for _, hook := range []string{"PREROUTING", "OUTPUT"} {
+		r.iptables(p.f, fmt.Sprintf("-t mangle -A %s -p udp --dport %d:%d -j MARK --set-xmark 0x4001/0x4001", hook,
+			markedPort, lastMarked))
+	}
 
-	if got, err := w.seenAs(w.pod, "", w.world, p.world, 0); err == nil {
+	w.node.Exec("nft", `add table inet late { chain c { type filter hook postrouting priority 300 ;
+		oifname "overlay.1" mark and 0x4001 == 0x4001 counter ; oifname "overlay.1" mark and 0x4001 == 0x1 counter ; } ; }`)
+
+	if got, err := w.sentAs(w.pod, "", w.external, p.external, 0); err == nil {
 		t.Fatalf("forwarded without our rules, seen as %s: the test shows nothing", got)
 	}
 	r.ensure(Rules(in))
 
-	for _, row := range []struct {
+	for i, row := range []struct {
 		name   string
 		from   *nstest.NS
 		bind   string
@@ -238,9 +250,9 @@ func testPackets(t *testing.T, w *world, r *rig) {
 		port   int
 		want   string
 	}{
-		{"pod to world", w.pod, "", w.world, p.world, 0, p.nodeWorld},
-		{"pod to excluded", w.pod, "", w.world, p.excluded, 0, p.pod},
-		{"pod to world, marked by kube-proxy", w.pod, "", w.world, p.world, markedPort, p.pod},
+		{"pod to external", w.pod, "", w.external, p.external, 0, p.nodeExternal},
+		{"pod to excluded", w.pod, "", w.external, p.excluded, 0, p.pod},
+		{"pod to external, marked by kube-proxy", w.pod, "", w.external, p.external, markedPort, p.pod},
 		{"pod to pod elsewhere", w.pod, "", w.peer, p.peerPod, 0, p.pod},
 		{"pod to a node through the tunnel", w.pod, "", w.peer, p.peer, 0, p.pod},
 		{"pod to a node directly", w.pod, "", w.direct, p.direct, 0, p.pod},
@@ -249,20 +261,35 @@ func testPackets(t *testing.T, w *world, r *rig) {
 		{"node to its own pod, from another of its addresses", w.node, p.nodeOther, w.pod, p.pod, 0, p.nodeOther},
 		{"node to pod elsewhere", w.node, "", w.peer, p.peerPod, 0, p.vtep},
 		{"node to pod elsewhere, from the address that peers know", w.node, p.node, w.peer, p.peerPod, 0, p.node},
-		{"node to pod elsewhere, from another of its addresses", w.node, p.nodeOther, w.peer, p.peerPod, 0, p.vtep},
-		{"node to world", w.node, "", w.world, p.world, 0, p.nodeWorld},
-		{"node to world, from its address on the bridge", w.node, p.podGW, w.world, p.world, 0, p.nodeWorld},
+		{"node to pod elsewhere, from another of its addresses", w.node, p.nodeOther, w.peer, p.peerPod, 0, p.node},
+		{"node to pod elsewhere, marked", w.node, "", w.peer, p.peerPod, markedPort, p.node},
+		{"node's address to pod elsewhere, marked", w.node, p.node, w.peer, p.peerPod, markedPort, p.node},
+		{"pod to pod elsewhere, marked", w.pod, "", w.peer, p.peerPod, markedPort, p.node},
+		{"pod to a node through the tunnel, marked", w.pod, "", w.peer, p.peer, markedPort, p.pod},
+		{"node to external", w.node, "", w.external, p.external, 0, p.nodeExternal},
+		{"node to external, from its address on the bridge", w.node, p.podGW, w.external, p.external, 0, p.nodeExternal},
 		{"peer's pod to pod", w.peer, p.peerPod, w.pod, p.pod, 0, p.peerPod},
 		{"peer to pod", w.peer, p.peer, w.pod, p.pod, 0, p.peer},
 		{"peer's pod to node", w.peer, p.peerPod, w.node, p.node, 0, p.peerPod},
-		{"world to pod", w.world, p.world, w.pod, p.pod, 0, p.world},
-		{"world to pod elsewhere", w.world, p.world, w.peer, p.peerPod, 0, p.vtep},
+		{"external to pod", w.external, p.external, w.pod, p.pod, 0, p.external},
+		{"external to pod elsewhere", w.external, p.external, w.peer, p.peerPod, 0, p.node},
+		{"external to pod elsewhere, marked", w.external, p.external, w.peer, p.peerPod, markedPort, p.node},
 	} {
-		if got, err := w.seenAs(row.from, row.bind, row.to, row.target, row.port); err != nil || got != row.want {
+		if row.port != 0 {
+			row.port += i
+		}
+		if got, err := w.sentAs(row.from, row.bind, row.to, row.target, row.port); err != nil || got != row.want {
 			t.Errorf("%s: seen as %q, want %s; %v", row.name, got, row.want, err)
 		}
 	}
-	if got, err := w.multicastSeenAs(); err != nil || got != p.podGW {
+	// Of five marked packets, four were given an address: of their mark, kube-proxy's bit is gone, and no other.
+	late := w.node.Exec("nft", "list", "table", "inet", "late")
+	for mark, packets := range map[string]int{"0x00004001": 1, "0x00000001": 4} {
+		if !strings.Contains(late, fmt.Sprintf("== %s counter packets %d ", mark, packets)) {
+			t.Errorf("want %d packets with the mark %s: %s", packets, mark, late)
+		}
+	}
+	if got, err := w.multicastSentAs(); err != nil || got != p.podGW {
 		t.Errorf("multicast: seen as %q, want %s; %v", got, p.podGW, err)
 	}
 
@@ -278,10 +305,11 @@ func testPackets(t *testing.T, w *world, r *rig) {
 			target     string
 		}{
 			{w.node, p.node, want, w.peer, p.peerPod},
+			{w.external, p.external, want, w.peer, p.peerPod},
 			{w.pod, "", p.pod, w.peer, p.peerPod},
 			{w.node, p.node, p.node, w.pod, p.pod},
 		} {
-			if got, err := w.seenAs(row.from, row.bind, row.to, row.target, 0); err != nil || got != row.want {
+			if got, err := w.sentAs(row.from, row.bind, row.to, row.target, 0); err != nil || got != row.want {
 				t.Errorf("answers without the tunnel from %v: %s to %s seen as %q, want %s; %v", in.Bare, row.bind, row.target, got,
 					row.want, err)
 			}
@@ -292,17 +320,17 @@ func testPackets(t *testing.T, w *world, r *rig) {
 	// A peer that is not in the set, and a node that peers know by an address which it does not have.
 	in.Node, in.Nodes = netip.Addr{}, nil
 	r.ensure(Rules(in))
-	if got, err := w.seenAs(w.pod, "", w.direct, p.direct, 0); err != nil || got != p.nodeDirect {
+	if got, err := w.sentAs(w.pod, "", w.direct, p.direct, 0); err != nil || got != p.nodeDirect {
 		t.Errorf("pod to a node not in the set: seen as %q, want %s; %v", got, p.nodeDirect, err)
 	}
-	if got, err := w.seenAs(w.node, p.node, w.peer, p.peerPod, 0); err != nil || got != p.vtep {
+	if got, err := w.sentAs(w.node, p.node, w.peer, p.peerPod, 0); err != nil || got != p.vtep {
 		t.Errorf("node with a public address elsewhere: seen as %q, want %s; %v", got, p.vtep, err)
 	}
 
 	// What no driver can help against, as the documentation says: in nftables another table's drop is final.
 	w.node.Exec("nft", "add table inet foreign { chain c { type filter hook forward priority 0 ; policy drop ; } ; }")
 	r.ensure(Rules(in))
-	if got, err := w.seenAs(w.pod, "", w.world, p.world, 0); err == nil {
+	if got, err := w.sentAs(w.pod, "", w.external, p.external, 0); err == nil {
 		t.Errorf("forwarded against another table's policy, seen as %s", got)
 	}
 }

@@ -41,12 +41,12 @@ func (h hookChain) only(calls bool) hookChain {
 // jumpFault tells what is wrong with the jump to our chain, if anything.
 func (h hookChain) jumpFault(p Place) DriftKind {
 	jumps := h.jumps()
-	switch is, want := h.place(p); {
+	switch is, should := h.place(p); {
 	case len(jumps) == 0:
 		return JumpMissing
 	case len(jumps) > 1:
 		return JumpRepeated
-	case is != want:
+	case is != should:
 		return JumpMisplaced
 	case !jumps[0].plain:
 		return JumpChanged
@@ -58,7 +58,7 @@ func (h hookChain) jumpFault(p Place) DriftKind {
 // are all: our accepts are for packets that no other rule has decided about. A policy rule ends the chain for every
 // packet: ours come before it, whatever another program has put behind it in vain. Where such a rule was put in front
 // of our jump, it counts as that only if nothing else follows it: an operator can stop all traffic for a while.
-func (h hookChain) place(p Place) (is, want int) {
+func (h hookChain) place(p Place) (is, should int) {
 	if is = slices.IndexFunc(h, func(r hookRule) bool { return r.calls }); is < 0 {
 		is = 0
 	}
@@ -70,18 +70,18 @@ func (h hookChain) place(p Place) (is, want int) {
 	if first := slices.IndexFunc(others, isPolicy); first >= 0 && is <= first {
 		return is, others[:first].beforeLogs()
 	}
-	want = len(others)
-	for want > 0 && isPolicy(others[want-1]) {
-		want--
+	should = len(others)
+	for should > 0 && isPolicy(others[should-1]) {
+		should--
 	}
-	if want < len(others) {
-		want = others[:want].beforeLogs()
+	if should < len(others) {
+		should = others[:should].beforeLogs()
 	}
-	return is, want
+	return is, should
 }
 
-// beforeLogs is how many rules stand before those that log what the policy behind them takes. They would say of packets
-// which we accept that these were dropped.
+// beforeLogs is how many rules stand before those that log what the policy behind them takes. They would report packets
+// as dropped which we accept.
 func (h hookChain) beforeLogs() int {
 	n := len(h)
 	for n > 0 && h[n-1].kind == logs {
@@ -153,23 +153,9 @@ func identity(r *nftables.Rule) string {
 	return b.String()
 }
 
-// pace bounds how often the jump in FORWARD is moved, since another program may want the last place for itself:
-// moveBurst times at once, and then every MoveEvery.
-type pace struct{ spent time.Time }
-
+// A jump is moved moveBurst times at once, and then every MoveEvery.
 const (
 	moveBurst = 10
 	// MoveEvery is when to compare again after a JumpContested.
 	MoveEvery = 5 * time.Second
 )
-
-// take returns the pace after one more move, and false while there must be none.
-func (p pace) take(now time.Time) (pace, bool) {
-	if p.spent.Sub(now) > (moveBurst-1)*MoveEvery {
-		return p, false
-	}
-	if p.spent.Before(now) {
-		p.spent = now
-	}
-	return pace{p.spent.Add(MoveEvery)}, true
-}

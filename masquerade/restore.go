@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// ErrSet is in the error when iptables refused a rule that matches on a set: the set is not there, or the kernel cannot
-// match on sets.
+// ErrSet is in the error when iptables rejected a rule that matches on a set: the set is not there, or the kernel
+// cannot match on sets.
 var ErrSet = errors.New("no ipset match")
 
 // execTimeout bounds one run of iptables. Its wait for the xtables lock is bounded by itself, and much tighter.
@@ -25,10 +25,10 @@ const execTimeout = time.Minute
 type runner func(ctx context.Context, stdin, name string, args ...string) (string, error)
 
 // execRun starts the command from the calling thread, so that it runs in that thread's network namespace. The error is
-// one line: what the command says first.
+// the first line that the command writes to stderr.
 func execRun(ctx context.Context, stdin, name string, args ...string) (string, error) {
 	var stdout, stderr bytes.Buffer
-	ctx, cancel := context.WithTimeoutCause(ctx, execTimeout, fmt.Errorf("no end after %v", execTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, execTimeout, fmt.Errorf("timed out after %v", execTimeout))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
@@ -69,8 +69,8 @@ func firstLine(stderr string) string {
 	return ""
 }
 
-// restore gives iptables-restore its input. go-iptables cannot replace the rules of a chain so that no packet meets half
-// of them. What the input does not name stays.
+// restore gives iptables-restore its input. go-iptables cannot replace the rules of a chain so that no packet meets
+// half of them. What the input does not name stays.
 func (t *tables) restore(ctx context.Context, input string) error {
 	if input == "" {
 		return nil

@@ -19,7 +19,7 @@ type rig struct {
 	ns      *nstest.NS
 	variant Variant // of iptables
 	native  bool    // the driver on nftables
-	driver  families
+	driver  *driver
 	sets    Sets
 	run     runner        // for iptables-restore
 	wait    time.Duration // for the xtables lock
@@ -58,15 +58,13 @@ func (r *rig) withSets() *rig {
 	return r
 }
 
-// restart gives the rig a driver that remembers nothing.
+// restart gives the rig a driver that knows nothing.
 func (r *rig) restart() {
-	of := func() driver {
-		if r.native {
-			return &nftablesDriver{open: r.open, sets: r.sets}
-		}
-		return &iptablesDriver{variant: r.variant, open: r.open, sets: r.sets}
+	o := Options{Kind: KindIPTables, Variant: r.variant, Sets: r.sets}
+	if r.native {
+		o.Kind = KindNFTables
 	}
-	r.driver = families{of(), of()}
+	r.driver = newDriver(o, r.open)
 }
 
 // open counts what the tables start.
@@ -95,7 +93,7 @@ func (r *rig) ensure(want ...Ruleset) ([]Drift, int) {
 func (r *rig) tryEnsure(want ...Ruleset) (drifts []Drift, restores int, err error) {
 	r.calls = nil
 	var res Result
-	r.ns.Do(func() { res, err = r.driver.Ensure(r.t.Context(), per(want), true) })
+	r.ns.Do(func() { res, err = r.driver.Ensure(r.t.Context(), per(want)) })
 	for _, c := range r.calls {
 		if strings.Contains(c, "-restore ") {
 			restores++
@@ -161,8 +159,8 @@ func (r *rig) saved() string {
 	return all.String()
 }
 
-// wanted is an input with every kind of rule but the one on a set, for which there has to be a set.
-func wanted(f addr.Family) Input {
+// fullDesired is an input with every kind of rule but the one on a set, for which there has to be a set.
+func fullDesired(f addr.Family) Input {
 	in := Input{Tunnel: "overlay.1", Masquerade: true, Forward: true}
 	if f == addr.IPv4 {
 		in.Network, in.Subnet = netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("10.244.5.0/24")
@@ -175,7 +173,7 @@ func wanted(f addr.Family) Input {
 	return in
 }
 
-func both() []Ruleset { return []Ruleset{Rules(wanted(addr.IPv4)), Rules(wanted(addr.IPv6))} }
+func both() []Ruleset { return []Ruleset{Rules(fullDesired(addr.IPv4)), Rules(fullDesired(addr.IPv6))} }
 
 // per is the rulesets by their families.
 func per(rulesets []Ruleset) (out addr.Per[Ruleset]) {

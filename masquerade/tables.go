@@ -16,6 +16,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
+	"golang.org/x/time/rate"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -55,7 +56,9 @@ type tables struct {
 	run    runner
 
 	written map[Place]written
-	paces   map[Place]pace
+	noSets  error                   // why iptables rejected rules that match on a set, the last time; nil: it did not
+	refused time.Time               // when that was
+	moves   map[Place]*rate.Limiter // of the jumps, since another program may want the same place for its own
 }
 
 // written is the rules that were written at a place, and how the kernel showed them afterwards.
@@ -70,7 +73,11 @@ func openTables(wait time.Duration) opener {
 	return func(ctx context.Context, f addr.Family, v Variant) (*tables, error) {
 		t := &tables{
 			family: f, name: programName(f, v), legacy: v == VariantLegacy, run: execRun,
-			wait: strconv.Itoa(max(1, int(wait.Round(time.Second)/time.Second))), written: map[Place]written{}, paces: map[Place]pace{},
+			wait:    strconv.Itoa(max(1, int(wait.Round(time.Second)/time.Second))),
+			written: map[Place]written{}, moves: map[Place]*rate.Limiter{},
+		}
+		for _, p := range Places() {
+			t.moves[p] = rate.NewLimiter(rate.Every(MoveEvery), moveBurst)
 		}
 		if !programThere(f, v) {
 			return nil, fmt.Errorf("%s-restore: %w", t.name, exec.ErrNotFound)
@@ -88,8 +95,8 @@ func openTables(wait time.Duration) opener {
 	}
 }
 
-// findVariant tells which variant the program is, which go-iptables keeps to itself. Where the file does not say it, the
-// program is asked: that also bounds the time of a program that does not end, which go-iptables would wait for.
+// findVariant tells which variant the program is, which go-iptables keeps to itself. Where the file does not say it,
+// the program is asked: that also bounds the time of a program that does not end, which go-iptables would wait for.
 func (t *tables) findVariant(ctx context.Context) error {
 	path, err := exec.LookPath(t.name)
 	if err != nil {
@@ -133,10 +140,6 @@ type seen struct {
 	hook  hookChain
 }
 
-func (s seen) equal(o seen) bool {
-	return slices.Equal(s.chain, o.chain) && slices.Equal(s.hook, o.hook)
-}
-
 // change is what has to be written at one place.
 type change struct {
 	Chain
@@ -161,7 +164,10 @@ func (t *tables) ensure(ctx context.Context, chains []Chain) (found []Drift, err
 			ch.kinds, ch.chain = []DriftKind{kind}, true
 		}
 		if kind := s.hook.jumpFault(c.Place); kind == JumpMisplaced && !ch.chain {
-			ch.kinds = []DriftKind{t.mayMove(c.Place)}
+			ch.kinds = []DriftKind{JumpContested}
+			if t.moves[c.Place].Allow() {
+				ch.kinds[0] = JumpMisplaced
+			}
 		} else if kind != "" {
 			ch.kinds = append(ch.kinds, kind)
 		}
@@ -198,16 +204,7 @@ func (t *tables) compareChain(p Place, s seen, rules []string) DriftKind {
 	return ""
 }
 
-// mayMove tells whether a jump that is not at its place may be moved there now.
-func (t *tables) mayMove(p Place) DriftKind {
-	next, ok := t.paces[p].take(time.Now())
-	if t.paces[p] = next; ok {
-		return JumpMisplaced
-	}
-	return JumpContested
-}
-
-// apply makes the changes, all by one iptables-restore or, where it refuses that, each by one of its own. It returns an
+// apply makes the changes, all by one iptables-restore or, where it rejects that, each by one of its own. It returns an
 // error or nil for each.
 func (t *tables) apply(ctx context.Context, changes []change) []error {
 	errs := make([]error, len(changes))
@@ -242,7 +239,8 @@ func (t *tables) finish(ctx context.Context, c change) error {
 	t.written[c.Place] = written{c.rules, s.chain}
 	if len(s.chain) != len(c.rules) || len(s.hook.jumps()) != 1 {
 		t.written[c.Place] = written{}
-		return fmt.Errorf("%s table: %s differs from what was just written: another program may be writing it too", c.Table, c.Name)
+		return fmt.Errorf("%s table: %s differs from what was just written: another program may be writing it too",
+			c.Table, c.Name)
 	}
 	return nil
 }
@@ -250,12 +248,9 @@ func (t *tables) finish(ctx context.Context, c change) error {
 // placeJump replaces the jumps to our chain by one at its place, in one transaction.
 func placeJump(f addr.Family, p Place, hook hookChain) error {
 	conn := connect()
-	table := nftTable(f, string(p.Table))
-	chain := &nftables.Chain{Name: string(p.Hook), Table: table}
-	for _, jump := range hook.jumps() {
-		if err := conn.DelRule(&nftables.Rule{Table: table, Chain: chain, Handle: jump.handle}); err != nil {
-			return err
-		}
+	table, chain := nftTable(f, string(p.Table)), &nftables.Chain{Name: string(p.Hook)}
+	if err := deleteJumps(conn, f, p, hook); err != nil {
+		return err
 	}
 	jump := &nftables.Rule{
 		Table: table, Chain: chain,
@@ -265,36 +260,47 @@ func placeJump(f addr.Family, p Place, hook hookChain) error {
 		jump.UserData = userdata.AppendString(nil, userdata.TypeComment, jumpComment)
 	}
 	others := hook.others()
-	switch _, want := hook.place(p); want {
+	switch _, should := hook.place(p); should {
 	case len(others):
 		conn.AddRule(jump)
 	case 0:
 		conn.InsertRule(jump)
 	default: // before a rule that was read: the chain's policy, or what logs for it
-		jump.Position = others[want].handle
+		jump.Position = others[should].handle
 		conn.InsertRule(jump)
 	}
 	return conn.Flush()
 }
 
+// deleteJumps deletes the jumps to our chain.
+func deleteJumps(conn *nftables.Conn, f addr.Family, p Place, hook hookChain) error {
+	table, chain := nftTable(f, string(p.Table)), &nftables.Chain{Name: string(p.Hook)}
+	for _, jump := range hook.jumps() {
+		if err := conn.DelRule(&nftables.Rule{Table: table, Chain: chain, Handle: jump.handle}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // observe reads our chain and the hook's. A dump of nf_tables can miss rules while another program commits a
-// transaction, and the library does not say when that was so: what was read counts if it was read twice.
+// transaction: what was read counts if the generation stayed.
 func (t *tables) observe(ctx context.Context, p Place) (seen, error) {
 	if t.legacy {
 		return t.observeLegacy(ctx, p)
 	}
-	var last seen
-	for n := range maxReads {
+	for range maxReads {
+		before, errBefore := generation()
 		s, err := observeNFT(t.family, p)
-		if err != nil || n > 0 && s.equal(last) {
+		after, errAfter := generation()
+		if err = errors.Join(errBefore, err, errAfter); err != nil || before == after {
 			return s, err
 		}
-		last = s
 	}
-	return last, fmt.Errorf("%s table: other programs changed it %d times while it was read", p.Table, maxReads)
+	return seen{}, fmt.Errorf("%s table: other programs changed it %d times while it was read", p.Table, maxReads)
 }
 
-// maxReads is how often the chains are read until they are the same twice.
+// maxReads is how often the chains are read until nothing changes meanwhile.
 const maxReads = 10
 
 func observeNFT(f addr.Family, p Place) (seen, error) {
@@ -339,10 +345,11 @@ func (t *tables) lines(ctx context.Context, table Table, chain string) (rules []
 	return rules, err == nil, err
 }
 
-// removeLegacy takes our chains at these places out of the tables of iptables-legacy. It creates no table by looking.
+// removeLegacy takes our chains at these places out of the tables of iptables-legacy. It creates no table.
 func removeLegacy(ctx context.Context, f addr.Family, places []Place, open opener) ([]Drift, error) {
 	names, err := legacyNames(f)
-	places = slices.DeleteFunc(slices.Clone(places), func(p Place) bool { return !slices.Contains(names, string(p.Table)) })
+	isMissing := func(p Place) bool { return !slices.Contains(names, string(p.Table)) }
+	places = slices.DeleteFunc(slices.Clone(places), isMissing)
 	if err != nil || len(places) == 0 || !programThere(f, VariantLegacy) {
 		return nil, err
 	}
@@ -382,25 +389,22 @@ func removeNFT(f addr.Family, places []Place) ([]Drift, error) {
 	var found []Drift
 	for _, p := range places {
 		conn := connect()
-		table := nftTable(f, string(p.Table))
-		chain := &nftables.Chain{Table: table, Name: p.Name}
+		chain := &nftables.Chain{Table: nftTable(f, string(p.Table)), Name: p.Name}
 		if have, err := findChain(f, string(p.Table), p.Name); err != nil || have == nil {
 			continue // a kernel without nf_tables has nothing of ours
 		}
 		s, err := observeNFT(f, p)
 		if err != nil {
-			return found, fmt.Errorf("%s table: %w", p.Table, err)
+			return found, fmt.Errorf("iptables-nft, %s table: %w", p.Table, err)
 		}
-		for _, jump := range s.hook.jumps() {
-			r := &nftables.Rule{Table: table, Chain: &nftables.Chain{Name: string(p.Hook)}, Handle: jump.handle}
-			if err := conn.DelRule(r); err != nil {
-				return found, err
-			}
+		if err := deleteJumps(conn, f, p, s.hook); err != nil {
+			return found, err
 		}
 		conn.FlushChain(chain)
 		conn.DelChain(chain)
 		if err := conn.Flush(); err != nil {
-			return found, fmt.Errorf("%s table: remove chain %s (does another rule still jump to it?): %w", p.Table, p.Name, err)
+			return found, fmt.Errorf("iptables-nft, %s table: remove chain %s (does another rule still jump to it?): %w",
+				p.Table, p.Name, err)
 		}
 		found = append(found, drifts(f, p, Leftover)...)
 	}

@@ -19,8 +19,8 @@ func (t *tables) replace(c change) string {
 		for _, old := range hook.jumps() {
 			lines = append(lines, "-D"+strings.TrimPrefix(old.text, "-A"))
 		}
-		if _, want := hook.place(c.Place); want < len(hook.others()) {
-			jump = strings.Replace(jump, "-A "+string(c.Hook), fmt.Sprintf("-I %s %d", c.Hook, want+1), 1)
+		if _, should := hook.place(c.Place); should < len(hook.others()) {
+			jump = strings.Replace(jump, "-A "+string(c.Hook), fmt.Sprintf("-I %s %d", c.Hook, should+1), 1)
 		}
 	}
 	if c.chain || t.legacy {
@@ -56,7 +56,11 @@ func renderRule(p Place, r Rule, randomFully bool) string {
 		words = append(words, "-o", r.OutDevice)
 	}
 	if r.Mark.Mask != 0 {
-		words = append(words, "-m", "mark", "--mark", fmt.Sprintf("0x%x/0x%x", r.Mark.Value, r.Mark.Mask))
+		words = append(words, "-m", "mark")
+		if r.MarkNot {
+			words = append(words, "!")
+		}
+		words = append(words, "--mark", fmt.Sprintf("0x%x/0x%x", r.Mark.Value, r.Mark.Mask))
 	}
 	if r.DstSet != "" {
 		words = append(words, "-m", "set")
@@ -66,15 +70,28 @@ func renderRule(p Place, r Rule, randomFully bool) string {
 		words = append(words, "--match-set", r.DstSet, "dst")
 	}
 	words = append(words, renderComment(p, r.Comment)...)
-	words = append(words, "-j", map[Verdict]string{Return: "RETURN", Masquerade: "MASQUERADE", Accept: "ACCEPT"}[r.Verdict])
-	if r.Verdict == Masquerade && randomFully {
+	words = append(words, "-j")
+	switch r.Verdict {
+	case Return:
+		words = append(words, "RETURN")
+	case Masquerade:
+		words = append(words, "MASQUERADE")
+	case SNAT:
+		words = append(words, "SNAT", "--to-source", r.Source.String())
+	case Unmark:
+		words = append(words, "MARK", "--set-xmark", fmt.Sprintf("0x0/0x%x", r.Mark.Mask))
+	case Accept:
+		words = append(words, "ACCEPT")
+	}
+	if randomFully && (r.Verdict == Masquerade || r.Verdict == SNAT) {
 		words = append(words, "--random-fully")
 	}
 	return strings.Join(words, " ")
 }
 
-// renderComment leaves out the comment where every packet passes. To iptables it is a match like others, which the kernel calls
-// for each packet; two of them take 3 % of what it costs to forward one. The NAT table sees only the first packet of a connection.
+// renderComment leaves out the comment where every packet passes. To iptables it is a match like others, which the
+// kernel calls for each packet; two of them take 3 % of what it costs to forward one. Only the first packet of a
+// connection passes the NAT table.
 func renderComment(p Place, comment string) []string {
 	switch {
 	case p.Table != NAT:

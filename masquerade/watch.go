@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -12,14 +13,14 @@ import (
 
 // Watch is notified of changes in nf_tables, in the network namespace of the calling thread, until ctx ends: of those
 // that name our table or a chain of iptables in which we have rules. The channel holds one notification, however many
-// there were; it is closed when the kernel notifies no longer. The rules of iptables-nft are in nf_tables; of changes in
-// those of iptables-legacy the kernel sends no notifications.
+// there were; it is closed when the kernel notifies no longer. The rules of iptables-nft are in nf_tables; of changes
+// in those of iptables-legacy the kernel sends no notifications.
 func Watch(ctx context.Context) (<-chan struct{}, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("netlink socket for nf_tables: %w", err)
 	}
-	_ = conn.SetReadBuffer(watchBuffer) // a help; where it is refused, a lost notification is a notification too
+	_ = conn.SetReadBuffer(watchBuffer) // where it is denied, a lost notification is a notification too
 	if err := conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("notifications of nf_tables: %w", err)
@@ -36,7 +37,7 @@ func Watch(ctx context.Context) (<-chan struct{}, error) {
 			case err != nil:
 				_ = conn.Close()
 				return
-			case !concern(messages):
+			case !slices.ContainsFunc(messages, func(m netlink.Message) bool { return concerns(m.Data) }):
 				continue
 			}
 			select {
@@ -50,15 +51,6 @@ func Watch(ctx context.Context) (<-chan struct{}, error) {
 
 // watchBuffer holds the notifications of a large transaction (kube-proxy's, say) until they are read, in bytes.
 const watchBuffer = 8 << 20
-
-func concern(messages []netlink.Message) bool {
-	for _, m := range messages {
-		if concerns(m.Data) {
-			return true
-		}
-	}
-	return false
-}
 
 // concerns tells whether a message about nf_tables names our table, or a place of ours in a table of iptables. Names
 // stand in it as they are, with a zero behind; where exactly is no matter, since a notification only means: compare.

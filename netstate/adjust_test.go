@@ -16,7 +16,7 @@ func (n *node) adjust(gone, come State) Result {
 	n.t.Helper()
 	var res Result
 	var err error
-	n.Do(func() { res, err = n.k.Adjust(gone, come) })
+	n.Do(func() { res, err = n.k.Reconcile(Update{Gone: gone, Come: come, Prune: n.k.prune}) })
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -27,7 +27,7 @@ func (n *node) adjust(gone, come State) Result {
 func TestUncover(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	desired := Merge(fullState(), peersAt(map[int]int{1: 1, 2: 2}).state())
+	desired := merge(fullState(), peersAt(map[int]int{1: 1, 2: 2}).state())
 	n.converge(desired)
 	var res Result
 	var err error
@@ -91,11 +91,11 @@ func TestAdjust(t *testing.T) {
 				t.Fatalf("round %d, after %s: %+v", round, drift, res)
 			}
 		}
-		if n.wantState(Merge(base, after.state())); t.Failed() {
+		if n.wantState(merge(base, after.state())); t.Failed() {
 			t.Fatalf("round %d, after %q", round, drift)
 		}
 	}
-	whole := Merge(base, peersAt(at).state())
+	whole := merge(base, peersAt(at).state())
 	if res := n.reconcile(whole); len(res.Done)+len(res.Failed) > 0 || !res.Repaired {
 		t.Errorf("a Reconcile of the whole: %+v", res)
 	}
@@ -110,16 +110,16 @@ func TestAdjustAfterAddMissing(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	base, one, two := fullState(), peersAt(map[int]int{1: 0}).state(), peersAt(map[int]int{2: 0}).state()
-	n.converge(Merge(base, one))
+	n.converge(merge(base, one))
 	n.open()
 	n.Do(func() {
-		if _, err := n.k.AddMissing(base); err != nil {
+		if _, err := n.k.Reconcile(Update{Come: base, All: true}); err != nil {
 			t.Fatal(err)
 		}
 	})
 	n.adjust(State{}, two)
 	n.adjust(two, State{})
-	n.wantState(Merge(base, one, two))
+	n.wantState(merge(base, one, two))
 	n.converge(base)
 	n.wantState(base)
 }
@@ -129,7 +129,7 @@ func TestCompare(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	base, one := fullState(), peersAt(map[int]int{1: 0}).state()
-	whole := Merge(base, one)
+	whole := merge(base, one)
 	n.converge(whole)
 	n.open()
 	changes := func(when string, want ...Op) {
@@ -147,7 +147,7 @@ func TestCompare(t *testing.T) {
 	}
 	changes("nothing is desired yet")
 	n.Do(func() {
-		if _, err := n.k.AddMissing(base.clone()); err != nil {
+		if _, err := n.k.Reconcile(Update{Come: base.clone(), All: true}); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -173,7 +173,7 @@ func TestAdjustFirst(t *testing.T) {
 	if res := n.adjust(State{}, one); len(res.Failed) > 0 || res.Repaired {
 		t.Errorf("%+v", res)
 	}
-	n.wantState(Merge(base, one))
+	n.wantState(merge(base, one))
 }
 
 // TestAdjustOfDevices: what is on a device that has to be made anew comes back.
@@ -215,7 +215,7 @@ func TestRepaired(t *testing.T) {
 		{"no adjustment, after a drift", func() Result { drift(); return n.adjust(State{}, State{}) }, true},
 		{"an adjustment, after a drift", func() Result { drift(); return n.adjust(more, State{}) }, false},
 		{"the same as a whole", func() Result { drift(); return n.reconcile(want) }, true},
-		{"another", func() Result { drift(); return n.reconcile(Merge(want, more)) }, false},
+		{"another", func() Result { drift(); return n.reconcile(merge(want, more)) }, false},
 	} {
 		if res := step.do(); res.Repaired != step.want || len(res.Failed) > 0 {
 			t.Errorf("%s: %+v", step.does, res)
@@ -224,7 +224,7 @@ func TestRepaired(t *testing.T) {
 	n.inject(1<<30, interrupted)
 	n.Do(func() {
 		n.forget()
-		if _, err := n.k.Reconcile(want); err == nil {
+		if _, err := n.k.Reconcile(all(want)); err == nil {
 			t.Error("an interrupted dump was believed")
 		}
 	})

@@ -78,7 +78,8 @@ func BenchmarkAdjust(b *testing.B) {
 		steps := oneMore()
 		n.Do(func() {
 			for i := 0; b.Loop(); i++ {
-				if res, err := n.k.Adjust(steps[i%2][0], steps[i%2][1]); err != nil || len(res.Done) != 4 || len(res.Failed) > 0 {
+				u := Update{Gone: steps[i%2][0], Come: steps[i%2][1], Prune: true}
+				if res, err := n.k.Reconcile(u); err != nil || len(res.Done) != 4 || len(res.Failed) > 0 {
 					b.Fatal(res, err)
 				}
 			}
@@ -91,7 +92,7 @@ func BenchmarkPatch(b *testing.B) {
 	bySize(b, func(b *testing.B, peers int) {
 		s, steps := manyPeers(peers), oneMore()
 		for i := 0; b.Loop(); i++ {
-			if was, is := s.patch(steps[i%2][0], steps[i%2][1]); was.size()+is.size() != 4 {
+			if was, is := s.patch(steps[i%2][0], steps[i%2][1]); len(objects(was))+len(objects(is)) != 4 {
 				b.Fatal(was, is)
 			}
 		}
@@ -164,7 +165,7 @@ func BenchmarkEncode(b *testing.B) {
 func BenchmarkHear(b *testing.B) {
 	bySize(b, func(b *testing.B, peers int) {
 		want := manyPeers(peers)
-		e := expectation{state: &want, devices: devices{index: map[uint32]string{7: dev4}}}
+		e := expecting(&want, map[uint32]string{7: dev4})
 		k := &Kernel{index: map[string]int{dev4: 7}}
 		var all [][]byte
 		for _, f := range want.FDB {
@@ -175,7 +176,7 @@ func BenchmarkHear(b *testing.B) {
 			all = append(all, out.buf)
 		}
 		for i := 0; b.Loop(); i++ {
-			if e.contradicted(all[i%len(all)], false) {
+			if e.contradicted(all[i%len(all)]) {
 				b.Fatal("taken for somebody else's doing")
 			}
 		}
@@ -190,8 +191,8 @@ func heap() (live, total int) {
 	return int(m.HeapAlloc), int(m.TotalAlloc)
 }
 
-// TestMemory bounds what a large network costs beside the desired state itself, which is 1.4 MB. It runs alone: what others ask for
-// would count too.
+// TestMemory bounds what a large network costs beside the desired state itself, which is 1.4 MB. It runs alone: what
+// others ask for would count too.
 func TestMemory(t *testing.T) {
 	const peers, mb = 5000, 1_000_000
 	n := newNode(t)

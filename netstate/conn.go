@@ -22,11 +22,12 @@ type conn struct {
 }
 
 const (
-	// batchSize bounds the bytes of one send. The kernel works through a send before it returns: an answer to each request that failed
-	// must fit into the receive buffer, and the hash table of a device's FDB entries can't grow meanwhile. With 64 kB, an FDB entry
-	// of 20,000 takes four times as long as with 16 kB; with 4 kB, the system calls begin to show.
+	// batchSize bounds the bytes of one send. The kernel works through a send before it returns: an answer to each request
+	// that failed must fit into the receive buffer, and the hash table of a device's FDB entries can't grow meanwhile.
+	// With 64 kB, an FDB entry of 20,000 takes four times as long as with 16 kB; with 4 kB, the system calls begin to
+	// show.
 	batchSize = 16 << 10
-	// recvBuffer holds the answers to a batch, and some of a dump. It is forced where we may (CAP_NET_ADMIN).
+	// recvBuffer holds the answers to a batch and some of a dump, or what the monitor is notified of while it is busy.
 	recvBuffer = 4 << 20
 	// recvTimeout bounds the wait for an answer. The kernel answers within milliseconds, or the answer was lost.
 	recvTimeout = 10 * time.Second
@@ -34,7 +35,7 @@ const (
 	dumpTries = 8
 )
 
-// errInterrupted says that the kernel's state changed while it was dumped: what came is not to be believed.
+// errInterrupted says that the kernel's state changed while it was dumped: what came can't be used.
 var errInterrupted = errors.New("the kernel's state kept changing while it was read")
 
 // dial opens a socket in the network namespace of the calling thread.
@@ -48,13 +49,11 @@ func dial() (*conn, error) {
 		c.close()
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
-	// Each of these is a help that an older kernel may lack: a text with an error, short answers, filtered dumps.
+	// A text with an error, answers without the request, filtered dumps.
 	for _, opt := range []int{unix.NETLINK_EXT_ACK, unix.NETLINK_CAP_ACK, unix.NETLINK_GET_STRICT_CHK} {
 		_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, opt, 1)
 	}
-	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, recvBuffer) != nil {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, recvBuffer)
-	}
+	setBuffer(fd)
 	tv := unix.NsecToTimeval(int64(recvTimeout))
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 		c.close()
@@ -63,10 +62,17 @@ func dial() (*conn, error) {
 	return c, nil
 }
 
+// setBuffer is forced where that is allowed (CAP_NET_ADMIN).
+func setBuffer(fd int) {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, recvBuffer) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, recvBuffer)
+	}
+}
+
 func (c *conn) close() { _ = unix.Close(c.fd) }
 
-// each sends n requests with few system calls. Each is written by put; those that put or the kernel refuses are returned by their
-// number, with the reason.
+// each sends n requests with few system calls. Each is written by put; those that put or the kernel refuses are
+// returned by their number, with the reason.
 func (c *conn) each(n int, put func(i int, out *messages) error) map[int]error {
 	refused := map[int]error{}
 	for at := 0; at < n; {
@@ -92,8 +98,8 @@ func (c *conn) each(n int, put func(i int, out *messages) error) map[int]error {
 	return refused
 }
 
-// batch sends what was put into out. Only the last request asks for an acknowledgement: the kernel reports failures without being asked.
-// Each failure is handed over with the request's number from the first one.
+// batch sends what was put into out. Only the last request asks for an acknowledgement: the kernel reports failures
+// without being asked. Each failure is handed over with the request's number from the first one.
 func (c *conn) batch(first uint32, failed func(number uint32, err error)) error {
 	whole := c.out.buf[:c.out.open]
 	if len(whole) == 0 {
@@ -117,7 +123,9 @@ func (c *conn) batch(first uint32, failed func(number uint32, err error)) error 
 
 // dump asks for all objects of a kind; each is called with every message's type and body, and must not keep the body.
 // After errInterrupted it has seen parts of several attempts, so reset is called before each.
-func (c *conn) dump(typ uint16, header nl.NetlinkRequestData, attrs []*nl.RtAttr, reset func(), each func(body []byte)) error {
+func (c *conn) dump(
+	typ uint16, header nl.NetlinkRequestData, attrs []*nl.RtAttr, reset func(), each func(body []byte),
+) error {
 	for range dumpTries {
 		reset()
 		req := nl.NewNetlinkRequest(int(typ), unix.NLM_F_DUMP)
@@ -155,7 +163,8 @@ func (c *conn) dump(typ uint16, header nl.NetlinkRequestData, attrs []*nl.RtAttr
 	return errInterrupted
 }
 
-// send drops what may be left of an exchange that was given up: while a dump is not read to its end, the kernel begins no other.
+// send drops what may be left of an exchange that was given up: while a dump is not read to its end, the kernel begins
+// no other.
 func (c *conn) send(b []byte) error {
 	for err := error(nil); err == nil || errors.Is(err, unix.ENOBUFS); {
 		_, _, err = c.recv(c.fd, c.buf, unix.MSG_DONTWAIT)
@@ -184,23 +193,33 @@ func (c *conn) receive(each func(h unix.NlMsghdr, body []byte) (done bool, err e
 			continue // not from the kernel
 		}
 		for b := c.buf[:n]; len(b) >= unix.NLMSG_HDRLEN; {
-			h := unix.NlMsghdr{
-				Len: binary.NativeEndian.Uint32(b), Type: binary.NativeEndian.Uint16(b[4:]),
-				Flags: binary.NativeEndian.Uint16(b[6:]), Seq: binary.NativeEndian.Uint32(b[8:]),
-			}
-			if h.Len < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
-				return fmt.Errorf("netlink message says it has %d of %d bytes", h.Len, len(b))
-			}
-			done, err := each(h, b[unix.NLMSG_HDRLEN:h.Len])
-			if done || err != nil {
+			h, body, rest, err := cutMessage(b)
+			if err != nil {
 				return err
 			}
-			b = b[min(int(h.Len+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1), len(b)):]
+			if done, err := each(h, body); done || err != nil {
+				return err
+			}
+			b = rest
 		}
 	}
 }
 
-// ackError reads an NLMSG_ERROR: an errno, and the kernel's own words if it has any (NLMSGERR_ATTR_MSG, uapi/linux/netlink.h).
+// cutMessage takes the first message off (struct nlmsghdr, uapi/linux/netlink.h).
+func cutMessage(b []byte) (h unix.NlMsghdr, body, rest []byte, err error) {
+	h = unix.NlMsghdr{
+		Len: binary.NativeEndian.Uint32(b), Type: binary.NativeEndian.Uint16(b[4:]),
+		Flags: binary.NativeEndian.Uint16(b[6:]), Seq: binary.NativeEndian.Uint32(b[8:]),
+	}
+	if h.Len < unix.NLMSG_HDRLEN || int(h.Len) > len(b) {
+		return h, nil, nil, fmt.Errorf("netlink message says it has %d of %d bytes", h.Len, len(b))
+	}
+	rest = b[min(int(h.Len+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1), len(b)):]
+	return h, b[unix.NLMSG_HDRLEN:h.Len], rest, nil
+}
+
+// ackError reads an NLMSG_ERROR: an errno, and the kernel's own words if it has any (NLMSGERR_ATTR_MSG,
+// uapi/linux/netlink.h).
 func ackError(h unix.NlMsghdr, body []byte) error {
 	if len(body) < 4+unix.NLMSG_HDRLEN {
 		return errors.New("netlink acknowledgement is too short")
@@ -213,15 +232,7 @@ func ackError(h unix.NlMsghdr, body []byte) error {
 	if h.Flags&unix.NLM_F_ACK_TLVS == 0 {
 		return err
 	}
-	rest := body[4+unix.NLMSG_HDRLEN:]
-	if h.Flags&unix.NLM_F_CAPPED == 0 { // the request itself stands before the attributes
-		skip := int(binary.NativeEndian.Uint32(body[4:])) - unix.NLMSG_HDRLEN
-		if skip = (skip + 3) &^ 3; skip < 0 || skip > len(rest) {
-			return err
-		}
-		rest = rest[skip:]
-	}
-	return withText(err, rest)
+	return withText(err, body[4+unix.NLMSG_HDRLEN:])
 }
 
 // doneError reads the end of a dump, which may carry an errno too.

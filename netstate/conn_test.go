@@ -39,8 +39,8 @@ func interrupted(h []byte) {
 	binary.NativeEndian.PutUint16(h[6:], binary.NativeEndian.Uint16(h[6:])|unix.NLM_F_DUMP_INTR)
 }
 
-// onlyTheEnd is a dump that was interrupted so early that nothing came: all but its last message are turned into no-ops of another
-// request, and the last says that it was interrupted.
+// onlyTheEnd is a dump that was interrupted so early that nothing came: all but its last message are turned into no-ops
+// of another request, and the last says that it was interrupted.
 func onlyTheEnd(h []byte) {
 	if binary.NativeEndian.Uint16(h[4:]) == unix.NLMSG_DONE {
 		interrupted(h)
@@ -105,7 +105,7 @@ func (n *node) refuseToAct(desired State, want error) {
 	n.t.Helper()
 	n.refuseToObserve(want)
 	n.Do(func() {
-		if res, err := n.k.Reconcile(desired); !errors.Is(err, want) || len(res.Done)+len(res.Failed) > 0 {
+		if res, err := n.k.Reconcile(all(desired)); !errors.Is(err, want) || len(res.Done)+len(res.Failed) > 0 {
 			n.t.Errorf("Reconcile: %v, %v", res, err)
 		}
 	})
@@ -116,7 +116,7 @@ func TestAnswersAreLost(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	want := fullState()
-	n.converge(State{Links: want.Links})
+	n.converge(State{Links: want.Links, Sysctls: want.Sysctls})
 	n.observe()
 	n.k.conn.recv = func(_ int, _ []byte, flags int) (int, unix.Sockaddr, error) {
 		if flags&unix.MSG_DONTWAIT != 0 {
@@ -125,7 +125,7 @@ func TestAnswersAreLost(t *testing.T) {
 		return -1, nil, unix.ENOBUFS
 	}
 	var res Result
-	n.Do(func() { res, _ = n.k.Reconcile(want) })
+	n.Do(func() { res, _ = n.k.Reconcile(all(want)) })
 	if len(res.Failed) == 0 || !errors.Is(res.Failed[len(res.Failed)-1], unix.ENOBUFS) {
 		t.Errorf("got %v", res.Failed)
 	}

@@ -3,6 +3,8 @@ package netstate
 import (
 	"fmt"
 	"slices"
+
+	"github.com/overlayd/overlayd/internal/sorted"
 )
 
 // Op is what is to be done with an object.
@@ -29,14 +31,14 @@ type Object interface {
 type Change struct {
 	Op  Op
 	Obj Object // what there is to be, or, for a Delete, what is to go
-	Old Object // for a Replace: what is there
+	Old Object // what is there under its key, or was deleted for its sake; nil: nothing
 }
 
 func (c Change) String() string { return c.Op.String() + " " + c.Obj.String() }
 
-// withoutSweep leaves what is there alone: it has no deletions, but for that of a device in the place of another, and leaves the ways
-// to peers as they are.
-func withoutSweep(all []Change) []Change {
+// withoutPruning leaves what is there alone: it has no deletions, but for that of a device in the place of another, and
+// leaves the paths to peers as they are.
+func withoutPruning(all []Change) []Change {
 	made := map[string]bool{}
 	for _, c := range all {
 		if l, ok := c.Obj.(Link); ok && c.Op == Add {
@@ -47,7 +49,7 @@ func withoutSweep(all []Change) []Change {
 		l, ok := c.Obj.(Link)
 		switch c.Obj.(type) {
 		case Neighbour, FDBEntry, Route:
-			if c.Op == Replace { // what is there may be newer than the wish
+			if c.Old != nil { // what is there may be newer than what is desired
 				return true
 			}
 		}
@@ -79,14 +81,13 @@ func (Route) kind() kind     { return kindRoute }
 func (Rule) kind() kind      { return kindRule }
 
 type object[T any] interface {
-	comparable
+	sorted.Element[T]
 	Object
-	Compare(T) int
 }
 
-// Diff lists the changes that make actual equal to desired, in an order that can be carried out: what others need comes first,
-// and nothing is deleted before all that is new is there. Only a device that can't be changed into what is wanted has to go first;
-// then everything on it counts as gone.
+// Diff lists the changes that make actual equal to desired, in an order that can be carried out: what others need comes
+// first, and nothing is deleted before all that is new is there. Only a device that can't be changed into the
+// desired one has to go first, then everything on it counts as gone; and a route that hides the next one's gateway.
 func Diff(actual, desired State) []Change {
 	var links, gone []Change
 	diff(actual.Links, desired.Links, &links, &gone)
@@ -98,22 +99,42 @@ func Diff(actual, desired State) []Change {
 			actual = actual.withoutLink(c.Old.(Link).Name)
 		}
 	}
-	var out []Change
-	if n := desired.size() - actual.size(); n > 0 { // so many are new at least
-		out = make([]Change, 0, n)
-	}
-	out = append(append(out, doomed...), links...)
+	entries := func(s State) int { return len(s.Neighbours) + len(s.FDB) + len(s.Routes) }
+	out := slices.Grow(doomed, len(links)+max(0, entries(desired)-entries(actual))) // so many are new at least
+	out = append(out, links...)
 	var obsolete [5][]Change
-	diff(actual.Sysctls, desired.Sysctls, &out, new([]Change)) // a setting that is no longer wanted stays as it is
+	diff(actual.Sysctls, desired.Sysctls, &out, new([]Change)) // a setting that is no longer desired stays as it is
 	diff(actual.Addresses, desired.Addresses, &out, &obsolete[4])
 	diff(actual.FDB, desired.FDB, &out, &obsolete[2])
 	diff(actual.Neighbours, desired.Neighbours, &out, &obsolete[3])
+	routes := len(out)
 	diff(actual.Routes, desired.Routes, &out, &obsolete[1])
+	if i := slices.IndexFunc(out[routes:], hidesGateway); i >= 0 {
+		rest := slices.Clone(out[routes+i:])
+		out = out[:routes+i]
+		for _, c := range rest {
+			if hidesGateway(c) {
+				out = append(out, Change{Op: Delete, Obj: c.Old})
+				c.Op = Add
+			}
+			out = append(out, c)
+		}
+	}
 	diff(actual.Rules, desired.Rules, &out, &obsolete[0])
 	for _, o := range obsolete {
 		out = append(out, o...)
 	}
 	return append(out, gone...)
+}
+
+// hidesGateway reports whether the IPv6 stack refuses to replace a route: it looks for the gateway of the new one by the
+// old one, and finds it on another device, onlink or not.
+func hidesGateway(c Change) bool {
+	if c.Op != Replace {
+		return false
+	}
+	was, is := c.Old.(Route), c.Obj.(Route)
+	return was.Dst.Contains(is.Via) && is.Via.Is6() && was.Link != is.Link
 }
 
 // diff walks two sorted lists side by side.
@@ -140,7 +161,7 @@ func diff[T object[T]](actual, desired []T, todo, obsolete *[]Change) {
 			*todo = append(*todo, Change{Op: Add, Obj: desired[0]})
 			desired = desired[1:]
 		default:
-			n := 1 // of what is there under this key: more than one if somebody appended a route to ours
+			n := 1 // of what is there under this key: more than one if another program appended a route to ours
 			for n < len(actual) && actual[n].Compare(desired[0]) == 0 {
 				n++
 			}

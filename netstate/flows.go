@@ -1,7 +1,6 @@
 package netstate
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -28,28 +27,23 @@ type Answer struct {
 }
 
 // Ask has the kernel route some packets, in the network namespace of the calling thread. Nothing is sent.
-func Ask(flows []Flow) ([]Answer, error) {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+func (h Host) Ask(flows []Flow) ([]Answer, error) {
+	kernel, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("netlink socket: %w", err)
 	}
-	defer h.Close()
-	links, err := h.LinkList()
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, fmt.Errorf("reading the devices: %w", err)
-	}
-	names := map[int]string{}
-	for _, l := range links {
-		names[l.Attrs().Index] = l.Attrs().Name
-	}
+	defer kernel.Close()
 	out := make([]Answer, 0, len(flows))
 	for _, f := range flows {
-		routes, err := h.RouteGetWithOptions(f.To.AsSlice(), &netlink.RouteGetOptions{SrcAddr: f.From.AsSlice(), Iif: f.In})
+		routes, err := kernel.RouteGetWithOptions(f.To.AsSlice(), &netlink.RouteGetOptions{SrcAddr: f.From.AsSlice(), Iif: f.In})
 		a := Answer{Err: err}
 		if err == nil && len(routes) > 0 {
 			r := routes[0]
 			via, _ := netip.AddrFromSlice(r.Gw)
-			a = Answer{Link: names[r.LinkIndex], Via: via.Unmap(), Table: uint32(r.Table)}
+			a = Answer{Link: h.linkAt(r.LinkIndex).Name, Via: via.Unmap(), Table: uint32(r.Table)}
+			if a.Link == "" { // it came after the host was read
+				return nil, fmt.Errorf("route to %s: no device with the index %d is known", f.To, r.LinkIndex)
+			}
 		}
 		out = append(out, a)
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -50,6 +51,9 @@ func (n *node) open() {
 	n.t.Cleanup(n.k.Close)
 }
 
+// all is an update after which nothing but a state is desired.
+func all(desired State) Update { return Update{Come: desired, All: true, Prune: true} }
+
 // forget makes the Kernel observe before it does anything.
 func (n *node) forget() { n.k.observed, n.k.synced = nil, false }
 
@@ -60,7 +64,7 @@ func (n *node) handOver(desired State) Result {
 	n.t.Helper()
 	var res Result
 	var err error
-	n.Do(func() { res, err = n.k.Reconcile(desired) })
+	n.Do(func() { res, err = n.k.Reconcile(all(desired)) })
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -124,7 +128,10 @@ func fullState() State {
 		own := netip.MustParsePrefix(f.own)
 		mac := addr.MAC{2, 0, 0, byte(i), 0, 1}
 		s.Links = append(s.Links, Link{
-			Name: f.dev, MAC: mac, MTU: 1400, VXLAN: VXLAN{VNI: 1, Port: 8472, Local: netip.MustParseAddr(f.local), Underlay: "eth0"},
+			Name: f.dev, MAC: mac, MTU: 1400, VXLAN: VXLAN{
+				VNI: 1, Port: 8472, Local: netip.MustParseAddr(f.local),
+				Underlay: "eth0",
+			},
 		})
 		s.Addresses = append(s.Addresses, Address{f.dev, addr.Host(own.Addr())})
 		s.Rules = append(s.Rules, Rule{Priority: 11800, From: own, To: orAny(netip.Prefix{}, own), Table: OwnTable})
@@ -132,9 +139,16 @@ func fullState() State {
 		s.Rules = append(s.Rules,
 			Rule{Priority: 20000, From: orAny(netip.Prefix{}, own), To: network, Table: MainTable, AtLeast: 16, Unmarked: 5})
 		direct := netip.MustParsePrefix(f.direct)
-		s.Routes = append(s.Routes, Route{Table: MainTable, Dst: direct, Metric: Metric(direct), Via: netip.MustParseAddr(fmt.Sprintf(f.public, 9)), Link: "eth0"})
+		s.Routes = append(s.Routes, Route{
+			Table: MainTable, Dst: direct, Metric: Metric(direct),
+			Via: netip.MustParseAddr(fmt.Sprintf(f.public, 9)), Link: "eth0",
+		})
 		for p := 2; p <= 4; p++ {
-			s.addPeer(f.dev, netip.MustParsePrefix(fmt.Sprintf(f.peer, p)), netip.MustParseAddr(fmt.Sprintf(f.public, p)), addr.MAC{2, 0, 0, byte(i), 0, byte(p)})
+			s.addPeer(f.dev, netip.MustParsePrefix(fmt.Sprintf(f.peer, p)), netip.MustParseAddr(fmt.Sprintf(f.public, p)),
+				addr.MAC{2, 0, 0, byte(i), 0, byte(p)})
+			if p < 4 { // the last one's is the kernel's choice
+				s.Routes[len(s.Routes)-2].Src = netip.MustParseAddr(f.local)
+			}
 		}
 	}
 	s.Sort()
@@ -157,7 +171,8 @@ func manyPeers(n int) State {
 	s.Links = s.Links[1:] // overlay.1
 	for i := range n {
 		hi, lo := byte(i>>8), byte(i)
-		s.addPeer(dev4, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 128 + hi, lo, 0}), 24), netip.AddrFrom4([4]byte{172, 16, hi, lo}), addr.MAC{2, 0, 1, 0, hi, lo})
+		s.addPeer(dev4, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 128 + hi, lo, 0}), 24),
+			netip.AddrFrom4([4]byte{172, 16, hi, lo}), addr.MAC{2, 0, 1, 0, hi, lo})
 	}
 	s.Sort()
 	return s
@@ -240,18 +255,24 @@ func (l ipLink) link(t testing.TB) Link {
 	d := l.Info.Data
 	return Link{
 		Name: l.Name, MAC: parseMAC(t, l.MAC), MTU: l.MTU, Down: !strings.Contains(strings.Join(l.Flags, ",")+",", "UP,"),
-		VXLAN: VXLAN{VNI: d.ID, Port: d.Port, Local: parseAddr(t, d.Local+d.Local6), Underlay: d.Link, Learning: d.Learning, GBP: d.GBP},
+		VXLAN: VXLAN{
+			VNI: d.ID, Port: d.Port, Local: parseAddr(t, d.Local+d.Local6), Underlay: d.Link, Learning: d.Learning,
+			GBP: d.GBP,
+		},
 	}
 }
 
 type ipRoute struct {
-	Dst, Gateway, Dev, Table string
-	Metric                   uint32
-	Flags                    []string
+	Dst, Gateway, Dev, Table, Prefsrc string
+	Metric                            uint32
+	Flags                             []string
 }
 
 func (r ipRoute) route(t testing.TB, family string) Route {
-	out := Route{Table: table(t, r.Table), Metric: r.Metric, Via: parseAddr(t, r.Gateway), Link: r.Dev, OnLink: strings.Contains(strings.Join(r.Flags, " "), "onlink")}
+	out := Route{
+		Table: table(t, r.Table), Metric: r.Metric, Via: parseAddr(t, r.Gateway), Link: r.Dev,
+		OnLink: strings.Contains(strings.Join(r.Flags, " "), "onlink"), Src: parseAddr(t, r.Prefsrc),
+	}
 	dst := strings.Replace(r.Dst, "default", map[string]string{"-4": "0.0.0.0/0", "-6": "::/0"}[family], 1)
 	if !strings.Contains(dst, "/") {
 		dst = addr.Host(parseAddr(t, dst)).String()
@@ -334,5 +355,30 @@ func table(t testing.TB, s string) uint32 {
 			t.Error(err)
 		}
 	}
+	return out
+}
+
+// clone shares nothing with the state.
+func (s *State) clone() State {
+	return State{
+		Links: slices.Clone(s.Links), Sysctls: slices.Clone(s.Sysctls), Addresses: slices.Clone(s.Addresses),
+		Neighbours: slices.Clone(s.Neighbours), FDB: slices.Clone(s.FDB),
+		Routes: slices.Clone(s.Routes), Rules: slices.Clone(s.Rules),
+	}
+}
+
+// merge puts the objects of several states into one.
+func merge(states ...State) State {
+	var out State
+	for _, s := range states {
+		out.Links = append(out.Links, s.Links...)
+		out.Sysctls = append(out.Sysctls, s.Sysctls...)
+		out.Addresses = append(out.Addresses, s.Addresses...)
+		out.Neighbours = append(out.Neighbours, s.Neighbours...)
+		out.FDB = append(out.FDB, s.FDB...)
+		out.Routes = append(out.Routes, s.Routes...)
+		out.Rules = append(out.Rules, s.Rules...)
+	}
+	out.Sort()
 	return out
 }

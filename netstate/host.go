@@ -43,7 +43,8 @@ type HostLink struct {
 type HostAddress struct {
 	Link   string
 	Prefix netip.Prefix
-	// Fleeting is an address that may not stay or can't be used yet: temporary, deprecated, tentative, or failed in duplicate detection.
+	// Fleeting is an address that may not stay or can't be used yet: temporary, deprecated, tentative, or failed in
+	// duplicate detection.
 	Fleeting bool
 	Tunnel   bool // it is on a device of ours
 }
@@ -64,10 +65,18 @@ type HostRoute struct {
 	Advertised bool
 }
 
-// Equal reports whether two looks at the host found the same.
+// Equal reports whether two observations of the host are the same.
 func (h Host) Equal(o Host) bool {
 	return h.IPv6 == o.IPv6 && slices.Equal(h.Links, o.Links) && slices.Equal(h.Addresses, o.Addresses) &&
 		slices.Equal(h.Routes, o.Routes) && slices.Equal(h.Rules, o.Rules)
+}
+
+// external is the host without what is on our tunnel devices.
+func (h Host) external() Host {
+	h.Links = reject(h.Links, func(l HostLink) bool { return l.Tunnel })
+	h.Addresses = reject(h.Addresses, func(a HostAddress) bool { return a.Tunnel })
+	h.Routes = reject(h.Routes, func(r HostRoute) bool { return h.IsTunnel(r.Link) })
+	return h
 }
 
 // Names are all by which a device is known.
@@ -90,13 +99,38 @@ func (h Host) Link(name string) (HostLink, bool) {
 	return h.Links[i], true
 }
 
+// linkAt is the device with an index; the zero value where there is none.
+func (h Host) linkAt(index int) HostLink {
+	if i := slices.IndexFunc(h.Links, func(l HostLink) bool { return l.Index == index }); i >= 0 {
+		return h.Links[i]
+	}
+	return HostLink{}
+}
+
 // IsTunnel reports whether a device is a tunnel device of ours.
 func (h Host) IsTunnel(device string) bool { return slices.Contains(h.tunnels, device) }
+
+// carries reports whether an address or a route is on a device, of link-local ones apart.
+func (h Host) carries(name string) bool {
+	onAddress := func(a HostAddress) bool { return a.Link == name && !a.Prefix.Addr().IsLinkLocalUnicast() }
+	onRoute := func(r HostRoute) bool { return r.Link == name && !r.Dst.Addr().IsLinkLocalUnicast() }
+	return slices.ContainsFunc(h.Addresses, onAddress) || slices.ContainsFunc(h.Routes, onRoute)
+}
 
 // Has reports whether an address is configured on the node.
 func (h Host) Has(a netip.Addr) bool {
 	_, ok := h.local[a]
 	return ok
+}
+
+// Source reports whether the kernel takes an address as the preferred source of routes in the main table: it is in use
+// on this node, and not on a device of a VRF, whose addresses are not local to that table.
+func (h Host) Source(a netip.Addr) bool {
+	return slices.ContainsFunc(h.Addresses, func(o HostAddress) bool {
+		l, _ := h.Link(o.Link)
+		master, _ := h.Link(l.Master)
+		return o.Prefix.Addr() == a && !o.Fleeting && master.Kind != "vrf"
+	})
 }
 
 // Route finds the route that the main table has for an address: the longest prefix, and of those the lowest metric; of

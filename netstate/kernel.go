@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Kernel is the network state of one network namespace: the one that the thread was in that opened it. It belongs to one
-// goroutine.
+// Kernel is the network state of one network namespace: the one that the thread was in that opened it. It belongs to
+// one goroutine.
 type Kernel struct {
 	SysctlDir string // where settings are written, /proc/sys if empty: in a container that one may be read-only
 
@@ -19,18 +19,18 @@ type Kernel struct {
 	links   *netlink.Handle
 	monitor *monitor
 	owned   func(name string) bool
+	index   map[string]int // of the devices that something can be put on, by name
 
-	index   map[string]int // of the devices, by name, when they were last observed
-	devices devices        // the same for the monitor
-
-	desired  State  // the monitor reads it too, see change
-	prune    bool   // what is ours and not desired is removed
-	observed *State // what was last observed, until something is changed
-	synced   bool   // nothing more is to be applied; observed is not needed then
-	applied  bool   // what is desired was applied before
+	desired  State        // the monitor reads it too, see change
+	prune    bool         // owned objects that are not desired are removed
+	last     *observation // without the owned objects
+	observed *State       // the owned objects as last observed, until the daemon changes one
+	synced   bool         // nothing more is to be applied; observed is not needed then
+	applied  bool         // what is desired was applied before
 }
 
-// Open opens the kernel's state. owned tells by its name whether a VXLAN device is ours; what is on such a device is ours too.
+// Open opens the kernel's state. owned tells by its name whether a VXLAN device is ours; what is on such a device is
+// ours too.
 func Open(owned func(name string) bool) (*Kernel, error) {
 	c, err := dial()
 	if err != nil {
@@ -57,11 +57,11 @@ func (k *Kernel) Close() {
 	_ = k.monitor.file.Close()
 }
 
-// Watch hears of changes in the kernel until ctx ends, in a goroutine of its own.
+// Watch receives the kernel's notifications until ctx ends, in a goroutine of its own.
 func (k *Kernel) Watch(ctx context.Context) error { return k.monitor.run(ctx) }
 
-// Changed gives a value when something in the kernel is no longer as it was last reconciled, or changed in the rest of the host.
-// It is a hint to Observe, no more.
+// Changed gives a value when something in the kernel is no longer as it was last reconciled, or changed in the rest of
+// the host. It is a hint to Observe, no more.
 func (k *Kernel) Changed() <-chan struct{} { return k.monitor.changed }
 
 // Failure is a change that the kernel refused.
@@ -75,7 +75,15 @@ func (f Failure) Error() string { return fmt.Sprintf("%s: %v", f.Change, f.Err) 
 // Unwrap gives the kernel's error.
 func (f Failure) Unwrap() error { return f.Err }
 
-// Result is what came of a Reconcile or an Adjust.
+// Update leads from one desired state to the next. What Gone has goes, if it was desired exactly so; what Come has comes,
+// in the place of what had its keys.
+type Update struct {
+	Gone, Come State
+	All        bool // all that was desired goes, whatever Gone has
+	Prune      bool // what is not desired is removed; without it, for as long as that may not be complete, it stays
+}
+
+// Result is what came of a Reconcile.
 type Result struct {
 	Done   []Change
 	Failed []Failure
@@ -83,29 +91,22 @@ type Result struct {
 	Repaired bool
 }
 
-// Reconcile makes the kernel's state the desired one, which belongs to the Kernel from then on: the caller may neither change nor read
-// its slices any more. One object that the kernel refuses holds none of the others back. The error says that the kernel could not be
-// observed: then nothing was changed.
-func (k *Kernel) Reconcile(desired State) (Result, error) { return k.replace(desired, true) }
-
-// AddMissing is Reconcile without removing what is not desired, for as long as that may not be complete.
-func (k *Kernel) AddMissing(desired State) (Result, error) { return k.replace(desired, false) }
-
-func (k *Kernel) replace(desired State, prune bool) (Result, error) {
-	if k.prune != prune {
-		k.prune, k.synced, k.applied = prune, false, false
+// Reconcile makes the kernel's state the desired one after an update. The slices of an update of all belong to the
+// Kernel from then on: the caller may neither change nor read them any more. While the kernel is as it was left, only
+// what differs is sent to it, otherwise it is observed first. One object that the kernel refuses holds none of the
+// others back. The error says that the kernel could not be observed: then nothing was changed.
+func (k *Kernel) Reconcile(u Update) (Result, error) {
+	if k.prune != u.Prune {
+		k.prune, k.synced, k.applied = u.Prune, false, false
 	}
-	was := k.desired
-	k.change(func() { k.desired = desired })
-	return k.apply(was, desired)
-}
-
-// Adjust is Reconcile, or AddMissing if that was the last, with a desired state that differs a little from the one before: without the
-// objects of gone, if they were exactly so, and with those of come, in the place of what had their keys. While the kernel is as it was
-// left, the work depends on what changes, not on how much there is.
-func (k *Kernel) Adjust(gone, come State) (Result, error) {
-	var was, is State
-	k.change(func() { was, is = k.desired.patch(gone, come) })
+	was, is := k.desired, u.Come
+	k.change(func() {
+		if u.All {
+			k.desired = is
+		} else {
+			was, is = k.desired.patch(u.Gone, u.Come)
+		}
+	})
 	return k.apply(was, is)
 }
 
@@ -113,29 +114,29 @@ func (k *Kernel) Adjust(gone, come State) (Result, error) {
 func (k *Kernel) change(f func()) {
 	k.monitor.change(func(e *expectation) {
 		f()
-		e.state, e.devices = &k.desired, k.devices
+		e.desired, e.observed = &k.desired, k.last
 	})
 }
 
-// Compare observes the kernel, and lists what the next Reconcile, AddMissing or Adjust would do if it changed nothing of what is desired.
+// Desired counts the desired objects by kind.
+func (k *Kernel) Desired() map[string]int { return k.desired.Counts() }
+
+// Compare observes the kernel, and lists what the next Reconcile would do if it changed nothing of what is desired.
 func (k *Kernel) Compare() ([]Change, error) {
-	if _, err := k.look(); err != nil {
+	if _, err := k.observe(); err != nil {
 		return nil, err
 	}
-	return k.pending(), nil
+	return k.pending()
 }
 
 // Uncover removes those of our routes that lead packets to one of these addresses elsewhere, whatever is desired.
 func (k *Kernel) Uncover(ips []netip.Addr) (Result, error) {
-	if _, err := k.look(); err != nil {
+	if _, err := k.observe(); err != nil {
 		return Result{}, err
 	}
-	var covering State
-	for _, r := range k.observed.Routes {
-		if r.Table == MainTable && slices.ContainsFunc(ips, r.Dst.Contains) {
-			covering.Routes = append(covering.Routes, r)
-		}
-	}
+	covering := State{Routes: reject(k.observed.Routes, func(r Route) bool {
+		return r.Table != MainTable || !slices.ContainsFunc(ips, r.Dst.Contains)
+	})}
 	var res Result
 	res.Done, res.Failed = k.carryOut(Diff(covering, State{}))
 	k.observed = nil

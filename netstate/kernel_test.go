@@ -22,7 +22,10 @@ func TestReconcileFromNothing(t *testing.T) {
 	want := fullState()
 	n.converge(want)
 	n.wantState(want)
-	for name, look := range map[string]func(){"believing": func() {}, "after Forget": n.forget, "after Observe": func() { n.observe() }} {
+	for name, look := range map[string]func(){
+		"believing": func() {}, "after Forget": n.forget,
+		"after Observe": func() { n.observe() },
+	} {
 		look()
 		if done := n.converge(want); len(done) > 0 {
 			t.Errorf("%s, a second time: %v", name, done)
@@ -59,21 +62,55 @@ var drifts = []struct{ name, script string }{
 	{"route in the own table gone", "ip route del 192.0.2.2 table 118; ip -6 route flush table 118"},
 	{"direct route gone", "ip route del 10.244.9.0/24; ip -6 route del fd00:0:0:9::/64"},
 	{"all routes gone", "ip route flush proto 118; ip -6 route flush proto 118"},
-	{"route with another gateway", "ip route change $(ip -N route show 10.244.2.0/24 | sed 's/via 10.244.2.0/via 10.244.3.0/')"},
-	{"route with another gateway v6", "ip -6 route change $(ip -N -6 route show fd00:0:0:2::/64 | sed 's/via fd00:0:0:2::/via fd00:0:0:3::/; s/pref.*//')"},
-	{"route by another device", "ip route change 10.244.2.0/24 via 192.0.2.9 dev eth0 proto 118 $(ip route show 10.244.2.0/24 | grep -o 'metric [0-9]*')"},
-	{"second route behind ours", "ip route append $(ip -N route show 10.244.2.0/24 | sed 's/via 10.244.2.0/via 10.244.3.0/')"},
-	{"second route before ours", "ip route prepend $(ip -N route show 10.244.2.0/24 | sed 's/via 10.244.2.0/via 10.244.3.0/')"},
+	{
+		"route with another gateway",
+		"ip route change $(ip -N route show 10.244.2.0/24 | sed 's/via 10.244.2.0/via 10.244.3.0/')",
+	},
+	{
+		"route with another gateway v6",
+		"ip -6 route change $(ip -N -6 route show fd00:0:0:2::/64 | sed 's/via fd00:0:0:2::/via fd00:0:0:3::/; s/pref.*//')",
+	},
+	{
+		"route without its source", `for f in "-4 10.244.2.0/24" "-6 fd00:0:0:2::/64"; do set -- $f
+			ip $1 route change $(ip -N $1 route show $2 | sed 's/ src [^ ]*//; s/pref.*//'); done`,
+	},
+	{
+		"route with another source", `for f in "-4 10.244.2.0/24 10.244.1.0" "-6 fd00:0:0:2::/64 fd00:0:0:1::"; do set -- $f
+			ip $1 route change $(ip -N $1 route show $2 | sed "s/ src [^ ]*/ src $3/; s/pref.*//"); done`,
+	},
+	{"the routes' source gone for a moment", `ip addr del 192.0.2.1/24 dev eth0; ip addr add 192.0.2.1/24 dev eth0
+		ip addr del 2001:db8::1/64 dev eth0; ip addr add 2001:db8::1/64 dev eth0 nodad`},
+	{
+		"route by another device",
+		"ip route change 10.244.2.0/24 via 192.0.2.9 dev eth0 proto 118 $(ip route show 10.244.2.0/24 | grep -o 'metric [0-9]*')",
+	},
+	{
+		"second route behind ours",
+		"ip route append $(ip -N route show 10.244.2.0/24 | sed 's/via 10.244.2.0/via 10.244.3.0/')",
+	},
+	{
+		"second route before ours",
+		"ip route prepend $(ip -N route show 10.244.2.0/24 | sed 's/via 10.244.2.0/via 10.244.3.0/')",
+	},
 	{"second way v6", "ip -6 route append $(ip -N -6 route show fd00:0:0:2::/64 | sed 's/via fd00:0:0:2::/via fd00:0:0:3::/; s/pref.*//')"},
 	{"own route too many", "ip route add 10.244.77.0/24 via 10.244.2.0 dev overlay.1 onlink proto 118 metric 7"},
 	{"own route too many v6", "ip -6 route add fd00:0:0:77::/64 dev eth0 proto 118 metric 7"},
-	{"own route in a high table", "ip route add 10.244.77.0/24 dev eth0 proto 118 table 1000; ip -6 route add fd00:0:0:77::/64 dev eth0 proto 118 table 1000"},
+	{
+		"own route in a high table",
+		"ip route add 10.244.77.0/24 dev eth0 proto 118 table 1000; ip -6 route add fd00:0:0:77::/64 dev eth0 proto 118 table 1000",
+	},
 	{"neighbour gone", "ip neigh del 10.244.2.0 dev overlay.1; ip neigh del fd00:0:0:2:: dev overlay-v6.1"},
 	{"neighbour with another MAC", "ip neigh change 10.244.2.0 lladdr 02:00:00:00:00:99 dev overlay.1 nud permanent"},
-	{"neighbour with another MAC v6", "ip neigh change fd00:0:0:2:: lladdr 02:00:00:00:00:99 dev overlay-v6.1 nud permanent"},
+	{
+		"neighbour with another MAC v6",
+		"ip neigh change fd00:0:0:2:: lladdr 02:00:00:00:00:99 dev overlay-v6.1 nud permanent",
+	},
 	{"neighbour that may age", "ip neigh change 10.244.2.0 lladdr 02:00:00:00:00:99 dev overlay.1 nud reachable"},
 	{"neighbours flushed", "ip neigh flush dev overlay.1 nud permanent"},
-	{"neighbour too many", "ip neigh add 10.244.77.0 lladdr 02:00:00:00:00:99 dev overlay.1; ip neigh add fd00::77 lladdr 02:00:00:00:00:99 dev overlay-v6.1"},
+	{
+		"neighbour too many",
+		"ip neigh add 10.244.77.0 lladdr 02:00:00:00:00:99 dev overlay.1; ip neigh add fd00::77 lladdr 02:00:00:00:00:99 dev overlay-v6.1",
+	},
 	{"FDB entry gone", "bridge fdb del 02:00:00:00:00:02 dev overlay.1; bridge fdb del 02:00:00:01:00:02 dev overlay-v6.1"},
 	{"FDB entry to another node", "bridge fdb replace 02:00:00:00:00:02 dev overlay.1 dst 192.0.2.99"},
 	{"FDB entry to another node v6", "bridge fdb replace 02:00:00:01:00:02 dev overlay-v6.1 dst 2001:db8::99"},
@@ -91,17 +128,32 @@ var drifts = []struct{ name, script string }{
 	{"MAC", "ip link set overlay.1 address 02:00:00:00:00:99"},
 	{"device down", "ip link set overlay.1 down; ip link set overlay-v6.1 down"},
 	{"device gone", "ip link del overlay.1; ip link del overlay-v6.1"},
-	{"device with another VNI", "ip link del overlay.1; ip link add overlay.1 type vxlan id 9 dstport 8472 local 192.0.2.1 dev eth0"},
-	{"device with another port", "ip link del overlay-v6.1; ip link add overlay-v6.1 type vxlan id 1 dstport 4789 local 2001:db8::1 dev eth0"},
+	{
+		"device with another VNI",
+		"ip link del overlay.1; ip link add overlay.1 type vxlan id 9 dstport 8472 local 192.0.2.1 dev eth0",
+	},
+	{
+		"device with another port",
+		"ip link del overlay-v6.1; ip link add overlay-v6.1 type vxlan id 1 dstport 4789 local 2001:db8::1 dev eth0",
+	},
 	{"device that learns", "ip link set overlay.1 type vxlan learning"},
 	{"device renamed", "ip link set overlay.1 down; ip link set overlay.1 name overlay.7; ip link set overlay.7 up"},
-	{"leftover of another VNI", `ip link add overlay.7 type vxlan id 7 dstport 8472 local 192.0.2.1 dev eth0; ip link set overlay.7 up
+	{
+		"leftover of another VNI",
+		`ip link add overlay.7 type vxlan id 7 dstport 8472 local 192.0.2.1 dev eth0; ip link set overlay.7 up
 		ip addr add 10.9.9.9/32 dev overlay.7; ip route add 10.9.8.0/24 via 10.9.9.1 dev overlay.7 onlink proto 118
-		ip neigh add 10.9.9.1 lladdr 02:00:00:00:00:99 dev overlay.7; bridge fdb add 02:00:00:00:00:99 dev overlay.7 dst 192.0.2.99`},
+		ip neigh add 10.9.9.1 lladdr 02:00:00:00:00:99 dev overlay.7; bridge fdb add 02:00:00:00:00:99 dev overlay.7 dst 192.0.2.99`,
+	},
 	{"rule gone", "ip rule del priority 11800; ip -6 rule del priority 11800"},
-	{"rule into another table", "ip rule del priority 11800; ip rule add priority 11800 from 10.244.1.0/24 lookup 119 protocol 118"},
+	{
+		"rule into another table",
+		"ip rule del priority 11800; ip rule add priority 11800 from 10.244.1.0/24 lookup 119 protocol 118",
+	},
 	{"rule too many", "ip rule add from 10.9.0.0/16 lookup 118 priority 11801 protocol 118; ip -6 rule add from fd09::/64 lookup 118 priority 11801 protocol 118"},
-	{"rule for all too many", "ip rule add lookup 118 priority 11801 protocol 118; ip -6 rule add lookup 118 priority 11801 protocol 118"},
+	{
+		"rule for all too many",
+		"ip rule add lookup 118 priority 11801 protocol 118; ip -6 rule add lookup 118 priority 11801 protocol 118",
+	},
 	{"rule into a high table", "ip rule add from 10.9.0.0/16 lookup 1000 priority 11801 protocol 118"},
 	{"setting", "sysctl -qw net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0 net/ipv6/conf/overlay.1/accept_ra=2"},
 	{"underlay down", "ip link set eth0 down; ip link set eth0 up; ip addr replace 2001:db8::1/64 dev eth0 nodad"},
@@ -148,13 +200,15 @@ func (n *node) foreign() string {
 	n.t.Helper()
 	var out []string
 	for _, command := range []string{
-		"ip -N -o link", "ip -N -o addr", "ip -N route show table all", "ip -N -6 route show table all", "ip -N rule", "ip -N -6 rule",
+		"ip -N -o link", "ip -N -o addr", "ip -N route show table all", "ip -N -6 route show table all", "ip -N rule",
+		"ip -N -6 rule",
 		"ip -N neigh show nud permanent", "bridge fdb",
 	} {
 		out = append(out, "# "+command)
 		for line := range strings.Lines(n.Exec(strings.Fields(command)...)) {
 			own := strings.Contains(line, "table 255") || strings.HasPrefix(line, "33:33:") // the kernel's own
-			if !own && !strings.Contains(line, "overlay") && !strings.Contains(line, "proto 118") && !strings.Contains(line, "protocol 118") && !strings.Contains(line, "lookup 118 proto") {
+			if !own && !strings.Contains(line, "overlay") && !strings.Contains(line, "proto 118") &&
+				!strings.Contains(line, "protocol 118") && !strings.Contains(line, "lookup 118 proto") {
 				line, _, _ = strings.Cut(line, "valid_lft")
 				out = append(out, strings.TrimSpace(line))
 			}
@@ -220,7 +274,11 @@ func TestForeignStateIsNeverTouched(t *testing.T) {
 	// On our own device too, routes that are not of our making are not ours.
 	n.sh("ip route add 10.70.0.0/16 dev overlay.1; ip -6 route add fd70::/64 dev overlay-v6.1")
 	before, onDevice := n.foreign(), n.Exec("ip", "route", "show", "dev", dev4, "proto", "boot")
-	for _, desired := range []State{fullState(), {Links: fullState().Links, Addresses: fullState().Addresses}, fullState()} {
+	for _, desired := range []State{
+		fullState(),
+		{Links: fullState().Links, Addresses: fullState().Addresses},
+		fullState(),
+	} {
 		n.forget()
 		n.converge(desired)
 	}
@@ -235,7 +293,8 @@ func TestForeignStateIsNeverTouched(t *testing.T) {
 	}
 }
 
-// wantFailures checks that just these changes were refused; each failure has to name its object and speak the given words.
+// wantFailures checks that just these changes were refused; each failure has to name its object and speak the given
+// words.
 func (n *node) wantFailures(got []Failure, want map[string]string) {
 	n.t.Helper()
 	for _, f := range got {
@@ -285,8 +344,8 @@ func TestForeignRouteWithOurKey(t *testing.T) {
 	}
 }
 
-// TestForeignRouteToAnIPv6Gateway: in IPv6 the kernel takes no gateway, onlink or not, that another route but the default one
-// leads to by another device. The peer behind it is named; the others are reached.
+// TestForeignRouteToAnIPv6Gateway: in IPv6 the kernel takes no gateway, onlink or not, that another route but the
+// default one leads to by another device. The peer behind it is named; the others are reached.
 func TestForeignRouteToAnIPv6Gateway(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -326,12 +385,42 @@ func TestWayAroundAForeignRouteToAnIPv6Gateway(t *testing.T) {
 	}
 }
 
+// TestFromDirectToTunnelAndBack: the IPv6 stack looks for the gateway of the route into the tunnel by the one that it is
+// to replace, and refuses it. What is there stays so where nothing may be removed yet.
+func TestFromDirectToTunnelAndBack(t *testing.T) {
+	t.Parallel()
+	n := newNode(t)
+	tunnel, direct := fullState(), fullState()
+	for i, r := range direct.Routes {
+		if r.Via == r.Dst.Addr() {
+			public := map[addr.Family]string{addr.IPv4: "192.0.2.2", addr.IPv6: "2001:db8::2"}[addr.FamilyOf(r.Via)]
+			direct.Routes[i] = Route{
+				Table: r.Table, Dst: r.Dst, Metric: r.Metric, Via: netip.MustParseAddr(public), Link: "eth0",
+			}
+		}
+	}
+	for _, want := range []State{direct, tunnel, direct} {
+		n.converge(want)
+		n.wantState(want)
+	}
+	n.Do(func() {
+		if res, err := n.k.Reconcile(Update{Come: tunnel.clone(), All: true}); err != nil || len(res.Failed) > 0 {
+			t.Errorf("without pruning: %v, %v", res.Failed, err)
+		}
+	})
+	n.converge(tunnel)
+	n.wantState(tunnel)
+}
+
 func TestRefusedObjectsHoldNobodyBack(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
 	want := fullState()
 	bad := State{
-		Links:      []Link{{Name: "overlay.8", MTU: 1400, MAC: want.Links[0].MAC, VXLAN: VXLAN{VNI: 8, Port: 8472, Local: parseAddr(t, node4), Underlay: "eth7"}}},
+		Links: []Link{{
+			Name: "overlay.8", MTU: 1400, MAC: want.Links[0].MAC,
+			VXLAN: VXLAN{VNI: 8, Port: 8472, Local: parseAddr(t, node4), Underlay: "eth7"},
+		}},
 		Sysctls:    []Sysctl{{"net/ipv4/no_such_thing", "1"}},
 		Addresses:  []Address{{"overlay.9", fullState().Addresses[0].Prefix}},
 		Neighbours: []Neighbour{{"overlay.9", parseAddr(t, "10.9.9.9"), want.Links[0].MAC}},
@@ -350,7 +439,7 @@ func TestRefusedObjectsHoldNobodyBack(t *testing.T) {
 		"add " + bad.Routes[0].String():     "no such device: eth7",
 		"add " + bad.Routes[1].String():     "(Nexthop has invalid gateway)", // the kernel's own words
 	}
-	n.wantFailures(n.reconcile(Merge(bad, want)).Failed, refused)
+	n.wantFailures(n.reconcile(merge(bad, want)).Failed, refused)
 	n.wantState(want)
 }
 
@@ -394,7 +483,8 @@ func TestDeviceInTheWay(t *testing.T) {
 			"another program's bridge device has this name",
 		},
 		{
-			"same port with other flags", "ip link add vx0 type vxlan id 5 dstport 8472 local 192.0.2.1 dev eth0 gbp; ip link set vx0 up",
+			"same port with other flags",
+			"ip link add vx0 type vxlan id 5 dstport 8472 local 192.0.2.1 dev eth0 gbp; ip link set vx0 up",
 			"vx0",
 		},
 	} {
@@ -410,7 +500,8 @@ func TestDeviceInTheWay(t *testing.T) {
 				n.sh(test.script)
 				before := n.foreignDevices()
 				res := n.reconcile(want)
-				if len(res.Failed) == 0 || res.Failed[0].Kind() != "device" || !strings.Contains(res.Failed[0].Error(), test.words) {
+				if len(res.Failed) == 0 || res.Failed[0].Kind() != "device" ||
+					!strings.Contains(res.Failed[0].Error(), test.words) {
 					t.Errorf("got %v, want %q", res.Failed, test.words)
 				}
 				if d := lineDiff(before, n.foreignDevices()); d != "" {
@@ -435,7 +526,10 @@ func (n *node) foreignDevices() string {
 		if l.Name == "eth0" || l.Name == "lo" || ownedName(l.Name) && l.Info.Kind == "vxlan" {
 			continue
 		}
-		for _, command := range []string{"ip addr show dev", "ip neigh show dev", "ip route show dev", "ip -6 route show dev", "bridge fdb show dev"} {
+		for _, command := range []string{
+			"ip addr show dev", "ip neigh show dev", "ip route show dev", "ip -6 route show dev",
+			"bridge fdb show dev",
+		} {
 			for line := range strings.Lines(n.Exec(append(strings.Fields(command), l.Name)...)) {
 				if !strings.HasPrefix(line, "33:33:") { // the groups that the kernel joins by itself
 					out += line
@@ -450,7 +544,8 @@ func (n *node) foreignDevices() string {
 func only(s State, dev string) State {
 	out := newWorld(s)
 	for k, o := range out {
-		if on, ok := linkOf(o); ok && on != dev || o.kind() == kindLink && o.(Link).Name != dev || o.kind() == kindSysctl && strings.Contains(o.String(), "overlay") && !strings.Contains(o.String(), dev) {
+		if on, ok := linkOf(o); ok && on != dev || o.kind() == kindLink && o.(Link).Name != dev || o.kind() == kindSysctl &&
+			strings.Contains(o.String(), "overlay") && !strings.Contains(o.String(), dev) {
 			delete(out, k)
 		}
 	}
@@ -469,7 +564,8 @@ func TestUDPPortTaken(t *testing.T) {
 	want := fullState()
 	for range 2 { // the first time when it is made, the second time when it is there
 		res := n.reconcile(want)
-		if len(res.Failed) == 0 || res.Failed[0].Kind() != "device" || !strings.Contains(res.Failed[0].Error(), "UDP port 8472 is taken by another program") {
+		if len(res.Failed) == 0 || res.Failed[0].Kind() != "device" ||
+			!strings.Contains(res.Failed[0].Error(), "UDP port 8472 is taken by another program") {
 			t.Errorf("got %v", res.Failed)
 		}
 	}
@@ -506,8 +602,9 @@ func TestIPv6SwitchedOff(t *testing.T) {
 	n := newNode(t)
 	n.Sysctl("net.ipv6.conf.all.disable_ipv6", "1")
 	n.Sysctl("net.ipv6.conf.default.disable_ipv6", "1")
-	want := Merge(manyPeers(3), State{
-		Sysctls: []Sysctl{Forwarding(addr.IPv4), AcceptRA(dev4)}, Addresses: only(fullState(), dev4).Addresses, Rules: fullState().Rules[:1],
+	want := merge(manyPeers(3), State{
+		Sysctls: []Sysctl{Forwarding(addr.IPv4), AcceptRA(dev4)}, Addresses: only(fullState(), dev4).Addresses,
+		Rules: fullState().Rules[:1],
 	})
 	n.converge(want)
 	n.wantState(want)
@@ -516,7 +613,7 @@ func TestIPv6SwitchedOff(t *testing.T) {
 		t.Errorf("a second time: %v", done)
 	}
 	six := Address{dev4, only(fullState(), dev6).Addresses[0].Prefix}
-	res := n.reconcile(Merge(want, State{Addresses: []Address{six}}))
+	res := n.reconcile(merge(want, State{Addresses: []Address{six}}))
 	n.wantFailures(res.Failed, map[string]string{"add " + six.String(): "IPv6 is disabled on this device"})
 	n.wantState(want)
 	n.converge(State{})
@@ -608,6 +705,11 @@ func TestNoIPv6OnNewDevices(t *testing.T) {
 		if which == "all" { // of the underlay's device, another process has to take care
 			now.Routes = slices.DeleteFunc(slices.Clone(want.Routes),
 				func(r Route) bool { return r.Link == "eth0" && r.Dst.Addr().Is6() })
+			for i, r := range now.Routes {
+				if r.Src.Is6() { // that was its address
+					now.Routes[i].Src = netip.Addr{}
+				}
+			}
 		}
 		n.converge(now)
 		n.wantState(now)

@@ -5,17 +5,16 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // vxlanOf reads the part of a VXLAN device that can't be changed.
-func vxlanOf(v *netlink.Vxlan, names map[int]string) VXLAN {
+func vxlanOf(v *netlink.Vxlan, underlay string) VXLAN {
 	local, _ := netip.AddrFromSlice(v.SrcAddr)
 	return VXLAN{
-		VNI: uint32(v.VxlanId), Port: uint16(v.Port), Local: local.Unmap(), Underlay: names[v.VtepDevIndex],
+		VNI: uint32(v.VxlanId), Port: uint16(v.Port), Local: local.Unmap(), Underlay: underlay,
 		Learning: v.Learning, GBP: v.GBP,
 	}
 }
@@ -33,7 +32,8 @@ func (k *Kernel) applyLink(c Change, l Link) error {
 
 const addrGenModeNone = 1 // IN6_ADDR_GEN_MODE_NONE, uapi/linux/if_link.h
 
-// addLink makes a device and brings it up. It goes up last, so that nothing is sent from it before it is what it should be.
+// addLink makes a device and brings it up. It goes up last, so that nothing is sent from it before it is what it should
+// be.
 func (k *Kernel) addLink(l Link) error {
 	underlay := uint32(0) // bound to no device
 	if l.VXLAN.Underlay != "" {
@@ -49,7 +49,7 @@ func (k *Kernel) addLink(l Link) error {
 		Port: int(l.VXLAN.Port), Learning: l.VXLAN.Learning, GBP: l.VXLAN.GBP,
 	}
 	if err := k.links.LinkAdd(v); err != nil {
-		return explainAdd(err, l, k.linksOrNone())
+		return k.explainAdd(err, l)
 	}
 	k.index[l.Name] = v.Index
 	if v.Index == 0 {
@@ -60,10 +60,11 @@ func (k *Kernel) addLink(l Link) error {
 		v.Index, k.index[l.Name] = made.Attrs().Index, made.Attrs().Index
 	}
 	// Neither a router advertisement nor an address of its own making may change how the device routes.
-	if err := k.links.LinkSetIP6AddrGenMode(v, addrGenModeNone); err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) {
+	err := k.links.LinkSetIP6AddrGenMode(v, addrGenModeNone)
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) {
 		return fmt.Errorf("addrgenmode none: %w", err)
 	}
-	_ = k.writeSysctl(AcceptRA(l.Name)) // as early as can be; whoever wishes for the setting hears of a failure
+	_ = k.writeSysctl(AcceptRA(l.Name)) // as early as can be; where it is desired, a failure is reported
 	if l.VXLAN.Local.Is6() {
 		_ = k.writeSysctl(IPv6On(l.Name))
 	}
@@ -73,7 +74,7 @@ func (k *Kernel) addLink(l Link) error {
 func (k *Kernel) setUp(dev netlink.Link, l Link) error {
 	err := k.links.LinkSetUp(dev)
 	if errors.Is(err, unix.EADDRINUSE) { // the kernel opens the UDP port only now
-		return explainAdd(err, l, k.linksOrNone())
+		return k.explainAdd(err, l)
 	}
 	return err
 }
@@ -117,25 +118,19 @@ func (k *Kernel) deleteLink(name string) error {
 	return err
 }
 
-func (k *Kernel) linksOrNone() []netlink.Link {
-	all, err := k.linkList()
-	if err != nil {
-		return nil
-	}
-	return all
-}
-
 // explainAdd says what stands in the way of a new device: the kernel only says "exists".
-func explainAdd(err error, l Link, all []netlink.Link) error {
+func (k *Kernel) explainAdd(err error, l Link) error {
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("%w: this kernel has no VXLAN (is the module vxlan available?)", err)
 	}
 	if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EADDRINUSE) {
 		return err
 	}
-	for _, other := range all { // first, because a name stands in the way of any device
+	all, _ := k.links.LinkList() // as far as they can be read
+	for _, other := range all {  // first, because a name stands in the way of any device
 		if other.Attrs().Name == l.Name && errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("%w: another program's %s device has this name; rename or delete it (ip link delete %s)", err, other.Type(), l.Name)
+			return fmt.Errorf("%w: another program's %s device has this name; rename or delete it (ip link delete %s)",
+				err, other.Type(), l.Name)
 		}
 	}
 	for _, other := range all {
@@ -144,18 +139,22 @@ func explainAdd(err error, l Link, all []netlink.Link) error {
 			continue
 		}
 		if v.VxlanId == int(l.VXLAN.VNI) {
-			return fmt.Errorf("%w: the VXLAN device %s has VNI %d on UDP port %d already; delete it (ip link delete %s), or set another Backend.VNI or Backend.Port",
+			return fmt.Errorf("%w: the VXLAN device %s has VNI %d on UDP port %d already; "+
+				"delete it (ip link delete %s), or set another Backend.VNI or Backend.Port",
 				err, v.Name, v.VxlanId, v.Port, v.Name)
 		}
-		if errors.Is(err, unix.EADDRINUSE) && v.RawFlags&unix.IFF_UP != 0 { // with the same settings, they would share the port
-			return fmt.Errorf("%w: the VXLAN device %s is on UDP port %d with other settings; delete it (ip link delete %s), or set another Backend.Port",
+		// With the same settings, they would share the port.
+		if errors.Is(err, unix.EADDRINUSE) && v.RawFlags&unix.IFF_UP != 0 {
+			return fmt.Errorf("%w: the VXLAN device %s is on UDP port %d with other settings; "+
+				"delete it (ip link delete %s), or set another Backend.Port",
 				err, v.Name, v.Port, v.Name)
 		}
 	}
 	return fmt.Errorf("%w: UDP port %d is taken by another program", err, l.VXLAN.Port)
 }
 
-// overIPv6 tells the family of a device's underlay; the two don't get into each other's way.
+// overIPv6 tells the family of a device's underlay; one does not interfere with the other.
 func overIPv6(v *netlink.Vxlan) bool {
-	return slices.ContainsFunc([]net.IP{v.SrcAddr, v.Group}, func(ip net.IP) bool { return len(ip) > 0 && ip.To4() == nil })
+	six := func(ip net.IP) bool { return len(ip) > 0 && ip.To4() == nil }
+	return six(v.SrcAddr) || six(v.Group)
 }

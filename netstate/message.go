@@ -6,13 +6,15 @@ import (
 	"math"
 	"net/netip"
 
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
 )
 
-// messages are netlink requests, one behind the other in the bytes that are sent. They are written by hand: at the start there are
-// four for each peer.
+// messages are netlink requests, one behind the other in the bytes that are sent. They are written by hand: at the
+// start there are four for each peer.
 type messages struct {
 	buf  []byte
 	seq  uint32 // of the next one
@@ -20,7 +22,8 @@ type messages struct {
 	open int    // where one begins that is being written
 }
 
-// begin starts a message (struct nlmsghdr, uapi/linux/netlink.h), in the place of one that was not ended. Its length is set by end.
+// begin starts a message (struct nlmsghdr, uapi/linux/netlink.h), in the place of one that was not ended. Its length is
+// set by end.
 func (m *messages) begin(typ, flags uint16) {
 	var h [unix.NLMSG_HDRLEN]byte
 	binary.NativeEndian.PutUint16(h[4:], typ)
@@ -69,24 +72,11 @@ func (m *messages) address(typ uint16, a netip.Addr) {
 	m.attr(typ, b[:])
 }
 
-// What a message says before its attributes. A rule's struct fib_rule_hdr has the layout of struct rtmsg, with the action as the type.
+// header appends what a message has before its attributes.
+func (m *messages) header(h interface{ Serialize() []byte }) { m.buf = append(m.buf, h.Serialize()...) }
 
-func (m *messages) rtmsg(h unix.RtMsg) {
-	m.buf = append(m.buf, h.Family, h.Dst_len, h.Src_len, h.Tos, h.Table, h.Protocol, h.Scope, h.Type)
-	m.buf = binary.NativeEndian.AppendUint32(m.buf, h.Flags)
-}
-
-func (m *messages) ndmsg(h unix.NdMsg) {
-	m.buf = binary.NativeEndian.AppendUint32(append(m.buf, h.Family, 0, 0, 0), uint32(h.Ifindex))
-	m.buf = append(binary.NativeEndian.AppendUint16(m.buf, h.State), h.Flags, h.Type)
-}
-
-func (m *messages) ifaddrmsg(h unix.IfAddrmsg) {
-	m.buf = binary.NativeEndian.AppendUint32(append(m.buf, h.Family, h.Prefixlen, h.Flags, h.Scope), h.Index)
-}
-
-// change starts a message that adds or deletes something. An Add must not meet anything: what is there under our key but not in our
-// observation is somebody else's, or came since.
+// change starts a message that adds or deletes something. An Add must not meet anything: what is there under our key
+// but not in our observation is another program's, or came since.
 func (m *messages) change(op Op, add, del uint16) {
 	switch op {
 	case Add:
@@ -100,20 +90,32 @@ func (m *messages) change(op Op, add, del uint16) {
 
 // put writes the message for a change of an address, neighbour, FDB entry, route or rule.
 func (k *Kernel) put(m *messages, c Change) error {
-	switch obj := c.Obj.(type) {
+	var ifindex uint32
+	var err error
+	switch o := c.Obj.(type) {
 	case Address:
-		return k.putAddress(m, c.Op, obj)
+		if ifindex, err = k.linkIndex(o.Link); err == nil {
+			putAddress(m, c.Op, o, ifindex)
+		}
 	case Neighbour:
-		return k.putNeighbour(m, c.Op, obj.Link, unix.NdMsg{Family: familyOf(obj.IP)}, obj.MAC, obj.IP)
+		if ifindex, err = k.linkIndex(o.Link); err == nil {
+			putNeighbour(m, c.Op, netlink.Ndmsg{Family: familyOf(o.IP), Index: ifindex}, o.MAC, o.IP)
+		}
 	case FDBEntry:
-		return k.putNeighbour(m, c.Op, obj.Link, unix.NdMsg{Family: unix.AF_BRIDGE, Flags: unix.NTF_SELF}, obj.MAC, obj.Dst)
+		if ifindex, err = k.linkIndex(o.Link); err == nil {
+			putNeighbour(m, c.Op, netlink.Ndmsg{Family: unix.AF_BRIDGE, Index: ifindex, Flags: unix.NTF_SELF}, o.MAC, o.Dst)
+		}
 	case Route:
-		return k.putRoute(m, c.Op, obj)
+		if ifindex, err = k.linkIndex(o.Link); err == nil || c.Op == Delete {
+			putRoute(m, c.Op, o, ifindex)
+			return nil
+		}
 	case Rule:
-		putRule(m, c.Op, obj)
-		return nil
+		putRule(m, c.Op, o)
+	default:
+		err = fmt.Errorf("no message is known for a %s", c.Kind())
 	}
-	return fmt.Errorf("no message is known for a %s", c.Kind())
+	return err
 }
 
 func (k *Kernel) linkIndex(name string) (uint32, error) {
@@ -123,44 +125,32 @@ func (k *Kernel) linkIndex(name string) (uint32, error) {
 	return 0, fmt.Errorf("%w: %s", ErrNoLink, name)
 }
 
-func (k *Kernel) putAddress(m *messages, op Op, a Address) error {
-	ifindex, err := k.linkIndex(a.Link)
-	if err != nil {
-		return err
-	}
+func putAddress(m *messages, op Op, a Address, ifindex uint32) {
 	m.change(op, unix.RTM_NEWADDR, unix.RTM_DELADDR)
-	m.ifaddrmsg(unix.IfAddrmsg{
-		Family: familyOf(a.Prefix.Addr()), Prefixlen: uint8(a.Prefix.Bits()), Flags: unix.IFA_F_NODAD | unix.IFA_F_PERMANENT, Index: ifindex,
-	})
+	m.header(&nl.IfAddrmsg{IfAddrmsg: unix.IfAddrmsg{
+		Family: familyOf(a.Prefix.Addr()), Prefixlen: uint8(a.Prefix.Bits()), Index: ifindex,
+		Flags: unix.IFA_F_NODAD | unix.IFA_F_PERMANENT,
+	}})
 	m.address(unix.IFA_LOCAL, a.Prefix.Addr())
 	m.address(unix.IFA_ADDRESS, a.Prefix.Addr())
 	m.end()
-	return nil
 }
 
-func (k *Kernel) putNeighbour(m *messages, op Op, link string, h unix.NdMsg, mac addr.MAC, dst netip.Addr) error {
-	ifindex, err := k.linkIndex(link)
-	if err != nil {
-		return err
-	}
+func putNeighbour(m *messages, op Op, h netlink.Ndmsg, mac addr.MAC, dst netip.Addr) {
 	if op == Add {
-		// All entries on our device are ours, also one that the kernel made while nobody had told it better.
+		// All entries on our device are ours, also one that the kernel has learned while none was configured.
 		op = Replace
 	}
-	h.Ifindex, h.State = int32(ifindex), unix.NUD_PERMANENT
+	h.State = unix.NUD_PERMANENT
 	m.change(op, unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH)
-	m.ndmsg(h)
+	m.header(&h)
 	m.address(unix.NDA_DST, dst)
 	m.attr(unix.NDA_LLADDR, mac[:])
 	m.end()
-	return nil
 }
 
-func (k *Kernel) putRoute(m *messages, op Op, r Route) error {
-	ifindex, err := k.linkIndex(r.Link)
-	if err != nil && op != Delete {
-		return err
-	}
+// putRoute writes the message for a route. One without a device is deleted whatever its device is.
+func putRoute(m *messages, op Op, r Route, ifindex uint32) {
 	h := unix.RtMsg{
 		Family: familyOf(r.Dst.Addr()), Dst_len: uint8(r.Dst.Bits()), Table: uint8(r.Table),
 		Protocol: Protocol, Type: unix.RTN_UNICAST, Scope: unix.RT_SCOPE_UNIVERSE,
@@ -175,7 +165,7 @@ func (k *Kernel) putRoute(m *messages, op Op, r Route) error {
 		h.Flags = unix.RTNH_F_ONLINK
 	}
 	m.change(op, unix.RTM_NEWROUTE, unix.RTM_DELROUTE)
-	m.rtmsg(h)
+	m.header(&nl.RtMsg{RtMsg: h})
 	m.address(unix.RTA_DST, r.Dst.Addr())
 	m.number(unix.RTA_PRIORITY, r.Metric)
 	if r.Table > math.MaxUint8 { // only one to be deleted
@@ -184,19 +174,21 @@ func (k *Kernel) putRoute(m *messages, op Op, r Route) error {
 	if r.Via.IsValid() {
 		m.address(unix.RTA_GATEWAY, r.Via)
 	}
+	if r.Src.IsValid() {
+		m.address(unix.RTA_PREFSRC, r.Src)
+	}
 	if ifindex != 0 {
 		m.number(unix.RTA_OIF, ifindex)
 	}
 	m.end()
-	return nil
 }
 
 func putRule(m *messages, op Op, r Rule) {
 	m.change(op, unix.RTM_NEWRULE, unix.RTM_DELRULE)
-	m.rtmsg(unix.RtMsg{
+	m.header(&nl.RtMsg{RtMsg: unix.RtMsg{ // as struct fib_rule_hdr, in which the action has the place of the type
 		Family: familyOf(r.From.Addr()), Src_len: uint8(r.From.Bits()), Dst_len: uint8(r.To.Bits()),
 		Table: uint8(r.Table), Type: uint8(RuleToTable),
-	})
+	}})
 	if r.From.Bits() > 0 {
 		m.address(unix.FRA_SRC, r.From.Addr())
 	}

@@ -64,7 +64,8 @@ func TestOwnDoingIsNoNews(t *testing.T) {
 	}
 }
 
-// TestOwnRequestsAreNotHeard: the kernel does not even send the news of what our requests do, but for those of FDB entries.
+// TestOwnRequestsAreNotHeard: the kernel does not even send the news of what our requests do, but for those of FDB
+// entries.
 func TestOwnRequestsAreNotHeard(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -94,17 +95,32 @@ func TestOwnRequestsAreNotHeard(t *testing.T) {
 	}
 }
 
+// expecting is an expectation with some devices of ours.
+func expecting(desired *State, names map[uint32]string) expectation {
+	devices := map[uint32]device{}
+	for i, name := range names {
+		devices[i] = device{name: name}
+	}
+	return expectation{desired: desired, observed: &observation{devices: devices, ours: State{Links: desired.Links}}}
+}
+
 // FuzzMonitor: whatever comes, it is judged.
 func FuzzMonitor(f *testing.F) {
 	want := fullState()
-	e := expectation{state: &want, devices: devices{index: map[uint32]string{3: dev6, 4: dev4}}}
-	kinds := map[string]uint16{"route": unix.RTM_NEWROUTE, "neighbour": unix.RTM_NEWNEIGH, "fdb": unix.RTM_DELNEIGH, "rule": unix.RTM_DELRULE}
+	e := expecting(&want, map[uint32]string{3: dev6, 4: dev4})
+	kinds := map[string]uint16{
+		"route": unix.RTM_NEWROUTE, "neighbour": unix.RTM_NEWNEIGH, "fdb": unix.RTM_DELNEIGH,
+		"rule": unix.RTM_DELRULE,
+	}
 	for _, m := range readMessages(f) {
 		if typ, ok := kinds[m.kind]; ok {
 			f.Add(typ, m.body)
 		}
 	}
-	for _, typ := range []uint16{unix.RTM_NEWADDR, unix.RTM_DELADDR, unix.RTM_NEWLINK, unix.RTM_DELLINK, unix.RTM_NEWNETCONF} {
+	for _, typ := range []uint16{
+		unix.RTM_NEWADDR, unix.RTM_DELADDR, unix.RTM_NEWLINK, unix.RTM_DELLINK,
+		unix.RTM_NEWNETCONF,
+	} {
 		f.Add(typ, make([]byte, 64))
 	}
 	f.Fuzz(func(_ *testing.T, typ uint16, body []byte) {
@@ -112,13 +128,13 @@ func FuzzMonitor(f *testing.F) {
 		out.begin(typ, 0)
 		out.buf = append(out.buf, body...)
 		out.end()
-		e.contradicted(out.buf, false)
-		e.contradicted(body, true)
+		e.contradicted(out.buf)
+		e.contradicted(body)
 	})
 }
 
-// What somebody else does to our state, or to what decisions depend on, is heard of at once; what we do, or what is of no
-// concern, is not.
+// A change by another process to our state, or to what decisions depend on, is notified at once; our own changes, and
+// those of no concern, are not.
 func TestMonitor(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
@@ -126,10 +142,15 @@ func TestMonitor(t *testing.T) {
 	// It carries no address. Whether ours can be made may depend on it, as where both want one VNI.
 	n.sh("ip link add vxother type vxlan id 7 dstport 4789 local 192.0.2.1 dev eth0; ip link set vxother up")
 	want := fullState()
-	route := want.Routes[slices.IndexFunc(want.Routes, func(r Route) bool { return r.Table == MainTable && r.Link == "overlay.1" })].Dst.String()
+	route := want.Routes[slices.IndexFunc(want.Routes, func(r Route) bool {
+		return r.Table == MainTable &&
+			r.Link == "overlay.1"
+	})].Dst.String()
 	mac := want.FDB[slices.IndexFunc(want.FDB, func(e FDBEntry) bool { return e.Link == "overlay.1" })].MAC.String()
-	own := want.Addresses[slices.IndexFunc(want.Addresses, func(a Address) bool { return a.Link == "overlay.1" })].Prefix.String()
-	neigh := want.Neighbours[slices.IndexFunc(want.Neighbours, func(n Neighbour) bool { return n.Link == "overlay.1" })].IP.String()
+	own := want.Addresses[slices.IndexFunc(want.Addresses,
+		func(a Address) bool { return a.Link == "overlay.1" })].Prefix.String()
+	neigh := want.Neighbours[slices.IndexFunc(want.Neighbours,
+		func(n Neighbour) bool { return n.Link == "overlay.1" })].IP.String()
 	settle := func() {
 		t.Helper()
 		for range 5 { // the device's own coming is heard of, too: once more and it is quiet
@@ -149,7 +170,8 @@ func TestMonitor(t *testing.T) {
 		{"true", false},
 		{"ip route del " + route + " proto 118", true},
 		{"ip route flush proto 118", true},
-		{fmt.Sprintf("ip route replace %s via 192.0.2.2 dev eth0 proto 118 metric %d", route, Metric(netip.MustParsePrefix(route))), true},
+		{fmt.Sprintf("ip route replace %s via 192.0.2.2 dev eth0 proto 118 metric %d", route,
+			Metric(netip.MustParsePrefix(route))), true},
 		{"ip neigh flush dev overlay.1 nud permanent", true},
 		{"ip neigh replace " + neigh + " lladdr 02:ff:00:00:00:01 dev overlay.1", true},
 		{"ip neigh add 10.244.77.7 lladdr 02:ff:00:00:00:01 dev overlay.1", true},
@@ -162,6 +184,7 @@ func TestMonitor(t *testing.T) {
 		{"ip link set overlay.1 address 02:aa:00:00:00:01", true},
 		{"ip link set overlay.1 type vxlan id 1 local 192.0.2.77 dev eth0", true},
 		{"ip link del overlay.1", true},
+		{"ip link set overlay.1 promisc on; ip link set overlay.1 promisc off; ip link set overlay.1 txqueuelen 500", false},
 		{"ip link set vxother mtu 1300", true},
 		{"ip link set vxother down", true},
 		{"ip link del vxother", true},

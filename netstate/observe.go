@@ -3,7 +3,6 @@ package netstate
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,12 +13,63 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Observe looks at the kernel: it returns the part of the host's network that is not ours, and remembers the part that is for the
-// next Reconcile.
+// Observe reads the kernel: it returns the part of the host's network that is not ours, and keeps the part that is for
+// the next Reconcile.
 func (k *Kernel) Observe() (Host, error) {
-	h, err := k.look()
-	k.monitor.change(func(e *expectation) { e.devices = k.devices })
-	return h, err
+	o, err := k.observe()
+	if err != nil {
+		return Host{}, err
+	}
+	k.monitor.change(func(e *expectation) { e.observed = o })
+	return o.host, nil
+}
+
+// observation is what is read from the kernel at one time.
+type observation struct {
+	owned func(name string) bool
+	conn  *conn
+
+	devices map[uint32]device // all, by index
+	links   []SurveyLink
+	bare    []rawRoute // for which the kernel names only a nexthop object (net.ipv4.nexthop_compat_mode=0)
+
+	ours State // without the settings: which of those matter is said by the desired state
+	host Host
+}
+
+// device is what the monitor compares a device with.
+type device struct{ name, content string }
+
+// observe reads all but the settings.
+func (k *Kernel) observe() (*observation, error) {
+	k.observed, k.synced = nil, false
+	o := &observation{owned: k.owned, conn: k.conn, ours: k.room()}
+	_, err := os.Stat("/proc/sys/net/ipv6")
+	o.host.IPv6 = err == nil
+	for _, step := range []struct {
+		what string
+		read func() error
+	}{
+		{"devices", o.readLinks},
+		{"addresses", o.readAddresses},
+		{"routes", o.readRoutes},
+		{"rules", o.readRules},
+		{"neighbours", o.readNeighbours},
+	} {
+		if err := step.read(); err != nil {
+			return nil, fmt.Errorf("reading the %s: %w", step.what, err)
+		}
+	}
+	ours := o.ours
+	ours.Sort()
+	o.ours, o.host = State{Links: ours.Links}, o.host.Indexed() // the rest is not needed for long
+	k.observed, k.last, k.index = &ours, o, map[string]int{}
+	for i, d := range o.devices {
+		if o.isOurs(d.name) || !k.owned(d.name) { // nothing is put on another program's device with a name of ours
+			k.index[d.name] = int(i)
+		}
+	}
+	return o, nil
 }
 
 // room is an empty state with room for as much as is most likely there, and a little more.
@@ -29,189 +79,126 @@ func (k *Kernel) room() State {
 	}
 	with := func(n int) int { return n + n/64 + 16 }
 	return State{
-		Neighbours: make([]Neighbour, 0, with(len(k.desired.Neighbours))), FDB: make([]FDBEntry, 0, with(len(k.desired.FDB))),
-		Routes: make([]Route, 0, with(len(k.desired.Routes))),
+		Neighbours: make([]Neighbour, 0, with(len(k.desired.Neighbours))),
+		FDB:        make([]FDBEntry, 0, with(len(k.desired.FDB))),
+		Routes:     make([]Route, 0, with(len(k.desired.Routes))),
 	}
 }
 
-// grown is append, but doubles the room: how much comes is not known when the daemon starts beside what is there from before.
-func grown[T any](s []T, x T) []T {
-	if len(s) == cap(s) {
-		s = slices.Grow(s, len(s)+1)
+// add is append, but doubles the room: at the start it is not known how much there is, and append would copy thousands
+// of objects five times.
+func add[T any](list []T, x T) []T {
+	if len(list) == cap(list) {
+		list = slices.Grow(list, len(list)+16)
 	}
-	return append(s, x)
+	return append(list, x)
 }
 
-// look reads all but the settings: which of those matter is said by the wish.
-func (k *Kernel) look() (Host, error) {
-	s := k.room()
-	k.observed, k.synced = nil, false
-	var h Host
-	_, err := os.Stat("/proc/sys/net/ipv6")
-	h.IPv6 = err == nil
-	names, err := k.observeLinks(&s, &h)
-	if err != nil {
-		return Host{}, fmt.Errorf("reading the devices: %w", err)
-	}
-	for what, read := range map[string]func(map[int]string, *State, *Host) error{
-		"addresses": k.observeAddresses, "routes": k.observeRoutes, "rules": k.observeRules, "neighbours": k.observeNeighbours,
-	} {
-		if err := read(names, &s, &h); err != nil {
-			return Host{}, fmt.Errorf("reading the %s: %w", what, err)
+// isOurs reports whether a device is one of our tunnel devices.
+func (o *observation) isOurs(name string) bool {
+	return slices.ContainsFunc(o.ours.Links, func(l Link) bool { return l.Name == name })
+}
+
+func (o *observation) readLinks() error {
+	var all []netlink.Link
+	var failed error
+	err := o.conn.dump(unix.RTM_GETLINK, nl.NewIfInfomsg(unix.AF_UNSPEC), nil, func() {
+		all, o.devices = nil, map[uint32]device{}
+	}, func(b []byte) {
+		l, err := netlink.LinkDeserialize(nil, slices.Clone(b))
+		if err != nil {
+			failed = err
+			return
 		}
-	}
-	s.Sort()
-	k.observed, k.devices.cared, k.devices.index = &s, k.others(&s, h), map[uint32]string{}
-	for name, i := range k.index {
-		if k.owned(name) {
-			k.devices.index[uint32(i)] = name
-		}
-	}
-	return h.Indexed(), nil
-}
-
-func (k *Kernel) observeLinks(s *State, h *Host) (map[int]string, error) {
-	all, err := k.linkList()
-	if err != nil {
-		return nil, err
-	}
-	names := make(map[int]string, len(all))
-	k.index = make(map[string]int, len(all))
-	for _, l := range all {
-		names[l.Attrs().Index] = l.Attrs().Name
-		k.index[l.Attrs().Name] = l.Attrs().Index
+		all = append(all, l)
+		i, d, _ := parseDevice(b)
+		o.devices[i] = d
+	})
+	if err = errors.Join(err, failed); err != nil {
+		return err
 	}
 	for _, l := range all {
 		a := l.Attrs()
 		hl := HostLink{
-			Index: a.Index, Name: a.Name, AltNames: strings.Join(a.AltNames, "\n"), Kind: l.Type(), Master: names[a.MasterIndex],
-			MTU: a.MTU,
-			Up:  a.RawFlags&unix.IFF_UP != 0, Loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
+			Index: a.Index, Name: a.Name, AltNames: strings.Join(a.AltNames, "\n"), Kind: l.Type(),
+			Master: o.devices[uint32(a.MasterIndex)].name, MTU: a.MTU,
+			Up: a.RawFlags&unix.IFF_UP != 0, Loopback: a.RawFlags&unix.IFF_LOOPBACK != 0,
 		}
+		mac := macOf(a.HardwareAddr)
 		if v, ok := l.(*netlink.Vxlan); ok {
-			hl.VXLAN = vxlanOf(v, names)
-			if hl.Tunnel = k.owned(a.Name); hl.Tunnel {
-				s.Links = append(s.Links, Link{Name: a.Name, VXLAN: hl.VXLAN, MAC: macOf(a.HardwareAddr), MTU: a.MTU, Down: !hl.Up})
+			hl.VXLAN = vxlanOf(v, o.devices[uint32(v.VtepDevIndex)].name)
+			if hl.Tunnel = o.owned(a.Name); hl.Tunnel {
+				o.ours.Links = append(o.ours.Links, Link{Name: a.Name, VXLAN: hl.VXLAN, MAC: mac, MTU: a.MTU, Down: !hl.Up})
 			}
-		} else if k.owned(a.Name) {
-			delete(k.index, a.Name) // somebody else's, in the way of ours: nothing is put on it
 		}
-		h.Links = append(h.Links, hl)
-	}
-	return names, nil
-}
-
-func (k *Kernel) linkList() ([]netlink.Link, error) {
-	for range dumpTries {
-		all, err := k.links.LinkList()
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return all, err
-		}
-	}
-	return nil, errInterrupted
-}
-
-func (k *Kernel) observeAddresses(names map[int]string, s *State, h *Host) error {
-	const fleeting = unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
-	var all []netlink.Addr
-	err := error(netlink.ErrDumpInterrupted)
-	for i := 0; i < dumpTries && errors.Is(err, netlink.ErrDumpInterrupted); i++ {
-		all, err = k.links.AddrList(nil, netlink.FAMILY_ALL)
-	}
-	if err != nil {
-		return err
-	}
-	for _, a := range all {
-		ip, _ := netip.AddrFromSlice(a.IP)
-		ip = ip.Unmap()
-		bits, _ := a.Mask.Size()
-		name, p := names[a.LinkIndex], netip.PrefixFrom(ip, bits)
-		// the same bit says of an IPv4 address that it is a secondary one
-		temporary := ip.Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0
-		h.Addresses = append(h.Addresses,
-			HostAddress{Link: name, Prefix: p, Fleeting: temporary || a.Flags&fleeting != 0, Tunnel: k.ours(s, name)})
-		if k.ours(s, name) && !ip.IsLinkLocalUnicast() {
-			s.Addresses = append(s.Addresses, Address{Link: name, Prefix: p})
-		}
+		o.host.Links = append(o.host.Links, hl)
+		o.links = append(o.links, SurveyLink{HostLink: hl, MAC: mac, Carrier: a.RawFlags&unix.IFF_LOWER_UP != 0})
 	}
 	return nil
 }
 
-// others lists the links by number that are not ours and carry an address or a route, or are VXLAN devices: such a one may have the VNI
-// that one of ours is to have, and its end is all that tells that ours can be made.
-func (k *Kernel) others(s *State, h Host) map[uint32]hostLink {
-	on := map[string]bool{}
-	for _, a := range h.Addresses {
-		on[a.Link] = on[a.Link] || !a.Prefix.Addr().IsLinkLocalUnicast()
-	}
-	for _, r := range h.Routes {
-		on[r.Link] = on[r.Link] || !r.Dst.Addr().IsLinkLocalUnicast()
-	}
-	out := map[uint32]hostLink{}
-	for _, l := range h.Links {
-		if (on[l.Name] || l.VXLAN != (VXLAN{})) && !k.ours(s, l.Name) {
-			out[uint32(l.Index)] = hostLink{l.Name, l.MTU, l.Up}
+func (o *observation) readAddresses() error {
+	const fleeting = unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+	return o.conn.dump(unix.RTM_GETADDR, nl.NewIfAddrmsg(unix.AF_UNSPEC), nil, func() {
+		o.host.Addresses, o.ours.Addresses = nil, nil
+	}, func(b []byte) {
+		p, ifindex, flags, ok := parseAddress(b)
+		if !ok {
+			return
 		}
-	}
-	return out
+		name, ip := o.devices[ifindex].name, p.Addr()
+		ours := o.isOurs(name)
+		// the same bit says of an IPv4 address that it is a secondary one
+		temporary := ip.Is6() && flags&unix.IFA_F_TEMPORARY != 0
+		o.host.Addresses = append(o.host.Addresses,
+			HostAddress{Link: name, Prefix: p, Fleeting: temporary || flags&fleeting != 0, Tunnel: ours})
+		if ours && !ip.IsLinkLocalUnicast() {
+			o.ours.Addresses = append(o.ours.Addresses, Address{Link: name, Prefix: p})
+		}
+	})
 }
 
-// ours reports whether a link is one of those that were observed as ours.
-func (k *Kernel) ours(s *State, name string) bool {
-	return slices.ContainsFunc(s.Links, func(l Link) bool { return l.Name == name })
-}
-
-func (k *Kernel) observeRoutes(names map[int]string, s *State, h *Host) error {
-	var bare []rawRoute // of which the kernel tells only the number of the nexthop object (net.ipv4.nexthop_compat_mode=0)
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		routes, host, before := len(s.Routes), len(h.Routes), len(bare)
-		header := nl.NewRtMsg()
-		header.RtMsg = unix.RtMsg{Family: family}
-		err := k.conn.dump(unix.RTM_GETROUTE, header, nil, func() {
-			s.Routes, h.Routes, bare = s.Routes[:routes], h.Routes[:host], bare[:before]
-		}, func(b []byte) {
-			r, ok := parseRoute(b)
-			if !ok || r.kind != unix.RTN_UNICAST && !r.drops() {
-				return
-			}
-			r.Link = names[int(r.oif)]
-			switch {
-			case r.protocol == Protocol && !r.drops():
-				s.Routes = grown(s.Routes, r.Route)
-			case r.Table != MainTable:
-			case r.nexthop != 0 && r.oif == 0 && len(r.hops) == 0 && !r.drops():
-				bare = append(bare, r)
-			default:
-				h.Routes = append(h.Routes, r.ofHost(names)...)
-			}
-		})
-		if err != nil && !noFamily(err) {
-			return err
+func (o *observation) readRoutes() error {
+	err := o.conn.dump(unix.RTM_GETROUTE, &nl.RtMsg{}, nil, func() {
+		o.ours.Routes, o.host.Routes, o.bare = o.ours.Routes[:0], nil, nil
+	}, func(b []byte) {
+		r, ok := parseRoute(b)
+		if !ok {
+			return
 		}
+		r.Link = o.devices[r.oif].name
+		switch {
+		case r.ours():
+			o.ours.Routes = add(o.ours.Routes, r.Route)
+		case r.Table != MainTable:
+		case r.nexthop != 0 && r.oif == 0 && len(r.hops) == 0 && !r.drops():
+			o.bare = append(o.bare, r)
+		default:
+			o.host.Routes = append(o.host.Routes, o.hostRoutes(r)...)
+		}
+	})
+	if err != nil || len(o.bare) == 0 {
+		return err
 	}
-	k.devices.nexthops = len(bare) > 0
-	if !k.devices.nexthops {
-		return nil
-	}
-	objects, err := k.nexthopObjects()
-	for _, r := range bare {
+	objects, err := o.nexthopObjects()
+	for _, r := range o.bare {
 		if r.hops = objects[r.nexthop]; len(r.hops) == 0 {
 			r.kind = unix.RTN_BLACKHOLE
 		}
-		h.Routes = append(h.Routes, r.ofHost(names)...)
+		o.host.Routes = append(o.host.Routes, o.hostRoutes(r)...)
 	}
 	return err
 }
 
-// ofHost is a route with the names of the devices, one for each next hop.
-func (r rawRoute) ofHost(names map[int]string) []HostRoute {
+// hostRoutes is a route with the names of the devices, one for each next hop.
+func (o *observation) hostRoutes(r rawRoute) []HostRoute {
 	if len(r.hops) == 0 {
 		r.hops = []hop{{r.oif, r.Via}}
 	}
 	out := make([]HostRoute, 0, len(r.hops))
 	for _, hop := range r.hops {
 		out = append(out, HostRoute{
-			Dst: r.Dst, Via: hop.via, Link: names[int(hop.oif)], Src: r.src, Metric: r.Metric, Multipath: len(r.hops) > 1,
+			Dst: r.Dst, Via: hop.via, Link: o.devices[hop.oif].name, Src: r.Src, Metric: r.Metric, Multipath: len(r.hops) > 1,
 			Drops: r.drops(), Advertised: r.protocol == unix.RTPROT_RA,
 		})
 	}
@@ -219,10 +206,9 @@ func (r rawRoute) ofHost(names map[int]string) []HostRoute {
 }
 
 // nexthopObjects reads the objects that routes may share instead of having next hops of their own, by number.
-func (k *Kernel) nexthopObjects() (map[uint32][]hop, error) {
+func (o *observation) nexthopObjects() (map[uint32][]hop, error) {
 	out, groups := map[uint32][]hop{}, map[uint32][]uint32{}
-	header := &nexthopHeader{}
-	err := k.conn.dump(unix.RTM_GETNEXTHOP, header, nil, func() { clear(out); clear(groups) }, func(b []byte) {
+	err := o.conn.dump(unix.RTM_GETNEXTHOP, nexthopHeader{}, nil, func() { clear(out); clear(groups) }, func(b []byte) {
 		id, own, group := parseNexthop(b)
 		out[id], groups[id] = own, group
 	})
@@ -237,56 +223,46 @@ func (k *Kernel) nexthopObjects() (map[uint32][]hop, error) {
 // nexthopHeader is an empty struct nhmsg (uapi/linux/nexthop.h).
 type nexthopHeader struct{}
 
-func (*nexthopHeader) Len() int          { return 8 }
-func (*nexthopHeader) Serialize() []byte { return make([]byte, 8) }
+func (nexthopHeader) Len() int          { return sizeofNhmsg }
+func (nexthopHeader) Serialize() []byte { return make([]byte, sizeofNhmsg) }
 
-func (k *Kernel) observeRules(_ map[int]string, s *State, h *Host) error {
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		before, others := len(s.Rules), len(h.Rules)
-		header := nl.NewRtMsg()
-		header.RtMsg = unix.RtMsg{Family: family}
-		err := k.conn.dump(unix.RTM_GETRULE, header, nil, func() {
-			s.Rules, h.Rules = s.Rules[:before], h.Rules[:others]
-		}, func(b []byte) {
-			switch r, ours, ok := parseRule(b); {
-			case ok && ours:
-				s.Rules = append(s.Rules, r.Rule)
-			case ok:
-				h.Rules = append(h.Rules, r)
-			}
-		})
-		if err != nil && !noFamily(err) {
-			return err
+func (o *observation) readRules() error {
+	return o.conn.dump(unix.RTM_GETRULE, &nl.RtMsg{}, nil, func() {
+		o.ours.Rules, o.host.Rules = nil, nil
+	}, func(b []byte) {
+		switch r, ours, ok := parseRule(b); {
+		case ok && ours:
+			o.ours.Rules = append(o.ours.Rules, r.Rule)
+		case ok:
+			o.host.Rules = append(o.host.Rules, r)
 		}
-	}
-	return nil
+	})
 }
 
-func (k *Kernel) observeNeighbours(names map[int]string, s *State, _ *Host) error {
-	for _, l := range s.Links {
-		ifindex := uint32(k.index[l.Name])
-		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-			before := len(s.Neighbours)
-			filter := nl.NewRtAttr(unix.NDA_IFINDEX, nl.Uint32Attr(ifindex))
-			err := k.conn.dump(unix.RTM_GETNEIGH, &netlink.Ndmsg{Family: family}, []*nl.RtAttr{filter}, func() {
-				s.Neighbours = s.Neighbours[:before]
-			}, func(b []byte) {
-				if n, at, ok := parseNeighbour(b); ok && at == ifindex { // an older kernel does not filter
-					n.Link = names[int(at)]
-					s.Neighbours = grown(s.Neighbours, n)
-				}
-			})
-			if err != nil && !noFamily(err) {
-				return err
-			}
+func (o *observation) readNeighbours() error {
+	for ifindex, d := range o.devices {
+		if !o.isOurs(d.name) {
+			continue
 		}
-		before := len(s.FDB)
-		err := k.conn.dump(unix.RTM_GETNEIGH, &netlink.Ndmsg{Family: unix.AF_BRIDGE, Index: ifindex}, nil, func() {
-			s.FDB = s.FDB[:before]
+		neighbours, entries := len(o.ours.Neighbours), len(o.ours.FDB)
+		filter := []*nl.RtAttr{nl.NewRtAttr(unix.NDA_IFINDEX, nl.Uint32Attr(ifindex))}
+		err := o.conn.dump(unix.RTM_GETNEIGH, &netlink.Ndmsg{}, filter, func() {
+			o.ours.Neighbours = o.ours.Neighbours[:neighbours]
+		}, func(b []byte) {
+			if n, at, ok := parseNeighbour(b); ok && at == ifindex { // an older kernel does not filter
+				n.Link = d.name
+				o.ours.Neighbours = add(o.ours.Neighbours, n)
+			}
+		})
+		if err != nil {
+			return err
+		}
+		err = o.conn.dump(unix.RTM_GETNEIGH, &netlink.Ndmsg{Family: unix.AF_BRIDGE, Index: ifindex}, nil, func() {
+			o.ours.FDB = o.ours.FDB[:entries]
 		}, func(b []byte) {
 			if e, at, ok := parseFDB(b); ok && at == ifindex {
-				e.Link = names[int(at)]
-				s.FDB = grown(s.FDB, e)
+				e.Link = d.name
+				o.ours.FDB = add(o.ours.FDB, e)
 			}
 		})
 		if err != nil {
@@ -296,17 +272,12 @@ func (k *Kernel) observeNeighbours(names map[int]string, s *State, _ *Host) erro
 	return nil
 }
 
-// noFamily: a kernel started without IPv6 has no such tables, which is as good as empty ones.
-func noFamily(err error) bool {
-	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
-}
-
-// readSysctls reads the settings that are wished for; one that can't be read is missing.
-func readSysctls(wish []Sysctl) []Sysctl {
+// readSysctls reads the settings that are desired; one that can't be read is missing.
+func readSysctls(desired []Sysctl) []Sysctl {
 	var out []Sysctl
-	for _, w := range wish {
-		if v, err := os.ReadFile(filepath.Join("/proc/sys", w.Path)); err == nil {
-			out = append(out, Sysctl{w.Path, strings.TrimSpace(string(v))})
+	for _, s := range desired {
+		if v, err := os.ReadFile(filepath.Join("/proc/sys", s.Path)); err == nil {
+			out = append(out, Sysctl{s.Path, strings.TrimSpace(string(v))})
 		}
 	}
 	return out

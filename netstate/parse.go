@@ -5,17 +5,19 @@ import (
 	"encoding/binary"
 	"net/netip"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
 )
 
-// The dumps of routes, neighbours and FDB entries are read by hand: they are the only ones that grow with the number of
-// peers, and a parser that builds no tree takes a quarter of the time.
+// Messages are read by hand: the dumps of routes, neighbours and FDB entries grow with the number of peers, and a
+// parser that builds no tree takes a quarter of the time.
 
 const (
 	attrTypeMask  = 0x3fff // NLA_TYPE_MASK, uapi/linux/netlink.h
 	attrNexthopID = 30     // RTA_NH_ID, uapi/linux/rtnetlink.h
+	sizeofNhmsg   = 8      // struct nhmsg, uapi/linux/nexthop.h
 )
 
 // eachAttr walks rtattrs (struct rtattr, uapi/linux/rtnetlink.h).
@@ -54,12 +56,68 @@ func macOf(b []byte) addr.MAC {
 	return addr.MAC(b)
 }
 
-// rawRoute is a route as the kernel says it; links are still numbers.
+func isIP(family uint8) bool { return family == unix.AF_INET || family == unix.AF_INET6 }
+
+func unspecified(six bool) netip.Addr {
+	if six {
+		return netip.IPv6Unspecified()
+	}
+	return netip.IPv4Unspecified()
+}
+
+// parseDevice reads what can make a difference of an RTM_NEWLINK body (struct ifinfomsg): name, MTU, MAC, master,
+// whether it is up, and all settings of a VXLAN device.
+func parseDevice(b []byte) (ifindex uint32, d device, ok bool) {
+	if len(b) < unix.SizeofIfInfomsg {
+		return 0, d, false
+	}
+	content := []byte{byte(u32(b[8:]) & unix.IFF_UP)}
+	eachAttr(b[unix.SizeofIfInfomsg:], func(typ uint16, data []byte) {
+		switch typ {
+		case unix.IFLA_IFNAME:
+			d.name = cString(data)
+		case unix.IFLA_MTU, unix.IFLA_ADDRESS, unix.IFLA_MASTER:
+			content = append(append(content, byte(typ)), data...)
+		case unix.IFLA_LINKINFO:
+			if bytes.Contains(data, []byte("vxlan\x00")) { // that of a bridge or a bond has timers
+				content = append(content, data...)
+			}
+		}
+	})
+	d.content = string(content)
+	return u32(b[4:]), d, true
+}
+
+// parseAddress reads an RTM_NEWADDR body (struct ifaddrmsg). An address with a peer address has no network.
+func parseAddress(b []byte) (p netip.Prefix, ifindex, flags uint32, ok bool) {
+	if len(b) < unix.SizeofIfAddrmsg {
+		return p, 0, 0, false
+	}
+	h := nl.DeserializeIfAddrmsg(b)
+	flags = uint32(h.Flags)
+	var local, ip netip.Addr
+	eachAttr(b[unix.SizeofIfAddrmsg:], func(typ uint16, data []byte) {
+		switch typ {
+		case unix.IFA_LOCAL:
+			local = ipOf(data)
+		case unix.IFA_ADDRESS:
+			ip = ipOf(data)
+		case unix.IFA_FLAGS:
+			flags = u32(data)
+		}
+	})
+	p = netip.PrefixFrom(ip, int(h.Prefixlen))
+	if local.IsValid() && local != ip {
+		p = addr.Host(local)
+	}
+	return p, h.Index, flags, p.IsValid()
+}
+
+// rawRoute is a route as it is in a message; devices are numbers.
 type rawRoute struct {
 	Route
 	protocol, kind uint8
 	oif            uint32
-	src            netip.Addr
 	hops           []hop  // of a multipath route
 	nexthop        uint32 // the number of its nexthop object; 0: it has none
 }
@@ -70,24 +128,24 @@ type hop struct {
 	via netip.Addr
 }
 
-// drops reports whether it is a route that throws packets away.
+// drops reports whether packets that take the route are dropped.
 func (r rawRoute) drops() bool {
 	return r.kind == unix.RTN_BLACKHOLE || r.kind == unix.RTN_UNREACHABLE || r.kind == unix.RTN_PROHIBIT
 }
 
-// parseRoute reads an RTM_NEWROUTE body (struct rtmsg and its attributes).
-func parseRoute(b []byte) (rawRoute, bool) {
+func (r rawRoute) ours() bool { return r.protocol == Protocol && !r.drops() }
+
+// parseRoute reads an RTM_NEWROUTE body (struct rtmsg) of a unicast route, or of one that drops packets.
+func parseRoute(b []byte) (r rawRoute, ok bool) {
 	if len(b) < unix.SizeofRtMsg {
-		return rawRoute{}, false
+		return r, false
 	}
-	family, dstLen := b[0], int(b[1])
-	r := rawRoute{protocol: b[5], kind: b[7]}
-	r.Table = uint32(b[4])
-	r.OnLink = binary.NativeEndian.Uint32(b[8:])&unix.RTNH_F_ONLINK != 0
-	dst := netip.IPv4Unspecified()
-	if family == unix.AF_INET6 {
-		dst = netip.IPv6Unspecified()
+	h := nl.DeserializeRtMsg(b)
+	r.protocol, r.kind, r.Table, r.OnLink = h.Protocol, h.Type, uint32(h.Table), h.Flags&unix.RTNH_F_ONLINK != 0
+	if !isIP(h.Family) || r.kind != unix.RTN_UNICAST && !r.drops() {
+		return r, false
 	}
+	dst := unspecified(h.Family == unix.AF_INET6)
 	eachAttr(b[unix.SizeofRtMsg:], func(typ uint16, data []byte) {
 		switch typ {
 		case unix.RTA_DST:
@@ -99,7 +157,7 @@ func parseRoute(b []byte) (rawRoute, bool) {
 		case unix.RTA_OIF:
 			r.oif = u32(data)
 		case unix.RTA_PREFSRC:
-			r.src = ipOf(data)
+			r.Src = ipOf(data)
 		case unix.RTA_MULTIPATH:
 			r.hops = parseHops(data)
 		case attrNexthopID:
@@ -110,7 +168,7 @@ func parseRoute(b []byte) (rawRoute, bool) {
 			r.Table = u32(data)
 		}
 	})
-	r.Dst = netip.PrefixFrom(dst, dstLen)
+	r.Dst = netip.PrefixFrom(dst, int(h.Dst_len))
 	return r, r.Dst.IsValid()
 }
 
@@ -144,10 +202,7 @@ func parseHops(b []byte) []hop {
 // parseNexthop reads an RTM_NEWNEXTHOP body (struct nhmsg, uapi/linux/nexthop.h): an object that is one next hop, or a
 // group of others, by their numbers. One that drops packets is neither.
 func parseNexthop(b []byte) (id uint32, own []hop, group []uint32) {
-	const (
-		sizeofNhmsg  = 8
-		sizeofMember = 8 // struct nexthop_grp: the number, then the weight
-	)
+	const sizeofMember = 8 // struct nexthop_grp: the number, then the weight
 	if len(b) < sizeofNhmsg {
 		return 0, nil, nil
 	}
@@ -172,19 +227,20 @@ func parseNexthop(b []byte) (id uint32, own []hop, group []uint32) {
 	return id, own, group
 }
 
-// parseNeighbour reads an RTM_NEWNEIGH body (struct ndmsg) of an ARP or NDP entry. Only permanent ones are set by somebody; the
-// others are the kernel's own findings.
+// parseNeighbour reads an RTM_NEWNEIGH body of an ARP or NDP entry. Only permanent ones are configured; the others are
+// found by the kernel.
 func parseNeighbour(b []byte) (n Neighbour, ifindex uint32, permanent bool) {
-	ip, mac, ifindex, permanent := parseNeigh(b)
-	return Neighbour{IP: ip, MAC: mac}, ifindex, permanent && ip.IsValid()
+	n.IP, n.MAC, ifindex, permanent = parseNeigh(b)
+	return n, ifindex, permanent && n.IP.IsValid()
 }
 
 // parseFDB reads an RTM_NEWNEIGH body of an FDB entry. What is not permanent, the device has learned.
 func parseFDB(b []byte) (e FDBEntry, ifindex uint32, permanent bool) {
-	ip, mac, ifindex, permanent := parseNeigh(b)
-	return FDBEntry{MAC: mac, Dst: ip}, ifindex, permanent && ip.IsValid()
+	e.Dst, e.MAC, ifindex, permanent = parseNeigh(b)
+	return e, ifindex, permanent && e.Dst.IsValid()
 }
 
+// parseNeigh reads struct ndmsg and its attributes.
 func parseNeigh(b []byte) (ip netip.Addr, mac addr.MAC, ifindex uint32, permanent bool) {
 	if len(b) < unix.SizeofNdMsg {
 		return ip, mac, 0, false
@@ -196,12 +252,12 @@ func parseNeigh(b []byte) (ip netip.Addr, mac addr.MAC, ifindex uint32, permanen
 			ip = ipOf(data)
 		case unix.NDA_LLADDR:
 			mac = macOf(data)
-		case unix.NDA_PORT, unix.NDA_VNI, unix.NDA_IFINDEX: // said of an FDB entry only where they are not the device's own
+		case unix.NDA_PORT, unix.NDA_VNI, unix.NDA_IFINDEX: // only where they are not the device's own
 			odd = true
 		}
 	})
 	if odd && ip.IsValid() {
-		ip = netip.IPv4Unspecified() // leads where no entry of ours does; for a deletion, it stands for any
+		ip = netip.IPv4Unspecified() // where no entry of ours leads; for a deletion, it stands for any
 	}
 	return ip, mac, u32(b[4:]), binary.NativeEndian.Uint16(b[8:])&unix.NUD_PERMANENT != 0
 }

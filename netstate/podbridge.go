@@ -125,7 +125,7 @@ func (l BridgeLoss) String() string {
 	return strings.Join(out, "; ")
 }
 
-// Commands give back what is lost. A bridge that is gone is made by whoever made it, and the pods with it.
+// Commands give back what is lost. A bridge that is gone is recreated by the program that made it, with the pods.
 func (l BridgeLoss) Commands() []string {
 	if l.Gone {
 		return []string{"ip link add " + l.Bridge + " type bridge   # or restart the pods of this node"}

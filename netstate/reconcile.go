@@ -15,30 +15,31 @@ import (
 // rounds bounds how often one call observes again: a device that was recreated or went up takes its entries with it.
 const rounds = 3
 
-// apply makes the kernel's state the desired one. What is desired differs from the time before in that was is gone and is has come, be it
-// all of it or the objects of one peer.
+// apply makes the kernel's state the desired one. What is desired differs from the time before in that was is gone and
+// is has come, be it all of it or the objects of one peer.
 func (k *Kernel) apply(was, is State) (Result, error) {
-	same := was.equal(&is)
-	res := Result{Repaired: same && k.applied}
+	var differs []Change
+	if k.applied {
+		differs = Diff(was, is)
+	}
+	res := Result{Repaired: k.applied && len(differs) == 0}
 	// A device takes with it what is on it, and a setting may have any value.
-	if k.synced && slices.Equal(was.Links, is.Links) && slices.Equal(was.Sysctls, is.Sysctls) {
-		res.Done, res.Failed = k.carryOut(Diff(was, is))
+	if k.synced && !slices.ContainsFunc(differs, single) {
+		res.Done, res.Failed = k.carryOut(differs)
 		k.synced = len(res.Failed) == 0
 		return res, nil
 	}
 	k.synced, k.applied = false, res.Repaired
-	if err := k.see(); err != nil {
-		return res, err
-	}
 	if err := k.prepare(&res); err != nil {
 		return res, err
 	}
 	k.applied = true
 	for range rounds {
-		if err := k.see(); err != nil {
+		changes, err := k.pending()
+		if err != nil {
 			return res, err
 		}
-		done, failed := k.carryOut(k.pending())
+		done, failed := k.carryOut(changes)
 		res.Done, res.Failed = append(res.Done, done...), failed
 		k.observed = nil
 		if len(failed) == 0 && !slices.ContainsFunc(done, aboutDevice) {
@@ -52,30 +53,37 @@ func (k *Kernel) apply(was, is State) (Result, error) {
 	return res, nil
 }
 
-// prepare makes the devices and the settings the desired ones, before anything is put on a device: what is on one that was recreated or
-// went up is only known once it was observed again. What the kernel notifies of here can't be told from what others do; so the monitor
-// ignores what is ours meanwhile: the devices are observed afterwards, and the settings are read.
+// prepare makes the devices and the settings the desired ones, before anything is put on a device: what is on one that
+// was recreated or went up is only known once it was observed again. The kernel's notifications of these changes can't
+// be told from those of external ones, so they are dropped, and everything is observed again.
 func (k *Kernel) prepare(res *Result) error {
+	if err := k.refresh(); err != nil {
+		return err
+	}
 	actual := State{Links: k.observed.Links, Sysctls: readSysctls(k.desired.Sysctls)}
-	changes := withoutSweep(Diff(actual, State{Links: k.desired.Links, Sysctls: k.desired.Sysctls}))
+	changes := withoutPruning(Diff(actual, State{Links: k.desired.Links, Sysctls: k.desired.Sysctls}))
 	if len(changes) == 0 {
 		return nil
 	}
-	k.monitor.mu.Lock()
-	defer k.monitor.mu.Unlock()
-	k.monitor.drain(false)
-	res.Done, res.Failed = k.carryOut(changes)
-	k.monitor.drain(true)
-	if !slices.ContainsFunc(res.Done, aboutDevice) {
-		return nil
-	}
-	_, err := k.look()
-	k.monitor.expect.devices = k.devices
+	var err error
+	k.monitor.change(func(e *expectation) {
+		before := k.last.host.external()
+		if res.Done, res.Failed = k.carryOut(changes); len(res.Done) == 0 {
+			return
+		}
+		k.monitor.drain(func([]byte) bool { return false })
+		if _, err = k.observe(); err != nil {
+			return
+		}
+		if e.observed = k.last; !before.Equal(k.last.host.external()) {
+			k.monitor.wake()
+		}
+	})
 	return err
 }
 
-// see observes the kernel if it was changed since the last time.
-func (k *Kernel) see() error {
+// refresh observes the kernel if it was changed since the last time.
+func (k *Kernel) refresh() error {
 	if k.observed != nil {
 		return nil
 	}
@@ -84,14 +92,17 @@ func (k *Kernel) see() error {
 }
 
 // pending lists what is to be done.
-func (k *Kernel) pending() []Change {
+func (k *Kernel) pending() ([]Change, error) {
+	if err := k.refresh(); err != nil {
+		return nil, err
+	}
 	actual := *k.observed
 	actual.Sysctls = readSysctls(k.desired.Sysctls)
 	changes := Diff(actual, k.desired)
 	if !k.prune {
-		changes = withoutSweep(changes)
+		changes = withoutPruning(changes)
 	}
-	return changes
+	return changes, nil
 }
 
 func aboutDevice(c Change) bool { return c.Obj.kind() == kindLink }
@@ -108,7 +119,7 @@ func (k *Kernel) carryOut(all []Change) (done []Change, failed []Failure) {
 			err = k.writeSysctl(obj)
 		default:
 			end := i + 1
-			for end < len(all) && batched(all[end].Obj) {
+			for end < len(all) && !single(all[end]) {
 				end++
 			}
 			for n, err := range k.conn.each(end-i, func(n int, out *messages) error { return k.put(out, all[i+n]) }) {
@@ -120,13 +131,14 @@ func (k *Kernel) carryOut(all []Change) (done []Change, failed []Failure) {
 			refused[i] = err
 		}
 	}
-	return sorted(all, refused)
+	return outcome(all, refused)
 }
 
-func batched(o Object) bool { return o.kind() != kindLink && o.kind() != kindSysctl }
+// single reports whether a change is no netlink message that can be sent with others.
+func single(c Change) bool { return aboutDevice(c) || c.Obj.kind() == kindSysctl }
 
-// sorted tells what was done from what was refused.
-func sorted(all []Change, refused map[int]error) (done []Change, failed []Failure) {
+// outcome tells what was done from what was refused.
+func outcome(all []Change, refused map[int]error) (done []Change, failed []Failure) {
 	maps.DeleteFunc(refused, func(i int, err error) bool { return all[i].Op == Delete && isGone(err) })
 	if len(refused) == 0 {
 		return all, nil
@@ -143,7 +155,8 @@ func sorted(all []Change, refused map[int]error) (done []Change, failed []Failur
 
 // isGone: deleting what is not there is no failure.
 func isGone(err error) bool {
-	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, ErrNoLink)
+	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EADDRNOTAVAIL) ||
+		errors.Is(err, ErrNoLink)
 }
 
 // ErrNoLink is why nothing can be put on a device that could not be made.
@@ -154,7 +167,8 @@ func (k *Kernel) writeSysctl(s Sysctl) error {
 	if dir == "" {
 		dir = "/proc/sys"
 	}
-	f, err := os.OpenFile(filepath.Join(dir, s.Path), os.O_WRONLY, 0) // never made: a setting that is not there is an error
+	// It is never created: a setting that is not there is an error.
+	f, err := os.OpenFile(filepath.Join(dir, s.Path), os.O_WRONLY, 0)
 	if err == nil {
 		_, err = f.WriteString(s.Value)
 		err = errors.Join(err, f.Close())

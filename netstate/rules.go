@@ -2,19 +2,19 @@ package netstate
 
 import (
 	"cmp"
-	"encoding/binary"
 	"fmt"
 	"math"
 	"net/netip"
 	"strings"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
 )
 
-// Rule is a routing rule with our protocol number: packets from one network to another look into a table. All fields
-// are its key.
+// Rule is a routing rule with our protocol number: packets from one network to another are looked up in a table. All
+// fields are its key.
 type Rule struct {
 	Priority uint32
 	From, To netip.Prefix // both of the rule's family; of length 0: any
@@ -40,7 +40,7 @@ type HostRule struct {
 	Mark, Mask uint32
 	In, Out    string // devices
 	Not        bool   // it is for the packets that do not match
-	VRF        bool   // it is for the packets of devices in a VRF, and looks into the table of that
+	VRF        bool   // it is for the packets of devices in a VRF, and looks up the table of that
 	Other      bool   // it depends on something else too: a user, a port
 }
 
@@ -205,23 +205,16 @@ func orAny(p, like netip.Prefix) netip.Prefix {
 	return netip.PrefixFrom(unspecified(like.Addr().Is6()), 0)
 }
 
-func unspecified(six bool) netip.Addr {
-	if six {
-		return netip.IPv6Unspecified()
-	}
-	return netip.IPv4Unspecified()
-}
-
 // parseRule reads an RTM_NEWRULE body (struct fib_rule_hdr, uapi/linux/fib_rules.h).
 func parseRule(b []byte) (r HostRule, ours, ok bool) {
-	if len(b) < unix.SizeofRtMsg {
+	if len(b) < unix.SizeofRtMsg || !isIP(b[0]) {
 		return r, false, false
 	}
-	const invert = 2 // FIB_RULE_INVERT
-	src := unspecified(b[0] == unix.AF_INET6)
+	const invert = 2            // FIB_RULE_INVERT
+	h := nl.DeserializeRtMsg(b) // of the same layout; the action is the type
+	src := unspecified(h.Family == unix.AF_INET6)
 	dst := src
-	r.Table, r.Action, r.Other = uint32(b[4]), RuleAction(b[7]), b[3] != 0
-	r.Not = binary.NativeEndian.Uint32(b[8:])&invert != 0
+	r.Table, r.Action, r.Other, r.Not = uint32(h.Table), RuleAction(h.Type), h.Tos != 0, h.Flags&invert != 0
 	eachAttr(b[unix.SizeofRtMsg:], func(typ uint16, data []byte) {
 		switch typ {
 		case unix.FRA_SRC:
@@ -253,7 +246,7 @@ func parseRule(b []byte) (r HostRule, ours, ok bool) {
 			r.Other = true
 		}
 	})
-	r.From, r.To = netip.PrefixFrom(src, int(b[2])), netip.PrefixFrom(dst, int(b[1]))
+	r.From, r.To = netip.PrefixFrom(src, int(h.Src_len)), netip.PrefixFrom(dst, int(h.Dst_len))
 	if r.Mark == 0 {
 		r.Unmarked = r.Mask
 	}

@@ -6,13 +6,14 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/sorted"
 )
 
-// State is the part of the kernel's network state that is ours. As a wish it says what there must be, and nothing else of ours;
-// as an observation it says what is there. The slices are in the order of their Compare methods and hold no two objects with one key.
+// State is the part of the kernel's network state that is ours. Desired, it says what there must be, and nothing
+// else of ours; observed, it says what is there. The slices are in the order of their Compare methods and hold no
+// two objects with one key.
 type State struct {
 	Links      []Link
 	Sysctls    []Sysctl
@@ -29,10 +30,10 @@ type Link struct {
 	VXLAN VXLAN
 	MAC   addr.MAC
 	MTU   int
-	Down  bool // only observed, never wished for
+	Down  bool // only observed, never desired
 }
 
-// VXLAN is what makes a device the one it is: where any of it is wrong, the device is made anew.
+// VXLAN is what makes a device the one it is: where any of it is wrong, the device is recreated.
 type VXLAN struct {
 	VNI      uint32
 	Port     uint16     // UDP, on the underlay
@@ -42,7 +43,8 @@ type VXLAN struct {
 	GBP      bool
 }
 
-// Sysctl is one kernel setting. Path, its key, is below /proc/sys: "net/ipv4/ip_forward". A setting is never removed, only no longer kept.
+// Sysctl is one kernel setting. Path, its key, is below /proc/sys: "net/ipv4/ip_forward". A setting is never removed,
+// only no longer kept.
 type Sysctl struct{ Path, Value string }
 
 // Address is an address on a link of ours. Both fields are its key.
@@ -58,7 +60,8 @@ type Neighbour struct {
 	MAC  addr.MAC
 }
 
-// FDBEntry is a permanent forwarding entry of a VXLAN device: frames to MAC go to the VTEP at Dst. Keyed by link and MAC.
+// FDBEntry is a permanent forwarding entry of a VXLAN device: frames to MAC go to the VTEP at Dst. Keyed by link and
+// MAC.
 type FDBEntry struct {
 	Link string
 	MAC  addr.MAC
@@ -68,14 +71,15 @@ type FDBEntry struct {
 // Route is a unicast route with our protocol number. Table, Dst and Metric are its key.
 type Route struct {
 	Table  uint32 // MainTable, or one of our own
+	Metric uint32 // beside Table, since there are thousands of routes: 8 bytes less each
 	Dst    netip.Prefix
-	Metric uint32
 	Via    netip.Addr // the zero Addr: none, on-link
 	Link   string
-	OnLink bool // take Via for reachable on Link, whatever the addresses there say
+	OnLink bool       // take Via for reachable on Link, whatever the addresses there say
+	Src    netip.Addr // of the node's own packets; the zero Addr: the kernel's choice, from the addresses of Link
 }
 
-// Routing tables and the mark of our own (iproute2's rt_tables and rt_protos; 118 is taken by nobody there).
+// Routing tables and the mark of our own (iproute2's rt_tables and rt_protos; 118 is free there).
 const (
 	MainTable = 254
 	OwnTable  = 118
@@ -85,8 +89,8 @@ const (
 // Compare orders links by key.
 func (l Link) Compare(o Link) int { return cmp.Compare(l.Name, o.Name) }
 
-// Compare orders settings by key. Forwarding comes last: the moment it is switched on, the kernel drops what it has learned from
-// router advertisements on devices that were not told otherwise before.
+// Compare orders settings by key. Forwarding comes last: the moment it is switched on, the kernel drops what it has
+// learned from router advertisements on devices that were not told otherwise before.
 func (s Sysctl) Compare(o Sysctl) int {
 	rank := func(s Sysctl) int {
 		if s.Path == Forwarding(addr.IPv6).Path {
@@ -105,7 +109,8 @@ func Forwarding(f addr.Family) Sysctl {
 	return Sysctl{"net/ipv6/conf/all/forwarding", "1"}
 }
 
-// BridgeNetfilter has iptables see what crosses the bridges of this node. The setting is there once the module br_netfilter is loaded.
+// BridgeNetfilter has iptables see what crosses the bridges of this node. The setting is there once the module
+// br_netfilter is loaded.
 func BridgeNetfilter(f addr.Family) Sysctl {
 	if f == addr.IPv4 {
 		return Sysctl{"net/bridge/bridge-nf-call-iptables", "1"}
@@ -115,10 +120,7 @@ func BridgeNetfilter(f addr.Family) Sysctl {
 
 // Compare orders addresses by key.
 func (a Address) Compare(o Address) int {
-	if a.Link != o.Link {
-		return cmp.Compare(a.Link, o.Link)
-	}
-	return addr.ComparePrefix(a.Prefix, o.Prefix)
+	return cmp.Or(cmp.Compare(a.Link, o.Link), addr.ComparePrefix(a.Prefix, o.Prefix))
 }
 
 // Compare orders neighbours by key.
@@ -181,16 +183,19 @@ func (r Route) String() string {
 	if r.OnLink {
 		s += " onlink"
 	}
+	if r.Src.IsValid() {
+		s += fmt.Sprintf(" src %s", r.Src)
+	}
 	if r.Table != MainTable {
 		s += fmt.Sprintf(" table %d", r.Table)
 	}
 	return s + fmt.Sprintf(" metric %d", r.Metric)
 }
 
-// Metric is the metric that the routes to a destination get, from 1 to 1023. The kernel finds the shared part of a route
-// (fib_info) in a hash table by device and metric but not by gateway, so a thousand routes that differ in the gateway alone
-// make one long chain; spread over the metrics, adding one costs the same at any number. Depends on the destination only, so
-// that a route that changes its gateway is replaced in place.
+// Metric is the metric that the routes to a destination get, from 1 to 1023. The kernel finds the shared part of a
+// route (fib_info) in a hash table by device and metric but not by gateway, so a thousand routes that differ in the
+// gateway alone make one long chain; spread over the metrics, adding one costs the same at any number. Depends on the
+// destination only, so that a route that changes its gateway is replaced in place.
 func Metric(dst netip.Prefix) uint32 {
 	const prime = 16777619 // of 32-bit FNV-1a
 	h := uint32(2166136261)
@@ -203,41 +208,20 @@ func Metric(dst netip.Prefix) uint32 {
 
 // Sort brings the slices into order, which is what Diff wants.
 func (s *State) Sort() {
-	sortByKey(s.Links)
-	sortByKey(s.Sysctls)
-	sortByKey(s.Addresses)
-	sortByKey(s.Neighbours)
-	sortByKey(s.FDB)
-	sortByKey(s.Routes)
-	sortByKey(s.Rules)
+	sorted.Sort(s.Links)
+	sorted.Sort(s.Sysctls)
+	sorted.Sort(s.Addresses)
+	sorted.Sort(s.Neighbours)
+	sorted.Sort(s.FDB)
+	sorted.Sort(s.Routes)
+	sorted.Sort(s.Rules)
 }
 
 // Counts tells how many objects of each kind there are.
 func (s State) Counts() map[string]int {
 	return map[string]int{
-		string(kindLink): len(s.Links), string(kindSysctl): len(s.Sysctls), string(kindAddress): len(s.Addresses), string(kindNeighbour): len(s.Neighbours),
-		string(kindFDB): len(s.FDB), string(kindRoute): len(s.Routes), string(kindRule): len(s.Rules),
+		string(kindLink): len(s.Links), string(kindSysctl): len(s.Sysctls), string(kindAddress): len(s.Addresses),
+		string(kindNeighbour): len(s.Neighbours), string(kindFDB): len(s.FDB), string(kindRoute): len(s.Routes),
+		string(kindRule): len(s.Rules),
 	}
-}
-
-func sortByKey[T object[T]](s []T) {
-	if !slices.IsSortedFunc(s, T.Compare) {
-		slices.SortFunc(s, T.Compare)
-	}
-}
-
-// Merge puts the objects of several states into one.
-func Merge(states ...State) State {
-	var out State
-	for _, s := range states {
-		out.Links = append(out.Links, s.Links...)
-		out.Sysctls = append(out.Sysctls, s.Sysctls...)
-		out.Addresses = append(out.Addresses, s.Addresses...)
-		out.Neighbours = append(out.Neighbours, s.Neighbours...)
-		out.FDB = append(out.FDB, s.FDB...)
-		out.Routes = append(out.Routes, s.Routes...)
-		out.Rules = append(out.Rules, s.Rules...)
-	}
-	out.Sort()
-	return out
 }

@@ -45,7 +45,7 @@ func TestMergeIsInOrder(t *testing.T) {
 	for _, o := range objects(want) {
 		parts = append([]State{stateOf([]Object{o})}, parts...)
 	}
-	if got := Merge(parts...); !reflect.DeepEqual(got, want) {
+	if got := merge(parts...); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }

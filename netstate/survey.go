@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
+	"runtime"
 	"slices"
 	"unsafe"
 
@@ -14,7 +14,7 @@ import (
 	"github.com/overlayd/overlayd/addr"
 )
 
-// Survey is one look at the node for a diagnosis. It holds more than what the daemon decides by.
+// Survey is what is read from the node for a diagnosis. It holds more than what the daemon decides by.
 type Survey struct {
 	Host  Host
 	Ours  State // what is in the kernel with our marks; without settings
@@ -44,33 +44,17 @@ func Look(owned func(name string) bool) (Survey, error) {
 		return Survey{}, err
 	}
 	defer k.Close()
-	h, err := k.look()
+	o, err := k.observe()
 	if err != nil {
 		return Survey{}, err
 	}
-	s := Survey{Host: h, Ours: *k.observed}
-	all, err := k.linkList()
-	if err != nil {
-		return Survey{}, err
-	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return Survey{}, os.NewSyscallError("socket", err)
-	}
-	defer func() { _ = unix.Close(fd) }()
-	for _, l := range all {
-		a := l.Attrs()
-		i := slices.IndexFunc(h.Links, func(hl HostLink) bool { return hl.Index == a.Index })
-		if i < 0 { // it came since
-			continue
+	s := Survey{Host: o.host, Ours: *k.observed, Links: o.links}
+	for i, l := range s.Links {
+		if l.Kind != "veth" { // there may be hundreds, one for each pod
+			s.Links[i].Offloads = k.Offloads(l.Name)
 		}
-		sl := SurveyLink{HostLink: h.Links[i], MAC: macOf(a.HardwareAddr), Carrier: a.RawFlags&unix.IFF_LOWER_UP != 0}
-		if sl.Kind != "veth" { // there may be hundreds, one for each pod
-			sl.Offloads = offloads(fd, a.Name)
-		}
-		s.Links = append(s.Links, sl)
 	}
-	s.Neighbours, err = k.found(h)
+	s.Neighbours, err = k.found(o.host)
 	return s, err
 }
 
@@ -83,10 +67,10 @@ func (k *Kernel) found(h Host) ([]Neighbour, error) {
 			return nil, fmt.Errorf("reading the neighbours: %w", err)
 		}
 		for _, n := range list {
-			i := slices.IndexFunc(h.Links, func(l HostLink) bool { return l.Index == n.LinkIndex && !l.Tunnel })
+			l := h.linkAt(n.LinkIndex)
 			ip, ok := netip.AddrFromSlice(n.IP)
-			if i >= 0 && ok && n.State&(unix.NUD_FAILED|unix.NUD_INCOMPLETE|unix.NUD_NOARP) == 0 {
-				out = append(out, Neighbour{Link: h.Links[i].Name, IP: ip.Unmap(), MAC: macOf(n.HardwareAddr)})
+			if ok && l.Name != "" && !l.Tunnel && n.State&(unix.NUD_FAILED|unix.NUD_INCOMPLETE|unix.NUD_NOARP) == 0 {
+				out = append(out, Neighbour{Link: l.Name, IP: ip.Unmap(), MAC: macOf(n.HardwareAddr)})
 			}
 		}
 	}
@@ -102,37 +86,73 @@ func (s Survey) Link(name string) (SurveyLink, bool) {
 	return s.Links[i], true
 }
 
-// offloads asks the driver by the old ioctls, which every kernel answers (uapi/linux/ethtool.h).
-func offloads(fd int, device string) []Offload {
+// Offloads tells which features of a device are on that make a difference to tunnels; nil where the device is not there
+// or its driver tells none. The old ioctls are answered by every kernel (uapi/linux/ethtool.h).
+func (k *Kernel) Offloads(device string) []Offload {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	defer func() { _ = unix.Close(fd) }()
 	var out []Offload
 	for _, o := range []struct {
 		cmd  uint32
 		name string
-	}{{unix.ETHTOOL_GTXCSUM, "tx"}, {unix.ETHTOOL_GRXCSUM, "rx"}, {unix.ETHTOOL_GTSO, "tso"}, {unix.ETHTOOL_GGSO, "gso"}, {unix.ETHTOOL_GGRO, "gro"}} {
+	}{
+		{unix.ETHTOOL_GTXCSUM, "tx"},
+		{unix.ETHTOOL_GRXCSUM, "rx"},
+		{unix.ETHTOOL_GTSO, "tso"},
+		{unix.ETHTOOL_GGSO, "gso"},
+		{unix.ETHTOOL_GGRO, "gro"},
+	} {
 		value := struct{ cmd, data uint32 }{cmd: o.cmd} // struct ethtool_value
-		req, err := unix.NewIfreq(device)
-		if err != nil {
-			return nil
+		req := struct {                                 // struct ifreq
+			name [unix.IFNAMSIZ]byte
+			data unsafe.Pointer
+			_    [16]byte
+		}{data: unsafe.Pointer(&value)}
+		copy(req.name[:unix.IFNAMSIZ-1], device)
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req)))
+		if errno == 0 {
+			out = append(out, Offload{o.name, value.data != 0})
 		}
-		if err := ethtool(fd, req, unsafe.Pointer(&value)); err != nil {
-			continue
-		}
-		out = append(out, Offload{o.name, value.data != 0})
 	}
 	return out
 }
 
-// ethtool is SIOCETHTOOL: struct ifreq is the device's name, then a pointer to the request.
-func ethtool(fd int, req *unix.Ifreq, data unsafe.Pointer) error {
-	var raw struct {
-		name [unix.IFNAMSIZ]byte
-		data unsafe.Pointer
-		_    [16]byte
-	}
-	copy(raw.name[:], req.Name())
-	raw.data = data
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&raw))); errno != 0 {
-		return errno
+// InTrial runs try in a new network namespace, on a thread of its own that ends with it: what is made there is gone
+// afterwards, and is not visible from outside. Programs that try starts run there too. The error says that there can be
+// no such namespace.
+func InTrial(try func()) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			try()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		return fmt.Errorf("test network namespace: %w", err)
 	}
 	return nil
 }
+
+// TryVXLAN makes a VXLAN device in the network namespace of the calling thread, over IPv4 or IPv6.
+func TryVXLAN(f addr.Family) error {
+	k, err := Open(func(string) bool { return false })
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	l := Link{Name: fmt.Sprint(DeviceForTrial, uint8(f)), MAC: addr.MAC{2}, MTU: 1400}
+	l.VXLAN = VXLAN{VNI: 1, Port: 8472, Local: addr.Per[netip.Addr]{
+		V4: netip.AddrFrom4([4]byte{127, 0, 0, 1}), V6: netip.IPv6Loopback(),
+	}.Get(f)}
+	k.index = map[string]int{}
+	return k.addLink(l)
+}
+
+// DeviceForTrial is what the devices that TryVXLAN makes are called, with the number of the family behind.
+const DeviceForTrial = "trial"

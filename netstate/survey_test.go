@@ -17,7 +17,8 @@ func TestLook(t *testing.T) {
 	node, other := nstest.New(t), nstest.New(t)
 	nstest.Link(node, "eth0", other, "eth0")
 	node.Addr("eth0", "192.0.2.1/24")
-	node.Exec("sh", "-ec", `ip link add br0 type bridge; ip link add v0 type veth peer name v1; ip link set v0 master br0 up; ip link set br0 up
+	node.Exec("sh", "-ec",
+		`ip link add br0 type bridge; ip link add v0 type veth peer name v1; ip link set v0 master br0 up; ip link set br0 up
 ip link add overlay.1 type vxlan id 1 dstport 8472 local 192.0.2.1 dev eth0; ip link set overlay.1 up; ip address add 10.244.1.0/32 dev overlay.1
 ip route add 10.244.2.0/24 via 10.244.2.0 dev overlay.1 onlink proto 118 metric 7; ip route add 10.9.0.0/16 via 192.0.2.2`)
 	var s Survey
@@ -38,10 +39,12 @@ ip route add 10.244.2.0/24 via 10.244.2.0 dev overlay.1 onlink proto 118 metric 
 		}
 	}
 	o, _ := s.Link("overlay.1")
-	if o.VXLAN.VNI != 1 || o.VXLAN.Underlay != "eth0" || o.MAC.IsZero() || !slices.Contains(o.Offloads, Offload{"gso", true}) || !slices.Contains(o.Offloads, Offload{"tx", true}) {
+	if o.VXLAN.VNI != 1 || o.VXLAN.Underlay != "eth0" || o.MAC.IsZero() ||
+		!slices.Contains(o.Offloads, Offload{"gso", true}) || !slices.Contains(o.Offloads, Offload{"tx", true}) {
 		t.Errorf("%+v", o)
 	}
-	if len(s.Ours.Routes) != 1 || len(s.Ours.Addresses) != 1 || !slices.ContainsFunc(s.Host.Routes, func(r HostRoute) bool { return r.Dst.String() == "10.9.0.0/16" }) {
+	if len(s.Ours.Routes) != 1 || len(s.Ours.Addresses) != 1 || !slices.ContainsFunc(s.Host.Routes,
+		func(r HostRoute) bool { return r.Dst.String() == "10.9.0.0/16" }) {
 		t.Errorf("ours %+v, the host's %+v", s.Ours, s.Host.Routes)
 	}
 }

@@ -35,6 +35,7 @@ type Runner struct {
 	o     Options
 	run   func(ctx context.Context) error
 	moved chan struct{} // due has become earlier
+	calls chan func()   // see Do
 
 	mu  sync.Mutex
 	due time.Time // when to run; zero: there is no reason to
@@ -42,7 +43,7 @@ type Runner struct {
 
 // New returns a Runner of this function. The function reports its errors itself: they only make the Runner try again.
 func New(o Options, run func(ctx context.Context) error) *Runner {
-	return &Runner{o: o, run: run, moved: make(chan struct{}, 1)}
+	return &Runner{o: o, run: run, moved: make(chan struct{}, 1), calls: make(chan func())}
 }
 
 // Wake makes the function run after Delay. It never blocks, and may be called from the function and before Run.
@@ -64,6 +65,19 @@ func (r *Runner) WakeAfter(d time.Duration) {
 	}
 }
 
+// Do runs f in the goroutine of Run, between two runs of the function: what the function works with is its own then. It
+// returns when f has, or with the error of ctx if that ends before f begins.
+func (r *Runner) Do(ctx context.Context, f func()) error {
+	done := make(chan struct{})
+	select {
+	case r.calls <- func() { defer close(done); f() }:
+		<-done
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // Run runs the function until ctx ends, and returns the error of ctx. The function is handed ctx, and Run waits for its
 // return. It may be called once.
 func (r *Runner) Run(ctx context.Context) error {
@@ -82,6 +96,9 @@ func (r *Runner) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			continue
 		case <-r.moved:
+			continue
+		case f := <-r.calls:
+			f()
 			continue
 		case <-timer.C:
 		}

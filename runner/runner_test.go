@@ -294,3 +294,28 @@ func TestOneAtATime(t *testing.T) {
 		}
 	})
 }
+
+// What Do runs shares the function's goroutine: they never overlap, and neither waits without end for the other.
+func TestDo(t *testing.T) {
+	virtual(t, "between runs", func(t *testing.T) {
+		shared := 0 // the race detector watches it
+		tr := start(t, Options{}, func(context.Context, *trace) { shared++; time.Sleep(10 * ms); shared++ })
+		for range 5 {
+			tr.Wake()
+			synctest.Wait()
+			odd := false
+			if err := tr.Do(t.Context(), func() { odd = shared%2 != 0 }); err != nil || odd {
+				t.Errorf("error %v, called during a run: %t", err, odd)
+			}
+		}
+		tr.want(t, 0, 10*ms, 20*ms, 30*ms, 40*ms)
+	})
+	virtual(t, "not without Run", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		err := New(Options{}, nil).Do(ctx, func() { t.Error("called") })
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("error %v", err)
+		}
+	})
+}

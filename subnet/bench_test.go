@@ -3,7 +3,10 @@ package subnet
 import (
 	"fmt"
 	"net/netip"
+	"runtime"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -17,7 +20,8 @@ func benchEntries(n int) []*Entry {
 	return es
 }
 
-func benchKey(i int) string { return fmt.Sprintf("10.%03d.%03d.0-24", 100+i/156, 100+i%156) } // as many digits everywhere: keys in order
+// as many digits everywhere: keys in order
+func benchKey(i int) string { return fmt.Sprintf("10.%03d.%03d.0-24", 100+i/156, 100+i%156) }
 
 func benchAttrs(i int) Attrs {
 	return Attrs{
@@ -35,11 +39,17 @@ func benchDual(i int) Attrs {
 }
 
 func benchTable(b *testing.B, n int) Table {
-	return Table{Revision: int64(n + 2), ConfigRevision: 1, Config: mustConfig(b, `{"Network":"10.0.0.0/8"}`), Entries: benchEntries(n)}
+	return Table{
+		Revision: int64(n + 2), ConfigRevision: 1, Config: mustConfig(b, `{"Network":"10.0.0.0/8"}`),
+		Entries: benchEntries(n),
+	}
 }
 
 func BenchmarkParseKey(b *testing.B) {
-	for name, key := range map[string]string{"stack=ipv4": "10.244.105.0-24", "stack=dual": "10.244.105.0-24&fd00:10:244:69::-64"} {
+	for name, key := range map[string]string{
+		"stack=ipv4": "10.244.105.0-24",
+		"stack=dual": "10.244.105.0-24&fd00:10:244:69::-64",
+	} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
@@ -90,7 +100,8 @@ func BenchmarkFormatValue(b *testing.B) {
 	}
 }
 
-// BenchmarkDecide is what a node does when something in the table has changed: it holds its lease already, or it wants its first.
+// BenchmarkDecide is what a node does when something in the table has changed: it holds its lease already, or it wants
+// its first.
 func BenchmarkDecide(b *testing.B) {
 	t := benchTable(b, 5000)
 	for name, tt := range map[string]struct {
@@ -109,5 +120,56 @@ func BenchmarkDecide(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// BenchmarkRoster is one more lease, or one less.
+func BenchmarkRoster(b *testing.B) {
+	for _, n := range []int{500, 5000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			table, self := benchTable(b, n+1), Lease{Attrs: benchAttrs(n + 2)}
+			less := table
+			less.Entries = slices.Delete(slices.Clone(table.Entries), n/2, n/2+1)
+			var r Roster
+			now := time.Now()
+			r.Update(less, table.Config, self, now, 0)
+			b.ReportAllocs()
+			for i := 1; b.Loop(); i++ {
+				t := less
+				if i%2 == 1 {
+					t = table
+				}
+				if ch := r.Update(t, t.Config, self, now, 0); len(ch.Gone)+len(ch.Come) != 1 {
+					b.Fatal(ch)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkHeap is what one peer more takes up in the table and in the roster, from 1,000 peers to 20,000.
+func BenchmarkHeap(b *testing.B) {
+	heap := func() float64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return float64(m.HeapAlloc)
+	}
+	held := func(n int) (table, roster float64) {
+		empty := heap()
+		t := benchTable(b, n)
+		listed := heap()
+		var r Roster
+		r.Update(t, t.Config, Lease{Attrs: benchAttrs(n)}, time.Now(), 0)
+		accepted := heap()
+		runtime.KeepAlive(t)
+		runtime.KeepAlive(&r)
+		return listed - empty, accepted - listed
+	}
+	for b.Loop() {
+		fewTable, fewRoster := held(1000)
+		table, roster := held(20_000)
+		b.ReportMetric((table-fewTable)/19_000, "B/entry")
+		b.ReportMetric((roster-fewRoster)/19_000, "B/peer")
 	}
 }

@@ -39,7 +39,7 @@ func TestDecide(t *testing.T) {
 	flannel := with(me, func(a *Attrs) { a.Identity = Identity{}; a.PublicIPLocal = false })
 	forMe := Attrs{Identity: Identity{NodeName: "me"}}
 	dualMe := with(me, func(a *Attrs) { a.PublicIP.V6 = netip.MustParseAddr("2001:db8::1") })
-	anew := "?" // any new key
+	fresh := "?" // any new key
 
 	for _, tt := range []struct {
 		name       string
@@ -57,29 +57,36 @@ func TestDecide(t *testing.T) {
 		unchanged string
 		drop      string
 	}{
-		{name: "an empty store", config: net4, claim: me, key: anew, write: true, unchanged: anew},
+		{name: "an empty store", config: net4, claim: me, key: fresh, write: true, unchanged: fresh},
 		{
 			name: "remembered and free", config: net4, claim: me, remembered: per("10.244.9.0/24"),
 			key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24",
 		},
 		{
-			name: "remembered and free, outside SubnetMin to SubnetMax", config: `{"Network":"10.244.0.0/16","SubnetMin":"10.244.20.0"}`, claim: me, remembered: per("10.244.9.0/24"),
+			name:   "remembered and free, outside SubnetMin to SubnetMax",
+			config: `{"Network":"10.244.0.0/16","SubnetMin":"10.244.20.0"}`, claim: me, remembered: per("10.244.9.0/24"),
 			key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24",
 		},
 		{
 			name: "remembered, taken by another", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []*Entry{leaseAt("10.244.9.0-24", other, 5, 50)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.9.0-24", other, 5, 50)}, key: fresh, write: true, unchanged: fresh,
 		},
 		{
 			name: "remembered, inside a reservation", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []*Entry{leaseAt("10.244.8.0-22", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.8.0-22", Attrs{}, 5, 0)}, key: fresh, write: true, unchanged: fresh,
 		},
 		{
 			name: "remembered, part of it reserved", config: net4, claim: me, remembered: per("10.244.9.0/24"),
-			entries: []*Entry{leaseAt("10.244.9.77-32", Attrs{}, 5, 0)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.9.77-32", Attrs{}, 5, 0)}, key: fresh, write: true, unchanged: fresh,
 		},
-		{name: "remembered, of another length", config: net4, claim: me, remembered: per("10.244.9.0/25"), key: anew, write: true, unchanged: anew},
-		{name: "remembered, of another network", config: net4, claim: me, remembered: per("10.245.9.0/24"), key: anew, write: true, unchanged: anew},
+		{
+			name: "remembered, of another length", config: net4, claim: me, remembered: per("10.244.9.0/25"), key: fresh,
+			write: true, unchanged: fresh,
+		},
+		{
+			name: "remembered, of another network", config: net4, claim: me, remembered: per("10.245.9.0/24"), key: fresh,
+			write: true, unchanged: fresh,
+		},
 
 		{
 			name: "mine, unchanged", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)},
@@ -94,7 +101,8 @@ func TestDecide(t *testing.T) {
 			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
-			name: "mine, with a changed public IP", config: net4, claim: with(me, func(a *Attrs) { a.PublicIP = ips("192.168.7.7") }),
+			name: "mine, with a changed public IP", config: net4, claim: with(me,
+				func(a *Attrs) { a.PublicIP = ips("192.168.7.7") }),
 			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
@@ -103,12 +111,14 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			name: "mine, though another one came with my public IP", config: net4, claim: me,
-			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("10.244.6.0-24", with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }), 6, 60)},
-			key:     "10.244.5.0-24", expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50), leaseAt("10.244.6.0-24",
+				with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }), 6, 60)},
+			key: "10.244.5.0-24", expect: 5, lease: 50,
 		},
 		{
 			name: "a clone with my id, but another name and address", config: net4, claim: me,
-			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.5.0-24", with(other, func(a *Attrs) { a.NodeID = me.NodeID }), 5, 50)}, key: fresh,
+			write: true, unchanged: fresh,
 		},
 		{
 			name: "mine, a reservation now", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 0)},
@@ -144,7 +154,7 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			name: "of another ID, where I remember it", config: net4, claim: me, remembered: per("10.244.5.0/24"),
-			entries: []*Entry{leaseAt("10.244.5.0-24", other, 5, 50)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.5.0-24", other, 5, 50)}, key: fresh, write: true, unchanged: fresh,
 		},
 		{
 			name: "mine comes before one of my ID that I remember", config: net4, claim: me, remembered: per("10.244.5.0/24"),
@@ -155,12 +165,15 @@ func TestDecide(t *testing.T) {
 			key: "10.244.6.0-24", expect: 6, lease: 60,
 		},
 		{
-			name: "mine, outside a changed network", config: `{"Network":"10.99.0.0/16"}`, claim: me, remembered: per("10.244.5.0/24"),
-			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
+			name: "mine, outside a changed network", config: `{"Network":"10.99.0.0/16"}`, claim: me,
+			remembered: per("10.244.5.0/24"),
+			entries:    []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: fresh, write: true, unchanged: fresh,
+			drop: "10.244.5.0-24",
 		},
 		{
 			name: "mine, of another length", config: `{"Network":"10.244.0.0/16","SubnetLen":26}`, claim: me,
-			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-24",
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 50)}, key: fresh, write: true, unchanged: fresh,
+			drop: "10.244.5.0-24",
 		},
 		{
 			name: "mine is kept within a network that grew", config: `{"Network":"10.240.0.0/12"}`, claim: me,
@@ -168,7 +181,7 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			name: "my reservation outside a changed network stays where it is", config: `{"Network":"10.99.0.0/16"}`, claim: me,
-			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 0)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.5.0-24", me, 5, 0)}, key: fresh, write: true, unchanged: fresh,
 		},
 		{
 			name: "IPv4 alone becomes dual: the subnet stays, and the other has the same number", config: netTwo, claim: dualMe,
@@ -185,13 +198,16 @@ func TestDecide(t *testing.T) {
 			key: "10.244.5.0-24&fd00:10:244:5::-64", write: true, unchanged: "10.244.5.0-24",
 		},
 		{
-			name: "dual becomes IPv6 alone: the subnet stays", config: net6, claim: with(dualMe, func(a *Attrs) { a.PublicIP.V4 = netip.Addr{} }),
+			name: "dual becomes IPv6 alone: the subnet stays", config: net6,
+			claim:   with(dualMe, func(a *Attrs) { a.PublicIP.V4 = netip.Addr{} }),
 			entries: []*Entry{leaseAt("10.244.5.0-24&fd00:10:244:5::-64", dualMe, 5, 50)},
-			key:     "fd00:10:244:5::-64", write: true, unchanged: "fd00:10:244:5::-64", drop: "10.244.5.0-24&fd00:10:244:5::-64",
+			key:     "fd00:10:244:5::-64", write: true, unchanged: "fd00:10:244:5::-64",
+			drop: "10.244.5.0-24&fd00:10:244:5::-64",
 		},
 		{
-			name: "remembered of both families, not a pair", config: netTwo, claim: dualMe, remembered: per("10.244.5.0/24", "fd00:10:244:7::/64"),
-			key: "10.244.5.0-24&fd00:10:244:7::-64", write: true, unchanged: "",
+			name: "remembered of both families, not a pair", config: netTwo, claim: dualMe,
+			remembered: per("10.244.5.0/24", "fd00:10:244:7::/64"),
+			key:        "10.244.5.0-24&fd00:10:244:7::-64", write: true, unchanged: "",
 		},
 		{
 			name: "pods live there: kept while it fits", config: net4, claim: me, remembered: per("10.244.5.0/24"), keep: true,
@@ -199,8 +215,9 @@ func TestDecide(t *testing.T) {
 		},
 
 		{
-			name: "flannel's, with its etcd lease", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)},
-			key: "10.244.5.0-24", write: true, expect: 5, lease: 50,
+			name: "flannel's, with its etcd lease", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)},
+			key:     "10.244.5.0-24", write: true, expect: 5, lease: 50,
 		},
 		{
 			name: "flannel's, remembered as well", config: net4, claim: me, remembered: per("10.244.5.0/24"),
@@ -213,7 +230,8 @@ func TestDecide(t *testing.T) {
 		{
 			name: "flannel's, but pods live in another one", config: net4, claim: me, remembered: per("10.244.9.0/24"),
 			keep:    true,
-			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.9.0-24", write: true, unchanged: "10.244.9.0-24", drop: "10.244.5.0-24",
+			entries: []*Entry{leaseAt("10.244.5.0-24", flannel, 5, 50)}, key: "10.244.9.0-24", write: true,
+			unchanged: "10.244.9.0-24", drop: "10.244.5.0-24",
 		},
 		{
 			name: "flannel's, written after mine", config: net4, claim: me, remembered: per("10.244.9.0/24"),
@@ -255,16 +273,33 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			name: "flannel's of another node", config: net4, claim: me,
-			entries: []*Entry{leaseAt("10.244.5.0-24", with(flannel, func(a *Attrs) { a.PublicIP = other.PublicIP }), 5, 50)}, key: anew, write: true, unchanged: anew,
+			entries: []*Entry{leaseAt("10.244.5.0-24", with(flannel, func(a *Attrs) { a.PublicIP = other.PublicIP }), 5, 50)},
+			key:     fresh, write: true, unchanged: fresh,
 		},
-		{name: "flannel's outside the network", config: net4, claim: me, entries: []*Entry{leaseAt("10.99.5.0-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.99.5.0-24"},
-		{name: "flannel's of another length", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-25", flannel, 5, 50)}, key: anew, write: true, unchanged: anew, drop: "10.244.5.0-25"},
-		{name: "my address reserved in another length", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-25", Attrs{PublicIP: me.PublicIP}, 5, 0)}, key: anew, write: true, unchanged: anew},
-		{name: "flannel's under a key that is not canonical", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.7-24", flannel, 5, 50)}, key: anew, write: true, unchanged: anew},
+		{
+			name: "flannel's outside the network", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.99.5.0-24", flannel, 5, 50)}, key: fresh, write: true, unchanged: fresh,
+			drop: "10.99.5.0-24",
+		},
+		{
+			name: "flannel's of another length", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.0-25", flannel, 5, 50)}, key: fresh, write: true, unchanged: fresh,
+			drop: "10.244.5.0-25",
+		},
+		{
+			name: "my address reserved in another length", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.0-25", Attrs{PublicIP: me.PublicIP}, 5, 0)}, key: fresh, write: true,
+			unchanged: fresh,
+		},
+		{
+			name: "flannel's under a key that is not canonical", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.7-24", flannel, 5, 50)}, key: fresh, write: true, unchanged: fresh,
+		},
 		{
 			name: "flannel's IPv6 lease", config: net6, claim: attrs("me", "2001:db8::1"),
-			entries: []*Entry{leaseAt("fd00:10:244:5::-64", with(attrs("", "2001:db8::1"), func(a *Attrs) { a.PublicIPLocal = false }), 5, 50)},
-			key:     "fd00:10:244:5::-64", write: true, expect: 5, lease: 50,
+			entries: []*Entry{leaseAt("fd00:10:244:5::-64", with(attrs("", "2001:db8::1"),
+				func(a *Attrs) { a.PublicIPLocal = false }), 5, 50)},
+			key: "fd00:10:244:5::-64", write: true, expect: 5, lease: 50,
 		},
 
 		{
@@ -272,16 +307,19 @@ func TestDecide(t *testing.T) {
 			key: "10.244.5.0-24", write: true, expect: 5, reserved: true,
 		},
 		{
-			name: "a reservation for my address", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)},
-			key: "10.244.5.0-24", write: true, expect: 5, reserved: true,
+			name: "a reservation for my address", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{PublicIP: me.PublicIP}, 5, 0)},
+			key:     "10.244.5.0-24", write: true, expect: 5, reserved: true,
 		},
 		{
-			name: "a reservation for another name", config: net4, claim: me, entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{Identity: Identity{NodeName: "other"}}, 5, 0)},
-			key: anew, write: true, unchanged: anew,
+			name: "a reservation for another name", config: net4, claim: me,
+			entries: []*Entry{leaseAt("10.244.5.0-24", Attrs{Identity: Identity{NodeName: "other"}}, 5, 0)},
+			key:     fresh, write: true, unchanged: fresh,
 		},
 		{
-			name: "a blank reservation", config: net4, claim: me, entries: []*Entry{ParseEntry("10.244.5.0-24", nil, 5, 5, 0)}, remembered: per("10.244.5.0/24"),
-			key: anew, write: true, unchanged: anew,
+			name: "a blank reservation", config: net4, claim: me, entries: []*Entry{ParseEntry("10.244.5.0-24", nil, 5, 5, 0)},
+			remembered: per("10.244.5.0/24"),
+			key:        fresh, write: true, unchanged: fresh,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -291,13 +329,15 @@ func TestDecide(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if tt.key == anew {
+			if tt.key == fresh {
 				tt.key, tt.unchanged = d.Key, d.Key
-				if !table.Config.Fits(d.Lease.Subnets) || slices.ContainsFunc(without(tt.entries, d.Drop), func(e *Entry) bool { return e.overlaps(d.Lease) }) {
+				if !table.Config.Fits(d.Lease.Subnets) || slices.ContainsFunc(without(tt.entries, d.Drop),
+					func(e *Entry) bool { return e.overlaps(&d.Lease) }) {
 					t.Errorf("%s does not fit, or is not free", d.Key)
 				}
 			}
-			if d.Key != tt.key || d.Write != tt.write || d.Expect != tt.expect || d.LeaseID != tt.lease || d.Reserved != tt.reserved ||
+			if d.Key != tt.key || d.Write != tt.write || d.Expect != tt.expect || d.LeaseID != tt.lease ||
+				d.Reserved != tt.reserved ||
 				d.Unchanged != tt.unchanged || keys(d.Drop) != tt.drop {
 				t.Errorf("got %+v\nwant %+v", d, tt)
 			}
@@ -340,7 +380,12 @@ func TestDecideErrors(t *testing.T) {
 	}{
 		{"no config", Table{ConfigErr: ErrNoConfig}, Claim{Attrs: me}, "no network config", ErrNoConfig},
 		{"a table that was never filled", Table{}, Claim{Attrs: me}, "no network config", ErrNoConfig},
-		{"a broken config", Table{ConfigErr: broken, Config: mustConfig(t, net4), Entries: mineAnd(other)}, Claim{Attrs: me}, "broken", broken},
+		{
+			"a broken config",
+			Table{ConfigErr: broken, Config: mustConfig(t, net4), Entries: mineAnd(other)},
+			Claim{Attrs: me},
+			"broken", broken,
+		},
 		{
 			"a broken config, and a lease of mine that is out of date",
 			Table{ConfigErr: broken, Entries: mineAnd(other)},
@@ -363,7 +408,7 @@ func TestDecideErrors(t *testing.T) {
 			"my name, another id, and my address: a replaced machine",
 			Table{Entries: lease(with(me, func(a *Attrs) { a.NodeID = "old-id" }))},
 			Claim{Attrs: me},
-			`(id "old-id"), which holds the lease 10.244.5.0-24: give one of the two another --node-name; if that machine was replaced by this one, delete its key`, nil,
+			`(id "old-id"), which holds the lease 10.244.5.0-24: give one of the two another --node-name; if that machine was replaced by this one, delete its lease`, nil,
 		},
 		{
 			"my address, another identity",
@@ -371,17 +416,34 @@ func TestDecideErrors(t *testing.T) {
 			Claim{Attrs: me},
 			`the public IP 192.168.1.1 is also that of node "other" (id "other-id"), which holds the lease 10.244.5.0-24: give one of the two another address or --public-ip`, nil,
 		},
-		{"my address, another name without id", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP, a.NodeID = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
-		{"my address, another id without name", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP, a.NodeName = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
-		{"remembered does not help", Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }))}, Claim{Attrs: me, Remembered: per("10.244.9.0/24")}, "the public IP", nil},
-		{"my new address is another's", Table{Entries: mineAnd(other)}, Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP = other.PublicIP })}, "the public IP 192.168.1.2", nil},
+		{"my address, another name without id", Table{Entries: lease(with(other,
+			func(a *Attrs) { a.PublicIP, a.NodeID = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
+		{"my address, another id without name", Table{Entries: lease(with(other,
+			func(a *Attrs) { a.PublicIP, a.NodeName = me.PublicIP, "" }))}, Claim{Attrs: me}, "the public IP", nil},
+		{
+			"remembered does not help",
+			Table{Entries: lease(with(other, func(a *Attrs) { a.PublicIP = me.PublicIP }))},
+			Claim{Attrs: me, Remembered: per("10.244.9.0/24")},
+			"the public IP", nil,
+		},
+		{
+			"my new address is another's",
+			Table{Entries: mineAnd(other)},
+			Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP = other.PublicIP })},
+			"the public IP 192.168.1.2", nil,
+		},
 		{
 			"my new IPv6 address is another's",
 			Table{Entries: mineAnd(with(other, func(a *Attrs) { a.PublicIP.V6 = netip.MustParseAddr("2001:db8::2") }))},
 			Claim{Attrs: with(me, func(a *Attrs) { a.PublicIP.V6 = netip.MustParseAddr("2001:db8::2") })},
-			"the public IP 192.168.1.1 or 2001:db8::2", nil,
+			"the public IP 2001:db8::2", nil,
 		},
-		{"my new name is another's", Table{Entries: mineAnd(other)}, Claim{Attrs: with(me, func(a *Attrs) { a.NodeName = "other" })}, `the node name "other"`, nil},
+		{
+			"my new name is another's",
+			Table{Entries: mineAnd(other)},
+			Claim{Attrs: with(me, func(a *Attrs) { a.NodeName = "other" })},
+			`the node name "other"`, nil,
+		},
 		{
 			"pods live outside the network",
 			Table{Config: mustConfig(t, `{"Network":"10.99.0.0/16"}`), Entries: mineAnd(other)},
@@ -398,7 +460,8 @@ func TestDecideErrors(t *testing.T) {
 				t.Fatalf("got %+v, %v, want %q", d, err, tt.want)
 			}
 			var conflict *ConflictError
-			if tt.is == nil && (!errors.As(err, &conflict) || conflict.Holder.Key != "10.244.5.0-24") || tt.is != nil && !errors.Is(err, tt.is) {
+			if tt.is == nil && (!errors.As(err, &conflict) || conflict.Holder.Key != "10.244.5.0-24") || tt.is != nil &&
+				!errors.Is(err, tt.is) {
 				t.Errorf("got a %T: %v", err, err)
 			}
 			if d.Write || d.Key != "" || len(d.Drop) > 0 {
@@ -411,7 +474,10 @@ func TestDecideErrors(t *testing.T) {
 
 // The 65th of 64, and a subnet that becomes free is found by whoever asks.
 func TestDecideFullPool(t *testing.T) {
-	table := Table{Revision: 100, Config: mustConfig(t, `{"Network":"10.244.0.0/17","SubnetMin":"10.244.0.0","SubnetMax":"10.244.63.0"}`)}
+	table := Table{
+		Revision: 100,
+		Config:   mustConfig(t, `{"Network":"10.244.0.0/17","SubnetMin":"10.244.0.0","SubnetMax":"10.244.63.0"}`),
+	}
 	claim := func(i int) Claim { return Claim{Attrs: attrs(fmt.Sprint("n", i), fmt.Sprint("192.168.1.", i+1))} }
 	for i := range 64 {
 		d, err := Decide(table, claim(i), 0)
@@ -452,7 +518,7 @@ func TestDecideIsIndependentOfOrder(t *testing.T) {
 	}
 }
 
-// A key in use that somebody wrote nonsense over is taken back; one that another node claims is not.
+// A key in use that was overwritten with nonsense is taken back; one that another node claims is not.
 func TestSpoiledKeyIsTakenBack(t *testing.T) {
 	c := mustConfig(t, net4)
 	mine := Claim{Attrs: peer(1), Remembered: per("10.244.7.0/24"), Keep: true}
@@ -472,12 +538,14 @@ func TestSpoiledKeyIsTakenBack(t *testing.T) {
 		{`{"PublicIP":"192.0.2.99","BackendType":"vxlan"}`, 9, false, false},
 		{`{"NodeName":"other"}`, 0, false, false},
 	} {
-		table := Table{Revision: 9, Config: c, ConfigRevision: 1, Entries: []*Entry{ParseEntry(key, []byte(tt.value), 8, 3, tt.lease)}}
+		table := Table{Revision: 9, Config: c, ConfigRevision: 1, Entries: []*Entry{ParseEntry(key, []byte(tt.value), 8, 3,
+			tt.lease)}}
 		d, err := Decide(table, mine, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := d.Key == key; got != tt.keep || tt.keep && (!d.Write || d.Expect != 8 || d.Reserved != tt.reserved || d.LeaseID != tt.lease) {
+		if got := d.Key == key; got != tt.keep || tt.keep && (!d.Write || d.Expect != 8 || d.Reserved != tt.reserved ||
+			d.LeaseID != tt.lease) {
 			t.Errorf("%s, lease %d: %+v", tt.value, tt.lease, d)
 		}
 		mine.Keep = false

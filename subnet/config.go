@@ -1,6 +1,6 @@
 // Package subnet is the model of the cluster network: its configuration, the leases by which nodes hold their pod
-// subnets, how a node chooses one, and which leases of others it believes. All of it is pure: values in, values out;
-// the store is somebody else's (package subnet/etcd).
+// subnets, how a node chooses one, and which leases of others it accepts. All of it is pure: values in, values out;
+// the stores are packages subnet/etcd and subnet/kube.
 package subnet
 
 import (
@@ -18,7 +18,7 @@ import (
 	"github.com/overlayd/overlayd/internal/jsonobject"
 )
 
-// BackendType names the way in which packets get from node to node.
+// BackendType names how packets get from node to node.
 type BackendType string
 
 // The backends that a network config may ask for.
@@ -70,7 +70,8 @@ func (b Backend) LeastMTU(ipv6 bool) int {
 	return minMTU4
 }
 
-// Pool is one family's part of the network, and which subnets of it may be leased. The zero Pool is a family not in use.
+// Pool is one family's part of the network, and which subnets of it may be leased. The zero Pool is a family not in
+// use.
 type Pool struct {
 	Network   netip.Prefix
 	SubnetLen int
@@ -94,10 +95,71 @@ func (c Config) Families() []addr.Family {
 	return fs
 }
 
+// Used are those of a node's subnets that are of a family that the network uses.
+func (c Config) Used(subnets addr.Per[netip.Prefix]) (out addr.Per[netip.Prefix]) {
+	for _, f := range c.Families() {
+		out.Set(f, subnets.Get(f))
+	}
+	return out
+}
+
+// FittedTo is the config with pools whose subnets are as long as those of a node, where a store other than etcd has
+// assigned them, of a length of its own. They begin with the network's first one.
+func (c Config) FittedTo(own addr.Per[netip.Prefix]) Config {
+	for _, f := range c.Families() {
+		p, sn := c.Pools.Get(f), own.Get(f)
+		if sn.IsValid() && sn.Bits() >= p.Network.Bits() {
+			c.Pools.Set(f, NewPool(p.Network, sn.Bits()))
+		}
+	}
+	return c
+}
+
 // Contains reports whether an address lies inside the cluster network.
 func (c Config) Contains(a netip.Addr) bool {
 	p := c.Pools.Get(addr.FamilyOf(a))
 	return p.On() && p.Network.Contains(a)
+}
+
+// Difference is a key of the network config that has another meaning in another config.
+type Difference struct {
+	Key          string // its JSON path
+	Value, Other string // with defaults filled in
+}
+
+// Differences lists the keys in which another config means something else, however either is written. What only follows
+// from a key that is listed, or means nothing with the backend, is left out.
+func (c Config) Differences(other Config) []Difference {
+	var out []Difference
+	add := func(key string, value, theirs any) {
+		if value != theirs {
+			out = append(out, Difference{key, fmt.Sprint(value), fmt.Sprint(theirs)})
+		}
+	}
+	for _, k := range configKeys() {
+		p, q := c.Pools.Get(k.family), other.Pools.Get(k.family)
+		if p.On() != q.On() {
+			add(k.enable, p.On(), q.On())
+			continue
+		}
+		add(k.network, p.Network, q.Network)
+		add(k.len, p.SubnetLen, q.SubnetLen)
+		if p.Network == q.Network && p.SubnetLen == q.SubnetLen { // the bounds follow from these by default
+			add(k.min, p.Min, q.Min)
+			add(k.max, p.Max, q.Max)
+		}
+	}
+	b, d := c.Backend, other.Backend
+	add("Backend.Type", b.Type, d.Type)
+	add("Backend.MTU", b.MTU, d.MTU)
+	if b.Type == VXLAN && d.Type == VXLAN {
+		add("Backend.VNI", b.VNI, d.VNI)
+		add("Backend.Port", b.Port, d.Port)
+		add("Backend.GBP", b.GBP, d.GBP)
+		add("Backend.Learning", b.Learning, d.Learning)
+		add("Backend.DirectRouting", b.DirectRouting, d.DirectRouting)
+	}
+	return out
 }
 
 // On reports whether the family is in use.
@@ -118,8 +180,8 @@ func configKeys() [2]familyKeys {
 	}
 }
 
-// ParseConfig reads a network config. An error names the JSON path and what was expected there; all errors are reported at
-// once. Keys that it doesn't know are left alone (see UnknownKeys).
+// ParseConfig reads a network config. An error names the JSON path and what was expected there; all errors are reported
+// at once. Keys that it doesn't know are left alone (see UnknownKeys).
 func ParseConfig(data []byte) (Config, error) {
 	if len(data) > maxConfigSize {
 		return Config{}, fmt.Errorf("network config: %d bytes, expected at most %d", len(data), maxConfigSize)
@@ -158,6 +220,13 @@ func UnknownKeys(data []byte) []string {
 		unknown([]string{"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU", "MacPrefix", "Name"})...)
 }
 
+// NewPool is a pool of all subnets of a network, from the first to the last.
+func NewPool(network netip.Prefix, subnetLen int) Pool {
+	p := Pool{Network: network, SubnetLen: subnetLen, Min: network.Addr()}
+	p.Max = p.floor(addr.Last(network))
+	return p
+}
+
 func parsePool(o object, k familyKeys) Pool {
 	if !o.bool(k.enable, k.enabled) {
 		return Pool{}
@@ -180,7 +249,7 @@ func parsePool(o object, k familyKeys) Pool {
 	if p.SubnetLen == 0 { // flannel's "not set"
 		p.SubnetLen = deflt
 	}
-	all := Pool{Network: network, SubnetLen: p.SubnetLen, Min: network.Addr(), Max: p.floor(addr.Last(network))}
+	all := NewPool(network, p.SubnetLen)
 	// The first subnet is left out: its first address is the network's own, which older stacks take for a broadcast.
 	p.Min = o.subnetAddr(k.min, all.Subnet(1).Addr(), p)
 	p.Max = o.subnetAddr(k.max, all.Max, p)
@@ -194,7 +263,7 @@ func parseBackend(o object, ipv6 bool) Backend {
 	b := o.object("Backend")
 	types := fmt.Sprintf("%q or %q", VXLAN, HostGW)
 	out := Backend{
-		Type:          BackendType(strings.ToLower(b.string("Type", string(VXLAN), types))), // flannel's is in any letter case
+		Type:          BackendType(strings.ToLower(b.string("Type", string(VXLAN), types))), // in any case, as in flannel
 		VNI:           uint32(b.int("VNI", defaultVNI, 1, maxVNI)),
 		Port:          uint16(b.int("Port", defaultPort, 1, math.MaxUint16)),
 		GBP:           b.bool("GBP", false),
@@ -216,7 +285,9 @@ func parseBackend(o object, ipv6 bool) Backend {
 
 // special reports whether a network overlaps what no pod can have.
 func special(p netip.Prefix) bool {
-	for _, s := range []string{"0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/16", "fe80::/10", "ff00::/8"} {
+	for _, s := range []string{
+		"0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/16", "fe80::/10", "ff00::/8",
+	} {
 		if netip.MustParsePrefix(s).Overlaps(p) {
 			return true
 		}
@@ -224,7 +295,8 @@ func special(p netip.Prefix) bool {
 	return false
 }
 
-// object is a JSON object that is being read. It knows its path, and gathers what is wrong in a list that it shares with the objects in it.
+// object is a JSON object that is being read. It knows its path, and gathers what is wrong in a list that it shares
+// with the objects in it.
 type object struct {
 	jsonobject.Object
 	path string
@@ -238,7 +310,7 @@ func parseObject(data []byte) (object, error) {
 		return o, fmt.Errorf("expected a JSON object, found %s", jsonobject.Excerpt(data))
 	}
 	if _, err := dec.Token(); err != io.EOF {
-		return o, errors.New("expected one JSON object, found more behind it")
+		return o, errors.New("expected one JSON object, found more text after it")
 	}
 	return o, nil
 }
@@ -298,13 +370,14 @@ func (o object) int(key string, deflt, lo, hi int) int {
 }
 
 func (o object) prefix(key string, f addr.Family) netip.Prefix {
-	want := fmt.Sprintf("an %s network such as %s", f, map[addr.Family]string{addr.IPv4: "10.244.0.0/16", addr.IPv6: "fd00:10:244::/48"}[f])
+	example := addr.Per[string]{V4: "10.244.0.0/16", V6: "fd00:10:244::/48"}.Get(f)
+	want := fmt.Sprintf("an %s network such as %s", f, example)
 	var s string
 	if !o.read(key, &s, want) {
 		return netip.Prefix{}
 	}
 	p, err := netip.ParsePrefix(s)
-	if err != nil || p.Addr().Is4() != (f == addr.IPv4) || p.Addr().Is4In6() {
+	if err != nil || addr.FamilyOf(p.Addr()) != f || p.Addr().Is4In6() {
 		o.fail(key, want)
 		return netip.Prefix{}
 	}
@@ -329,29 +402,10 @@ func (o object) subnetAddr(key string, deflt netip.Addr, p Pool) netip.Addr {
 	return a
 }
 
-// faults is several errors that read as one line, for logs and terminals; errors.Is and errors.As look into each.
-type faults []error
-
-// joined is nil where none of the errors is one.
+// joined is several errors as one that reads as one line, for logs and terminals; nil where none of them is one.
 func joined(errs ...error) error {
-	var out faults
-	for _, err := range errs {
-		if err != nil {
-			out = append(out, err)
-		}
+	if err := errors.Join(errs...); err != nil {
+		return errors.New(strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
-	if out == nil {
-		return nil
-	}
-	return out
+	return nil
 }
-
-func (f faults) Error() string {
-	texts := make([]string, len(f))
-	for i, err := range f {
-		texts[i] = err.Error()
-	}
-	return strings.Join(texts, "; ")
-}
-
-func (f faults) Unwrap() []error { return f }

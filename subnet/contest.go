@@ -1,9 +1,11 @@
 package subnet
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
@@ -101,10 +103,8 @@ func (d *Decision) conflict(refused bool) *ConflictError {
 // rival finds the lease of another node that announces an address of a claim and that peers would act on; of several,
 // the newest.
 func rival(t Table, c *Claim, d *Decision) (newest *Entry) {
-	claimed := Lease{Attrs: c.Attrs}
-	for _, f := range t.Config.Families() {
-		claimed.Subnets.Set(f, t.Config.Pools.Get(f).Network)
-	}
+	pools := t.Config.Pools
+	claimed := Lease{addr.Per[netip.Prefix]{V4: pools.V4.Network, V6: pools.V6.Network}, c.Attrs}
 	for _, e := range t.Entries {
 		mine := e.Key == d.Key || e.belongsTo(c) || slices.Contains(d.Drop, e)
 		if mine || e.Err != nil || e.Backend != c.Backend || !claimed.sharedIP(&e.Lease).IsValid() {
@@ -131,4 +131,39 @@ func (l *Lease) sharedIP(o *Lease) netip.Addr {
 		}
 	}
 	return netip.Addr{}
+}
+
+// Conflict says which other node's lease announces an address of a claim, of which own is the lease; nil: none does.
+func (t Table) Conflict(c Claim, own *Entry) *ConflictError {
+	d := Decision{Lease: Lease{own.Subnets, c.Attrs}, Key: own.Key}
+	if d.Rival = rival(t, &c, &d); d.Rival == nil {
+		return nil
+	}
+	return d.conflict(d.Rival.newerThan(own))
+}
+
+// Overlap says which other node's lease has a part of the subnets of this node's; nil: none has. In etcd this can't be.
+// Peers go by the one that was made first.
+func (t Table) Overlap(own *Entry) *ConflictError {
+	var other *Entry
+	for _, e := range t.Entries {
+		if e == own || e.Err != nil || e.Blank() || e.Backend != own.Backend || !e.overlaps(&own.Lease) {
+			continue
+		}
+		if other == nil || e.compareAge(other) < 0 {
+			other = e
+		}
+	}
+	if other == nil {
+		return nil
+	}
+	return &ConflictError{
+		Holder: other, What: fmt.Sprintf("the subnet %s", FormatKey(own.Subnets)), Refused: other.compareAge(own) < 0,
+	}
+}
+
+// compareAge is the order in which leases whose subnets overlap are preferred: the one that was made first. One
+// transaction may have made several, and Nodes may have one key, and have been made in one second.
+func (e *Entry) compareAge(o *Entry) int {
+	return cmp.Or(cmp.Compare(e.Created, o.Created), strings.Compare(e.Key, o.Key), strings.Compare(e.NodeName, o.NodeName))
 }

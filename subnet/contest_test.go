@@ -18,7 +18,7 @@ type contender struct {
 	writes  int
 }
 
-// arena is a store with nodes that look at it in turn, each of which knows the newest table.
+// arena is a store with nodes that take turns, each of which knows the newest table.
 type arena struct {
 	t     *testing.T
 	store simStore
@@ -41,8 +41,8 @@ func newArena(t *testing.T, addresses ...string) *arena {
 	return a
 }
 
-// look is one turn of one node.
-func (a *arena) look(n *contender) (wrote bool) {
+// turn is that of one node.
+func (a *arena) turn(n *contender) (wrote bool) {
 	if n.off {
 		return false
 	}
@@ -69,12 +69,12 @@ func (a *arena) look(n *contender) (wrote bool) {
 	return true
 }
 
-// settle lets all nodes look until none writes any more.
+// settle gives all nodes turns until none writes any more.
 func (a *arena) settle() (writes int) {
 	for again := true; again; {
 		again = false
 		for _, n := range a.nodes {
-			if a.look(n) {
+			if a.turn(n) {
 				again, writes, a.now = true, writes+1, a.now.Add(5*time.Millisecond)
 			}
 		}
@@ -139,7 +139,7 @@ func TestContestOfAddressesThatMoved(t *testing.T) {
 			a.at(1, ipB)
 			a.at(2, ipA)
 		}},
-		{"a swap of running nodes, both looking at once", func(a *arena) { a.at(1, ipB); a.at(2, ipA) }},
+		{"a swap of running nodes, both at once", func(a *arena) { a.at(1, ipB); a.at(2, ipA) }},
 		{"a swap of running nodes, one after the other", func(a *arena) {
 			a.at(1, ipB)
 			a.settle()
@@ -155,7 +155,7 @@ func TestContestOfAddressesThatMoved(t *testing.T) {
 			a.settle()
 			a.at(3, ipA)
 		}},
-		{"a rotation the other way round", func(a *arena) {
+		{"a rotation in the other direction", func(a *arena) {
 			a.at(3, ipA)
 			a.settle()
 			a.at(2, ipC)
@@ -203,7 +203,7 @@ func TestContestOfAnAddressTakenOverFromTheDead(t *testing.T) {
 }
 
 func TestContestOfALivingNodesAddress(t *testing.T) {
-	for _, first := range []int{1, 2} { // whoever looks first
+	for _, first := range []int{1, 2} { // whoever is first
 		a := newArena(t, ipA, ipB)
 		a.pass(time.Minute)
 		a.at(2, ipA)
@@ -241,7 +241,7 @@ func TestContestOfALivingNodesAddress(t *testing.T) {
 		// The holder is switched off: at the latest after some minutes the other one has the address.
 		a.nodes[0].off = true
 		if wait := a.nodes[1].contest.Next(a.now); wait <= 0 || wait > challengeAgain {
-			t.Fatalf("it looks again after %s", wait)
+			t.Fatalf("its next turn is after %s", wait)
 		} else {
 			a.pass(wait)
 		}

@@ -122,7 +122,18 @@ func nodeIdentity(i int) Identity {
 	return Identity{NodeName: fmt.Sprintf("node-%d", i), NodeID: fmt.Sprintf("%032x", i)}
 }
 
-func (l Lease) overlaps(o Lease) bool {
-	both := func(a, b netip.Prefix) bool { return a.IsValid() && b.IsValid() && a.Overlaps(b) }
-	return both(l.Subnets.V4, o.Subnets.V4) || both(l.Subnets.V6, o.Subnets.V6)
+// contradicts reports whether two leases can't both be acted on: they have a part of a subnet, an address or a MAC in
+// common.
+func (l *Lease) contradicts(o *Lease) bool {
+	for _, f := range addr.Families() {
+		for _, g := range addr.Families() {
+			a, b := l.Subnets.Get(f), o.Subnets.Get(g)
+			switch mac := l.VTEP.Get(f).MAC; {
+			case !a.IsValid() || !b.IsValid():
+			case a.Overlaps(b), l.PublicIP.Get(f) == o.PublicIP.Get(g), !mac.IsZero() && mac == o.VTEP.Get(g).MAC:
+				return true
+			}
+		}
+	}
+	return false
 }

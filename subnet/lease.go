@@ -36,7 +36,7 @@ type Identity struct {
 	NodeID   string // by default /etc/machine-id
 }
 
-// Check refuses names that a lease could not carry.
+// Check rejects names that a lease could not carry.
 func (id Identity) Check() error {
 	return errors.Join(checkName("NodeName", id.NodeName), checkName("NodeID", id.NodeID))
 }
@@ -47,10 +47,10 @@ type VTEP struct {
 	MAC addr.MAC
 }
 
-// Gateway is the first address of the lease's subnet: the one that its VXLAN device carries and that routes to it go through.
+// Gateway is the first address of the lease's subnet: that of its VXLAN device, through which routes to it go.
 func (l Lease) Gateway(f addr.Family) netip.Addr { return l.Subnets.Get(f).Addr() }
 
-// Name is what to call the node in a message: its name, or its subnet where it has none (a lease that flannel wrote).
+// Name is what to call the node in a message: its name, or its subnet if it has none (a lease of flannel).
 func (l Lease) Name() string {
 	if l.NodeName != "" {
 		return l.NodeName
@@ -65,24 +65,24 @@ type Entry struct {
 
 	Revision int64 // of the store, at the key's last change
 	Created  int64 // of the store, when the key came to be: of two that overlap, the older one holds
-	LeaseID  int64 // the etcd lease that the key hangs on; 0: none, the key is a reservation
+	LeaseID  int64 // the etcd lease that the key is attached to; 0: none, the key is a reservation
 	NotJSON  bool  // the value is empty, or nonsense
 
-	// Err says why no lease can be read from the key and its value. Subnets is then still what the key takes up, as far as
-	// that could be told, so that nobody is given the same addresses.
+	// Err says why no lease can be read from the key and its value. Subnets is then still what the key takes up, as far
+	// as that could be told, so that no node is given the same addresses.
 	Err error
 }
 
 // Reserved reports whether the entry is a reservation: it stays without being renewed.
 func (e *Entry) Reserved() bool { return e.LeaseID == 0 }
 
-// Blank reports whether the entry is a reservation that no node has taken up: it only keeps its subnet from being leased. It may
-// name the node that it waits for.
+// Blank reports whether the entry is a reservation that no node has taken up: it only keeps its subnet from being
+// leased. It may name the node that it waits for.
 func (e *Entry) Blank() bool {
 	return e.Reserved() && e.Err == nil && e.Attrs == Attrs{Identity: Identity{NodeName: e.NodeName}}
 }
 
-// ErrBlank is why a lease with an empty value is refused; a reservation may be empty.
+// ErrBlank is why a lease with an empty value is rejected; a reservation may be empty.
 var ErrBlank = errors.New("the value is empty")
 
 const (
@@ -92,12 +92,11 @@ const (
 
 // FormatKey is the name of the key under PREFIX/subnets/ that holds these subnets.
 func FormatKey(s addr.Per[netip.Prefix]) string {
-	var buf [keyLen]byte
+	var buf [maxKeyLen]byte
 	return string(appendKey(buf[:0], s))
 }
 
-// keyLen is room for any key of two subnets.
-const keyLen = len("255.255.255.255-32&ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff-128")
+const maxKeyLen = len("255.255.255.255-32&ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff-128")
 
 func appendKey(b []byte, s addr.Per[netip.Prefix]) []byte {
 	for _, f := range addr.Families() {
@@ -135,9 +134,10 @@ func ParseKey(key string) (addr.Per[netip.Prefix], error) {
 		bad = bad || out.Get(f).IsValid()
 		out.Set(f, p.Masked())
 	}
-	var buf [keyLen]byte
+	var buf [maxKeyLen]byte
 	if bad || string(appendKey(buf[:0], out)) != key {
-		return out, fmt.Errorf("the key %.80q is not of the form ADDRESS-LENGTH or IPV4-LENGTH&IPV6-LENGTH with no host bits set", key)
+		const form = "ADDRESS-LENGTH or IPV4-LENGTH&IPV6-LENGTH with no host bits set"
+		return out, fmt.Errorf("the key %.80q is not of the form %s", key, form)
 	}
 	return out, nil
 }
@@ -161,7 +161,16 @@ type wireVTEP struct {
 
 // FormatValue is the value that says a; equal attributes give equal bytes.
 func FormatValue(a Attrs) []byte {
-	w := wireLease{
+	w := struct { // a wireLease whose parts are encoded with it: thousands are written to the persisted state
+		PublicIP      string      `json:",omitempty"`
+		PublicIPv6    string      `json:",omitempty"`
+		BackendType   BackendType `json:",omitempty"`
+		BackendData   *wireVTEP   `json:",omitempty"`
+		BackendV6Data *wireVTEP   `json:",omitempty"`
+		NodeName      string      `json:",omitempty"`
+		NodeID        string      `json:",omitempty"`
+		PublicIPLocal bool        `json:",omitempty"`
+	}{
 		BackendType: a.Backend, NodeName: a.NodeName, NodeID: a.NodeID, PublicIPLocal: a.PublicIPLocal,
 		BackendData: formatVTEP(a.VTEP.V4), BackendV6Data: formatVTEP(a.VTEP.V6),
 	}
@@ -174,11 +183,11 @@ func FormatValue(a Attrs) []byte {
 	return mustJSON(w)
 }
 
-func formatVTEP(v VTEP) json.RawMessage {
+func formatVTEP(v VTEP) *wireVTEP {
 	if v == (VTEP{}) {
 		return nil
 	}
-	return mustJSON(wireVTEP{v.VNI, v.MAC.String()})
+	return &wireVTEP{v.VNI, v.MAC.String()}
 }
 
 func mustJSON(v any) []byte {
@@ -254,16 +263,17 @@ func (w wireLease) attrs() (Attrs, error) {
 	return a, err
 }
 
-// checkName refuses what could not be printed on a terminal as it is.
+// checkName rejects what can't be printed on a terminal as it is.
 func checkName(field, s string) error {
 	if len(s) > maxNameLen || strings.ContainsFunc(s, unprintable) {
-		return fmt.Errorf("%s: %.40q is longer than %d bytes or has characters that cannot be printed", field, s, maxNameLen)
+		const wrong = "is longer than %d bytes or has characters that cannot be printed"
+		return fmt.Errorf("%s: %.40q "+wrong, field, s, maxNameLen)
 	}
 	return nil
 }
 
 func unprintable(r rune) bool {
-	return r < ' ' || r > '~' && (!unicode.IsPrint(r) || r == unicode.ReplacementChar) // all of ASCII in between is printable
+	return r < ' ' || r > '~' && (!unicode.IsPrint(r) || r == unicode.ReplacementChar) // between them all is printable
 }
 
 func parsePublicIP(out *addr.Per[netip.Addr], f addr.Family, field, s string) error {
@@ -274,7 +284,7 @@ func parsePublicIP(out *addr.Per[netip.Addr], f addr.Family, field, s string) er
 	if err != nil || addr.FamilyOf(a) != f || a.Zone() != "" || a.Is4In6() {
 		return fmt.Errorf("%s: %.40q is not an %s address", field, s, f.String())
 	}
-	if a.IsUnspecified() { // flannel's way to say "none"
+	if a.IsUnspecified() { // what flannel writes for "none"
 		return nil
 	}
 	out.Set(f, a)
@@ -300,8 +310,8 @@ func parseVTEP(out *addr.Per[VTEP], f addr.Family, field string, raw json.RawMes
 	return nil
 }
 
-// ParseEntry reads one key and its value; what is wrong with them is the entry's Err. Nobody changes an entry: two that are the same
-// pointer are equal.
+// ParseEntry reads one key and its value; what is wrong with them is the entry's Err. An entry is never changed: two
+// that are the same pointer are equal.
 func ParseEntry(key string, value []byte, revision, created, leaseID int64) *Entry {
 	e := &Entry{Key: key, Revision: revision, Created: created, LeaseID: leaseID}
 	e.Subnets, e.Err = ParseKey(key)

@@ -104,7 +104,10 @@ func TestParseValue(t *testing.T) {
 		{
 			"flannel, dual stack",
 			`{"PublicIP":"192.168.1.10","PublicIPv6":"2001:db8::a","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:fd:0c:11:22:33"},"BackendV6Data":{"VNI":1,"VtepMAC":"5e:fd:0c:11:22:34"}}`,
-			Attrs{PublicIP: ips("192.168.1.10", "2001:db8::a"), Backend: VXLAN, VTEP: addr.Per[VTEP]{V4: vtep("5e:fd:0c:11:22:33"), V6: vtep("5e:fd:0c:11:22:34")}},
+			Attrs{
+				PublicIP: ips("192.168.1.10", "2001:db8::a"), Backend: VXLAN,
+				VTEP: addr.Per[VTEP]{V4: vtep("5e:fd:0c:11:22:33"), V6: vtep("5e:fd:0c:11:22:34")},
+			},
 		},
 		{
 			"flannel, IPv6 alone",
@@ -116,7 +119,8 @@ func TestParseValue(t *testing.T) {
 			Attrs{PublicIP: ips("192.168.1.10"), Backend: HostGW},
 		},
 		{
-			"another backend's data are not read", `{"PublicIP":"192.168.1.10","BackendType":"wireguard","BackendData":{"PublicKey":"x","VtepMAC":7}}`,
+			"another backend's data are not read",
+			`{"PublicIP":"192.168.1.10","BackendType":"wireguard","BackendData":{"PublicKey":"x","VtepMAC":7}}`,
 			Attrs{PublicIP: ips("192.168.1.10"), Backend: "wireguard"},
 		},
 		{
@@ -127,8 +131,15 @@ func TestParseValue(t *testing.T) {
 		{"a reservation for a node", `{"NodeName":"a"}`, Attrs{Identity: Identity{NodeName: "a"}}},
 		{"a reservation for an address", `{"PublicIP":"192.168.1.10"}`, Attrs{PublicIP: ips("192.168.1.10")}},
 		{"unknown keys", `{"Comment":["the","router"]}`, Attrs{}},
-		{"unspecified is none", `{"PublicIP":"0.0.0.0","PublicIPv6":"::","NodeName":"a"}`, Attrs{Identity: Identity{NodeName: "a"}}},
-		{"empty strings are none", `{"PublicIP":"","PublicIPv6":"","BackendType":"vxlan","BackendData":{"VNI":0,"VtepMAC":""}}`, Attrs{Backend: VXLAN}},
+		{
+			"unspecified is none", `{"PublicIP":"0.0.0.0","PublicIPv6":"::","NodeName":"a"}`,
+			Attrs{Identity: Identity{NodeName: "a"}},
+		},
+		{
+			"empty strings are none",
+			`{"PublicIP":"","PublicIPv6":"","BackendType":"vxlan","BackendData":{"VNI":0,"VtepMAC":""}}`,
+			Attrs{Backend: VXLAN},
+		},
 		{
 			"other notations of a MAC", `{"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5E-FD-0C-11-22-33"}}`,
 			Attrs{Backend: VXLAN, VTEP: addr.Per[VTEP]{V4: vtep("5e:fd:0c:11:22:33")}},
@@ -171,7 +182,10 @@ func TestParseValueErrors(t *testing.T) {
 		{`{"BackendType":"vxlan","BackendData":{"VNI":4294967296,"VtepMAC":"5e:fd:0c:11:22:33"}}`, "BackendData: "},
 		{`{"BackendType":"vxlan","BackendData":{"VNI":1}}`, "BackendData.VtepMAC: "},
 		{`{"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:fd:0c:11:22"}}`, "BackendData.VtepMAC: "},
-		{`{"BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"00:00:00:00:fe:80:00:00:00:00:00:00"}}`, "BackendV6Data.VtepMAC: "},
+		{
+			`{"BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"00:00:00:00:fe:80:00:00:00:00:00:00"}}`,
+			"BackendV6Data.VtepMAC: ",
+		},
 		{`{"NodeName":"a\nb"}`, "NodeName: "},
 		{`{"NodeName":"\u001b[2J"}`, "NodeName: "},
 		{"{\"NodeName\":\"\xff\"}", "NodeName: "},
@@ -293,7 +307,8 @@ func TestParseEntry(t *testing.T) {
 
 func TestGatewayAndName(t *testing.T) {
 	l := Lease{Subnets: per("10.244.5.0/24", "fd00::/64")}
-	if l.Gateway(addr.IPv4).String() != "10.244.5.0" || l.Gateway(addr.IPv6).String() != "fd00::" || l.Name() != "10.244.5.0-24&fd00::-64" {
+	if l.Gateway(addr.IPv4).String() != "10.244.5.0" || l.Gateway(addr.IPv6).String() != "fd00::" ||
+		l.Name() != "10.244.5.0-24&fd00::-64" {
 		t.Errorf("got %v, %v, %q", l.Gateway(addr.IPv4), l.Gateway(addr.IPv6), l.Name())
 	}
 	if l.NodeName = "a"; l.Name() != "a" {
@@ -303,14 +318,16 @@ func TestGatewayAndName(t *testing.T) {
 
 var (
 	keySeeds = []string{
-		"10.244.5.0-24", "10.244.5.0-24&fd00:10:244:5::-64", "fd00:10:244:5::-64", "10.244.5.1-24", "::ffff:1.2.3.0-120", "a&b&c-1", "-", "",
+		"10.244.5.0-24", "10.244.5.0-24&fd00:10:244:5::-64", "fd00:10:244:5::-64", "10.244.5.1-24", "::ffff:1.2.3.0-120",
+		"a&b&c-1", "-", "",
 		"10.244.5.0-24&10.244.6.0-24", "FD00::-64", "fd00::%1-64",
 	}
 	valueSeeds = []string{
 		`{"PublicIP":"192.168.1.10","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:fd:0c:11:22:33"}}`,
 		`{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::a","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"5e:fd:0c:11:22:34"}}`,
 		`{"PublicIP":"192.168.1.10","BackendType":"host-gw","NodeName":"a","NodeID":"0123","PublicIPLocal":true}`,
-		`{"NodeName":"a"}`, `{}`, `null`, ``, `[]`, `{"PublicIPv6":"fe80::1%eth0"}`, `{"BackendType":"vxlan","BackendData":{"VNI":4294967295,"VtepMAC":"0000.5e00.5301"}}`,
+		`{"NodeName":"a"}`, `{}`, `null`, ``, `[]`, `{"PublicIPv6":"fe80::1%eth0"}`,
+		`{"BackendType":"vxlan","BackendData":{"VNI":4294967295,"VtepMAC":"0000.5e00.5301"}}`,
 	}
 )
 
@@ -356,7 +373,7 @@ func FuzzParseValue(f *testing.F) {
 	})
 }
 
-// FuzzParseEntry: whatever stands in the store, a node that is not concerned can look at it and lease a subnet beside it.
+// FuzzParseEntry: whatever is in the store, a node that is not concerned reads it and leases a subnet beside it.
 func FuzzParseEntry(f *testing.F) {
 	for i, k := range keySeeds {
 		f.Add(k, []byte(valueSeeds[i%len(valueSeeds)]), int64(i%2))
@@ -373,11 +390,11 @@ func FuzzParseEntry(f *testing.F) {
 		}
 		table := Table{Revision: 3, ConfigRevision: 1, Config: c, Entries: []*Entry{e}}
 		self := Lease{Subnets: per("10.244.9.0/24", "fd00:10:244:9::/64"), Attrs: claim.Attrs}
-		peers, refused := table.Peers(c, self)
-		if len(peers)+len(refused) > 1 {
-			t.Fatalf("one entry became %v and %v", peers, refused)
+		peers, rejected := table.Peers(c, self)
+		if len(peers)+len(rejected) > 1 {
+			t.Fatalf("one entry became %v and %v", peers, rejected)
 		}
-		for _, r := range refused {
+		for _, r := range rejected {
 			checkOneLine(t, errors.New(r.Reason))
 		}
 		d, err := Decide(table, claim, 0)
@@ -388,7 +405,7 @@ func FuzzParseEntry(f *testing.F) {
 			checkOneLine(t, err)
 		case err != nil:
 			t.Fatal(err)
-		case d.Expect == 0 && d.Lease.overlaps(e.Lease):
+		case d.Expect == 0 && d.Lease.overlaps(&e.Lease):
 			t.Fatalf("chose %s beside %q", d.Key, key)
 		}
 	})

@@ -14,6 +14,8 @@ type Manager interface {
 	Updates() <-chan Snapshot
 	// Claim says what this node's lease is to be from now on. It does not wait; what came of it is in the snapshots.
 	Claim(c Claim)
+	// Name is what to call the store in a sentence: "etcd", "the Kubernetes API".
+	Name() string
 }
 
 // Snapshot is what is known of the store at one moment. It is always whole.
@@ -26,7 +28,12 @@ type Snapshot struct {
 	// ClaimErr is why the store does not say what was claimed: a conflict, a full pool, no valid config.
 	ClaimErr error
 
-	// Losses counts how often, since the start, the lease that this node held was gone from the store; LostAt is the last time.
+	// InitConfigErr says that the network config in the store means something else than the one that this node would put
+	// there if there were none. The one in the store is in use.
+	InitConfigErr error
+
+	// Losses counts how often, since the start, the lease that this node held was gone from the store; LostAt is the last
+	// time.
 	Losses int
 	LostAt time.Time
 
@@ -39,3 +46,18 @@ type Snapshot struct {
 
 // Held reports whether this node holds a lease.
 func (s Snapshot) Held() bool { return s.Lease != Lease{} }
+
+// Replace puts a value into a channel of size 1, in place of the one that waits there.
+func Replace[T any](c chan T, v T) {
+	for {
+		select {
+		case c <- v:
+			return
+		default:
+		}
+		select {
+		case <-c:
+		default:
+		}
+	}
+}

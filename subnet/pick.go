@@ -7,40 +7,30 @@ import (
 	"hash/fnv"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/overlayd/overlayd/addr"
 )
 
-// choice is a set of free subnets, one for each family in use.
-type choice struct {
-	subnets addr.Per[netip.Prefix]
-	// paired: both families have the same index in their pools, so that whoever holds the one key part holds the other. What
-	// is not paired has to be guarded on the whole table, since two keys may differ and still share one family's subnet.
-	paired bool
-}
-
 // PoolFullError says that no subnet is left, and what takes them up.
 type PoolFullError struct {
-	Pools        []Pool // that are full: of a dual-stack network, the other family's may have room
+	Pool         Pool   // that is full: of a dual-stack network, the other family's may have room
 	Size         uint64 // subnets that could be leased
 	Leases       int    // that take up some of them
 	Reservations int
 }
 
 func (e *PoolFullError) Error() string {
-	var pools []string
-	for _, p := range e.Pools {
-		pools = append(pools, fmt.Sprintf("%s to %s", p.Subnet(0), p.Subnet(p.Size()-1)))
-	}
-	return fmt.Sprintf("no free subnet: all %d (%s) are taken by %d leases and %d reservations",
-		e.Size, strings.Join(pools, " and "), e.Leases, e.Reservations)
+	return fmt.Sprintf("no free subnet: all %d (%s to %s) are taken by %d leases and %d reservations",
+		e.Size, e.Pool.Subnet(0), e.Pool.Subnet(e.Size-1), e.Leases, e.Reservations)
 }
 
-// pick chooses free subnets. Those in before are kept where they fit the network and are free; otherwise it is the first free
-// one at or behind a hash of the node's identity, so that a node that lost everything tends to come back where it was. attempt
-// moves that start, for those who lost a race. The work grows with the number of leases, not with the size of the pool.
-func pick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Identity, attempt int) (choice, error) {
+// pick chooses free subnets. Those in before are kept where they fit the network and are free; otherwise it is the
+// first free one at or behind a hash of the node's identity, so that a node that lost everything tends to come back
+// where it was. attempt moves that start, for those who lost a race. The work grows with the number of leases, not with
+// the size of the pool.
+func pick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Identity, attempt int) (
+	addr.Per[netip.Prefix], error,
+) {
 	start := hash(id, attempt)
 	kept := addr.Per[netip.Prefix]{}
 	for _, f := range c.Families() {
@@ -50,29 +40,32 @@ func pick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Identity, 
 		}
 	}
 	if kept == (addr.Per[netip.Prefix]{}) {
-		if ch, ok := pickPair(c, taken, start); ok {
-			return ch, nil
+		if s, ok := pickPair(c, taken, start); ok {
+			return s, nil
 		}
 	}
 	return pickEach(c, taken, kept, start)
 }
 
 // pickPair chooses the same index in all pools in use.
-func pickPair(c Config, taken []*Entry, start uint64) (choice, bool) {
+func pickPair(c Config, taken []*Entry, start uint64) (s addr.Per[netip.Prefix], ok bool) {
 	size := uint64(maxSubnets)
 	for _, f := range c.Families() {
 		size = min(size, c.Pools.Get(f).Size())
 	}
 	start %= size
 	if s := c.pair(start); allFree(c, s, taken) { // in a pool with room, this is it most often
-		return choice{s, true}, true
+		return s, true
 	}
 	var busy []span
 	for _, f := range c.Families() {
-		busy = append(busy, spans(c.Pools.Get(f), taken)...)
+		busy = append(busy, c.Pools.Get(f).spans(taken)...)
 	}
 	i, ok := firstFree(busy, size, start)
-	return choice{c.pair(i), true}, ok
+	if !ok {
+		return s, false
+	}
+	return c.pair(i), true
 }
 
 // pair is the subnets with an index, one of each pool in use.
@@ -83,35 +76,21 @@ func (c Config) pair(i uint64) (s addr.Per[netip.Prefix]) {
 	return s
 }
 
-// pickEach chooses for each family by itself what is not kept: a dual-stack network may have no index that is free in both pools.
-func pickEach(c Config, taken []*Entry, kept addr.Per[netip.Prefix], start uint64) (choice, error) {
-	ch := choice{subnets: kept}
+// pickEach chooses for each family by itself what is not kept: a dual-stack network may have no index that is free in
+// both pools.
+func pickEach(c Config, taken []*Entry, kept addr.Per[netip.Prefix], start uint64) (addr.Per[netip.Prefix], error) {
 	for _, f := range c.Families() {
 		if kept.Get(f).IsValid() {
 			continue
 		}
 		p := c.Pools.Get(f)
-		i, ok := firstFree(spans(p, taken), p.Size(), start%p.Size())
+		i, ok := firstFree(p.spans(taken), p.Size(), start%p.Size())
 		if !ok {
-			return choice{}, fullError(p, taken)
+			return kept, fullError(p, taken)
 		}
-		ch.subnets.Set(f, p.Subnet(i))
+		kept.Set(f, p.Subnet(i))
 	}
-	ch.paired = paired(c, ch.subnets)
-	return ch, nil
-}
-
-// spans lists what the entries take up in a pool.
-func spans(p Pool, taken []*Entry) []span {
-	var out []span
-	for _, e := range taken {
-		for _, f := range addr.Families() {
-			if s, ok := p.span(e.Subnets.Get(f)); ok {
-				out = append(out, s)
-			}
-		}
-	}
-	return out
+	return kept, nil
 }
 
 // firstFree is the first index at or behind start, going round at size, that lies in none of the spans.
@@ -135,13 +114,15 @@ func firstFree(busy []span, size, start uint64) (uint64, bool) {
 	return i, i < start
 }
 
-// free reports whether nobody holds any part of a subnet.
+// free reports whether no entry takes up any part of a subnet.
 func free(sn netip.Prefix, taken []*Entry) bool {
 	f := addr.FamilyOf(sn.Addr())
 	return !slices.ContainsFunc(taken, func(e *Entry) bool { return overlap(e.Subnets.Get(f), sn) })
 }
 
-// paired reports whether subnets have the same index in every pool (see choice). Below Min there are no indices.
+// paired reports whether subnets have the same index in every pool, so that whoever holds the one key part holds the
+// other. What is not paired has to be guarded on the whole table, since two keys may differ and still share one
+// family's subnet. Below Min there are no indices.
 func paired(c Config, s addr.Per[netip.Prefix]) bool {
 	fs := c.Families()
 	if len(fs) == 1 {
@@ -149,8 +130,7 @@ func paired(c Config, s addr.Per[netip.Prefix]) bool {
 	}
 	first := c.Pools.Get(fs[0]).index(s.Get(fs[0]).Addr())
 	for _, f := range fs {
-		p, a := c.Pools.Get(f), s.Get(f).Addr()
-		if i := p.index(a); a.Less(p.Min) || i != first || i >= maxSubnets {
+		if i := c.Pools.Get(f).index(s.Get(f).Addr()); i != first || i >= maxSubnets {
 			return false
 		}
 	}
@@ -158,10 +138,9 @@ func paired(c Config, s addr.Per[netip.Prefix]) bool {
 }
 
 func fullError(p Pool, taken []*Entry) error {
-	full := &PoolFullError{Pools: []Pool{p}, Size: p.Size()}
+	full := &PoolFullError{Pool: p, Size: p.Size()}
 	for _, e := range taken {
-		_, inside := p.span(e.Subnets.Get(addr.FamilyOf(p.Min)))
-		switch {
+		switch inside := p.overlaps(e.Subnets.Get(p.family())); {
 		case inside && e.Reserved():
 			full.Reservations++
 		case inside:

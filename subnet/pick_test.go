@@ -46,7 +46,7 @@ func TestPickIsUniform(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				count[p.index(ch.subnets.Get(c.Families()[0]).Addr())]++
+				count[p.index(ch.Get(c.Families()[0]).Addr())]++
 			}
 			chi2 := 0.0
 			for _, k := range count {
@@ -70,17 +70,17 @@ func TestPickIsStable(t *testing.T) {
 	for attempt := range 5 {
 		first, _ := pick(c, nil, addr.Per[netip.Prefix]{}, nodeIdentity(1), attempt)
 		again, _ := pick(c, nil, addr.Per[netip.Prefix]{}, nodeIdentity(1), attempt)
-		if first != again || seen[first.subnets] {
-			t.Errorf("attempt %d: %v, then %v; seen in another attempt: %t", attempt, first, again, seen[first.subnets])
+		if first != again || seen[first] {
+			t.Errorf("attempt %d: %v, then %v; seen in another attempt: %t", attempt, first, again, seen[first])
 		}
-		seen[first.subnets] = true
+		seen[first] = true
 	}
 	for _, id := range []Identity{{"node-1", "x"}, {"x", nodeIdentity(1).NodeID}, {"nod", "e-1"}, {"node-", "1"}} {
 		ch, _ := pick(c, nil, addr.Per[netip.Prefix]{}, id, 0)
-		if seen[ch.subnets] {
-			t.Errorf("%v starts where another one starts: %v", id, ch.subnets)
+		if seen[ch] {
+			t.Errorf("%v starts where another one starts: %v", id, ch)
 		}
-		seen[ch.subnets] = true
+		seen[ch] = true
 	}
 }
 
@@ -102,7 +102,8 @@ func randomEntries(r *rand.Rand, c Config, most int) []*Entry {
 			}
 		}
 		if s != (addr.Per[netip.Prefix]{}) {
-			es = append(es, leaseAt(FormatKey(s), Attrs{Identity: Identity{NodeName: "other"}}, int64(len(es)+1), int64(r.IntN(2))))
+			es = append(es, leaseAt(FormatKey(s), Attrs{Identity: Identity{NodeName: "other"}}, int64(len(es)+1),
+				int64(r.IntN(2))))
 		}
 	}
 	return es
@@ -138,7 +139,10 @@ func TestPickAgainstEnumeration(t *testing.T) {
 }
 
 func isFull(c Config, taken []*Entry) bool {
-	return slices.ContainsFunc(c.Families(), func(f addr.Family) bool { return len(freeSubnets(c.Pools.Get(f), taken)) == 0 })
+	return slices.ContainsFunc(c.Families(), func(f addr.Family) bool {
+		return len(freeSubnets(c.Pools.Get(f),
+			taken)) == 0
+	})
 }
 
 func checkPick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Identity, attempt int) error {
@@ -150,7 +154,10 @@ func checkPick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Ident
 	keep := func(f addr.Family) bool { // what fits and is free stays, outside SubnetMin and SubnetMax too
 		p, sn := c.Pools.Get(f), before.Get(f)
 		return sn.IsValid() && sn.Bits() == p.SubnetLen && p.Network.Contains(sn.Addr()) &&
-			!slices.ContainsFunc(taken, func(e *Entry) bool { return e.Subnets.Get(f).IsValid() && e.Subnets.Get(f).Overlaps(sn) })
+			!slices.ContainsFunc(taken, func(e *Entry) bool {
+				return e.Subnets.Get(f).IsValid() &&
+					e.Subnets.Get(f).Overlaps(sn)
+			})
 	}
 	if err != nil {
 		for _, f := range c.Families() {
@@ -163,7 +170,7 @@ func checkPick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Ident
 	kept := false
 	indices := map[uint64]bool{}
 	for _, f := range c.Families() {
-		p, sn := c.Pools.Get(f), ch.subnets.Get(f)
+		p, sn := c.Pools.Get(f), ch.Get(f)
 		switch {
 		case keep(f):
 			kept = true
@@ -175,14 +182,14 @@ func checkPick(c Config, taken []*Entry, before addr.Per[netip.Prefix], id Ident
 		}
 		indices[bigPool{p}.index(sn.Addr()).Uint64()] = true
 	}
-	if ch.paired && len(indices) != 1 {
-		return fmt.Errorf("%v are not a pair", ch.subnets)
+	if paired(c, ch) && len(indices) != 1 {
+		return fmt.Errorf("%v are not a pair", ch)
 	}
-	if !kept && !ch.paired {
+	if !kept && !paired(c, ch) {
 		return checkNoPair(c, taken)
 	}
 	if !kept && len(c.Families()) == 1 {
-		return checkFirstFree(c.Pools.Get(c.Families()[0]), taken, ch.subnets.Get(c.Families()[0]), hash(id, attempt))
+		return checkFirstFree(c.Pools.Get(c.Families()[0]), taken, ch.Get(c.Families()[0]), hash(id, attempt))
 	}
 	return nil
 }
@@ -212,30 +219,25 @@ func checkFirstFree(p Pool, taken []*Entry, got netip.Prefix, start uint64) erro
 // checkFull checks that a PoolFullError names the pool that is full, its size, and what takes it up.
 func checkFull(c Config, taken []*Entry, err error) error {
 	var full *PoolFullError
-	if !errors.As(err, &full) || len(full.Pools) == 0 {
+	if !errors.As(err, &full) {
 		return fmt.Errorf("want a PoolFullError: %w", err)
 	}
-	leases, reservations := 0, 0
+	p, leases, reservations := full.Pool, 0, 0
 	for _, e := range taken {
-		in := slices.ContainsFunc(full.Pools, func(p Pool) bool {
-			_, _, v4 := bigPool{p}.span(e.Subnets.V4)
-			_, _, v6 := bigPool{p}.span(e.Subnets.V6)
-			return v4 && e.Subnets.V4.IsValid() || v6 && e.Subnets.V6.IsValid()
-		})
-		switch {
+		_, _, v4 := bigPool{p}.span(e.Subnets.V4)
+		_, _, v6 := bigPool{p}.span(e.Subnets.V6)
+		switch in := v4 && e.Subnets.V4.IsValid() || v6 && e.Subnets.V6.IsValid(); {
 		case in && e.LeaseID == 0:
 			reservations++
 		case in:
 			leases++
 		}
 	}
-	for _, p := range full.Pools {
-		if n := len(freeSubnets(p, taken)); n > 0 {
-			return fmt.Errorf("%w: %d of %v are free", err, n, p.Network)
-		}
-		if full.Size != (bigPool{p}).size().Uint64() {
-			return fmt.Errorf("%w: size %d", err, full.Size)
-		}
+	if n := len(freeSubnets(p, taken)); n > 0 {
+		return fmt.Errorf("%w: %d of %v are free", err, n, p.Network)
+	}
+	if full.Size != (bigPool{p}).size().Uint64() {
+		return fmt.Errorf("%w: size %d", err, full.Size)
 	}
 	if full.Leases != leases || full.Reservations != reservations {
 		return fmt.Errorf("%w: want %d leases, %d reservations", err, leases, reservations)
@@ -255,7 +257,7 @@ func TestPoolFullError(t *testing.T) {
 	}
 	_, err := pick(c, taken, addr.Per[netip.Prefix]{}, nodeIdentity(1), 0)
 	var full *PoolFullError
-	if !errors.As(err, &full) || full.Size != 7 || full.Leases != 3 || full.Reservations != 1 || len(full.Pools) != 1 {
+	if !errors.As(err, &full) || full.Size != 7 || full.Leases != 3 || full.Reservations != 1 {
 		t.Errorf("got %v, %+v", err, full)
 	}
 	want := "no free subnet: all 7 (fd01:0:0:1::/64 to fd01:0:0:7::/64) are taken by 3 leases and 1 reservations"
@@ -273,8 +275,8 @@ func TestPickStepsOverWideReservations(t *testing.T) {
 	}
 	for i := range 1000 {
 		ch, err := pick(c, taken, addr.Per[netip.Prefix]{}, nodeIdentity(i), 0)
-		if err != nil || !netip.MustParsePrefix("fd00:f800::/21").Contains(ch.subnets.V6.Addr()) {
-			t.Fatalf("%v, %v", ch.subnets, err)
+		if err != nil || !netip.MustParsePrefix("fd00:f800::/21").Contains(ch.V6.Addr()) {
+			t.Fatalf("%v, %v", ch, err)
 		}
 	}
 }
@@ -293,7 +295,7 @@ func TestPairedOutsideThePool(t *testing.T) {
 		{per("10.1.3.0/24", "fd01:0:0:7::/64"), false},
 	} {
 		ch, err := pick(c, nil, tt.before, nodeIdentity(1), 0)
-		if err != nil || ch.subnets != tt.before || ch.paired != tt.want {
+		if err != nil || ch != tt.before || paired(c, ch) != tt.want {
 			t.Errorf("%v: %+v, %v, want paired = %t", tt.before, ch, err, tt.want)
 		}
 	}
@@ -314,7 +316,7 @@ func BenchmarkPick(b *testing.B) {
 					if err != nil {
 						b.Fatal(err)
 					}
-					taken = append(taken, leaseAt(FormatKey(ch.subnets), Attrs{}, int64(i), 1))
+					taken = append(taken, leaseAt(FormatKey(ch), Attrs{}, int64(i), 1))
 				}
 				b.ReportAllocs()
 				for i := 0; b.Loop(); i++ {

@@ -9,10 +9,10 @@ import (
 	"github.com/overlayd/overlayd/addr"
 )
 
+func number(a netip.Addr) *big.Int { return new(big.Int).SetBytes(a.AsSlice()) }
+
 // bigPool is the naive twin of Pool's arithmetic, on numbers of any size.
 type bigPool struct{ Pool }
-
-func number(a netip.Addr) *big.Int { return new(big.Int).SetBytes(a.AsSlice()) }
 
 func (p bigPool) index(a netip.Addr) *big.Int {
 	d := new(big.Int).Sub(number(a), number(p.Min))

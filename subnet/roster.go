@@ -1,7 +1,7 @@
 package subnet
 
 import (
-	"maps"
+	"cmp"
 	"net/netip"
 	"slices"
 	"strings"
@@ -10,294 +10,355 @@ import (
 	"github.com/overlayd/overlayd/addr"
 )
 
-// Roster is the list of peers to act on while one table follows another. It believes whom Table.Peers believes, and keeps peers for
-// a while whose leases are gone. A table costs what changed in it since the one before: entries that did not change are known by
-// their pointers. The zero Roster has nobody.
+// Roster is the list of peers to act on, while one table follows another. It accepts leases as Table.Peers does, and
+// keeps peers for a while whose leases are gone. An update costs what changed in the table, for entries that did not
+// change are the same pointers: only leases that have something in common with a changed one are judged again. The zero
+// Roster is empty.
 type Roster struct {
-	config Config
-	self   Lease
-	table  []*Entry // that was looked at last
-	known  bool     // there was one
+	judge
+	known      bool // there was a table
+	table      []*Entry
+	candidates []*candidate             // of all nodes but this one, in the order of their keys
+	index      leaseIndex               // of those that are not rejected by themselves
+	rejected   map[*candidate]objection // and why
+	young      map[*Entry]time.Time     // entries that may be a challenge, and until when: see age
 
-	believed circle
-	beaten   []*Lease             // see verdict
-	refused  map[string]Refusal   // by key
-	leaving  map[*Lease]time.Time // those that linger, and when they have to go
-
-	young    map[*Entry]time.Time // entries that were written a moment ago, and until when they count as such
-	withheld time.Time            // when a lease is no longer too young to take another one's address; zero: none is
+	peers   []*Lease             // in the order of their subnets
+	leaving map[*Lease]time.Time // those that linger, and until when
 }
 
 // challengeStands is how long a lease has to stand before it takes the address of another one. A node that runs and has
-// the address answers within that time, so that nothing of its traffic is lost: see Contest.
+// the address answers within that time, so that no traffic is lost: see Contest.
 const challengeStands = time.Second
 
-// Change is what a table changed: Gone are those who were in the list and are not, or not like this; Come are new, or new like this.
+// Change is what an update changed: Gone were among the peers and are not, or not like this; Come are new, or new like
+// this.
 type Change struct {
 	Gone, Come []*Lease
-	Refused    bool // who is refused, or why, is another than before
+	Rejected   bool // other leases are rejected than before, or for other reasons
 }
 
 // Peers lists them in the order of their subnets. The list is good until the next Update.
-func (r *Roster) Peers() []*Lease {
-	if len(r.leaving) == 0 {
-		return r.believed.leases
+func (r *Roster) Peers() []*Lease { return r.peers }
+
+// Rejected lists the leases that are not accepted, by key.
+func (r *Roster) Rejected() (out []Rejection) {
+	for c, why := range r.rejected {
+		out = append(out, Rejection{Key: c.Key, Node: c.NodeName, Cause: why.cause, Reason: why.reason})
 	}
-	all := slices.AppendSeq(slices.Clone(r.believed.leases), maps.Keys(r.leaving))
-	slices.SortFunc(all, bySubnets)
-	return all
+	slices.SortFunc(out, func(a, b Rejection) int { return strings.Compare(a.Key, b.Key) })
+	return out
 }
 
-// Refused lists those whose leases are not believed, by key.
-func (r *Roster) Refused() []Refusal {
-	return slices.SortedFunc(maps.Values(r.refused), func(a, b Refusal) int { return strings.Compare(a.Key, b.Key) })
-}
-
-// Lingering counts those whose leases are gone.
+// Lingering counts the peers whose leases are gone.
 func (r *Roster) Lingering() int { return len(r.leaving) }
 
-// Lingers tells whether a peer's lease is gone.
+// Lingers reports whether a peer's lease is gone.
 func (r *Roster) Lingers(l *Lease) bool { _, ok := r.leaving[l]; return ok }
 
 // Next is when the next Update is due although the table stays the same; the zero time: never.
-func (r *Roster) Next() time.Time {
-	first := r.withheld
-	for _, t := range r.leaving {
-		if first.IsZero() || t.Before(first) {
-			first = t
+func (r *Roster) Next() (next time.Time) {
+	sooner := func(t time.Time) {
+		if next.IsZero() || t.Before(next) {
+			next = t
 		}
 	}
-	return first
+	for _, until := range r.leaving {
+		sooner(until)
+	}
+	for e, until := range r.young {
+		if r.rejected[r.candidate(e)].young {
+			sooner(until)
+		}
+	}
+	return next
 }
 
-// Update takes the next table. A peer that is newly missing lingers for the time given, unless something contradicts it: somebody
-// else, this node included, has a part of its subnets or one of its addresses, or its node has another lease.
+// Update takes the next table. A peer whose lease is newly missing lingers for the time given, unless that contradicts
+// something: an accepted lease or this node has a part of its subnets or one of its addresses, or its node comes with
+// another lease.
 func (r *Roster) Update(t Table, c Config, self Lease, now time.Time, linger time.Duration) Change {
-	same := r.known && r.config == c && r.self == self && (r.withheld.IsZero() || now.Before(r.withheld))
-	r.age(t, now)
-	r.config, r.self = c, self
-	var gone, come []*Lease
-	var refused bool
-	ok := false
-	if same {
-		gone, come, refused, ok = r.follow(t)
-	}
-	if !ok {
-		gone, come, refused = r.anew(t)
+	gone, come := compareEntries(r.table, t.Entries)
+	grown := r.age(gone, come, now)
+	var ch Change
+	until := now.Add(linger)
+	if j := (judge{c, self}); !r.known || r.judge != j { // the same table means something else
+		r.restart(j, len(t.Entries), until, &ch)
+		gone, come = nil, t.Entries
 	}
 	r.known, r.table = true, t.Entries
-	ch := r.linger(gone, come, now, linger)
-	ch.Refused = refused
+
+	again := r.remove(gone, until, &ch)
+	passed, met := r.add(come, &ch)
+	again = append(again, met...)
+	for _, e := range grown {
+		if c := r.candidate(e); c != nil && c.lease != nil {
+			again = append(again, c)
+		}
+	}
+	r.decide(again, passed, until, &ch)
+	r.release(now, &ch)
+	slices.SortFunc(ch.Gone, bySubnets)
+	slices.SortFunc(ch.Come, bySubnets)
+	for _, l := range ch.Gone {
+		i, _ := r.find(l)
+		r.peers = slices.Delete(r.peers, i, i+1)
+	}
+	if len(r.peers) == 0 {
+		r.peers = slices.Clone(ch.Come)
+		return ch
+	}
+	for _, l := range ch.Come {
+		i, _ := r.find(l)
+		r.peers = slices.Insert(r.peers, i, l)
+	}
 	return ch
 }
 
-// age takes note of the entries that are new, and forgets those that no longer are. Of the first table none is.
-func (r *Roster) age(t Table, now time.Time) {
-	maps.DeleteFunc(r.young, func(_ *Entry, until time.Time) bool { return !now.Before(until) })
-	if !r.known {
-		return
+// restart forgets all candidates. Their peers linger, unless they are accepted again.
+func (r *Roster) restart(j judge, n int, until time.Time, ch *Change) {
+	ch.Rejected = len(r.rejected) > 0
+	for _, c := range r.candidates {
+		r.retract(c, until)
 	}
-	gone, come := compareEntries(r.table, t.Entries)
+	r.judge, r.index = j, newIndex(n)
+	r.candidates, r.rejected = make([]*candidate, 0, n), map[*candidate]objection{}
+}
+
+// find is where the peer with the subnets of a lease is, or has to be.
+func (r *Roster) find(l *Lease) (int, bool) { return search(r.peers, l, bySubnets) }
+
+// candidate is the one of an entry; nil: it is passed over.
+func (r *Roster) candidate(e *Entry) *candidate {
+	if i, found := r.place(e); found {
+		return r.candidates[i]
+	}
+	return nil
+}
+
+// place is where the candidate of an entry is. In Kubernetes, several Nodes may have one podCIDR, which is the key.
+func (r *Roster) place(e *Entry) (int, bool) {
+	i, _ := search(r.candidates, e.Key, byKey)
+	for ; i < len(r.candidates) && r.candidates[i].Key == e.Key; i++ {
+		if r.candidates[i].Entry == e {
+			return i, true
+		}
+	}
+	return i, false
+}
+
+func byKey(c *candidate, key string) int { return strings.Compare(c.Key, key) }
+
+// age notes which entries are young, and lists those that no longer are. In the first table none is. Nor is one that
+// takes the place of an accepted one with the same address: it is the holder's answer to a challenge, and had it to
+// stand for a second as well, the challenge would come to age before it.
+func (r *Roster) age(gone, come []*Entry, now time.Time) (grown []*Entry) {
+	holds := map[string]addr.Per[netip.Addr]{}
 	for _, e := range gone {
+		if c := r.candidate(e); c != nil && c.accepted {
+			holds[e.Key] = e.PublicIP
+		}
 		delete(r.young, e)
 	}
-	if len(come) > 0 && r.young == nil {
+	for e, until := range r.young {
+		if !now.Before(until) {
+			delete(r.young, e)
+			grown = append(grown, e)
+		}
+	}
+	if !r.known {
+		return nil
+	}
+	if r.young == nil {
 		r.young = map[*Entry]time.Time{}
 	}
 	for _, e := range come {
-		r.young[e] = now.Add(challengeStands)
-	}
-}
-
-// anew judges a whole table.
-func (r *Roster) anew(t Table) (gone, come []*Lease, refused bool) {
-	v := t.judge(r.config, r.self, r.young)
-	r.withheld = time.Time{}
-	for _, e := range v.withheld {
-		if until := r.young[e]; r.withheld.IsZero() || until.Before(r.withheld) {
-			r.withheld = until
+		if held, ok := holds[e.Key]; !ok || held != e.PublicIP {
+			r.young[e] = now.Add(challengeStands)
 		}
 	}
-	refused = len(v.refused) != len(r.refused) || slices.ContainsFunc(v.refused, func(x Refusal) bool { return r.refused[x.Key] != x })
-	gone, come = compareLeases(r.believed.leases, v.believed)
-	r.believed, r.beaten, r.refused = newCircle(v.believed), v.beaten, make(map[string]Refusal, len(v.refused))
-	for _, x := range v.refused {
-		r.refused[x.Key] = x
-	}
-	return gone, come, refused
+	return grown
 }
 
-// follow judges only what changed since the last table. It can do so as long as nothing that changed has to do with a dispute: who
-// is in nobody's way comes and goes without a difference to anybody else. Not ok: the table has to be judged anew.
-func (r *Roster) follow(t Table) (gone, come []*Lease, changed, ok bool) {
-	left, new := compareEntries(r.table, t.Entries)
-	gone, ok = r.departed(left)
-	if !ok {
-		return nil, nil, false, false
+// remove forgets entries, and lists the leases that had something in common with theirs.
+func (r *Roster) remove(gone []*Entry, until time.Time, ch *Change) (linked []*candidate) {
+	var removed []*candidate
+	for _, e := range gone {
+		i, found := r.place(e)
+		if !found {
+			continue
+		}
+		c := r.candidates[i]
+		r.candidates = slices.Delete(r.candidates, i, i+1)
+		if _, rejected := r.rejected[c]; rejected {
+			delete(r.rejected, c)
+			ch.Rejected = true
+		}
+		if c.lease != nil {
+			r.index.remove(c)
+			r.retract(c, until)
+			removed = append(removed, c)
+		}
 	}
-	r.believed.remove(gone)
-	come, refused, ok := r.arrived(new)
-	if !ok {
-		r.believed.insert(gone)
-		return nil, nil, false, false
+	for _, c := range removed {
+		linked = slices.AppendSeq(linked, r.index.linked(c))
 	}
-	r.believed.insert(come)
-	before := len(r.refused)
-	for _, e := range left {
-		delete(r.refused, e.Key)
-	}
-	changed = len(r.refused) != before || len(refused) > 0
-	for _, x := range refused {
-		r.refused[x.Key] = x
-	}
-	return gone, come, changed, true
+	return linked
 }
 
-// sift looks at entries by themselves: which of their leases make sense, and which are refused. Those that are no peers are in neither.
-func (r *Roster) sift(es []*Entry) (sound []*Lease, refused []Refusal) {
-	j := judge{config: r.config, self: r.self}
-	for _, e := range es {
+// retract lets the peer of a lease linger, unless it is accepted again.
+func (r *Roster) retract(c *candidate, until time.Time) {
+	if !c.accepted {
+		return
+	}
+	c.accepted = false
+	if r.leaving == nil {
+		r.leaving = map[*Lease]time.Time{}
+	}
+	r.leaving[c.lease] = until
+}
+
+// add judges new entries by themselves, and lists the leases that pass, and those of them that are linked to others.
+func (r *Roster) add(come []*Entry, ch *Change) (passed, met []*candidate) {
+	passed = make([]*candidate, 0, len(come))
+	all := make([]candidate, len(come)) // one allocation: there are thousands at the start
+	for i, e := range come {
 		if e.passedOver(r.self) {
 			continue
 		}
-		if l, o := j.alone(e); o.is() {
-			refused = append(refused, e.refusal(o))
-		} else {
-			sound = append(sound, l)
-		}
-	}
-	return sound, refused
-}
-
-// departed finds which of those believed these entries are.
-func (r *Roster) departed(es []*Entry) (gone []*Lease, ok bool) {
-	sound, _ := r.sift(es)
-	for _, l := range sound {
-		l = r.believed.find(l.Subnets)
-		if l == nil || r.disputed(l) {
-			return nil, false
-		}
-		gone = append(gone, l)
-	}
-	slices.SortFunc(gone, bySubnets)
-	return gone, true
-}
-
-// arrived judges new entries. They are in nobody's way, not even in each other's, or it is not ok.
-func (r *Roster) arrived(es []*Entry) (come []*Lease, refused []Refusal, ok bool) {
-	come, refused = r.sift(es)
-	for _, l := range come {
-		if r.believed.meets(l) || r.disputed(l) {
-			return nil, nil, false
-		}
-	}
-	if len(come) > 1 {
-		among := newCircle(nil)
-		for _, l := range come {
-			if among.meets(l) {
-				return nil, nil, false
-			}
-			among.insert([]*Lease{l})
-		}
-		come = among.leases
-	}
-	return come, refused, true
-}
-
-// disputed reports whether a lease has to do with one that was refused for another one's sake.
-func (r *Roster) disputed(l *Lease) bool { return slices.ContainsFunc(r.beaten, l.contradicts) }
-
-// linger sorts out who of those gone may stay for a while, and who of those that stayed has to go.
-func (r *Roster) linger(gone, come []*Lease, now time.Time, linger time.Duration) Change {
-	ch := Change{Come: come}
-	if len(gone) == 0 && len(r.leaving) == 0 {
-		return ch
-	}
-	moved := r.moved(gone, come)
-	leaving, returned := map[*Lease]time.Time{}, map[*Lease]bool{}
-	sort := func(l *Lease, until time.Time) {
-		back := r.believed.find(l.Subnets)
-		switch {
-		case back != nil && *back == *l: // it never left
-			returned[back] = true
-			r.believed.swap(back, l)
-		case back != nil || moved[l.NodeID] || !now.Before(until) || r.contradicted(l):
-			ch.Gone = append(ch.Gone, l)
-		default:
-			leaving[l] = until
-		}
-	}
-	for l, until := range r.leaving {
-		sort(l, until)
-	}
-	for _, l := range gone {
-		sort(l, now.Add(linger))
-	}
-	r.leaving = leaving
-	slices.SortFunc(ch.Gone, bySubnets)
-	ch.Come = slices.DeleteFunc(come, func(l *Lease) bool { return returned[l] })
-	return ch
-}
-
-// moved are the IDs of nodes that have another lease than one that is gone, or that lingers.
-func (r *Roster) moved(gone, come []*Lease) map[string]bool {
-	left := map[string]bool{}
-	for _, l := range gone {
-		if l.NodeID != "" {
-			left[l.NodeID] = true
-		}
-	}
-	moved := map[string]bool{}
-	if len(left) > 0 {
-		for _, l := range r.believed.leases {
-			if left[l.NodeID] {
-				moved[l.NodeID] = true
-			}
-		}
-	}
-	for _, l := range come {
-		if l.NodeID != "" {
-			moved[l.NodeID] = true
-		}
-	}
-	if r.self.NodeID != "" {
-		moved[r.self.NodeID] = true
-	}
-	return moved
-}
-
-// contradicted reports whether a lease that is gone can't be acted on any more: the config may be another one now.
-func (r *Roster) contradicted(l *Lease) bool {
-	j := judge{config: r.config, self: r.self}
-	_, o := j.alone(&Entry{Lease: *l})
-	return o.is() || r.believed.meets(l)
-}
-
-// compareLeases finds what is in one list only. Where both have an equal lease, the new list gets the old pointer.
-func compareLeases(before, now []*Lease) (gone, come []*Lease) {
-	for i := 0; len(before) > 0 || i < len(now); {
-		c := 0
-		switch {
-		case len(before) == 0:
-			c = 1
-		case i == len(now):
-			c = -1
-		default:
-			c = bySubnets(before[0], now[i])
-		}
-		if c == 0 && *before[0] == *now[i] {
-			now[i] = before[0]
-			before, i = before[1:], i+1
+		c := &all[i]
+		c.Entry = e
+		at, _ := search(r.candidates, e.Key, byKey)
+		r.candidates = slices.Insert(r.candidates, at, c)
+		lease, why := r.alone(e)
+		if lease == nil {
+			r.rejected[c], ch.Rejected = why, true
 			continue
 		}
-		if c <= 0 {
-			gone, before = append(gone, before[0]), before[1:]
-		}
-		if c >= 0 {
-			come, i = append(come, now[i]), i+1
+		c.lease = lease
+		passed = append(passed, c)
+	}
+	slices.SortFunc(passed, func(a, b *candidate) int { return bySubnets(a.lease, b.lease) })
+	for _, c := range passed {
+		if r.index.add(c) {
+			met = append(met, c)
 		}
 	}
-	return gone, come
+	return passed, met
+}
+
+// decide judges leases again, with all that these can make a difference to, and accepts new ones that are not among
+// them.
+func (r *Roster) decide(again, passed []*candidate, until time.Time, ch *Change) {
+	all, disputed := r.index.related(again)
+	rejected := r.settle(disputed)
+	for _, c := range all {
+		r.retract(c, until)
+	}
+	for _, c := range all {
+		why, is := rejected[c]
+		ch.Rejected = ch.Rejected || why != r.rejected[c]
+		if is {
+			r.rejected[c] = why
+			continue
+		}
+		delete(r.rejected, c)
+		r.accept(c, ch)
+	}
+	ch.Come = slices.Grow(ch.Come, len(passed))
+	for _, c := range passed {
+		if _, is := rejected[c]; !is && !c.accepted {
+			r.accept(c, ch)
+		}
+	}
+}
+
+func (r *Roster) accept(c *candidate, ch *Change) {
+	c.accepted = true
+	if i, found := r.find(c.lease); found && *r.peers[i] == *c.lease { // this peer never left
+		c.lease = r.peers[i]
+		delete(r.leaving, c.lease)
+	} else {
+		ch.Come = append(ch.Come, c.lease)
+	}
+}
+
+// release ends the lingering of those whose time is over, and of those that contradict what is accepted now.
+func (r *Roster) release(now time.Time, ch *Change) {
+	if len(r.leaving) == 0 {
+		r.leaving = nil // a map keeps the size that it once had
+		return
+	}
+	come, moved := newIndex(len(ch.Come)), map[string]bool{r.self.NodeID: true}
+	for _, l := range ch.Come {
+		come.add(&candidate{lease: l})
+		moved[l.NodeID] = true
+	}
+	delete(moved, "") // flannel names no node
+	for l, until := range r.leaving {
+		_, why := r.fits(l) // the config may be another one
+		if !now.Before(until) || moved[l.NodeID] || why != (objection{}) || come.meets(&candidate{lease: l}) {
+			delete(r.leaving, l)
+			ch.Gone = append(ch.Gone, l)
+		}
+	}
+}
+
+// settle decides between leases that have something in common, and gives those that are rejected. For a subnet or a
+// MAC, a lease that this network hands out comes before a leftover of an older config, then the older one: the node
+// that has it keeps it. An address may have moved to another node, and what was written last is closer to the truth;
+// but young leases come behind the others, and behind those that are about to come to age before them.
+func (r *Roster) settle(left []*candidate) map[*candidate]objection {
+	if len(left) == 0 {
+		return nil
+	}
+	rejected := make(map[*candidate]objection, len(left))
+	young := func(c *candidate) bool { _, is := r.young[c.Entry]; return is }
+	rank := func(c *candidate) int64 {
+		if young(c) {
+			return c.Revision
+		}
+		return -c.Revision
+	}
+	fits := func(c *candidate) int { return b2i(r.config.Fits(c.lease.Subnets)) }
+	byAge := func(a, b *candidate) int { return cmp.Or(fits(b)-fits(a), a.compareAge(b.Entry)) }
+	sift := func(object func(c, o *candidate) objection) {
+		held := newIndex(len(left))
+		left = slices.DeleteFunc(left, func(c *candidate) bool {
+			for o := range held.linked(c) {
+				if why := object(c, o); why != (objection{}) {
+					rejected[c] = why
+					return true
+				}
+			}
+			held.add(c)
+			return false
+		})
+	}
+	slices.SortFunc(left, byAge)
+	sift(func(c, o *candidate) objection {
+		if c.lease.overlaps(o.lease) {
+			return objectTo(CauseOverlap, "its subnet overlaps %s of %s, which holds it", o.Key, o.Name())
+		}
+		if mac := c.lease.sharedMAC(o.lease); !mac.IsZero() {
+			return objectTo(CauseVTEP, "its VtepMAC %s is that of %s, which holds it", mac, o.Name())
+		}
+		return objection{}
+	})
+	slices.SortFunc(left, func(a, b *candidate) int {
+		return cmp.Or(fits(b)-fits(a), cmp.Compare(rank(a), rank(b)), byAge(a, b))
+	})
+	sift(func(c, o *candidate) objection {
+		ip := c.lease.sharedIP(o.lease)
+		if young(c) {
+			why := objectTo(CauseSharedIP, "its public IP %s is that of %s, which may still have it", ip, o.Name())
+			why.young = true
+			return why
+		}
+		return objectTo(CauseSharedIP, "its public IP %s is that of %s, whose lease %s was written later",
+			ip, o.Name(), FormatKey(o.lease.Subnets))
+	})
+	return rejected
 }
 
 // compareEntries finds what is in one list only, by pointer. Both are in the order of the keys.
@@ -319,146 +380,3 @@ func compareEntries(before, now []*Entry) (gone, come []*Entry) {
 }
 
 func bySubnets(a, b *Lease) int { return CompareSubnets(a.Subnets, b.Subnets) }
-
-// contradicts reports whether two leases can't both be acted on: they have a part of a subnet, an address or a MAC in common.
-func (l *Lease) contradicts(o *Lease) bool {
-	for _, f := range addr.Families() {
-		if !l.Subnets.Get(f).IsValid() {
-			continue
-		}
-		if overlap(l.Subnets.Get(f), o.Subnets.Get(f)) {
-			return true
-		}
-		ip, mac := l.PublicIP.Get(f), l.VTEP.Get(f).MAC
-		for _, g := range addr.Families() {
-			if o.Subnets.Get(g).IsValid() && (ip == o.PublicIP.Get(g) || !mac.IsZero() && mac == o.VTEP.Get(g).MAC) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// circle is a set of leases of which no two contradict each other.
-type circle struct {
-	leases []*Lease           // in the order of their subnets
-	by     addr.Per[[]*Lease] // those with a subnet of the family, in its order
-	ips    map[netip.Addr]bool
-	macs   map[addr.MAC]bool
-}
-
-func newCircle(leases []*Lease) circle {
-	c := circle{ips: make(map[netip.Addr]bool, len(leases)), macs: make(map[addr.MAC]bool, len(leases))}
-	c.insert(leases)
-	return c
-}
-
-// inFamily gives the order of leases by one family's subnet.
-func inFamily(f addr.Family) func(a, b *Lease) int {
-	return func(a, b *Lease) int { return addr.ComparePrefix(a.Subnets.Get(f), b.Subnets.Get(f)) }
-}
-
-func (c *circle) insert(leases []*Lease) {
-	c.leases = insertSorted(c.leases, leases, bySubnets)
-	for _, f := range addr.Families() {
-		var of []*Lease
-		for _, l := range leases {
-			if l.Subnets.Get(f).IsValid() {
-				of = append(of, l)
-				c.ips[l.PublicIP.Get(f)] = true
-				c.macs[l.VTEP.Get(f).MAC] = true
-			}
-		}
-		c.by.Set(f, insertSorted(c.by.Get(f), of, inFamily(f)))
-	}
-}
-
-func (c *circle) remove(leases []*Lease) {
-	c.leases = removeSorted(c.leases, leases, bySubnets)
-	for _, f := range addr.Families() {
-		var of []*Lease
-		for _, l := range leases {
-			if l.Subnets.Get(f).IsValid() {
-				of = append(of, l)
-				delete(c.ips, l.PublicIP.Get(f))
-				delete(c.macs, l.VTEP.Get(f).MAC)
-			}
-		}
-		c.by.Set(f, removeSorted(c.by.Get(f), of, inFamily(f)))
-	}
-}
-
-// few is up to how many changes to a list are made one by one.
-const few = 16
-
-func insertSorted(list, more []*Lease, order func(a, b *Lease) int) []*Lease {
-	if len(more) > few {
-		list = append(list, more...)
-		slices.SortFunc(list, order)
-		return list
-	}
-	for _, l := range more {
-		i, _ := slices.BinarySearchFunc(list, l, order)
-		list = slices.Insert(list, i, l)
-	}
-	return list
-}
-
-func removeSorted(list, less []*Lease, order func(a, b *Lease) int) []*Lease {
-	if len(less) > few {
-		out := make(map[*Lease]bool, len(less))
-		for _, l := range less {
-			out[l] = true
-		}
-		return slices.DeleteFunc(list, func(l *Lease) bool { return out[l] })
-	}
-	for _, l := range less {
-		if i, ok := slices.BinarySearchFunc(list, l, order); ok {
-			list = slices.Delete(list, i, i+1)
-		}
-	}
-	return list
-}
-
-// find gives the lease of these subnets, nil where there is none.
-func (c *circle) find(subnets addr.Per[netip.Prefix]) *Lease {
-	if i, ok := slices.BinarySearchFunc(c.leases, subnets, func(l *Lease, s addr.Per[netip.Prefix]) int { return CompareSubnets(l.Subnets, s) }); ok {
-		return c.leases[i]
-	}
-	return nil
-}
-
-// swap puts an equal lease in the place of another.
-func (c *circle) swap(old, equal *Lease) {
-	put := func(list []*Lease, order func(a, b *Lease) int) {
-		if i, ok := slices.BinarySearchFunc(list, old, order); ok {
-			list[i] = equal
-		}
-	}
-	put(c.leases, bySubnets)
-	for _, f := range addr.Families() {
-		put(c.by.Get(f), inFamily(f))
-	}
-}
-
-// meets reports whether one of the set contradicts a lease.
-func (c *circle) meets(l *Lease) bool {
-	for _, f := range addr.Families() {
-		sn, mac := l.Subnets.Get(f), l.VTEP.Get(f).MAC
-		if !sn.IsValid() {
-			continue
-		}
-		if c.ips[l.PublicIP.Get(f)] || !mac.IsZero() && c.macs[mac] {
-			return true
-		}
-		// Being disjoint, the only ones that may overlap it are those beside it.
-		list := c.by.Get(f)
-		i, _ := slices.BinarySearchFunc(list, l, inFamily(f))
-		for _, o := range list[max(i-1, 0):min(i+1, len(list))] {
-			if o.Subnets.Get(f).Overlaps(sn) {
-				return true
-			}
-		}
-	}
-	return false
-}

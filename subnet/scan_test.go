@@ -17,7 +17,7 @@ func TestScan(t *testing.T) {
 		{string(FormatValue(benchAttrs(7))), true},
 		{`{"PublicIP":"192.168.1.10","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:fd:0c:11:22:33"}}`, true}, // flannel's
 		{`{"PublicIP":"0.0.0.0","BackendType":"vxlan","BackendData":null,"BackendV6Data":{"VNI":0,"VtepMAC":""}}`, true},
-		{`{"PublicIP":"x","BackendType":"host-gw","PublicIPLocal":false}`, true}, // what it means is looked at behind the scan
+		{`{"PublicIP":"x","BackendType":"host-gw","PublicIPLocal":false}`, true}, // what it means is checked after the scan
 		{`{"NodeName":"a"}`, true},
 		{`{"BackendData":{"VNI":4294967295}}`, true},
 
@@ -63,7 +63,7 @@ func TestScan(t *testing.T) {
 	}
 }
 
-// checkScan holds the fast way of reading against the one that everything can be read by.
+// checkScan holds the fast reader against encoding/json.
 func checkScan(t *testing.T, value []byte) {
 	t.Helper()
 	if fast, ok := scanVTEP(value); ok {
@@ -90,11 +90,13 @@ func checkScan(t *testing.T, value []byte) {
 	}
 }
 
-// Pieces of values, put together by chance: far more often than bytes are they something that could be mistaken for a value.
+// Pieces of values, put together by chance: far more often than bytes are they something that could be mistaken for a
+// value.
 func TestScanOfPieces(t *testing.T) {
 	pieces := []string{
 		`{`, `}`, `,`, `null`, `true`, `0`, `1`, `""`, `"a"`, `"VNI":`, `"VtepMAC":`, `{"VNI":1,"VtepMAC":"a"}`,
-		`"PublicIP":`, `"PublicIPv6":`, `"BackendType":`, `"BackendData":`, `"BackendV6Data":`, `"NodeName":`, `"NodeID":`, `"PublicIPLocal":`,
+		`"PublicIP":`, `"PublicIPv6":`, `"BackendType":`, `"BackendData":`, `"BackendV6Data":`, `"NodeName":`, `"NodeID":`,
+		`"PublicIPLocal":`,
 	}
 	values, members := pieces[:12], pieces[9:]
 	r, taken := newRand(t, 3), 0

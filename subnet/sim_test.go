@@ -137,7 +137,7 @@ func newSim(t *testing.T, seed uint64, nodes int, configs ...string) *sim {
 	return s
 }
 
-// move gives a node a public IP that nobody had before.
+// move gives a node a public IP that no node had before.
 func (s *sim) move(n *simNode) {
 	x := s.store.newLease()
 	n.claim.VTEP = vteps(n.claim.NodeName)
@@ -160,7 +160,10 @@ func (s *sim) flannel(n *simNode) {
 		}
 		sn.Set(f, candidates[s.r.IntN(len(candidates))])
 	}
-	s.store.put(FormatKey(sn), FormatValue(Attrs{PublicIP: n.claim.PublicIP, Backend: VXLAN, VTEP: vteps("flannel on " + n.claim.NodeName)}), s.store.newLease())
+	s.store.put(FormatKey(sn), FormatValue(Attrs{
+		PublicIP: n.claim.PublicIP, Backend: VXLAN,
+		VTEP: vteps("flannel on " + n.claim.NodeName),
+	}), s.store.newLease())
 	if len(c.Families()) == 2 {
 		s.store.unpaired = s.store.rev
 	}
@@ -197,13 +200,14 @@ func (s *sim) step(n *simNode) {
 		return // the subnets are those from before
 	}
 	for _, e := range s.store.table().Entries {
-		if e.Key != d.Key && e.overlaps(d.Lease) {
-			s.t.Fatalf("%v took %s (unchanged: %q), which overlaps %s of %v", n.claim.Identity, d.Key, d.Unchanged, e.Key, e.Identity)
+		if e.Key != d.Key && e.overlaps(&d.Lease) {
+			s.t.Fatalf("%v took %s (unchanged: %q), which overlaps %s of %v", n.claim.Identity, d.Key, d.Unchanged, e.Key,
+				e.Identity)
 		}
 	}
 }
 
-// event is something that happens to the network, or to a node at any point of its way.
+// event is something that happens to the network, or to a node at any point.
 func (s *sim) event() {
 	n := s.nodes[s.r.IntN(len(s.nodes))]
 	switch s.r.IntN(8) {
@@ -224,7 +228,7 @@ func (s *sim) event() {
 				break
 			}
 		}
-	case 5: // an operator reserves a subnet that is free, for somebody or for nobody
+	case 5: // an operator reserves a subnet that is free, for a node or for none
 		c := s.store.config
 		if free := freeSubnets(c.Pools.Get(c.Families()[0]), s.store.table().Entries); len(free) > 0 {
 			var value []byte
@@ -281,8 +285,9 @@ func (s *sim) checkSettled() {
 			if !now.Config.Fits(d.Lease.Subnets) || d.Lease.Attrs != n.claim.Attrs {
 				s.t.Fatalf("%v holds %+v", n.claim.Attrs, d.Lease)
 			}
-			if peers, refused := now.Peers(now.Config, Lease{}); !slices.ContainsFunc(peers, func(l *Lease) bool { return *l == d.Lease }) {
-				s.t.Fatalf("the others do not believe %v its %s: %+v", n.claim.Identity, d.Key, refused)
+			if peers, rejected := now.Peers(now.Config, Lease{}); !slices.ContainsFunc(peers,
+				func(l *Lease) bool { return *l == d.Lease }) {
+				s.t.Fatalf("the others do not accept %v with %s: %+v", n.claim.Identity, d.Key, rejected)
 			}
 		case errors.As(err, &full):
 			_, drop := ownEntries(now, &n.claim)
@@ -295,15 +300,15 @@ func (s *sim) checkSettled() {
 	}
 	for i, e := range now.Entries {
 		for _, o := range now.Entries[:i] {
-			if e.overlaps(o.Lease) && e.NodeID != "" && o.NodeID != "" {
+			if e.overlaps(&o.Lease) && e.NodeID != "" && o.NodeID != "" {
 				s.t.Fatalf("%s of %v overlaps %s of %v", e.Key, e.Identity, o.Key, o.Identity)
 			}
 		}
 	}
 }
 
-// Many nodes, in any order of reads and writes, with restarts, moves, lost leases, reservations and changes of the config in
-// between: no two ever hold overlapping subnets, and it comes to an end.
+// Many nodes, in any order of reads and writes, with restarts, moves, lost leases, reservations and changes of the
+// config in between: no two ever hold overlapping subnets, and it comes to an end.
 func TestNodesNeverOverlap(t *testing.T) {
 	const (
 		len26   = `{"Network":"10.1.0.0/22","SubnetLen":26}`
@@ -342,13 +347,14 @@ func TestNodesNeverOverlap(t *testing.T) {
 				}
 			}
 			if lost == 0 {
-				t.Error("nobody ever lost a race: the simulation simulates nothing")
+				t.Error("no node ever lost a race: the simulation simulates nothing")
 			}
 		})
 	}
 }
 
-// Sixty-four at once on sixty-four subnets: all get one; the pairs of a dual-stack network do not stand in each other's way.
+// Sixty-four at once on sixty-four subnets: all get one; the pairs of a dual-stack network do not conflict with each
+// other.
 func TestStampede(t *testing.T) {
 	for _, config := range []string{
 		`{"Network":"10.1.0.0/17","SubnetMin":"10.1.0.0","SubnetMax":"10.1.63.0"}`,
@@ -362,7 +368,7 @@ func TestStampede(t *testing.T) {
 			s.move(n)
 		}
 		for _, n := range s.nodes {
-			s.step(n) // all read before anybody writes
+			s.step(n) // all read before any writes
 		}
 		s.settle()
 		if s.written != 64 || len(s.store.keys) != 64 {
@@ -374,8 +380,8 @@ func TestStampede(t *testing.T) {
 	}
 }
 
-// A lease that is not a pair is not seen under the IPv4 half of a pair's key: Unchanged alone would not keep the two apart,
-// and the store has to let an unpaired write fail the pairs that were decided before it.
+// A lease that is not a pair is not found under the IPv4 half of a pair's key: Unchanged alone would not keep the two
+// apart, and the store has to let an unpaired write fail the pairs that were decided before it.
 func TestPairAgainstUnpaired(t *testing.T) {
 	s := newSim(t, 9, 0, dual)
 	pair := Claim{Attrs: attrs("pair", "192.168.1.1"), Remembered: per("10.1.0.80/28", "fd01:0:0:5::/64")}
@@ -383,14 +389,16 @@ func TestPairAgainstUnpaired(t *testing.T) {
 	table := s.store.table()
 	first, err1 := Decide(table, odd, 0)
 	second, err2 := Decide(table, pair, 0)
-	if err1 != nil || err2 != nil || first.Unchanged != "" || second.Unchanged != "10.1.0.80-28" || !first.Lease.overlaps(second.Lease) {
+	if err1 != nil || err2 != nil || first.Unchanged != "" || second.Unchanged != "10.1.0.80-28" ||
+		!first.Lease.overlaps(&second.Lease) {
 		t.Fatalf("got %+v, %v and %+v, %v", first, err1, second, err2)
 	}
 	if !s.store.commit(table, first) || s.store.commit(table, second) {
 		t.Error("want the first write to succeed, and the second to fail")
 	}
 	again, err := Decide(s.store.table(), pair, 1)
-	if err != nil || again.Lease.overlaps(first.Lease) || again.Lease.Subnets.V4 != pair.Remembered.V4 || again.Unchanged != "" {
+	if err != nil || again.Lease.overlaps(&first.Lease) || again.Lease.Subnets.V4 != pair.Remembered.V4 ||
+		again.Unchanged != "" {
 		t.Errorf("got %+v, %v, want the IPv4 subnet kept and another one of IPv6", again, err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/overlayd/overlayd/addr"
 )
@@ -27,7 +28,7 @@ func peer(i int) Attrs {
 	}
 }
 
-func TestPeersRefuses(t *testing.T) {
+func TestPeersRejects(t *testing.T) {
 	self := Lease{Subnets: per("10.244.1.0/24", "fd00:10:244:1::/64"), Attrs: peer(1)}
 	bad := func(change func(*Attrs)) []byte { return FormatValue(with(peer(7), change)) }
 	v4 := func(s string) []byte { return bad(func(a *Attrs) { a.PublicIP.V4 = netip.MustParseAddr(s) }) }
@@ -55,7 +56,10 @@ func TestPeersRefuses(t *testing.T) {
 		{"everything", net4, "0.0.0.0-0", good, "outside the network"},
 		{"the whole network", net4, "10.244.0.0-16", good, "overlaps this node's own 10.244.1.0/24"},
 		{"IPv6 outside the network", net6, "fd00:10:245:7::-64", good, "outside the network fd00:10:244::/48"},
-		{"one family outside the network", netTwo, "10.244.7.0-24&fd00:10:245:7::-64", good, "outside the network fd00:10:244::/48"},
+		{
+			"one family outside the network", netTwo, "10.244.7.0-24&fd00:10:245:7::-64", good,
+			"outside the network fd00:10:244::/48",
+		},
 		{"no family that is in use", net4, "fd00:10:244:7::-64", good, "no subnet in a family"},
 		{"around mine", net4, "10.244.0.0-23", good, "overlaps this node's own 10.244.1.0/24"},
 		{"inside mine", net4, "10.244.1.128-25", good, "overlaps this node's own"},
@@ -70,7 +74,10 @@ func TestPeersRefuses(t *testing.T) {
 		{"my public IP", net4, key, v4(self.PublicIP.V4.String()), "this node's own"},
 		{"my public IPv6", netTwo, both, v6(self.PublicIP.V6.String()), "this node's own"},
 		{"inside the overlay", net4, key, v4("10.244.200.1"), "inside the overlay network 10.244.0.0/16"},
-		{"IPv6 inside the overlay", net6, "fd00:10:244:7::-64", v6("fd00:10:244:7::1"), "inside the overlay network fd00:10:244::/48"},
+		{
+			"IPv6 inside the overlay", net6, "fd00:10:244:7::-64", v6("fd00:10:244:7::1"),
+			"inside the overlay network fd00:10:244::/48",
+		},
 		{"multicast", net4, key, v4("224.0.0.1"), "not a usable unicast address"},
 		{"IPv6 multicast", netTwo, both, v6("ff02::1"), "not a usable unicast address"},
 		{"broadcast", net4, key, v4("255.255.255.255"), "not a usable unicast address"},
@@ -81,16 +88,28 @@ func TestPeersRefuses(t *testing.T) {
 		{"v4-mapped", netTwo, both, v6("::ffff:172.16.0.1"), "PublicIPv6"},
 		{"public IP is no address", net4, key, []byte(`{"PublicIP":"a.example","BackendType":"vxlan"}`), "PublicIP"},
 
-		{"another backend", net4, key, bad(func(a *Attrs) { a.Backend, a.VTEP = HostGW, addr.Per[VTEP]{} }), `its backend is "host-gw", but this network uses "vxlan"`},
-		{"no backend", net4, key, []byte(`{"PublicIP":"172.16.0.7","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:07"}}`), `its backend is ""`},
-		{"VXLAN in a host-gw network", `{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}`, key, good, `its backend is "vxlan", but this network uses "host-gw"`},
+		{
+			"another backend", net4, key, bad(func(a *Attrs) { a.Backend, a.VTEP = HostGW, addr.Per[VTEP]{} }),
+			`its backend is "host-gw", but this network uses "vxlan"`,
+		},
+		{
+			"no backend", net4, key, []byte(`{"PublicIP":"172.16.0.7","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:07"}}`),
+			`its backend is ""`,
+		},
+		{
+			"VXLAN in a host-gw network", `{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}`, key, good,
+			`its backend is "vxlan", but this network uses "host-gw"`,
+		},
 		{"no MAC", net4, key, bad(func(a *Attrs) { a.VTEP = addr.Per[VTEP]{} }), "no IPv4 VtepMAC"},
 		{"no MAC in IPv6", netTwo, both, bad(func(a *Attrs) { a.VTEP.V6 = VTEP{} }), "no IPv6 VtepMAC"},
 		{"zero MAC", net4, key, mac4("00:00:00:00:00:00"), "no IPv4 VtepMAC"},
 		{"group MAC", net4, key, mac4("03:00:00:00:00:01"), "group address"},
 		{"broadcast MAC", net4, key, mac4("ff:ff:ff:ff:ff:ff"), "group address"},
 		{"my MAC", net4, key, mac4(self.VTEP.V4.MAC.String()), "is this node's own"},
-		{"MAC of eight octets", net4, key, []byte(`{"PublicIP":"172.16.0.7","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:00:00:07"}}`), "BackendData.VtepMAC"},
+		{
+			"MAC of eight octets", net4, key,
+			[]byte(`{"PublicIP":"172.16.0.7","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:00:00:07"}}`), "BackendData.VtepMAC",
+		},
 		{"another peer's MAC", net4, key, mac4(peer(3).VTEP.V4.MAC.String()), "is that of node-3, which holds it"},
 		{
 			"another peer's public IP, written before", net4, key, v4(peer(3).PublicIP.V4.String()),
@@ -103,7 +122,10 @@ func TestPeersRefuses(t *testing.T) {
 		{"another VNI", net4, key, bad(func(a *Attrs) { a.VTEP.V4.VNI = 2 }), "its VNI is 2, but this network uses 1"},
 		{"another peer's subnet, a part of it", net4, "10.244.3.64-26", good, "overlaps 10.244.3.0-24"},
 		{"another peer's subnet and more", net4, "10.244.2.0-23", good, "overlaps 10.244.3.0-24"},
-		{"another peer's subnet in IPv6", netTwo, "10.244.7.0-24&fd00:10:244:3::-64", good, "overlaps 10.244.3.0-24&fd00:10:244:3::-64"},
+		{
+			"another peer's subnet in IPv6", netTwo, "10.244.7.0-24&fd00:10:244:3::-64", good,
+			"overlaps 10.244.3.0-24&fd00:10:244:3::-64",
+		},
 		{"another peer's subnet, IPv6 dropped", net4, "10.244.3.0-24&fd00:10:244:7::-64", good, "overlaps 10.244.3.0-24"},
 
 		{"no value", net4, key, nil, "empty"},
@@ -137,14 +159,15 @@ func TestPeersRefuses(t *testing.T) {
 				ParseEntry(goodKey[0], FormatValue(goodValue(2)), 12, 2, 20),
 				ParseEntry(goodKey[1], FormatValue(goodValue(3)), 13, 3, 30),
 				leaseAt(FormatKey(self.Subnets), self.Attrs, 1, 10),
-				ParseEntry("10.244.100.0-24", nil, 4, 4, 0), // blank reservations are neither peers nor refused
+				ParseEntry("10.244.100.0-24", nil, 4, 4, 0), // blank reservations are neither peers nor rejected
 			}}
-			peers, refused := table.Peers(c, self)
-			if len(refused) != 1 || refused[0].Key != tt.key || !strings.Contains(refused[0].Reason, tt.want) {
-				t.Fatalf("refused %+v, want %q because of %q", refused, tt.key, tt.want)
+			peers, rejected := table.Peers(c, self)
+			if len(rejected) != 1 || rejected[0].Key != tt.key || !strings.Contains(rejected[0].Reason, tt.want) {
+				t.Fatalf("rejected %+v, want %q because of %q", rejected, tt.key, tt.want)
 			}
-			checkOneLine(t, errors.New(refused[0].Reason))
-			if len(peers) != 2 || FormatKey(peers[0].Subnets) != min(goodKey[0], goodKey[1]) || peers[0].Attrs != goodValue(2) && peers[1].Attrs != goodValue(2) {
+			checkOneLine(t, errors.New(rejected[0].Reason))
+			if len(peers) != 2 || FormatKey(peers[0].Subnets) != min(goodKey[0], goodKey[1]) || peers[0].Attrs != goodValue(2) &&
+				peers[1].Attrs != goodValue(2) {
 				t.Errorf("it held back others: %+v", peers)
 			}
 		})
@@ -169,16 +192,28 @@ func TestPeersAccepts(t *testing.T) {
 		{"a reservation that is in use", net4, self4, "10.244.7.0-24", peer(7), 0, per("10.244.7.0/24")},
 		{"another length that overlaps nothing", net4, self4, "10.244.8.0-22", peer(7), 70, per("10.244.8.0/22")},
 		{"the first subnet", net4, self4, "10.244.0.0-24", peer(7), 70, per("10.244.0.0/24")},
-		{"outside SubnetMin to SubnetMax", `{"Network":"10.244.0.0/16","SubnetMax":"10.244.6.0"}`, self4, "10.244.7.0-24", peer(7), 70, per("10.244.7.0/24")},
+		{
+			"outside SubnetMin to SubnetMax", `{"Network":"10.244.0.0/16","SubnetMax":"10.244.6.0"}`, self4, "10.244.7.0-24",
+			peer(7), 70, per("10.244.7.0/24"),
+		},
 		{"dual", netTwo, self, "10.244.7.0-24&fd00:10:244:7::-64", peer(7), 70, per("10.244.7.0/24", "fd00:10:244:7::/64")},
 		{"IPv4 alone in a dual network", netTwo, self, "10.244.7.0-24", flannel, 70, per("10.244.7.0/24")},
 		{"IPv6 alone in a dual network", netTwo, self, "fd00:10:244:7::-64", peer(7), 70, per("fd00:10:244:7::/64")},
-		{"the family that is not in use is dropped", net4, self4, "10.244.7.0-24&fd00:10:244:7::-64", peer(7), 70, per("10.244.7.0/24")},
+		{
+			"the family that is not in use is dropped", net4, self4, "10.244.7.0-24&fd00:10:244:7::-64", peer(7), 70,
+			per("10.244.7.0/24"),
+		},
 		{
 			"the family that is not in use may be nonsense", net4, self4, "10.244.7.0-24&ff00::-8",
-			with(peer(7), func(a *Attrs) { a.PublicIP.V6, a.VTEP.V6 = netip.MustParseAddr("ff02::1"), VTEP{9, addr.MAC{1}} }), 70, per("10.244.7.0/24"),
+			with(peer(7), func(a *Attrs) { a.PublicIP.V6, a.VTEP.V6 = netip.MustParseAddr("ff02::1"), VTEP{9, addr.MAC{1}} }),
+			70, per("10.244.7.0/24"),
 		},
-		{"IPv4 dropped", net6, Lease{Subnets: per("fd00:10:244:1::/64"), Attrs: peer(1)}, "10.244.1.0-24&fd00:10:244:7::-64", peer(7), 70, per("fd00:10:244:7::/64")},
+		{
+			"IPv4 dropped", net6,
+			Lease{Subnets: per("fd00:10:244:1::/64"), Attrs: peer(1)},
+			"10.244.1.0-24&fd00:10:244:7::-64",
+			peer(7), 70, per("fd00:10:244:7::/64"),
+		},
 		{
 			"one MAC for both families", netTwo, self, "10.244.7.0-24&fd00:10:244:7::-64",
 			with(peer(7), func(a *Attrs) { a.VTEP.V6 = a.VTEP.V4 }), 70, per("10.244.7.0/24", "fd00:10:244:7::/64"),
@@ -193,9 +228,9 @@ func TestPeersAccepts(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			c := mustConfig(t, tt.config)
 			table := Table{Config: c, Entries: []*Entry{leaseAt(tt.key, tt.value, 7, tt.lease)}}
-			peers, refused := table.Peers(c, tt.self)
-			if len(refused) != 0 || len(peers) != 1 || *peers[0] != (Lease{tt.want, tt.value}) {
-				t.Errorf("got %+v, refused %+v", peers, refused)
+			peers, rejected := table.Peers(c, tt.self)
+			if len(rejected) != 0 || len(peers) != 1 || *peers[0] != (Lease{tt.want, tt.value}) {
+				t.Errorf("got %+v, rejected %+v", peers, rejected)
 			}
 			if e := table.Entries[0]; FormatKey(e.Subnets) != tt.key {
 				t.Errorf("the table was changed: %+v", e)
@@ -238,13 +273,20 @@ func randomTable(r *rand.Rand, c Config, n int) Table {
 }
 
 // naivePeers compares every lease with every other one, those that fit the network first: for subnets and MACs the
-// oldest first, then for addresses the one written last.
-func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) {
+// oldest first, then for addresses the one written last, but young ones at the end, as they were written.
+func naivePeers(table Table, c Config, self Lease, young map[*Entry]time.Time) (accepted, rejected []string) {
 	var es []*Entry
+	isYoung := map[string]int{}
 	for _, e := range table.Entries {
+		if e.passedOver(self) {
+			continue
+		}
+		if _, is := young[e]; is {
+			isYoung[e.Key] = 1
+		}
 		l, reason := (&judge{config: c, self: self}).alone(e)
-		if reason.is() {
-			refused = append(refused, e.Key)
+		if reason != (objection{}) {
+			rejected = append(rejected, e.Key)
 			continue
 		}
 		trimmed := *e
@@ -267,7 +309,7 @@ func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) 
 				}
 			}
 			if bad {
-				refused = append(refused, e.Key)
+				rejected = append(rejected, e.Key)
 				continue
 			}
 			held = append(held, e)
@@ -277,15 +319,20 @@ func naivePeers(table Table, c Config, self Lease) (accepted, refused []string) 
 	sift(func(a, b *Entry) int { return 0 }, func(l, h Lease, f, g addr.Family) bool {
 		return h.Subnets.Get(g).Overlaps(l.Subnets.Get(f)) || h.VTEP.Get(g).MAC == l.VTEP.Get(f).MAC
 	})
-	sift(func(a, b *Entry) int { return cmp.Compare(b.Revision, a.Revision) }, func(l, h Lease, f, g addr.Family) bool {
+	sift(func(a, b *Entry) int {
+		if isYoung[a.Key]+isYoung[b.Key] == 2 {
+			return cmp.Compare(a.Revision, b.Revision)
+		}
+		return cmp.Or(isYoung[a.Key]-isYoung[b.Key], cmp.Compare(b.Revision, a.Revision))
+	}, func(l, h Lease, f, g addr.Family) bool {
 		return h.PublicIP.Get(g) == l.PublicIP.Get(f)
 	})
 	slices.SortFunc(es, func(a, b *Entry) int { return CompareSubnets(a.Subnets, b.Subnets) })
 	for _, h := range es {
 		accepted = append(accepted, FormatKey(h.Subnets))
 	}
-	slices.Sort(refused)
-	return accepted, refused
+	slices.Sort(rejected)
+	return accepted, rejected
 }
 
 func TestPeersAgainstAllPairs(t *testing.T) {
@@ -296,27 +343,32 @@ func TestPeersAgainstAllPairs(t *testing.T) {
 		total, nested := 0, 0
 		for range 150 {
 			table := randomTable(r, c, 1+r.IntN(40))
-			peers, refused := table.Peers(c, self)
-			wantPeers, wantRefused := naivePeers(table, c, self)
-			var gotPeers, gotRefused []string
+			peers, rejected := table.Peers(c, self)
+			wantPeers, wantRejected := naivePeers(table, c, self, nil)
+			var gotPeers, gotRejected []string
 			for _, l := range peers {
 				gotPeers = append(gotPeers, FormatKey(l.Subnets))
 			}
-			for _, x := range refused {
-				gotRefused = append(gotRefused, x.Key)
+			for _, x := range rejected {
+				gotRejected = append(gotRejected, x.Key)
 				if strings.Contains(x.Reason, "which holds it") || strings.Contains(x.Reason, "was written later") {
 					nested++
 				}
 			}
-			if !slices.Equal(gotPeers, wantPeers) || !slices.Equal(gotRefused, wantRefused) {
-				t.Fatalf("%s: of %s\nfor %q, want %q\nrefused %q, want %q", config, keys(table.Entries), gotPeers, wantPeers, gotRefused, wantRefused)
+			if !slices.Equal(gotPeers, wantPeers) || !slices.Equal(gotRejected, wantRejected) {
+				t.Fatalf("%s: of %s\nfor %q, want %q\nrejected %q, want %q", config, keys(table.Entries), gotPeers, wantPeers,
+					gotRejected, wantRejected)
 			}
 			total += len(table.Entries)
 
-			r.Shuffle(len(table.Entries), func(a, b int) { table.Entries[a], table.Entries[b] = table.Entries[b], table.Entries[a] })
-			again, refusedAgain := table.Peers(c, self)
-			if !slices.EqualFunc(again, peers, func(a, b *Lease) bool { return *a == *b }) || !slices.EqualFunc(refusedAgain, refused, func(a, b Refusal) bool { return a.Key == b.Key }) {
-				t.Fatalf("in another order: %+v\nrefused %+v\nwas %+v\nrefused %+v", again, refusedAgain, peers, refused)
+			r.Shuffle(len(table.Entries), func(a, b int) {
+				table.Entries[a], table.Entries[b] = table.Entries[b],
+					table.Entries[a]
+			})
+			again, rejectedAgain := table.Peers(c, self)
+			if !slices.EqualFunc(again, peers, func(a, b *Lease) bool { return *a == *b }) ||
+				!slices.EqualFunc(rejectedAgain, rejected, func(a, b Rejection) bool { return a.Key == b.Key }) {
+				t.Fatalf("in another order: %+v\nrejected %+v\nwas %+v\nrejected %+v", again, rejectedAgain, peers, rejected)
 			}
 		}
 		if nested < total/20 {
@@ -347,7 +399,7 @@ func TestPeersOfALargeTable(t *testing.T) {
 		name   string
 		add    []*Entry // beside 5,000 good leases and 10,000 bad ones
 		want   int
-		refuse int
+		reject int
 	}{
 		{"junk", nil, 5000, 10_000},
 		{"a young lease around all", []*Entry{leaseAt("10.0.0.0-9", peer(40_000), 99_999, 1)}, 5000, 10_001},
@@ -355,9 +407,9 @@ func TestPeersOfALargeTable(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			table := Table{Entries: append(slices.Clone(large.Entries), tt.add...)}
-			peers, refused := table.Peers(c, self)
-			if len(peers) != tt.want || len(refused) != tt.refuse {
-				t.Errorf("%d peers, %d refused, want %d and %d", len(peers), len(refused), tt.want, tt.refuse)
+			peers, rejected := table.Peers(c, self)
+			if len(peers) != tt.want || len(rejected) != tt.reject {
+				t.Errorf("%d peers, %d rejected, want %d and %d", len(peers), len(rejected), tt.want, tt.reject)
 			}
 		})
 	}
@@ -387,12 +439,13 @@ func BenchmarkPeers(b *testing.B) {
 	}
 }
 
-// A node whose reservation no longer fits the network is believed with the lease that does, although the reservation is older.
+// A node whose reservation no longer fits the network is accepted with the lease that does, although the reservation is
+// older.
 func TestPeersPreferWhatFits(t *testing.T) {
 	c := mustConfig(t, net4)
 	old, now := leaseAt("10.244.7.0-25", peer(2), 1, 0), leaseAt("10.244.9.0-24", peer(2), 9, 7)
-	peers, refused := Table{Entries: []*Entry{old, now}}.Peers(c, Lease{Subnets: per("10.244.255.0/24"), Attrs: peer(1)})
-	if len(peers) != 1 || peers[0].Subnets != now.Subnets || len(refused) != 1 || refused[0].Key != old.Key {
-		t.Errorf("peers %+v\nrefused %+v", peers, refused)
+	peers, rejected := Table{Entries: []*Entry{old, now}}.Peers(c, Lease{Subnets: per("10.244.255.0/24"), Attrs: peer(1)})
+	if len(peers) != 1 || peers[0].Subnets != now.Subnets || len(rejected) != 1 || rejected[0].Key != old.Key {
+		t.Errorf("peers %+v\nrejected %+v", peers, rejected)
 	}
 }

@@ -1,7 +1,9 @@
-// Package state keeps what a node has to know after a restart: enough to bring its network up again while etcd is away.
+// Package state keeps what a node has to know after a restart: enough to bring its network up again while the store is
+// away.
 package state
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,31 +11,40 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/atomicfile"
+	"github.com/overlayd/overlayd/internal/owner"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// Dir is where a node keeps what it has to know after a restart, of the network under this prefix of the store.
+// Dir is where a node keeps what it has to know after a restart, of the network under this prefix: of etcd, or a text
+// that is none, for another store.
 type Dir struct {
 	Path, Prefix string
 	Node         subnet.Identity
 }
 
-// Persisted is what the files say. Revision and Peers are in peers.json, the rest is in lease.json; each says whose it is.
+// Kubernetes is the Prefix of the network in the Kubernetes API: none in etcd, which begins with a slash. There, the
+// length of a node's subnets is not the config's to say.
+const Kubernetes = "kubernetes"
+
+// Persisted is what the files say. Revision and Peers are in peers.json, the rest is in lease.json; each says whose it
+// is.
 type Persisted struct {
 	Node    subnet.Identity // an image of a disk may be another machine's now
 	Saved   time.Time
-	Prefix  string `json:",omitempty"` // of the store: which network it is about
+	Prefix  string `json:",omitempty"` // of the network in the store
 	Subnets string `json:",omitempty"` // this node's, in the form of a lease's key
-	// Expires is when the lease ends unless it was renewed since; until then nobody else can have the subnets. Zero: never.
+	// Expires is when the lease ends unless it was renewed since; until then no other node can have the subnets. Zero:
+	// never.
 	Expires time.Time       `json:",omitzero"`
 	Config  json.RawMessage `json:",omitempty"` // the one in use
-	// Addresses are those that the node goes by: of several on one device it has to be the one that the others know.
+	// Addresses are those that the node uses: of several on one device, the one that the peers know.
 	Addresses addr.Per[netip.Addr] `json:",omitzero"`
 	Bridges   []netstate.PodBridge `json:",omitempty"`
 	// Revision is the store's. One that is at an earlier one later has lost data.
@@ -61,14 +72,21 @@ func (d Dir) MovedFile() string { return filepath.Join(d.Path, "subnet-changed")
 // Files lists all that a daemon may leave in its state directory.
 func Files(dir string) []string {
 	d := Dir{Path: dir}
-	return []string{d.LeaseFile(), d.PeersFile(), d.MovedFile()}
+	return []string{d.LeaseFile(), d.PeersFile(), d.MovedFile(), owner.File(dir)}
 }
 
-// Load returns what this node remembers; a new node remembers nothing. Of a network under another prefix, or of a node
-// of another name with this one's ID (it was given a new name, or the directory came with a copy of the disk), only the
-// own subnet counts.
-func (d Dir) Load() (Persisted, error) {
-	p, err := d.Read()
+// Load returns the persisted state of this node; that of a new node is zero. Of a network under another prefix, or of a
+// node of another name with this one's ID (it was given a new name, or the directory came with a copy of the disk),
+// only the own subnet counts. Peers that an earlier version had in lease.json move to peers.json, before lease.json is
+// written without them.
+func (d Dir) Load() (Persisted, error) { return d.load(read) }
+
+// LoadOwn is Load without the peers in peers.json. To decode thousands of them is an eighth of the CPU of a restart, and
+// a start that reaches the store does not need them.
+func (d Dir) LoadOwn() (Persisted, error) { return d.load(readHead) }
+
+func (d Dir) load(readPeers func(file string) (*Persisted, error)) (Persisted, error) {
+	p, err := d.read(readPeers)
 	if p == nil {
 		return Persisted{}, err
 	}
@@ -76,28 +94,51 @@ func (d Dir) Load() (Persisted, error) {
 		return Persisted{}, fmt.Errorf("%s: %w", d.LeaseFile(), err)
 	}
 	if p.Node.NodeID != d.Node.NodeID || p.Node.NodeID == "" && p.Node != d.Node {
-		return Persisted{}, fmt.Errorf("%s is the persisted state of node %q (id %q), not of this one: ignored", d.LeaseFile(), p.Node.NodeName, p.Node.NodeID)
+		return Persisted{}, fmt.Errorf("%s is the persisted state of node %q (id %q), not of this one: ignored",
+			d.LeaseFile(), p.Node.NodeName, p.Node.NodeID)
 	}
-	if p.Node != d.Node || p.Prefix != "" && p.Prefix != d.Prefix {
+	if p.Node != d.Node || p.Prefix != d.Prefix {
 		p.Config, p.Peers, p.Revision, p.Expires = nil, nil, 0, p.Saved
+	}
+	if _, missing := os.Stat(d.PeersFile()); missing != nil && len(p.Peers) > 0 {
+		err = errors.Join(err, d.Save(d.PeersFile(), Persisted{Revision: p.Revision, Peers: p.Peers}))
 	}
 	return *p, err
 }
 
-// Read returns what the files say, whoever's it is; nil: there are none. Peers that can't be read are an error, and the rest is returned.
-func (d Dir) Read() (*Persisted, error) {
+// Read returns what the files say, of whatever node; nil: there are none. Peers that can't be read are an error, and
+// the rest is returned.
+func (d Dir) Read() (*Persisted, error) { return d.read(read) }
+
+func (d Dir) read(readPeers func(file string) (*Persisted, error)) (*Persisted, error) {
 	p, err := read(d.LeaseFile())
 	if p == nil {
 		return nil, err
 	}
-	peers, err := read(d.PeersFile())
-	if peers != nil && peers.Node == p.Node && peers.Prefix == p.Prefix { // otherwise they are in lease.json, as before there was this file
+	peers, err := readPeers(d.PeersFile())
+	// An earlier version has them in lease.json.
+	if peers != nil && peers.Node == p.Node && peers.Prefix == p.Prefix {
 		p.Peers, p.Revision = peers.Peers, peers.Revision
 	}
 	return p, err
 }
 
 func read(file string) (*Persisted, error) {
+	return decode(file, func(raw []byte) []byte { return raw })
+}
+
+// readHead reads what a file says before the peers, which Save has written last.
+func readHead(file string) (*Persisted, error) {
+	return decode(file, func(raw []byte) []byte {
+		head, _, found := bytes.Cut(raw, []byte(beforePeers))
+		if !found {
+			return raw
+		}
+		return append(slices.Clip(head), '}')
+	})
+}
+
+func decode(file string, part func(raw []byte) []byte) (*Persisted, error) {
 	raw, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
@@ -106,14 +147,18 @@ func read(file string) (*Persisted, error) {
 		return nil, err
 	}
 	var p Persisted
-	if err := json.Unmarshal(raw, &p); err != nil {
+	if err := json.Unmarshal(part(raw), &p); err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	return &p, nil
 }
 
-// Save writes one of the files, and whose it is. Thousands of peers are put into it one by one: as one value, they would
-// take several times their size in memory.
+// beforePeers is what Save writes before the first peer. Nothing else in peers.json looks like it: there, a name's
+// quotes are escaped.
+const beforePeers = `,"Peers":[`
+
+// Save writes one of the files, and of which node it is. Thousands of peers are put into it one by one: as one value,
+// they would take several times their size in memory. Their values are JSON, which is not looked through once more.
 func (d Dir) Save(file string, p Persisted) error {
 	p.Node, p.Prefix, p.Saved = d.Node, d.Prefix, time.Now().UTC().Round(0)
 	peers := p.Peers
@@ -123,17 +168,23 @@ func (d Dir) Save(file string, p Persisted) error {
 		return err
 	}
 	for i, peer := range peers {
-		one, err := json.Marshal(peer)
+		key, err := json.Marshal(peer.Key)
 		if err != nil {
 			return err
 		}
 		if i == 0 {
-			raw = slices.Grow(raw, len(peers)*(len(one)+len(one)/8)) // they are about as long
-			raw = append(raw[:len(raw)-1], `,"Peers":[`...)
+			const others = len(`{"Key":,"Value":,"Created":123456789,"Revision":123456789},`)
+			one := len(key) + len(peer.Value) + others
+			raw = slices.Grow(raw, len(peers)*(one+one/8)) // they are about as long
+			raw = append(raw[:len(raw)-1], beforePeers...)
 		} else {
 			raw = append(raw, ',')
 		}
-		raw = append(raw, one...)
+		raw = append(append(raw, `{"Key":`...), key...)
+		raw = append(append(raw, `,"Value":`...), peer.Value...)
+		raw = strconv.AppendInt(append(raw, `,"Created":`...), peer.Created, 10)
+		raw = strconv.AppendInt(append(raw, `,"Revision":`...), peer.Revision, 10)
+		raw = append(raw, '}')
 	}
 	if len(peers) > 0 {
 		raw = append(raw, "]}"...)
@@ -156,7 +207,7 @@ func (p Persisted) Own() addr.Per[netip.Prefix] {
 
 // PeersOf are the leases of a table that a start without the store can use.
 func PeersOf(t subnet.Table, own addr.Per[netip.Prefix]) []Peer {
-	var out []Peer
+	out := make([]Peer, 0, len(t.Entries))
 	for _, e := range t.Entries {
 		if e.Err == nil && !e.Blank() && e.Subnets != own {
 			out = append(out, Peer{e.Key, subnet.FormatValue(e.Attrs), e.Created, e.Revision})
@@ -165,7 +216,7 @@ func PeersOf(t subnet.Table, own addr.Per[netip.Prefix]) []Peer {
 	return out
 }
 
-// Table is what the store would say. It believes no more of it than of the store.
+// Table is the table that the store would have. It is parsed as critically as that of the store.
 func (p Persisted) Table() (subnet.Table, error) {
 	if len(p.Config) == 0 {
 		return subnet.Table{}, errors.New("the network config is not persisted")
@@ -173,6 +224,9 @@ func (p Persisted) Table() (subnet.Table, error) {
 	c, err := subnet.ParseConfig(p.Config)
 	if err != nil {
 		return subnet.Table{}, err
+	}
+	if p.Prefix == Kubernetes {
+		c = c.FittedTo(p.Own())
 	}
 	t := subnet.Table{Config: c, ConfigJSON: string(p.Config)}
 	for _, e := range p.Peers {
@@ -183,7 +237,8 @@ func (p Persisted) Table() (subnet.Table, error) {
 	return t, nil
 }
 
-// NoteMove leaves a note that the subnet changed under running pods. It stays until an operator has seen to them and removes it.
+// NoteMove leaves a note that the subnet changed under running pods. It stays until an operator has recreated them and
+// removes it.
 func (d Dir) NoteMove(before, now string) error {
 	text := fmt.Sprintf("This node's subnet was %s and is %s\n"+
 		"Another node holds the old one; pods created before are unreachable.\n"+

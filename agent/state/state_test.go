@@ -44,6 +44,10 @@ func TestStateDir(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(got, want) || got.Own() != sn || time.Since(got.Saved) > time.Minute {
 		t.Fatalf("got %+v, %v, want %+v", got, err, want)
 	}
+	own, err := d.LoadOwn()
+	if own.Peers = got.Peers; err != nil || !reflect.DeepEqual(own, want) || len(want.Peers) == 0 {
+		t.Errorf("without peers: got %+v, %v, want %+v", own, err, want)
+	}
 	table, err := got.Table()
 	if err != nil || table.ConfigJSON != config || len(table.Entries) != 2 || table.Entries[1].Attrs != peer(2).Attrs {
 		t.Errorf("table %+v, %v", table, err)
@@ -54,7 +58,8 @@ func TestStateDir(t *testing.T) {
 	}
 	subnetAlone := func(what string, d Dir) {
 		t.Helper()
-		if got, err := d.Load(); err != nil || got.Own() != sn || got.Config != nil || got.Peers != nil || got.Revision != 0 ||
+		if got, err := d.Load(); err != nil || got.Own() != sn || got.Config != nil || got.Peers != nil ||
+			got.Revision != 0 ||
 			got.Expires.After(time.Now()) {
 			t.Errorf("%s: %+v, %v", what, got, err)
 		}
@@ -63,7 +68,8 @@ func TestStateDir(t *testing.T) {
 	// The directory may be a copy.
 	subnetAlone("of another name", Dir{d.Path, d.Prefix, subnet.Identity{NodeName: "renamed", NodeID: self.NodeID}})
 	clone := Dir{d.Path, d.Prefix, subnet.Identity{NodeName: "clone", NodeID: "id-clone"}}
-	if got, err := clone.Load(); !reflect.DeepEqual(got, Persisted{}) || err == nil || !strings.Contains(err.Error(), "id-self") {
+	if got, err := clone.Load(); !reflect.DeepEqual(got, Persisted{}) || err == nil ||
+		!strings.Contains(err.Error(), "id-self") {
 		t.Errorf("a clone remembers %+v, %v", got, err)
 	}
 
@@ -78,7 +84,8 @@ func TestStateDir(t *testing.T) {
 	if err := os.WriteFile(d.PeersFile(), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := other.Load(); got.Own() != sn || got.Config == nil || err == nil || !strings.Contains(err.Error(), d.PeersFile()) {
+	if got, err := other.Load(); got.Own() != sn || got.Config == nil || err == nil ||
+		!strings.Contains(err.Error(), d.PeersFile()) {
 		t.Errorf("with broken peers: %+v, %v", got, err)
 	}
 
@@ -95,8 +102,33 @@ func TestStateDir(t *testing.T) {
 		if err := os.WriteFile(d.LeaseFile(), []byte(garbage), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := d.Load(); !reflect.DeepEqual(got, Persisted{}) || err == nil || !strings.Contains(err.Error(), d.LeaseFile()) {
+		if got, err := d.Load(); !reflect.DeepEqual(got, Persisted{}) || err == nil ||
+			!strings.Contains(err.Error(), d.LeaseFile()) {
 			t.Errorf("%q: got %v, %v, want an error that names the file", garbage, got, err)
 		}
+	}
+}
+
+// The peers of an earlier version's lease.json are in peers.json before lease.json is written without them.
+func TestPeersOfAnEarlierVersion(t *testing.T) {
+	d := Dir{Path: t.TempDir(), Prefix: "/net", Node: subnet.Identity{NodeName: "n", NodeID: "id"}}
+	saved := Persisted{
+		Subnets: "10.244.1.0-24", Revision: 7, Peers: []Peer{{
+			Key: "10.244.2.0-24", Value: []byte("{}"), Created: 1,
+			Revision: 2,
+		}},
+	}
+	if err := d.Save(d.LeaseFile(), saved); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := d.Load(); err != nil || len(p.Peers) != 1 {
+		t.Fatalf("loaded %+v, %v", p, err)
+	}
+	saved.Peers, saved.Revision = nil, 0
+	if err := d.Save(d.LeaseFile(), saved); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := d.Load(); err != nil || len(p.Peers) != 1 || p.Revision != 7 {
+		t.Errorf("loaded %+v, %v", p, err)
 	}
 }

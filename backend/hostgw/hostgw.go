@@ -1,4 +1,5 @@
-// Package hostgw plans plain routes between nodes that share a network: the fastest way there is, with no tunnel at all.
+// Package hostgw plans plain routes between nodes that share a network: the fastest way there is, with no tunnel at
+// all.
 package hostgw
 
 import (
@@ -16,8 +17,8 @@ func (Backend) VTEPs(subnet.Config, subnet.Identity) addr.Per[subnet.VTEP] {
 	return addr.Per[subnet.VTEP]{}
 }
 
-// Plan has a route for each peer on a network of this node, by way of the peer's own address. A peer behind a gateway can't be
-// reached this way: the gateway knows nothing of pods.
+// Plan has a route for each peer on a network of this node, by way of the peer's own address. A peer behind a gateway
+// can't be reached this way: the gateway knows nothing of pods.
 func (Backend) Plan(in backend.Input) backend.Plan {
 	var p backend.Plan
 	for _, f := range in.Config.Families() {

@@ -41,8 +41,11 @@ func TestDeviceNames(t *testing.T) {
 func TestOwns(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{
-		"", ".", "overlay", "overlay.", "overlay.x", "overlay.01", "overlay.+1", "overlay.-1", "overlay.1.2", "overlay.1 ", " overlay.1", "Overlay.1",
-		"overlay.16777216", "overlay.16777215", "ovl.1", "ovl6.1", "ovl6.9999", "overlay-v6.10000", "overlay-v4.1", "flannel.1", "vxlan.1", "overlay_1",
+		"", ".", "overlay", "overlay.", "overlay.x", "overlay.01", "overlay.+1", "overlay.-1", "overlay.1.2", "overlay.1 ",
+		" overlay.1", "Overlay.1",
+		"overlay.16777216", "overlay.16777215", "ovl.1", "ovl6.1", "ovl6.9999", "overlay-v6.10000", "overlay-v4.1",
+		"flannel.1",
+		"vxlan.1", "overlay_1",
 	} {
 		if Owns(name) {
 			t.Errorf("%q is taken for ours", name)
@@ -74,7 +77,8 @@ func TestMACs(t *testing.T) {
 	}
 	// What stands in leases already must not change.
 	c.Backend.VNI = 1
-	if got, want := (Backend{}).VTEPs(c, subnet.Identity{NodeName: "a", NodeID: "b"}).V4.MAC.String(), "fa:df:2c:f0:60:d9"; got != want {
+	got := Backend{}.VTEPs(c, subnet.Identity{NodeName: "a", NodeID: "b"}).V4.MAC.String()
+	if want := "fa:df:2c:f0:60:d9"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 	c.Pools.V6 = subnet.Pool{}
@@ -83,7 +87,8 @@ func TestMACs(t *testing.T) {
 	}
 }
 
-// TestLargestPacketFits: what the overhead leaves is what the headers of RFC 7348 §5 take: outer IP, UDP, VXLAN, inner Ethernet.
+// TestLargestPacketFits: what the overhead leaves is what the headers of RFC 7348 §5 take: outer IP, UDP, VXLAN, inner
+// Ethernet.
 func TestLargestPacketFits(t *testing.T) {
 	t.Parallel()
 	for f, ip := range map[addr.Family]int{addr.IPv4: 20, addr.IPv6: 40} {
@@ -112,7 +117,10 @@ func manyPeers(n int) backend.Input {
 	c.Pools.V4.Network = netip.MustParsePrefix("10.0.0.0/8")
 	node := func(i int) subnet.Lease {
 		hi, lo := byte(i>>8), byte(i)
-		l := subnet.Lease{Attrs: subnet.Attrs{Backend: subnet.VXLAN, PublicIPLocal: true, Identity: subnet.Identity{NodeName: fmt.Sprint("node-", i), NodeID: "machine"}}}
+		l := subnet.Lease{Attrs: subnet.Attrs{
+			Backend: subnet.VXLAN, PublicIPLocal: true,
+			Identity: subnet.Identity{NodeName: fmt.Sprint("node-", i), NodeID: "machine"},
+		}}
 		l.Subnets.V4 = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, hi, lo, 0}), 24)
 		l.PublicIP.V4 = netip.AddrFrom4([4]byte{172, 16, hi, lo})
 		l.VTEP = Backend{}.VTEPs(c, l.Identity)

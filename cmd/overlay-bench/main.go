@@ -34,8 +34,9 @@ func root() *cobra.Command {
 	var quick bool
 	var only, out string
 	cmd := &cobra.Command{
-		Use: "overlay-bench", Short: "Measure overlayd, and print one table", Args: cobra.NoArgs, SilenceUsage: true, SilenceErrors: true,
-		RunE: func(cmd *cobra.Command, _ []string) error { return measure(cmd.Context(), quick, only, out) },
+		Use: "overlay-bench", Short: "Measure overlayd, and print one table", Args: cobra.NoArgs, SilenceUsage: true,
+		SilenceErrors: true,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return measure(cmd.Context(), quick, only, out) },
 	}
 	cmd.Flags().BoolVar(&quick, "quick", false, "few samples; bounds on times are not judged")
 	cmd.Flags().StringVar(&only, "only", "", "run the benchmarks whose names match this `regex`; nothing is written then")
@@ -44,9 +45,6 @@ func root() *cobra.Command {
 	cmd.AddCommand(&cobra.Command{
 		Use: lab.EtcdCommand, Hidden: true, DisableFlagParsing: true,
 		Run: func(_ *cobra.Command, args []string) { lab.EtcdMain(args) },
-	}, &cobra.Command{
-		Use: bench.EndCommand, Hidden: true, DisableFlagParsing: true,
-		RunE: func(cmd *cobra.Command, args []string) error { return bench.EndMain(cmd.Context(), args) },
 	}, &cobra.Command{
 		Use: bench.HerdCommand, Hidden: true, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -80,7 +78,7 @@ func measure(ctx context.Context, quick bool, only, out string) error {
 	}
 	res, err := bench.Run(ctx, e, filter)
 	res.Version = strings.TrimPrefix(strings.TrimSpace(string(version)), "overlayd ")
-	fmt.Print(res.Text())
+	fmt.Print(res.Table())
 	if err != nil {
 		return err
 	}

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 
 	"github.com/containernetworking/cni/libcni"
@@ -27,7 +26,7 @@ OVERLAYD_MTU=1450
 OVERLAYD_IPMASQ=true
 `
 
-// conf is as much of a CNI configuration list as is looked at here.
+// conf is as much of a CNI configuration list as matters here.
 type conf struct {
 	Name    string
 	Plugins []struct {
@@ -38,7 +37,7 @@ type conf struct {
 	}
 }
 
-// parseConf reads a list, and refuses one whose network has a name that leads elsewhere.
+// parseConf reads a list, and rejects one whose network has a name that leads elsewhere.
 func parseConf(raw []byte) (conf, error) {
 	var c conf
 	if err := json.Unmarshal(raw, &c); err != nil {
@@ -50,8 +49,8 @@ func parseConf(raw []byte) (conf, error) {
 	return c, nil
 }
 
-// checkConf refuses what no runtime could use, so that one that works is never replaced by it. It has the list read as runtimes read it, and
-// our part of it as our plugin does.
+// checkConf rejects what no runtime could use, so that one that works is never replaced by it. It has the list read as
+// runtimes read it, and our part of it as our plugin does.
 func checkConf(raw []byte) error {
 	list, err := libcni.NetworkConfFromBytes(raw)
 	if err != nil {
@@ -102,10 +101,7 @@ func checkOwn(list *libcni.NetworkConfigList, p *libcni.PluginConfig) error {
 func (c conf) plugins() []string {
 	var out []string
 	add := func(name, otherwise string) {
-		if name == "" {
-			name = otherwise
-		}
-		if name != "" && !slices.Contains(out, name) {
+		if name = cmp.Or(name, otherwise); name != "" && !slices.Contains(out, name) {
 			out = append(out, name)
 		}
 	}
@@ -141,19 +137,4 @@ func (c conf) dataDir() string {
 		}
 	}
 	return ""
-}
-
-// earlier lists the configurations in a directory that a runtime would take instead of the one named.
-func earlier(dir, name string) []string {
-	var out []string
-	for _, pattern := range []string{"*.conf", "*.conflist", "*.json"} {
-		found, _ := filepath.Glob(filepath.Join(dir, pattern)) // the patterns are right
-		for _, f := range found {
-			if base := filepath.Base(f); base < name {
-				out = append(out, base)
-			}
-		}
-	}
-	slices.Sort(out)
-	return out
 }

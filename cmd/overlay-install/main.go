@@ -1,5 +1,5 @@
-// Command overlay-install puts the CNI plugins and their configuration on a Kubernetes node, and takes them away again. The init
-// containers of dist/kubernetes run it; it may do so again and again.
+// Command overlay-install puts the CNI plugins and their configuration on a Kubernetes node, and takes them away again.
+// The init containers of dist/kubernetes run it; it may do so again and again.
 package main
 
 import (
@@ -38,11 +38,17 @@ func run(args []string, stdout, stderr io.Writer) int {
 	f.SetOutput(stderr)
 	f.StringVar(&n.binDir, "bin-dir", "/host/opt/cni/bin", "`directory` of the container runtime's plugins")
 	f.StringVar(&n.confDir, "conf-dir", "/host/etc/cni/net.d", "`directory` of its network configurations")
-	f.StringVar(&n.confName, "conf-name", "10-overlayd.conflist", "`name` of overlayd's configuration; the runtime uses the first in alphabetical order")
+	f.StringVar(&n.confName, "conf-name", "10-overlayd.conflist",
+		"`name` of overlayd's configuration; the runtime uses the first in alphabetical order")
 	f.StringVar(&n.stateDir, "state-dir", "/var/lib/overlayd", "`directory` to record what was installed")
 	from := f.String("from", "/opt/cni/bin", "source `directory` of the plugins")
 	conf := f.String("conf", "/etc/overlayd/cni.conflist", "source `file` of the configuration")
-	f.StringVar(&n.cniState, "cni-state-dir", "/host/var/lib/cni", "`directory` of the plugins' container state (uninstall)")
+	f.StringVar(&n.owner, "owner", os.Getenv("OVERLAYD_OWNER"),
+		"this `installation`: leave nodes of another one alone; as that of overlayd (install)")
+	f.StringVar(&n.takeOver, "take-over", os.Getenv("OVERLAYD_TAKE_OVER"),
+		"`owner` of another installation whose nodes this one takes over (install)")
+	f.StringVar(&n.cniState, "cni-state-dir", "/host/var/lib/cni",
+		"`directory` of the plugins' container state (uninstall)")
 	f.Usage = func() {
 		_, _ = fmt.Fprint(stderr, usage)
 		f.PrintDefaults()

@@ -15,6 +15,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/overlayd/overlayd/internal/owner"
 	"github.com/overlayd/overlayd/test/nstest"
 )
 
@@ -122,7 +123,8 @@ func installed(version string) map[string]string {
 	return out
 }
 
-// What is installed is there, a second time nothing is written, an upgrade replaces it, and uninstalling leaves nothing.
+// What is installed is there, a second time nothing is written, an upgrade replaces it, and uninstalling leaves
+// nothing.
 func TestInstall(t *testing.T) {
 	r := newRig(t)
 	r.install()
@@ -170,14 +172,14 @@ func (r *rig) inodes() map[string]os.FileInfo {
 	return out
 }
 
-// Plugins that came with the system stay, at install, upgrade and uninstall; so do ours that somebody replaced.
+// Plugins that came with the system stay, at install, upgrade and uninstall; so do ours that were replaced.
 func TestOthersPlugins(t *testing.T) {
 	r := newRig(t)
 	r.write(filepath.Join(r.node.binDir, "bridge"), "the distribution's")
-	r.write(filepath.Join(r.node.binDir, "firewall"), "somebody's")
+	r.write(filepath.Join(r.node.binDir, "firewall"), "foreign")
 	r.install()
 	want := installed("one")
-	want["bridge"], want["firewall"] = "the distribution's", "somebody's"
+	want["bridge"], want["firewall"] = "the distribution's", "foreign"
 	r.has(want)
 	if !strings.Contains(r.out.String(), "bridge, which overlay-install did not install") {
 		t.Errorf("nothing is said of it:\n%s", r.out)
@@ -187,14 +189,18 @@ func TestOthersPlugins(t *testing.T) {
 	r.image("two")
 	r.install()
 	want = installed("two")
-	want["bridge"], want["firewall"], want["portmap"] = "the distribution's", "somebody's", "a newer one"
+	want["bridge"], want["firewall"], want["portmap"] = "the distribution's", "foreign", "a newer one"
 	r.has(want)
 	r.write(filepath.Join(r.node.binDir, "host-local"), "the operator's")
 	r.uninstall()
-	r.has(map[string]string{"bridge": "the distribution's", "firewall": "somebody's", "portmap": "a newer one", "host-local": "the operator's"})
+	r.has(map[string]string{
+		"bridge": "the distribution's", "firewall": "foreign", "portmap": "a newer one",
+		"host-local": "the operator's",
+	})
 }
 
-// A plugin that is a link to where nothing is mounted here is somebody's, at install, upgrade and uninstall; but ours is never a link.
+// A plugin that is a link to where nothing is mounted here is foreign, at install, upgrade and uninstall; but ours
+// is never a link.
 func TestLinks(t *testing.T) {
 	r := newRig(t)
 	dir := t.TempDir()
@@ -220,7 +226,8 @@ func TestLinks(t *testing.T) {
 	r.write(r.conf, `{"name": "pods", "plugins": [{"type": "overlay-cni"}, {"type": "portmap"}, {"type": "tuning"}]}`)
 	r.install()
 	if !isLink("portmap") || !isLink("tuning") || isLink("overlay-cni") || isLink("bridge") {
-		t.Errorf("portmap %v, tuning %v, overlay-cni %v, bridge %v", isLink("portmap"), isLink("tuning"), isLink("overlay-cni"), isLink("bridge"))
+		t.Errorf("portmap %v, tuning %v, overlay-cni %v, bridge %v", isLink("portmap"), isLink("tuning"),
+			isLink("overlay-cni"), isLink("bridge"))
 	}
 	if !strings.Contains(r.out.String(), "portmap, which overlay-install did not install") {
 		t.Errorf("nothing is said of it:\n%s", r.out)
@@ -266,12 +273,16 @@ func TestConfName(t *testing.T) {
 
 // A record that can't be read says nothing of what is ours.
 func TestBrokenRecord(t *testing.T) {
-	for text, warned := range map[string]bool{`{`: true, `{"plugins": 1}`: true, `null`: false, `{"plugins": null}`: false} {
+	for text, warned := range map[string]bool{
+		`{`: true, `{"plugins": 1}`: true, `null`: false,
+		`{"plugins": null}`: false,
+	} {
 		r := newRig(t)
 		r.install()
 		r.write(filepath.Join(r.node.stateDir, recordName), text)
 		r.install()
-		if strings.Contains(r.out.String(), "warning: ") != warned || !strings.Contains(r.out.String(), "portmap, which overlay-install did not install") {
+		if strings.Contains(r.out.String(), "warning: ") != warned ||
+			!strings.Contains(r.out.String(), "portmap, which overlay-install did not install") {
 			t.Errorf("%s:\n%s", text, r.out)
 		}
 		r.has(installed("one"))
@@ -336,7 +347,8 @@ func TestBadConf(t *testing.T) {
 		r := newRig(t)
 		r.install()
 		r.write(r.conf, text)
-		if err := r.node.install(r.from, r.conf); err == nil || !strings.Contains(err.Error(), wrong) || strings.Contains(err.Error(), "\n") {
+		if err := r.node.install(r.from, r.conf); err == nil || !strings.Contains(err.Error(), wrong) ||
+			strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: expected an error with %q, found %v", text, wrong, err)
 		}
 		r.has(installed("one"))
@@ -372,14 +384,26 @@ func TestContainersLeft(t *testing.T) {
 		{"another network's", conflist, "overlay/others/abc:eth0", "{}", false},
 		{"in dataDir", ours(`, "dataDir": "/var/lib/cni/own/"`), "own/pods/abc:eth0", "{}", true},
 		{"where dataDir is not", ours(`, "dataDir": "/var/lib/cni/own"`), "overlay/pods/abc:eth0", "{}", false},
-		{"an address that is taken, dataDir is elsewhere", ours(`, "dataDir": "/data"`), "networks/pods/10.244.1.2", "abc\r\neth0", true},
-		{"another, dataDir is above", ours(`, "dataDir": "/var/lib/cni/../other"`), "networks/pods/fd00::2", "abc\r\neth0", true},
-		{"no address, dataDir is elsewhere", ours(`, "dataDir": "/data"`), "networks/pods/last_reserved_ip.0", "10.244.1.2", false},
+		{
+			"an address that is taken, dataDir is elsewhere", ours(`, "dataDir": "/data"`), "networks/pods/10.244.1.2",
+			"abc\r\neth0", true,
+		},
+		{
+			"another, dataDir is above", ours(`, "dataDir": "/var/lib/cni/../other"`), "networks/pods/fd00::2", "abc\r\neth0",
+			true,
+		},
+		{
+			"no address, dataDir is elsewhere", ours(`, "dataDir": "/data"`), "networks/pods/last_reserved_ip.0", "10.244.1.2",
+			false,
+		},
 		{"flannel's", conflist, "flannel/abc", `{"name": "pods"}`, true},
 		{"flannel's, broken", conflist, "flannel/abc", `{"na`, true},
 		{"flannel's of another network", conflist, "flannel/abc", `{"name": "others"}`, false},
 		{"flannel's in dataDir", ours(`, "dataDir": "/var/lib/cni/own"`), "own/abc", `{"name": "pods"}`, true},
-		{"flannel's, dataDir is the same", ours(`, "dataDir": "/var/lib/cni/flannel"`), "flannel/abc", `{"name": "pods"}`, true},
+		{
+			"flannel's, dataDir is the same", ours(`, "dataDir": "/var/lib/cni/flannel"`), "flannel/abc", `{"name": "pods"}`,
+			true,
+		},
 		{"no bridge", ours(`, "delegate": {"type": "portmap"}`), "overlay/pods/abc:eth0", "{}", true},
 		{"the bridge", conflist, busy, "", true},
 	} {
@@ -387,7 +411,8 @@ func TestContainersLeft(t *testing.T) {
 			r := newRig(t)
 			r.write(r.conf, tt.conf)
 			r.install()
-			address, file := filepath.Join(r.node.cniState, "networks", "pods", "10.244.1.7"), filepath.Join(r.node.cniState, tt.file)
+			address, file := filepath.Join(r.node.cniState, "networks", "pods", "10.244.1.7"), filepath.Join(r.node.cniState,
+				tt.file)
 			if !strings.Contains(tt.conf, "/data") && !strings.Contains(tt.conf, "..") { // else it would be one that is taken
 				r.write(address, "abc\r\neth0")
 			}
@@ -406,7 +431,8 @@ func TestContainersLeft(t *testing.T) {
 				} else if tt.left {
 					said = "(1, such as " + file + "): "
 				}
-				if tt.left && (len(r.bridges) > 0 || !strings.Contains(r.out.String(), said) || !strings.Contains(r.out.String(), "run uninstall again\n")) {
+				if tt.left && (len(r.bridges) > 0 || !strings.Contains(r.out.String(), said) ||
+					!strings.Contains(r.out.String(), "run uninstall again\n")) {
 					t.Errorf("bridges %q\n%s", r.bridges, r.out)
 				}
 				if d := cmp.Diff(before, files(t, r.node.cniState)); tt.left && d != "" {
@@ -425,7 +451,7 @@ func TestContainersLeft(t *testing.T) {
 				t.Errorf("the last time:\n%s", r.out)
 			}
 			if left := files(t, r.node.stateDir); len(left) > 0 {
-				t.Errorf("remembers %q", left)
+				t.Errorf("kept %q", left)
 			}
 			for _, dir := range []string{"networks/pods", "own/pods"} {
 				if _, err := os.Stat(filepath.Join(r.node.cniState, dir)); !os.IsNotExist(err) {
@@ -476,7 +502,7 @@ func TestBridgeFails(t *testing.T) {
 	}
 }
 
-// A configuration that somebody broke is removed, but leads nowhere.
+// A configuration that is broken is removed, but leads nowhere.
 func TestUninstallBrokenConf(t *testing.T) {
 	for _, text := range []string{`{`, `{"name": "../x", "plugins": [{"type": "overlay-cni"}]}`} {
 		r := newRig(t)
@@ -487,7 +513,8 @@ func TestUninstallBrokenConf(t *testing.T) {
 		}
 		r.uninstall()
 		r.has(map[string]string{})
-		if left := files(t, r.node.cniState); len(left) != 2 || len(r.bridges) > 0 || !strings.Contains(r.out.String(), "warning: ") {
+		if left := files(t, r.node.cniState); len(left) != 2 || len(r.bridges) > 0 ||
+			!strings.Contains(r.out.String(), "warning: ") {
 			t.Errorf("%s: left %q, bridges %q\n%s", text, left, r.bridges, r.out)
 		}
 	}
@@ -510,19 +537,44 @@ func TestHalfWritten(t *testing.T) {
 // An operator is told when the runtime will use another configuration.
 func TestEarlier(t *testing.T) {
 	r := newRig(t)
-	for _, name := range []string{"05-other.conf", "00-README", "10-overlayd.conf", "20-later.conflist"} {
-		r.write(filepath.Join(r.node.confDir, name), "{}")
-	}
-	r.install()
-	var lines []string
-	for l := range strings.Lines(r.out.String()) {
-		if strings.HasPrefix(l, "warning") {
-			lines = append(lines, l)
+	warnings := func() (lines []string) {
+		r.install()
+		for l := range strings.Lines(r.out.String()) {
+			if strings.HasPrefix(l, "warning") {
+				lines = append(lines, l)
+			}
 		}
+		return lines
 	}
-	if len(lines) != 2 || !strings.Contains(lines[0], "05-other.conf ") || !strings.Contains(lines[1], "10-overlayd.conf ") {
+	for _, name := range []string{"05-other.conf", "00-README", "20-later.conflist"} {
+		r.write(filepath.Join(r.node.confDir, name), `{"type": "bridge"}`)
+	}
+	if lines := warnings(); len(lines) != 1 || !strings.Contains(lines[0], "05-other.conf (plugins: bridge) comes before") {
 		t.Errorf("%q", lines)
 	}
+	r.write(filepath.Join(r.node.confDir, "00-meta.conf"), `{"type": "multus", "clusterNetwork": "pods"}`)
+	if lines := warnings(); len(lines) != 0 {
+		t.Errorf("a meta plugin that leads to ours: %q", lines)
+	}
+}
+
+// What another installation has put on the node stays as it is, unless the node is handed over.
+func TestAnotherInstallation(t *testing.T) {
+	r := newRig(t)
+	if err := owner.Write(r.node.stateDir, "a/overlayd"); err != nil {
+		t.Fatal(err)
+	}
+	r.node.owner = "a/overlayd"
+	r.install()
+	r.image("two")
+	r.node.owner = "b/overlayd"
+	if err := r.node.install(r.from, r.conf); !errors.As(err, new(*owner.Error)) {
+		t.Errorf("it is not refused: %v", err)
+	}
+	r.has(installed("one"))
+	r.node.takeOver = "a/overlayd"
+	r.install()
+	r.has(installed("two"))
 }
 
 // The record may be written by whoever can write the state directory: it must not lead out of the directory of plugins.
@@ -562,8 +614,9 @@ func TestRemoveBridge(t *testing.T) {
 			t.Errorf("%s: %v", other, err)
 		}
 	}
-	if out := ns.Exec("ip", "-o", "link", "show", "up"); !strings.Contains(out, "cni0") || !strings.Contains(out, "port@pod") {
-		t.Errorf("what was refused is not as it was:\n%s", out)
+	if out := ns.Exec("ip", "-o", "link", "show", "up"); !strings.Contains(out, "cni0") ||
+		!strings.Contains(out, "port@pod") {
+		t.Errorf("what was rejected is not as it was:\n%s", out)
 	}
 	ns.Exec("ip", "link", "delete", "port")
 	if err := remove("cni0"); err != nil {
@@ -585,12 +638,14 @@ func TestUsage(t *testing.T) {
 	if status := run([]string{"version"}, &out, &errs); status != 0 || strings.TrimSpace(out.String()) != version {
 		t.Errorf("status %d, %q, %q", status, out.String(), errs.String())
 	}
-	if status := run([]string{"install", "--conf", "/none"}, &out, &errs); status != exitFailure || !strings.Contains(errs.String(), "/none") {
+	if status := run([]string{"install", "--conf", "/none"}, &out, &errs); status != exitFailure ||
+		!strings.Contains(errs.String(), "/none") {
 		t.Errorf("status %d, %q", status, errs.String())
 	}
 }
 
-// The list that the manifests bring: a runtime that knows cniVersions asks the plugin for its status, and an older one works without.
+// The list that the manifests bring: a runtime that knows cniVersions asks the plugin for its status, and an older one
+// works without.
 func TestShippedList(t *testing.T) {
 	t.Parallel()
 	raw, err := os.ReadFile("../../dist/kubernetes/cni.conflist")

@@ -14,10 +14,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/internal/atomicfile"
+	"github.com/overlayd/overlayd/internal/cniconf"
+	"github.com/overlayd/overlayd/internal/owner"
 )
 
 const (
@@ -28,23 +31,32 @@ const (
 // node is where things are put.
 type node struct {
 	binDir, confDir, confName, stateDir, cniState string
+	owner, takeOver                               string // see package owner; empty: not told from others
 	out                                           io.Writer
 }
 
 // record says what is ours.
 type record struct {
-	Plugins map[string][]string `json:"plugins"`        // those that have one of these hashes (SHA-256); two while one replaces the other
+	// Plugins are those that have one of these hashes (SHA-256); two while one replaces the other.
+	Plugins map[string][]string `json:"plugins"`
 	Conf    string              `json:"conf,omitempty"` // the name of the configuration
 }
 
-// errLink: a symbolic link is never what install put there. What it leads to tells nothing: on the node that is another file than here.
+// errLink: a symbolic link is never what install put there. What it leads to tells nothing: on the node that is another
+// file than here.
 var errLink = errors.New("it is a symbolic link")
 
 func (n node) say(format string, args ...any) { _, _ = fmt.Fprintf(n.out, format+"\n", args...) }
 
-// install makes the node's plugins and configuration those of the image. What is in place is not written again. A plugin that was there
-// before is left as it is: it came with the system, and others may depend on it. The configuration comes last: with it the node is ready.
+// install makes the node's plugins and configuration those of the image. What is in place is not written again. A
+// plugin that was there before is left as it is: it came with the system, and others may depend on it. The
+// configuration comes last: with it the node is ready.
 func (n node) install(from, confFile string) error {
+	if n.owner != "" { // the daemon, which has the lock, writes who it is
+		if _, err := owner.Check(n.stateDir, n.owner, n.takeOver, time.Now()); err != nil {
+			return err
+		}
+	}
 	raw, err := os.ReadFile(confFile)
 	if err != nil {
 		return err
@@ -79,26 +91,21 @@ func (n node) install(from, confFile string) error {
 			return fmt.Errorf("%s needs the plugin %s, which is neither in the image nor on the node: %w", confFile, p, err)
 		}
 	}
-	at := filepath.Join(n.confDir, n.confName)
-	if was, err := os.ReadFile(at); err != nil || !bytes.Equal(was, raw) {
-		if err := replace(at, raw, 0o644); err != nil {
-			return err
-		}
-		n.say("installed %s", at)
+	if err := n.put(filepath.Join(n.confDir, n.confName), raw, 0o644); err != nil {
+		return err
 	}
-	if ours.Conf != n.confName {
-		if ours.Conf != "" { // both would be of the same network, and the runtime would use the first
-			if err := n.remove(filepath.Join(n.confDir, ours.Conf)); err != nil {
-				return err
-			}
-		}
-		ours.Conf = n.confName
-		if err := n.writeRecord(ours); err != nil {
+	// Both would be of the same network, and the runtime would use the first.
+	if ours.Conf != "" && ours.Conf != n.confName {
+		if err := n.remove(filepath.Join(n.confDir, ours.Conf)); err != nil {
 			return err
 		}
 	}
-	for _, other := range earlier(n.confDir, n.confName) {
-		n.say("warning: %s comes before %s: the container runtime uses that one instead of overlayd's", filepath.Join(n.confDir, other), n.confName)
+	ours.Conf = n.confName
+	if err := n.writeRecord(ours); err != nil {
+		return err
+	}
+	if err := cniconf.Check(filepath.Join(n.confDir, n.confName)); err != nil {
+		n.say("warning: %v", err)
 	}
 	return nil
 }
@@ -117,39 +124,36 @@ func (n node) installPlugin(source, name string, ours record) error {
 	}
 	there := err == nil // as a link, ours is replaced as if it were not there
 	if name != ownPlugin && (link || there && !slices.Contains(ours.Plugins[name], hash(was))) {
-		err = nil
-		if _, ok := ours.Plugins[name]; ok {
-			delete(ours.Plugins, name)
-			err = n.writeRecord(ours)
-		}
 		n.say("kept %s, which overlay-install did not install", at)
-		return err
-	}
-	if there && hash(was) == sum {
-		if slices.Equal(ours.Plugins[name], []string{sum}) {
-			return nil
-		}
-		ours.Plugins[name] = []string{sum}
+		delete(ours.Plugins, name)
 		return n.writeRecord(ours)
 	}
-	// Both hashes stand there while the file is replaced, so that a crash in between leaves nothing that is taken for somebody else's.
+	// Both hashes are recorded while the file is replaced, so that after a crash in between neither is taken for foreign.
 	ours.Plugins[name] = []string{sum}
-	if there {
+	if there && hash(was) != sum {
 		ours.Plugins[name] = append(ours.Plugins[name], hash(was))
 	}
 	if err := n.writeRecord(ours); err != nil {
 		return err
 	}
-	if err := replace(at, data, 0o755); err != nil {
+	if err := n.put(at, data, 0o755); err != nil {
 		return err
 	}
-	n.say("installed %s", at)
 	ours.Plugins[name] = []string{sum}
 	return n.writeRecord(ours)
 }
 
-// uninstall removes what install put there. Where no container is left, it also removes what the plugins made: the bridge, and what they
-// remember. Where one is, it can be run again later.
+// put installs a file, unless it is in place.
+func (n node) put(path string, data []byte, mode fs.FileMode) error {
+	changed, err := replace(path, data, mode)
+	if changed {
+		n.say("installed %s", path)
+	}
+	return err
+}
+
+// uninstall removes what install put there. Where no container is left, it also removes what the plugins made: the
+// bridge, and their state. Where one is, it can be run again later.
 func (n node) uninstall(removeBridge func(string) error) error {
 	ours, err := n.readRecord()
 	c, leavingErr := n.leaving(ours)
@@ -187,7 +191,8 @@ func (n node) confNames(ours record) []string {
 	return []string{ours.Conf, n.confName}
 }
 
-// leaving reads the configuration that is to be removed, and keeps a copy: it says what is left to do if this has to be done again.
+// leaving reads the configuration that is to be removed, and keeps a copy: it says what is left to do if this has to be
+// done again.
 func (n node) leaving(ours record) (conf, error) {
 	copied := filepath.Join(n.stateDir, leavingName)
 	for _, name := range n.confNames(ours) {
@@ -196,14 +201,15 @@ func (n node) leaving(ours record) (conf, error) {
 			return conf{}, err
 		}
 		if c.Name != "" {
-			return c, replace(copied, raw, 0o644)
+			_, err = replace(copied, raw, 0o644)
+			return c, err
 		}
 	}
 	c, _, err := n.readConf(copied)
 	return c, err
 }
 
-// readConf reads a configuration that is to be removed; one that is not there, or that somebody broke, has no name.
+// readConf reads a configuration that is to be removed; one that is not there, or that is broken, has no name.
 func (n node) readConf(path string) (conf, []byte, error) {
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -282,7 +288,8 @@ func (n node) readRecord() (record, error) {
 	if r.Plugins == nil {
 		r.Plugins = none.Plugins
 	}
-	outside := func(name string) bool { return name != filepath.Base(name) || strings.HasPrefix(name, ".") } // nothing leads out of a directory
+	// Nothing leads out of a directory.
+	outside := func(name string) bool { return name != filepath.Base(name) || strings.HasPrefix(name, ".") }
 	maps.DeleteFunc(r.Plugins, func(name string, _ []string) bool { return outside(name) })
 	if outside(r.Conf) {
 		r.Conf = ""
@@ -295,20 +302,25 @@ func (n node) writeRecord(r record) error {
 	if err != nil {
 		return err
 	}
-	return replace(filepath.Join(n.stateDir, recordName), append(raw, '\n'), 0o644)
+	_, err = replace(filepath.Join(n.stateDir, recordName), append(raw, '\n'), 0o644)
+	return err
 }
 
-// replace puts a file in place in one step, and its name on the disk too: a node after a power failure has what the record says.
-func replace(path string, data []byte, mode fs.FileMode) error {
+// replace puts a file in place in one step, unless it is there already, and its name on the disk too: a node after a
+// power failure has what the record says.
+func replace(path string, data []byte, mode fs.FileMode) (changed bool, err error) {
+	if was, err := readPlugin(path); err == nil && bytes.Equal(was, data) {
+		return false, nil
+	}
 	if err := atomicfile.Write(path, data, mode); err != nil {
-		return explain(err, filepath.Dir(path))
+		return false, explain(err, filepath.Dir(path))
 	}
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
-		return err
+		return true, err
 	}
 	defer dir.Close()
-	return dir.Sync()
+	return true, dir.Sync()
 }
 
 // explain names what keeps root out of a directory in a container: without root's powers, it must belong to root.

@@ -11,11 +11,11 @@ import (
 	"strings"
 )
 
-// hostState is where plugins on the node see what is at cniState here.
+// hostState is the path on the node of what is at cniState here.
 const hostState = "/var/lib/cni"
 
-// uninstallState removes what the plugins made for a network, if nothing is at it any more, and reports whether it kept that. The bridge
-// comes first: while a pod is at it, its address must stay reserved.
+// uninstallState removes what the plugins made for a network, if nothing is at it any more, and reports whether it kept
+// that. The bridge comes first: while a pod is at it, its address must stay reserved.
 func (n node) uninstallState(c conf, removeBridge func(string) error) (kept bool, err error) {
 	left, err := n.attached(c)
 	if err != nil {
@@ -26,7 +26,8 @@ func (n node) uninstallState(c conf, removeBridge func(string) error) (kept bool
 		what = "the bridge " + bridge + " and " + what
 	}
 	if len(left) > 0 {
-		n.say("kept %s: containers still use the network %s (%d, such as %s): delete them, then run uninstall again", what, c.Name, len(left), left[0])
+		n.say("kept %s: containers still use the network %s (%d, such as %s): delete them, then run uninstall again", what,
+			c.Name, len(left), left[0])
 		return true, nil
 	}
 	if bridge != "" {
@@ -40,12 +41,12 @@ func (n node) uninstallState(c conf, removeBridge func(string) error) (kept bool
 			return true, err
 		}
 	}
-	remembered := []string{filepath.Join(n.cniState, "networks", c.Name)}
+	state := []string{filepath.Join(n.cniState, "networks", c.Name)}
 	data, mounted := n.mounted(c.dataDir())
 	if mounted {
-		remembered = append(remembered, filepath.Join(data, c.Name))
+		state = append(state, filepath.Join(data, c.Name))
 	}
-	for _, dir := range remembered {
+	for _, dir := range state {
 		if _, statErr := os.Stat(dir); statErr != nil {
 			continue
 		}
@@ -61,7 +62,8 @@ func (n node) uninstallState(c conf, removeBridge func(string) error) (kept bool
 	return false, err
 }
 
-// attached lists the files of containers that are at a network: our plugin's, and those that flannel's kept, which ours has taken over.
+// attached lists the files of containers that are at a network: our plugin's, and those that flannel's kept, which ours
+// has taken over.
 func (n node) attached(c conf) ([]string, error) {
 	data, mounted := n.mounted(c.dataDir())
 	networks := filepath.Join(n.cniState, "networks", c.Name)

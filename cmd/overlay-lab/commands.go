@@ -32,9 +32,11 @@ func newRoot() *cobra.Command {
 		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return f.prepare(cmd) },
 	}
-	root.PersistentFlags().StringVar(&f.lab.Name, "name", "lab", "name of the lab; labs of different names do not touch each other")
+	root.PersistentFlags().StringVar(&f.lab.Name, "name", "lab",
+		"name of the lab; labs of different names do not touch each other")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(upCommand(f), downCommand(f), statusCommand(f), execCommand(f), checkCommand(f), demoCommand(f), faultsCommand(f), soakCommand(f), etcdCommand())
+	root.AddCommand(upCommand(f), downCommand(f), statusCommand(f), execCommand(f), checkCommand(f), demoCommand(f),
+		faultsCommand(f), soakCommand(f), etcdCommand())
 	return root
 }
 
@@ -200,7 +202,7 @@ func (f *flags) check(ctx context.Context, l *lab.Lab) error {
 		return err
 	}
 	if report.Failed > 0 {
-		return errChecksFailed
+		return errFailed
 	}
 	return nil
 }

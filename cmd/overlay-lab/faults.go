@@ -14,9 +14,6 @@ import (
 	"github.com/overlayd/overlayd/test/faults"
 )
 
-// errFaults says that the catalogue was run and a bound is broken.
-var errFaults = errors.New("some bounds are broken")
-
 func faultsCommand(f *flags) *cobra.Command {
 	var only string
 	o := faults.Options{Progress: func(line string) { fmt.Fprintln(os.Stderr, line) }}
@@ -73,19 +70,17 @@ func (f *flags) faults(ctx context.Context, o faults.Options) error {
 		return err
 	}
 	if report.Failed > 0 {
-		return errFaults
+		return errFailed
 	}
 	return nil
 }
-
-// errSoak says that the network did not end up as planned.
-var errSoak = errors.New("the network did not end up as planned")
 
 func soakCommand(f *flags) *cobra.Command {
 	minutes := 10
 	o := faults.SoakOptions{Progress: func(line string) { fmt.Fprintln(os.Stderr, line) }}
 	cmd := &cobra.Command{
-		Use: "soak", Short: "Make random faults for a while, and see that everything ends up as planned and nothing grows", Args: noArgs,
+		Use:   "soak",
+		Short: "Make random faults for a while, and see that everything ends up as planned and nothing grows", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
 			if o.Name, o.Overlayd, err = f.binaries(cmd); err != nil {
@@ -116,7 +111,7 @@ func (f *flags) soak(ctx context.Context, o faults.SoakOptions) error {
 		return err
 	}
 	if len(report.Problems) > 0 {
-		return errSoak
+		return errFailed
 	}
 	return nil
 }

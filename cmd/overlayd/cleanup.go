@@ -21,9 +21,13 @@ func cleanupCommand(f *flags) *cobra.Command {
 	return &cobra.Command{
 		Use: "cleanup", Args: noArgs,
 		Short: "Remove everything that overlayd created on this node",
-		Long: `Remove everything that overlayd created on this node: devices, routes, rules, firewall chains, ipsets, the subnet file and
-the persisted state. The daemon must be stopped. The lease in etcd stays until it expires; sysctls such as ip_forward stay.`,
+		Long: `Remove everything that overlayd created on this node: devices, routes, rules, firewall chains, ipsets,
+the subnet file and the persisted state. The daemon must be stopped. The lease in the store stays: in etcd until it
+expires, in Kubernetes as annotations of the Node. Sysctls such as ip_forward stay.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := f.check(); err != nil {
+				return err
+			}
 			if err := needPrivileges(); err != nil {
 				return err
 			}
@@ -39,7 +43,7 @@ the persisted state. The daemon must be stopped. The lease in etcd stays until i
 			return errors.Join(
 				cleanKernel(out),
 				masquerade.Remove(cmd.Context(), ipset.New()),
-				cleanFiles(out, append(state.Files(f.stateDir), f.subnetFile)...),
+				cleanFiles(out, append(state.Files(f.agent.StateDir), f.agent.SubnetFile)...),
 			)
 		},
 	}
@@ -52,7 +56,7 @@ func cleanKernel(out io.Writer) error {
 		return err
 	}
 	defer k.Close()
-	res, err := k.Reconcile(netstate.State{})
+	res, err := k.Reconcile(netstate.Update{All: true, Prune: true})
 	for _, c := range res.Done {
 		_, _ = fmt.Fprintln(out, c)
 	}

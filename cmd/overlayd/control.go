@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// listenControl opens the socket for the operator's commands, which only root can connect to. One that is left from a daemon that was
-// killed is in nobody's way: this daemon has the lock.
+// listenControl opens the socket for the operator's commands, which only root can connect to. It replaces one that a
+// killed daemon left: this daemon has the lock.
 func listenControl(path string) (net.Listener, error) {
 	if path == "" {
 		return nil, nil
@@ -49,11 +49,16 @@ func listenControl(path string) (net.Listener, error) {
 // askWithin bounds one question to the daemon.
 const askWithin = 5 * time.Second
 
-// errNotRunning says that nobody answers at the socket.
+// errNotRunning says that no daemon answers at the socket.
 var errNotRunning = errors.New("overlayd does not run on this node")
 
 // client asks the daemon through its socket.
 type client struct{ socket string }
+
+// get asks for something, and puts the answer into out.
+func (c client) get(ctx context.Context, path string, out any) error {
+	return c.ask(ctx, http.MethodGet, path, nil, out)
+}
 
 // ask puts the answer into out.
 func (c client) ask(ctx context.Context, method, path string, body []byte, out any) error {
@@ -75,7 +80,8 @@ func (c client) ask(ctx context.Context, method, path string, body []byte, out a
 			return fmt.Errorf("%w, or with another --socket than %s", errNotRunning, c.socket)
 		}
 		if errors.Is(err, context.DeadlineExceeded) {
-			return fmt.Errorf("overlayd runs, but does not answer at %s within %v: is it stopped (ps -o pid,stat -C overlayd), or the machine overloaded?", c.socket, askWithin)
+			return fmt.Errorf("overlayd runs, but does not answer at %s within %v: is it stopped "+
+				"(ps -o pid,stat -C overlayd), or the machine overloaded?", c.socket, askWithin)
 		}
 		if u := (*url.Error)(nil); errors.As(err, &u) {
 			err = u.Err // the URL means nothing to an operator

@@ -24,11 +24,12 @@ func TestJournal(t *testing.T) {
 		os.Args = []string{"overlayd", "--log-format", "xml"}
 		os.Exit(run())
 	default:
-		log, _, err := flags{logLevel: "debug", logFormat: format}.logger()
+		f := flags{logLevel: zap.NewAtomicLevelAt(zap.DebugLevel), logFormat: format}
+		log, err := f.logger()
 		if err != nil {
 			t.Fatal(err)
 		}
-		log.Debug("looked", zap.Int("n", 1))
+		log.Debug("observed", zap.Int("n", 1))
 		log.Info("overlayd starting")
 		log.With(zap.String("node", "n1")).Warn("condition failed", zap.Error(errors.New("no\nanswer")))
 		log.Error("two\n<0>lines\n")
@@ -42,18 +43,20 @@ func TestJournal(t *testing.T) {
 		want         []string // regular expressions, one for each line
 	}{
 		{"console", "console", same, []string{
-			`<7>debug\tlooked\t\{"n": 1\}`, `<6>info\toverlayd starting`,
+			`<7>debug\tobserved\t\{"n": 1\}`, `<6>info\toverlayd starting`,
 			`<4>warn\tcondition failed\t\{"node": "n1", "error": "no\\nanswer"\}`, `<3>error\ttwo`, `<3><0>lines`, `<3>`,
 		}},
 		{"json", "json", same, []string{
-			`<7>\{"level":"debug","ts":"` + stamp + `","msg":"looked","n":1\}`, `<6>\{"level":"info".*"msg":"overlayd starting"\}`,
+			`<7>\{"level":"debug","ts":"` + stamp + `","msg":"observed","n":1\}`,
+			`<6>\{"level":"info".*"msg":"overlayd starting"\}`,
 			`<4>\{"level":"warn".*"error":"no\\nanswer"\}`,
 			`<3>\{"level":"error".*"msg":"two\\n<0>lines\\n"\}`,
 		}},
 		{
 			"stderr is redirected", "console", func(dev, ino uint64) string { return fmt.Sprintf("%d:%d", dev, ino+1) },
 			[]string{
-				stamp + `\tdebug\tlooked\t\{"n": 1\}`, stamp + `\tinfo\toverlayd starting`, stamp + `\twarn\tcondition failed\t.*`,
+				stamp + `\tdebug\tobserved\t\{"n": 1\}`, stamp + `\tinfo\toverlayd starting`,
+				stamp + `\twarn\tcondition failed\t.*`,
 				stamp + `\terror\ttwo`, `<0>lines`, ``,
 			},
 		},

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/netip"
@@ -24,17 +23,19 @@ type leaseRow struct {
 	PublicIPs   []netip.Addr   `json:"publicIPs,omitempty"`
 	Backend     string         `json:"backend,omitempty"`
 	VtepMACs    []string       `json:"vtepMACs,omitempty"`
-	Expires     *time.Time     `json:"expires,omitempty"` // absent: a reservation
+	Expires     *time.Time     `json:"expires,omitempty"` // absent: a reservation, or as long as there is the Node
 	Reservation bool           `json:"reservation"`
 	Mine        bool           `json:"mine"`
 	Key         string         `json:"key"`
 	Error       string         `json:"error,omitempty"` // why it is of no use
+
+	ofNode bool // it lasts as long as its Node in Kubernetes
 }
 
 func leasesCommand(f *flags) *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
-		Use: "leases", Short: "List the subnet leases in etcd", Args: noArgs,
+		Use: "leases", Short: "List the subnet leases in the store", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "table" && output != "json" {
 				return usageError{fmt.Errorf("--output: expected table or json, found %q", output)}
@@ -48,9 +49,7 @@ func leasesCommand(f *flags) *cobra.Command {
 					"of this network drop all their peers: put '{}' instead, and restart flanneld on them\n", key)
 			}
 			if output == "json" {
-				enc := json.NewEncoder(cmd.OutOrStdout())
-				enc.SetIndent("", "  ")
-				return enc.Encode(rows)
+				return printJSON(cmd.OutOrStdout(), rows)
 			}
 			return printLeases(cmd.OutOrStdout(), rows, time.Now())
 		},
@@ -70,13 +69,18 @@ func (f *flags) listLeases(ctx context.Context) (rows []leaseRow, harmful []stri
 	if err != nil {
 		return nil, nil, err
 	}
-	expiries, err := store.Expiries(ctx, table)
-	if err != nil {
-		return nil, nil, err
+	var expiries map[int64]time.Duration
+	expiring, expire := store.(interface {
+		Expiries(ctx context.Context, t subnet.Table) (map[int64]time.Duration, error)
+	})
+	if expire {
+		if expiries, err = expiring.Expiries(ctx, table); err != nil {
+			return nil, nil, err
+		}
 	}
 	rows = make([]leaseRow, 0, len(table.Entries)) // not null in JSON
 	for _, e := range table.Entries {
-		r := rowOf(e)
+		r := rowOf(e, !expire)
 		r.Mine = e.Identity == id && id.NodeID != ""
 		if t, ok := expiries[e.LeaseID]; ok {
 			r.Expires = new(time.Now().Add(t).Round(time.Second))
@@ -89,8 +93,11 @@ func (f *flags) listLeases(ctx context.Context) (rows []leaseRow, harmful []stri
 	return rows, harmful, nil
 }
 
-func rowOf(e *subnet.Entry) leaseRow {
-	r := leaseRow{Node: e.NodeName, NodeID: e.NodeID, Backend: string(e.Backend), Reservation: e.Reserved(), Key: e.Key}
+func rowOf(e *subnet.Entry, ofNode bool) leaseRow {
+	r := leaseRow{
+		Node: e.NodeName, NodeID: e.NodeID, Backend: string(e.Backend), Reservation: e.Reserved() && !ofNode, Key: e.Key,
+		ofNode: ofNode,
+	}
 	for _, f := range addr.Families() {
 		if p := e.Subnets.Get(f); p.IsValid() {
 			r.Subnets = append(r.Subnets, p)
@@ -124,6 +131,8 @@ func printLeases(out io.Writer, rows []leaseRow, now time.Time) error {
 
 func (r leaseRow) expiry(now time.Time) string {
 	switch {
+	case r.ofNode:
+		return "with its Node"
 	case r.Reservation:
 		return "never"
 	case r.Expires == nil:
@@ -138,6 +147,8 @@ func (r leaseRow) whose() string {
 		return "invalid: " + r.Error
 	case r.Mine:
 		return "mine"
+	case r.ofNode && len(r.PublicIPs) == 0:
+		return "not announced"
 	case r.Node == "" && len(r.PublicIPs) == 0:
 		return "reserved"
 	}

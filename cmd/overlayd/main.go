@@ -1,4 +1,4 @@
-// Command overlayd is the daemon that joins a node to the overlay network, and the commands by which operators look at it.
+// Command overlayd is the daemon that joins a node to the overlay network, and the operator's commands to inspect it.
 package main
 
 import (
@@ -30,8 +30,8 @@ const (
 )
 
 func run() int {
-	log.SetOutput(io.Discard) // the netlink library's remarks on attributes that are newer than it
-	logGRPC(zap.NewNop())     // a command says what failed; the daemon has a log
+	log.SetOutput(io.Discard)  // the netlink library's remarks on attributes that are newer than it
+	logLibraries(zap.NewNop()) // a command says what failed; the daemon has a log
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	cmd := root()
@@ -66,18 +66,20 @@ func root() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "overlayd",
 		Short: "overlayd connects this node to the cluster's pod network",
-		Long: `overlayd leases a pod subnet for this node from etcd, programs the path to the subnets of all other nodes
-(VXLAN or direct routes), and masquerades traffic that leaves the pod network. Without a subcommand it runs as the daemon.
+		Long: `overlayd leases a pod subnet for this node, from etcd or from the Kubernetes API (--store), programs the path to
+the subnets of all other nodes (VXLAN or direct routes), and masquerades traffic that leaves the pod network. Without a
+subcommand it runs as the daemon.
 
-Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ETCD_ENDPOINTS.`,
+Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ETCD_ENDPOINTS. Flags marked [etcd] or
+[kubernetes] are refused with another --store.`,
 		Args:              noArgs,
 		Version:           version,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return f.read(cmd) },
-		RunE:              func(cmd *cobra.Command, _ []string) error { return daemon(cmd.Context(), f) },
+		RunE:              func(cmd *cobra.Command, _ []string) error { return daemon(cmd.Context(), &f) },
 	}
-	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	cmd.SetFlagErrorFunc(wrongFlag)
 	f.addStore(cmd.PersistentFlags())
 	f.addNode(cmd.PersistentFlags())
 	f.addDaemon(cmd.Flags())

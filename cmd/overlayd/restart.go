@@ -14,7 +14,7 @@ type restart struct {
 	was      os.FileInfo
 	started  time.Time
 	settings string
-	logLevel string // that was asked for at the start
+	logLevel string // at the start
 	level    zap.AtomicLevel
 }
 
@@ -28,14 +28,14 @@ func newRestart(level zap.AtomicLevel) *restart {
 	return r
 }
 
-// changes lists them: another binary, settings that were edited, a log level that was set meanwhile.
+// changes lists them: another binary, edited settings, a log level that was set since the start.
 func (r *restart) changes() []string {
 	var out []string
 	if r.binary != "" {
 		now, err := os.Stat(r.binary)
 		switch {
 		case err != nil:
-			out = append(out, fmt.Sprintf("overlayd cannot start again: %s is gone", r.binary))
+			out = append(out, fmt.Sprintf("a restart would fail: %s is missing", r.binary))
 		case !os.SameFile(now, r.was) || !now.ModTime().Equal(r.was.ModTime()):
 			out = append(out, fmt.Sprintf("new binary: %s was replaced at %s", r.binary, now.ModTime().Format(time.RFC3339)))
 		}
@@ -44,7 +44,7 @@ func (r *restart) changes() []string {
 		out = append(out, fmt.Sprintf("new settings: %s was changed at %s", r.settings, st.ModTime().Format(time.RFC3339)))
 	}
 	if now := r.level.String(); now != r.logLevel {
-		out = append(out, fmt.Sprintf("log level: %s, currently %s", r.logLevel, now))
+		out = append(out, fmt.Sprintf("log level: %s instead of %s", r.logLevel, now))
 	}
 	return out
 }

@@ -11,7 +11,7 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// What a restart would change is what is otherwise on the disk than it was at the start, and a log level that will be forgotten.
+// A restart would change what has changed on the disk since the start, and a log level that was set since.
 func TestRestart(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -49,7 +49,7 @@ func TestRestart(t *testing.T) {
 	}
 	want()
 	level.SetLevel(zapcore.DebugLevel)
-	want("log level: info, currently debug")
+	want("log level: info instead of debug")
 	level.SetLevel(zapcore.InfoLevel)
 	r.started = time.Now().Add(-time.Hour)
 	want("new settings: " + settings)
@@ -58,7 +58,7 @@ func TestRestart(t *testing.T) {
 	if err := os.Rename(binary, old); err != nil {
 		t.Fatal(err)
 	}
-	want("overlayd cannot start again: " + binary + " is gone")
+	want("a restart would fail: " + binary + " is missing")
 	write(binary)
 	want("new binary: " + binary + " was replaced")
 }

@@ -1,9 +1,35 @@
 package main
 
 import (
+	"os/exec"
 	"slices"
+	"strings"
 	"testing"
+
+	"github.com/spf13/cobra"
 )
+
+// The password of the environment is read, and is not inherited by the processes that overlayd starts.
+func TestPasswordIsNotInherited(t *testing.T) {
+	t.Setenv(envName("etcd-password"), "s3cret")
+	t.Setenv(envName("etcd-username"), "u")
+	var f flags
+	cmd := &cobra.Command{Use: "overlayd"}
+	f.addStore(cmd.Flags())
+	if err := f.read(cmd); err != nil {
+		t.Fatal(err)
+	}
+	if f.store.Etcd.Password != "s3cret" || f.store.Etcd.Username != "u" {
+		t.Errorf("read %q and %q", f.store.Etcd.Password, f.store.Etcd.Username)
+	}
+	out, err := exec.CommandContext(t.Context(), "env").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := string(out); strings.Contains(got, "s3cret") || !strings.Contains(got, envName("etcd-username")+"=u") {
+		t.Errorf("a process that is started has the environment\n%s", got)
+	}
+}
 
 func TestUnknownSettings(t *testing.T) {
 	t.Parallel()

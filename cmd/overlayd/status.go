@@ -11,6 +11,7 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/diag/status"
@@ -33,7 +34,8 @@ func statusCommand(f *flags) *cobra.Command {
 	var s statusFlags
 	cmd := &cobra.Command{
 		Use: "status", Short: "Show this node's lease, devices, peers, firewall and problems", Args: noArgs,
-		Long: `status queries the daemon on this node. Exit status: 0 ready, 1 degraded or not ready, 2 the daemon is not running.`,
+		Long: `status queries the daemon on this node. Exit status: 0 ready, 1 degraded or not ready, 2 the daemon is not
+running.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return s.run(cmd.Context(), client{f.socket}, cmd.OutOrStdout())
 		},
@@ -50,8 +52,7 @@ func (s statusFlags) run(ctx context.Context, c client, out io.Writer) error {
 		return usageError{fmt.Errorf("-o: expected text or json, found %q", s.output)}
 	}
 	style := status.Style{Colour: isTerminal(out)}
-	switch {
-	case s.peers, s.peer != "":
+	if s.peers || s.peer != "" {
 		return s.showPeers(ctx, c, out, style)
 	}
 	var n status.Node
@@ -63,7 +64,8 @@ func (s statusFlags) run(ctx context.Context, c client, out io.Writer) error {
 	case s.output == "json":
 		err = printJSON(out, n)
 	case s.explain:
-		_, err = fmt.Fprintf(out, "%s\npublic IP: %v, configured on this node: %v\n", n.Interface.Reason, n.Interface.PublicIPs, n.Interface.PublicIPLocal)
+		_, err = fmt.Fprintf(out, "%s\npublic IP: %v, configured on this node: %v\n",
+			n.Interface.Reason, n.Interface.PublicIPs, n.Interface.PublicIPLocal)
 	default:
 		err = n.Print(out, style)
 	}
@@ -106,9 +108,9 @@ func diffCommand(f *flags) *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
 		Use: "diff", Short: "Compare the kernel with the desired state", Args: noArgs,
-		Long: `diff has the daemon compare the kernel with the desired state, and prints the missing changes. The daemon applies them itself
-within a second; a change that is printed again and again is refused by the kernel, or undone by another process. Exit status: 0 no
-difference, 1 some, 2 the daemon is not running.`,
+		Long: `diff has the daemon compare the kernel with the desired state, and prints the missing changes. The daemon
+applies them itself within a second; a change that is printed again and again is rejected by the kernel, or undone by
+another process. Exit status: 0 no difference, 1 some, 2 the daemon is not running.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var lines []string
 			if err := (client{f.socket}).ask(cmd.Context(), http.MethodGet, "/diff", nil, &lines); err != nil {
@@ -140,15 +142,22 @@ func logLevelCommand(f *flags) *cobra.Command {
 	return &cobra.Command{
 		Use: "log-level [LEVEL]", Short: "Show or set the log level of the running daemon", Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			method, body := http.MethodGet, ""
+			method, body := http.MethodGet, []byte(nil)
 			if len(args) > 0 {
-				method, body = http.MethodPut, args[0]
+				level, err := zapcore.ParseLevel(args[0])
+				if err != nil {
+					return fmt.Errorf("%q is not a log level: expected debug, info, warn or error", args[0])
+				}
+				if body, err = json.Marshal(map[string]zapcore.Level{"level": level}); err != nil {
+					return err
+				}
+				method = http.MethodPut
 			}
-			var level string
-			if err := (client{f.socket}).ask(cmd.Context(), method, "/log-level", []byte(body), &level); err != nil {
+			var answer struct{ Level string }
+			if err := (client{f.socket}).ask(cmd.Context(), method, "/log-level", body, &answer); err != nil {
 				return notRunning(err)
 			}
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), level)
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), answer.Level)
 			return err
 		},
 	}

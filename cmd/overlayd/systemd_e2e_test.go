@@ -21,7 +21,8 @@ func TestSystemdIsNotified(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer socket.Close()
-	l := labtest.Up(t, lab.Options{Nodes: 1, Pods: 1, OverlaydEnv: []string{"NOTIFY_SOCKET=" + at, "WATCHDOG_USEC=400000"}})
+	env := []string{"NOTIFY_SOCKET=" + at, "WATCHDOG_USEC=400000"}
+	l := labtest.Up(t, lab.Options{Nodes: 1, Pods: 1, OverlaydEnv: env})
 	n := l.Node(1)
 	// until reads what systemd is told up to a text. The subnet file has to be there from READY=1 on.
 	until := func(text string) (before []string) {
@@ -61,7 +62,7 @@ func TestSystemdIsNotified(t *testing.T) {
 	if err := n.Start(); err != nil {
 		t.Fatal(err)
 	}
-	until("STATUS=not ready: etcd: ")
+	until("STATUS=not ready: store: etcd: ")
 	time.Sleep(5 * time.Second)
 	if err := l.Etcd().Start(); err != nil {
 		t.Fatal(err)

@@ -1,53 +1,25 @@
-// Package doctor examines a node on which pods cannot talk, and names the cause: facts are gathered (from the kernel, the daemon, etcd
-// and files), judged by pure functions, and printed as findings, each with the command that fixes it. It works with and without a
-// running daemon, and changes nothing but what Fix is asked to.
+// Package doctor examines a node on which pods can't talk, and names the cause. gather reads the node, the daemon,
+// the store and files into Facts; derive, which is pure, works out what several of them say together; probe tries out what
+// can't be read. Checks are pure functions from Facts to findings, each with the command that fixes it. It works with
+// and without a running daemon, and changes nothing but what Apply is asked to.
 package doctor
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
-	"github.com/overlayd/overlayd/diag/status"
+	"github.com/overlayd/overlayd/internal/ping"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
-	"github.com/overlayd/overlayd/subnet/etcd"
 )
-
-// Mark says how a check went.
-type Mark string
-
-// The marks.
-const (
-	OK      Mark = "ok"
-	Warn    Mark = "warn"    // worth a look, pods can talk all the same
-	Fail    Mark = "fail"    // pods can't talk, some of them, or won't after the next restart
-	Skipped Mark = "skipped" // not checked; the reason says why
-)
-
-// Finding is the outcome of one check.
-type Finding struct {
-	Check  string `json:"check"`
-	Mark   Mark   `json:"mark"`
-	Reason string `json:"reason"`
-	// Fix is what to do about it, as lines for a shell; empty where nothing is to be done or a person has to decide.
-	Fix []string `json:"fix,omitempty"`
-	// Fixable says that --fix does it.
-	Fixable bool `json:"fixable,omitempty"`
-
-	fixes  []fix
-	leases []string // the keys of those that it is about
-}
 
 // Report is all findings of one examination.
 type Report struct {
 	Node     string        `json:"node"`
 	Findings []Finding     `json:"findings"`
-	Local    time.Duration `json:"localNanoseconds"` // what looking at this node and judging took, without waiting for etcd and for pings
 	Took     time.Duration `json:"tookNanoseconds"`
 }
 
@@ -62,26 +34,16 @@ func (r Report) Count(m Mark) int {
 	return n
 }
 
-// Daemon is the running daemon as one can ask it. An error that wraps ErrNotRunning says that there is none.
-type Daemon interface {
-	Status(ctx context.Context) (status.Node, error)
-	Peers(ctx context.Context) ([]status.Peer, error)
-	Diff(ctx context.Context) ([]string, error)
-}
+// Ask puts into answer what the running daemon says at a path of its socket. It gives an error for which
+// Options.NotRunning holds where there is none.
+type Ask func(ctx context.Context, path string, answer any) error
 
-// Ping pings every address with packets of a size (with the IP header; they may not be fragmented), and waits that long for answers
-// after the last.
-type Ping func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Pong, error)
+// Ping pings every address with packets of a size (with the IP header; they may not be fragmented), and waits that long
+// for answers after the last. Or it knocks: with datagrams to a closed port, which a node rejects that ignores pings.
+type Ping func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration, knock bool) (
+	[]ping.Outcome, error)
 
-// Pong is what came back from one address.
-type Pong struct {
-	Addr       netip.Addr
-	Sent, Lost int
-	RTT        time.Duration
-	Err        error // the kernel refused to send
-}
-
-// Choose decides which device leads to the other nodes, as the daemon does.
+// Choose decides which device leads to the other nodes, as the daemon does. It is pure.
 type Choose func(netstate.Host, subnet.Config) (Underlay, error)
 
 // Underlay is the device and address by which the others reach this node, in each family that the network uses.
@@ -96,52 +58,33 @@ type Underlay struct {
 type Settings struct {
 	Identity    subnet.Identity
 	IdentityErr error
-	Store       etcd.Options
+	Store       Store
 	SubnetFile  string
 	StateDir    string
-	Forwards    bool // --ip-forward: the daemon switches forwarding on by itself
-	ForwardFW   bool // --iptables-forward-rules
-	ByDefault   bool // nothing says which interface to take: the one with the default route
+	CNIConf     string // overlayd's CNI configuration; empty: where overlay-install puts it, if it is there
+	ForwardFW   bool   // --iptables-forward-rules
+	ByDefault   bool   // nothing says which interface to take: the one with the default route
 
 	Service Service // how the daemon is restarted, and where its log is
 
 	EnvFile     string
-	EnvFileErr  error    // it is there and can't be read
+	EnvFileErr  error    // it exists and can't be read
 	UnknownKeys []string // of the file, which are no setting
 	Wrong       error    // what is wrong with the settings, one line each
-	// Given says which settings of the store the command line gives; these come before the daemon's own.
-	GivenEndpoints, GivenPrefix bool
-	// GivenIdentity says that the settings are those of the daemon so far as they say who this node is: a name or an ID is given, or
-	// there is a file in which neither is.
-	GivenIdentity bool
-}
-
-// StoreOptions are the options of the store: those of the daemon where one runs, but for what the command line gives.
-// Every command that needs the store finds it so.
-func (s Settings) StoreOptions(daemon *status.Node) etcd.Options {
-	o := s.Store
-	if daemon != nil && !s.GivenEndpoints && len(daemon.Store.Endpoints) > 0 {
-		o.Endpoints = daemon.Store.Endpoints
-	}
-	if daemon != nil && !s.GivenPrefix && daemon.Store.Prefix != "" {
-		o.Prefix = daemon.Store.Prefix
-	}
-	o.InitConfig = nil
-	return o
+	Given       []string // flags of the command line, by name: these come before the daemon's own settings
 }
 
 // Options are what an examination needs.
 type Options struct {
 	Settings
-	Root   string // where files are looked for instead of /; for tests
-	Daemon Daemon
+	Root   string // where files are read instead of below /; for tests
+	Ask    Ask
 	Ping   Ping
-	Knock  Ping // with datagrams to a closed port, which a node refuses that ignores pings
 	Choose Choose
 	Owned  func(device string) bool // whether a VXLAN device of this name is ours
-	// NotRunning reports whether an error of Daemon says that no daemon runs.
+	// NotRunning reports whether an error of Ask says that no daemon runs.
 	NotRunning func(error) bool
-	// Holder says who works on this node although nobody answers at the socket; nil: nobody does.
+	// Holder says which daemon runs on this node although none answers at the socket; nil: none does.
 	Holder     func() error
 	Privileges error // what this process lacks; nil: nothing
 	Now        func() time.Time
@@ -150,64 +93,130 @@ type Options struct {
 // Run examines the node.
 func Run(ctx context.Context, o Options) Report {
 	began := time.Now()
-	f := gather(ctx, o)
-	judging := time.Now()
-	r := Report{Node: f.name(), Findings: judge(f)}
-	r.Local, r.Took = f.Took+time.Since(judging), time.Since(began)
-	return r
+	f := facts(ctx, o)
+	return Report{Node: f.name(), Findings: judge(f), Took: time.Since(began)}
 }
 
-// judge has every check look at the facts.
+func facts(ctx context.Context, o Options) Facts {
+	f := gather(ctx, o)
+	f.Derived = derive(f)
+	f.Probes = probe(ctx, o, f)
+	return f
+}
+
+// check is one of the checks. needs say why it can't be done, or "".
+type check struct {
+	name  string
+	judge func(Facts) findings
+	needs []func(Facts) string
+}
+
+// judge has every check judge the facts.
 func judge(f Facts) []Finding {
 	var out []Finding
-	for _, check := range checks() {
-		for _, found := range check.judge(f) {
-			found.Check = check.name
-			found.Fixable = len(found.fixes) > 0
+	for _, c := range checks() {
+		for _, found := range c.run(f) {
+			found.Check = c.name
 			out = append(out, found)
 		}
 	}
 	return out
 }
 
-type check struct {
-	name  string
-	judge func(Facts) []Finding
+func (c check) run(f Facts) findings {
+	for _, need := range c.needs {
+		if why := need(f); why != "" {
+			return skipped("%s", why)
+		}
+	}
+	return c.judge(f)
 }
 
-// checks are in the order of a search: who is this, is it alive, what does it know, what is on the way of a packet.
+// checks are in the order of a search: which node this is, whether the daemon runs, what it knows, what is on the path
+// of a packet.
 func checks() []check {
-	return slices.Concat(daemonChecks(), storeChecks(), hostChecks(), deviceChecks(), firewallChecks(), managerChecks(), limitChecks(), peerChecks())
-}
-
-// What judges say.
-
-func ok(reason string) []Finding      { return []Finding{{Mark: OK, Reason: reason}} }
-func skipped(reason string) []Finding { return []Finding{{Mark: Skipped, Reason: reason}} }
-func warn(reason string, steps ...string) []Finding {
-	return []Finding{{Mark: Warn, Reason: reason, Fix: steps}}
-}
-
-func fail(reason string, steps ...string) []Finding {
-	return []Finding{{Mark: Fail, Reason: reason, Fix: steps}}
-}
-
-// atMost keeps a screen readable where one thing is wrong a thousand times.
-func atMost(found []Finding) []Finding {
-	const most = 8
-	if len(found) <= most {
-		return found
+	out := []check{
+		to("daemon", judgeDaemon),
+		to("problems", judgeProblems),
+		to("drift", judgeDrift),
+		to("settings", judgeSettings),
+		to("identity", judgeIdentity),
+		to("state directory", judgeStateDir),
+		to("subnet file", judgeSubnetFile),
+		to("CNI configuration", judgeCNI),
+		to("store", judgeStore),
+		to("certificates", judgeCertificates),
+		to("clock", judgeClock),
+		to("network config", judgeConfig, needsStore),
+		to("leases", judgeLeases, needsStore),
+		to("own lease", judgeOwnLease, needsStore),
+		to("privileges", judgePrivileges),
+		to("kernel", judgeSupport),
+		to("forwarding", judgeForwarding),
+		to("bridge netfilter", judgeBridgeFilter, needs(readNFTables)),
+		to("IPv6", judgeIPv6),
+		to("pings", judgeEcho),
+		to("interface", judgeInterface, needs(readDevices)),
+		to("rp_filter", judgeRPFilter),
+		to("routes", judgeRoutes, needs(readDevices)),
+		to("policy routing", judgePolicyRouting, needsRouting),
+		to("tunnel device", judgeTunnel, needs(readDevices)),
+		to("VXLAN port", judgePort, needs(readDevices)),
+		to("MTU", judgeMTU, needs(readDevices)),
+		to("bridge", judgeBridge, needs(readDevices), needsOwnSubnet),
+		to("offloads", judgeOffloads),
+		to("learning", judgeLearning),
+		to("other overlays", judgeLeftovers, needs(readDevices)),
+		to("iptables variants", judgeVariants, needs(readNFTables), needs(readLegacy)),
+		to("iptables-legacy", judgeLegacy, needs(readLegacy)),
+		to("VXLAN in the firewall", judgeTunnelFilter, needs(readNFTables)),
+		to("forwarded packets", judgeForwardFilter, needs(readNFTables)),
+		to("masqueraded packets", judgeMasquerade, needs(readNFTables)),
 	}
-	rest := found[most]
-	rest.Reason = fmt.Sprintf("and %d more like these", len(found)-most)
-	rest.Fix, rest.fixes, rest.leases = nil, nil, nil
-	return append(found[:most:most], rest)
+	for i, m := range managers() {
+		out = append(out, to(m.name, func(f Facts) findings { return f.judgeManager(m, i) }))
+	}
+	return append(out,
+		to("neighbour table", judgeNeighbours),
+		to("connection table", judgeConntrack),
+		to("peers", judgePeers),
+		to("peers answer", judgePings),
+		to("full-size packets", judgeBlackHole),
+	)
 }
 
-// orOK is what was found, or that all is well.
-func orOK(found []Finding, reason string) []Finding {
-	if len(found) == 0 {
-		return ok(reason)
+// to makes a check. Where one of needs says why not, it is skipped.
+func to(name string, judge func(Facts) findings, needs ...func(Facts) string) check {
+	return check{name, judge, needs}
+}
+
+// needs is what has to be read for a check.
+func needs(what string) func(Facts) string {
+	return func(f Facts) string {
+		if f.Privileges != nil && what != readDevices {
+			return "needs privileges to read"
+		}
+		return text(f.Errs[what])
 	}
-	return found
+}
+
+func needsRouting(f Facts) string { return text(f.RoutingErr) }
+
+func needsStore(f Facts) string {
+	switch {
+	case f.Store == nil:
+		return "the store was not queried"
+	case f.Store.OptionsErr != nil:
+		return "the settings of the store are invalid"
+	case f.Store.TableErr != nil:
+		return f.storeName() + " does not answer"
+	}
+	return ""
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
 }

@@ -4,11 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
 )
 
-// ReadEnvFile reads a file as systemd's EnvironmentFile= does: NAME=value, comments with # or ;, quotes, and backslashes. A file
-// that is not there has nothing in it. Errors name the line, and never show a value.
+// ReadEnvFile reads a file as systemd's EnvironmentFile= does: NAME=value, comments with # or ;, quotes, and
+// backslashes. A file that does not exist has nothing in it. Errors name the line, and never show a value.
 func ReadEnvFile(path string) (map[string]string, error) {
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -24,109 +25,60 @@ func ReadEnvFile(path string) (map[string]string, error) {
 	return out, nil
 }
 
+// parseEnv follows systemd.exec(5). Quotes count at the beginning of a value only, or behind others; they may go over
+// lines.
 func parseEnv(text string) (map[string]string, error) {
+	const (
+		quotes = `"((?:\\(?s:.?)|[^"\\])*)(?:"|\z)|'([^']*)(?:'|\z)`
+		plain  = `((?:\\(?s:.?)|[^\\\n\r])*?)[ \t]*(?:[\n\r]|\z)`
+		blanks = " \t\r\n"
+	)
+	quoted, assignment := regexp.MustCompile(quotes), regexp.MustCompile(`^([^=\n\r]*)=((?:[ \t]|`+quotes+`)*)`+plain)
 	out := map[string]string{}
 	var errs []error
-	t := envText{rest: text, line: 1}
-	for t.skip(blank); t.rest != ""; t.skip(blank) {
-		line, before := t.line, t.rest
-		if c := before[0]; c == '#' || c == ';' {
-			t.skip(func(c byte) bool { return !newline(c) })
+	for rest := strings.TrimLeft(text, blanks); rest != ""; rest = strings.TrimLeft(rest, blanks) {
+		line := 1 + strings.Count(text[:len(text)-len(rest)], "\n")
+		m := assignment.FindStringSubmatch(rest)
+		if comment := rest[0] == '#' || rest[0] == ';'; comment || m == nil {
+			if !comment {
+				errs = append(errs, noAssignment(line))
+			}
+			rest = rest[strings.IndexAny(rest+"\n", "\r\n"):]
 			continue
 		}
-		t.skip(func(c byte) bool { return c != '=' && !newline(c) })
-		name := strings.TrimSpace(before[:len(before)-len(t.rest)])
-		c, _ := t.next()
+		rest = rest[len(m[0]):]
+		name := strings.TrimSpace(m[1])
+		if name == "" || strings.ContainsAny(name, " \t\"'") {
+			errs = append(errs, noAssignment(line))
+			continue
+		}
 		value := ""
-		if c == '=' {
-			value = t.value()
+		for _, q := range quoted.FindAllStringSubmatch(m[2], -1) {
+			value += unescape(q[1], "\"\\`$") + q[2]
 		}
-		if c != '=' || name == "" || strings.ContainsAny(name, " \t\"'") {
-			errs = append(errs, fmt.Errorf("line %d is not NAME=value (systemd ignores it)", line))
-			continue
-		}
-		out[name] = value
+		out[name] = value + unescape(m[5], "")
 	}
 	return out, errors.Join(errs...)
 }
 
-func newline(c byte) bool { return c == '\n' || c == '\r' }
-func blank(c byte) bool   { return c == ' ' || c == '\t' || newline(c) }
-
-// envText is what is left of a file, and the number of its first line.
-type envText struct {
-	rest string
-	line int
+func noAssignment(line int) error {
+	return fmt.Errorf("line %d is not NAME=value (systemd ignores it)", line)
 }
 
-func (t *envText) next() (c byte, more bool) {
-	if t.rest == "" {
-		return 0, false
+// unescape removes backslashes, which join lines, or keep the next character as it is: only one of these, if any is
+// given.
+func unescape(s, only string) string {
+	if !strings.Contains(s, `\`) {
+		return s
 	}
-	c, t.rest = t.rest[0], t.rest[1:]
-	if c == '\n' {
-		t.line++
-	}
-	return c, true
-}
-
-func (t *envText) skip(what func(byte) bool) {
-	for t.rest != "" && what(t.rest[0]) {
-		t.next()
-	}
-}
-
-// value reads what stands behind the equals sign, as systemd.exec(5) has it (EnvironmentFile=). Quotes count at the beginning only, or
-// behind others. Outside of quotes a backslash keeps the next character as it is, and joins lines.
-func (t *envText) value() string {
-	var b strings.Builder
-	plain, keep := false, 0 // what is not kept is white space at the end
-	for c, more := t.next(); more && !newline(c); c, more = t.next() {
-		switch {
-		case c == '\\':
-			if c, more := t.next(); more && !newline(c) {
-				b.WriteByte(c)
-			}
-			plain, keep = true, b.Len()
-		case !plain && (c == '"' || c == '\''):
-			t.quoted(&b, c)
-			keep = b.Len()
-		case !blank(c):
-			b.WriteByte(c)
-			plain, keep = true, b.Len()
-		case plain:
-			b.WriteByte(c)
+	return regexp.MustCompile(`\\(?s:.?)`).ReplaceAllStringFunc(s, func(e string) string {
+		c := e[1:]
+		if only == "" && c == "\r" || c == "\n" {
+			return ""
 		}
-	}
-	return b.String()[:keep]
-}
-
-// quoted reads up to the quote that ends it, over lines. In double quotes a backslash before one of "\`$ goes, and joins lines; before
-// any other character it stays, and so it does in single quotes.
-func (t *envText) quoted(b *strings.Builder, quote byte) {
-	for c, more := t.next(); more && c != quote; c, more = t.next() {
-		if c != '\\' || quote == '\'' {
-			b.WriteByte(c)
-			continue
+		if only != "" && c != "" && !strings.Contains(only, c) {
+			return e
 		}
-		c, more := t.next()
-		switch {
-		case !more:
-			return
-		case c == '\n':
-		case strings.IndexByte("\"\\`$", c) < 0:
-			b.WriteByte('\\')
-			fallthrough
-		default:
-			b.WriteByte(c)
-		}
-	}
-}
-
-// readVars reads a file like subnet.env.
-func readVars(path string) (map[string]string, error) {
-	if _, err := os.Stat(path); err != nil {
-		return nil, err
-	}
-	return ReadEnvFile(path)
+		return c
+	})
 }

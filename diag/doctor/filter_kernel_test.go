@@ -1,9 +1,11 @@
 package doctor
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
+	"github.com/overlayd/overlayd/diag/doctor/packetfilter"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/test/nstest"
 )
@@ -83,16 +85,17 @@ func TestPodsThatAreNotReached(t *testing.T) {
 			for _, pod := range strings.Fields(tt.pods) {
 				node.Exec("ip", "neigh", "add", pod, "lladdr", "02:00:00:00:01:02", "dev", "cni0", "nud", "stale")
 			}
-			read := Facts{Errs: map[string]error{}}
-			node.Do(func() {
-				read.lookAtFilter()
-				read.Survey, _ = netstate.Look(func(string) bool { return false })
-			})
-			if len(read.Errs) > 0 {
-				t.Fatal(read.Errs)
-			}
 			f := healthy(t)
-			f.Filter, f.Survey.Neighbours = read.Filter, read.Survey.Neighbours
+			var errFilter, errSurvey error
+			node.Do(func() {
+				f.Filter, errFilter = packetfilter.Read()
+				var s netstate.Survey
+				s, errSurvey = netstate.Look(func(string) bool { return false })
+				f.Survey.Neighbours = s.Neighbours
+			})
+			if err := errors.Join(errFilter, errSurvey); err != nil {
+				t.Fatal(err)
+			}
 			got := judgeForwardFilter(f)
 			if len(got) == 0 || got[0].Mark != tt.mark || !strings.Contains(got[0].Reason, tt.text) ||
 				tt.command != "" && !strings.Contains(strings.Join(got[0].Fix, "\n"), tt.command) {

@@ -10,16 +10,16 @@ import (
 	"github.com/overlayd/overlayd/dist"
 )
 
-// fix is one safe change: a setting of the kernel, or a file that is not there yet.
-type fix struct {
+// change is a safe one: a setting of the kernel, or a file that does not exist yet.
+type change struct {
 	sysctl, value string // its path below /proc/sys
 	file          string // its full name; dist has what is written
 }
 
-func sysctlFix(path, value string) fix { return fix{sysctl: path, value: value} }
+func sysctl(path, value string) change { return change{sysctl: path, value: value} }
 
 // command is the same for a shell.
-func (x fix) command() string {
+func (x change) command() string {
 	if x.sysctl != "" {
 		return fmt.Sprintf("sysctl -w %s=%s", x.sysctl, x.value)
 	}
@@ -27,17 +27,12 @@ func (x fix) command() string {
 }
 
 // commands are those of several.
-func commands(fixes []fix) []string {
+func commands(changes []change) []string {
 	var out []string
-	for _, x := range fixes {
+	for _, x := range changes {
 		out = append(out, x.command())
 	}
 	return out
-}
-
-// fixable is a finding that --fix fixes.
-func fixable(m Mark, reason string, fixes ...fix) []Finding {
-	return []Finding{{Mark: m, Reason: reason, Fix: commands(fixes), fixes: fixes}}
 }
 
 // Done is a change that Fix made, or could not make.
@@ -46,14 +41,14 @@ type Done struct {
 	Err  string `json:"error,omitempty"`
 }
 
-// Apply makes the safe changes of a report: settings of the kernel, and files that keep other programs off overlayd's devices. None of
-// them interrupts traffic that flows. What is there is not overwritten. Settings are written below sysctlDir (--sysctl-dir): in a
-// container /proc/sys is read-only.
+// Apply makes the safe changes of a report: settings of the kernel, and files that keep other programs off overlayd's
+// devices. None of them interrupts traffic that flows. No file is overwritten. Settings are written below sysctlDir
+// (--sysctl-dir): in a container /proc/sys is read-only.
 func Apply(r Report, rootDir, sysctlDir string) []Done {
 	var out []Done
-	seen := map[fix]bool{}
+	seen := map[change]bool{}
 	for _, f := range r.Findings {
-		for _, x := range f.fixes {
+		for _, x := range f.changes {
 			if seen[x] {
 				continue
 			}
@@ -69,7 +64,7 @@ func Apply(r Report, rootDir, sysctlDir string) []Done {
 	return out
 }
 
-func (x fix) apply(r root, sysctlDir string) (string, error) {
+func (x change) apply(r root, sysctlDir string) (string, error) {
 	if x.sysctl != "" {
 		was, _ := r.read("proc/sys/" + x.sysctl)
 		what := fmt.Sprintf("%s = %s (was %s)", x.sysctl, x.value, was)

@@ -5,51 +5,34 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/diag/status"
+	"github.com/overlayd/overlayd/internal/cniconf"
 )
 
-// few shortens a list for a line.
-func few(names []string) string {
-	const most = 5
-	if rest := len(names) - most; rest > 0 {
-		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), rest)
-	}
-	return strings.Join(names, ", ")
-}
-
-func daemonChecks() []check {
-	return []check{
-		{"daemon", judgeDaemon},
-		{"problems", judgeProblems},
-		{"drift", judgeDrift},
-		{"settings", judgeSettings},
-		{"identity", judgeIdentity},
-		{"state directory", judgeStateDir},
-		{"subnet file", judgeSubnetFile},
-	}
-}
-
-func judgeDaemon(f Facts) []Finding {
+func judgeDaemon(f Facts) findings {
 	d := f.Daemon
 	switch {
 	case errors.Is(d.Err, fs.ErrPermission):
 		return skipped("only root may query it")
 	case d.Err != nil:
-		return fail("the daemon does not answer: "+d.Err.Error(), f.Service.restart(), f.Service.log())
+		return fail("the daemon does not answer: %v", d.Err).steps(f.Service.restart(), f.Service.log())
 	case d.Holder != nil:
-		return fail(d.Holder.Error()+", and no process answers at the socket: it has another --socket, or is starting or stopping", "ps -o pid,args -C overlayd")
+		return fail("%v, and no process answers at the socket: it has another --socket, or is starting or stopping",
+			d.Holder).fix("ps -o pid,args -C overlayd")
 	case !d.Running:
-		return fail("overlayd does not run on this node; the data plane stays unchanged and follows no changes", f.start(), f.Service.log())
+		return fail("overlayd does not run on this node; the data plane stays unchanged and follows no changes").
+			steps(f.start(), f.Service.log())
 	case !d.Status.Ready:
-		return fail("running, but not ready: see its problems", "overlayd status")
+		return fail("running, but not ready: see its problems").fix("overlayd status")
 	case d.PeersErr != nil:
-		return warn("running, but does not list its peers: "+d.PeersErr.Error(), "overlayd status --peers")
+		return warn("running, but does not list its peers: %v", d.PeersErr).fix("overlayd status --peers")
 	}
-	return ok(fmt.Sprintf("%s, version %s, ready", f.name(), d.Status.Version))
+	return ok("%s, version %s, ready", f.name(), d.Status.Version)
 }
 
 // start starts the daemon. One on a machine that is a clone would take the lease of the other.
@@ -60,181 +43,166 @@ func (f Facts) start() string {
 	return f.Service.start()
 }
 
-func judgeProblems(f Facts) []Finding {
+// ifRunning is a command for a daemon that runs; one that does not is started.
+func (f Facts) ifRunning(command string) string {
+	if f.Daemon.Running {
+		return command
+	}
+	return f.start()
+}
+
+func judgeProblems(f Facts) (out findings) {
 	if !f.Daemon.Running {
 		return nil
 	}
-	var out []Finding
-	var later []string
+	var starting []string
 	for _, p := range f.Daemon.Status.Problems {
-		if p.Code == status.Starting {
-			later = append(later, p.Name)
+		if p.Code == status.Starting { // it follows from another problem
+			starting = append(starting, p.Name)
 			continue
 		}
-		x := Finding{Mark: Warn, Reason: fmt.Sprintf("%s: %s, for %s", p.Name, p.Reason, f.Now.Sub(p.Since).Round(time.Second))}
-		if see := checkFor(p.Name); see != "" {
-			x.Reason += "; see " + see
-		}
+		m, reason := Warn, fmt.Sprintf("%s: %s, for %s", p.Name, p.Reason, f.Now.Sub(p.Since).Round(time.Second))
 		if p.Fatal {
-			x.Mark = Fail
+			m = Fail
 		}
-		x.Fix = []string{"overlayd status"}
-		out = append(out, x)
+		out.add(finding(m, "%s", reason).fix("overlayd status"))
 	}
-	if len(later) > 0 { // what waits for the rest is not the cause
-		out = append(out, fail(fmt.Sprintf("overlayd is starting: %s", strings.Join(later, ", ")), "overlayd status")...)
+	if len(starting) > 0 {
+		out.add(fail("overlayd is starting: %s", strings.Join(starting, ", ")).fix("overlayd status"))
 	}
-	return orOK(out, "none")
+	return out.orOK("none")
 }
 
-// checkFor is the check that looks at the same thing as a problem of the daemon.
-func checkFor(problem string) string {
-	return map[string]string{
-		"underlay": "interface", "config": "network config", "config-keys": "network config", "etcd-inside": "network config",
-		"lease": "leases", "claim": "own lease and leases", "etcd": "etcd", "offline": "etcd",
-		"kernel": "drift and tunnel device", "firewall": "iptables variants and kernel", "subnet-file": "subnet file", "node-set": "kernel", "state-dir": "state directory",
-		"unreachable": "peers", "settings": "forwarding", "subnet-moved": "bridge", "pod-bridge": "bridge",
-		"foreign-route": "routes", "plan": "MTU and policy routing", "rejected-lease": "leases",
-	}[problem]
-}
-
-func judgeDrift(f Facts) []Finding {
+func judgeDrift(f Facts) findings {
 	switch d := f.Daemon; {
 	case !d.Running:
 		return skipped("only the daemon knows the desired state")
 	case d.DiffErr != nil:
-		return skipped("the daemon does not answer: " + d.DiffErr.Error())
+		return skipped("the daemon does not answer: %v", d.DiffErr)
 	case len(d.Diff) > 0:
-		return warn(fmt.Sprintf("the kernel differs from the desired state; the daemon reverts that within a second unless the kernel refuses it or another process undoes it: %s", few(d.Diff)), "overlayd diff")
+		return warn("the kernel differs from the desired state; the daemon reverts that within a second unless the kernel "+
+			"refuses it or another process undoes it: %s", few(d.Diff)).fix("overlayd diff")
 	}
-	if repairs := f.repairs(); repairs != "" {
-		return warn("the kernel is in sync, but another process keeps changing it: "+repairs, f.Service.logOf("reverted external change"))
+	if reverted := f.reverted(); len(reverted) > 0 {
+		return warn("the kernel is in sync, but another process keeps changing it: %s", few(reverted)).
+			steps(f.Service.wholeLog() + " | grep 'reverted external change' | tail -n 20")
 	}
 	return ok("the kernel is in sync")
 }
 
-// repairs says what the daemon puts right again and again, or did a moment ago; "" is nothing.
-func (f Facts) repairs() string {
+// reverted is what the daemon reverts again and again, or did a moment ago.
+func (f Facts) reverted() []string {
 	const (
 		moment = 2 * time.Minute
 		many   = 20 // and more than one in an hour
 	)
+	s := f.Daemon.Status
 	var out []string
-	up := f.Daemon.Status.Now.Sub(f.Daemon.Status.Started)
-	for _, d := range f.Daemon.Status.Drift {
-		ago := f.Daemon.Status.Now.Sub(d.At)
-		often := d.Count >= many && up < time.Duration(d.Count)*time.Hour
-		if d.Count == 0 || !often && ago > moment {
-			continue
+	for _, d := range s.Drift {
+		ago := s.Now.Sub(d.At)
+		often := d.Count >= many && s.Now.Sub(s.Started) < time.Duration(d.Count)*time.Hour
+		if d.Count > 0 && (often || ago <= moment) {
+			out = append(out, fmt.Sprintf("%s %d times since the daemon started, the last %s ago (%s)",
+				d.Kind, d.Count, ago.Round(time.Second), d.Last))
 		}
-		text := fmt.Sprintf("%s %d times since the daemon started", d.Kind, d.Count)
-		if !d.At.IsZero() {
-			text += fmt.Sprintf(", the last %s ago", ago.Round(time.Second))
-		}
-		out = append(out, fmt.Sprintf("%s (%s)", text, d.Last))
 	}
-	return few(out)
+	return out
 }
 
-func judgeSettings(f Facts) []Finding {
-	var out []Finding
+func judgeSettings(f Facts) (out findings) {
 	switch {
 	case f.EnvFileErr != nil && f.Privileges != nil && errors.Is(f.EnvFileErr, fs.ErrPermission):
-		out = append(out, skipped(f.EnvFileErr.Error())...)
+		out.add(skipped("%v", f.EnvFileErr))
 	case f.EnvFileErr != nil:
-		out = append(out, fail("some settings cannot be read: "+f.EnvFileErr.Error())...)
+		out.add(fail("some settings cannot be read: %v", f.EnvFileErr))
 	}
-	if f.Wrong != nil {
-		for line := range strings.Lines(f.Wrong.Error()) {
-			out = append(out, fail(strings.TrimSpace(line))...)
-		}
+	for line := range strings.Lines(text(f.Wrong)) {
+		out.add(fail("%s", strings.TrimSpace(line)))
 	}
 	if len(f.UnknownKeys) > 0 {
-		out = append(out, warn(fmt.Sprintf("%s has unknown settings: %s", f.EnvFile, few(f.UnknownKeys)))...)
+		out.add(warn("%s has unknown settings: %s", f.EnvFile, few(f.UnknownKeys)))
 	}
-	var off []string
+	well := "all valid"
 	if f.System.SubnetEnv["FLANNEL_IPMASQ"] == "false" {
-		off = append(off, "--ip-masq is off: pods reach external addresses only where a route leads back to the pod network")
+		well += "; --ip-masq is off: pods reach external addresses only where a route leads back to the pod network"
 	}
 	if f.Daemon.Running && f.Daemon.Status.Ready && !f.Daemon.Status.Probe.On {
-		off = append(off, "--mesh-probe is off: the daemon does not notice when other nodes stop answering")
+		well += "; --mesh-probe is off: the daemon does not notice when other nodes stop answering"
 	}
-	return orOK(out, strings.Join(append([]string{"all valid"}, off...), "; "))
+	return out.orOK("%s", well)
 }
 
-func judgeIdentity(f Facts) []Finding {
+func judgeIdentity(f Facts) findings {
 	if f.IdentityErr != nil {
-		steps := []string{}
-		if !f.System.HasMachineID || f.System.MachineID == "" || f.System.MachineID == "uninitialized" {
-			steps = []string{"systemd-machine-id-setup"}
+		out := fail("%v", f.IdentityErr)
+		if f.System.MachineID == "" || f.System.MachineID == "uninitialized" {
+			out.fix("systemd-machine-id-setup")
 		}
-		return fail(f.IdentityErr.Error(), steps...)
+		return out
 	}
 	reason := fmt.Sprintf("node %s, id %s", f.Identity.NodeName, f.Identity.NodeID)
-	if f.IdentityFromMemory {
-		return ok(fmt.Sprintf("%s, from %s; without --node-name and --node-id, the daemon would use the host name and /etc/machine-id, which differ", reason, filepath.Join(f.StateDir, "lease.json")))
+	file := filepath.Join(f.StateDir, "lease.json")
+	if id := f.Persisted.Node.NodeID; !f.Daemon.Running && id != "" && id != f.Identity.NodeID {
+		return warn("%s, but %s is the persisted state of node %s, id %s: the next start ignores it", reason, file,
+			f.Persisted.Node.NodeName, id)
 	}
-	if !f.Daemon.Running && f.Memory != nil && f.Memory.Node.NodeID != f.Identity.NodeID {
-		return warn(fmt.Sprintf("%s, but %s is the persisted state of node %s, id %s: the next start ignores it", reason,
-			filepath.Join(f.StateDir, "lease.json"), f.Memory.Node.NodeName, f.Memory.Node.NodeID))
-	}
-	return ok(reason)
+	return ok("%s", reason)
 }
 
-func judgeStateDir(f Facts) []Finding {
+func judgeStateDir(f Facts) (out findings) {
 	const little = 16 << 20 // bytes: some thousand leases and their temporary copy fit in
-	var out []Finding
-	for _, dir := range []string{f.StateDir, filepath.Dir(f.SubnetFile)} {
-		free, files, readOnly, err := freeSpace(dir)
+	for _, d := range f.System.Dirs {
 		switch {
-		case err != nil:
-			out = append(out, warn(fmt.Sprintf("%s: %v", dir, err))...)
-		case readOnly:
-			out = append(out, fail(dir+" is on a file system that is mounted read-only", "findmnt --target "+dir)...)
-		case free < little || files < 10:
-			out = append(out, fail(fmt.Sprintf("%s is on a file system with %d MB and %d files left", dir, free>>20, files), "df -h "+dir, "df -i "+dir)...)
+		case d.err != nil && f.Privileges == nil:
+			out.add(fail("%s is not writable: %v", d.dir, d.err).fix("findmnt --target %s", d.dir))
+		case d.err == nil && (d.bytes < little || d.files < 10):
+			out.add(fail("%s is on a file system with %d MB and %d files left", d.dir, d.bytes>>20, d.files).
+				steps("df -h "+d.dir, "df -i "+d.dir))
 		}
 	}
-	if f.MemoryErr != nil {
-		out = append(out, warn("the persisted state cannot be read, so the daemon cannot start while etcd is unreachable: "+f.MemoryErr.Error())...)
+	if f.PersistedErr != nil {
+		out.add(warn("the persisted state cannot be read, so the daemon cannot start while the store is unreachable: %v",
+			f.PersistedErr))
 	}
-	if f.System.StateDirErr != nil && f.Privileges == nil {
-		out = append(out, fail(fmt.Sprintf("%s is not writable: %v", f.StateDir, f.System.StateDirErr), "findmnt --target "+f.StateDir)...)
-	}
-	return orOK(out, f.StateDir+" is writable")
+	return out.orOK("%s is writable", f.StateDir)
 }
 
-func judgeSubnetFile(f Facts) []Finding {
-	s := f.System
-	if s.SubnetEnvErr != nil {
-		if f.Daemon.Running && !f.Daemon.Status.Ready {
-			return fail(fmt.Sprintf("%s does not exist yet, so no pod can start: %v", f.SubnetFile, s.SubnetEnvErr), "overlayd status")
-		}
-		again := f.Service.restart()
-		if !f.Daemon.Running {
-			again = f.start()
-		}
-		return fail(fmt.Sprintf("%s cannot be read, so no pod can start: %v", f.SubnetFile, s.SubnetEnvErr), again)
+// judgeCNI says which configuration precedes overlayd's. In a pod, the node's directory is below /host.
+func judgeCNI(f Facts) findings {
+	switch {
+	case f.CNIConf == "":
+		return skipped("--cni-conf does not say which configuration is overlayd's")
+	case f.CNIErr == nil:
+		return ok("%s is the one that the container runtime uses", f.CNIConf)
 	}
-	if f.NoLease != "" {
-		return skipped(f.NoLease)
+	out := fail("%v", f.CNIErr)
+	if other := (*cniconf.Foreign)(nil); errors.As(f.CNIErr, &other) {
+		file := strings.TrimPrefix(other.File, "/host")
+		out.fix("mv %s %s.disabled   # unless the runtime is told to use another one", file, file)
 	}
-	var out []Finding
+	return out
+}
+
+func judgeSubnetFile(f Facts) (out findings) {
+	env, again := f.System.SubnetEnv, f.ifRunning(f.Service.restart())
+	switch err := f.System.SubnetEnvErr; {
+	case err != nil && f.Daemon.Running && !f.Daemon.Status.Ready:
+		return fail("%s does not exist yet, so no pod can start: %v", f.SubnetFile, err).fix("overlayd status")
+	case err != nil:
+		return fail("%s cannot be read, so no pod can start: %v", f.SubnetFile, err).steps(again)
+	case f.NoLease != "":
+		return skipped("%s", f.NoLease)
+	case !slices.ContainsFunc(f.families(), func(fam addr.Family) bool { return f.Self.Subnets.Get(fam).IsValid() }):
+		return skipped("%s exists; this node's lease is unknown", f.SubnetFile)
+	}
 	for _, fam := range addr.Families() {
-		own := f.Self.Subnets.Get(fam)
-		if !own.IsValid() {
-			continue
-		}
-		key := map[addr.Family]string{addr.IPv4: "FLANNEL_SUBNET", addr.IPv6: "FLANNEL_IPV6_SUBNET"}[fam]
-		if got := parsePrefix(s.SubnetEnv[key]); !got.IsValid() || got.Masked() != own {
-			out = append(out, fail(fmt.Sprintf("%s says %s=%s, but the lease is %s", f.SubnetFile, key, s.SubnetEnv[key], own), f.Service.restart())...)
+		key, own := envKey(fam, "SUBNET"), f.Self.Subnets.Get(fam)
+		if own.IsValid() && parsePrefix(env[key]).Masked() != own {
+			out.add(fail("%s says %s=%s, but the lease is %s", f.SubnetFile, key, env[key], own).steps(again))
 		}
 	}
-	if want := f.Daemon.Status.Network.MTU; want > 0 && s.SubnetEnv["FLANNEL_MTU"] != fmt.Sprint(want) {
-		out = append(out, fail(fmt.Sprintf("%s says FLANNEL_MTU=%s, but the pod MTU is %d", f.SubnetFile, s.SubnetEnv["FLANNEL_MTU"], want), f.Service.restart())...)
+	if mtu := f.Daemon.Status.Network.MTU; mtu > 0 && env["FLANNEL_MTU"] != fmt.Sprint(mtu) {
+		out.add(fail("%s says FLANNEL_MTU=%s, but the pod MTU is %d", f.SubnetFile, env["FLANNEL_MTU"], mtu).steps(again))
 	}
-	if len(out) == 0 && f.Self.Subnets.V4 == f.Self.Subnets.V6 {
-		return skipped(f.SubnetFile + " exists; this node's lease is unknown")
-	}
-	return orOK(out, f.SubnetFile+" matches the lease")
+	return out.orOK("%s matches the lease", f.SubnetFile)
 }

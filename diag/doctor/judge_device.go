@@ -1,7 +1,9 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -12,410 +14,306 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-func deviceChecks() []check {
-	return []check{
-		{"tunnel device", judgeTunnel},
-		{"VXLAN port", judgePort},
-		{"MTU", judgeMTU},
-		{"bridge", judgeBridge},
-		{"offloads", judgeOffloads},
-		{"learning", judgeLearning},
-		{"other overlays", judgeLeftovers},
-	}
-}
-
-func judgeTunnel(f Facts) []Finding {
-	switch {
-	case f.Errs["devices"] != nil:
-		return skipped(f.Errs["devices"].Error())
-	case f.backend() == subnet.HostGW:
-		return ok("host-gw uses none")
-	case f.NoLease != "" && len(f.Daemon.Status.Devices) == 0:
-		return skipped(f.NoLease)
-	}
-	var out []Finding
-	var names []string
-	for _, d := range f.devices() {
-		names = append(names, d.name)
-		again := f.Service.start()
-		if f.Daemon.Running {
-			again = "overlayd status"
-		}
-		v := d.link.VXLAN
-		switch {
-		case !d.there:
-			out = append(out, fail(d.name+" does not exist", again)...)
-			continue
-		case d.link.Kind != "vxlan":
-			out = append(out, fail(fmt.Sprintf("%s is a %s device, which blocks the tunnel device of this name", d.name, d.link.Kind), "ip link delete "+d.name)...)
-			continue
-		case !d.link.Up && len(f.portHolder(d)) > 0:
-			out = append(out, fail(d.name+" is down, and cannot be set up while another program has its UDP port: see VXLAN port", f.portHolder(d)[0].Fix...)...)
-		case !d.link.Up:
-			out = append(out, fail(d.name+" is down", "ip link set "+d.name+" up")...)
-		case v.VNI != d.vni || v.Port != d.port:
-			out = append(out, fail(fmt.Sprintf("%s has VNI %d and UDP port %d, but the network uses %d and %d", d.name, v.VNI, v.Port, d.vni, d.port), again)...)
-		case d.local.IsValid() && (v.Underlay != d.underlay || v.Local != d.local):
-			by := func(device string) string { return orDefault(device, "no device alone") }
-			out = append(out, fail(fmt.Sprintf("%s sends from %s over %s, expected from %s over %s",
-				d.name, v.Local, by(v.Underlay), d.local, by(d.underlay)), again)...)
-		}
-		if mac := f.announced(d); mac != "" && mac != d.link.MAC.String() {
-			out = append(out, fail(fmt.Sprintf("%s has the MAC address %s, but the lease announces %s: packets from peers are dropped", d.name, d.link.MAC, mac), "ip link set "+d.name+" address "+mac)...)
-		}
-		if s := ipv6Off(d.name); f.System.Sysctls[s] == "1" && d.family == addr.IPv6 {
-			out = append(out, fail("IPv6 is disabled on "+d.name, "sysctl -w "+s+"=0")...)
-		}
-	}
-	if len(names) == 0 {
-		return skipped("the network config is unknown")
-	}
-	return orOK(out, strings.Join(names, " and "))
-}
-
-// announced is the MAC address that the others send to.
-func (f Facts) announced(d tunnel) string {
-	if d.mac != "" {
-		return d.mac
-	}
-	if m := f.Self.VTEP.Get(d.family).MAC; !m.IsZero() {
-		return m.String()
+func needsOwnSubnet(f Facts) string {
+	if f.Self.Subnets == (addr.Per[netip.Prefix]{}) {
+		return cmp.Or(f.NoLease, "this node's lease is unknown")
 	}
 	return ""
 }
 
-// judgePort looks for who else has the UDP port or the VNI.
-func judgePort(f Facts) []Finding {
-	if f.Errs["devices"] != nil {
-		return skipped(f.Errs["devices"].Error())
+func judgeTunnel(f Facts) (out findings) {
+	switch {
+	case f.backend() == subnet.HostGW:
+		return ok("host-gw uses none")
+	case f.NoLease != "" && len(f.Daemon.Status.Devices) == 0:
+		return skipped("%s", f.NoLease)
 	}
-	ds := f.devices()
-	if len(ds) == 0 {
-		if f.backend() == subnet.HostGW {
-			return ok("host-gw needs none")
-		}
+	var names []string
+	for _, d := range f.tunnels() {
+		names = append(names, d.name)
+		out.add(f.judgeDevice(d))
+	}
+	if len(names) == 0 {
 		return skipped("the network config is unknown")
 	}
-	var out []Finding
+	return out.orOK("%s", strings.Join(names, " and "))
+}
+
+func (f Facts) judgeDevice(d tunnel) (out findings) {
+	again, v := f.ifRunning("overlayd status"), d.link.VXLAN
+	switch {
+	case !d.exists:
+		return fail("%s does not exist", d.name).steps(again)
+	case d.link.Kind != "vxlan":
+		return fail("%s is a %s device: overlayd needs the name for its tunnel device", d.name, d.link.Kind).
+			fix("ip link delete %s", d.name)
+	case !d.link.Up:
+		if taken := f.portHolder(d); taken != nil {
+			out.add(fail("%s is down, and cannot be set up while another program has its UDP port: see VXLAN port", d.name).
+				steps(taken[0].Fix...))
+		} else {
+			out.add(fail("%s is down", d.name).fix("ip link set %s up", d.name))
+		}
+	case v.VNI != d.vni || v.Port != d.port:
+		out.add(fail("%s has VNI %d and UDP port %d, but the network uses %d and %d",
+			d.name, v.VNI, v.Port, d.vni, d.port).steps(again))
+	case d.local.IsValid() && (v.Underlay != d.underlay || v.Local != d.local):
+		const none = "no device alone"
+		out.add(fail("%s sends from %s over %s, expected from %s over %s", d.name,
+			v.Local, cmp.Or(v.Underlay, none), d.local, cmp.Or(d.underlay, none)).steps(again))
+	}
+	if mac := d.link.MAC.String(); d.mac != "" && d.mac != mac {
+		out.add(fail("%s has the MAC address %s, but the lease announces %s: packets from peers are dropped",
+			d.name, mac, d.mac).fix("ip link set %s address %s", d.name, d.mac))
+	}
+	if s := ipv6Off(d.name); f.System.Sysctls[s] == "1" && d.family == addr.IPv6 {
+		out.add(fail("IPv6 is disabled on %s", d.name).fix("sysctl -w %s=0", s))
+	}
+	return out
+}
+
+// judgePort finds who else has the UDP port or the VNI.
+func judgePort(f Facts) (out findings) {
+	ds := f.tunnels()
+	switch {
+	case f.backend() == subnet.HostGW:
+		return ok("host-gw needs none")
+	case len(ds) == 0:
+		return skipped("the network config is unknown")
+	}
 	for _, d := range ds {
-		taken := false
+		var taken findings
 		for _, l := range f.Survey.Links {
 			v := l.VXLAN
-			if l.Kind != "vxlan" || l.Name == d.name || v.Port != d.port || v.Local.IsValid() && v.Local.Is6() != (d.family == addr.IPv6) {
-				continue
-			}
-			switch {
-			case v.VNI == d.vni:
-				taken = true
-				out = append(out, fail(fmt.Sprintf("the VXLAN device %s has VNI %d on UDP port %d, which overlayd needs: the kernel allows only one such device", l.Name, v.VNI, v.Port), "ip link delete "+l.Name, f.Service.restart())...)
-			case !d.there && l.Up:
-				taken = true
-				out = append(out, fail(fmt.Sprintf("the VXLAN device %s is on UDP port %d with other settings", l.Name, v.Port), "ip link delete "+l.Name, f.Service.restart())...)
+			otherFamily := v.Local.IsValid() && v.Local.Is6() != (d.family == addr.IPv6)
+			if l.Kind == "vxlan" && l.Name != d.name && v.Port == d.port && !otherFamily &&
+				(v.VNI == d.vni || !d.exists && l.Up) {
+				taken.add(fail("the VXLAN device %s has VNI %d on UDP port %d, so that the kernel refuses %s with VNI %d",
+					l.Name, v.VNI, v.Port, d.name, d.vni).steps("ip link delete "+l.Name, f.Service.restart()))
 			}
 		}
-		if !taken {
-			out = append(out, f.portHolder(d)...)
+		if taken == nil {
+			taken = f.portHolder(d)
 		}
+		out.add(taken)
 	}
-	return orOK(out, fmt.Sprintf("no other program uses UDP port %d or VNI %d", ds[0].port, ds[0].vni))
+	return out.orOK("no other program uses UDP port %d or VNI %d", ds[0].port, ds[0].vni)
 }
 
-// portHolder names the program that has the port of a device which is not there, or down.
-func (f Facts) portHolder(d tunnel) []Finding {
-	for _, s := range f.System.Sockets {
-		if !s.inTheWayOf(d) {
-			continue
-		}
-		who := orDefault(s.holder, "another program")
-		steps := []string{fmt.Sprintf("ss -ulnp 'sport = :%d'", d.port)}
-		if d.there {
-			steps = append(steps, "ip link set "+d.name+" up   # once that program has released the port")
-		}
-		return fail(fmt.Sprintf("UDP port %d is taken by %s", d.port, who), steps...)
+// portHolder finds out whether another program has the port of a device which does not exist, or is down.
+func (f Facts) portHolder(d tunnel) findings {
+	if !slices.ContainsFunc(f.System.Sockets, func(s udpSocket) bool { return s.blocks(d) }) {
+		return nil
 	}
-	return nil
+	out := fail("UDP port %d is taken by another program", d.port).fix("ss -ulnp 'sport = :%d'   # names it", d.port)
+	if d.exists {
+		out.fix("ip link set %s up   # once that program has released the port", d.name)
+	}
+	return out
 }
 
-func judgeMTU(f Facts) []Finding {
-	if f.Errs["devices"] != nil {
-		return skipped(f.Errs["devices"].Error())
-	}
-	var out []Finding
-	said := []string{}
-	for _, d := range f.devices() {
-		if !d.there {
-			continue
-		}
+func judgeMTU(f Facts) (out findings) {
+	var well []string
+	for _, d := range f.tunnels() {
 		links := f.uplinks(d.family)
-		if len(links) == 0 {
+		if !d.exists || len(links) == 0 {
 			continue
 		}
 		under := slices.MinFunc(links, func(a, b netstate.SurveyLink) int { return a.MTU - b.MTU })
 		room := backend.PodMTU(subnet.Backend{Type: subnet.VXLAN}, d.family, under.MTU)
-		said = append(said, fmt.Sprintf("%s %d over %s %d", d.name, d.link.MTU, under.Name, under.MTU))
+		well = append(well, fmt.Sprintf("%s %d over %s %d", d.name, d.link.MTU, under.Name, under.MTU))
 		switch {
 		case d.link.MTU > room:
-			out = append(out, fail(fmt.Sprintf("%s has an MTU of %d, but %s with %d carries only %d", d.name, d.link.MTU, under.Name, under.MTU, room), fmt.Sprintf("ip link set %s mtu %d", d.name, room))...)
+			out.add(fail("%s has an MTU of %d, but %s with %d carries only %d",
+				d.name, d.link.MTU, under.Name, under.MTU, room).fix("ip link set %s mtu %d", d.name, room))
 		case d.mtu > 0 && d.link.MTU != d.mtu:
-			out = append(out, fail(fmt.Sprintf("%s has an MTU of %d, expected %d", d.name, d.link.MTU, d.mtu), fmt.Sprintf("ip link set %s mtu %d", d.name, d.mtu))...)
+			out.add(fail("%s has an MTU of %d, expected %d", d.name, d.link.MTU, d.mtu).
+				fix("ip link set %s mtu %d", d.name, d.mtu))
 		}
 	}
-	want := f.podMTU()
+	most := f.podMTU()
 	for _, b := range f.bridges() {
-		if want == 0 {
-			break
+		if most > 0 && b.MTU > most {
+			out.add(warn("%s has an MTU of %d, more than the %d that get through to other nodes", b.Name, b.MTU, most).
+				fix("ip link set %s mtu %d", b.Name, most))
 		}
-		if b.MTU > want {
-			out = append(out, warn(fmt.Sprintf("%s has an MTU of %d, more than the %d that get through to other nodes", b.Name, b.MTU, want), fmt.Sprintf("ip link set %s mtu %d", b.Name, want))...)
-		}
-		out = append(out, f.ports(b, want)...)
-	}
-	return orOK(out, orDefault(strings.Join(said, "; "), "no tunnel device to compare"))
-}
-
-// ports are the devices by which pods are on a bridge.
-func (f Facts) ports(bridge netstate.SurveyLink, want int) []Finding {
-	var over []string
-	steps := []string{}
-	for _, l := range f.Survey.Links {
-		if l.Master == bridge.Name && l.MTU > want {
-			over = append(over, fmt.Sprintf("%s %d", l.Name, l.MTU))
-			if len(steps) < 3 {
-				steps = append(steps, fmt.Sprintf("ip link set %s mtu %d", l.Name, want))
+		var over, steps []string
+		for _, l := range f.Survey.Links {
+			if most > 0 && l.Master == b.Name && l.MTU > most {
+				over = append(over, fmt.Sprintf("%s %d", l.Name, l.MTU))
+				steps = append(steps, fmt.Sprintf("ip link set %s mtu %d", l.Name, most))
 			}
 		}
+		if len(over) > 0 {
+			out.add(warn("%d ports of %s have a larger MTU than the %d that get through: their pods were created with "+
+				"another pod MTU; recreate them (%s)", len(over), b.Name, most, few(over)).steps(steps[:min(3, len(steps))]...))
+		}
 	}
-	if len(over) == 0 {
-		return nil
-	}
-	return warn(fmt.Sprintf("%d ports of %s have a larger MTU than the %d that get through: their pods were created with another pod MTU; recreate them (%s)", len(over), bridge.Name, want, few(over)), steps...)
+	return out.orOK("%s", cmp.Or(strings.Join(well, "; "), "no tunnel device to compare"))
 }
 
-// judgeBridge: whatever pods are on has an address of this node's subnet.
-func judgeBridge(f Facts) []Finding {
-	if f.Errs["devices"] != nil {
-		return skipped(f.Errs["devices"].Error())
-	}
-	if f.Self.Subnets == (addr.Per[netip.Prefix]{}) {
-		return skipped(orDefault(f.NoLease, "this node's lease is unknown"))
-	}
-	lost := f.lostByBridges()
-	var out []Finding
+// judgeBridge: whatever pods are on has an address of this node's subnet, and what it had before.
+func judgeBridge(f Facts) (out findings) {
+	_, lost := netstate.FollowBridges(f.Persisted.Bridges, f.Survey.Host, f.Self.Subnets)
 	for _, l := range lost {
-		out = append(out, fail(l.String()+f.byManager(l), l.Commands()...)...)
+		out.add(fail("%s", l).steps(l.Commands()...))
 	}
-	if len(lost) == 0 {
-		out = f.withoutGateway()
-	}
-	names := []string{}
+	pods := false
 	for _, b := range f.bridges() {
-		names = append(names, b.Name)
+		pods = pods || b.Kind == "bridge"
 		if !b.Up && !slices.ContainsFunc(lost, func(l netstate.BridgeLoss) bool { return l.Bridge == b.Name }) {
-			out = append(out, fail(b.Name+" is down: pods cannot send", "ip link set "+b.Name+" up")...)
+			out.add(fail("%s is down: pods cannot send", b.Name).fix("ip link set %s up", b.Name))
 		}
 	}
-	ours := slices.ContainsFunc(f.bridges(), func(b netstate.SurveyLink) bool { return b.Kind == "bridge" })
 	for _, a := range f.Survey.Host.Addresses {
 		fam := addr.FamilyOf(a.Prefix.Addr())
-		own, network := f.Self.Subnets.Get(fam), f.network(fam)
-		l, _ := f.Survey.Link(a.Link)
-		if a.Tunnel || !own.IsValid() || own.Contains(a.Prefix.Addr()) || l.Kind != "bridge" {
-			continue
-		}
-		if !network.IsValid() || !network.Contains(a.Prefix.Addr()) {
+		own, l := f.Self.Subnets.Get(fam), f.device(a.Link)
+		if a.Tunnel || !own.IsValid() || own.Contains(a.Prefix.Addr()) || l.Kind != "bridge" ||
+			!f.network(fam).Contains(a.Prefix.Addr()) {
 			continue
 		}
 		reason := fmt.Sprintf("%s has the address %s, but this node's subnet is %s: ", a.Link, a.Prefix, own)
-		if ours { // that of the pods is another one
-			out = append(out, fail(reason+"its containers have addresses that lead to another node; configure another network in the program that created it (such as Docker)",
-				"ip -br link show master "+a.Link, "ip -d link show "+a.Link)...)
+		if pods { // those of this node are on another one
+			out.add(fail("%sits containers have addresses that lead to another node; configure another network in the "+
+				"program that created it (such as Docker)", reason).
+				steps("ip -br link show master "+a.Link, "ip -d link show "+a.Link))
 		} else {
-			out = append(out, fail(reason+"its pods have addresses that lead to another node; recreate the bridge and the pods", f.anew(a)...)...)
+			out.add(fail("%sits pods have addresses that lead to another node; recreate the bridge and the pods", reason).
+				steps("ip link delete "+a.Link+"   # if pods are on it", "ls /var/lib/cni/networks   # and remove the "+
+					"directory of the pods' network, then start the pods of this node again"))
 		}
 	}
-	if len(out) == 0 && len(names) == 0 {
-		return ok("none yet (the first pod creates it)")
+	if names := namesOf(f.bridges()); len(names) > 0 {
+		return out.orOK("%s has an address of this node's subnet", strings.Join(names, " and "))
 	}
-	return orOK(out, strings.Join(names, " and ")+" has an address of this node's subnet")
+	return out.orOK("none yet (the first pod creates it)")
 }
 
-// anew removes a bridge, and what the plugin host-local remembers of the addresses on it: only where it is known under which name.
-func (f Facts) anew(a netstate.HostAddress) []string {
-	const again = "   # then start the pods of this node again"
-	bridge := "ip link delete " + a.Link + "   # if pods are on it"
-	for _, n := range f.System.CNI {
-		if n.within(a.Prefix.Masked()) {
-			return []string{bridge, "rm -rf " + n.dir + again}
-		}
-	}
-	return []string{bridge, "ls /var/lib/cni/networks   # and remove the directory of the pods' network," + strings.TrimPrefix(again, "   #")}
+func (f Facts) device(name string) netstate.SurveyLink {
+	l, _ := f.Survey.Link(name)
+	return l
 }
 
-// lostByBridges is what the pods' bridges have no longer that the daemon has seen on them.
-func (f Facts) lostByBridges() []netstate.BridgeLoss {
-	if f.Memory == nil {
-		return nil
-	}
-	_, lost := netstate.FollowBridges(f.Memory.Bridges, f.Survey.Host, f.Self.Subnets)
-	return lost
-}
-
-// byManager names the program that most likely took it: one that configures the devices on which pods are.
-func (f Facts) byManager(l netstate.BridgeLoss) string {
-	var names []string
-	if m := f.System.Managers; m.Networkd && m.NetworkFile != "" {
-		names = append(names, "systemd-networkd")
-	}
-	if m := f.System.Managers; m.NetworkManager && (m.NMManages != "" || !m.NMAnswers && !m.NMIgnores) {
-		names = append(names, "NetworkManager")
-	}
-	if len(names) == 0 || len(l.Addrs)+len(l.Ports) == 0 {
-		return ""
-	}
-	return "; another program removed it, see " + strings.Join(names, " and ")
-}
-
-// withoutGateway finds the bridge that pods are on where nothing has the address that is their gateway.
-func (f Facts) withoutGateway() []Finding {
-	if f.System.SubnetEnvErr != nil {
-		return nil
-	}
-	var out []Finding
-	for _, fam := range addr.Families() {
-		own := f.Self.Subnets.Get(fam)
-		if !own.IsValid() || slices.ContainsFunc(f.Survey.Host.Addresses, func(a netstate.HostAddress) bool { return !a.Tunnel && own.Contains(a.Prefix.Addr()) }) {
-			continue
-		}
-		gateway := netip.PrefixFrom(own.Addr().Next(), own.Bits())
-		for _, l := range f.Survey.Links {
-			if l.Kind != "bridge" || !slices.ContainsFunc(f.Survey.Links, func(p netstate.SurveyLink) bool { return p.Master == l.Name && p.Kind == "veth" }) {
-				continue
-			}
-			has := f.addressesOf(l.Name)
-			ours := slices.ContainsFunc(f.bridges(), func(b netstate.SurveyLink) bool { return b.Name == l.Name })
-			reason, steps := fmt.Sprintf("no device has the address %s, the gateway of this node's pods: %s, which has ports and no %s address, seems to have lost it", gateway, l.Name, fam), fmt.Sprintf("ip address add %s dev %s", gateway, l.Name)
-			switch {
-			case len(has) == 0 && l.Name == "cni0":
-				out = append(out, fail(reason, steps)...)
-			case len(has) == 0:
-				out = append(out, warn(reason+", if pods are on it", steps)...)
-			case ours && !slices.Contains(has, fam):
-				out = append(out, warn(reason+fmt.Sprintf(", if pods are to have addresses of %s", fam), steps)...)
-			}
-		}
-	}
-	return out
-}
-
-// addressesOf lists the families of the addresses that a device has, but for those that are good on its own network only.
-func (f Facts) addressesOf(device string) []addr.Family {
-	var out []addr.Family
+// bridgeOf is a device that has an address inside this node's own subnet, as the pods' bridge does.
+func (f Facts) bridgeOf(fam addr.Family) netstate.SurveyLink {
 	for _, a := range f.Survey.Host.Addresses {
-		if a.Link == device && !a.Prefix.Addr().IsLinkLocalUnicast() {
-			out = append(out, addr.FamilyOf(a.Prefix.Addr()))
+		if !a.Tunnel && f.Self.Subnets.Get(fam).Contains(a.Prefix.Addr()) {
+			return f.device(a.Link)
 		}
 	}
-	return out
-}
-
-// network is the whole pod network.
-func (f Facts) network(fam addr.Family) netip.Prefix {
-	if f.Config != nil {
-		return f.Config.Pools.Get(fam).Network
-	}
-	for _, n := range f.Daemon.Status.Network.Networks {
-		if p := parsePrefix(n); p.IsValid() && addr.FamilyOf(p.Addr()) == fam {
-			return p
-		}
-	}
-	return parsePrefix(f.System.SubnetEnv[map[addr.Family]string{addr.IPv4: "FLANNEL_NETWORK", addr.IPv6: "FLANNEL_IPV6_NETWORK"}[fam]])
+	return netstate.SurveyLink{}
 }
 
 // judgeOffloads warns of what was switched off: it costs, and may be meant.
-func judgeOffloads(f Facts) []Finding {
-	var out []Finding
-	seen := map[string]bool{}
-	for _, d := range f.devices() {
-		for _, name := range append(namesOf(f.uplinks(d.family)), d.name) {
-			l, there := f.Survey.Link(name)
-			if !there || seen[name] {
-				continue
+func judgeOffloads(f Facts) (out findings) {
+	var names []string
+	for _, d := range f.tunnels() {
+		names = append(append(names, namesOf(f.uplinks(d.family))...), d.name)
+	}
+	if len(names) == 0 {
+		return skipped("no tunnel device")
+	}
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
+		var off []string
+		for _, o := range f.device(name).Offloads {
+			if !o.On && slices.Contains([]string{"tx", "gso", "gro"}, o.Name) {
+				off = append(off, o.Name)
 			}
-			seen[name] = true
-			var off []string
-			for _, o := range l.Offloads {
-				if !o.On && slices.Contains([]string{"tx", "gso", "gro"}, o.Name) {
-					off = append(off, o.Name)
-				}
+		}
+		if len(off) > 0 {
+			out.add(warn("%s has %s disabled, which costs throughput; fine as a workaround for broken hardware",
+				name, strings.Join(off, ", ")).fix("ethtool -K %s %s on", name, strings.Join(off, " on ")))
+		}
+	}
+	return out.orOK("checksums, gso and gro are on; if pings work and TCP does not, see Documentation/doctor.md")
+}
+
+// judgeLearning: a device that learns holds the sender's address of each frame against its entry for that MAC. One of
+// ours is never changed, so that a frame from another address than the peer announces is dropped (vxlan_snoop in the
+// kernel), and counted nowhere.
+func judgeLearning(f Facts) (out findings) {
+	learns := f.Config != nil && f.Config.Backend.Type == subnet.VXLAN && f.Config.Backend.Learning
+	for _, d := range f.tunnels() {
+		learns = learns || d.exists && d.link.VXLAN.Learning
+	}
+	if !learns {
+		return ok("the tunnel device does not learn")
+	}
+	const dropped = "Backend.Learning is on: a node silently drops what a peer sends from another address than it " +
+		"announces"
+	off := cmp.Or(f.putBackend("Learning", false), f.showConfig())
+	var behind []string
+	if f.Store != nil {
+		for _, e := range f.Store.Table.Entries {
+			tunnelled := func(p peer) bool {
+				return p.path == pathTunnel && (p.subnet == e.Subnets.V4 || p.subnet == e.Subnets.V6)
 			}
-			if len(off) > 0 {
-				out = append(out, warn(fmt.Sprintf("%s has %s disabled, which costs throughput; fine as a workaround for broken hardware", name, strings.Join(off, ", ")), fmt.Sprintf("ethtool -K %s %s on", name, strings.Join(off, " on ")))...)
+			// flannel's leases don't say whether the address is the node's own.
+			if e.Err == nil && e.Identity != f.Identity && e.NodeID != "" && !e.PublicIPLocal &&
+				slices.ContainsFunc(f.Peers, tunnelled) {
+				behind = append(behind, fmt.Sprintf("%s (%s)", e.Name(), e.Key))
 			}
 		}
 	}
-	if len(seen) == 0 {
-		return skipped("no tunnel device")
+	if own := f.ownEntry(); own != nil && !own.PublicIPLocal {
+		out.add(fail(dropped + "; no device of this node has the address that it announces (NAT), so peers drop what it " +
+			"sends").steps(off))
 	}
-	return orOK(out, "checksums, gso and gro are on; if pings work and TCP does not, see Documentation/doctor.md")
+	if len(behind) > 0 {
+		out.add(fail(dropped+"; no device of these nodes has the address that they announce (NAT): %s", few(behind)).
+			steps(off))
+	}
+	return out.orOK("it is on; as far as leases tell, peers send from the addresses that they announce")
 }
 
-// judgeLeftovers looks for devices that other overlays make, and for flannel's rules.
-func judgeLeftovers(f Facts) []Finding {
-	if f.Errs["devices"] != nil {
-		return skipped(f.Errs["devices"].Error())
-	}
+// judgeLeftovers finds devices that other overlays make, and flannel's rules.
+func judgeLeftovers(f Facts) (out findings) {
 	var names, steps []string
 	for _, l := range f.Survey.Links {
-		for _, prefix := range []string{"flannel.", "flannel-v6.", "flannel-wg", "cilium_", "vxlan.calico", "vxlan-v6.calico", "weave", "antrea-", "kube-bridge", "tunl0"} {
+		for _, prefix := range []string{
+			"flannel.", "flannel-v6.", "flannel-wg", "cilium_", "vxlan.calico", "vxlan-v6.calico", "weave", "antrea-",
+			"kube-bridge", "tunl0",
+		} {
 			if strings.HasPrefix(l.Name, prefix) && (l.Name != "tunl0" || l.Up) { // tunl0 comes with the module ipip
 				names, steps = append(names, l.Name), append(steps, "ip link delete "+l.Name+"   # if it is unused")
 			}
 		}
 	}
-	var out []Finding
 	if len(names) > 0 {
-		out = append(out, warn("other overlays' devices exist, whose routes and rules may interfere: "+few(names),
-			steps...)...)
+		out.add(warn("other overlays' devices exist, whose routes and rules may interfere: %s", few(names)).
+			steps(steps...))
 	}
-	return orOK(append(out, f.leftRules()...), "none")
+	out.add(f.flannelRules())
+	return out.orOK("none")
 }
 
-// leftRules finds flannel's rules: chains of iptables, or tables of its own with EnableNFTables.
-func (f Facts) leftRules() []Finding {
-	var names, fix []string
-	note := func(name, command string) {
-		if !slices.Contains(names, name) {
-			names, fix = append(names, name), append(fix, command)
-		}
-	}
+// flannelRules finds flannel's chains of iptables, and its tables with EnableNFTables.
+func (f Facts) flannelRules() findings {
+	fixes := map[string]string{} // by what there is
 	// In one step, with what calls the chain: nothing else of the table is written again.
 	chain := func(name, save, table, chain string) {
-		note(name, fmt.Sprintf("{ echo '*%s'; %s -t %s | sed -n '/%s/s/^-A/-D/p'; echo '-X %s'; echo COMMIT; } | %s --noflush",
-			table, save, table, chain, chain, strings.Replace(save, "-save", "-restore", 1)))
+		const script = "{ echo '*%[1]s'; %[2]s -t %[1]s | sed -n '/%[3]s/s/^-A/-D/p'; echo '-X %[3]s'; echo COMMIT; } | " +
+			"%[4]s --noflush"
+		if strings.HasPrefix(chain, "FLANNEL-") {
+			fixes[name] = fmt.Sprintf(script, table, save, chain, strings.Replace(save, "-save", "-restore", 1))
+		}
 	}
 	for _, c := range f.Filter {
-		switch {
-		case c.Table == "flannel-ipv4" || c.Table == "flannel-ipv6":
+		if c.Table == "flannel-ipv4" || c.Table == "flannel-ipv6" {
 			name := fmt.Sprintf("table %s %s", c.Family, c.Table)
-			note(name, "nft delete "+name)
-		case strings.HasPrefix(c.Name, "FLANNEL-"):
-			save := "iptables-save"
-			if c.Family == "ip6" {
-				save = "ip6tables-save"
-			}
-			chain(c.String(), save, c.Table, c.Name)
+			fixes[name] = "nft delete " + name
 		}
+		save := map[string]string{"ip": "iptables-save", "ip6": "ip6tables-save"}[c.Family]
+		chain(c.String(), save, c.Table, c.Name)
 	}
 	for _, c := range f.Legacy {
-		if strings.HasPrefix(c.Chain, "FLANNEL-") {
-			chain(fmt.Sprintf("%s -t %s, chain %s", c.Save, c.Table, c.Chain), c.Save, c.Table, c.Chain)
-		}
+		chain(fmt.Sprintf("%s -t %s, chain %s", c.Save, c.Table, c.Chain), c.Save, c.Table, c.Chain)
 	}
-	if len(names) == 0 {
+	if len(fixes) == 0 {
 		return nil
 	}
-	slices.Sort(fix)
-	return warn(
-		"flannel's rules exist: they masquerade packets from pods to nodes and accept "+
-			"forwarded packets. If flanneld no longer runs here, remove them: "+few(names), fix...)
+	return warn("flannel's rules exist: they masquerade packets from pods to nodes and accept forwarded packets. "+
+		"If flanneld no longer runs here, remove them: %s", few(slices.Sorted(maps.Keys(fixes)))).
+		steps(slices.Sorted(maps.Values(fixes))...)
 }

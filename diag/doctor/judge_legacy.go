@@ -11,34 +11,20 @@ import (
 	"github.com/overlayd/overlayd/netstate"
 )
 
-// judgeLegacy names the rules of iptables-legacy that may concern pods or the tunnel: what becomes of a packet there is not
-// judged.
-func judgeLegacy(f Facts) []Finding {
-	if why := f.legacyUnknown(); why != "" {
-		return skipped(why)
-	}
+// judgeLegacy names the rules of iptables-legacy that may concern pods or the tunnel: what they do to a packet is not
+// evaluated.
+func judgeLegacy(f Facts) findings {
 	suspects, saves := f.suspects()
 	if len(suspects) == 0 {
 		return ok("no rules that may drop or masquerade packets of pods or of the tunnel")
 	}
 	return warn("iptables-legacy has rules that may drop or masquerade packets of pods or of the tunnel; "+
-		"they are listed here, not evaluated: "+few(suspects), saves...)
+		"they are listed here, not evaluated: %s", few(suspects)).steps(saves...)
 }
 
-// legacyUnknown says why it is not known what iptables-legacy holds.
-func (f Facts) legacyUnknown() string {
-	if f.Privileges != nil {
-		return "needs privileges to read"
-	}
-	if err := f.Errs["iptables-legacy"]; err != nil {
-		return err.Error()
-	}
-	return ""
-}
-
-// suspects are the rules and policies of iptables-legacy that may drop packets of pods or of the tunnel or change their sender,
-// and the programs that list them. What overlayd, kube-proxy and container engines have in chains of their own is none, nor is
-// a rule for addresses that no pod and no node has.
+// suspects are the rules and policies of iptables-legacy that may drop packets of pods or of the tunnel or change their
+// sender, and the programs that list them. Neither what overlayd, kube-proxy and container engines have in chains of
+// their own counts, nor a rule for addresses that no pod and no node has.
 func (f Facts) suspects() (rules, saves []string) {
 	accepts := func(save string) bool { // the daemon's chain decides before the policy does
 		return slices.ContainsFunc(f.Legacy, func(c packetfilter.Legacy) bool {
@@ -70,7 +56,8 @@ func (f Facts) suspects() (rules, saves []string) {
 
 // ownChain reports whether a chain belongs to overlayd, kube-proxy or a container engine by its name.
 func ownChain(name string) bool {
-	return slices.ContainsFunc([]string{"OVERLAYD-", "KUBE-", "DOCKER", "CNI-", "FLANNEL-"}, func(p string) bool { return strings.HasPrefix(name, p) })
+	return slices.ContainsFunc([]string{"OVERLAYD-", "KUBE-", "DOCKER", "CNI-", "FLANNEL-"},
+		func(prefix string) bool { return strings.HasPrefix(name, prefix) })
 }
 
 // stops reports whether a rule's target keeps a packet from arriving, or from arriving as it is.
@@ -92,12 +79,14 @@ func (f Facts) concerns(rule string) bool {
 		fam := addr.FamilyOf(p.Addr())
 		network := f.network(fam)
 		if words[i-1] == "!" { // packets between pods are excepted
-			if strings.Contains(rule, "-A POSTROUTING ") && network.IsValid() && p.Bits() <= network.Bits() && p.Contains(network.Addr()) {
+			whole := network.IsValid() && p.Bits() <= network.Bits() && p.Contains(network.Addr())
+			if whole && strings.Contains(rule, "-A POSTROUTING ") {
 				return false
 			}
 			continue
 		}
-		node := p.Contains(f.reachedAt(fam)) || slices.ContainsFunc(f.Peers, func(o peer) bool { return p.Contains(o.publicIP) })
+		node := p.Contains(f.reachedAt(fam)) ||
+			slices.ContainsFunc(f.Peers, func(o peer) bool { return p.Contains(o.publicIP) })
 		if network.IsValid() && !node && !p.Overlaps(network) {
 			return false
 		}

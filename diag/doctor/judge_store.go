@@ -1,555 +1,398 @@
 package doctor
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/internal/jsonobject"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd"
+	"github.com/overlayd/overlayd/subnet/examine"
 )
 
-func storeChecks() []check {
-	return []check{
-		{"etcd", judgeStore}, {"certificates", judgeCertificates}, {"clock", judgeClock}, {"network config", judgeConfig}, {"leases", judgeLeases}, {"own lease", judgeOwnLease},
-	}
-}
-
-// etcdctl is a command line with the node's own settings. A password is asked for.
-func (f Facts) etcdctl(args string) string {
-	o := f.storeOptions()
-	if f.Service.inKubernetes() { // the files are the pod's, which has no etcdctl: whoever has it has them by these names from the secret
-		for _, file := range []*string{&o.CAFile, &o.CertFile, &o.KeyFile} {
-			if *file != "" {
-				*file = filepath.Base(*file)
-			}
-		}
-	}
-	s := "etcdctl --endpoints=" + strings.Join(o.Endpoints, ",")
-	for _, x := range [][2]string{{"--cacert=", o.CAFile}, {"--cert=", o.CertFile}, {"--key=", o.KeyFile}, {"--user=", o.Username}} {
-		if x[1] != "" {
-			s += " " + x[0] + x[1]
-		}
-	}
-	return s + " " + args
-}
-
-func (f Facts) prefix() string { return storePrefix(f.storeOptions()) }
-
-func storePrefix(o etcd.Options) string {
-	return "/" + strings.Trim(cmp.Or(o.Prefix, etcd.DefaultPrefix), "/")
-}
-
-// asked says why nothing is known of the store.
-func (f Facts) asked() (why string, asked bool) {
-	switch {
-	case f.Store == nil:
-		return "etcd was not queried", false
-	case f.Store.OptionsErr != nil:
-		return "the etcd settings are invalid", false
-	case f.Store.TableErr != nil:
-		return "etcd does not answer", false
-	}
-	return "", true
-}
-
-func judgeStore(f Facts) []Finding {
+func judgeStore(f Facts) (out findings) {
 	x := f.Store
 	if x == nil {
 		return skipped("not queried")
 	}
 	if x.OptionsErr != nil {
-		return fail(strings.ReplaceAll(x.OptionsErr.Error(), "\n", "; "), "overlayd --help")
+		return fail("%s", strings.ReplaceAll(x.OptionsErr.Error(), "\n", "; ")).fix("overlayd --help")
 	}
-	var out []Finding
-	bad := 0
+	bad, slowest := 0, time.Duration(0)
 	for _, e := range x.Endpoints {
+		slowest = max(slowest, e.Took)
 		if e.Err != nil {
 			bad++
 		}
 	}
 	for _, e := range x.Endpoints {
-		if e.Err == nil {
-			out = append(out, judgeEndpoint(f, e)...)
-			continue
-		}
-		reason := fmt.Sprintf("%s: %s", e.URL, strings.TrimPrefix(e.Err.Error(), "etcd: "))
 		switch {
+		case e.Err == nil:
+			out.add(f.judgeEndpoint(e))
 		case bad < len(x.Endpoints):
-			out = append(out, warn(reason+"; others answer", f.etcdctl("endpoint health"))...)
-		case f.onlySlow(e.Err):
-			out = append(out, warn(reason+onlySlow, f.etcdctl("endpoint status -w table"))...)
+			out.add(warn("%s: %s; others answer", e.URL, f.cause(e.Err)).steps(f.storeHealth()))
 		default:
-			meanwhile := "this node has no lease yet, and gets none until etcd answers"
-			if f.connected() {
-				meanwhile = "the daemon is still connected, and sees changes of other nodes while that lasts"
-			} else if f.Self.Subnets != (addr.Per[netip.Prefix]{}) {
-				meanwhile = "traffic continues with the last known peers, changes of other nodes are not seen"
-			}
-			out = append(out, fail(reason+"; "+meanwhile, f.etcdctl("endpoint health"))...)
+			out.add(f.storeFails(e.URL, e.Err, f.storeHealth()))
 		}
 	}
 	if bad < len(x.Endpoints) && x.TableErr != nil {
-		list := f.etcdctl("get --prefix --keys-only " + f.prefix() + "/")
-		out = append(out, f.unlessSlow(x.TableErr, "reading "+f.prefix()+"/", list)...)
+		out.add(f.storeFails("leases cannot be read", x.TableErr, f.showLeases()))
 	}
 	if x.WriteErr != nil {
-		status, alarms := f.etcdctl("endpoint status -w table"), f.etcdctl("alarm list")
-		out = append(out, f.unlessSlow(x.WriteErr, "leases cannot be written", status, alarms)...)
+		commands := []string{f.etcdctl("endpoint status -w table"), f.etcdctl("alarm list")}
+		if f.kubeStore() {
+			commands = []string{"kubectl describe clusterrole overlayd"}
+		}
+		out.add(f.storeFails("leases cannot be written", x.WriteErr, commands...))
 	}
-	return orOK(out, fmt.Sprintf("%d of %d endpoints answer within %s", len(x.Endpoints)-bad, len(x.Endpoints), slowest(x.Endpoints).Round(100*time.Microsecond)))
+	return out.orOK("%d of %d endpoints answer within %s", len(x.Endpoints)-bad, len(x.Endpoints),
+		slowest.Round(100*time.Microsecond))
 }
 
-// connected says that the daemon has read etcd, and has had no failure since.
-func (f Facts) connected() bool {
-	s := f.Daemon.Status.Store
-	return f.Daemon.Running && s.Revision != 0 && s.Error == ""
-}
+// cause is an error of the store, in a sentence about it.
+func (f Facts) cause(err error) string { return strings.TrimPrefix(err.Error(), f.storeName()+": ") }
 
-// onlySlow reports whether an error tells of no more than that an answer took longer than this command waits.
-func (f Facts) onlySlow(err error) bool {
-	return f.connected() && errors.Is(err, context.DeadlineExceeded)
-}
-
-const onlySlow = "; the daemon is connected and sees the changes of other nodes: " +
-	"etcd is slow, or stopped answering a moment ago"
-
-// unlessSlow is what a request that failed means.
-func (f Facts) unlessSlow(err error, what string, commands ...string) []Finding {
-	reason := what + ": " + strings.TrimPrefix(err.Error(), "etcd: ")
-	if f.onlySlow(err) {
-		return warn(reason+onlySlow, commands...)
+// storeFails says what the failure of a request means for this node. A daemon that has read the store, and has had no
+// failure since, is connected.
+func (f Facts) storeFails(what string, err error, commands ...string) findings {
+	s, mark, means := f.Daemon.Status.Store, Fail, ""
+	switch connected := f.Daemon.Running && s.Revision != 0 && s.Error == ""; {
+	case connected && errors.Is(err, context.DeadlineExceeded): // no more than that took longer than is waited here
+		mark, means = Warn, "the daemon is connected and sees the changes of other nodes: "+f.storeName()+
+			" is slow, or stopped answering a moment ago"
+	case connected:
+		means = "the daemon is still connected, and sees changes of other nodes while that lasts"
+	case f.Self.Subnets != (addr.Per[netip.Prefix]{}):
+		means = "traffic continues with the last known peers, changes of other nodes are not seen"
+	default:
+		means = "this node has no lease yet, and gets none until that is fixed"
 	}
-	return fail(reason, commands...)
+	return finding(mark, "%s: %s; %s", what, f.cause(err), means).steps(commands...)
 }
 
-func slowest(es []etcd.Endpoint) time.Duration {
-	var most time.Duration
-	for _, e := range es {
-		most = max(most, e.Took)
-	}
-	return most
-}
-
-func judgeEndpoint(f Facts, e etcd.Endpoint) []Finding {
+func (f Facts) judgeEndpoint(e examine.Endpoint) (out findings) {
 	const slow = 300 * time.Millisecond
-	var out []Finding
 	if e.Took > slow {
-		out = append(out, warn(fmt.Sprintf("%s takes %s for one request", e.URL, e.Took.Round(time.Millisecond)), f.etcdctl("endpoint status -w table"))...)
+		command := f.storeHealth()
+		if !f.kubeStore() {
+			command = f.etcdctl("endpoint status -w table")
+		}
+		out.add(warn("%s takes %s for one request", e.URL, e.Took.Round(time.Millisecond)).steps(command))
 	}
 	if len(e.Alarms) > 0 {
-		out = append(out, fail(fmt.Sprintf("%s raises an alarm: %s", e.URL, strings.Join(e.Alarms, ", ")), f.etcdctl("alarm list"))...)
+		out.add(fail("%s raises an alarm: %s", e.URL, strings.Join(e.Alarms, ", ")).steps(f.etcdctl("alarm list")))
 	}
 	return out
 }
 
-func judgeCertificates(f Facts) []Finding {
+func judgeCertificates(f Facts) (out findings) {
 	const day = 24 * time.Hour
-	if f.Store == nil || f.Store.OptionsErr != nil || len(f.Store.Certificates) == 0 {
+	if f.Store == nil || len(f.Store.Certificates) == 0 {
 		return skipped("none is in use")
 	}
-	var out []Finding
 	first := f.Store.Certificates[0].NotAfter
 	for _, c := range f.Store.Certificates {
-		what := fmt.Sprintf("%s (%s)", c.What, c.Subject)
-		if c.File != "" {
-			what = fmt.Sprintf("%s %s (%s)", c.What, c.File, c.Subject)
-		}
-		steps := []string{}
-		if c.File != "" {
-			steps = []string{"openssl x509 -in " + c.File + " -noout -subject -enddate"}
-		}
-		// One that lives for hours only is renewed by a program.
-		soon := min(14*day, c.NotAfter.Sub(c.NotBefore)/4)
-		switch left := c.NotAfter.Sub(f.Now); {
-		case left <= 0:
-			out = append(out, fail(fmt.Sprintf("%s expired at %s; replace it, the daemon rereads the file", what, c.NotAfter.Format(time.RFC3339)), steps...)...)
-		case f.Now.Before(c.NotBefore):
-			out = append(out, fail(fmt.Sprintf("%s is valid only from %s: is the clock right?", what, c.NotBefore.Format(time.RFC3339)), steps...)...)
-		case left < soon:
-			in := fmt.Sprintf("%d days", left/day)
-			if left < 2*day {
-				in = left.Round(time.Minute).String()
-			}
-			out = append(out, warn(fmt.Sprintf("%s expires in %s", what, in), steps...)...)
-		}
 		if c.NotAfter.Before(first) {
 			first = c.NotAfter
 		}
+		what, left := fmt.Sprintf("%s (%s)", strings.TrimSpace(c.What+" "+c.File), c.Subject), c.NotAfter.Sub(f.Now)
+		var found findings
+		switch {
+		case left <= 0:
+			found = fail("%s expired at %s; replace it, the daemon rereads the file", what, c.NotAfter.Format(time.RFC3339))
+		case f.Now.Before(c.NotBefore):
+			found = fail("%s is valid only from %s: is the clock right?", what, c.NotBefore.Format(time.RFC3339))
+		case left < 2*day && left < c.NotAfter.Sub(c.NotBefore)/4: // a program renews one that lives for hours only
+			found = warn("%s expires in %s", what, left.Round(time.Minute))
+		case left >= 2*day && left < min(14*day, c.NotAfter.Sub(c.NotBefore)/4):
+			found = warn("%s expires in %d days", what, left/day)
+		}
+		if c.File != "" && found != nil {
+			found.fix("openssl x509 -in %s -noout -subject -enddate", c.File)
+		}
+		out.add(found)
 	}
-	return orOK(out, fmt.Sprintf("the first one expires at %s", first.Format(time.DateOnly)))
+	return out.orOK("the first one expires at %s", first.Format(time.DateOnly))
 }
 
-func judgeClock(f Facts) []Finding {
+func judgeClock(f Facts) findings {
 	const odd, wrong = 5 * time.Second, 5 * time.Minute
-	if f.Memory != nil && f.Memory.Saved.After(f.Now.Add(odd)) {
-		return fail(fmt.Sprintf("it says %s, but the daemon recorded something at %s: it is wrong or was set back", f.Now.UTC().Format(time.RFC3339), f.Memory.Saved.Format(time.RFC3339)), "timedatectl set-ntp true", "timedatectl status")
+	sync := []string{"timedatectl set-ntp true", "timedatectl status"}
+	if f.Persisted.Saved.After(f.Now.Add(odd)) {
+		return fail("it says %s, but the daemon recorded something at %s: it is wrong or was set back",
+			f.Now.UTC().Format(time.RFC3339), f.Persisted.Saved.Format(time.RFC3339)).steps(sync...)
 	}
 	if f.Store == nil || f.Store.OptionsErr != nil {
-		return skipped("etcd was not queried")
+		return skipped("the store was not queried")
 	}
-	var known []etcd.Endpoint
-	for _, e := range f.Store.Endpoints {
-		if e.ClockErr == nil {
-			known = append(known, e)
-		}
-	}
+	known := slices.DeleteFunc(slices.Clone(f.Store.Endpoints), func(e examine.Endpoint) bool { return e.ClockErr != nil })
 	if len(known) == 0 {
-		return skipped("no etcd endpoint returns its time")
+		return skipped("no endpoint of the store returns its time")
 	}
-	// The endpoint that agrees best counts: it may be the others that are wrong.
-	best := slices.MinFunc(known, func(a, b etcd.Endpoint) int { return int(a.Clock.Abs() - b.Clock.Abs()) })
-	way := "ahead of"
+	// The endpoint that agrees best counts: the clocks of the others may be wrong.
+	best := slices.MinFunc(known, func(a, b examine.Endpoint) int { return cmp.Compare(a.Clock.Abs(), b.Clock.Abs()) })
+	side := "ahead of"
 	if best.Clock < 0 {
-		way = "behind"
+		side = "behind"
 	}
-	reason := fmt.Sprintf("it is %s %s that of %s", best.Clock.Abs().Round(time.Second), way, best.URL)
+	reason := fmt.Sprintf("it is %s %s that of %s", best.Clock.Abs().Round(time.Second), side, best.URL)
 	switch {
 	case best.Clock.Abs() >= wrong:
-		return fail(reason+": certificates and persisted leases depend on it", "timedatectl set-ntp true", "timedatectl status")
+		return fail("%s: certificates and persisted leases depend on it", reason).steps(sync...)
 	case best.Clock.Abs() >= odd:
-		return warn(reason, "timedatectl set-ntp true", "timedatectl status")
+		return warn("%s", reason).steps(sync...)
 	}
-	return ok("agrees with etcd's to the second")
+	return ok("within a second of the store's")
 }
 
-func judgeConfig(f Facts) []Finding {
-	if why, asked := f.asked(); !asked {
-		return skipped(why)
-	}
-	x := f.Store
-	key := f.prefix() + "/config"
-	var out []Finding
+func judgeConfig(f Facts) (out findings) {
+	x, key := f.Store, f.configKey()
 	switch {
+	case x.NoConfig && f.kubeStore():
+		return fail("%s is missing, or has no key net-conf.json", key).steps(f.restoreConfig())
 	case x.NoConfig && len(x.Table.Entries) == 0:
-		return fail(fmt.Sprintf("etcd has nothing under %s/: the prefix is wrong (--etcd-prefix), or no config was written yet", f.prefix()),
-			f.etcdctl("get --prefix --keys-only --limit=20 /"), f.etcdctl(fmt.Sprintf(`put %s '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'`, key)))
+		const example = `{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}`
+		return fail("etcd has nothing under %s/: the prefix is wrong (--etcd-prefix), or no config was written yet",
+			f.prefix()).steps(f.etcdctl("get --prefix --keys-only --limit=20 /"), f.putConfig(example))
 	case x.NoConfig:
-		return fail(fmt.Sprintf("%s is missing, there are %d leases", key, len(x.Table.Entries)), f.putConfig(key))
+		return fail("%s is missing, there are %d leases", key, len(x.Table.Entries)).steps(f.restoreConfig())
 	case x.Table.ConfigErr != nil:
-		return fail(fmt.Sprintf("%s; nodes continue with the last valid one", x.Table.ConfigErr), f.putConfig(key))
+		return fail("%s; nodes continue with the last valid one", x.Table.ConfigErr).steps(f.restoreConfig())
 	}
 	if keys := subnet.UnknownKeys([]byte(x.Table.ConfigJSON)); len(keys) > 0 {
-		out = append(out, warn(fmt.Sprintf("%s has unknown keys: %s", key, few(keys)), f.etcdctl("get "+key))...)
+		out.add(warn("%s has unknown keys: %s", key, few(keys)).steps(f.showConfig()))
 	}
-	for _, fam := range x.Table.Config.Families() {
-		out = append(out, judgePool(f, x.Table, fam)...)
-	}
-	return orOK(out, describeConfig(x.Table.Config))
-}
-
-// putConfig puts back the last config that is known, or shows the one that is there.
-func (f Facts) putConfig(key string) string {
-	if f.Memory != nil && len(f.Memory.Config) > 0 {
-		if _, err := subnet.ParseConfig(f.Memory.Config); err == nil {
-			return f.etcdctl(fmt.Sprintf("put %s '%s'", key, f.Memory.Config))
-		}
-	}
-	return f.etcdctl("get " + key)
-}
-
-func describeConfig(c subnet.Config) string {
-	var nets []string
+	out.add(f.judgeInitConfig(key))
+	c := x.Table.Config
+	well, sep := "", ""
 	for _, fam := range c.Families() {
-		nets = append(nets, c.Pools.Get(fam).Network.String())
+		out.add(f.addressesInside(fam, c.Pools.Get(fam).Network))
+		well, sep = well+sep+c.Pools.Get(fam).Network.String(), " and "
 	}
-	s := fmt.Sprintf("%s, %s", strings.Join(nets, " and "), c.Backend.Type)
+	well += ", " + string(c.Backend.Type)
 	if c.Backend.Type == subnet.VXLAN {
-		s += fmt.Sprintf(", VNI %d, UDP port %d", c.Backend.VNI, c.Backend.Port)
+		well += fmt.Sprintf(", VNI %d, UDP port %d", c.Backend.VNI, c.Backend.Port)
 	}
-	return s
+	return out.orOK("%s", well)
 }
 
-// judgePool warns before there are no subnets left, and of a network that the node's own addresses are in.
-func judgePool(f Facts, t subnet.Table, fam addr.Family) []Finding {
-	p := t.Config.Pools.Get(fam)
-	var out []Finding
+// judgeInitConfig compares the config that this node was given with the one in etcd.
+func (f Facts) judgeInitConfig(key string) findings {
+	given := f.Settings.Store.Etcd.InitConfig
+	c, err := subnet.ParseConfig(given)
+	if err != nil || f.kubeStore() { // there is none; or it is wrong, which is a finding of settings
+		return nil
+	}
+	what := etcd.Overruled(f.Store.Table, c)
+	if what == "" {
+		return nil
+	}
+	var text bytes.Buffer
+	_ = json.Compact(&text, given) // it was parsed
+	return warn("%s; etcd's is in use, change it there or make --init-config the same", what).
+		fix("%s   # all nodes follow; another Network or SubnetLen gives them other subnets, and pods other addresses",
+			f.etcdctl("put %s '%s'", key, strings.ReplaceAll(text.String(), "'", `'\''`)))
+}
+
+// addressesInside finds addresses of the node inside the pod network.
+func (f Facts) addressesInside(fam addr.Family, network netip.Prefix) (out findings) {
+	own := f.Self.Subnets.Get(fam)
 	for _, a := range f.Survey.Host.Addresses {
+		ip, pods := a.Prefix.Addr(), a.Tunnel || own.Contains(a.Prefix.Addr())
 		l, _ := f.Survey.Link(a.Link)
-		if a.Tunnel || l.Kind == "bridge" || l.Kind == "vxlan" || !p.Network.Contains(a.Prefix.Addr()) || a.Prefix.Addr().IsLinkLocalUnicast() || f.Self.Subnets.Get(fam).Contains(a.Prefix.Addr()) {
+		if pods || l.Kind == "bridge" || l.Kind == "vxlan" || !network.Contains(ip) || ip.IsLinkLocalUnicast() {
 			continue
 		}
-		out = append(out, fail(fmt.Sprintf("the address %s of %s is inside the overlay network %s: the two must not overlap", a.Prefix, a.Link, p.Network), f.outOfTheNetwork(a)...)...)
+		found := fail("the address %s of %s is inside the overlay network %s: the two must not overlap",
+			a.Prefix, a.Link, network)
+		// The address stays where the node itself is reached at it, or where it may be that of pods here.
+		needed := ip == f.Underlay.By.Get(fam).Addr || slices.ContainsFunc(f.Survey.Host.Routes,
+			func(r netstate.HostRoute) bool { return r.Dst.Bits() == 0 && r.Link == a.Link })
+		if own.IsValid() && !needed {
+			found.fix("ip address del %s dev %s   # if nothing needs it, or:", a.Prefix, a.Link)
+		}
+		out.add(found.steps(f.showConfig() +
+			"   # change Network and put it back: all nodes get other subnets, and pods other addresses"))
 	}
 	return out
 }
 
-// outOfTheNetwork: the address goes, unless the node itself is reached at it or it may be that of pods here; or the pod network does.
-func (f Facts) outOfTheNetwork(a netstate.HostAddress) []string {
-	fam := addr.FamilyOf(a.Prefix.Addr())
-	needed := !f.Self.Subnets.Get(fam).IsValid() || a.Prefix.Addr() == f.Underlay.By.Get(fam).Addr || slices.ContainsFunc(f.Survey.Host.Routes, func(r netstate.HostRoute) bool {
-		return r.Dst.Bits() == 0 && r.Link == a.Link
-	})
-	other := f.etcdctl("get "+f.prefix()+"/config") + "   # change Network and put it back: all nodes get other subnets, and pods other addresses"
-	if needed {
-		return []string{other}
-	}
-	return []string{fmt.Sprintf("ip address del %s dev %s   # if nothing needs it, or:", a.Prefix, a.Link), other}
-}
-
-// judgeLeases looks for leases that are in each other's way.
-func judgeLeases(f Facts) []Finding {
-	if why, asked := f.asked(); !asked {
-		return skipped(why)
-	}
+// judgeLeases finds leases that contradict each other.
+func judgeLeases(f Facts) (out findings) {
 	var live []*subnet.Entry
-	var out []Finding
-	broken := []string{}
+	var broken []string
 	for _, e := range f.Store.Table.Entries {
 		switch {
 		case e.Blank():
 		case e.Err != nil:
-			broken = append(broken, fmt.Sprintf("%.60q: %.120s", e.Key, e.Err.Error()))
+			broken = append(broken, fmt.Sprintf("%.60q: %.120s", cmp.Or(e.Key, e.NodeName), e.Err.Error()))
 		default:
 			live = append(live, e)
 		}
 	}
-	out = append(out, atMost(f.sharedIPs(live))...)
-	out = append(out, atMost(f.overlaps(live))...)
-	out = append(out, atMost(f.clones(live))...)
-	out = append(out, f.refused(out)...)
+	out.add(f.rejected(live))
+	out.add(f.clones(live).atMost())
 	for _, e := range f.Store.Table.HarmsFlannel() {
-		fix := f.etcdctl("get --prefix " + f.prefix() + "/subnets/")
+		found := warn("the value of %.60q is not JSON: flannel nodes, of which this network has some, "+
+			"drop all their peers when such a key is written; '{}' reserves the same", e.Key)
 		if e.Blank() {
-			fix = f.etcdctl(fmt.Sprintf("put '%s/subnets/%s' '{}'", f.prefix(), e.Key)) +
-				"   # then restart flanneld on its nodes"
+			found.steps(f.etcdctl("put '%s/subnets/%s' '{}'", f.prefix(), e.Key) +
+				"   # then restart flanneld on its nodes")
+		} else {
+			found.steps(f.showLeases())
 		}
-		out = append(out, warn(fmt.Sprintf("the value of %.60q is not JSON: flannel nodes, of which this network has some, "+
-			"drop all their peers when such a key is written; '{}' reserves the same", e.Key), fix)...)
+		out.add(found)
 	}
 	if len(broken) > 0 {
-		out = append(out, warn(fmt.Sprintf("%d unreadable leases are rejected: %s", len(broken), few(broken)), f.etcdctl("get --prefix "+f.prefix()+"/subnets/"))...)
+		out.add(warn("%d unreadable leases are rejected: %s", len(broken), few(broken)).steps(f.showLeases()))
 	}
-	return orOK(out, fmt.Sprintf("%d, none in conflict", len(live)))
+	return out.orOK("%d, none in conflict", len(live))
 }
 
-// removal is how to take a lease away.
-func (f Facts) removal(e *subnet.Entry) string {
-	return f.etcdctl(fmt.Sprintf("del '%s/subnets/%s'", f.prefix(), e.Key)) + "   # if no node uses it"
-}
-
-// younger is the lease that came later: it is the one that is not believed.
-func younger(a, b *subnet.Entry) *subnet.Entry {
+// byAge are the older lease and the younger one, which is the one that is rejected.
+func byAge(a, b *subnet.Entry) (older, younger *subnet.Entry) {
 	if a.Created > b.Created {
-		return a
+		return b, a
 	}
-	return b
+	return a, b
 }
 
-// about notes which two leases findings are about.
-func about(a, b *subnet.Entry, found []Finding) []Finding {
-	for i := range found {
-		found[i].leases = []string{a.Key, b.Key}
+// rejected are the leases that this node rejects: those in conflict with another one by themselves, the others
+// together.
+func (f Facts) rejected(live []*subnet.Entry) (out findings) {
+	t := f.Store.Table
+	if t.ConfigErr != nil || f.Store.NoConfig {
+		return nil
 	}
-	return found
-}
-
-func (f Facts) sharedIPs(live []*subnet.Entry) []Finding {
-	var out []Finding
-	for _, fam := range addr.Families() {
-		first := map[netip.Addr]*subnet.Entry{}
-		for _, e := range live {
-			ip := e.PublicIP.Get(fam)
-			if !ip.IsValid() {
-				continue
-			}
-			if other := first[ip]; other != nil {
-				stale, now := other, e // a node that has the address would have written its lease again
-				if stale.Revision > now.Revision {
-					stale, now = now, stale
-				}
-				first[ip] = now
-				if stale == f.ownEntry() { // there is a node behind it: this one
-					stale = now
-				}
-				out = append(out, about(other, e, fail(fmt.Sprintf("%s (%s) and %s (%s) have the same public IP %s: peers use the "+
-					"one that was written last, %s", other.Name(), other.Key, e.Name(), e.Key, ip, now.Key), f.removal(stale)))...)
-				continue
-			}
-			first[ip] = e
+	self := f.Self
+	for _, e := range live {
+		unused := self.Subnets == addr.Per[netip.Prefix]{} && e.NodeID != ""
+		if e.Identity == f.Identity && (e.Subnets == f.Self.Subnets || unused) {
+			self = e.Lease // a daemon that can't begin yet has none, and left this one behind
 		}
 	}
-	return out
-}
-
-// overlaps finds subnets that lie in each other. Prefixes are disjoint or nested: with the widest first, the last one that is open is
-// the only one that can hold the next.
-func (f Facts) overlaps(live []*subnet.Entry) []Finding {
-	var out []Finding
-	for _, fam := range addr.Families() {
-		order := slices.DeleteFunc(slices.Clone(live), func(e *subnet.Entry) bool { return !e.Subnets.Get(fam).IsValid() })
-		slices.SortFunc(order, func(a, b *subnet.Entry) int { return addr.ComparePrefix(a.Subnets.Get(fam), b.Subnets.Get(fam)) })
-		var open *subnet.Entry
-		for _, e := range order {
-			if open != nil && open.Subnets.Get(fam).Overlaps(e.Subnets.Get(fam)) {
-				out = append(out, about(open, e, fail(fmt.Sprintf("the subnets %s of %s and %s of %s overlap: the younger lease is rejected",
-					open.Subnets.Get(fam), open.Name(), e.Subnets.Get(fam), e.Name()), f.removal(younger(open, e))))...)
-				continue
-			}
-			open = e
+	_, rejected := t.Peers(t.Config, self)
+	var names []string
+	for _, r := range rejected {
+		e := t.Find(r.Key)
+		if e == nil || e.Err != nil {
+			continue
 		}
+		what := fmt.Sprintf("%s of %s: %s", r.Key, r.Node, r.Reason)
+		if r.Cause == subnet.CauseOverlap || r.Cause == subnet.CauseSharedIP {
+			out.add(fail("rejected: %s", what).steps(f.removal(e)))
+		} else {
+			names = append(names, what)
+		}
+	}
+	out = out.atMost()
+	if len(names) > 0 {
+		out.add(warn("%d leases are rejected: %s", len(names), few(names)).fix("overlayd leases"))
 	}
 	return out
 }
 
 // clones finds machines that were copied with their machine-id, and names that two machines have.
-func (f Facts) clones(live []*subnet.Entry) []Finding {
-	var out []Finding
+func (f Facts) clones(live []*subnet.Entry) (out findings) {
 	byID, byName := map[string]*subnet.Entry{}, map[string]*subnet.Entry{}
 	for _, e := range live {
-		if e.NodeID != "" {
-			if o := byID[e.NodeID]; o != nil && o.NodeName != e.NodeName {
-				out = append(out, about(o, e, fail(fmt.Sprintf("the nodes %s and %s have the same ID %s: one is a clone of the other, with its /etc/machine-id", o.Name(), e.Name(), e.NodeID),
-					f.Service.newID()+"   # on one of the two: "+younger(o, e).Name()))...)
-			} else if o != nil {
-				out = append(out, about(o, e, warn(fmt.Sprintf("the node %s holds two leases: %s and %s", e.Name(), o.Key, e.Key), f.removal(younger(o, e))))...)
+		if o := byID[e.NodeID]; o != nil && e.NodeID != "" {
+			_, younger := byAge(o, e)
+			if o.NodeName == e.NodeName {
+				out.add(warn("the node %s holds two leases: %s and %s", e.Name(), o.Key, e.Key).steps(f.removal(younger)))
+			} else {
+				out.add(fail("the nodes %s and %s have the same ID %s: one is a clone of the other, with its /etc/machine-id",
+					o.Name(), e.Name(), e.NodeID).
+					fix("%s   # on one of the two: %s", f.Service.newID(), younger.Name()))
 			}
-			byID[e.NodeID] = e
 		}
-		if e.NodeName != "" {
-			if o := byName[e.NodeName]; o != nil && o.NodeID != e.NodeID {
-				out = append(out, about(o, e, fail(fmt.Sprintf("two machines are called %s: one has the ID %s, the other %s; or the machine was reinstalled and its old lease still exists", e.NodeName, o.NodeID, e.NodeID), f.removal(earlier(o, e))))...)
-			}
-			byName[e.NodeName] = e
+		if o := byName[e.NodeName]; o != nil && e.NodeName != "" && o.NodeID != e.NodeID {
+			older, _ := byAge(o, e)
+			out.add(fail("two machines are called %s: one has the ID %s, the other %s; or the machine was reinstalled and "+
+				"its old lease still exists", e.NodeName, o.NodeID, e.NodeID).steps(f.removal(older)))
 		}
+		byID[e.NodeID], byName[e.NodeName] = e, e
 	}
 	return out
 }
 
-func earlier(a, b *subnet.Entry) *subnet.Entry {
-	if younger(a, b) == a {
-		return b
-	}
-	return a
-}
-
-// refused are those that are not believed for another reason than what was found before.
-func (f Facts) refused(before []Finding) []Finding {
-	x := f.Store.Table
-	if x.ConfigErr != nil || f.Store.NoConfig {
-		return nil
-	}
-	self := f.Self
-	for _, e := range x.Entries {
-		if e.Err == nil && e.Identity == f.Identity &&
-			(e.Subnets == f.Self.Subnets || f.Self == subnet.Lease{} && e.NodeID != "") {
-			self = e.Lease // a daemon that can't begin yet has none, and left this one behind
-		}
-	}
-	_, refused := x.Peers(x.Config, self)
-	var names []string
-	for _, r := range refused {
-		e := x.Find(r.Key)
-		if e != nil && e.Err != nil || slices.ContainsFunc(before, func(b Finding) bool { return slices.Contains(b.leases, r.Key) }) {
-			continue
-		}
-		names = append(names, fmt.Sprintf("%s of %s: %s", r.Key, r.Node, r.Reason))
-	}
-	if len(names) == 0 {
-		return nil
-	}
-	return warn(fmt.Sprintf("%d leases are rejected: %s", len(names), few(names)), "overlayd leases")
-}
-
-func judgeOwnLease(f Facts) []Finding {
-	if why, asked := f.asked(); !asked {
-		return skipped(why)
-	}
+func judgeOwnLease(f Facts) findings {
 	if f.Identity.NodeID == "" {
 		return skipped("this node's identity is unknown")
 	}
-	own := f.ownEntry()
+	own, running := f.ownEntry(), f.Daemon.Running
 	switch {
-	case f.NoLease != "" && !f.Daemon.Running:
-		ip := f.elsewhere(own)
-		return fail(f.NoLease+": the node's address has changed, or another machine has the same name and ID (one is a clone of the other). Find out which before starting overlayd here",
-			fmt.Sprintf("ping -c 3 %s   # if another machine answers, and this one is its clone, then here:", ip), f.Service.newIdentity(), f.Service.start()+"   # if nothing answers")
+	case own == nil && f.kubeStore():
+		return f.noNodeLease()
+	case f.NoLease != "" && !running:
+		return fail("%s: the node's address has changed, or another machine has the same name and ID (one is a clone of "+
+			"the other). Find out which before starting overlayd here", f.NoLease).
+			fix("ping -c 3 %s   # if another machine answers, and this one is its clone, then here:", f.elsewhere(own)).
+			steps(f.Service.newIdentity(), f.Service.start()+"   # if nothing answers")
 	case f.NoLease != "" && own == nil:
-		return fail("this node has none, so no pod can start here", "overlayd status")
+		return fail("this node has none, so no pod can start here").fix("overlayd status")
 	case f.NoLease != "":
-		return skipped(f.NoLease)
-	case own == nil && f.Daemon.Running:
-		return fail(fmt.Sprintf("the daemon holds %s, and etcd has no lease of this node under %s/subnets/", strings.Join(f.Daemon.Status.Lease.Subnets, " and "), f.prefix()), "overlayd status")
+		return skipped("%s", f.NoLease)
+	case own == nil && running:
+		return fail("the daemon holds %s, and etcd has no lease of this node under %s/subnets/",
+			strings.Join(f.Daemon.Status.Lease.Subnets, " and "), f.prefix()).fix("overlayd status")
 	case own == nil:
-		return warn(fmt.Sprintf("etcd has no lease of this node under %s/subnets/; it gets one when overlayd starts", f.prefix()))
+		return warn("etcd has no lease of this node under %s/subnets/; it gets one when overlayd starts", f.prefix())
 	}
-	if ip, ours := f.takenOver(own); ip.IsValid() {
-		return fail(fmt.Sprintf("etcd has this node at %s, the daemon has it at %s: most likely another machine with this node's name and ID (a clone of it, with /etc/machine-id and host name) has taken the lease over, and is at %s. "+
-			"Restarting overlayd here before is fixed would only take it back for a moment", ip, ours, ip), "ping -c 3 "+ip.String()+"   # if it is another machine that answers, then there:", f.Service.newIdentity(), f.Service.restart()+"   # and after that here: the lease is back at once")
+	if theirs, ours := f.takenOver(own); theirs.IsValid() {
+		return fail("%s has this node at %s, the daemon has it at %s: most likely another machine with this node's name "+
+			"and ID (a clone of it, with /etc/machine-id and host name) has taken the lease over, and is at %s. Fix that "+
+			"first: restarting overlayd here only takes the lease back for a moment", f.storeName(), theirs, ours, theirs).
+			fix("ping -c 3 %s   # if it is another machine that answers, then there:", theirs).
+			steps(f.Service.newIdentity(), f.Service.restart()+"   # and after that here: the lease is back at once")
 	}
 	if ip := f.elsewhere(own); ip.IsValid() {
-		return fail(fmt.Sprintf("peers send to %s, which no device of this node has: its address changed", ip), f.Service.restart())
+		return fail("peers send to %s, which no device of this node has: its address changed", ip).
+			steps(f.Service.restart())
 	}
 	if own.Subnets != f.Self.Subnets {
-		return fail(fmt.Sprintf("etcd has %s, but this node uses %s", own.Key, subnet.FormatKey(f.Self.Subnets)), "overlayd status")
+		return fail("%s has %s, but this node uses %s", f.storeName(), own.Key, subnet.FormatKey(f.Self.Subnets)).fix("overlayd status")
 	}
-	return ok(own.Key)
+	return ok("%s", own.Key)
 }
 
-// takenOver finds out whether somebody else wrote this node's lease: it has another public IP than the daemon, which would have put
-// that right at once, and no device here has it.
+// takenOver finds out whether another machine wrote this node's lease: the lease has another public IP than the daemon,
+// which would have corrected that at once, and no device here has it.
 func (f Facts) takenOver(own *subnet.Entry) (theirs, ours netip.Addr) {
-	if !f.Daemon.Running || f.Errs["devices"] != nil {
+	if !f.Daemon.Running || f.Errs[readDevices] != nil {
 		return theirs, ours
 	}
-	for _, text := range f.Daemon.Status.Interface.PublicIPs {
-		ours, err := netip.ParseAddr(text)
-		if err != nil {
-			continue
-		}
-		theirs := own.PublicIP.Get(addr.FamilyOf(ours))
-		if theirs.IsValid() && theirs != ours && !f.Survey.Host.Has(theirs) {
+	for _, fam := range addr.Families() {
+		theirs, ours = own.PublicIP.Get(fam), f.Underlay.PublicIP.Get(fam)
+		if theirs.IsValid() && ours.IsValid() && theirs != ours && !f.Survey.Host.Has(theirs) {
 			return theirs, ours
 		}
 	}
 	return netip.Addr{}, netip.Addr{}
 }
 
-// putBackend puts the network config with another value for a key of Backend; "": it is not known.
+// putBackend writes the network config with another value for a key of Backend; "": it is not known.
 func (f Facts) putBackend(name string, value any) string {
-	if f.Store == nil || f.Store.Table.ConfigJSON == "" {
+	var doc jsonobject.Object
+	if f.Store == nil || json.Unmarshal([]byte(f.Store.Table.ConfigJSON), &doc) != nil {
 		return ""
 	}
-	doc, ok := withBackend(f.Store.Table.ConfigJSON, name, value)
-	if !ok {
+	b := jsonobject.Object{{Key: "Type", Value: json.RawMessage(`"vxlan"`)}} // the default
+	err := errors.Join(doc.Decode("Backend", &b, "an object"), b.Put(name, value))
+	err = errors.Join(err, doc.Put("Backend", b))
+	text, wrong := json.Marshal(doc)
+	if err != nil || wrong != nil {
 		return ""
 	}
-	return f.etcdctl(fmt.Sprintf("put %s/config '%s'", f.prefix(), strings.ReplaceAll(doc, "'", `'\''`)))
-}
-
-// withBackend is the network config with another value for a key of Backend, on one line. Letter case of its keys does
-// not matter.
-func withBackend(config, name string, value any) (string, bool) {
-	var doc map[string]any
-	if json.Unmarshal([]byte(config), &doc) != nil {
-		return "", false
-	}
-	key := spelled(doc, "Backend")
-	b, _ := doc[key].(map[string]any)
-	if b == nil {
-		b = map[string]any{"Type": "vxlan"}
-	}
-	b[spelled(b, name)] = value
-	doc[key] = b
-	out, err := json.Marshal(doc)
-	return string(out), err == nil
-}
-
-// spelled is how a document writes a key.
-func spelled(doc map[string]any, key string) string {
-	for k := range doc {
-		if strings.EqualFold(k, key) {
-			return k
-		}
-	}
-	return key
+	return f.putConfig(string(text))
 }

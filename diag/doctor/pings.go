@@ -7,13 +7,17 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
+
+	"github.com/overlayd/overlayd/internal/ping"
 )
 
-// PingFacts is what came of pinging peers the way that pods' packets go.
+// PingFacts is what came of pinging peers by the path of pods' packets.
 type PingFacts struct {
-	Err     error // why nothing was pinged
+	Err     error // why none was pinged
 	FullErr error // why not with full packets
+	Size    int   // bytes of a full packet: the pod MTU
 	Sample  []pinged
 	Of      int // peers that could be pinged
 	// Largest is, for one peer that only small packets reach, the largest that does.
@@ -28,14 +32,17 @@ type pinged struct {
 	peer
 	small, full Pong
 	sized       bool // a full packet was tried
-	mute        bool // it ignores pings, but refuses datagrams
+	mute        bool // it ignores pings, but rejects datagrams
 }
 
-func (p pinged) answers() bool { return p.small.answered() }
-func (p pinged) refused() bool { return p.sized && p.full.refused() }
+func (p pinged) answers() bool  { return p.small.answered() }
+func (p pinged) rejected() bool { return p.sized && p.full.rejected() }
 func (p pinged) hole() bool {
-	return p.sized && p.answers() && p.full.Sent > 0 && !p.full.answered() && !p.full.refused()
+	return p.sized && p.answers() && p.full.Sent > 0 && !p.full.answered() && !p.full.rejected()
 }
+
+// Pong is what came back from one address.
+type Pong ping.Outcome
 
 func (p Pong) answered() bool { return p.Sent > p.Lost }
 
@@ -48,193 +55,157 @@ func (p Pong) plus(q Pong) Pong {
 	return p
 }
 
-// refused: nothing left this node.
-func (p Pong) refused() bool { return p.Err != nil && !p.answered() }
+// rejected: the kernel sent nothing.
+func (p Pong) rejected() bool { return p.Err != nil && !p.answered() }
 
 const (
 	sampleSize = 32
 	smallSize  = 64 // bytes, with the IP header
 	pingCount  = 2
+	pingFor    = 500 * time.Millisecond // for the last answer
 
 	// What is lost by chance must not look like what is too large.
 	searchCount = 3 // packets of one size
 	searchFor   = 2 * time.Second
 )
 
-// longest is how long that many packets may take on a machine which is overloaded, with the wait for the last answer. Outcomes are worth
-// nothing before that is over, so that it is ample; on other machines it does not matter.
-func longest(packets int) time.Duration {
+// send pings, or knocks. How long it may take is ample, for machines that are overloaded: what came before the end says
+// nothing.
+func (p Ping) send(ctx context.Context, to []netip.Addr, size, count int, knock bool) ([]ping.Outcome, error) {
 	const each = 50 * time.Millisecond
-	return pingFor + time.Duration(packets)*each
-}
-
-// slow says what it means where that did not suffice.
-func slow(err error, packets int) error {
+	longest := pingFor + time.Duration(len(to)*count)*each
+	ctx, cancel := context.WithTimeout(ctx, longest)
+	defer cancel()
+	out, err := p(ctx, to, size, count, pingFor, knock)
 	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("the pings took longer than %v: is the machine overloaded?", longest(packets))
+		err = fmt.Errorf("the pings took longer than %v: is the machine overloaded?", longest)
 	}
-	return err
+	return out, err
 }
 
-// errNobody says that there is no peer to ping.
-var errNobody = errors.New("no other node is known")
+// errNoPeer says that there is no peer to ping.
+var errNoPeer = errors.New("no other node is known")
 
-// ping asks a sample of the peers: those that already have a problem first.
-func (f *Facts) ping(ctx context.Context, o Options) {
+// pingPeers asks a sample of the peers: those that already have a problem first.
+func pingPeers(ctx context.Context, o Options, f Facts) PingFacts {
+	sample, of := f.sample()
+	p := PingFacts{Of: of, Size: f.podMTU()}
 	switch {
 	case o.Ping == nil:
-		f.Pings.Err = errors.New("this build cannot ping")
-		return
+		p.Err = errors.New("this build cannot ping")
 	case f.Privileges != nil:
-		f.Pings.Err = f.Privileges
-		return
+		p.Err = f.Privileges
+	case len(sample) == 0:
+		p.Err = errNoPeer
 	}
-	sample := f.sample()
-	if len(sample) == 0 {
-		f.Pings.Err = errNobody
-		return
+	if p.Err != nil {
+		return p
 	}
-	packets := len(sample) * pingCount
-	pinging, cancel := context.WithTimeout(ctx, longest(packets))
-	defer cancel()
-	full := sample[0].full
 	to := make([]netip.Addr, 0, len(sample))
-	for _, p := range sample {
-		to = append(to, p.target)
+	for _, x := range sample {
+		to = append(to, x.target)
 	}
-	type answer struct {
-		pongs []Pong
-		err   error
+	var small, full []ping.Outcome
+	var wg sync.WaitGroup
+	wg.Go(func() { small, p.Err = o.Ping.send(ctx, to, smallSize, pingCount, false) })
+	if p.Size > 0 {
+		wg.Go(func() { full, p.FullErr = o.Ping.send(ctx, to, p.Size, pingCount, false) })
 	}
-	small, large := make(chan answer, 1), make(chan answer, 1)
-	go func() {
-		pongs, err := o.Ping(pinging, to, smallSize, pingCount, pingFor)
-		small <- answer{pongs, err}
-	}()
-	go func() {
-		if full == 0 {
-			large <- answer{}
-			return
+	wg.Wait()
+	if p.Err != nil {
+		return p
+	}
+	for _, x := range sample {
+		q := pinged{peer: x, small: find(small, x.target), sized: p.Size > 0 && p.FullErr == nil}
+		if q.sized {
+			q.full = find(full, x.target)
 		}
-		pongs, err := o.Ping(pinging, to, full, pingCount, pingFor)
-		large <- answer{pongs, err}
-	}()
-	a, b := <-small, <-large
-	if a.err != nil {
-		f.Pings.Err = slow(a.err, packets)
-		return
+		p.Sample = append(p.Sample, q)
 	}
-	f.Pings.FullErr = slow(b.err, packets)
-	for _, p := range sample {
-		q := pinged{peer: p, small: find(a.pongs, p.target)}
-		if full > 0 && b.err == nil {
-			q.full, q.sized = find(b.pongs, p.target), true
+	silent := func(x pinged) bool { return !x.answers() && !x.small.rejected() }
+	for x, pong := range p.again(ctx, o.Ping, silent, smallSize, pingCount, true) {
+		if pong.answered() {
+			x.small, x.mute, x.sized = pong, true, false
 		}
-		f.Pings.Sample = append(f.Pings.Sample, q)
 	}
-	f.knock(ctx, o)
-	if f.recheck(ctx, o, full) {
-		f.findLargest(ctx, o, full)
+	for x, pong := range p.again(ctx, o.Ping, pinged.hole, p.Size, searchCount, false) {
+		x.full = x.full.plus(pong)
 	}
+	if slices.ContainsFunc(p.Sample, pinged.hole) {
+		p.findLargest(ctx, o)
+	}
+	return p
 }
 
-// knock tries those that answer no ping with datagrams to a closed port.
-func (f *Facts) knock(ctx context.Context, o Options) {
+// again sends more packets to those of the sample that need it, and gives what came back.
+func (p *PingFacts) again(ctx context.Context, by Ping, need func(pinged) bool, size, count int, knock bool,
+) map[*pinged]Pong {
 	var to []netip.Addr
-	for _, p := range f.Pings.Sample {
-		if !p.answers() && !p.small.refused() {
-			to = append(to, p.target)
+	for _, x := range p.Sample {
+		if need(x) {
+			to = append(to, x.target)
 		}
 	}
-	if len(to) == 0 || o.Knock == nil {
-		return
+	out := map[*pinged]Pong{}
+	if len(to) == 0 {
+		return out
 	}
-	ctx, cancel := context.WithTimeout(ctx, longest(len(to)*pingCount))
-	defer cancel()
-	pongs, err := o.Knock(ctx, to, smallSize, pingCount, pingFor)
-	if err != nil {
-		return
-	}
-	for i := range f.Pings.Sample {
-		if p, pong := &f.Pings.Sample[i], find(pongs, f.Pings.Sample[i].target); !p.answers() && pong.answered() {
-			p.small, p.mute, p.sized = pong, true, false
+	outcomes, err := by.send(ctx, to, size, count, knock)
+	for i := range p.Sample {
+		if x := &p.Sample[i]; err == nil && need(*x) {
+			out[x] = find(outcomes, x.target)
 		}
 	}
+	return out
 }
 
-func find(pongs []Pong, a netip.Addr) Pong {
-	i := slices.IndexFunc(pongs, func(p Pong) bool { return p.Addr == a })
+func find(outcomes []ping.Outcome, a netip.Addr) Pong {
+	i := slices.IndexFunc(outcomes, func(o ping.Outcome) bool { return o.Addr == a })
 	if i < 0 {
 		return Pong{Addr: a}
 	}
-	return pongs[i]
+	return Pong(outcomes[i])
 }
 
-func (f *Facts) sample() []peer {
+// sample are some of the peers that can be pinged, and how many can.
+func (f Facts) sample() (sample []peer, of int) {
 	var odd, rest []peer
 	for _, p := range f.Peers {
-		if !p.target.IsValid() || p.way != "tunnel" && p.way != "direct" {
-			continue
-		}
-		if p.reason != "" || p.odd {
+		switch {
+		case !p.target.IsValid() || !p.reachable():
+		case p.reason != "" || p.odd:
 			odd = append(odd, p)
-		} else {
+		default:
 			rest = append(rest, p)
 		}
 	}
-	f.Pings.Of = len(odd) + len(rest)
 	rand.Shuffle(len(rest), func(i, j int) { rest[i], rest[j] = rest[j], rest[i] })
-	odd = append(odd, rest...)
-	return odd[:min(len(odd), sampleSize)]
+	all := slices.Concat(odd, rest)
+	return all[:min(len(all), sampleSize)], len(all)
 }
 
-// recheck sends more full packets to the peers that got none. It reports whether a hole is left that is worth a search.
-func (f *Facts) recheck(ctx context.Context, o Options, full int) bool {
-	var to []netip.Addr
-	for _, p := range f.Pings.Sample {
-		if p.hole() {
-			to = append(to, p.target)
-		}
-	}
-	if len(to) == 0 {
-		return false
-	}
-	ctx, cancel := context.WithTimeout(ctx, longest(len(to)*searchCount))
-	defer cancel()
-	pongs, err := o.Ping(ctx, to, full, searchCount, pingFor)
-	if err != nil {
-		return false
-	}
-	for i := range f.Pings.Sample {
-		if p := &f.Pings.Sample[i]; p.hole() {
-			p.full = p.full.plus(find(pongs, p.target))
-		}
-	}
-	return slices.ContainsFunc(f.Pings.Sample, pinged.hole)
-}
-
-// findLargest looks for the largest packet that gets through to one peer of a black hole, by halves. The size that seems to be too large
-// in the end is tried once more: if it gets through, the search goes on above it.
-func (f *Facts) findLargest(ctx context.Context, o Options, full int) {
-	p := &f.Pings.Sample[slices.IndexFunc(f.Pings.Sample, pinged.hole)]
+// findLargest looks for the largest packet that gets through to one peer of a black hole, by halves. The size that
+// seems to be too large in the end is tried once more: if it gets through, the search goes on above it.
+func (p *PingFacts) findLargest(ctx context.Context, o Options) {
+	x := &p.Sample[slices.IndexFunc(p.Sample, pinged.hole)]
 	ctx, cancel := context.WithTimeout(ctx, searchFor)
 	defer cancel()
-	wait := max(4*p.small.RTT, 100*time.Millisecond)
-	largest := &f.Pings.Largest
-	largest.Peer, largest.Size = p.peer, smallSize
-	for tooLarge := full; largest.Size < full && !largest.Exact; {
+	wait := max(4*x.small.RTT, 100*time.Millisecond)
+	largest := &p.Largest
+	largest.Peer, largest.Size = x.peer, smallSize
+	for tooLarge := p.Size; largest.Size < p.Size && !largest.Exact; {
 		size := max((largest.Size+tooLarge)/2, largest.Size+1)
-		pongs, err := o.Ping(ctx, []netip.Addr{p.target}, size, searchCount, wait)
+		pongs, err := o.Ping(ctx, []netip.Addr{x.target}, size, searchCount, wait, false)
 		if err != nil || ctx.Err() != nil { // what is left is not known
 			return
 		}
-		pong := find(pongs, p.target)
-		if size == full {
-			p.full = p.full.plus(pong)
+		pong := find(pongs, x.target)
+		if size == p.Size {
+			x.full = x.full.plus(pong)
 		}
 		switch {
 		case pong.answered() && size == tooLarge:
-			largest.Size, tooLarge = size, full
+			largest.Size, tooLarge = size, p.Size
 		case pong.answered():
 			largest.Size = size
 		default:

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/overlayd/overlayd/internal/ping"
 )
 
 // wire is a network that pings go through: each packet takes its time to send, and what passes is answered at once.
@@ -17,8 +19,10 @@ type wire struct {
 	rtt    time.Duration
 }
 
-func (w wire) ping(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Pong, error) {
-	out := make([]Pong, len(to))
+func (w wire) ping(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration, knock bool) (
+	[]ping.Outcome, error,
+) {
+	out := make([]ping.Outcome, len(to))
 	lost := false
 	sleep := func(d time.Duration) {
 		select {
@@ -30,7 +34,7 @@ func (w wire) ping(ctx context.Context, to []netip.Addr, size, count int, wait t
 		for i, a := range to {
 			out[i].Addr, out[i].RTT = a, w.rtt
 			out[i].Sent++
-			if !w.passes(a, size) {
+			if !w.passes(a, size) || knock {
 				out[i].Lost++
 				lost = true
 			}
@@ -52,7 +56,7 @@ func (w wire) pinged(t *testing.T, peers int) Facts {
 		p.target = p.target.Next()
 		f.Peers = append(f.Peers, p)
 	}
-	synctest.Test(t, func(t *testing.T) { f.ping(t.Context(), Options{Ping: w.ping}) })
+	synctest.Test(t, func(t *testing.T) { f.Pings = pingPeers(t.Context(), Options{Ping: w.ping}, f) })
 	return f
 }
 
@@ -65,7 +69,10 @@ func TestPingsOnSlowMachine(t *testing.T) {
 		t.Errorf("%+v", x)
 	}
 	f = wire{each: time.Second, passes: none}.pinged(t, 40)
-	if x := judgePings(f); x[0].Mark != Skipped || !strings.Contains(x[0].Reason, "took longer than 3.7s: is the machine overloaded?") {
+	if x := judgePings(
+		f,
+	); x[0].Mark != Skipped ||
+		!strings.Contains(x[0].Reason, "took longer than 3.7s: is the machine overloaded?") {
 		t.Errorf("%+v", x)
 	}
 }
@@ -73,7 +80,8 @@ func TestPingsOnSlowMachine(t *testing.T) {
 // Packets that are lost by chance are no black hole, and don't make one look smaller than it is.
 func TestBlackHoleAndLoss(t *testing.T) {
 	t.Parallel()
-	lose := func(n int, size func(int) bool, limit int) wire { // the first n packets of some sizes are lost, and all above the limit
+	// the first n packets of some sizes are lost, and all above the limit
+	lose := func(n int, size func(int) bool, limit int) wire {
 		return wire{each: time.Millisecond, passes: func(_ netip.Addr, s int) bool {
 			if s > smallSize && size(s) && n > 0 {
 				n--
@@ -114,7 +122,8 @@ func TestSearchDoesNotEnd(t *testing.T) {
 	slow := wire{passes: func(_ netip.Addr, size int) bool { return size <= 1400 }, rtt: 150 * time.Millisecond}
 	f := slow.pinged(t, 1)
 	x := judgeBlackHole(f)
-	if f.Pings.Largest.Exact || f.Pings.Largest.Size <= smallSize || !strings.Contains(x[0].Reason, "at least") || strings.Contains(strings.Join(x[0].Fix, ""), "put") {
+	if f.Pings.Largest.Exact || f.Pings.Largest.Size <= smallSize || !strings.Contains(x[0].Reason, "at least") ||
+		strings.Contains(strings.Join(x[0].Fix, ""), "put") {
 		t.Errorf("%+v %+v", f.Pings.Largest, x)
 	}
 }
@@ -125,12 +134,16 @@ func TestFullPacketsFail(t *testing.T) {
 	f := healthy(t)
 	f.Pings = PingFacts{}
 	w := wire{passes: func(netip.Addr, int) bool { return true }}
-	f.ping(t.Context(), Options{Ping: func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Pong, error) {
-		if size > smallSize {
-			return nil, errors.New("no memory")
-		}
-		return w.ping(ctx, to, size, count, wait)
-	}})
+	f.Pings = pingPeers(t.Context(), Options{
+		Ping: func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration, knock bool) (
+			[]ping.Outcome, error,
+		) {
+			if size > smallSize {
+				return nil, errors.New("no memory")
+			}
+			return w.ping(ctx, to, size, count, wait, knock)
+		},
+	}, f)
 	if x := judgeBlackHole(f); x[0].Mark != Skipped || x[0].Reason != "no memory" {
 		t.Errorf("%+v", x)
 	}
@@ -145,13 +158,17 @@ func TestPeerIgnoresPings(t *testing.T) {
 	pings := wire{passes: func(to netip.Addr, _ int) bool { return to != first }}
 	var knockedAt []netip.Addr
 	synctest.Test(t, func(t *testing.T) {
-		f.ping(t.Context(), Options{
-			Ping: pings.ping,
-			Knock: func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration) ([]Pong, error) {
+		f.Pings = pingPeers(t.Context(), Options{
+			Ping: func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration, knock bool) (
+				[]ping.Outcome, error,
+			) {
+				if !knock {
+					return pings.ping(ctx, to, size, count, wait, false)
+				}
 				knockedAt = append(knockedAt, to...)
-				return wire{passes: func(netip.Addr, int) bool { return true }}.ping(ctx, to, size, count, wait)
+				return wire{passes: func(netip.Addr, int) bool { return true }}.ping(ctx, to, size, count, wait, false)
 			},
-		})
+		}, f)
 	})
 	if len(knockedAt) != 1 || knockedAt[0] != first {
 		t.Errorf("knocked at %v", knockedAt)

@@ -4,14 +4,12 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"unicode/utf8"
 )
 
 // Style is how to print a report.
 type Style struct {
 	Colour   bool
 	Problems bool // only what is not as it should be
-	Width    int  // of a line, at which reasons are folded; 0 folds none
 }
 
 const (
@@ -42,16 +40,9 @@ func (r Report) Print(w io.Writer, s Style) error {
 		if f.Mark == Skipped {
 			reason = "not checked: " + reason
 		}
-		indent := strings.Repeat(" ", 4+2+longest+2)
-		for i, line := range fold(reason, s.Width-len(indent)) {
-			if i == 0 {
-				fmt.Fprintf(&b, "%s  %-*s  %s\n", s.mark(f.Mark), longest, f.Check, line)
-			} else {
-				fmt.Fprintf(&b, "%s%s\n", indent, line)
-			}
-		}
+		fmt.Fprintf(&b, "%s  %-*s  %s\n", s.mark(f.Mark), longest, f.Check, reason)
 		for _, m := range f.Fix {
-			fmt.Fprintf(&b, "%sfix: %s\n", indent, m)
+			fmt.Fprintf(&b, "%*sfix: %s\n", 4+2+longest+2, "", m)
 		}
 		if f.Fixable {
 			fixable++
@@ -64,21 +55,4 @@ func (r Report) Print(w io.Writer, s Style) error {
 	b.WriteString("\n")
 	_, err := io.WriteString(w, b.String())
 	return err
-}
-
-// fold breaks a text at spaces.
-func fold(text string, width int) []string {
-	const least = 40
-	if width < least {
-		return []string{text}
-	}
-	var out []string
-	line := ""
-	for word := range strings.FieldsSeq(text) {
-		if line != "" && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width {
-			out, line = append(out, line), ""
-		}
-		line = strings.TrimPrefix(line+" "+word, " ")
-	}
-	return append(out, line)
 }

@@ -1,8 +1,12 @@
 package doctor
 
-import "fmt"
+import (
+	"cmp"
+	"fmt"
+)
 
-// Service is how the daemon is run here: as a pod of Kubernetes where both are given, else as systemd's overlayd.service.
+// Service is how the daemon is run here: as a pod of Kubernetes where both are given, else as systemd's
+// overlayd.service.
 type Service struct {
 	Namespace, Pod string
 }
@@ -17,7 +21,7 @@ func (s Service) restart() string {
 	return "systemctl restart overlayd"
 }
 
-// start is the command that starts it. A pod that is there and without its daemon has to be made anew.
+// start is the command that starts it. A pod that is there and without its daemon has to be recreated.
 func (s Service) start() string {
 	if s.inKubernetes() {
 		return s.restart()
@@ -28,25 +32,25 @@ func (s Service) start() string {
 // log shows the end of its log.
 func (s Service) log() string {
 	if s.inKubernetes() {
-		return fmt.Sprintf("kubectl -n %s logs %s -c overlayd --tail 50", s.Namespace, s.Pod)
+		return s.wholeLog() + " --tail 50"
 	}
-	return "journalctl -u overlayd -n 50"
+	return s.wholeLog() + " -n 50"
 }
 
-// logOf shows the last lines of its log with a text in them.
-func (s Service) logOf(text string) string {
+func (s Service) wholeLog() string {
 	if s.inKubernetes() {
-		return fmt.Sprintf("kubectl -n %s logs %s -c overlayd | grep '%s' | tail -n 20", s.Namespace, s.Pod, text)
+		return fmt.Sprintf("kubectl -n %s logs %s -c overlayd", s.Namespace, s.Pod)
 	}
-	return fmt.Sprintf("journalctl -u overlayd -g '%s' -n 20", text)
+	return "journalctl -u overlayd"
 }
 
 // set gives it a setting, and restarts it. In Kubernetes that is for all nodes.
 func (s Service) set(file, variable, value string) string {
 	if s.inKubernetes() {
-		return fmt.Sprintf("kubectl -n %s set env daemonset/overlayd %s=%s   # for all nodes, until the next apply: put it into overlayd.env, or into the chart's values", s.Namespace, variable, value)
+		return fmt.Sprintf("kubectl -n %s set env daemonset/overlayd %s=%s   # for all nodes, until the next apply: "+
+			"put it into overlayd.env, or into the chart's values", s.Namespace, variable, value)
 	}
-	return fmt.Sprintf("echo %s=%s >> %s && %s", variable, value, orDefault(file, "/etc/overlayd/overlayd.env"), s.restart())
+	return fmt.Sprintf("echo %s=%s >> %s && %s", variable, value, cmp.Or(file, "/etc/overlayd/overlayd.env"), s.restart())
 }
 
 // other restarts the daemon on another machine, on which a shell is open.
@@ -62,7 +66,8 @@ func (s Service) newID() string {
 	return "rm /etc/machine-id && systemd-machine-id-setup && " + s.other()
 }
 
-// newIdentity gives a machine that is a copy of another one a name and an ID of its own. Kubernetes has its own name for it.
+// newIdentity gives a machine that is a copy of another one a name and an ID of its own. Kubernetes has its own name
+// for it.
 func (s Service) newIdentity() string {
 	if s.inKubernetes() {
 		return s.newID()

@@ -12,9 +12,13 @@ import (
 // that the tunnel is bound to, or if it is bound to none, those of the default route. A tunnel device of ours is none.
 func (f Facts) uplinks(fam addr.Family) []netstate.SurveyLink {
 	var out []netstate.SurveyLink
+	seen := map[string]bool{}
 	add := func(name string) {
-		l, there := f.Survey.Link(name)
-		if there && !l.Tunnel && !slices.ContainsFunc(out, func(o netstate.SurveyLink) bool { return o.Name == name }) {
+		if seen[name] {
+			return
+		}
+		seen[name] = true
+		if l, exists := f.Survey.Link(name); exists && !l.Tunnel {
 			out = append(out, l)
 		}
 	}
@@ -28,7 +32,7 @@ func (f Facts) uplinks(fam addr.Family) []netstate.SurveyLink {
 	if u := f.Underlay.By.Get(fam); u.Device != "" {
 		add(u.Device)
 	} else if u.Addr.IsValid() {
-		routes(unspecified(fam))
+		routes(map[addr.Family]netip.Addr{addr.IPv4: netip.IPv4Unspecified(), addr.IPv6: netip.IPv6Unspecified()}[fam])
 	}
 	for _, p := range f.Peers {
 		if p.publicIP.IsValid() && addr.FamilyOf(p.publicIP) == fam {
@@ -36,13 +40,6 @@ func (f Facts) uplinks(fam addr.Family) []netstate.SurveyLink {
 		}
 	}
 	return out
-}
-
-func unspecified(fam addr.Family) netip.Addr {
-	if fam == addr.IPv4 {
-		return netip.IPv4Unspecified()
-	}
-	return netip.IPv6Unspecified()
 }
 
 // arrivals are the devices on which packets of other nodes arrive: the one that has the address which they are sent to,
@@ -53,7 +50,7 @@ func (f Facts) arrivals(fam addr.Family) []netstate.SurveyLink {
 		if a.Prefix.Addr() != at {
 			continue
 		}
-		if l, there := f.Survey.Link(a.Link); there && !l.Loopback && l.Kind != "dummy" && !l.Tunnel {
+		if l, exists := f.Survey.Link(a.Link); exists && !l.Loopback && l.Kind != "dummy" && !l.Tunnel {
 			return []netstate.SurveyLink{l}
 		}
 	}
@@ -72,12 +69,4 @@ func (f Facts) reachedAt(fam addr.Family) netip.Addr {
 // leavesBy reports whether a device leads to an address.
 func (f Facts) leavesBy(device string, to netip.Addr) bool {
 	return slices.ContainsFunc(f.Survey.Host.NextHops(to), func(r netstate.HostRoute) bool { return r.Link == device })
-}
-
-func namesOf(links []netstate.SurveyLink) []string {
-	var out []string
-	for _, l := range links {
-		out = append(out, l.Name)
-	}
-	return out
 }

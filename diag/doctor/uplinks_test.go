@@ -139,7 +139,7 @@ func TestUplinks(t *testing.T) {
 		},
 		"two uplinks, one is down": {
 			multipath, down("eth1"), "interface", Warn,
-			"1 of the 2 devices that lead to the other nodes: eth1 is down", "ip link set eth1 up",
+			"eth1, which leads to the other nodes, is down", "ip link set eth1 up",
 		},
 		"two uplinks, MTU": {
 			multipath,
@@ -149,14 +149,22 @@ func TestUplinks(t *testing.T) {
 		},
 		"address on lo, both are down": {
 			routed, down("eth0", "eth1"), "interface", Fail,
-			"no device leads to the other nodes", "ip link set eth0 up",
+			"eth0, which leads to the other nodes, is down", "ip link set eth0 up",
 		},
 		"address on lo, it is gone": {
 			routed,
 			func(f *Facts) {
 				f.Survey.Host.Addresses = nil
 				f.Survey.Host = f.Survey.Host.Indexed()
-			}, "interface", Fail, "no device has the address 10.255.0.1 any longer", "",
+			}, "interface", Fail, "this node no longer has the address 10.255.0.1", "",
+		},
+		"address on lo, it is gone and one device is down": {
+			routed,
+			func(f *Facts) {
+				down("eth1")(f)
+				f.Survey.Host.Addresses = nil
+				f.Survey.Host = f.Survey.Host.Indexed()
+			}, "interface", Fail, "this node no longer has the address 10.255.0.1", "systemctl restart overlayd",
 		},
 		"address on lo, no route": {
 			routed,
@@ -185,7 +193,7 @@ func TestUplinks(t *testing.T) {
 				f.Survey.Host.Links = []netstate.HostLink{{Name: "overlay.1", Tunnel: true}}
 				f.Survey.Host.Routes = []netstate.HostRoute{{Dst: prefixOf("0.0.0.0/0"), Link: "overlay.1"}}
 				f.Survey.Host = f.Survey.Host.Indexed()
-			}, "routes", Fail, "the route to 0.0.0.0/0 by overlay.1 leads the tunnel's own packets into the tunnel",
+			}, "routes", Fail, "the route to 0.0.0.0/0 by overlay.1, metric 0, belongs to another program and leads the tunnel's own packets into",
 			"ip route del 0.0.0.0/0 dev overlay.1 metric 0",
 		},
 	} {

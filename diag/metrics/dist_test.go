@@ -72,7 +72,8 @@ func TestDocumentation(t *testing.T) {
 func TestDocumentedAlerts(t *testing.T) {
 	t.Parallel()
 	want := alerts(t)
-	found := regexp.MustCompile("(?m)^\\| `(Overlayd\\w+)` \\| (page|ticket) \\|").FindAllStringSubmatch(read(t, document), -1)
+	found := regexp.MustCompile("(?m)^\\| `(Overlayd\\w+)` \\| (page|ticket) \\|").
+		FindAllStringSubmatch(read(t, document), -1)
 	got := map[string]string{}
 	for _, m := range found {
 		got[m[1]] = m[2]
@@ -86,7 +87,8 @@ func TestDocumentedAlerts(t *testing.T) {
 func alerts(t *testing.T) map[string]string {
 	t.Helper()
 	out := map[string]string{}
-	for _, m := range regexp.MustCompile(`(?s)- alert: (\w+)\n.*?severity: (\w+)\n`).FindAllStringSubmatch(read(t, rulesFile), -1) {
+	for _, m := range regexp.MustCompile(`(?s)- alert: (\w+)\n.*?severity: (\w+)\n`).FindAllStringSubmatch(read(t,
+		rulesFile), -1) {
 		out[m[1]] = m[2]
 	}
 	if n := strings.Count(read(t, rulesFile), "- alert:"); n == 0 || n != len(out) {
@@ -151,8 +153,8 @@ var (
 	matcher    = regexp.MustCompile(`([a-z]+)(=~|!~|!=|=)\\?"([^"\\]*)\\?"`)
 )
 
-// mentions holds a text with expressions against the metrics that there are: their names, labels, and the values of labels that are
-// words of our own.
+// mentions holds a text with expressions against the metrics that there are: their names, labels, and the values of
+// labels that are words of our own.
 func mentions(t *testing.T, where, text string) {
 	t.Helper()
 	own, rest := all(t)

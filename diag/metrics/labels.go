@@ -9,39 +9,31 @@ import (
 )
 
 const (
-	// longestLabel bounds label values, in bytes. The longest host name that Linux knows has 64.
+	// longestLabel bounds label values, in bytes. Linux host names have at most 64.
 	longestLabel = 64
-	// mostValues bounds how many values a label has that stems from a map. All of them are words of our own, far fewer than this.
+	// mostValues bounds the number of values of a label that is read from a map.
 	mostValues = 32
-	// others is the value under which the rest is added up.
+	// others is the label value for the sum of the rest.
 	others = "other"
 )
 
-// clean makes a text fit for a label: some come from other nodes, who may write what they like into their leases. What doesn't print
-// (line ends, the escapes of terminals, bytes that are no UTF-8, marks that turn the direction of writing) becomes U+FFFD.
+// clean makes a text safe for a label: other nodes may write anything into their leases. Unprintable characters (line
+// ends, terminal escapes, invalid UTF-8, bidirectional marks) become U+FFFD.
 func clean(s string) string {
-	if len(s) > longestLabel {
-		s = s[:longestLabel]
-		for len(s) > longestLabel-utf8.UTFMax { // not in the middle of a character
-			if r, size := utf8.DecodeLastRuneInString(s); r != utf8.RuneError || size != 1 {
-				break
-			}
-			s = s[:len(s)-1]
+	var out strings.Builder
+	for _, r := range s {
+		if !unicode.IsPrint(r) {
+			r = utf8.RuneError
 		}
-	}
-	out := strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
+		if out.Len()+utf8.RuneLen(r) > longestLabel {
+			break
 		}
-		return utf8.RuneError
-	}, s)
-	if len(out) > longestLabel { // each U+FFFD is longer than the byte that it stands for
-		return clean(out)
+		out.WriteRune(r)
 	}
-	return out
+	return out.String()
 }
 
-// each gives the values of a map by key, and adds up what is beyond mostValues.
+// each emits the values of a map by key, and adds up those beyond mostValues.
 func each[N int | int64](m map[string]N, give emit) {
 	keys := slices.Sorted(maps.Keys(m))
 	var rest N

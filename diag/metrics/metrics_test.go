@@ -31,10 +31,14 @@ var update = flag.Bool("update", false, "write the golden text and the table of 
 func full() status.Node {
 	at := time.Date(2026, 1, 1, 1, 2, 3, 500e6, time.UTC)
 	return status.Node{
-		Name: "n1", ID: "dc1cef41719e", Version: "v1.0.0", Started: at.Add(-time.Hour), Now: at,
+		Name:    "n1",
+		ID:      "dc1cef41719e",
+		Version: "v1.0.0",
+		Started: at.Add(-time.Hour),
+		Now:     at,
 		Problems: []status.Problem{
 			{Name: "kernel", Reason: "add route 10.244.9.0/24: no such device", Since: at, Fatal: true},
-			{Name: "etcd", Reason: "connection refused", Since: at},
+			{Name: "store", Reason: "connection refused", Since: at},
 		},
 		Restart: []string{"another subnet"},
 		Lease:   status.Lease{Subnets: []string{"10.244.5.0/24"}, Expires: at.Add(20 * time.Hour), Held: true},
@@ -43,26 +47,60 @@ func full() status.Node {
 			Requests: map[string]int64{"Range": 3, "Txn": 2, "LeaseKeepAlive": 7, "Watch": 1},
 		},
 		Network: status.Network{
-			Networks: []string{"10.244.0.0/16", "fd00:10:244::/48"}, Backend: "vxlan", MTU: 1430,
-			Pools: []status.Pool{{Network: "10.244.0.0/16", Subnets: 255, Leased: 9}, {Network: "fd00:10:244::/48", Subnets: 65535, Leased: 9}},
+			Networks: []string{"10.244.0.0/16", "fd00:10:244::/48"},
+			Backend:  "vxlan",
+			MTU:      1430,
+			Pools: []status.Pool{
+				{Network: "10.244.0.0/16", Subnets: 255, Leased: 9},
+				{Network: "fd00:10:244::/48", Subnets: 65535, Leased: 9},
+			},
 		},
-		Devices: []status.Device{{Name: "overlay.1", MTU: 1450, VNI: 1, Offloads: map[string]bool{"tx-checksum-ip-generic": true, "rx-udp-gro-forwarding": false}}},
+		Devices: []status.Device{
+			{
+				Name:     "overlay.1",
+				MTU:      1450,
+				VNI:      1,
+				Offloads: map[string]bool{"tx-checksum-ip-generic": true, "rx-udp-gro-forwarding": false},
+			},
+		},
 		Peers: status.PeerCounts{
-			Total: 7, Tunnel: 4, Direct: 2, Unreachable: 1, Refused: 3, Lingering: 1, RefusedBy: map[string]int{"overlap": 2},
+			Total: 7, Tunnel: 4, Direct: 2, Unreachable: 1, Rejected: 3, Lingering: 1, RejectedBy: map[string]int{"overlap": 2},
 		},
-		Firewall:  status.Firewall{Kind: "nftables", Checked: at.Add(-time.Minute), Runs: 30, Failed: 2},
-		Reconcile: status.Reconcile{Last: at.Add(-time.Second), Took: time.Millisecond, Rounds: 90, Looked: at.Add(-30 * time.Second), Failures: 1},
-		Entries:   []status.KindCount{{Kind: "device", Count: 1}, {Kind: "route", Count: 6}, {Kind: "fdb", Count: 4}},
-		Changes:   status.Changes{Interface: 1, MTU: 2},
-		Drift:     []status.DriftKind{{Kind: "route", Count: 12, Last: "add route 10.244.7.0/24"}, {Kind: "firewall: chain", Count: 1}},
+		Firewall: status.Firewall{Kind: "nftables", Checked: at.Add(-time.Minute), Runs: 30, Failed: 2},
+		Reconcile: status.Reconcile{
+			Last:     at.Add(-time.Second),
+			Took:     time.Millisecond,
+			Rounds:   90,
+			Resynced: at.Add(-30 * time.Second),
+			Failures: 1,
+		},
+		Entries: []status.KindCount{{Kind: "device", Count: 1}, {Kind: "route", Count: 6}, {Kind: "fdb", Count: 4}},
+		Changes: status.Changes{Interface: 1, MTU: 2},
+		Drift: []status.DriftKind{
+			{Kind: "route", Count: 12, Last: "add route 10.244.7.0/24"},
+			{Kind: "firewall: chain", Count: 1},
+		},
 		Probe: status.Probe{
 			On: true, Targets: 6, Size: 1430, Round: 5 * time.Minute, Answer: 3, Lossy: 1, SmallOnly: 1, Silent: 1, NotPinged: 1,
 			Sent: 1000, Lost: 70, NotAllowed: 1, MedianRTT: 350 * time.Microsecond,
 			Worst: []status.Peer{
-				{Name: "n7", Probe: &status.PeerProbe{Address: "10.244.7.0", Verdict: status.Silent, Small: status.Pings{Sent: 8, Lost: 8}, Full: status.Pings{Sent: 8, Lost: 8}}},
+				{
+					Name: "n7",
+					Probe: &status.PeerProbe{
+						Address: "10.244.7.0",
+						Verdict: status.Silent,
+						Small:   status.Pings{Sent: 8, Lost: 8},
+						Full:    status.Pings{Sent: 8, Lost: 8},
+					},
+				},
 				{Name: "n8", Probe: &status.PeerProbe{
-					Address: "10.244.8.0", Verdict: status.SmallOnly,
-					Small: status.Pings{Sent: 8, RTT: 300 * time.Microsecond}, Full: status.Pings{Sent: 4, Lost: 3, RTT: 2 * time.Millisecond},
+					Address: "10.244.8.0",
+					Verdict: status.SmallOnly,
+					Small: status.Pings{
+						Sent: 8,
+						RTT:  300 * time.Microsecond,
+					},
+					Full: status.Pings{Sent: 4, Lost: 3, RTT: 2 * time.Millisecond},
 				}},
 				{Name: "n9", Probe: &status.PeerProbe{Address: "10.244.9.0"}},
 				{Name: "n10"},
@@ -93,7 +131,8 @@ func get(t *testing.T, h http.Handler) (own, rest string) {
 	r.Header.Set("Accept-Encoding", "gzip")
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, r)
-	if w.Code != http.StatusOK || !strings.HasPrefix(w.Header().Get("Content-Type"), "text/plain; version=0.0.4") || w.Header().Get("Content-Encoding") != "" {
+	if w.Code != http.StatusOK || !strings.HasPrefix(w.Header().Get("Content-Type"), "text/plain; version=0.0.4") ||
+		w.Header().Get("Content-Encoding") != "" {
 		t.Fatalf("status %d, headers %v, body %.300s", w.Code, w.Header(), w.Body)
 	}
 	for line := range strings.Lines(w.Body.String()) {
@@ -246,17 +285,24 @@ func TestHostileNames(t *testing.T) {
 	n := full()
 	n.Probe.Worst = nil
 	for i, name := range []string{
-		strings.Repeat("a", 1<<20), strings.Repeat("é", 5000), "a" + strings.Repeat("\xff", 200), "x\"} 1\noverlayd_ready 1\n", "\x1b[31mred\x00", "\u202eevil",
+		strings.Repeat("a", 1<<20), strings.Repeat("é", 5000), "a" + strings.Repeat("\xff", 200),
+		"x\"} 1\noverlayd_ready 1\n", "\x1b[31mred\x00", "\u202eevil",
 		`back\slash`, "", "", strings.Repeat("\xf0\x9f", 99),
 	} {
 		address := fmt.Sprintf("10.244.%d.0", i)
 		if name == "" {
 			address = "10.244.99.0" // twice the same
 		}
-		n.Probe.Worst = append(n.Probe.Worst, status.Peer{Name: name, Probe: &status.PeerProbe{Address: address, Small: status.Pings{Sent: 8, RTT: 1}}})
+		n.Probe.Worst = append(
+			n.Probe.Worst,
+			status.Peer{Name: name, Probe: &status.PeerProbe{Address: address, Small: status.Pings{Sent: 8, RTT: 1}}},
+		)
 	}
 	for i := range 100 {
-		n.Probe.Worst = append(n.Probe.Worst, status.Peer{Name: fmt.Sprint("n", i), Probe: &status.PeerProbe{Address: "x", Small: status.Pings{Sent: 8}}})
+		n.Probe.Worst = append(
+			n.Probe.Worst,
+			status.Peer{Name: fmt.Sprint("n", i), Probe: &status.PeerProbe{Address: "x", Small: status.Pings{Sent: 8}}},
+		)
 	}
 	n.Store.Requests = map[string]int64{}
 	for i := range 1000 {
@@ -272,7 +318,8 @@ func TestHostileNames(t *testing.T) {
 		t.Errorf("ready: %q", got)
 	}
 	requests := fs["overlayd_etcd_requests_total"].samples
-	if len(requests) != mostValues+1 || !slices.Contains(requests, fmt.Sprintf(`overlayd_etcd_requests_total{method="other"} %d`, 1000-mostValues)) {
+	if len(requests) != mostValues+1 ||
+		!slices.Contains(requests, fmt.Sprintf(`overlayd_etcd_requests_total{method="other"} %d`, 1000-mostValues)) {
 		t.Errorf("requests: %q", requests)
 	}
 	for line := range strings.Lines(text) {
@@ -306,7 +353,10 @@ func TestAskIsGivenUp(t *testing.T) {
 	}
 	began := time.Now()
 	own, _ := get(t, Handler(NewInstruments(), hanging))
-	if took := time.Since(began); took < answerWithin || !strings.Contains(own, "\noverlayd_loop_responsive 0\n") || strings.Contains(own, "overlayd_ready") {
+	if took := time.Since(
+		began,
+	); took < answerWithin || !strings.Contains(own, "\noverlayd_loop_responsive 0\n") ||
+		strings.Contains(own, "overlayd_ready") {
 		t.Errorf("after %v:\n%s", took, own)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -341,20 +391,30 @@ func TestAtTheSameTime(t *testing.T) {
 	}
 	wg.Wait()
 	own, _ := get(t, h)
-	for _, want := range []string{"overlayd_reconcile_duration_seconds_count 80\n", "overlayd_firewall_run_duration_seconds_count 80\n", `overlayd_netlink_duration_seconds_count{op="observe"} 80` + "\n"} {
+	for _, want := range []string{
+		"overlayd_reconcile_duration_seconds_count 80\n",
+		"overlayd_firewall_run_duration_seconds_count 80\n", `overlayd_netlink_duration_seconds_count{op="observe"} 80` +
+			"\n",
+	} {
 		if !strings.Contains(own, want) {
 			t.Errorf("%s is missing in\n%s", want, own)
 		}
 	}
 }
 
-// BenchmarkScrape is a scrape of a node with as much to tell as there can be: the number of peers makes no difference by then.
+// BenchmarkScrape is a scrape of a node with as much to tell as there can be: the number of peers makes no difference
+// by then.
 func BenchmarkScrape(b *testing.B) {
 	n := full()
 	n.Probe.Worst = nil
 	for i := range status.WorstPeers {
 		n.Probe.Worst = append(n.Probe.Worst, status.Peer{Name: fmt.Sprintf("node-%04d", i), Probe: &status.PeerProbe{
-			Address: fmt.Sprintf("10.244.%d.0", i), Small: status.Pings{Sent: 8, RTT: time.Millisecond}, Full: status.Pings{Sent: 8, RTT: time.Millisecond},
+			Address: fmt.Sprintf(
+				"10.244.%d.0",
+				i,
+			),
+			Small: status.Pings{Sent: 8, RTT: time.Millisecond},
+			Full:  status.Pings{Sent: 8, RTT: time.Millisecond},
 		}})
 	}
 	h := Handler(measured(), answering(n))

@@ -26,14 +26,15 @@ import (
 	"github.com/overlayd/overlayd/test/nstest"
 )
 
-var update = flag.Bool("update", false, "write the pictures into Documentation/images")
+var update = flag.Bool("update", false, "replace the pictures in Documentation/images")
 
 const (
 	images      = "../../Documentation/images"
 	largestShot = 300_000
 )
 
-// picture takes a picture of the screen. It must show something; with -update it goes into the documentation.
+// picture takes a picture of the screen. It must show something; with -update it replaces the one in the documentation,
+// if there is one.
 func picture(t *testing.T, b *tab, name string) {
 	t.Helper()
 	raw := b.shot()
@@ -51,7 +52,7 @@ func picture(t *testing.T, b *tab, name string) {
 	if len(colours) < 20 {
 		t.Errorf("%s shows only %d colours", name, len(colours))
 	}
-	if *update {
+	if _, err := os.Stat(filepath.Join(images, name)); *update && err == nil {
 		if err := os.WriteFile(filepath.Join(images, name), small(t, img), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -116,7 +117,10 @@ func cellsAre(b *tab, n int) {
 		return
 	}
 	b.until(`document.querySelectorAll("#grid[role=grid] > [role=row] > [role=gridcell][tabindex='0']").length === 1`)
-	if got := eval[int](b, `[...document.querySelectorAll("#grid [role=gridcell]")].filter((c) => !c.getAttribute("aria-label")).length`); got > 0 {
+	if got := eval[int](
+		b,
+		`[...document.querySelectorAll("#grid [role=gridcell]")].filter((c) => !c.getAttribute("aria-label")).length`,
+	); got > 0 {
 		b.t.Errorf("%d tiles have no label", got)
 	}
 }
@@ -156,9 +160,13 @@ func testHundred(t *testing.T, c *chrome) {
 	b := c.open(t, screen{width: 1280, height: 1180, dark: true}, serve(t, f))
 	cellsAre(b, 100)
 	b.until(`getComputedStyle(document.body).backgroundColor === "rgb(17, 20, 23)"`)
-	b.until(`document.querySelector("#state").classList.contains("not-ready") && document.querySelectorAll("#problems li").length === 2`)
+	b.until(
+		`document.querySelector("#state").classList.contains("not-ready") && document.querySelectorAll("#problems li").length === 2`,
+	)
 	b.click(`[aria-label^="worker-0021"]`)
-	b.until(`!document.getElementById("details").hidden && document.getElementById("details").innerText.includes("full-size ones are lost")`)
+	b.until(
+		`!document.getElementById("details").hidden && document.getElementById("details").innerText.includes("full-size ones are lost")`,
+	)
 	b.until(`document.querySelectorAll("[aria-selected=true]").length === 1`)
 	b.press("Escape")
 	b.until(`document.getElementById("details").hidden`)
@@ -174,9 +182,19 @@ func testThousands(t *testing.T, c *chrome) {
 	b := c.open(t, screen{width: 1440, height: 1180}, url)
 	cellsAre(b, 5000)
 	b.until(firstPaint)
-	t.Logf("first picture %.0f ms after the navigation; all tiles are there %.0f ms after the peers were received", eval[float64](b, firstPaint+".startTime"), firstRender(b))
-	t.Logf("a filter that leaves a tenth: %.0f ms; laid out anew: %.0f ms", timed(b, `{const f = document.getElementById("filter"); f.value = "worker-1"; document.querySelector(".chip").click()}`),
-		timed(b, `{const f = document.getElementById("filter"); f.value = ""; document.querySelector(".chip").click()}`))
+	t.Logf(
+		"first picture %.0f ms after the navigation; all tiles are there %.0f ms after the peers were received",
+		eval[float64](b, firstPaint+".startTime"),
+		firstRender(b),
+	)
+	t.Logf(
+		"a filter that leaves a tenth: %.0f ms; laid out again: %.0f ms",
+		timed(
+			b,
+			`{const f = document.getElementById("filter"); f.value = "worker-1"; document.querySelector(".chip").click()}`,
+		),
+		timed(b, `{const f = document.getElementById("filter"); f.value = ""; document.querySelector(".chip").click()}`),
+	)
 	cellsAre(b, 5000)
 	if rows := eval[int](b, `document.querySelectorAll("#rows tr").length`); rows > 50 {
 		t.Errorf("the list starts with %d lines", rows)
@@ -184,9 +202,14 @@ func testThousands(t *testing.T, c *chrome) {
 	// The keyboard reaches the last tile, and the browser shows it.
 	b.press("/")
 	eval[any](b, `document.querySelector("#grid [tabindex='0']").focus()`)
-	eval[any](b, `document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: "End", ctrlKey: true, bubbles: true}))`)
+	eval[any](
+		b,
+		`document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: "End", ctrlKey: true, bubbles: true}))`,
+	)
 	b.until(`document.activeElement.getAttribute("aria-label").startsWith("worker-5000")`)
-	b.until(`(() => { const r = document.activeElement.getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight; })()`)
+	b.until(
+		`(() => { const r = document.activeElement.getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight; })()`,
+	)
 	eval[any](b, "document.activeElement.blur(), scrollTo(0, 0)")
 	b.until("scrollY === 0")
 	picture(t, b, "page-5000.png")
@@ -207,12 +230,21 @@ func firstRender(b *tab) float64 {
 
 // timed is how long a statement takes, with the layout that follows, in milliseconds.
 func timed(b *tab, statement string) float64 {
-	return eval[float64](b, `(() => { const start = performance.now(); `+statement+`; document.getElementById("grid").getBoundingClientRect(); return performance.now() - start; })()`)
+	return eval[float64](
+		b,
+		`(() => { const start = performance.now(); `+statement+`; document.getElementById("grid").getBoundingClientRect(); return performance.now() - start; })()`,
+	)
 }
 
 func testNoScript(t *testing.T, c *chrome) {
 	f := network(100)
-	f.node.Problems = []status.Problem{{Name: "unreachable", Reason: "10.64.30.0/24 of node worker-0031: behind the gateway 192.0.2.254", Since: f.node.Now.Add(-5 * time.Minute)}}
+	f.node.Problems = []status.Problem{
+		{
+			Name:   "unreachable",
+			Reason: "10.64.30.0/24 of node worker-0031: behind the gateway 192.0.2.254",
+			Since:  f.node.Now.Add(-5 * time.Minute),
+		},
+	}
 	b := c.open(t, screen{width: 1280, height: 1000, noScript: true}, serve(t, f))
 	b.until(`document.querySelectorAll("#all tbody tr").length === 100`)
 	text := eval[string](b, "document.body.innerText")
@@ -240,7 +272,9 @@ func testPhone(t *testing.T, c *chrome) {
 		}
 		b.click("#grid [role=gridcell]")
 		b.until(`!document.getElementById("details").hidden && ` + narrow)
-		b.until(`document.querySelector("#grid .picked").getBoundingClientRect().bottom < document.getElementById("details").getBoundingClientRect().top`)
+		b.until(
+			`document.querySelector("#grid .picked").getBoundingClientRect().bottom < document.getElementById("details").getBoundingClientRect().top`,
+		)
 	}
 	b := c.open(t, screen{width: 360, height: 740, phone: true, noScript: true}, serve(t, hostileNetwork()))
 	b.until(`document.documentElement.scrollWidth <= 360`)
@@ -262,13 +296,20 @@ func testFilter(t *testing.T, c *chrome) {
 		tiles int
 		first string
 	}{
-		"worker-002": {10, "worker-0020"}, "WORKER-0021 example": {1, "worker-0021"}, "10.64.33.0": {1, "worker-0034"}, "10.64.33.7": {1, "worker-0034"},
-		f.peers[4].ID: {1, "worker-0005"}, "192.0.2.55": {1, "worker-0055"}, "no such": {}, "fd00:10:244:5::a:1": {1, "worker-0008"}, "fd00:10:244:6::1": {},
+		"worker-002": {10, "worker-0020"}, "WORKER-0021 example": {1, "worker-0021"}, "10.64.33.0": {1, "worker-0034"},
+		"10.64.33.7":  {1, "worker-0034"},
+		f.peers[4].ID: {1, "worker-0005"}, "192.0.2.55": {1, "worker-0055"}, "no such": {},
+		"fd00:10:244:5::a:1": {1, "worker-0008"}, "fd00:10:244:6::1": {},
 	} {
 		filter(b, text)
 		cellsAre(b, want.tiles)
 		if want.tiles > 0 {
-			b.until(fmt.Sprintf(`document.querySelector("#grid [role=gridcell]").getAttribute("aria-label").startsWith(%q)`, want.first))
+			b.until(
+				fmt.Sprintf(
+					`document.querySelector("#grid [role=gridcell]").getAttribute("aria-label").startsWith(%q)`,
+					want.first,
+				),
+			)
 		}
 		b.press("Escape") // all again, which the next one has to change
 		cellsAre(b, 100)
@@ -311,7 +352,9 @@ func testKeyboard(t *testing.T, c *chrome) {
 	b.press("ArrowUp", "ArrowUp", "ArrowLeft")
 	on(1)
 	b.press("ArrowRight", "Enter")
-	b.until(`!document.getElementById("details").hidden && document.activeElement.id === "details-name" && document.activeElement.textContent.startsWith("worker-0002")`)
+	b.until(
+		`!document.getElementById("details").hidden && document.activeElement.id === "details-name" && document.activeElement.textContent.startsWith("worker-0002")`,
+	)
 	b.press("Escape")
 	b.until(`document.getElementById("details").hidden`)
 	on(2)
@@ -327,17 +370,27 @@ func testLive(t *testing.T, c *chrome) {
 	b.until(`document.getElementById("details-state").textContent.startsWith("answers")`)
 	eval[any](b, `window.kept = document.querySelector('[aria-label^="worker-0001"]'), window.kept.focus()`)
 	f.change(func(f *fake) {
-		f.peers[0].Probe = &status.PeerProbe{Verdict: status.Silent, Small: status.Pings{Sent: 8, Lost: 8}, Full: status.Pings{Sent: 8, Lost: 8}}
+		f.peers[0].Probe = &status.PeerProbe{
+			Verdict: status.Silent,
+			Small:   status.Pings{Sent: 8, Lost: 8},
+			Full:    status.Pings{Sent: 8, Lost: 8},
+		}
 		f.peers = f.peers[:99]
 		fail(&f.node)
 	})
 	cellsAre(b, 99)
-	b.until(`window.kept.isConnected && window.kept.classList.contains("is-silent") && document.activeElement === window.kept`)
+	b.until(
+		`window.kept.isConnected && window.kept.classList.contains("is-silent") && document.activeElement === window.kept`,
+	)
 	b.until(`document.getElementById("details-state").textContent === "silent"`)
-	b.until(`document.getElementById("word").textContent === "Not ready" && document.title.startsWith("Not ready") && document.getElementById("said").textContent.includes("Not ready")`)
+	b.until(
+		`document.getElementById("word").textContent === "Not ready" && document.title.startsWith("Not ready") && document.getElementById("said").textContent.includes("Not ready")`,
+	)
 	f.change(func(f *fake) { f.peers, f.node = nil, healthyNode(f.node.Now) })
 	cellsAre(b, 0)
-	b.until(`document.getElementById("word").textContent === "Ready" && document.getElementById("details").hidden && !document.getElementById("problems").children.length`)
+	b.until(
+		`document.getElementById("word").textContent === "Ready" && document.getElementById("details").hidden && !document.getElementById("problems").children.length`,
+	)
 }
 
 func testGone(t *testing.T, c *chrome) {
@@ -357,7 +410,9 @@ func testGone(t *testing.T, c *chrome) {
 	b := c.open(t, screen{width: 1280, height: 860}, "http://"+l.Addr().String()+"/")
 	cellsAre(b, 3)
 	first.Close()
-	b.until(`!document.getElementById("gone").hidden && document.getElementById("gone-text").textContent.startsWith("No answer from the daemon") && document.body.classList.contains("old")`)
+	b.until(
+		`!document.getElementById("gone").hidden && document.getElementById("gone-text").textContent.startsWith("No answer from the daemon") && document.body.classList.contains("old")`,
+	)
 	b.until(`/Showing the state of \d+:\d\d:\d\d\./.test(document.getElementById("gone").innerText)`)
 	picture(t, b, "page-gone.png")
 	again, err := net.Listen("tcp", l.Addr().String())
@@ -374,7 +429,9 @@ func testStuck(t *testing.T, c *chrome) {
 	f := network(3)
 	f.err = errors.New("the loop has not come round for 12s")
 	b := c.open(t, screen{width: 1280, height: 860}, serve(t, f))
-	b.until(`!document.getElementById("gone").hidden && document.getElementById("gone-text").textContent.includes("the loop has not come round for 12s")`)
+	b.until(
+		`!document.getElementById("gone").hidden && document.getElementById("gone-text").textContent.includes("the loop has not come round for 12s")`,
+	)
 	b.until(`!document.getElementById("gone").innerText.includes("Showing")`) // it never was anything else
 	f.change(func(f *fake) { f.err = nil })
 	cellsAre(b, 3)
@@ -387,7 +444,13 @@ func testHidden(t *testing.T, c *chrome) {
 	b := c.open(t, screen{width: 1280, height: 860}, serve(t, f))
 	cellsAre(b, 3)
 	hide := func(hidden bool) {
-		eval[any](b, fmt.Sprintf(`Object.defineProperty(document, "hidden", {value: %v, configurable: true}), document.dispatchEvent(new Event("visibilitychange"))`, hidden))
+		eval[any](
+			b,
+			fmt.Sprintf(
+				`Object.defineProperty(document, "hidden", {value: %v, configurable: true}), document.dispatchEvent(new Event("visibilitychange"))`,
+				hidden,
+			),
+		)
 	}
 	hide(true)
 	time.Sleep(500 * time.Millisecond) // a question may be on its way
@@ -411,7 +474,9 @@ func testHostile(t *testing.T, c *chrome) {
 	b.click("#grid [role=gridcell]")
 	b.until(`document.getElementById("details-name").textContent.startsWith("<script>alert(1)")`)
 	f.change(func(*fake) {})
-	b.until(`document.getElementById("name").textContent.startsWith("<script>alert(1)") && document.getElementById("facts").textContent.includes("<img src=x")`)
+	b.until(
+		`document.getElementById("name").textContent.startsWith("<script>alert(1)") && document.getElementById("facts").textContent.includes("<img src=x")`,
+	)
 	if got := eval[int](b, `document.querySelectorAll("img, body script").length`); got != 0 {
 		t.Errorf("%d elements came from names", got)
 	}
@@ -420,7 +485,9 @@ func testHostile(t *testing.T, c *chrome) {
 
 func testNone(t *testing.T, c *chrome) {
 	b := c.open(t, screen{width: 1280, height: 860}, serve(t, network(0)))
-	b.until(`document.getElementById("none").textContent === "This node has no peers yet." && !document.getElementById("none").hidden`)
+	b.until(
+		`document.getElementById("none").textContent === "This node has no peers yet." && !document.getElementById("none").hidden`,
+	)
 	cellsAre(b, 0)
 }
 
@@ -447,9 +514,23 @@ b { color: #8b949e } .c1 { font-weight: 700 } .c31 { color: #ff7b72 } .c32 { col
 	}))
 	t.Cleanup(srv.Close)
 	b := c.open(t, screen{width: 1400, height: 200}, srv.URL)
-	size := eval[[2]int](b, `[Math.ceil(document.body.getBoundingClientRect().width), Math.ceil(document.body.getBoundingClientRect().height)]`)
-	b.must(c.call(b.session, "Emulation.setDeviceMetricsOverride", object{"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": false}, nil))
-	if text := eval[string](b, "document.body.innerText"); !strings.Contains(text, "NOT READY") || strings.Contains(text, "\x1b") {
+	size := eval[[2]int](
+		b,
+		`[Math.ceil(document.body.getBoundingClientRect().width), Math.ceil(document.body.getBoundingClientRect().height)]`,
+	)
+	b.must(
+		c.call(
+			b.session,
+			"Emulation.setDeviceMetricsOverride",
+			object{"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": false},
+			nil,
+		),
+	)
+	if text := eval[string](
+		b,
+		"document.body.innerText",
+	); !strings.Contains(text, "NOT READY") ||
+		strings.Contains(text, "\x1b") {
 		t.Errorf("it says:\n%s", text)
 	}
 	picture(t, b, "status.png")

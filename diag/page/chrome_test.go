@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// patience bounds everything that a test waits for, on a machine that does other things as well. After an answer that took up to six
-// seconds, the page asks for the peers 20 times as long after it.
+// patience bounds everything that a test waits for, on a machine that does other things as well. After an answer that
+// took up to six seconds, the page asks for the peers 20 times as long after it.
 const patience = 150 * time.Second
 
 // chrome is a headless Chromium that is driven through two pipes, with the DevTools protocol.
@@ -61,8 +61,20 @@ func startChrome(t *testing.T) *chrome {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
-		"--no-first-run", "--disable-background-networking", "--force-color-profile=srgb", "--user-data-dir="+t.TempDir(), "about:blank")
+	cmd := exec.Command(
+		program,
+		"--headless",
+		"--no-sandbox",
+		"--disable-gpu",
+		"--disable-dev-shm-usage",
+		"--hide-scrollbars",
+		"--remote-debugging-pipe",
+		"--no-first-run",
+		"--disable-background-networking",
+		"--force-color-profile=srgb",
+		"--user-data-dir="+t.TempDir(),
+		"about:blank",
+	)
 	cmd.ExtraFiles = []*os.File{theirIn, theirOut}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -195,7 +207,10 @@ func (c *chrome) open(t *testing.T, s screen, url string) *tab {
 		{"Page.enable", object{}},
 		{"Runtime.enable", object{}},
 		{"Log.enable", object{}},
-		{"Emulation.setDeviceMetricsOverride", object{"width": s.width, "height": s.height, "deviceScaleFactor": 1, "mobile": s.phone}},
+		{"Emulation.setDeviceMetricsOverride", object{
+			"width": s.width, "height": s.height, "deviceScaleFactor": 1,
+			"mobile": s.phone,
+		}},
 		{"Emulation.setTouchEmulationEnabled", object{"enabled": s.phone}},
 		{"Emulation.setEmulatedMedia", object{"features": []object{{"name": "prefers-color-scheme", "value": scheme}}}},
 		{"Emulation.setScriptExecutionDisabled", object{"value": s.noScript}},
@@ -256,7 +271,14 @@ func eval[T any](b *tab, expression string) T {
 		Result           struct{ Value T }
 		ExceptionDetails *struct{ Exception struct{ Description string } }
 	}
-	b.must(b.c.call(b.session, "Runtime.evaluate", object{"expression": expression, "returnByValue": true, "awaitPromise": true}, &r))
+	b.must(
+		b.c.call(
+			b.session,
+			"Runtime.evaluate",
+			object{"expression": expression, "returnByValue": true, "awaitPromise": true},
+			&r,
+		),
+	)
 	if r.ExceptionDetails != nil {
 		b.t.Fatalf("%s: %s", expression, r.ExceptionDetails.Exception.Description)
 	}
@@ -271,7 +293,12 @@ func (b *tab) until(expression string) {
 			return
 		}
 		if time.Now().After(end) {
-			b.t.Fatalf("not within %v: %s; the page says:\n%.2000s", patience, expression, eval[string](b, "document.body.innerText"))
+			b.t.Fatalf(
+				"not within %v: %s; the page says:\n%.2000s",
+				patience,
+				expression,
+				eval[string](b, "document.body.innerText"),
+			)
 		}
 	}
 }
@@ -280,7 +307,9 @@ func (b *tab) until(expression string) {
 func (b *tab) click(selector string) {
 	b.t.Helper()
 	at := eval[[2]float64](b, fmt.Sprintf(
-		`(() => { const e = document.querySelector(%q); e.scrollIntoView({block: "center"}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()`, selector))
+		`(() => { const e = document.querySelector(%q); e.scrollIntoView({block: "center"}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()`,
+		selector,
+	))
 	for _, kind := range []string{"mouseMoved", "mousePressed", "mouseReleased"} {
 		p := object{"type": kind, "x": at[0], "y": at[1], "button": "left", "clickCount": 1}
 		if kind == "mouseMoved" {
@@ -293,7 +322,17 @@ func (b *tab) click(selector string) {
 // press presses keys by their names, one after the other.
 func (b *tab) press(keys ...string) {
 	b.t.Helper()
-	codes := map[string]int{"Enter": 13, "Escape": 27, "Tab": 9, "Home": 36, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+	codes := map[string]int{
+		"Enter":      13,
+		"Escape":     27,
+		"Tab":        9,
+		"Home":       36,
+		"End":        35,
+		"ArrowLeft":  37,
+		"ArrowUp":    38,
+		"ArrowRight": 39,
+		"ArrowDown":  40,
+	}
 	for _, key := range keys {
 		down := object{"type": "keyDown", "key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
 		if len(key) == 1 {
@@ -302,7 +341,14 @@ func (b *tab) press(keys ...string) {
 			down["text"] = "\r"
 		}
 		b.must(b.c.call(b.session, "Input.dispatchKeyEvent", down, nil))
-		b.must(b.c.call(b.session, "Input.dispatchKeyEvent", object{"type": "keyUp", "key": key, "code": key, "windowsVirtualKeyCode": codes[key]}, nil))
+		b.must(
+			b.c.call(
+				b.session,
+				"Input.dispatchKeyEvent",
+				object{"type": "keyUp", "key": key, "code": key, "windowsVirtualKeyCode": codes[key]},
+				nil,
+			),
+		)
 	}
 }
 

@@ -59,13 +59,28 @@ func network(n int) *fake {
 	p := &f.node.Probe
 	for i := range n {
 		peer := status.Peer{
-			Name: fmt.Sprintf("worker-%04d.example.net", i+1), ID: fmt.Sprintf("%032x", 0xdc1cef41719e+i*0x10001), Subnet: fmt.Sprintf("10.%d.%d.0/24", 64+i/256, i%256),
-			PublicIP: fmt.Sprintf("192.0.%d.%d", 2+i/250, 1+i%250), Way: "tunnel", MAC: fmt.Sprintf("02:42:00:00:%02x:%02x", i/256, i%256),
+			Name: fmt.Sprintf(
+				"worker-%04d.example.net",
+				i+1,
+			),
+			ID:     fmt.Sprintf("%032x", 0xdc1cef41719e+i*0x10001),
+			Subnet: fmt.Sprintf("10.%d.%d.0/24", 64+i/256, i%256),
+			PublicIP: fmt.Sprintf(
+				"192.0.%d.%d",
+				2+i/250,
+				1+i%250,
+			),
+			Path: "tunnel",
+			MAC:  fmt.Sprintf("02:42:00:00:%02x:%02x", i/256, i%256),
 		}
 		if i%10 == 3 {
-			peer.Way = "direct"
+			peer.Path = "direct"
 		}
-		probe := &status.PeerProbe{Address: fmt.Sprintf("10.%d.%d.0", 64+i/256, i%256), Verdict: status.Answers, Heard: now.Add(-time.Duration(r.IntN(400)) * time.Second)}
+		probe := &status.PeerProbe{
+			Address: fmt.Sprintf("10.%d.%d.0", 64+i/256, i%256),
+			Verdict: status.Answers,
+			Last:    now.Add(-time.Duration(r.IntN(400)) * time.Second),
+		}
 		rtt := time.Duration((0.18 + 0.3*r.Float64()) * float64(time.Millisecond))
 		if i/40%5 == 3 { // another zone
 			rtt += time.Duration(1+r.IntN(3)) * time.Millisecond
@@ -84,7 +99,8 @@ func network(n int) *fake {
 		f.peers = append(f.peers, peer)
 	}
 	countStates(f)
-	p.On, p.Targets, p.Size, p.Round, p.MedianRTT, p.Sent, p.Lost = true, n, 1450, 10*time.Minute, 310*time.Microsecond, n*40, n
+	p.On, p.Targets, p.Size, p.Round, p.MedianRTT, p.Sent, p.Lost = true, n, 1450, 10*time.Minute, 310*time.Microsecond,
+		n*40, n
 	return f
 }
 
@@ -98,9 +114,13 @@ func trouble(peer *status.Peer, i int, r *rand.Rand) {
 	case i == 9 || r.IntN(41) == 0:
 		probe.Verdict, probe.Small.Lost, probe.Full.Lost = status.Lossy, 1+r.IntN(3), r.IntN(3)
 	case i == 30 || r.IntN(83) == 0:
-		peer.Way, peer.Reason, peer.Probe = "unreachable", "behind the gateway 192.0.2.254, and host-gw needs a common network", nil
+		peer.Path, peer.Reason, peer.Probe = "unreachable",
+			"behind the gateway 192.0.2.254, and host-gw needs a common network", nil
 	case i == 44 || r.IntN(89) == 0:
-		peer.Way, peer.Reason, peer.Cause, peer.Probe = "rejected", fmt.Sprintf("its public IP %s is also that of node worker-0002", peer.PublicIP), "duplicate-ip", nil
+		peer.Path, peer.Reason, peer.Cause, peer.Probe = "rejected", fmt.Sprintf(
+			"its public IP %s is also that of node worker-0002",
+			peer.PublicIP,
+		), "duplicate-ip", nil
 	case i == 55 || r.IntN(71) == 0:
 		peer.Leaving = true
 	case i == 17 || r.IntN(29) == 0:
@@ -126,12 +146,12 @@ func countStates(f *fake) {
 			p.NotPinged++
 		case unreachable:
 			c.Unreachable++
-		case refused:
-			c.Refused++
+		case rejected:
+			c.Rejected++
 		case leaving:
 			c.Lingering++
 		}
-		switch x.Way {
+		switch x.Path {
 		case "tunnel":
 			c.Tunnel++
 		case "direct":
@@ -139,22 +159,62 @@ func countStates(f *fake) {
 		}
 	}
 	f.node.Peers, f.node.Store.Entries, f.node.Network.Pools[0].Leased = c, c.Total+1, c.Total+1
-	f.node.Entries = []status.KindCount{{Kind: "fdb", Count: c.Tunnel}, {Kind: "neighbour", Count: c.Tunnel}, {Kind: "route", Count: c.Tunnel + c.Direct}}
+	f.node.Entries = []status.KindCount{
+		{Kind: "fdb", Count: c.Tunnel},
+		{Kind: "neighbour", Count: c.Tunnel},
+		{Kind: "route", Count: c.Tunnel + c.Direct},
+	}
 }
 
 func healthyNode(now time.Time) status.Node {
 	return status.Node{
-		Name: "worker-0000.example.net", ID: "dc1cef41719ee19760624dd5b5000489", Version: "v0.5.0", Started: now.Add(-26*time.Hour - 13*time.Minute), Now: now, Ready: true,
-		Lease:     status.Lease{Subnets: []string{"10.63.5.0/24"}, Expires: now.Add(22*time.Hour + 58*time.Minute), Held: true},
-		Store:     status.Store{Endpoints: []string{"https://192.0.2.251:2379", "https://192.0.2.252:2379"}, Prefix: "/overlayd/network", Revision: 48211, Newest: 48211, Requests: map[string]int64{"Range": 40, "Txn": 1573}},
-		Network:   status.Network{Networks: []string{"10.64.0.0/11"}, Backend: "vxlan", MTU: 1450, Pools: []status.Pool{{Network: "10.64.0.0/11", Subnets: 8190, Leased: 101}}},
-		Interface: status.Interface{Reason: "IPv4: 192.0.2.1 on eth0 (it has the default route, metric 0)", PublicIPs: []string{"192.0.2.1"}, PublicIPLocal: true},
+		Name:    "worker-0000.example.net",
+		ID:      "dc1cef41719ee19760624dd5b5000489",
+		Version: "v0.5.0",
+		Started: now.Add(-26*time.Hour - 13*time.Minute),
+		Now:     now,
+		Ready:   true,
+		Lease: status.Lease{
+			Subnets: []string{"10.63.5.0/24"},
+			Expires: now.Add(22*time.Hour + 58*time.Minute),
+			Held:    true,
+		},
+		Store: status.Store{
+			Kind:      status.Etcd,
+			Name:      "etcd",
+			Endpoints: []string{"https://192.0.2.251:2379", "https://192.0.2.252:2379"},
+			Prefix:    "/overlayd/network",
+			Revision:  48211,
+			Newest:    48211,
+			Requests:  map[string]int64{"Range": 40, "Txn": 1573},
+		},
+		Network: status.Network{
+			Networks: []string{"10.64.0.0/11"},
+			Backend:  "vxlan",
+			MTU:      1450,
+			Pools:    []status.Pool{{Network: "10.64.0.0/11", Subnets: 8190, Leased: 101}},
+		},
+		Interface: status.Interface{
+			Reason:        "IPv4: 192.0.2.1 on eth0 (it has the default route, metric 0)",
+			PublicIPs:     []string{"192.0.2.1"},
+			PublicIPLocal: true,
+		},
 		Devices: []status.Device{{
 			Name: "overlay.1", MAC: "02:42:7f:10:a3:05", MTU: 1450, VNI: 1, Port: 8472, Local: "192.0.2.1", Underlay: "eth0",
 			Offloads: map[string]bool{"tx-udp_tnl-segmentation": true, "rx-gro": true, "tx-udp_tnl-csum-segmentation": false},
 		}},
-		Firewall:  status.Firewall{Kind: "iptables-nft", Reason: "kube-proxy uses it", Checked: now.Add(-3 * time.Second), Runs: 3},
-		Reconcile: status.Reconcile{Last: now.Add(-92 * time.Second), Took: 1234567 * time.Nanosecond, Rounds: 9, Looked: now.Add(-31 * time.Second)},
+		Firewall: status.Firewall{
+			Kind:    "iptables-nft",
+			Reason:  "kube-proxy uses it",
+			Checked: now.Add(-3 * time.Second),
+			Runs:    3,
+		},
+		Reconcile: status.Reconcile{
+			Last:     now.Add(-92 * time.Second),
+			Took:     1234567 * time.Nanosecond,
+			Rounds:   9,
+			Resynced: now.Add(-31 * time.Second),
+		},
 	}
 }
 
@@ -162,11 +222,24 @@ func healthyNode(now time.Time) status.Node {
 func fail(n *status.Node) {
 	n.Ready = false
 	n.Problems = []status.Problem{
-		{Name: "etcd", Reason: "connection refused by https://192.0.2.251:2379", Since: n.Now.Add(-94 * time.Minute)},
-		{Name: "kernel", Reason: "add device overlay.1: file exists: the VXLAN device flannel.1 has VNI 1 on UDP port 8472 already; delete it (ip link del flannel.1)", Since: n.Now.Add(-73 * time.Minute), Fatal: true},
+		{Name: "store", Reason: "etcd: connection refused by https://192.0.2.251:2379", Since: n.Now.Add(-94 * time.Minute)},
+		{
+			Name:   "kernel",
+			Reason: "add device overlay.1: file exists: the VXLAN device flannel.1 has VNI 1 on UDP port 8472 already; delete it (ip link del flannel.1)",
+			Since:  n.Now.Add(-73 * time.Minute),
+			Fatal:  true,
+		},
 	}
-	n.Store.Error, n.Store.Since, n.Lease.Held = "connection refused by https://192.0.2.251:2379", n.Now.Add(-94*time.Second), false
-	n.Drift = []status.DriftKind{{Kind: "fdb", Count: 1, Last: "add fdb 02:42:00:00:00:07 dev overlay.1 dst 192.0.2.8"}, {Kind: "route", Count: 12, Last: "add route 10.64.7.0/24 dev overlay.1"}}
+	n.Store.Error, n.Store.Since, n.Lease.Held = "connection refused by https://192.0.2.251:2379", n.Now.Add(
+		-94*time.Second,
+	), false
+	n.Drift = []status.DriftKind{
+		{
+			Kind: "fdb", Count: 1, Last: "add fdb 02:42:00:00:00:07 dev overlay.1 dst 192.0.2.8",
+			At: n.Now.Add(-20 * time.Minute),
+		},
+		{Kind: "route", Count: 12, Last: "add route 10.64.7.0/24 dev overlay.1", At: n.Now.Add(-40 * time.Second)},
+	}
 	n.Reconcile.Failures = 1
 	n.Restart = []string{"--lease-ttl: 24h0m0s now, 12h0m0s in the configuration"}
 }

@@ -1,5 +1,5 @@
-// Package page is what a browser gets from overlayd: this node at a glance, and its peers as a picture. What is shown is worked out
-// and worded here; the script only puts it in its place, so that the page says the same with it and without it.
+// Package page serves the node's web page: its state, and its peers as tiles. All values and texts are made here; the
+// script only puts them in place, so the page says the same without it.
 package page
 
 import (
@@ -16,20 +16,20 @@ import (
 	"github.com/overlayd/overlayd/diag/status"
 )
 
-// Source tells what the page shows. An error means that it does not know at the moment; the page then says so.
+// Source provides what the page shows. The page reports an error.
 type Source interface {
 	Status(ctx context.Context) (status.Node, error)
 	Peers(ctx context.Context) ([]status.Peer, error)
 }
 
-// answerWithin bounds how long a question waits for the source.
+// answerWithin bounds the wait for the source.
 const answerWithin = 2 * time.Second
 
 //go:embed assets
 var assets embed.FS
 
-// Handler serves the page at /, what it is made of under /page/, and nothing else. All addresses in it are relative, so that it
-// works behind a proxy that puts a prefix in front.
+// Handler serves the page at / and its parts under /page/. All its links are relative, so it works behind a proxy that
+// adds a prefix.
 func Handler(s Source) http.Handler { return newHandler(s, time.Now) }
 
 func newHandler(s Source, now func() time.Time) http.Handler {
@@ -38,19 +38,21 @@ func newHandler(s Source, now func() time.Time) http.Handler {
 	mux.HandleFunc("GET /{$}", h.servePage)
 	mux.HandleFunc("GET /page/node.json", h.serveNode)
 	mux.HandleFunc("GET /page/peers.json", h.servePeers)
-	for name, kind := range map[string]string{"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8", "icon.svg": "image/svg+xml"} {
+	for name, kind := range map[string]string{
+		"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8", "icon.svg": "image/svg+xml",
+	} {
 		mux.Handle("GET /page/"+name, asset(name, kind))
 	}
 	return guarded(mux)
 }
 
-// guarded lets a browser load and run only what comes from here, and lets no other site show the page within its own. Names and
-// reasons come from other nodes: even if one got around the escaping, it could run nothing.
+// guarded lets a browser load and run only what this server sends, and forbids other sites to embed the page. Names and
+// reasons come from other nodes: even if one evaded the escaping, it could not run a script.
 func guarded(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
-		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "+
-			"base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "+
+			"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Referrer-Policy", "no-referrer")
 		h.Set("Cross-Origin-Resource-Policy", "same-origin")
@@ -59,7 +61,7 @@ func guarded(next http.Handler) http.Handler {
 	})
 }
 
-// asset serves an embedded file, which a browser may keep as long as it asks whether it is still the same.
+// asset serves an embedded file. A browser may cache it, but asks each time whether it is still current.
 func asset(name, kind string) http.Handler {
 	content, err := assets.ReadFile("assets/" + name)
 	if err != nil {
@@ -80,10 +82,10 @@ type handler struct {
 	page   *template.Template
 }
 
-// document is what the page is made from.
+// document is the input of the page template.
 type document struct {
 	node
-	Error  string // why the source does not know
+	Error  string // of the source
 	Legend []legendItem
 	Steps  []step
 	Count  int           // of peers
@@ -119,9 +121,9 @@ func (h handler) servePage(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(b.Bytes())
 }
 
-// noAnswer says what it means that the source gave an error.
+// noAnswer explains an error of the source.
 func noAnswer(err error) string {
-	return shorten("overlayd is running, but its status is unavailable: "+err.Error(), longText)
+	return status.Shorten("overlayd is running, but its status is unavailable: "+err.Error(), status.LongText)
 }
 
 func (h handler) serveNode(w http.ResponseWriter, r *http.Request) {

@@ -42,7 +42,8 @@ func TestWhatIsServed(t *testing.T) {
 			t.Errorf("%s: %d %s, want %v", path, r.Code, got, want)
 		}
 		policy := r.Header().Get("Content-Security-Policy")
-		if !strings.Contains(policy, "default-src 'none'") || !strings.Contains(policy, "frame-ancestors 'none'") || strings.Contains(policy, "unsafe") {
+		if !strings.Contains(policy, "default-src 'none'") || !strings.Contains(policy, "frame-ancestors 'none'") ||
+			strings.Contains(policy, "unsafe") {
 			t.Errorf("%s: policy %q", path, policy)
 		}
 		if r.Header().Get("X-Content-Type-Options") != "nosniff" {
@@ -53,6 +54,21 @@ func TestWhatIsServed(t *testing.T) {
 	Handler(network(3)).ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/", nil))
 	if w.Code != http.StatusMethodNotAllowed {
 		t.Errorf("POST: %d", w.Code)
+	}
+}
+
+// The headline has the peers that have problems now: no counts since the start, and no peers that linger as usual.
+func TestHeadline(t *testing.T) {
+	t.Parallel()
+	n := status.Node{Peers: status.PeerCounts{Total: 9, Lingering: 2}, Probe: status.Probe{On: true, NotAllowed: 2}}
+	if got := nodeView(n).Network; got != "" {
+		t.Errorf("%q", got)
+	}
+	n.Peers.Unreachable, n.Peers.Rejected = 1, 2
+	n.Probe.Silent, n.Probe.SmallOnly, n.Probe.Lossy, n.Probe.Size = 3, 1, 2, 1450
+	want := "Of 9 peers: 1 unreachable, 2 rejected, 3 silent, 1 answering small packets but not 1450 bytes, 2 lossy."
+	if got := nodeView(n).Network; got != want {
+		t.Errorf("%q", got)
 	}
 }
 
@@ -73,7 +89,9 @@ func TestNoOutsideAssets(t *testing.T) {
 	t.Parallel()
 	url := regexp.MustCompile(`(?i)(https?:)?//[a-z0-9-]+\.[a-z]|@import|url\(`)
 	inline := regexp.MustCompile(`(?i)<script(>| [^>]*>[^<])|<style| style=| on[a-z]+=|javascript:`)
-	markup := regexp.MustCompile(`innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser|srcdoc`)
+	markup := regexp.MustCompile(
+		`innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser|srcdoc`,
+	)
 	for path, wrong := range map[string][]*regexp.Regexp{
 		"/": {inline, url}, "/page/page.css": {url}, "/page/page.js": {url, markup}, "/page/icon.svg": {inline},
 	} {
@@ -95,14 +113,15 @@ func hostileNetwork() *fake {
 	f := network(3)
 	for i := range f.peers {
 		p := &f.peers[i]
-		p.Name, p.ID, p.Subnet, p.PublicIP, p.Reason, p.Cause, p.MAC = hostile, hostile, hostile, hostile, hostile, hostile, hostile
+		p.Name, p.ID, p.Subnet, p.PublicIP, p.Reason, p.Cause, p.MAC = hostile, hostile, hostile, hostile, hostile, hostile,
+			hostile
 	}
-	f.peers[1].Way = "rejected"
+	f.peers[1].Path = "rejected"
 	f.peers[2].Name = strings.Repeat("\u202eö", 100_000)
 	f.node.Name = hostile
 	f.node.Problems = []status.Problem{{Name: hostile, Reason: hostile + strings.Repeat("x", 100_000), Since: f.node.Now}}
 	f.node.Drift = []status.DriftKind{{Kind: hostile, Count: 1, Last: hostile}}
-	f.node.Peers.RefusedBy = map[string]int{hostile: 1}
+	f.node.Peers.RejectedBy = map[string]int{hostile: 1}
 	f.node.Restart = []string{hostile}
 	return f
 }
@@ -133,7 +152,9 @@ func TestSourceWithoutAnswer(t *testing.T) {
 	f.err = errors.New("the loop has not come round for 12s <b>")
 	r := get(t, f, "/")
 	text := r.Body.String()
-	if r.Code != http.StatusServiceUnavailable || !strings.Contains(text, "its status is unavailable: the loop has not come round for 12s &lt;b&gt;") || !strings.Contains(text, "No answer") {
+	if r.Code != http.StatusServiceUnavailable ||
+		!strings.Contains(text, "its status is unavailable: the loop has not come round for 12s &lt;b&gt;") ||
+		!strings.Contains(text, "No answer") {
 		t.Errorf("%d\n%s", r.Code, text)
 	}
 	for _, path := range []string{"/page/node.json", "/page/peers.json"} {
@@ -178,14 +199,17 @@ func TestTableWithoutScript(t *testing.T) {
 			t.Errorf("%s is missing", p.Name)
 		}
 	}
-	for _, s := range []state{silent, smallOnly, unreachable, lossy, refused, leaving, notPinged, answers} {
+	for _, s := range []state{silent, smallOnly, unreachable, lossy, rejected, leaving, notPinged, answers} {
 		at := strings.Index(table, `class="tile `+string(s))
 		if at < last {
 			t.Errorf("%s stands too early: the worst come first", s)
 		}
 		last = at
 	}
-	for _, want := range []string{"Not ready", "flannel.1 has VNI 1", "since 2026-03-04 12:52:22 UTC", "for 1 h 13 min", "not confirmed by etcd", "--lease-ttl"} {
+	for _, want := range []string{
+		"Not ready", "flannel.1 has VNI 1", "since 2026-03-04 12:52:22 UTC", "for 1h13m0s",
+		"not confirmed by etcd", "--lease-ttl",
+	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the page does not say %q", want)
 		}
@@ -199,14 +223,14 @@ func TestStates(t *testing.T) {
 	t.Parallel()
 	probe := func(v status.Verdict) *status.PeerProbe { return &status.PeerProbe{Verdict: v} }
 	for want, p := range map[state]status.Peer{
-		answers:     {Way: "tunnel", Probe: probe(status.Answers)},
-		lossy:       {Way: "direct", Probe: probe(status.Lossy)},
-		smallOnly:   {Way: "tunnel", Probe: probe(status.SmallOnly)},
-		silent:      {Way: "tunnel", Probe: probe(status.Silent)},
-		notPinged:   {Way: "tunnel"},
-		unreachable: {Way: "unreachable", Probe: probe(status.Silent)},
-		refused:     {Way: "rejected", Leaving: true},
-		leaving:     {Way: "tunnel", Leaving: true, Probe: probe(status.Silent)},
+		answers:     {Path: "tunnel", Probe: probe(status.Answers)},
+		lossy:       {Path: "direct", Probe: probe(status.Lossy)},
+		smallOnly:   {Path: "tunnel", Probe: probe(status.SmallOnly)},
+		silent:      {Path: "tunnel", Probe: probe(status.Silent)},
+		notPinged:   {Path: "tunnel"},
+		unreachable: {Path: "unreachable", Probe: probe(status.Silent)},
+		rejected:    {Path: "rejected", Leaving: true},
+		leaving:     {Path: "tunnel", Leaving: true, Probe: probe(status.Silent)},
 	} {
 		if got := stateOf(p); got != want {
 			t.Errorf("%v: %s", p, got)
@@ -225,31 +249,16 @@ func TestStates(t *testing.T) {
 
 func TestSteps(t *testing.T) {
 	t.Parallel()
-	for rtt, want := range map[time.Duration]int{0: 0, 999 * time.Microsecond: 0, time.Millisecond: 1, 5 * time.Millisecond: 2, 20 * time.Millisecond: 3, time.Second: 4} {
-		v := peerViews([]status.Peer{{Probe: &status.PeerProbe{Verdict: status.Answers, Full: status.Pings{RTT: rtt}}}}, time.Time{})
+	for rtt, want := range map[time.Duration]int{
+		0: 0, 999 * time.Microsecond: 0, time.Millisecond: 1,
+		5 * time.Millisecond: 2, 20 * time.Millisecond: 3, time.Second: 4,
+	} {
+		v := peerViews(
+			[]status.Peer{{Probe: &status.PeerProbe{Verdict: status.Answers, Full: status.Pings{RTT: rtt}}}},
+			time.Time{},
+		)
 		if v[0].Step != want {
 			t.Errorf("%v: step %d", rtt, v[0].Step)
-		}
-	}
-}
-
-func TestTexts(t *testing.T) {
-	t.Parallel()
-	for d, want := range map[time.Duration]string{
-		-time.Hour: "0 s", 1500 * time.Millisecond: "1 s", 61 * time.Second: "1 min 1 s", 10 * time.Minute: "10 min", 25 * time.Hour: "25 h", 74 * time.Hour: "3 days 2 h",
-	} {
-		if got := span(d); got != want {
-			t.Errorf("%v: %s", d, got)
-		}
-	}
-	for d, want := range map[time.Duration]string{0: "", 310 * time.Microsecond: "0.31 ms", 12345 * time.Microsecond: "12.3 ms", 2 * time.Second: "2000 ms"} {
-		if got := roundTrip(d); got != want {
-			t.Errorf("%v: %s", d, got)
-		}
-	}
-	for in, want := range map[string]string{"abc": "abc", "abcde": "abcd…", "abcö": "abc…", "\xff\xff\xff\xff\xff": "…"} {
-		if got := shorten(in, 4); got != want {
-			t.Errorf("%q: %q", in, got)
 		}
 	}
 }
@@ -258,7 +267,8 @@ func TestTexts(t *testing.T) {
 func TestEmptyNode(t *testing.T) {
 	t.Parallel()
 	r := get(t, &fake{node: status.Node{Now: time.Now()}}, "/")
-	if text := r.Body.String(); r.Code != http.StatusOK || strings.Contains(text, "%!") || strings.Contains(text, "ZgotmplZ") {
+	if text := r.Body.String(); r.Code != http.StatusOK || strings.Contains(text, "%!") ||
+		strings.Contains(text, "ZgotmplZ") {
 		t.Errorf("%d\n%s", r.Code, text)
 	}
 	var n node

@@ -59,11 +59,21 @@ func TestContrast(t *testing.T) {
 		check := func(front, back string, least float64) {
 			t.Helper()
 			if got := contrast(t, colours[front], colours[back]); got < least {
-				t.Errorf("%s: %s %s on %s %s has a contrast of %.2f, less than %v", scheme, front, colours[front], back, colours[back], got, least)
+				t.Errorf(
+					"%s: %s %s on %s %s has a contrast of %.2f, less than %v",
+					scheme,
+					front,
+					colours[front],
+					back,
+					colours[back],
+					got,
+					least,
+				)
 			}
 		}
 		for back, fronts := range map[string]string{
-			"sheet": "text soft link bad warn good", "ground": "text soft link bad warn good", "bad-ground": "text soft bad warn", "warn-ground": "text soft warn",
+			"sheet": "text soft link bad warn good", "ground": "text soft link bad warn good",
+			"bad-ground": "text soft bad warn", "warn-ground": "text soft warn",
 			"good-ground": "text soft good warn", "bad": "sheet", "text": "ground",
 		} {
 			for front := range strings.FieldsSeq(fronts) {

@@ -2,7 +2,6 @@ package probe
 
 import (
 	"cmp"
-	"container/heap"
 	"errors"
 	"math"
 	"math/bits"
@@ -17,42 +16,44 @@ import (
 )
 
 const (
-	// perSecond is the most packets that a node sends in a second, on average over longestPause.
+	// perSecond is the maximum rate of packets, averaged over longestPause.
 	perSecond = 10
-	// shortestRound and longestRound bound how long it takes to ping all targets once. More targets than perSecond allows within the
-	// longest take longer.
+	// shortestRound and longestRound bound the time in which all targets are pinged once. More targets than the rate
+	// allows within the longest take longer.
 	shortestRound, longestRound = 10 * time.Second, 10 * time.Minute
-	// spare is what of perSecond the round leaves for those that did not answer, as long as they are few enough for that.
+	// spare is the part of perSecond that a round leaves for suspects: both sizes to one of them each second. Without
+	// it, they would wait for the round to come to them.
 	spare = 2
 	// waitFor is how long an answer may take.
 	waitFor = 2 * time.Second
-	// askAgain is how often those are pinged that did not answer.
+	// askAgain is the interval for suspects, or longer if the round leaves not enough of perSecond for all of them.
 	askAgain = 10 * time.Second
-	// grace is how long nothing is held against a target that is new, or that answers again: its node may still be
-	// starting.
+	// grace is how long losses of a target that is new, or that answers again, do not count: its node may be starting.
 	grace = 20 * time.Second
-	// These are between two steps. Waking up costs an idle node more than sending a dozen packets does, so that they go together.
+	// These are between two steps. On an idle node a wakeup costs more than a dozen packets, so packets are grouped.
 	shortestPause, usualPause, longestPause = time.Second, 5 * time.Second, 10 * time.Second
-	// many targets are those with which a round takes minutes, so that nothing is gained by steps more often than longestPause.
+	// many targets make a round of minutes, so that steps more often than longestPause gain nothing.
 	many = 1000
-	// remembered is how many outcomes are kept of each size.
+	// remembered is the number of results kept for each size.
 	remembered = 8
+	// fewSuspects is up to how many it costs less to sort the suspects than to search thousands of targets.
+	fewSuspects = 100
 )
 
-// Target is another node, in one family.
+// Target is a peer, in one family.
 type Target struct {
 	Subnet  netip.Prefix // its key
 	Name    string
 	Address netip.Addr // to be pinged
 }
 
-// history is what came of the last pings.
+// history holds the results of the last pings.
 type history struct {
-	lost uint8 // a bit for each, the newest lowest
+	lost uint8 // one bit each, the newest lowest
 	n    uint8
 }
 
-func (h *history) note(lost bool) {
+func (h *history) add(lost bool) {
 	h.lost <<= 1
 	if lost {
 		h.lost |= 1
@@ -63,260 +64,230 @@ func (h *history) note(lost bool) {
 // down reports whether the last n were lost.
 func (h *history) down(n uint8) bool { return h.n >= n && bits.TrailingZeros8(^h.lost) >= int(n) }
 
-// losses counts those that are remembered.
 func (h *history) losses() int { return bits.OnesCount8(h.lost) }
 
 // series is the history of one size.
 type series struct {
 	history
-	rtt uint32 // of the last answer, in ns; waitFor has room in it
+	rtt uint32 // of the last answer, in ns; waitFor fits
 }
 
 func (s *series) pings() status.Pings {
 	return status.Pings{Sent: int(s.n), Lost: s.losses(), RTT: time.Duration(s.rtt)}
 }
 
-// target is a Target with what is known of it. There are thousands: it is kept small.
+// target is a Target with its results. There are thousands, so it is kept small.
 type target struct {
 	Target
 	small, full series
-	both        history // those of either size
-	verdict     verdict
-	fullNext    bool          // where there is time for one size only
-	knock       bool          // it is knocked at instead of pinged, see ping.Socket
-	early       bool          // due before its turn, and then pinged in both sizes
-	due         time.Duration // when to ping it next, by rotation.now
-	place       int           // in rotation.queue; gone: in none
-	since       int64         // of its first ping, or of the answer after both sizes were lost, in ns since 1970; 0: none yet
-	heard       int64         // when it answered last, likewise; 0: never
+	both        history // of either size
+	rank        uint8   // of its verdict in verdicts
+	fullNext    bool    // if a round has time for one size only
+	knock       bool    // datagrams to a closed port instead of pings, see Once
+	removed     bool    // is no longer a target
+	again       int64   // when to ping it next at the earliest, in ns since 1970; 0: at once
+	since       int64   // of its first ping, or of the answer after both sizes were lost, in ns since 1970; 0: none
+	answered    int64   // the last time, in ns since 1970; 0: never
 }
 
-const (
-	soon = -1 // a due time before all others
-	gone = -1 // the place of a target that was removed
-)
+// lossy reports whether any of the last pings was lost.
+func (t *target) lossy() bool { return t.small.lost|t.full.lost != 0 }
 
-// queue is a heap (container/heap): the target that is due first is its first.
-type queue []*target
+// due reports whether it may be pinged again.
+func (t *target) due(now time.Time) bool { return now.UnixNano() >= t.again }
 
-func (q queue) Len() int { return len(q) }
-
-func (q queue) Less(i, j int) bool { return q[i].due < q[j].due }
-
-func (q queue) Swap(i, j int) {
-	q[i], q[j] = q[j], q[i]
-	q[i].place, q[j].place = i, j
+// verdicts are in order, the worst last.
+func verdicts() [5]status.Verdict {
+	return [...]status.Verdict{status.NotPinged, status.Answers, status.Lossy, status.SmallOnly, status.Silent}
 }
 
-func (q *queue) Push(t any) {
-	t.(*target).place = len(*q)
-	*q = append(*q, t.(*target))
-}
+func (t *target) verdict() status.Verdict { return verdicts()[t.rank] }
 
-func (q *queue) Pop() any {
-	last := len(*q) - 1
-	t := (*q)[last]
-	(*q)[last], *q = nil, (*q)[:last]
-	t.place = gone
-	return t
-}
-
-// verdict is a status.Verdict in one byte; the greater, the worse.
-type verdict uint8
-
-const (
-	notPinged verdict = iota
-	answers
-	lossy
-	smallOnly
-	silent
-)
-
-func (v verdict) word() status.Verdict {
-	return [...]status.Verdict{status.NotPinged, status.Answers, status.Lossy, status.SmallOnly, status.Silent}[v]
-}
-
-// Two packets in a row that are lost may be bad luck; a third one is not, since it was sent a second or more after the first.
-func (t *target) judge(now time.Time) verdict {
+// judge returns the verdict. Two lost packets in a row may be chance, since they are sent together; a third was sent at
+// least a second later.
+func (t *target) judge(now time.Time) status.Verdict {
 	young := now.Sub(time.Unix(0, t.since)) < grace
 	switch {
-	case t.both.n == 0, young && t.heard == 0:
-		return notPinged
+	case t.both.n == 0, young && t.answered == 0:
+		return status.NotPinged
 	case t.both.down(3):
-		return silent
+		return status.Silent
 	case t.full.down(2) && !t.small.down(1) && !young:
-		return smallOnly
-	case t.small.lost|t.full.lost != 0:
-		return lossy
+		return status.SmallOnly
+	case t.lossy():
+		return status.Lossy
 	}
-	return answers
+	return status.Answers
 }
 
 func (t *target) result() status.PeerProbe {
-	p := status.PeerProbe{Address: t.Address.String(), Verdict: t.verdict.word(), Small: t.small.pings(), Full: t.full.pings()}
-	if t.heard != 0 {
-		p.Heard = time.Unix(0, t.heard)
+	p := status.PeerProbe{
+		Address: t.Address.String(), Verdict: t.verdict(), Small: t.small.pings(), Full: t.full.pings(),
+	}
+	if t.answered != 0 {
+		p.Last = time.Unix(0, t.answered)
 	}
 	return p
-}
-
-// packet is one that is to be sent.
-type packet struct {
-	to    netip.Addr
-	seq   uint16
-	size  int
-	knock bool
 }
 
 // flight is a packet that was sent.
 type flight struct {
 	target *target
-	to     netip.Addr
 	full   bool
 	sent   time.Time
 }
 
-// rotation says whom to ping next, and keeps what came of it. It has no clock, no sockets and no lock.
+// rotation chooses which target to ping next, and keeps the results. It has no clock, no sockets and no lock.
+//
+// All targets are pinged in turn, at a steady rate. Suspects, which are a few new ones and those that did not answer,
+// are pinged in addition, with what remains of perSecond.
 type rotation struct {
-	targets  map[netip.Prefix]*target
-	queue    queue // the same
+	targets  []*target    // in the order of their subnets
+	due      netip.Prefix // the subnet whose target is next, or the one behind it
+	suspects []*target    // the one that waits longest first
+	credit   time.Duration
 	families addr.Per[int]
-	now      time.Duration // the time that due was told of
-	round    time.Duration // at the last step
-	size     int           // of full packets
+	size     int // of full packets
 	flights  map[uint16]flight
 	seq      uint16
-	counts   [silent + 1]int
+	counts   map[status.Verdict]int
 
 	sent, lost, notAllowed int
 }
 
 func newRotation() *rotation {
-	return &rotation{targets: map[netip.Prefix]*target{}, flights: map[uint16]flight{}}
+	return &rotation{flights: map[uint16]flight{}, counts: map[status.Verdict]int{}}
 }
 
-// put adds a target that is due at some time. One that is there with the same address keeps what is known of it.
-func (r *rotation) put(t Target, due time.Duration) {
-	if old := r.targets[t.Subnet]; old != nil && old.Address == t.Address {
-		old.Name = t.Name
-		return
+// find is where the target of a subnet is, or would be.
+func (r *rotation) find(subnet netip.Prefix) (int, bool) {
+	if n := len(r.targets); n == 0 || addr.ComparePrefix(r.targets[n-1].Subnet, subnet) < 0 {
+		return n, false
 	}
-	r.remove(t.Subnet)
-	n := &target{Target: t, due: due, early: due == soon}
-	r.targets[t.Subnet] = n
-	heap.Push(&r.queue, n)
-	r.count(n, 1)
+	return slices.BinarySearchFunc(r.targets, subnet, func(t *target, sn netip.Prefix) int {
+		return addr.ComparePrefix(t.Subnet, sn)
+	})
 }
 
-func (r *rotation) remove(subnet netip.Prefix) {
-	if t := r.targets[subnet]; t != nil {
-		delete(r.targets, subnet)
-		heap.Remove(&r.queue, t.place)
+// target is the one of a subnet; nil: there is none.
+func (r *rotation) target(subnet netip.Prefix) *target {
+	if i, ok := r.find(subnet); ok {
+		return r.targets[i]
+	}
+	return nil
+}
+
+// change removes and adds targets, see Mesh.Change. A few new ones are pinged at once, more are spread over a round.
+func (r *rotation) change(gone []netip.Prefix, come []Target) {
+	removed := map[*target]bool{}
+	for _, subnet := range gone {
+		if t := r.target(subnet); t != nil {
+			removed[t] = true
+		}
+	}
+	var added []*target
+	for _, t := range come {
+		if old := r.target(t.Subnet); old != nil {
+			if old.Name = t.Name; old.Address == t.Address {
+				delete(removed, old)
+				continue
+			}
+			removed[old] = true
+		}
+		added = append(added, &target{Target: t})
+	}
+	for t := range removed {
+		t.removed = true
 		r.count(t, -1)
+	}
+	if len(removed) > 0 {
+		r.targets = slices.DeleteFunc(r.targets, func(t *target) bool { return t.removed })
+	}
+	for _, t := range added {
+		i, _ := r.find(t.Subnet)
+		r.targets = slices.Insert(r.targets, i, t)
+		r.count(t, 1)
+	}
+	if len(added) <= perSecond {
+		r.suspects = slices.Concat(added, r.suspects)
 	}
 }
 
 func (r *rotation) count(t *target, n int) {
 	f := addr.FamilyOf(t.Address)
 	r.families.Set(f, r.families.Get(f)+n)
-	r.counts[t.verdict] += n
+	r.counts[t.verdict()] += n
 }
 
-// replace makes these the targets. Those that stay keep what is known of them and when they are due: a round may take longer than the time
-// until the next call. Those that come are spread over a round.
-func (r *rotation) replace(ts []Target) {
-	stay := make(map[netip.Prefix]bool, len(ts))
-	for _, t := range ts {
-		stay[t.Subnet] = true
-	}
-	for subnet := range r.targets {
-		if !stay[subnet] {
-			r.remove(subnet)
-		}
-	}
-	_, round := pace(len(ts))
-	for i, t := range ts {
-		r.put(t, r.now+round*time.Duration(i)/time.Duration(len(ts)))
-	}
-}
-
-// pace is how many packets each of so many targets is sent in a round, both sizes or one after the other in turn, and how long a round takes.
+// pace is the number of packets for each target in a round, both sizes or one in turn, and the duration of a round.
 func pace(targets int) (each int, round time.Duration) {
-	const regular = perSecond - spare
-	longest := longestRound.Seconds()
-	each = 2
-	if float64(2*targets) > regular*longest {
-		each = 1
+	if n := seconds(float64(2*targets) / (perSecond - spare)); n <= longestRound {
+		return 2, max(shortestRound, n)
 	}
-	n := float64(each * targets)
-	if n > regular*longest { // then all that is allowed may be needed
-		return each, max(longestRound, seconds(n/perSecond))
-	}
-	return each, max(shortestRound, seconds(n/regular))
+	return 1, max(longestRound, seconds(float64(targets)/(perSecond-spare)))
 }
 
 func seconds(n float64) time.Duration { return time.Duration(n * float64(time.Second)) }
 
-// retry is how long those wait that did not answer: askAgain, as long as what the round leaves of perSecond is enough for all of them.
-func (r *rotation) retry() time.Duration {
-	each, round := pace(len(r.queue))
-	left := max(perSecond-float64(each*len(r.queue))/round.Seconds(), 0.01)
-	suspects := r.counts[lossy] + r.counts[smallOnly] + r.counts[silent]
-	return max(askAgain, seconds(float64(2*suspects)/left))
-}
-
-// pause is how long to wait until there is something to do.
+// pause is the time until the next step.
 func (r *rotation) pause() time.Duration {
 	switch {
-	case len(r.queue) == 0, r.queue[0].due == soon:
+	case len(r.targets) == 0, slices.ContainsFunc(r.suspects, func(t *target) bool { return t.again == 0 }):
 		return shortestPause
-	case len(r.queue) > many:
+	case len(r.targets) > many:
 		return longestPause
 	}
 	return usualPause
 }
 
-// due chooses what to send for a stretch of time that has passed since the last call, a second for example.
-func (r *rotation) due(now time.Time, passed time.Duration) []packet {
-	passed = min(passed, longestPause)
-	r.now += passed
-	each, round := pace(len(r.queue))
-	if round < r.round { // there are fewer targets: none of them waits longer than a round takes now
-		for _, t := range r.queue {
-			t.due = min(t.due, r.now+round)
+// next chooses the packets to send, given the time since the last call.
+func (r *rotation) next(now time.Time, passed time.Duration) []ping.Packet {
+	passed = min(passed, longestPause) // time that the node was suspended is not made up for
+	n := len(r.targets)
+	each, round := pace(n)
+	r.credit += passed * time.Duration(n)
+	visits := min(int(r.credit/round), n)
+	r.credit %= round
+	out := r.visitSuspects(now, int(math.Round(perSecond*passed.Seconds()))-visits*each)
+	at, _ := r.find(r.due)
+	for range visits {
+		t := r.targets[at%n]
+		if !t.lossy() || t.due(now) { // otherwise it was just pinged as a suspect
+			out = r.visit(out, t, each, now)
 		}
-		heap.Init(&r.queue)
-	}
-	r.round = round
-	budget := int(math.Round(perSecond * passed.Seconds()))
-	var out []packet
-	for len(r.queue) > 0 && r.queue[0].due <= r.now {
-		t, n := r.queue[0], each
-		if t.early {
-			n = 2
-		}
-		if len(out)+n > budget {
-			break
-		}
-		out = r.visit(out, t, n, now)
-		t.due, t.early = max(t.due, r.now-longestPause)+round, false
-		if t.verdict != answers {
-			r.hasten(t, r.retry())
-		}
-		heap.Fix(&r.queue, t.place)
+		at++
+		r.due = r.targets[at%n].Subnet
 	}
 	return out
 }
 
-// hasten has a target pinged before its turn.
-func (r *rotation) hasten(t *target, after time.Duration) {
-	if due := r.now + after; due < t.due {
-		t.due, t.early = due, true
+// visitSuspects pings those that are due, as far as the budget of packets allows.
+func (r *rotation) visitSuspects(now time.Time, budget int) (out []ping.Packet) {
+	var visited []*target
+	r.suspects = slices.DeleteFunc(r.suspects, func(t *target) bool {
+		switch {
+		case t.removed, t.again != 0 && !t.lossy(): // it has answered
+			return true
+		case len(out)+2 > budget, !t.due(now):
+			return false
+		}
+		out = r.visit(out, t, 2, now)
+		visited = append(visited, t)
+		return true
+	})
+	r.suspects = append(r.suspects, visited...)
+	return out
+}
+
+// suspect has a target pinged again at once.
+func (r *rotation) suspect(t *target) {
+	if t.again = 0; !slices.Contains(r.suspects, t) {
+		r.suspects = slices.Insert(r.suspects, 0, t)
 	}
 }
 
-func (r *rotation) visit(out []packet, t *target, each int, now time.Time) []packet {
-	if t.both.down(2) && t.small.down(1) { // to see whether it answers the other way
+func (r *rotation) visit(out []ping.Packet, t *target, each int, now time.Time) []ping.Packet {
+	if t.both.down(2) && t.small.down(1) { // it may answer the other kind
 		t.knock = !t.knock
 	}
 	for _, full := range []bool{false, true} {
@@ -328,22 +299,22 @@ func (r *rotation) visit(out []packet, t *target, each int, now time.Time) []pac
 			size = r.size
 		}
 		r.seq++
-		r.flights[r.seq] = flight{target: t, to: t.Address, full: full, sent: now}
-		out = append(out, packet{to: t.Address, seq: r.seq, size: size, knock: t.knock})
+		r.flights[r.seq] = flight{target: t, full: full, sent: now}
+		out = append(out, ping.Packet{To: t.Address, Seq: r.seq, Size: size, Knock: t.knock})
 	}
-	t.fullNext = !t.fullNext
+	t.fullNext, t.again = !t.fullNext, now.Add(askAgain).UnixNano()
 	return out
 }
 
-// departed says when a packet was really sent, or why the kernel did not send it.
-func (r *rotation) departed(seq uint16, at time.Time, err error) {
+// sentAt records when a packet was sent, or why the kernel did not send it.
+func (r *rotation) sentAt(seq uint16, at time.Time, err error) {
 	f, ok := r.flights[seq]
 	if !ok {
 		return
 	}
 	r.sent++
 	if err != nil {
-		if errors.Is(err, syscall.EPERM) { // a firewall's drop in OUTPUT
+		if errors.Is(err, syscall.EPERM) { // dropped in OUTPUT
 			r.notAllowed++
 		}
 		r.settle(seq, f, true, 0, at)
@@ -353,24 +324,22 @@ func (r *rotation) departed(seq uint16, at time.Time, err error) {
 	r.flights[seq] = f
 }
 
-// answered takes an answer. One that comes late, twice, or from another address is none.
+// answered takes an answer. A late one, a second one, and one from another address do not count.
 func (r *rotation) answered(p ping.Reply) {
 	f, ok := r.flights[p.Seq]
-	if !ok || f.to != p.From {
+	if !ok || f.target.Address != p.From {
 		return
 	}
-	// Two readings of the wall clock, the kernel's and ours: it may have been set in between.
-	rtt := p.At.Sub(f.sent)
-	if rtt > waitFor {
-		return
+	// The kernel's and our reading of the wall clock; it may have been set in between.
+	if rtt := p.At.Sub(f.sent); rtt <= waitFor {
+		r.settle(p.Seq, f, false, max(rtt, 1), p.At)
 	}
-	r.settle(p.Seq, f, false, max(rtt, 1), p.At)
 }
 
-// expire gives up what has not been answered in time.
+// expire gives up packets that were not answered in time.
 func (r *rotation) expire(now time.Time) {
 	for seq, f := range r.flights {
-		if since := now.Sub(f.sent); since > waitFor || since < -waitFor {
+		if since := now.Sub(f.sent).Abs(); since > waitFor {
 			r.settle(seq, f, true, 0, now)
 		}
 	}
@@ -382,7 +351,7 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	if lost {
 		r.lost++
 	}
-	if t.place == gone {
+	if t.removed {
 		return
 	}
 	if back := !lost && t.small.down(1) && t.full.down(1); back || t.since == 0 {
@@ -392,79 +361,80 @@ func (r *rotation) settle(seq uint16, f flight, lost bool, rtt time.Duration, no
 	if f.full {
 		h = &t.full
 	}
-	h.note(lost)
-	t.both.note(lost)
+	h.add(lost)
+	t.both.add(lost)
 	if !lost {
-		h.rtt, t.heard = uint32(rtt), now.UnixNano()
+		h.rtt, t.answered = uint32(rtt), now.UnixNano()
 	}
-	before := t.verdict
-	t.verdict = t.judge(now)
-	r.counts[before]--
-	r.counts[t.verdict]++
-	switch {
-	case lost && t.both.losses() == 1: // at once, to be sure
-		r.hasten(t, r.retry()-askAgain)
-	case t.verdict == answers && t.early:
-		t.due, t.early = r.now+r.round, false
-	default:
-		return
+	r.counts[t.verdict()]--
+	all := verdicts()
+	t.rank = uint8(slices.Index(all[:], t.judge(now)))
+	r.counts[t.verdict()]++
+	if lost && t.both.losses() == 1 { // confirm it at once
+		r.suspect(t)
 	}
-	heap.Fix(&r.queue, t.place)
 }
 
-// summary is all that is known, without the single targets but the worst.
+// summary is the result for all targets together, with the worst ones.
 func (r *rotation) summary() status.Probe {
 	_, round := pace(len(r.targets))
 	p := status.Probe{
-		On: true, Targets: len(r.targets), Size: r.size, Round: round, Sent: r.sent, Lost: r.lost, NotAllowed: r.notAllowed,
-		Answer: r.counts[answers], Lossy: r.counts[lossy], SmallOnly: r.counts[smallOnly],
-		Silent: r.counts[silent], NotPinged: r.counts[notPinged], Worst: []status.Peer{},
+		On: true, Targets: len(r.targets), Size: r.size, Round: round,
+		Sent: r.sent, Lost: r.lost, NotAllowed: r.notAllowed,
+		Answer: r.counts[status.Answers], Lossy: r.counts[status.Lossy], SmallOnly: r.counts[status.SmallOnly],
+		Silent: r.counts[status.Silent], NotPinged: r.counts[status.NotPinged], Worst: []status.Peer{},
 	}
-	var rtts []time.Duration
+	var rtts []uint32
 	var pinged []*target
 	for _, t := range r.targets {
-		if t.verdict == notPinged {
+		if t.verdict() == status.NotPinged {
 			continue
 		}
-		pinged = append(pinged, t)
-		if rtt := max(t.small.rtt, t.full.rtt); rtt > 0 && t.verdict != silent {
-			rtts = append(rtts, time.Duration(rtt))
+		// With many targets, the slowest of those that answer would change all the time.
+		if t.verdict() != status.Answers || len(r.targets)-p.NotPinged <= status.WorstPeers {
+			pinged = append(pinged, t)
+		}
+		if rtt := max(t.small.rtt, t.full.rtt); rtt > 0 && t.verdict() != status.Silent {
+			rtts = append(rtts, rtt)
 		}
 	}
 	if slices.Sort(rtts); len(rtts) > 0 {
-		p.MedianRTT = rtts[len(rtts)/2]
+		p.MedianRTT = time.Duration(rtts[len(rtts)/2])
 	}
-	if len(pinged) > status.WorstPeers { // those who are well would take turns in being the slowest
-		pinged = slices.DeleteFunc(pinged, func(t *target) bool { return t.verdict == answers })
-	}
-	for _, t := range worst(pinged, status.WorstPeers) {
+	slices.SortFunc(pinged, func(a, b *target) int {
+		return cmp.Or(
+			cmp.Compare(b.rank, a.rank),
+			cmp.Compare(b.small.losses()+b.full.losses(), a.small.losses()+a.full.losses()),
+			cmp.Compare(b.small.rtt, a.small.rtt), addr.ComparePrefix(a.Subnet, b.Subnet),
+		)
+	})
+	for _, t := range pinged[:min(len(pinged), status.WorstPeers)] {
 		result := t.result()
 		p.Worst = append(p.Worst, status.Peer{Name: t.Name, Subnet: t.Subnet.String(), Probe: &result})
 	}
 	return p
 }
 
-func worst(ts []*target, most int) []*target {
-	slices.SortFunc(ts, func(a, b *target) int {
-		return cmp.Or(
-			int(b.verdict)-int(a.verdict), b.small.losses()+b.full.losses()-a.small.losses()-a.full.losses(),
-			cmp.Compare(b.small.rtt, a.small.rtt), addr.ComparePrefix(a.Subnet, b.Subnet),
-		)
-	})
-	return ts[:min(len(ts), most)]
-}
-
-// named lists targets with a verdict, by name or else by subnet, in order; the first of them if there are more than most.
-func (r *rotation) named(v verdict, most int) []string {
+// named lists at most that many failing targets with a verdict, by name or else by subnet, in order: those whose subnets
+// are first.
+func (r *rotation) named(v status.Verdict, most int) (out []string) {
 	if r.counts[v] == 0 {
 		return nil
 	}
-	var out []string
-	for _, t := range r.targets {
-		if t.verdict == v {
+	targets := r.targets
+	if len(r.suspects) <= fewSuspects { // all that fail are among them
+		targets = slices.SortedFunc(slices.Values(r.suspects), func(a, b *target) int {
+			return addr.ComparePrefix(a.Subnet, b.Subnet)
+		})
+	}
+	for _, t := range targets {
+		if len(out) == most {
+			break
+		}
+		if t.verdict() == v && !t.removed {
 			out = append(out, cmp.Or(t.Name, t.Subnet.String()))
 		}
 	}
 	slices.Sort(out)
-	return out[:min(len(out), most)]
+	return out
 }

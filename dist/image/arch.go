@@ -1,28 +1,25 @@
-package image
+package main
 
 import "fmt"
 
-// Arch is a processor architecture, as Go and Debian both name it.
-type Arch string
+// arch is a processor architecture, as Go and Debian both name it.
+type arch string
 
-// The architectures that images are built for.
 const (
-	AMD64 Arch = "amd64"
-	ARM64 Arch = "arm64"
+	amd64 arch = "amd64"
+	arm64 arch = "arm64"
 )
 
-// ParseArch reads an architecture from a flag.
-func ParseArch(s string) (Arch, error) {
-	switch a := Arch(s); a {
-	case AMD64, ARM64:
-		return a, nil
+func (a arch) check() error {
+	if a != amd64 && a != arm64 {
+		return fmt.Errorf("-arch: expected amd64 or arm64, found %q", string(a))
 	}
-	return "", fmt.Errorf("expected amd64 or arm64, found %q", s)
+	return nil
 }
 
 // triplet is how Debian names the directory of libraries.
-func (a Arch) triplet() string {
-	if a == ARM64 {
+func (a arch) triplet() string {
+	if a == arm64 {
 		return "aarch64-linux-gnu"
 	}
 	return "x86_64-linux-gnu"

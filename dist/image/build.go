@@ -1,205 +1,167 @@
-package image
+package main
 
 import (
 	"context"
 	"fmt"
+	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
-	"strings"
+	"slices"
 	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// Options say what to build.
-type Options struct {
-	Root    string // of the repository
-	Out     string // directory for overlayd-image-ARCH.tar and overlayd-image-ARCH.spdx.json
-	Cache   string // directory for Debian packages
-	Go      string // the go command
-	Arch    Arch
-	Version string    // of the programs
-	Names   []string  // of the image: repository:tag
-	Created time.Time // of the commit; nothing else in the image has a time
+// options say what to build.
+type options struct {
+	root      string // of the repository
+	out       string // directory for overlayd-image-ARCH.tar and overlayd-image-ARCH.spdx.json
+	cache     string // directory for Debian packages
+	goCommand string
+	arch      arch
+	version   string    // of the programs
+	names     []string  // of the image: repository:tag
+	created   time.Time // of the commit; nothing else in the image has a time
 }
 
-// Result is what was built.
-type Result struct {
-	Archive, SBOM string // files
-	Size          int64  // of the archive, in bytes
-	Sizes
+// result is what was built.
+type result struct {
+	archive, sbom string // files
+	size          int64  // of the archive, in bytes
+	digest        string // of the manifest
+	layers        []layerSize
 }
 
-// Sizes are those of an image, and its digest.
-type Sizes struct {
-	Digest string // of the manifest
-	Layers []LayerSize
+// layerSize is what a layer takes: on a node, and to send it there; in bytes.
+type layerSize struct {
+	what          string
+	plain, packed int64
 }
 
-// LayerSize is what a layer takes: on a node, and to send it there; in bytes.
-type LayerSize struct {
-	What          string
-	Plain, Packed int
-}
-
-// Build makes the image of one architecture, and the list of what is in it.
-func Build(ctx context.Context, o Options) (Result, error) {
+// build makes the image of one architecture, and the list of what is in it.
+func build(ctx context.Context, o options) (result, error) {
 	for _, program := range []string{aptHelper, "dpkg-deb"} {
 		if _, err := exec.LookPath(program); err != nil {
-			return Result{}, fmt.Errorf("building the image needs apt and dpkg, which Debian and Ubuntu have: %w", err)
+			return result{}, fmt.Errorf("building the image needs apt and dpkg, which Debian and Ubuntu have: %w", err)
 		}
 	}
-	debs, err := readWanted(filepath.Join(o.Root, "dist/image", "packages.txt"))
+	dir := filepath.Join(o.root, "dist/image")
+	debs, err := readPackages(filepath.Join(dir, "packages.txt"))
 	if err != nil {
-		return Result{}, err
+		return result{}, err
 	}
-	l, err := readLock(filepath.Join(o.Root, "dist/image", "packages.lock"))
+	l, err := readLock(filepath.Join(dir, "packages.lock"))
 	if err != nil {
-		return Result{}, err
+		return result{}, err
 	}
-	if err := matches(debs, l, o.Arch); err != nil {
-		return Result{}, err
+	if err := matches(debs, l, o.arch); err != nil {
+		return result{}, err
 	}
 	layers, mods, err := assemble(ctx, o, l)
 	if err != nil {
-		return Result{}, err
+		return result{}, err
 	}
-	created := o.Created.UTC()
 	s := spec{
-		arch: o.Arch, names: o.Names, version: o.Version, created: created, layers: layers,
-		entrypoint: []string{"/usr/local/bin/overlayd"},
-		env:        []string{"PATH=/usr/local/bin:/usr/sbin:/usr/bin", "SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"},
-		labels: map[string]string{
-			"org.opencontainers.image.title": "overlayd", "org.opencontainers.image.version": o.Version, "org.opencontainers.image.licenses": "Apache-2.0",
-			"org.opencontainers.image.source": "https://github.com/overlayd/overlayd", "org.opencontainers.image.created": created.Format(time.RFC3339),
+		arch: o.arch, names: o.names, created: o.created.UTC(), layers: layers,
+		config: v1.Config{
+			User: "0:0", WorkingDir: "/", Entrypoint: []string{"/usr/local/bin/overlayd"},
+			Env: []string{"PATH=/usr/local/bin:/usr/sbin:/usr/bin", "SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"},
+			Labels: map[string]string{
+				"org.opencontainers.image.title":    "overlayd",
+				"org.opencontainers.image.version":  o.version,
+				"org.opencontainers.image.licenses": "Apache-2.0",
+				"org.opencontainers.image.source":   "https://github.com/overlayd/overlayd",
+				"org.opencontainers.image.created":  o.created.UTC().Format(time.RFC3339),
+			},
 		},
 	}
-	packed, sizes, err := s.pack()
+	base := filepath.Join(o.out, "overlayd-image-"+string(o.arch))
+	r, err := s.write(base + ".tar")
 	if err != nil {
-		return Result{}, err
-	}
-	list, err := sbom(s, sizes.Digest, l, debs, mods)
-	if err != nil {
-		return Result{}, err
-	}
-	base := filepath.Join(o.Out, "overlayd-image-"+string(o.Arch))
-	r := Result{Archive: base + ".tar", SBOM: base + ".spdx.json", Sizes: sizes}
-	if r.Size, err = save(r.Archive, packed); err != nil {
 		return r, err
 	}
-	return r, os.WriteFile(r.SBOM, list, 0o644)
+	r.sbom = base + ".spdx.json"
+	list, err := sbom(o, r.digest, l, debs, mods)
+	if err != nil {
+		return r, err
+	}
+	return r, os.WriteFile(r.sbom, list, 0o644)
 }
 
-// Program writes an image of one static program and nothing else, as the tests on a cluster need it: under these names, with the program
-// at /NAME as its entrypoint.
-func Program(archive string, arch Arch, name, file string, names ...string) (Result, error) {
+// program makes an image of one static program and nothing else, which is its entrypoint, in the root directory.
+func program(a arch, file, archive string, names []string) (result, error) {
+	if err := a.check(); err != nil {
+		return result{}, err
+	}
 	data, err := os.ReadFile(file)
 	if err != nil {
-		return Result{}, err
+		return result{}, err
 	}
-	content := tree{}
-	content.add(name, 0o755, data)
-	s := spec{arch: arch, names: names, created: time.Unix(0, 0).UTC(), layers: []layer{{name, content}}, entrypoint: []string{"/" + name}}
-	packed, sizes, err := s.pack()
-	if err != nil {
-		return Result{}, err
+	name, content := filepath.Base(file), tree{}
+	put(content, name, 0o755, data)
+	s := spec{
+		arch: a, names: names, created: time.Unix(0, 0).UTC(), layers: []layer{{name, content}},
+		config: v1.Config{User: "0:0", WorkingDir: "/", Entrypoint: []string{"/" + name}},
 	}
-	r := Result{Archive: archive, Sizes: sizes}
-	r.Size, err = save(archive, packed)
-	return r, err
+	return s.write(archive)
 }
 
-// assemble makes the layers: what changes most seldom comes first, so that an upgrade of overlayd loads the last one only.
-func assemble(ctx context.Context, o Options, l lock) ([]layer, []goModule, error) {
-	base, err := debian(ctx, o.Arch, l, o.Cache)
+// assemble makes the layers: what changes least often comes first, so that an upgrade of overlayd loads the last one
+// only.
+func assemble(ctx context.Context, o options, l lock) ([]layer, []goModule, error) {
+	base, err := debian(ctx, o.arch, l, o.cache)
 	if err != nil {
 		return nil, nil, err
 	}
-	base.add("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/usr/sbin/nologin\n"))
-	base.add("etc/group", 0o644, []byte("root:x:0:\n"))
-	base.dir("run", 0o755)
-	base.dir("root", 0o700)
-	base.dir("tmp", os.ModeSticky|0o777)
-	dir, err := os.MkdirTemp("", "overlay-image-")
+	put(base, "etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/usr/sbin/nologin\n"))
+	put(base, "etc/group", 0o644, []byte("root:x:0:\n"))
+	put(base, "run", fs.ModeDir|0o755, nil)
+	put(base, "root", fs.ModeDir|0o700, nil)
+	put(base, "tmp", fs.ModeDir|fs.ModeSticky|0o777, nil)
+	plugins, err := o.plugins(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	c := compiler{o.Root, o.Go, o.Version, o.Arch, dir}
-	plugins, err := c.plugins(ctx)
+	own, err := o.own(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	own, err := c.own(ctx)
+	mods, err := o.modules(ctx, plugins, own)
 	if err != nil {
 		return nil, nil, err
 	}
-	all := tree{}
-	for _, t := range []tree{plugins, own} {
-		all.merge(t)
-	}
-	mods, err := c.modules(ctx, all)
-	if err != nil {
-		return nil, nil, err
-	}
-	licence, err := os.ReadFile(filepath.Join(o.Root, "LICENSE"))
-	if err != nil {
-		return nil, nil, err
-	}
-	own.add("usr/share/doc/overlayd/LICENSE", 0o644, licence)
-	for name, f := range all { // the texts of the licences
-		if strings.HasPrefix(name, "usr/share/doc/") && f.mode.IsRegular() {
-			own.put(name, f)
+	for _, m := range mods {
+		for name, text := range m.texts {
+			put(own, path.Join("usr/share/doc/overlayd/go", m.Path, name), 0o644, text)
 		}
 	}
-	whole := tree{}
-	for _, t := range []tree{base, plugins, own} {
-		whole.merge(t)
-	}
-	missing, err := whole.missing(o.Arch)
+	licence, err := os.ReadFile(filepath.Join(o.root, "LICENSE"))
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(missing) > 0 {
-		return nil, nil, fmt.Errorf("the image is not complete: %s", strings.Join(missing, ", "))
+	put(own, "usr/share/doc/overlayd/LICENSE", 0o644, licence)
+	whole := tree{}
+	for _, t := range []tree{base, plugins, own} {
+		maps.Copy(whole, t)
+	}
+	if _, err := closure(whole, o.arch, slices.Sorted(maps.Keys(whole))); err != nil {
+		return nil, nil, err
 	}
 	return []layer{
 		{"iptables and CA certificates of Debian " + release, base},
 		{"reference CNI plugins", plugins},
-		{"overlayd " + o.Version, own},
+		{"overlayd " + o.version, own},
 	}, mods, nil
 }
 
-// matches tells whether the two lists of packages are about the same ones.
-func matches(debs []wanted, l lock, a Arch) error {
-	locked := l.of(a)
-	for i := 0; i < max(len(debs), len(locked)); i++ {
-		if i >= len(debs) || i >= len(locked) || debs[i].name != locked[i].name {
-			return fmt.Errorf("packages.lock is not that of packages.txt: `go run ./cmd/overlay-image lock -root ../..` in dist/image/ writes it")
-		}
+// matches tells whether the lock is for exactly these packages.
+func matches(debs []debianPackage, l lock, a arch) error {
+	same := func(d debianPackage, p pinned) bool { return d.name == p.name }
+	if !slices.EqualFunc(debs, l.of(a), same) {
+		return fmt.Errorf("packages.lock is not for the packages in packages.txt: %s writes it", lockCommand)
 	}
 	return nil
-}
-
-// save writes the archive in one step.
-func save(path string, a *archive) (int64, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return 0, err
-	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".image-")
-	if err != nil {
-		return 0, err
-	}
-	defer func() { _ = os.Remove(f.Name()) }() // not there any more if all went well
-	defer f.Close()
-	if err := a.write(f); err != nil {
-		return 0, err
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return 0, err
-	}
-	if err := f.Chmod(0o644); err != nil {
-		return 0, err
-	}
-	return info.Size(), os.Rename(f.Name(), path)
 }

@@ -1,107 +1,70 @@
-package image
+package main
 
 import (
 	"bytes"
 	"debug/elf"
 	"fmt"
+	"io/fs"
+	"maps"
 	"path"
 	"slices"
 	"strings"
+	"testing/fstest"
 )
 
-// libDirs are where Debian's loader looks for libraries, and in what order.
-func libDirs(a Arch) []string { return []string{"usr/lib/" + a.triplet(), "usr/lib"} }
-
-// needs says what a program or library wants at run time: its loader, and its libraries by name. Whatever is no ELF file wants nothing.
-func needs(data []byte) (loader string, libs []string, err error) {
-	if !bytes.HasPrefix(data, []byte(elf.ELFMAG)) {
-		return "", nil, nil
+// closure returns the given files of a tree and all that they need at run time.
+func closure(t tree, a arch, roots []string) ([]string, error) {
+	found := map[string]bool{}
+	var add func(by string, names []string) error
+	add = func(by string, names []string) error {
+		for _, name := range names {
+			if found[name] {
+				continue
+			}
+			f, ok := t[name]
+			if !ok {
+				return fmt.Errorf("%s needs %s, which is in none of the packages", by, name)
+			}
+			found[name] = true
+			more, err := needs(a, name, f)
+			if err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			if err := add(name, more); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
-	f, err := elf.NewFile(bytes.NewReader(data))
+	err := add("the image", roots)
+	return slices.Sorted(maps.Keys(found)), err
+}
+
+// needs lists what a file needs: a link its target, a program its loader and libraries, a library its libraries.
+func needs(a arch, name string, f *fstest.MapFile) ([]string, error) {
+	if f.Mode.Type() == fs.ModeSymlink {
+		return []string{path.Join(path.Dir(name), string(f.Data))}, nil
+	}
+	if !bytes.HasPrefix(f.Data, []byte(elf.ELFMAG)) {
+		return nil, nil
+	}
+	e, err := elf.NewFile(bytes.NewReader(f.Data))
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
-	for _, p := range f.Progs {
-		if p.Type != elf.PT_INTERP {
-			continue
-		}
-		raw := make([]byte, p.Filesz)
-		if _, err := p.ReadAt(raw, 0); err != nil {
-			return "", nil, err
-		}
-		loader = strings.TrimRight(string(raw), "\x00")
-	}
-	libs, err = f.ImportedLibraries()
-	return loader, libs, err
-}
-
-// find is where the loader would find a library.
-func (t tree) find(a Arch, lib string) (string, bool) {
-	for _, d := range libDirs(a) {
-		if _, ok := t[path.Join(d, lib)]; ok {
-			return path.Join(d, lib), true
-		}
-	}
-	return "", false
-}
-
-// closure returns the given files of a tree and all that they need at run time: libraries, the loader, and every link on the way.
-func (t tree) closure(a Arch, roots []string) ([]string, error) {
 	var out []string
-	for queue := slices.Clone(roots); len(queue) > 0; queue = queue[1:] {
-		name := queue[0]
-		if slices.Contains(out, name) {
-			continue
-		}
-		out = append(out, name)
-		f, ok := t[name]
-		if !ok {
-			return nil, fmt.Errorf("%s is in none of the packages", name)
-		}
-		if next, done := t.step(name); !done {
-			queue = append(queue, next)
-			continue
-		}
-		loader, libs, err := needs(f.data)
+	if s := e.Section(".interp"); s != nil {
+		raw, err := s.Data()
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+			return nil, err
 		}
-		if loader != "" {
-			queue = append(queue, "usr/"+strings.TrimPrefix(loader, "/")) // /lib and /lib64 are links into /usr
-		}
-		for _, lib := range libs {
-			at, ok := t.find(a, lib)
-			if !ok {
-				return nil, fmt.Errorf("%s needs %s, which is in none of the packages", name, lib)
-			}
-			queue = append(queue, at)
-		}
+		loader := strings.Trim(string(raw), "/\x00")
+		link, _, _ := strings.Cut(loader, "/")
+		out = append(out, link, "usr/"+loader) // /lib and /lib64 are links into /usr
 	}
-	slices.Sort(out)
-	return out, nil
-}
-
-// missing lists what programs and libraries in a tree need and is not there, as "FILE needs WHAT".
-func (t tree) missing(a Arch) ([]string, error) {
-	var out []string
-	for name, f := range t {
-		loader, libs, err := needs(f.data)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
-		if _, ok := t.resolve(loader); loader != "" && !ok {
-			out = append(out, name+" needs "+loader)
-		}
-		for _, lib := range libs {
-			at, ok := t.find(a, lib)
-			if ok {
-				_, ok = t.resolve(at)
-			}
-			if !ok {
-				out = append(out, name+" needs "+lib)
-			}
-		}
+	libs, err := e.ImportedLibraries()
+	for _, lib := range libs {
+		out = append(out, path.Join("usr/lib", a.triplet(), lib))
 	}
-	slices.Sort(out)
-	return out, nil
+	return out, err
 }

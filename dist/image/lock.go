@@ -1,9 +1,10 @@
-package image
+package main
 
 import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"os"
@@ -24,27 +25,29 @@ const (
 // aptHelper is the part of apt that gets a file and checks its hash.
 const aptHelper = "/usr/lib/apt/apt-helper"
 
-// wanted is a line of packages.txt.
-type wanted struct{ name, licence string }
+const lockCommand = "`go run . lock` in dist/image/"
 
-func readWanted(file string) ([]wanted, error) {
-	var out []wanted
+// debianPackage is a line of packages.txt.
+type debianPackage struct{ name, licence string }
+
+func readPackages(file string) ([]debianPackage, error) {
+	var out []debianPackage
 	err := eachLine(file, func(line string) error {
 		name, rest, _ := strings.Cut(line, " ")
 		licence, _, ok := strings.Cut(strings.TrimSpace(rest), "  ")
 		if !ok {
 			return fmt.Errorf("expected a name, a licence and a reason, with two spaces before the reason, found %q", line)
 		}
-		out = append(out, wanted{name, licence})
+		out = append(out, debianPackage{name, licence})
 		return nil
 	})
-	slices.SortFunc(out, func(a, b wanted) int { return strings.Compare(a.name, b.name) })
+	slices.SortFunc(out, func(a, b debianPackage) int { return strings.Compare(a.name, b.name) })
 	return out, err
 }
 
 // pinned is a line of packages.lock: one package in the one version that is used.
 type pinned struct {
-	arch                        Arch
+	arch                        arch
 	name, version, file, sha256 string
 }
 
@@ -58,7 +61,7 @@ func (p pinned) archive() string {
 
 // lock is packages.lock.
 type lock struct {
-	snapshot string // when it was written, as snapshot.debian.org names it: the files are there even after Debian has newer ones
+	snapshot string // when it was written, as snapshot.debian.org names it; it keeps the files that Debian replaces
 	packages []pinned
 }
 
@@ -71,7 +74,7 @@ func (l lock) urls(p pinned) []string {
 }
 
 // of lists what an architecture needs.
-func (l lock) of(a Arch) []pinned {
+func (l lock) of(a arch) []pinned {
 	return slices.DeleteFunc(slices.Clone(l.packages), func(p pinned) bool { return p.arch != a })
 }
 
@@ -86,7 +89,7 @@ func readLock(file string) (lock, error) {
 		if len(f) != 5 {
 			return fmt.Errorf("expected architecture, package, version, file and SHA-256, found %q", line)
 		}
-		p := pinned{Arch(f[0]), f[1], f[2], f[3], f[4]}
+		p := pinned{arch(f[0]), f[1], f[2], f[3], f[4]}
 		if raw, err := hex.DecodeString(p.sha256); err != nil || len(raw) != 32 {
 			return fmt.Errorf("%s: expected a SHA-256, found %q", p.name, p.sha256)
 		}
@@ -98,7 +101,8 @@ func readLock(file string) (lock, error) {
 
 func (l lock) bytes() []byte {
 	var out bytes.Buffer
-	fmt.Fprintf(&out, "# Written by `go run ./cmd/overlay-image lock -root ..`: architecture, package, version, file in Debian's archive, SHA-256.\nsnapshot %s\n", l.snapshot)
+	fmt.Fprintf(&out, "# Written by %s:\n"+
+		"# architecture, package, version, file in Debian's archive, SHA-256.\nsnapshot %s\n", lockCommand, l.snapshot)
 	for _, p := range l.packages {
 		fmt.Fprintf(&out, "%s %s %s %s %s\n", p.arch, p.name, p.version, p.file, p.sha256)
 	}
@@ -122,10 +126,10 @@ func eachLine(file string, do func(string) error) error {
 	return in.Err()
 }
 
-// WriteLock asks Debian for the newest versions of the packages in packages.txt, and writes packages.lock. Dir is the directory of both.
-// apt checks Debian's signatures; it works in a directory of its own and leaves the machine's packages alone.
-func WriteLock(ctx context.Context, dir string, now time.Time) error {
-	want, err := readWanted(filepath.Join(dir, "packages.txt"))
+// writeLock asks Debian for the newest versions of the packages in packages.txt, and writes packages.lock. Dir is the
+// directory of both.
+func writeLock(ctx context.Context, dir string, now time.Time) error {
+	debs, err := readPackages(filepath.Join(dir, "packages.txt"))
 	if err != nil {
 		return err
 	}
@@ -134,13 +138,13 @@ func WriteLock(ctx context.Context, dir string, now time.Time) error {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(tmp) }()
-	a, err := newApt(ctx, tmp)
+	options, err := updateApt(ctx, tmp)
 	if err != nil {
 		return err
 	}
 	l := lock{snapshot: now.UTC().Format("20060102T150405Z")}
-	for _, arch := range []Arch{AMD64, ARM64} {
-		found, err := a.newest(ctx, arch, want)
+	for _, arch := range []arch{amd64, arm64} {
+		found, err := newest(ctx, options, arch, debs)
 		if err != nil {
 			return err
 		}
@@ -149,45 +153,43 @@ func WriteLock(ctx context.Context, dir string, now time.Time) error {
 	return os.WriteFile(filepath.Join(dir, "packages.lock"), l.bytes(), 0o644)
 }
 
-// apt is one with lists of its own, for all architectures.
-type apt struct {
-	dir     string
-	options []string
-}
-
-// newApt makes one that keeps all it has in a directory.
-func newApt(ctx context.Context, dir string) (*apt, error) {
-	a := &apt{dir: dir}
+// updateApt gets Debian's lists of packages, whose signatures apt checks, and returns the options with which apt uses
+// them. All of it is in a directory of its own; the machine's packages are left alone.
+func updateApt(ctx context.Context, dir string) ([]string, error) {
 	for _, d := range []string{"lists/partial", "archives/partial"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, err
 		}
 	}
-	var sources strings.Builder
-	for _, s := range []string{"debian " + suite, "debian " + suite + "-updates", "debian-security " + suite + "-security"} {
-		fmt.Fprintf(&sources, "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/%s main\n", s)
+	var sources string
+	for _, s := range []string{
+		"debian " + suite, "debian " + suite + "-updates", "debian-security " + suite + "-security",
+	} {
+		sources += "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/" + s + " main\n"
 	}
-	for name, text := range map[string]string{"sources.list": sources.String(), "status": ""} {
+	for name, text := range map[string]string{"sources.list": sources, "status": ""} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
 			return nil, err
 		}
 	}
+	var options []string
 	for _, o := range []string{
-		"Dir::Etc::sourcelist=" + filepath.Join(dir, "sources.list"), "Dir::Etc::sourceparts=-", "Dir::State=" + dir, "Dir::Cache=" + dir,
-		"Dir::State::status=" + filepath.Join(dir, "status"), "APT::Sandbox::User=", "APT::Architecture=amd64", "APT::Architectures::=amd64", "APT::Architectures::=arm64",
+		"Dir::Etc::sourcelist=" + filepath.Join(dir, "sources.list"), "Dir::Etc::sourceparts=-",
+		"Dir::State=" + dir, "Dir::Cache=" + dir, "Dir::State::status=" + filepath.Join(dir, "status"),
+		"APT::Sandbox::User=", "APT::Architecture=amd64", "APT::Architectures::=amd64", "APT::Architectures::=arm64",
 	} {
-		a.options = append(a.options, "-o", o)
+		options = append(options, "-o", o)
 	}
-	_, err := run(ctx, "", nil, "apt-get", append(a.options, "update")...)
-	return a, err
+	_, err := output(ctx, "", nil, "apt-get", append(slices.Clone(options), "update")...)
+	return options, err
 }
 
-func (a *apt) newest(ctx context.Context, arch Arch, want []wanted) ([]pinned, error) {
-	args := append(slices.Clone(a.options), "show", "--no-all-versions")
-	for _, w := range want { // packages for all architectures count as those of apt's own
-		args = append(args, w.name+":"+string(arch), w.name+":"+string(AMD64))
+func newest(ctx context.Context, options []string, arch arch, debs []debianPackage) ([]pinned, error) {
+	args := append(slices.Clone(options), "show", "--no-all-versions")
+	for _, d := range debs { // packages for all architectures count as those of apt's own
+		args = append(args, d.name+":"+string(arch), d.name+":"+string(amd64))
 	}
-	raw, err := run(ctx, "", nil, "apt-cache", args...)
+	raw, err := output(ctx, "", nil, "apt-cache", args...)
 	if err != nil {
 		return nil, err
 	}
@@ -204,51 +206,44 @@ func (a *apt) newest(ctx context.Context, arch Arch, want []wanted) ([]pinned, e
 		}
 	}
 	var out []pinned
-	for _, w := range want {
-		p, ok := found[w.name]
-		if !ok || p.version == "" || p.file == "" || p.sha256 == "" {
-			return nil, fmt.Errorf("%s:%s: apt knows no version of it", w.name, arch)
+	for _, d := range debs {
+		p := found[d.name]
+		if p.version == "" || p.file == "" || p.sha256 == "" {
+			return nil, fmt.Errorf("%s:%s: apt knows no version of it", d.name, arch)
 		}
 		out = append(out, p)
 	}
 	return out, nil
 }
 
-// fetch gets a package into a directory, unless it is there, and returns its path. Its hash is right in either case.
+// fetch gets a package into a directory, unless it is there, and returns its path. Its hash is right in either case:
+// apt checks what it downloads.
 func (l lock) fetch(ctx context.Context, p pinned, cache string) (string, error) {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", err
 	}
-	at := filepath.Join(cache, path.Base(p.file))
-	raw, err := os.ReadFile(at)
-	if err == nil && hash(raw) == p.sha256 {
-		return at, nil
+	file := filepath.Join(cache, path.Base(p.file))
+	if raw, err := os.ReadFile(file); err == nil && fmt.Sprintf("%x", sha256.Sum256(raw)) == p.sha256 {
+		return file, nil
 	}
-	var last error
+	var err error
 	for _, url := range l.urls(p) {
-		part := at + ".part"
-		if _, last = run(ctx, "", nil, aptHelper, "-o", "APT::Sandbox::User=", "-o", "Acquire::Retries=3", "download-file", url, part, "SHA256:"+p.sha256); last != nil {
-			continue
+		if _, err = output(ctx, "", nil, aptHelper, "-o", "APT::Sandbox::User=", "-o", "Acquire::Retries=3",
+			"download-file", url, file+".part", "SHA256:"+p.sha256); err == nil {
+			return file, os.Rename(file+".part", file)
 		}
-		if raw, last = os.ReadFile(part); last != nil {
-			continue
-		}
-		if got := hash(raw); got != p.sha256 {
-			last = fmt.Errorf("%s: expected SHA-256 %s, found %s", url, p.sha256, got)
-			continue
-		}
-		return at, os.Rename(part, at)
 	}
-	return "", fmt.Errorf("%s %s: %w (a newer version: `go run ./cmd/overlay-image lock -root ../..` in dist/image/)", p.name, p.version, last)
+	return "", fmt.Errorf("%s %s: %w (a newer version: %s)", p.name, p.version, err, lockCommand)
 }
 
-// run starts a program and returns what it prints. Env is added to this process's.
-func run(ctx context.Context, dir string, env []string, name string, args ...string) ([]byte, error) {
+// output starts a program and returns what it prints. Env is added to this process's.
+func output(ctx context.Context, dir string, env []string, name string, args ...string) ([]byte, error) {
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = dir, append(os.Environ(), env...), &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("%s %s: %w: %s", filepath.Base(name), args[len(args)-1], err, strings.TrimSpace(stderr.String()))
+		what := filepath.Base(name) + " " + args[len(args)-1]
+		return nil, fmt.Errorf("%s: %w: %s", what, err, strings.TrimSpace(stderr.String()))
 	}
 	return stdout.Bytes(), nil
 }

@@ -1,86 +1,23 @@
-package image
+package main
 
 import (
-	"archive/tar"
 	"bytes"
 	"compress/gzip"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
-	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
-
-// The media types of the OCI image format.
-const (
-	typeIndex    = "application/vnd.oci.image.index.v1+json"
-	typeManifest = "application/vnd.oci.image.manifest.v1+json"
-	typeConfig   = "application/vnd.oci.image.config.v1+json"
-	typeLayer    = "application/vnd.oci.image.layer.v1.tar+gzip"
-)
-
-type descriptor struct {
-	MediaType   string            `json:"mediaType"`
-	Digest      string            `json:"digest"`
-	Size        int64             `json:"size"`
-	Platform    *platform         `json:"platform,omitempty"`
-	Annotations map[string]string `json:"annotations,omitempty"`
-}
-
-type platform struct {
-	Architecture string `json:"architecture"`
-	OS           string `json:"os"`
-	Variant      string `json:"variant,omitempty"`
-}
-
-type manifest struct {
-	SchemaVersion int               `json:"schemaVersion"`
-	MediaType     string            `json:"mediaType"`
-	Config        descriptor        `json:"config"`
-	Layers        []descriptor      `json:"layers"`
-	Annotations   map[string]string `json:"annotations,omitempty"`
-}
-
-type index struct {
-	SchemaVersion int          `json:"schemaVersion"`
-	MediaType     string       `json:"mediaType"`
-	Manifests     []descriptor `json:"manifests"`
-}
-
-type imageConfig struct {
-	platform
-	Created time.Time       `json:"created"`
-	Config  containerConfig `json:"config"`
-	RootFS  rootFS          `json:"rootfs"`
-	History []history       `json:"history"`
-}
-
-type containerConfig struct {
-	User       string            `json:",omitempty"`
-	Env        []string          `json:",omitempty"`
-	Entrypoint []string          `json:",omitempty"`
-	WorkingDir string            `json:",omitempty"`
-	Labels     map[string]string `json:",omitempty"`
-}
-
-type rootFS struct {
-	Type    string   `json:"type"`
-	DiffIDs []string `json:"diff_ids"`
-}
-
-type history struct {
-	Created   time.Time `json:"created"`
-	CreatedBy string    `json:"created_by"`
-}
-
-// dockerManifest is an entry of manifest.json, which `docker load` reads.
-type dockerManifest struct {
-	Config   string
-	RepoTags []string
-	Layers   []string
-}
 
 // layer is a part of the image's file system.
 type layer struct {
@@ -88,138 +25,127 @@ type layer struct {
 	files tree
 }
 
-// archive is an image in one file: an OCI layout, with Docker's manifest.json beside it.
-type archive struct {
-	names []string // entries in their order
-	data  map[string][]byte
-}
-
-func (a *archive) add(name string, data []byte) {
-	if _, ok := a.data[name]; !ok {
-		a.names = append(a.names, name)
-	}
-	a.data[name] = data
-}
-
-// blob adds content under the name of its hash.
-func (a *archive) blob(mediaType string, data []byte) descriptor {
-	sum := hash(data)
-	a.add(blobPath("sha256:"+sum), data)
-	return descriptor{MediaType: mediaType, Digest: "sha256:" + sum, Size: int64(len(data))}
-}
-
-func (a *archive) json(mediaType string, value any) (descriptor, error) {
-	raw, err := json.Marshal(value)
-	return a.blob(mediaType, raw), err
-}
-
-func blobPath(digest string) string { return "blobs/" + strings.Replace(digest, ":", "/", 1) }
-
-func hash(data []byte) string {
-	sum := sha256.Sum256(data)
-	return hex.EncodeToString(sum[:])
-}
-
 // spec says what an image is to be.
 type spec struct {
-	arch       Arch
-	names      []string // repository:tag
-	version    string
-	created    time.Time
-	layers     []layer
-	entrypoint []string
-	env        []string
-	labels     map[string]string
+	arch    arch
+	names   []string // repository:tag
+	created time.Time
+	layers  []layer
+	config  v1.Config
 }
 
-// pack makes the archive. It also returns the digest of the manifest, and the sizes.
-func (s spec) pack() (*archive, Sizes, error) {
-	a := &archive{data: map[string][]byte{}}
-	var sizes Sizes
-	c := imageConfig{
-		platform: s.platform(), Created: s.created, RootFS: rootFS{Type: "layers"},
-		Config: containerConfig{User: "0:0", Entrypoint: s.entrypoint, WorkingDir: "/", Labels: s.labels, Env: s.env},
-	}
-	m := manifest{SchemaVersion: 2, MediaType: typeManifest, Annotations: s.labels}
-	docker := dockerManifest{RepoTags: s.names}
-	for _, l := range s.layers {
-		plain, err := l.files.tar()
-		if err != nil {
-			return nil, sizes, err
-		}
-		packed, err := compress(plain)
-		if err != nil {
-			return nil, sizes, err
-		}
-		d := a.blob(typeLayer, packed)
-		c.RootFS.DiffIDs = append(c.RootFS.DiffIDs, "sha256:"+hash(plain))
-		c.History = append(c.History, history{s.created, l.what})
-		m.Layers = append(m.Layers, d)
-		docker.Layers = append(docker.Layers, blobPath(d.Digest))
-		sizes.Layers = append(sizes.Layers, LayerSize{l.what, len(plain), len(packed)})
-	}
-	var err error
-	if m.Config, err = a.json(typeConfig, c); err != nil {
-		return nil, sizes, err
-	}
-	docker.Config = blobPath(m.Config.Digest)
-	d, err := a.json(typeManifest, m)
+// write makes the archive of an image.
+func (s spec) write(file string) (result, error) {
+	img, layers, err := s.image()
 	if err != nil {
-		return nil, sizes, err
+		return result{}, err
 	}
-	sizes.Digest = d.Digest
-	p := s.platform()
-	d.Platform = &p
-	i := index{SchemaVersion: 2, MediaType: typeIndex}
-	for _, name := range s.names {
-		named := d
-		named.Annotations = map[string]string{"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name[strings.LastIndex(name, ":")+1:]}
-		i.Manifests = append(i.Manifests, named)
+	digest, err := img.Digest()
+	if err != nil {
+		return result{}, err
 	}
-	for name, value := range map[string]any{"index.json": i, "manifest.json": []dockerManifest{docker}} {
-		raw, err := json.Marshal(value)
+	raw, err := archive(img, s.names)
+	if err != nil {
+		return result{}, err
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return result{}, err
+	}
+	r := result{archive: file, size: int64(len(raw)), digest: digest.String(), layers: layers}
+	return r, os.WriteFile(file, raw, 0o644)
+}
+
+func (s spec) image() (v1.Image, []layerSize, error) {
+	config := &v1.ConfigFile{
+		Architecture: string(s.arch), OS: "linux", Created: v1.Time{Time: s.created},
+		RootFS: v1.RootFS{Type: "layers"}, Config: s.config,
+	}
+	if s.arch == arm64 {
+		config.Variant = "v8"
+	}
+	img, err := mutate.ConfigFile(empty.Image, config)
+	if err != nil {
+		return nil, nil, err
+	}
+	img = mutate.ConfigMediaType(mutate.MediaType(img, types.OCIManifestSchema1), types.OCIConfigJSON)
+	var sizes []layerSize
+	for _, l := range s.layers {
+		plain, err := pack(l.files)
 		if err != nil {
-			return nil, sizes, err
+			return nil, nil, err
 		}
-		a.data[name] = raw
+		packed, err := tarball.LayerFromOpener(
+			func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(plain)), nil },
+			tarball.WithMediaType(types.OCILayer), tarball.WithCompressionLevel(gzip.BestCompression),
+			tarball.WithCompressedCaching)
+		if err != nil {
+			return nil, nil, err
+		}
+		size, err := packed.Size()
+		if err != nil {
+			return nil, nil, err
+		}
+		sizes = append(sizes, layerSize{l.what, int64(len(plain)), size})
+		history := v1.History{Created: config.Created, CreatedBy: l.what}
+		if img, err = mutate.Append(img, mutate.Addendum{Layer: packed, History: history}); err != nil {
+			return nil, nil, err
+		}
 	}
-	a.data["oci-layout"] = []byte(`{"imageLayoutVersion":"1.0.0"}`)
-	a.names = append([]string{"oci-layout", "index.json", "manifest.json"}, a.names...)
-	return a, sizes, nil
+	return mutate.Annotations(img, s.config.Labels).(v1.Image), sizes, nil
 }
 
-func (s spec) platform() platform {
-	p := platform{Architecture: string(s.arch), OS: "linux"}
-	if s.arch == ARM64 {
-		p.Variant = "v8"
+// archive is an OCI layout, which `ctr images import` reads, and beside it the manifest.json that `docker load` reads,
+// for the same blobs.
+func archive(img v1.Image, names []string) ([]byte, error) {
+	dir, err := os.MkdirTemp("", "overlay-image-")
+	if err != nil {
+		return nil, err
 	}
-	return p
-}
-
-func (a *archive) write(out io.Writer) error {
-	w := tar.NewWriter(out)
-	for _, name := range a.names {
-		data := a.data[name]
-		h := &tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), ModTime: time.Unix(0, 0), Format: tar.FormatUSTAR, Typeflag: tar.TypeReg}
-		if err := w.WriteHeader(h); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+	defer func() { _ = os.RemoveAll(dir) }()
+	config, err := img.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	oci, err := layout.Write(dir, empty.Index)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		err := oci.AppendImage(img, layout.WithPlatform(*config.Platform()), layout.WithAnnotations(map[string]string{
+			"io.containerd.image.name":          name,
+			"org.opencontainers.image.ref.name": name[strings.LastIndex(name, ":")+1:],
+		}))
+		if err != nil {
+			return nil, err
 		}
-		if _, err := w.Write(data); err != nil {
+	}
+	m, err := img.Manifest()
+	if err != nil {
+		return nil, err
+	}
+	docker := tarball.Descriptor{Config: blobPath(m.Config.Digest), RepoTags: names}
+	for _, l := range m.Layers {
+		docker.Layers = append(docker.Layers, blobPath(l.Digest))
+	}
+	raw, err := json.Marshal(tarball.Manifest{docker})
+	if err != nil {
+		return nil, err
+	}
+	t := tree{}
+	put(t, "manifest.json", 0o644, raw)
+	files := os.DirFS(dir)
+	err = fs.WalkDir(files, ".", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
 			return err
 		}
-	}
-	return w.Close()
-}
-
-func compress(data []byte) ([]byte, error) {
-	var out bytes.Buffer
-	w, err := gzip.NewWriterLevel(&out, gzip.BestCompression)
+		raw, err := fs.ReadFile(files, name)
+		put(t, name, 0o644, raw)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
-	if _, err := w.Write(data); err != nil {
-		return nil, err
-	}
-	err = w.Close()
-	return out.Bytes(), err
+	return pack(t)
 }
+
+func blobPath(digest v1.Hash) string { return "blobs/" + digest.Algorithm + "/" + digest.Hex }

@@ -1,137 +1,97 @@
-package image
+package main
 
 import (
-	"cmp"
 	"encoding/base64"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 )
 
-// What follows is SPDX 2.3, as much of it as is used.
-type spdxDocument struct {
-	SPDXVersion       string             `json:"spdxVersion"`
-	DataLicense       string             `json:"dataLicense"`
-	SPDXID            string             `json:"SPDXID"`
-	Name              string             `json:"name"`
-	DocumentNamespace string             `json:"documentNamespace"`
-	CreationInfo      spdxCreation       `json:"creationInfo"`
-	Packages          []spdxPackage      `json:"packages"`
-	Relationships     []spdxRelationship `json:"relationships"`
-}
-
-type spdxCreation struct {
-	Created  string   `json:"created"`
-	Creators []string `json:"creators"`
-}
-
-type spdxPackage struct {
-	SPDXID           string         `json:"SPDXID"`
-	Name             string         `json:"name"`
-	VersionInfo      string         `json:"versionInfo"`
-	Purpose          string         `json:"primaryPackagePurpose,omitempty"`
-	DownloadLocation string         `json:"downloadLocation"`
-	FilesAnalyzed    bool           `json:"filesAnalyzed"`
-	LicenseConcluded string         `json:"licenseConcluded"`
-	LicenseDeclared  string         `json:"licenseDeclared"`
-	CopyrightText    string         `json:"copyrightText"`
-	Checksums        []spdxChecksum `json:"checksums,omitempty"`
-	ExternalRefs     []spdxRef      `json:"externalRefs,omitempty"`
-}
-
-type spdxChecksum struct {
-	Algorithm string `json:"algorithm"`
-	Value     string `json:"checksumValue"`
-}
-
-type spdxRef struct {
-	Category string `json:"referenceCategory"`
-	Type     string `json:"referenceType"`
-	Locator  string `json:"referenceLocator"`
-}
-
-type spdxRelationship struct {
-	Element string `json:"spdxElementId"`
-	Type    string `json:"relationshipType"`
-	Related string `json:"relatedSpdxElement"`
-}
-
-const noAssertion = "NOASSERTION"
+// object is one of JSON: the list is written in the words of SPDX 2.3.
+type object map[string]any
 
 // sbom lists what an image is made of: the Go modules that its programs were linked from, and the Debian packages.
-func sbom(s spec, digest string, l lock, debs []wanted, mods []goModule) ([]byte, error) {
-	self := spdxPackage{
-		SPDXID: "SPDXRef-Image", Name: "overlayd", VersionInfo: s.version, Purpose: "CONTAINER", DownloadLocation: noAssertion,
-		LicenseConcluded: noAssertion, LicenseDeclared: "Apache-2.0", CopyrightText: noAssertion,
-		Checksums: []spdxChecksum{{"SHA256", strings.TrimPrefix(digest, "sha256:")}},
+func sbom(o options, digest string, l lock, debs []debianPackage, mods []goModule) ([]byte, error) {
+	const self = "SPDXRef-Image"
+	sum := strings.TrimPrefix(digest, "sha256:")
+	image := spdxPackage(self, "overlayd", o.version, "Apache-2.0", "")
+	image["primaryPackagePurpose"], image["checksums"] = "CONTAINER", sha256Checksum(sum)
+	packages := []object{image}
+	relationships := []object{relationship("SPDXRef-DOCUMENT", "DESCRIBES", self)}
+	contains := func(p object) {
+		packages = append(packages, p)
+		relationships = append(relationships, relationship(self, "CONTAINS", p["SPDXID"]))
 	}
-	doc := spdxDocument{
-		SPDXVersion: "SPDX-2.3", DataLicense: "CC0-1.0", SPDXID: "SPDXRef-DOCUMENT", Name: "overlayd-image-" + string(s.arch),
-		DocumentNamespace: "https://github.com/overlayd/overlayd/spdx/" + string(s.arch) + "/" + strings.TrimPrefix(digest, "sha256:"),
-		CreationInfo:      spdxCreation{s.created.Format(time.RFC3339), []string{"Tool: overlay-image"}},
-		Packages:          []spdxPackage{self},
-		Relationships:     []spdxRelationship{{"SPDXRef-DOCUMENT", "DESCRIBES", self.SPDXID}},
-	}
-	var parts []spdxPackage
-	for _, p := range l.of(s.arch) {
-		parts = append(parts, debianPackage(l, p, licenceIn(debs, p.name)))
+	for i, p := range l.of(o.arch) { // as many as debs, and in the same order
+		contains(debianEntry(l, p, debs[i].licence))
 	}
 	for _, m := range mods {
-		p, err := modulePackage(m)
+		p, err := moduleEntry(m)
 		if err != nil {
 			return nil, err
 		}
-		parts = append(parts, p)
+		contains(p)
 	}
-	slices.SortFunc(parts, func(a, b spdxPackage) int { return cmp.Compare(a.SPDXID, b.SPDXID) })
-	for _, p := range parts {
-		doc.Packages = append(doc.Packages, p)
-		doc.Relationships = append(doc.Relationships, spdxRelationship{self.SPDXID, "CONTAINS", p.SPDXID})
-	}
-	out, err := json.MarshalIndent(doc, "", " ")
+	out, err := json.MarshalIndent(object{
+		"spdxVersion": "SPDX-2.3", "dataLicense": "CC0-1.0", "SPDXID": "SPDXRef-DOCUMENT",
+		"name":              "overlayd-image-" + string(o.arch),
+		"documentNamespace": "https://github.com/overlayd/overlayd/spdx/" + string(o.arch) + "/" + sum,
+		"creationInfo": object{
+			"created": o.created.UTC().Format(time.RFC3339), "creators": []string{"Tool: overlay-image"},
+		},
+		"packages": packages, "relationships": relationships,
+	}, "", " ")
 	return append(out, '\n'), err
 }
 
-func licenceIn(debs []wanted, name string) string {
-	for _, d := range debs {
-		if d.name == name {
-			return d.licence
-		}
+func spdxPackage(id, name, version, licence, location string) object {
+	const noAssertion = "NOASSERTION"
+	if location == "" {
+		location = noAssertion
 	}
-	return noAssertion
+	return object{
+		"SPDXID": id, "name": name, "versionInfo": version, "downloadLocation": location, "filesAnalyzed": false,
+		"licenseConcluded": noAssertion, "licenseDeclared": licence, "copyrightText": noAssertion,
+	}
 }
 
-func debianPackage(l lock, p pinned, licence string) spdxPackage {
+func relationship(element, kind string, related any) object {
+	return object{"spdxElementId": element, "relationshipType": kind, "relatedSpdxElement": related}
+}
+
+func sha256Checksum(sum string) []object {
+	return []object{{"algorithm": "SHA256", "checksumValue": sum}}
+}
+
+func reference(category, kind, locator string) object {
+	return object{"referenceCategory": category, "referenceType": kind, "referenceLocator": locator}
+}
+
+func debianEntry(l lock, p pinned, licence string) object {
 	urls := l.urls(p)
-	return spdxPackage{
-		SPDXID: spdxID("Debian", p.name), Name: p.name, VersionInfo: p.version, DownloadLocation: urls[len(urls)-1],
-		LicenseConcluded: noAssertion, LicenseDeclared: licence, CopyrightText: noAssertion, Checksums: []spdxChecksum{{"SHA256", p.sha256}},
-		ExternalRefs: []spdxRef{{"PACKAGE-MANAGER", "purl", fmt.Sprintf("pkg:deb/debian/%s@%s?arch=%s&distro=debian-%s", p.name, purlEscape(p.version), p.arch, release)}},
-	}
+	out := spdxPackage(spdxID("Debian", p.name), p.name, p.version, licence, urls[len(urls)-1])
+	out["checksums"] = sha256Checksum(p.sha256)
+	out["externalRefs"] = []object{reference("PACKAGE-MANAGER", "purl", fmt.Sprintf(
+		"pkg:deb/debian/%s@%s?arch=%s&distro=debian-%s", p.name, purlEscape(p.version), p.arch, release))}
+	return out
 }
 
-func modulePackage(m goModule) (spdxPackage, error) {
-	p := spdxPackage{
-		SPDXID: spdxID("Go", m.path), Name: m.path, VersionInfo: m.version, DownloadLocation: noAssertion,
-		LicenseConcluded: noAssertion, LicenseDeclared: m.licence, CopyrightText: noAssertion,
-		ExternalRefs: []spdxRef{{"PACKAGE-MANAGER", "purl", "pkg:golang/" + m.path + "@" + purlEscape(m.version)}},
+func moduleEntry(m goModule) (object, error) {
+	refs := []object{reference("PACKAGE-MANAGER", "purl", "pkg:golang/"+m.Path+"@"+purlEscape(m.Version))}
+	location := "https://go.dev/dl/"
+	if m.Path != "stdlib" {
+		location = "https://" + m.Path
+		sum, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(m.Sum, "h1:"))
+		if err != nil || len(sum) != 32 {
+			return nil, fmt.Errorf("%s: expected a hash of the module in the program, found %q", m.Path, m.Sum)
+		}
+		// The hash of go.sum is over the module's files, not over one archive, so it is no checksum.
+		refs = append(refs, reference("OTHER", "go-sum-h1", fmt.Sprintf("%x", sum)))
 	}
-	if m.path == "stdlib" {
-		p.DownloadLocation = "https://go.dev/dl/"
-		return p, nil
-	}
-	p.DownloadLocation = "https://" + m.path
-	raw, ok := strings.CutPrefix(m.sum, "h1:")
-	if !ok {
-		return p, fmt.Errorf("%s: expected a hash of the module in the program, found %q", m.path, m.sum)
-	}
-	// The hash of go.sum is over the module's files, not over one archive: a comment of its own kind, and no checksum.
-	sum, err := base64.StdEncoding.DecodeString(raw)
-	p.ExternalRefs = append(p.ExternalRefs, spdxRef{"OTHER", "go-sum-h1", hex.EncodeToString(sum)})
-	return p, err
+	out := spdxPackage(spdxID("Go", m.Path), m.Path, m.Version, m.licence, location)
+	out["externalRefs"] = refs
+	return out, nil
 }
 
 func spdxID(kind, name string) string {

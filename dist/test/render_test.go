@@ -11,11 +11,14 @@ import (
 	"testing"
 
 	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
+	"helm.sh/helm/v3/pkg/chart"
 	"helm.sh/helm/v3/pkg/chart/loader"
 	"helm.sh/helm/v3/pkg/chartutil"
 	"helm.sh/helm/v3/pkg/engine"
+	admission "k8s.io/api/admissionregistration/v1"
 	apps "k8s.io/api/apps/v1"
 	core "k8s.io/api/core/v1"
+	rbac "k8s.io/api/rbac/v1"
 	kjson "sigs.k8s.io/json"
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
@@ -32,8 +35,20 @@ var kinds = map[string]func() any{
 	"v1 Namespace":                        func() any { return new(core.Namespace) },
 	"v1 ServiceAccount":                   func() any { return new(core.ServiceAccount) },
 	"v1 ConfigMap":                        func() any { return new(core.ConfigMap) },
+	"v1 Pod":                              func() any { return new(core.Pod) },
 	"apps/v1 DaemonSet":                   func() any { return new(apps.DaemonSet) },
 	"monitoring.coreos.com/v1 PodMonitor": func() any { return new(monitoring.PodMonitor) },
+	"rbac.authorization.k8s.io/v1 ClusterRole":        func() any { return new(rbac.ClusterRole) },
+	"rbac.authorization.k8s.io/v1 ClusterRoleBinding": func() any { return new(rbac.ClusterRoleBinding) },
+	"rbac.authorization.k8s.io/v1 Role":               func() any { return new(rbac.Role) },
+	"rbac.authorization.k8s.io/v1 RoleBinding":        func() any { return new(rbac.RoleBinding) },
+	"admissionregistration.k8s.io/v1 ValidatingAdmissionPolicy": func() any {
+		return new(admission.ValidatingAdmissionPolicy)
+	},
+	"admissionregistration.k8s.io/v1 ValidatingAdmissionPolicyBinding": func() any {
+		return new(admission.ValidatingAdmissionPolicyBinding)
+	},
+	"monitoring.coreos.com/v1 PrometheusRule": func() any { return new(monitoring.PrometheusRule) },
 }
 
 // objects are what was rendered, by kind and name.
@@ -91,7 +106,10 @@ func kustomize(t *testing.T, dir string, components ...string) objects {
 	return kustomizeWith(t, dir, "", components...)
 }
 
-// kustomizeWith adds a text to what somebody would write.
+// network is a network config beside a kustomization that refers to dist/kubernetes.
+const network = `{"Network": "10.0.0.0/8"}`
+
+// kustomizeWith adds a text to the kustomization that an operator writes beside net-conf.json.
 func kustomizeWith(t *testing.T, dir, more string, components ...string) objects {
 	t.Helper()
 	if len(components) > 0 || more != "" {
@@ -112,8 +130,10 @@ func kustomizeWith(t *testing.T, dir, more string, components ...string) objects
 			parts = append(parts, rel(filepath.Join(kustomizeDir, "components", c)))
 		}
 		text := fmt.Sprintf("resources: [%s]\ncomponents: [%s]\n%s", rel(dir), strings.Join(parts, ", "), more)
-		if err := os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
+		for name, content := range map[string]string{"kustomization.yaml": text, "net-conf.json": network} {
+			if err := os.WriteFile(filepath.Join(own, name), []byte(content), 0o644); err != nil {
+				t.Fatal(err)
+			}
 		}
 		dir = own
 	}
@@ -139,7 +159,14 @@ func helm(t *testing.T, values string) (objects, string) {
 }
 
 func tryHelm(values string) (documents, notes string, err error) {
-	chart, err := loader.Load(chartDir)
+	return renderHelm(values, engine.Engine{Strict: true}.Render)
+}
+
+// renderHelm checks the values against the schema, and renders.
+func renderHelm(values string, render func(*chart.Chart, chartutil.Values) (map[string]string, error)) (
+	documents, notes string, err error,
+) {
+	c, err := loader.Load(chartDir)
 	if err != nil {
 		return "", "", err
 	}
@@ -148,11 +175,11 @@ func tryHelm(values string) (documents, notes string, err error) {
 		return "", "", err
 	}
 	release := chartutil.ReleaseOptions{Name: "overlayd", Namespace: "overlayd", Revision: 1, IsInstall: true}
-	all, err := chartutil.ToRenderValues(chart, v, release, nil) // checks the values against the schema
+	all, err := chartutil.ToRenderValues(c, v, release, nil) // checks the values against the schema
 	if err != nil {
 		return "", "", err
 	}
-	files, err := engine.Engine{Strict: true}.Render(chart, all)
+	files, err := render(c, all)
 	if err != nil {
 		return "", "", err
 	}

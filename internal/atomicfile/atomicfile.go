@@ -1,4 +1,5 @@
-// Package atomicfile replaces files in one step, so that a reader finds the old content or the new one, also after a power failure.
+// Package atomicfile replaces files in one step, so that a reader finds the old content or the new one, also after a
+// power failure.
 package atomicfile
 
 import (
@@ -11,8 +12,8 @@ import (
 	"github.com/google/renameio/v2"
 )
 
-// Write replaces a file, whose directory must exist. It flushes the content to the disk, but not the directory's entry. The error names path
-// and not the temporary file beside it, so that the same fault reads the same each time.
+// Write replaces a file, whose directory must exist. It flushes the content to the disk, but not the directory's entry.
+// The error names path and not the temporary file beside it, so that the same fault reads the same each time.
 func Write(path string, content []byte, mode fs.FileMode) (err error) {
 	defer func() {
 		if errno := syscall.Errno(0); errors.As(err, &errno) {
@@ -31,9 +32,11 @@ func Write(path string, content []byte, mode fs.FileMode) (err error) {
 	return f.CloseAtomicallyReplace()
 }
 
-// RemoveLeftovers removes the temporary files of writers of path that were killed. One that can't be removed does no harm.
+// RemoveLeftovers removes the temporary files of writers of path that were killed. One that can't be removed does no
+// harm.
 func RemoveLeftovers(path string) {
-	left, _ := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"[0-9]*")) // renameio's name: a dot, the file's, a number
+	// renameio's name: a dot, the file's, a number
+	left, _ := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"[0-9]*"))
 	for _, l := range left {
 		_ = os.Remove(l)
 	}

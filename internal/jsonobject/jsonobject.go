@@ -1,5 +1,5 @@
-// Package jsonobject reads and edits JSON objects key by key. Keys are found as encoding/json finds the fields of a struct: in any letter
-// case, and the last one counts.
+// Package jsonobject reads and edits JSON objects key by key. Keys are found as encoding/json finds the fields of a
+// struct: in any letter case, and the last one counts.
 package jsonobject
 
 import (
@@ -74,12 +74,23 @@ func (o *Object) Put(key string, v any) error {
 	return nil
 }
 
+// PutAll sets several keys.
+func (o *Object) PutAll(fields map[string]any) error {
+	for key, v := range fields {
+		if err := o.Put(key, v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Delete removes a key.
 func (o *Object) Delete(key string) {
 	*o = slices.DeleteFunc(*o, func(f Field) bool { return strings.EqualFold(f.Key, key) })
 }
 
-// Decode reads the value of a key into v, which stays as it is where there is none, or null. The error says what was expected and found.
+// Decode reads the value of a key into v, which stays as it is where there is none, or null. The error says what was
+// expected and found.
 func (o Object) Decode(key string, v any, expected string) error {
 	if raw := o.Get(key); raw != nil && json.Unmarshal(raw, v) != nil {
 		return Unexpected(key, expected, raw)

@@ -10,7 +10,8 @@ import (
 func TestObject(t *testing.T) {
 	t.Parallel()
 	var o Object
-	if err := json.Unmarshal([]byte(` {"Type":"a", "TYPE":"b", "type":null, "n":null, "big":12345678901234567890} `), &o); err != nil {
+	if err := json.Unmarshal([]byte(` {"Type":"a", "TYPE":"b", "type":null, "n":null, "big":12345678901234567890} `),
+		&o); err != nil {
 		t.Fatal(err)
 	}
 	for key, want := range map[string]string{"type": `"b"`, "N": "null", "big": "12345678901234567890", "none": ""} {

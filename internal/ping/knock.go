@@ -2,7 +2,6 @@ package ping
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 
@@ -12,8 +11,8 @@ import (
 // discard is the UDP port at which nothing listens, or what throws all away (RFC 863).
 const discard = 9
 
-// Knock sends a datagram of size bytes, its IP header among them, to a closed port, for nodes that ignore echo requests: their kernels refuse
-// it, which is an answer, too.
+// Knock sends a datagram of size bytes, its IP header among them, to a closed port, for nodes that ignore echo
+// requests: their kernels refuse it, which is an answer, too.
 func (s *Socket) Knock(to netip.Addr, seq uint16, size int) error {
 	if err := s.openUDP(); err != nil {
 		return fmt.Errorf("UDP socket (%s): %w", s.family, err)
@@ -22,12 +21,11 @@ func (s *Socket) Knock(to netip.Addr, seq uint16, size int) error {
 	p := make([]byte, min(max(size-headers, 4), largestPacket-headers))
 	binary.BigEndian.PutUint16(p, s.id)
 	binary.BigEndian.PutUint16(p[2:], seq)
-	for {
-		// An earlier knock that was refused is told first.
-		if err := unix.Sendto(s.udp, p, 0, sockaddr(to, discard)); !errors.Is(err, unix.ECONNREFUSED) {
-			return err
-		}
+	err := unix.Sendto(s.udp, p, 0, sockaddr(to, discard))
+	if err != nil { // perhaps the answer to an earlier one, to whatever address: the kernel returns that first, and once
+		err = unix.Sendto(s.udp, p, 0, sockaddr(to, discard))
 	}
+	return err
 }
 
 func (s *Socket) openUDP() error {
@@ -42,7 +40,8 @@ func (s *Socket) openUDP() error {
 	return s.refusals(fd)
 }
 
-// refused hands over the datagrams that the nodes themselves have refused: their kernels are there, and the path is open in both directions.
+// refused hands over the datagrams that the nodes themselves have refused: their kernels are there, and the path is
+// open in both directions.
 func (s *Socket) refused(take func(Reply)) error {
 	if s.udp < 0 {
 		return nil
@@ -59,11 +58,9 @@ func (s *Socket) refused(take func(Reply)) error {
 // node's address.
 func refusedBy(oob []byte) netip.Addr {
 	const size = 16
-	for len(oob) >= unix.SizeofCmsghdr {
-		h, data, rest, err := unix.ParseOneSocketControlMessage(oob)
-		if err != nil {
-			break
-		}
+	messages, _ := unix.ParseSocketControlMessage(oob)
+	for _, m := range messages {
+		h, data := m.Header, m.Data
 		v4 := h.Level == unix.IPPROTO_IP && h.Type == unix.IP_RECVERR && len(data) >= size+unix.SizeofSockaddrInet4
 		v6 := h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_RECVERR && len(data) >= size+unix.SizeofSockaddrInet6
 		switch {
@@ -72,7 +69,6 @@ func refusedBy(oob []byte) netip.Addr {
 		case v6 && [3]byte(data[4:]) == [3]byte{unix.SO_EE_ORIGIN_ICMP6, 1, 4}: // the same (RFC 4443 section 3.1)
 			return netip.AddrFrom16([16]byte(data[size+8:]))
 		}
-		oob = rest
 	}
 	return netip.Addr{}
 }

@@ -20,25 +20,7 @@ var (
 	peer6 = netip.MustParseAddr("2001:db8::2")
 )
 
-// site is a node and a peer with a switch between them.
-func site(t *testing.T) (node, middle, peer *nstest.NS) {
-	node, middle, peer = nstest.New(t), nstest.New(t), nstest.New(t)
-	nstest.Link(node, "eth0", middle, "p1")
-	nstest.Link(peer, "eth0", middle, "p2")
-	middle.Exec("ip", "link", "add", "br0", "type", "bridge")
-	for _, l := range []string{"p1", "p2"} {
-		middle.Exec("ip", "link", "set", "dev", l, "master", "br0")
-		middle.Exec("ip", "link", "set", "dev", l, "up")
-	}
-	middle.Exec("ip", "link", "set", "br0", "up")
-	node.Addr("eth0", "192.0.2.1/24")
-	node.Addr("eth0", "2001:db8::1/64")
-	peer.Addr("eth0", "192.0.2.2/24")
-	peer.Addr("eth0", "2001:db8::2/64")
-	return node, middle, peer
-}
-
-// replies are those that have come when there are enough of them, or when patience is over.
+// replies are those that have come when there are enough of them, or when there was time enough.
 func replies(s *Socket, enough int) (out []Reply) {
 	for end := time.Now().Add(patience); ; s.Wait(time.Until(end)) {
 		_ = s.Receive(func(r Reply) { out = append(out, r) })
@@ -51,7 +33,7 @@ func replies(s *Socket, enough int) (out []Reply) {
 // As many packets as go out together, of the largest kind, are all answered, also if they are not read meanwhile.
 func TestRoomForABurst(t *testing.T) {
 	t.Parallel()
-	node, middle, peer := site(t)
+	node, middle, peer := nstest.Switched(t)
 	for _, l := range []string{"p1", "p2", "br0"} {
 		middle.Exec("ip", "link", "set", "dev", l, "mtu", "9000")
 	}
@@ -76,10 +58,10 @@ func TestRoomForABurst(t *testing.T) {
 	})
 }
 
-// Several who ping on one node don't take each other's answers.
+// Several sockets of one node don't take each other's answers.
 func TestSocketsAreApart(t *testing.T) {
 	t.Parallel()
-	node, _, _ := site(t)
+	node, _, _ := nstest.Switched(t)
 	node.Do(func() {
 		for _, f := range addr.Families() {
 			a, errA := Open(f, 1, Probe)
@@ -97,7 +79,7 @@ func TestSocketsAreApart(t *testing.T) {
 			if len(got) != 1 || got[0].From != to || got[0].Seq != 7 || got[0].At.Before(began) || got[0].At.After(time.Now()) {
 				t.Errorf("%s: %+v", f, got)
 			}
-			if err := b.Receive(func(r Reply) { t.Errorf("%s: the other one got %+v", f, r) }); err != nil {
+			if err := b.Receive(func(r Reply) { t.Errorf("%s: the other one received %+v", f, r) }); err != nil {
 				t.Error(err)
 			}
 		}
@@ -107,7 +89,7 @@ func TestSocketsAreApart(t *testing.T) {
 // A connected socket knows its source address, and is told why a packet did not get through.
 func TestConnect(t *testing.T) {
 	t.Parallel()
-	node, _, peer := site(t)
+	node, _, peer := nstest.Switched(t)
 	peer.Exec("ip", "addr", "add", "198.51.100.1/24", "dev", "lo")
 	node.Exec("ip", "route", "add", "198.51.100.0/24", "via", "192.0.2.2")
 	peer.Exec("ip", "route", "add", "unreachable", "203.0.113.0/24")
@@ -155,10 +137,34 @@ func TestConnect(t *testing.T) {
 	})
 }
 
+// A datagram is sent although an earlier one was refused, which the kernel reports first.
+func TestKnockAfterARefusal(t *testing.T) {
+	t.Parallel()
+	node, _, peer := nstest.Switched(t)
+	peer.Sysctl("net.ipv4.icmp_ratelimit", "0")
+	node.Do(func() {
+		s, err := Open(addr.IPv4, 3, Probe)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		const knocks = 3
+		for seq := range uint16(knocks) {
+			if err := s.Knock(peer4, seq, 64); err != nil {
+				t.Errorf("%d: %v", seq, err)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		if got := replies(s, knocks); len(got) != knocks || got[2].Seq != 2 || got[0].From != peer4 {
+			t.Errorf("%+v", got)
+		}
+	})
+}
+
 // A stream counts what is lost while the peer is away, and what the kernel refuses to send.
 func TestStream(t *testing.T) {
 	t.Parallel()
-	node, middle, _ := site(t)
+	node, middle, _ := nstest.Switched(t)
 	for _, to := range []netip.Addr{peer4, peer6} {
 		start := func(o Options) (s *Stream) {
 			var err error

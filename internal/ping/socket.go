@@ -1,5 +1,5 @@
-// Package ping sends ICMP echo requests of both families and takes the replies to them: one at a time, many targets over one socket, or
-// one target in a stream.
+// Package ping sends ICMP echo requests of both families and takes the replies to them: one at a time, many targets
+// over one socket, or one target in a stream.
 package ping
 
 import (
@@ -20,8 +20,8 @@ import (
 	"github.com/overlayd/overlayd/addr"
 )
 
-// PMTU says what the kernel does with packets that are larger than the path takes: IP_PMTUDISC_* of uapi/linux/in.h, and the same
-// numbers for IPv6.
+// PMTU says what the kernel does with packets that are larger than the path takes: IP_PMTUDISC_* of uapi/linux/in.h,
+// and the same numbers for IPv6.
 type PMTU int
 
 const (
@@ -66,7 +66,6 @@ type Socket struct {
 	fd     int
 	udp    int // see Knock; -1: not yet made
 	id     uint16
-	packet []byte
 	answer [256]byte // what is behind the headers does not matter
 	oob    [128]byte
 }
@@ -78,8 +77,8 @@ type Reply struct {
 	At   time.Time // when the kernel got it
 }
 
-// Open makes a socket in the network namespace of the calling thread, which takes CAP_NET_RAW. Several sockets are told apart by their
-// identifiers.
+// Open makes a socket in the network namespace of the calling thread, which takes CAP_NET_RAW. Several sockets are told
+// apart by their identifiers.
 func Open(f addr.Family, id uint16, pmtu PMTU) (*Socket, error) {
 	s := &Socket{family: familyOf(f), fd: -1, udp: -1, id: id}
 	var err error
@@ -90,8 +89,8 @@ func Open(f addr.Family, id uint16, pmtu PMTU) (*Socket, error) {
 		s.Close()
 		return nil, fmt.Errorf("ping socket (%s): %w", f, err)
 	}
-	// Room for as many packets of the largest kind as go out together, and for their answers, which may not be read for seconds. It takes
-	// CAP_NET_ADMIN.
+	// Room for as many packets of the largest kind as go out together, and for their answers, which may not be read for
+	// seconds. It takes CAP_NET_ADMIN.
 	const room = 4 << 20
 	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room)
 	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, room)
@@ -129,8 +128,8 @@ func (s *Socket) Close() {
 	}
 }
 
-// filter lets the answers to this socket's packets in. A raw socket gets all of the protocol's packets otherwise, from the IP header on
-// with IPv4 and from behind it with IPv6.
+// filter lets the answers to this socket's packets in. A raw socket gets all of the protocol's packets otherwise, from
+// the IP header on with IPv4 and from behind it with IPv6.
 func (s *Socket) filter() error {
 	start := bpf.Instruction(bpf.LoadMemShift{Off: 0})
 	if s.family.Family == addr.IPv6 {
@@ -156,30 +155,30 @@ func (s *Socket) filter() error {
 		&unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]}))
 }
 
-// Connect binds the socket to one address: Receive fails with what ICMP errors say about packets to it. It returns the source address
-// that the kernel chose.
+// Connect binds the socket to one address: Receive fails with what ICMP errors say about packets to it. It returns the
+// source address that the kernel chose.
 func (s *Socket) Connect(to netip.Addr) (netip.Addr, error) {
-	if err := errors.Join(s.refusals(s.fd), os.NewSyscallError("connect", unix.Connect(s.fd, sockaddr(to, 0)))); err != nil {
+	err := cmp.Or(s.refusals(s.fd), os.NewSyscallError("connect", unix.Connect(s.fd, sockaddr(to, 0))))
+	if err != nil {
 		return netip.Addr{}, err
 	}
 	local, err := unix.Getsockname(s.fd)
 	return addressOf(local), os.NewSyscallError("getsockname", err)
 }
 
-// Send sends an echo request of size bytes, its IP header among them, with some data at its start and zeros behind it. An error is why the
-// kernel refused: a packet larger than the device's MTU, no route.
+// Send sends an echo request of size bytes, its IP header among them, with some data at its start and zeros behind it.
+// An error is why the kernel refused: a packet larger than the device's MTU, no route.
 func (s *Socket) Send(to netip.Addr, seq uint16, size int, data []byte) error {
 	echo := icmp.Message{Type: s.family.request, Body: &icmp.Echo{ID: int(s.id), Seq: int(seq), Data: data}}
-	msg, err := echo.Marshal(nil) // zeros behind it change no checksum; with IPv6 it is the kernel's work (RFC 3542 section 3.1)
+	// Zeros behind it change no checksum; with IPv6 that is the kernel's work (RFC 3542 section 3.1).
+	msg, err := echo.Marshal(nil)
 	if err != nil {
 		return err
 	}
 	n := min(max(size-s.family.header, len(msg)), largestPacket-s.family.header)
-	if len(s.packet) < n {
-		s.packet = make([]byte, n)
-	}
-	clear(s.packet[copy(s.packet, msg):n])
-	return unix.Sendto(s.fd, s.packet[:n], 0, sockaddr(to, 0))
+	packet := make([]byte, n)
+	copy(packet, msg)
+	return unix.Sendto(s.fd, packet, 0, sockaddr(to, 0))
 }
 
 func sockaddr(to netip.Addr, port int) unix.Sockaddr {
@@ -238,16 +237,12 @@ func addressOf(from unix.Sockaddr) netip.Addr {
 
 // received is when the kernel got a packet; now, where it doesn't say.
 func received(oob []byte) time.Time {
-	for len(oob) >= unix.SizeofCmsghdr {
-		h, data, rest, err := unix.ParseOneSocketControlMessage(oob)
-		if err != nil {
-			break
-		}
+	messages, _ := unix.ParseSocketControlMessage(oob)
+	for _, m := range messages {
 		// struct __kernel_timespec: two 64-bit numbers, in the machine's order.
-		if h.Level == unix.SOL_SOCKET && h.Type == unix.SO_TIMESTAMPNS_NEW && len(data) >= 16 {
-			return time.Unix(int64(binary.NativeEndian.Uint64(data)), int64(binary.NativeEndian.Uint64(data[8:])))
+		if m.Header.Level == unix.SOL_SOCKET && m.Header.Type == unix.SO_TIMESTAMPNS_NEW && len(m.Data) >= 16 {
+			return time.Unix(int64(binary.NativeEndian.Uint64(m.Data)), int64(binary.NativeEndian.Uint64(m.Data[8:])))
 		}
-		oob = rest
 	}
 	return time.Now()
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/overlayd/overlayd/addr"
 )
 
-// Stream pings one address at an interval over one socket, whether or not the packets before were answered, to see what a fault does to
-// traffic that flows.
+// Stream pings one address at an interval over one socket, whether or not the packets before were answered, to see what
+// a fault does to traffic that flows.
 type Stream struct {
 	Options
 	socket *Socket
@@ -38,17 +38,18 @@ type Options struct {
 // Stats is what became of a stream's packets.
 type Stats struct {
 	Sent, Lost int
-	// Gap is the longest time between two packets sent that got an answer, if anything between them was lost; LastLost is when
-	// the last lost one was sent.
+	// Gap is the longest time between two packets sent that got an answer, if anything between them was lost; LastLost is
+	// when the last lost one was sent.
 	Gap      time.Duration
 	LastLost time.Time
-	// Refused counts those of the lost ones that the kernel did not send: there was no route at that moment, for example. Err is why it
-	// did not send the last of them. Both are about the whole stream.
+	// Refused counts those of the lost ones that the kernel did not send: there was no route at that moment, for example.
+	// Err is why it did not send the last of them. Both are about the whole stream.
 	Refused int
 	Err     error
 }
 
-// Start starts a stream from the network namespace of the calling thread. It sends until the context ends, and must be closed.
+// Start starts a stream from the network namespace of the calling thread. It sends until the context ends, and must be
+// closed.
 func Start(ctx context.Context, o Options) (*Stream, error) {
 	socket, err := Open(addr.FamilyOf(o.To), uint16(rand.Uint32()), o.PMTU)
 	if err != nil {
@@ -84,7 +85,8 @@ func (s *Stream) step(ctx context.Context) {
 	}
 	_ = s.socket.Receive(func(r Reply) {
 		last := len(s.sent) - 1
-		if i := last - int(uint16(last)-r.Seq); i >= 0 && r.From == s.To { // of those with this number, the one that was sent last
+		// Of those with this number, the one that was sent last.
+		if i := last - int(uint16(last)-r.Seq); i >= 0 && r.From == s.To {
 			s.answered[i] = true
 		}
 	})
@@ -93,8 +95,9 @@ func (s *Stream) step(ctx context.Context) {
 // Stop ends the sending, waits for answers that are missing, though not longer than some time, and says what was lost.
 func (s *Stream) Stop(wait time.Duration) Stats {
 	s.stop()
-	out := s.Stats(time.Time{}, time.Now())
-	for end := time.Now().Add(wait); out.Lost > out.Refused && time.Now().Before(end); out = s.Stats(time.Time{}, time.Now()) {
+	all := func() Stats { return s.Stats(time.Time{}, time.Now()) }
+	out := all()
+	for end := time.Now().Add(wait); out.Lost > out.Refused && time.Now().Before(end); out = all() {
 		time.Sleep(5 * time.Millisecond)
 	}
 	s.Close()
@@ -109,7 +112,8 @@ func (s *Stream) Close() {
 	s.socket.Close()
 }
 
-// Stats says what became of the packets that were sent from one moment to another. Answers to the last of them may be on the way.
+// Stats says what became of the packets that were sent from one moment to another. Answers to the last of them may be
+// on the way.
 func (s *Stream) Stats(from, to time.Time) Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -72,44 +72,39 @@ func (h header) String() string {
 // New asks the kernel nothing: that it has no ipset is an error only for those who need a set.
 func New() *Sets { return &Sets{map[string]leftSet{}} }
 
-// Ensure makes the set of this name hold exactly these members, each of the family f, and creates it if there is none.
-// A set that is not one of networks holds single addresses. It returns how many changes it made: none, if all was in
-// place. No member that stays is missing at any moment.
+// Ensure makes the set of this name hold exactly these members, which are sorted, each once, and of the family f, and
+// creates it if there is none. A set that is not one of networks holds single addresses. It returns how many changes it
+// made: none, if all was in place. No member that stays is missing at any moment.
 func (s *Sets) Ensure(name string, f addr.Family, networks bool, members []netip.Prefix) (changed int, err error) {
-	want := header{typ: "hash:ip", family: f}
+	desired := header{typ: "hash:ip", family: f}
 	if networks {
-		want.typ = "hash:net"
+		desired.typ = "hash:net"
 	}
-	if changed, err = s.ensure(name, want, members); err != nil {
+	if changed, err = s.ensure(name, desired, members); err != nil {
 		delete(s.left, name)
 		err = fmt.Errorf("ipset %s: %w", name, unsupported(err))
 	}
 	return changed, err
 }
 
-func (s *Sets) ensure(name string, want header, members []netip.Prefix) (changed int, err error) {
+func (s *Sets) ensure(name string, desired header, members []netip.Prefix) (changed int, err error) {
 	left := s.left[name]
-	if slices.Equal(members, left.members) {
-		members = left.members
-	} else if members, err = plain(members, want); err != nil {
-		return 0, err
-	}
 	found, err := find(name)
 	if errors.Is(err, unix.ENOENT) {
-		found, changed, err = want, 1, create(name, want, len(members))
+		found, changed, err = desired, 1, create(name, desired, len(members))
 	}
 	if err != nil {
 		return 0, err
 	}
-	if want.count = found.count; found != want {
-		return 0, fmt.Errorf("%w: %s, expected %s; remove it with `ipset destroy %s`", ErrType, found, want, name)
+	if desired.count = found.count; found != desired {
+		return 0, fmt.Errorf("%w: %s, expected %s; remove it with `ipset destroy %s`", ErrType, found, desired, name)
 	}
 	if found.count != len(left.members) || time.Since(left.checked) > trustFor {
 		n, err := fill(name, found, members)
 		s.left[name] = leftSet{members, time.Now()}
 		return changed + n, err
 	}
-	add, del := compare(members, left.members)
+	add, del := Diff(members, left.members)
 	if err = change(nl.IPSET_CMD_ADD, name, add); err == nil {
 		err = change(nl.IPSET_CMD_DEL, name, del)
 	}
@@ -142,21 +137,8 @@ func (s *Sets) Remove(name string) error {
 	return fmt.Errorf("remove ipset %s: %w", name, err)
 }
 
-// plain returns the members of such a set sorted, and each once.
-func plain(members []netip.Prefix, set header) ([]netip.Prefix, error) {
-	for _, p := range members {
-		if !p.IsValid() || addr.FamilyOf(p.Addr()) != set.family || p.Addr().Is4In6() || p != p.Masked() ||
-			set.typ == "hash:ip" && !p.IsSingleIP() {
-			return nil, fmt.Errorf("%q is no member of a set %s", p, set)
-		}
-	}
-	members = slices.Clone(members)
-	slices.SortFunc(members, addr.ComparePrefix)
-	return slices.Compact(members), nil
-}
-
-// compare returns what only a holds, and what only b; both are sorted.
-func compare(a, b []netip.Prefix) (onlyA, onlyB []netip.Prefix) {
+// Diff returns what only a holds, and what only b; both are sorted.
+func Diff(a, b []netip.Prefix) (onlyA, onlyB []netip.Prefix) {
 	for len(a) > 0 && len(b) > 0 {
 		switch c := addr.ComparePrefix(a[0], b[0]); {
 		case c < 0:
@@ -170,7 +152,7 @@ func compare(a, b []netip.Prefix) (onlyA, onlyB []netip.Prefix) {
 	return append(onlyA, a...), append(onlyB, b...)
 }
 
-// fill is for a set of which only the number of members is known. With all that are wanted added, it holds others too
+// fill is for a set of which only the number of members is known. With all desired ones added, it holds others too
 // if there are more. Then, or if it has no room, another set takes its place.
 func fill(name string, found header, members []netip.Prefix) (changed int, err error) {
 	if change(nl.IPSET_CMD_ADD, name, members) == nil {

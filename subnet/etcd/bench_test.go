@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"testing"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -18,7 +19,8 @@ func benchLease(i int, revision int64) *mvccpb.KeyValue {
 	c := claim(i)
 	c.NodeName, c.NodeID = fmt.Sprintf("node-%d.example.net", i), fmt.Sprintf("%032x", i)
 	return &mvccpb.KeyValue{
-		Key:            fmt.Appendf(nil, "%s/subnets/10.%d.%d.0-24", prefix, 100+i/156, 100+i%156), // as many digits everywhere: keys in order
+		// as many digits everywhere: keys in order
+		Key:            fmt.Appendf(nil, "%s/subnets/10.%d.%d.0-24", prefix, 100+i/156, 100+i%156),
 		Value:          subnet.FormatValue(c.Attrs),
 		CreateRevision: int64(i + 2), ModRevision: revision, Lease: int64(i + 1),
 	}
@@ -78,12 +80,7 @@ func BenchmarkEvent(b *testing.B) {
 func BenchmarkJoin(b *testing.B) {
 	for _, n := range []int{100, 1000, 5000, 20000} {
 		b.Run(fmt.Sprintf("peers=%d", n), func(b *testing.B) {
-			m, err := New(Options{Endpoints: []string{"127.0.0.1:1"}, Prefix: prefix}, zap.NewNop())
-			if err != nil {
-				b.Fatal(err)
-			}
-			m.view = benchView(n)
-			m.claim.held = holding{lease: m.view.entries[n/2].Lease, key: m.view.entries[n/2].Key, leaseID: m.view.entries[n/2].LeaseID}
+			s := benchState(n)
 			kv := benchLease(n/3, 0)
 			r := &pb.WatchResponse{Header: header(0), Events: []*mvccpb.Event{put(kv)}}
 			revision := int64(n + 2)
@@ -91,16 +88,25 @@ func BenchmarkJoin(b *testing.B) {
 			for b.Loop() {
 				revision++
 				kv.ModRevision = revision
-				if changed, err := m.take(r); !changed || err != nil {
-					b.Fatal(changed, err)
-				}
-				m.tell()
-				if s := <-m.Updates(); s.Table.Revision != revision || !s.Held() {
-					b.Fatal(s.Table.Revision)
+				now := time.Now()
+				s.noTell = now
+				s.watched(r, now)
+				s.settle(now, nil)
+				if snap := s.snapshot(); snap.Table.Revision != revision || !snap.Held() {
+					b.Fatal(snap.Table.Revision)
 				}
 			}
 		})
 	}
+}
+
+// benchState holds one of the leases of its table.
+func benchState(n int) *state {
+	s := newState(Options{Prefix: prefix, Parse: subnet.ParseEntry, LeaseTTL: DefaultLeaseTTL}, zap.NewNop())
+	s.view, s.trust, s.watch.busy = benchView(n), trustNow, true
+	own := s.view.Entries[n/2]
+	s.claim.key, s.claim.leaseID, s.snap.Lease = own.Key, own.LeaseID, own.Lease
+	return s
 }
 
 // BenchmarkHeap tells what one peer takes up in memory once the listing is gone.

@@ -1,9 +1,7 @@
 package etcd
 
 import (
-	"context"
 	"errors"
-	"fmt"
 	"net/netip"
 	"strings"
 	"time"
@@ -17,252 +15,290 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-const forever = time.Duration(-1)
+// claimState is what this node wants its lease to be, and how far it is. What it holds is in the snapshot.
+type claimState struct {
+	desired *subnet.Claim          // nil: nothing yet
+	decided subnet.Claim           // the one that the last decision is about
+	key     string                 // of the lease that is held
+	leaseID int64                  // the etcd lease that the key is attached to
+	before  addr.Per[netip.Prefix] // the subnets held last, to come back to
 
-// claimer makes the claim good. What it knows besides the shared state is only of use while it tries.
-type claimer struct {
-	*Manager
-	attempt  int   // races lost in a row
-	failures int   // other failures in a row
-	spare    grant // an etcd lease that no key hangs on yet
-	dispute  dispute
-	contest  subnet.Contest
-}
+	attempt int   // races lost in a row
+	wrote   int64 // the revision of the last write
+	spare   grant // an etcd lease that no key is attached to yet
+	revoke  int64 // one that is no longer needed
+	renewed int64 // the etcd lease that renewals are scheduled for
 
-// dispute is what a node remembers while another machine with its ID writes over its lease: a clone, with or without
-// another name.
-type dispute struct {
-	wrote int64     // the revision of our own last write
-	since time.Time // when it was last put right after another machine had written over it
-	by    string    // the name of that machine
-	until time.Time // when to put it right again, where that came to nothing
-	// took is when this node wrote over the lease of a machine with its ID and another name, since it remembers that
-	// lease: it has been given a new name and a new address, or it is the clone.
-	took time.Time
-	// left are the subnets that it has left to that machine.
-	left addr.Per[netip.Prefix]
-}
-
-const (
-	// disputeFor is how long the memory of it lasts: once in this time the lease is written again, since it may have been
-	// a mistake.
-	disputeFor = time.Minute
-	// takenBackWithin is how soon a machine that runs takes its lease back.
-	takenBackWithin = 10 * time.Second
-	// answeredAtOnce is how soon it does so again and again. A machine that is started again, or one more copy of it,
-	// needs longer.
-	answeredAtOnce = 500 * time.Millisecond
-)
-
-// disputed reports whether a decision would be one more turn in a fight that neither can win. held says that the lease
-// was this node's since it started. Where it is the other machine that had the lease first, leave says so.
-func (d *dispute) disputed(
-	t subnet.Table, c subnet.Claim, dec subnet.Decision, held bool, now time.Time,
-) (conflict *subnet.ConflictError, leave bool) {
-	e := t.Find(dec.Key)
-	if e == nil || e.NodeID != c.NodeID || e.Identity == c.Identity && e.PublicIP == c.PublicIP {
-		return nil, false
-	}
-	renamed := e.NodeName != c.NodeName
-	switch {
-	case renamed && !held:
-		d.took = now
-		return nil, false
-	case renamed && now.Sub(d.took) < takenBackWithin:
-		return nil, true
-	case !renamed && (d.wrote == 0 || dec.Expect <= d.wrote): // the address is one that this node had before
-		return nil, false
-	case now.Before(d.until):
-	case renamed && (e.NodeName != d.by || now.Sub(d.since) > answeredAtOnce), now.Sub(d.since) > disputeFor:
-		d.since, d.by = now, e.NodeName
-		return nil, false
-	default:
-		d.until = now.Add(disputeFor)
-	}
-	what := "this node's name and id"
-	if renamed {
-		what = "this node's id"
-	}
-	return &subnet.ConflictError{
-		Holder: e, What: what,
-		Advice: fmt.Sprintf("it says that it is at %s; one of the two machines is a clone of the other and needs an "+
-			"/etc/machine-id (or --node-id) of its own", addresses(e)),
-	}, false
-}
-
-func addresses(e *subnet.Entry) string {
-	var out []string
-	for _, f := range addr.Families() {
-		if ip := e.PublicIP.Get(f); ip.IsValid() {
-			out = append(out, ip.String())
-		}
-	}
-	return strings.Join(out, " and ")
+	dispute dispute
+	contest subnet.Contest
 }
 
 // grant is an etcd lease that was granted to this node.
 type grant struct {
 	id      int64
 	expires time.Time
+	unsure  bool // a write failed that may yet attach a key to it
 }
 
-// claimLoop is level-triggered: whenever the table or the claim changes, it asks anew what there is to do.
-func (m *Manager) claimLoop(ctx context.Context) {
-	c := &claimer{Manager: m}
-	for ctx.Err() == nil {
-		sleep(ctx, c.settle(ctx), m.wakeClaim)
+// setClaim reports whether this node's public IP has changed.
+func (s *state) setClaim(c subnet.Claim, now time.Time) (moved bool) {
+	if s.claim.desired == nil {
+		s.free = now // until now it was not the store that took its time
+	} else {
+		moved = s.claim.desired.PublicIP != c.PublicIP
 	}
-	c.giveBackSpare(context.WithoutCancel(ctx))
+	s.claim.desired = &c
+	s.write.again(now)
+	return moved
 }
 
-// settle does what there is to do at the moment, and says how long to wait before looking again if nobody wakes us up.
-func (c *claimer) settle(ctx context.Context) time.Duration {
-	table, claim, ok := c.situation()
-	if !ok {
-		return forever
-	}
+// decide finds out what there is to write. It is asked whenever the table or the claim has changed.
+func (s *state) decide(now time.Time) []request {
+	c, table := &s.claim, s.view.table()
 	// Before the claim: what a node claims may depend on the config.
-	if errors.Is(table.ConfigErr, subnet.ErrNoConfig) && c.opts.InitConfig != nil {
-		put, err := c.initConfig(ctx, table)
-		switch {
-		case err != nil:
-			return c.retry(ctx, err)
-		case put:
-			return 0
-		}
-		c.failures++
-		return raceDelay(c.failures, chance())
+	if errors.Is(table.ConfigErr, subnet.ErrNoConfig) && s.opts.InitConfig != nil {
+		return s.startWrite(write{table: table})
 	}
-	if claim == nil {
-		return forever
+	if c.desired == nil {
+		return nil
 	}
-	d, err := subnet.Decide(table, *claim, c.attempt)
+	c.decided = *c.desired
+	desired := s.remembering(c.decided)
+	d, err := subnet.Decide(table.Reserving(s.snap.Endpoints), desired, c.attempt)
 	if err != nil {
-		c.attempt, c.failures = 0, 0
-		c.refuse(err)
-		c.giveBackSpare(ctx)
-		return around(claimAgain, chance())
+		s.rejected(err, now)
+		return nil
 	}
-	contested := c.contest.Judge(&d, time.Now())
-	refused := contested != nil && contested.Refused
-	if e := table.Find(d.Key); refused && e != nil { // it stays as it is
+	contested := c.contest.Judge(&d, now)
+	lost := contested != nil && contested.Refused
+	if e := table.Find(d.Key); lost && e != nil { // it stays as it is
 		d.Lease = e.Lease
 	}
-	if refused || !d.Write {
-		c.attempt, c.failures = 0, 0
-		c.hold(d, c.expiryOf(d.LeaseID), contested)
-		c.giveBackSpare(ctx)
-		return c.contest.Next(time.Now())
+	if lost || !d.Write {
+		s.hold(d, contested)
+		if again := c.contest.Next(now); again >= 0 {
+			s.write.due = now.Add(again)
+		}
+		return nil
 	}
-	switch conflict, leave := c.dispute.disputed(table, *claim, d, c.hasHeld(d.Lease.Subnets), time.Now()); {
+	switch conflict, leave := c.dispute.judge(table, desired, d, c, now); {
 	case leave:
-		c.log.Warn("another machine with this node's ID took back the persisted lease",
-			zap.String("key", d.Key))
-		c.leave(d.Lease.Subnets)
-		return 0
+		s.log.Warn("another machine with this node's ID took back the persisted lease", zap.String("key", d.Key))
+		c.dispute.left, c.before = d.Lease.Subnets, addr.Per[netip.Prefix]{}
+		return s.decide(now)
 	case conflict != nil:
-		c.refuse(conflict)
-		return around(claimAgain, chance())
+		s.rejected(conflict, now)
+		return nil
 	}
-	won, err := c.write(ctx, table, d)
+	return s.startWrite(write{table: table, Decision: d})
+}
+
+// remembering adds the subnets held last to a claim. They are what this node remembers, whatever its caller does: a key
+// that was lost comes back with the same ones.
+func (s *state) remembering(c subnet.Claim) subnet.Claim {
+	none := addr.Per[netip.Prefix]{}
+	if s.claim.before != none {
+		c.Remembered = s.claim.before
+	}
+	if c.Remembered == s.claim.dispute.left {
+		c.Remembered, c.Keep = none, false
+	}
+	return c
+}
+
+func (s *state) startWrite(w write) []request {
+	s.write.busy, w.spare = true, s.claim.spare
+	return []request{writeRequest(w)}
+}
+
+// wrote takes the answer to a write.
+func (s *state) wrote(w write, now time.Time) {
+	c := &s.claim
+	s.write.busy, s.write.err, c.spare = false, nil, w.spare
 	switch {
-	case err != nil:
-		return c.retry(ctx, err)
-	case won:
-		c.attempt, c.failures = 0, 0
-		return 0 // does another node contest it? The watch tells of nothing new where the answer came first
+	case w.err != nil:
+		s.writeFailed(w.err, now)
+		return
+	case !w.resp.Succeeded:
+		s.raceLost(w, now)
+		return
 	}
-	c.attempt++
-	return raceDelay(c.attempt, chance())
+	revision := w.resp.Header.GetRevision()
+	if revision <= w.table.Revision { // a write makes a new revision: this is not the store that the table is of
+		s.verify(now)
+	}
+	c.attempt, s.write.failures = 0, 0
+	s.write.again(now) // is it contested? The watch tells of nothing new if the answer to that came first
+	if w.Key == "" {
+		s.log.Info("wrote the initial network config", zap.String("key", s.keys.config))
+		s.relist(now)
+		return
+	}
+	put := &mvccpb.KeyValue{
+		Key: []byte(s.keys.subnets + w.Key), Value: subnet.FormatValue(w.Lease.Attrs), Lease: w.LeaseID,
+		ModRevision: revision, CreateRevision: revision,
+	}
+	if e := s.view.table().Find(w.Key); e != nil {
+		put.CreateRevision = e.Created
+	}
+	s.view.wrote(put, w.Drop, revision)
+	c.wrote = revision
+	c.contest.Wrote(w.Decision, now)
+	s.log.Info("lease written",
+		zap.String("key", w.Key), zap.Int64("revision", revision), zap.Int("deleted", len(w.Drop)))
+	s.hold(w.Decision, nil)
 }
 
-// situation is what Decide needs. The subnets held last are what this node remembers, whatever the caller does: a key that was
-// lost comes back with the same ones.
-func (c *claimer) situation() (t subnet.Table, claim *subnet.Claim, ok bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.synced || c.relist {
-		return subnet.Table{}, nil, false
-	}
-	if c.claim.wanted == nil {
-		return c.view.table(), nil, true
-	}
-	c.claim.decided = *c.claim.wanted
-	claim = new(c.claim.decided)
-	if c.claim.before != (addr.Per[netip.Prefix]{}) {
-		claim.Remembered = c.claim.before
-	}
-	if claim.Remembered == c.dispute.left {
-		claim.Remembered, claim.Keep = addr.Per[netip.Prefix]{}, false
-	}
-	return c.view.table().Reserving(c.conn.hosts.addresses()), claim, true
-}
-
-// hasHeld reports whether the subnets are those that this node held last since it started.
-func (c *claimer) hasHeld(sn addr.Per[netip.Prefix]) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.claim.before == sn
-}
-
-// leave gives subnets up, and what is remembered of them.
-func (c *claimer) leave(sn addr.Per[netip.Prefix]) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.dispute.left, c.claim.before = sn, addr.Per[netip.Prefix]{}
-}
-
-// retry is how long to wait after a failure to reach the store, or its refusal to do as asked.
-func (c *claimer) retry(ctx context.Context, err error) time.Duration {
+// writeFailed tries again later. Where the store was reached, it is the claim that it rejects.
+func (s *state) writeFailed(err error, now time.Time) {
 	switch {
 	case unreachable(err):
-		c.fails(ctx, partRequests, err)
+		s.write.err = err
 	case !errors.Is(err, rpctypes.ErrLeaseNotFound): // no permission, no space, ...
-		c.refuse(err)
+		s.outcome(err)
 	}
-	poke(c.wakeProbe)
-	c.failures++
-	return backoff(c.failures-1, chance())
+	s.verify(now)
+	s.retry(&s.write, now)
 }
 
-// write executes a decision as one transaction that succeeds only if what it was decided under still holds.
-func (c *claimer) write(ctx context.Context, t subnet.Table, d subnet.Decision) (won bool, err error) {
-	lease, value := d.LeaseID, subnet.FormatValue(d.Lease.Attrs)
-	var resp *clientv3.TxnResponse
-	err = c.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
-		if d.LeaseID == 0 && !d.Reserved {
-			if lease, err = c.granted(ctx, cli); err != nil {
-				return err
-			}
+// raceLost takes in what the transaction found instead of what it was decided by. If it found nothing, a key was
+// deleted: the watch will tell, well before the next try; and if it doesn't, the view is not of this store.
+func (s *state) raceLost(w write, now time.Time) {
+	c := &s.claim
+	var found []*mvccpb.KeyValue
+	for _, r := range w.resp.Responses {
+		found = append(found, r.GetResponseRange().GetKvs()...)
+	}
+	revision := w.resp.Header.GetRevision()
+	if len(found) > 0 {
+		if w.Key != "" { // who wrote the config took no subnet: the first choice is as good as before
+			c.attempt++
 		}
-		resp, err = cli.Txn(ctx).
-			If(c.keys.guards(t, d)...).
-			Then(c.keys.writes(d, value, lease)...).
-			Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
-			Commit()
-		if errors.Is(err, rpctypes.ErrLeaseNotFound) {
-			c.spare = grant{}
-		}
-		return err
-	})
+		s.write.again(now.Add(raceDelay(c.attempt, s.random())))
+		s.changed = s.view.merge(found, revision) || s.changed
+		return
+	}
+	s.retry(&s.write, now)
+	if !s.watch.busy {
+		s.watchFrom = now
+	}
+	if revision < w.table.Revision || s.write.failures > 3 {
+		s.verify(now)
+	}
+}
+
+// hold says that the store says what was claimed, and whether another node's lease says the same of it.
+func (s *state) hold(d subnet.Decision, contested *subnet.ConflictError) {
+	c := &s.claim
+	expires := time.Time{}
+	switch d.LeaseID {
+	case 0:
+	case c.spare.id: // even if the answer to that write was lost
+		expires, c.spare = c.spare.expires, grant{}
+	case c.leaseID:
+		expires = s.snap.Expires
+	}
+	s.revokeSpare()
+	c.attempt, s.write.failures, s.write.err = 0, 0, nil
+	if s.snap.Lease != d.Lease || s.snap.Expires != expires {
+		s.changed = true
+	}
+	c.key, c.leaseID, c.before = d.Key, d.LeaseID, d.Lease.Subnets
+	s.snap.Lease, s.snap.Expires = d.Lease, expires
+	var err error
+	if contested != nil {
+		err = contested
+	}
+	s.outcome(err)
+}
+
+// rejected says why the store can't say what was claimed. That may pass, so it is tried again.
+func (s *state) rejected(err error, now time.Time) {
+	s.revokeSpare()
+	s.claim.attempt, s.write.failures, s.write.err = 0, 0, nil
+	s.outcome(err)
+	s.write.again(now.Add(around(claimAgain, s.random())))
+}
+
+// revokeSpare gives back the etcd lease of a lost race once the claim needs none: or each start would leave one in the
+// store for a day. One that a key may be attached to expires by itself: to revoke it would delete the key.
+func (s *state) revokeSpare() {
+	if c := &s.claim; c.spare.id != 0 && !c.spare.unsure {
+		c.revoke, c.spare = c.spare.id, grant{}
+	}
+}
+
+// outcome says what came of the claim: nil if the store says what was claimed.
+func (s *state) outcome(err error) {
+	if text(s.snap.ClaimErr) != text(err) || s.snap.Claimed != s.claim.decided {
+		s.changed = true
+	}
+	s.snap.Claimed, s.snap.ClaimErr = s.claim.decided, err
+}
+
+// checkHeld compares what is held with the table.
+func (s *state) checkHeld(now time.Time) {
+	c := &s.claim
+	if c.key == "" {
+		return
+	}
+	e := s.view.table().Find(c.key)
+	if e == nil || e.Identity != s.snap.Lease.Identity {
+		s.log.Warn("subnet lease disappeared from etcd", zap.String("key", c.key))
+		c.key, c.leaseID = "", 0
+		s.snap.Lease, s.snap.Expires = subnet.Lease{}, time.Time{}
+		s.snap.Losses, s.snap.LostAt = s.snap.Losses+1, now
+		return
+	}
+	if e.LeaseID != c.leaseID {
+		c.leaseID, s.snap.Expires = e.LeaseID, time.Time{}
+	}
+	s.snap.Lease = e.Lease
+}
+
+// keep renews the etcd lease that this node's key is attached to. It needs no table: it goes on while the watch is
+// broken.
+func (s *state) keep(now time.Time) []request {
+	c, r := &s.claim, &s.renew
+	if c.leaseID != c.renewed {
+		c.renewed, r.failures, r.err = c.leaseID, 0, nil
+		r.due = firstRenewal(s.snap.Expires, s.opts.LeaseTTL, now, s.random())
+	}
+	if c.renewed == 0 || r.busy || !s.due(r.due, now) {
+		return nil
+	}
+	r.busy, r.due = true, time.Time{}
+	return []request{renewRequest(c.renewed)}
+}
+
+// renewedLease takes the answer to a renewal that was sent at a time.
+func (s *state) renewedLease(id int64, ttl time.Duration, sent time.Time, err error, now time.Time) {
+	r := &s.renew
+	r.busy = false
+	if id != s.claim.renewed {
+		return
+	}
+	r.err = err
 	if err != nil {
-		return false, err
+		if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+			r.err = nil
+			s.log.Warn("etcd lease expired or was revoked; recreating the key attached to it", zap.Int64("lease", id))
+		}
+		s.verify(now)
+		s.retry(r, now)
+		return
 	}
-	c.works(partRequests)
-	if !resp.Succeeded {
-		c.learn(resp, t)
-		return false, nil
-	}
-	if resp.Header.GetRevision() <= t.Revision { // a write makes a new revision: this is not the store that the table is of
-		poke(c.wakeProbe)
-	}
-	c.took(d, value, lease, resp.Header.GetRevision())
-	return true, nil
+	r.failures = 0
+	r.again(now.Add(renewal(ttl, s.random())))
+	s.snap.Expires, s.changed = sent.Add(ttl), true
 }
 
-// guards are the conditions of a decision's transaction. A range compare holds if it holds for every key of the range, and for an
-// empty range as if there were one key with all revisions 0 (etcd: applyCompare in server/etcdserver/txn).
+// guards are the conditions of a decision's transaction. A range compare holds if it holds for every key of the range,
+// and for an empty range as if there were one key with all revisions 0 (etcd: applyCompare in server/etcdserver/txn).
 func (k keys) guards(t subnet.Table, d subnet.Decision) []clientv3.Cmp {
+	if d.Key == "" { // the initial config
+		return []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(k.config), "=", 0)}
+	}
 	cmps := []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(k.config), "=", t.ConfigRevision)}
 	if d.Expect != 0 {
 		cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(k.subnets+d.Key), "=", d.Expect))
@@ -280,9 +316,13 @@ func (k keys) guards(t subnet.Table, d subnet.Decision) []clientv3.Cmp {
 	return cmps
 }
 
-func (k keys) writes(d subnet.Decision, value []byte, lease int64) []clientv3.Op {
-	// WithLease(0) is a key without an etcd lease: a reservation stays one.
-	ops := []clientv3.Op{clientv3.OpPut(k.subnets+d.Key, string(value), clientv3.WithLease(clientv3.LeaseID(lease)))}
+// writes are what a decision's transaction does. A key without an etcd lease is a reservation, and stays one.
+func (k keys) writes(d subnet.Decision, value []byte) []clientv3.Op {
+	if d.Key == "" {
+		return []clientv3.Op{clientv3.OpPut(k.config, string(value))}
+	}
+	lease := clientv3.WithLease(clientv3.LeaseID(d.LeaseID))
+	ops := []clientv3.Op{clientv3.OpPut(k.subnets+d.Key, string(value), lease)}
 	if d.Expect == 0 && dualStack(d) && d.Unchanged == "" {
 		ops = append(ops, clientv3.OpPut(k.unpaired, d.Key))
 	}
@@ -293,185 +333,3 @@ func (k keys) writes(d subnet.Decision, value []byte, lease int64) []clientv3.Op
 }
 
 func dualStack(d subnet.Decision) bool { return strings.Contains(d.Key, "&") }
-
-// learn takes in what the transaction found instead of what it was decided under. If it found nothing, a key was deleted: the
-// watch will tell; and if it doesn't, the view is not of this store.
-func (c *claimer) learn(resp *clientv3.TxnResponse, t subnet.Table) {
-	var found []*mvccpb.KeyValue
-	for _, r := range resp.Responses {
-		found = append(found, r.GetResponseRange().GetKvs()...)
-	}
-	c.update(func() bool {
-		c.claim.behind = len(found) == 0
-		return c.view.merge(found, resp.Header.GetRevision())
-	})
-	poke(c.wakeSync)
-	if len(found) == 0 && (resp.Header.GetRevision() < t.Revision || max(c.attempt, c.failures) >= 3) {
-		poke(c.wakeProbe)
-	}
-}
-
-// took takes note of a write that succeeded.
-func (c *claimer) took(d subnet.Decision, value []byte, lease, revision int64) {
-	put := &mvccpb.KeyValue{
-		Key: []byte(c.keys.subnets + d.Key), Value: value, Lease: lease, ModRevision: revision, CreateRevision: revision,
-	}
-	var dropped []string
-	for _, e := range d.Drop {
-		dropped = append(dropped, e.Key)
-	}
-	c.mu.Lock()
-	if e, ok := c.view.entry(d.Key); ok {
-		put.CreateRevision = e.Created
-	}
-	c.view.wrote(put, dropped, revision)
-	c.claim.wrote = revision
-	c.mu.Unlock()
-
-	expires := c.expiryOf(lease)
-	if lease == c.spare.id && lease != 0 {
-		expires, c.spare = c.spare.expires, grant{}
-	}
-	d.LeaseID = lease
-	c.dispute.wrote = revision
-	c.contest.Wrote(d, time.Now())
-	c.log.Info("lease written", zap.String("key", d.Key), zap.Int64("revision", revision), zap.Int("deleted", len(dropped)))
-	c.hold(d, expires, nil)
-}
-
-// hold says that the store says what was claimed, and whether another node's lease says the same of it.
-func (c *claimer) hold(d subnet.Decision, expires time.Time, contested *subnet.ConflictError) {
-	held := holding{d.Lease, d.Key, d.LeaseID, expires}
-	var err error
-	if contested != nil {
-		err = contested
-	}
-	if c.spare.id == d.LeaseID {
-		c.spare = grant{} // it came through although the answer was lost
-	}
-	c.update(func() bool {
-		s := &c.claim
-		same := s.held == held && text(s.err) == text(err)
-		s.held, s.before, s.err, s.said = held, d.Lease.Subnets, err, text(err)
-		if !same {
-			poke(c.wakeKeep)
-			poke(c.wakeSync)
-		}
-		return !same
-	})
-}
-
-// expiryOf is when the etcd lease ends, as far as that is known.
-func (c *claimer) expiryOf(id int64) time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch {
-	case id != 0 && c.spare.id == id:
-		return c.spare.expires
-	case id != 0 && c.claim.held.leaseID == id:
-		return c.claim.held.expires
-	}
-	return time.Time{}
-}
-
-// refuse says why the store does not say what was claimed.
-func (c *claimer) refuse(err error) {
-	c.update(func() bool {
-		s := &c.claim
-		changed := text(s.err) != text(err)
-		s.err = err
-		if changed {
-			poke(c.wakeSync)
-		}
-		if changed && s.said != text(err) {
-			s.said = text(err)
-			c.log.Debug("cannot acquire the claimed lease", zap.Error(err))
-		}
-		return changed
-	})
-}
-
-// checkHeld looks whether the lease is still there, after the view has changed. m.mu is held.
-func (m *Manager) checkHeld() {
-	s := &m.claim
-	if s.held.key == "" {
-		return
-	}
-	e, ok := m.view.entry(s.held.key)
-	if !ok || e.Identity != s.held.lease.Identity {
-		m.log.Warn("subnet lease disappeared from etcd", zap.String("key", s.held.key))
-		s.held = holding{}
-		s.losses, s.lostAt = s.losses+1, time.Now()
-		poke(m.wakeKeep)
-		return
-	}
-	if e.LeaseID != s.held.leaseID {
-		s.held.leaseID, s.held.expires = e.LeaseID, time.Time{}
-		poke(m.wakeKeep)
-	}
-	s.held.lease = e.Lease
-}
-
-// granted is an etcd lease for a new key: the one left from a lost race if there is one, else a new one.
-func (c *claimer) granted(ctx context.Context, cli *client) (int64, error) {
-	if c.spare.id != 0 && time.Until(c.spare.expires) > c.opts.LeaseTTL/2 {
-		return c.spare.id, nil
-	}
-	asked := time.Now()
-	resp, err := cli.Grant(ctx, int64(c.opts.LeaseTTL/time.Second))
-	if err != nil {
-		return 0, err
-	}
-	c.spare = grant{int64(resp.ID), asked.Add(time.Duration(resp.TTL) * time.Second)}
-	return c.spare.id, nil
-}
-
-// giveBackSpare revokes a granted etcd lease that came to no use. If that fails, it ends by itself.
-func (c *claimer) giveBackSpare(ctx context.Context) {
-	id := c.spare.id
-	cli := c.conn.current()
-	if id == 0 || cli == nil || c.inUse(id) {
-		return
-	}
-	c.spare = grant{}
-	ctx, cancel := context.WithTimeout(ctx, min(c.opts.RequestTimeout, time.Second))
-	defer cancel()
-	_, _ = cli.Revoke(ctx, clientv3.LeaseID(id))
-}
-
-// inUse reports whether a key hangs on an etcd lease: to revoke that would delete the key.
-func (c *claimer) inUse(id int64) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, e := range c.view.table().Entries {
-		if e.LeaseID == id {
-			return true
-		}
-	}
-	return false
-}
-
-// initConfig puts the config that was given for the case that there is none, unless somebody else did first.
-func (c *claimer) initConfig(ctx context.Context, t subnet.Table) (put bool, err error) {
-	var resp *clientv3.TxnResponse
-	err = c.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
-		resp, err = cli.Txn(ctx).
-			If(clientv3.Compare(clientv3.CreateRevision(c.keys.config), "=", 0)).
-			Then(clientv3.OpPut(c.keys.config, string(c.opts.InitConfig))).
-			Else(clientv3.OpGet(c.keys.all, clientv3.WithPrefix(), clientv3.WithMinModRev(t.Revision+1))).
-			Commit()
-		return err
-	})
-	if err != nil {
-		return false, err
-	}
-	if !resp.Succeeded {
-		c.learn(resp, t)
-		return false, nil
-	}
-	c.log.Info("wrote the initial network config", zap.String("key", c.keys.config))
-	rev := resp.Header.GetRevision()
-	kv := &mvccpb.KeyValue{Key: []byte(c.keys.config), Value: c.opts.InitConfig, ModRevision: rev, CreateRevision: rev}
-	c.update(func() bool { c.view.wrote(kv, nil, rev); return true })
-	return true, nil
-}

@@ -3,7 +3,9 @@ package etcd
 import (
 	"context"
 	"errors"
+	"maps"
 	"math/rand/v2"
+	"path"
 	"slices"
 	"strings"
 	"sync"
@@ -26,62 +28,42 @@ const (
 	pingEvery   = 10 * time.Second // gRPC's least
 	pingTimeout = 5 * time.Second
 
-	// hedge is how long an endpoint may take to connect and to answer before the next one is asked beside it.
-	hedge = time.Second
+	// askFor is how long one of several endpoints may take to connect and to say that it is of use, before the next one
+	// is asked. Of three endpoints two may be silent: a node that starts has the store all the same before the 3 s are
+	// over after which it uses what it remembers.
+	askFor = time.Second
 
-	// window is how much of an answer the store may send before it hears from us. With gRPC's 64 kB, a table of thousands of leases
-	// takes a good many times the way there and back; all of it is kept in memory in any case, until its end is there.
+	// window is how much of an answer the store may send before it is acknowledged. With gRPC's 64 kB, a table of
+	// thousands of leases takes many round trips; all of it is kept in memory in any case, until its end is there.
 	window = 4 << 20
 
-	// maxAnswer bounds what one answer of the store may take up: a table of 100,000 nodes fits, and a client that fills
-	// the prefix with junk can't have every node read gigabytes.
+	// maxAnswer bounds the size of one answer: a table of 100,000 nodes fits, and a client that fills the prefix with
+	// junk can't make every node read gigabytes.
 	maxAnswer = 128 << 20
 )
-
-// client is a connection to one endpoint.
-type client struct {
-	endpoint string
-	cc       *grpc.ClientConn
-	clientv3.KV
-	clientv3.Lease
-}
-
-func (c *client) close() {
-	_ = c.Close() // of the embedded Lease
-	_ = c.cc.Close()
-}
 
 // conn holds the one client in use: made when first needed, and given up for one of the next endpoint when its endpoint
 // fails. So reads, writes and the watch are always at the same member, and leave it together. clientv3's own client
 // takes the endpoints in turn for each request, whatever they answered before; and it sends a login that has ended
-// along with the request for a new one, which etcd 3.4 refuses for that reason, again and again.
+// along with the request for a new one, which etcd 3.4 rejects for that reason, again and again.
 type conn struct {
 	opts   Options
 	count  counter
-	newest atomic.Int64 // revision, in the last answer
-	login  login
+	newest atomic.Int64           // revision, in the last answer
+	token  atomic.Pointer[string] // what etcd gave for user name and password, good at all members; nil: nothing yet
 	hosts  *hosts
 
 	making chan struct{} // holds a token while a client is made
+	cli    atomic.Pointer[client]
 	mu     sync.Mutex
-	cli    *client
 	order  []string // the endpoints, in the order in which they are tried next
 }
 
 func newConn(o Options) *conn {
-	one := func() chan struct{} { return make(chan struct{}, 1) }
-	c := &conn{
-		opts: o, making: one(), login: login{busy: one()}, hosts: newHosts(o.Endpoints), order: slices.Clone(o.Endpoints),
-	}
+	c := &conn{opts: o, making: make(chan struct{}, 1), hosts: newHosts(o.Endpoints), order: slices.Clone(o.Endpoints)}
 	// Nodes with the same list of endpoints don't all take the same one, neither at first nor when that fails.
 	rand.Shuffle(len(c.order), func(i, j int) { c.order[i], c.order[j] = c.order[j], c.order[i] })
 	return c
-}
-
-func (c *conn) current() *client {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.cli
 }
 
 // get returns the client, and makes one if there is none.
@@ -92,92 +74,59 @@ func (c *conn) get(ctx context.Context) (*client, error) {
 	case <-ctx.Done():
 		return nil, explain(ctx.Err(), c.opts, strings.Join(c.opts.Endpoints, ", "))
 	}
-	if cli := c.current(); cli != nil {
+	if cli := c.cli.Load(); cli != nil {
 		return cli, nil
 	}
 	cli, err := c.connect(ctx)
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.cli = cli
+	c.cli.Store(cli)
 	return cli, nil
 }
 
 // connect makes a client of the first endpoint that is of use. With a single endpoint there is no choice, and the first
-// request tells.
+// request tells. If none is of use, they may all be slow: one more is given the time of a request, another one at each
+// call. To give it to each would put off the news that none answers.
 func (c *conn) connect(ctx context.Context) (*client, error) {
-	c.mu.Lock()
-	order := c.order
-	c.mu.Unlock()
-	if len(order) == 1 {
-		cli, err := c.dial(order[0])
-		return cli, explain(err, c.opts, order[0])
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
-	type answer struct {
-		endpoint string
-		cli      *client
-		err      error
-	}
-	answers := make(chan answer, len(order))
-	asked, waiting := 0, 0
-	defer func() {
-		cancel()
-		for ; waiting > 0; waiting-- {
-			if late := <-answers; late.cli != nil {
-				late.cli.close()
-			}
-		}
-	}()
+	n := len(c.opts.Endpoints)
 	failed := map[string]error{}
-	for {
-		var next <-chan time.Time
-		if asked < len(order) {
-			endpoint := order[asked]
-			go func() {
-				cli, err := c.ask(ctx, endpoint)
-				answers <- answer{endpoint, cli, explain(err, c.opts, endpoint)}
-			}()
-			asked, waiting, next = asked+1, waiting+1, time.After(hedge)
+	for i := range n + 1 {
+		endpoint, o := c.first(), c.opts
+		if i < n {
+			o.RequestTimeout = min(askFor, o.RequestTimeout)
 		}
-		select {
-		case a := <-answers:
-			waiting--
-			if a.err == nil || !faulty(a.err) { // what the store itself says, all endpoints say
-				return a.cli, a.err
-			}
-			failed[a.endpoint] = a.err
-			if waiting == 0 && asked == len(order) {
-				c.mu.Lock()
-				c.order = slices.Concat(order[1:], order[:1]) // what spoiled this try may be how the first one fails
-				c.mu.Unlock()
-				return nil, noneOf(c.opts.Endpoints, failed)
-			}
-		case <-next:
+		cli, err := c.dial(endpoint)
+		if err == nil && n > 1 {
+			err = cli.ask(ctx, o.RequestTimeout)
 		}
+		if err == nil {
+			return cli, nil
+		}
+		said := explain(err, o, endpoint)
+		if !faulty(err) || ctx.Err() != nil { // what the store itself says, all endpoints say
+			return nil, said
+		}
+		if i < n { // the same at each call, whichever is asked twice
+			failed[endpoint] = said
+		}
+		c.passOver(endpoint)
 	}
+	return nil, noneOf(c.opts.Endpoints, failed)
 }
 
-// ask connects to an endpoint, and has it say whether it is of use: a member that votes and sees a leader.
-func (c *conn) ask(ctx context.Context, endpoint string) (*client, error) {
-	cli, err := c.dial(endpoint)
-	if err != nil {
-		return nil, err
-	}
-	s, err := pb.NewMaintenanceClient(cli.cc).Status(ctx, &pb.StatusRequest{})
-	switch code := status.Code(err); {
-	case err == nil && s.IsLearner:
-		err = rpctypes.ErrGRPCNotSupportedForLearner
-	case code == codes.PermissionDenied || code == codes.Unimplemented: // it may be of use all the same
-		err = nil
-	}
-	if err != nil {
-		cli.close()
-		return nil, err
-	}
-	return cli, nil
+func (c *conn) first() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.order[0]
+}
+
+// passOver has the endpoint behind this one tried next.
+func (c *conn) passOver(endpoint string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i := slices.Index(c.order, endpoint) + 1
+	c.order = slices.Concat(c.order[i:], c.order[:i])
 }
 
 // dial does not wait for the connection: the first request does.
@@ -185,8 +134,9 @@ func (c *conn) dial(endpoint string) (*client, error) {
 	_, host, _ := strings.Cut(endpoint, "://")
 	creds := insecure.NewCredentials()
 	if c.opts.tls() {
-		creds = freshTLS{c.opts.tlsFiles()}
+		creds = newFreshTLS(c.opts)
 	}
+	cli := &client{conn: c, endpoint: endpoint}
 	cc, err := grpc.NewClient("passthrough:///"+host,
 		grpc.WithContextDialer(c.hosts.dial),
 		grpc.WithNoProxy(), // whatever HTTPS_PROXY says: the nodes' network is where etcd is
@@ -199,137 +149,32 @@ func (c *conn) dial(endpoint string) (*client, error) {
 		grpc.WithInitialWindowSize(window),
 		grpc.WithInitialConnWindowSize(window),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
-		grpc.WithUnaryInterceptor(c.unary),
-		grpc.WithStreamInterceptor(c.stream),
+		grpc.WithUnaryInterceptor(cli.unary),
+		grpc.WithStreamInterceptor(cli.stream),
 	)
 	if err != nil {
 		return nil, err
 	}
-	return &client{
-		endpoint, cc, clientv3.NewKVFromKVClient(pb.NewKVClient(cc), nil),
-		clientv3.NewLeaseFromLeaseClient(pb.NewLeaseClient(cc), nil, c.opts.RequestTimeout),
-	}, nil
+	cli.cc = cc
+	cli.KV = clientv3.NewKVFromKVClient(pb.NewKVClient(cc), nil)
+	cli.Lease = clientv3.NewLeaseFromLeaseClient(pb.NewLeaseClient(cc), nil, c.opts.RequestTimeout)
+	return cli, nil
 }
 
-// unary counts the request, adds what goes along with each, and repeats it once with a new login where the old one has
-// ended.
-func (c *conn) unary(
-	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker,
-	opts ...grpc.CallOption,
-) error {
-	c.count.add(method)
-	if method == pb.Auth_Authenticate_FullMethodName { // a login that has ended must not go along
-		return next(clientv3.WithRequireLeader(ctx), method, req, reply, cc, opts...)
-	}
-	t, err := c.loggedIn(ctx, cc, nil)
-	if err != nil {
-		return err
-	}
-	err = next(t.on(ctx), method, req, reply, cc, opts...)
-	if loginEnded(err) && c.opts.Username != "" {
-		if t, err = c.loggedIn(ctx, cc, t); err != nil {
-			return err
-		}
-		c.count.add(method)
-		err = next(t.on(ctx), method, req, reply, cc, opts...)
-	}
-	if r, ok := reply.(interface{ GetHeader() *pb.ResponseHeader }); ok && err == nil && r.GetHeader().GetRevision() > 0 {
-		c.newest.Store(r.GetHeader().GetRevision())
-	}
-	return err
-}
-
-func (c *conn) stream(
-	ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer,
-	opts ...grpc.CallOption,
-) (grpc.ClientStream, error) {
-	c.count.add(method)
-	t, err := c.loggedIn(ctx, cc, nil)
-	if err != nil {
-		return nil, err
-	}
-	return next(t.on(ctx), desc, cc, method, opts...)
-}
-
-// login is what etcd gave for the user name and the password. All members accept it.
-type login struct {
-	busy  chan struct{} // holds a token while etcd is asked
-	token atomic.Pointer[token]
-}
-
-type token struct{ text string }
-
-// on puts on a request what goes along with all: who asks, and that a member that sees no leader is to say so at once.
-// Such a member would let a request wait until its time is up, and a watch for ever.
-func (t *token) on(ctx context.Context) context.Context {
-	ctx = clientv3.WithRequireLeader(ctx)
-	if t == nil || t.text == "" {
-		return ctx
-	}
-	return metadata.AppendToOutgoingContext(ctx, rpctypes.TokenFieldNameGRPC, t.text)
-}
-
-// loggedIn returns a login other than ended. The password is read again for each.
-func (c *conn) loggedIn(ctx context.Context, cc *grpc.ClientConn, ended *token) (*token, error) {
-	usable := func() *token {
-		if t := c.login.token.Load(); t != ended {
-			return t
-		}
-		return nil
-	}
-	if t := usable(); t != nil || c.opts.Username == "" {
-		return t, nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
-	defer cancel()
-	var elsewhere <-chan time.Time
-	if len(c.opts.Endpoints) > 1 { // the one that logs in may be at an endpoint that does not answer
-		elsewhere = time.After(hedge)
-	}
-	select {
-	case c.login.busy <- struct{}{}:
-		defer func() { <-c.login.busy }()
-	case <-elsewhere:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	if t := usable(); t != nil {
-		return t, nil
-	}
-	password, err := c.opts.password()
-	if err != nil {
-		return nil, err
-	}
-	resp, err := pb.NewAuthClient(cc).Authenticate(ctx, &pb.AuthenticateRequest{Name: c.opts.Username, Password: password})
-	if err != nil && !errors.Is(rpctypes.Error(err), rpctypes.ErrAuthNotEnabled) {
-		return nil, err
-	}
-	t := &token{resp.GetToken()}
-	c.login.token.Store(t)
-	return t, nil
-}
-
-// request runs f with the client in use, for at most as long as a request may take. Every request can be repeated:
-// writes are guarded.
+// request runs f with the client in use, for at most as long as a request may take. If the endpoint fails, the next one
+// is tried, each of them once. Once more it is tried if the login has ended, or if the client was given up meanwhile for
+// another reason. Every request can be repeated: writes are guarded.
 func (c *conn) request(ctx context.Context, f func(context.Context, *client) error) error {
-	return c.try(ctx, func(cli *client) error {
-		ctx, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
-		defer cancel() // ends a stream as well
-		return f(ctx, cli)
-	})
-}
-
-// try runs f with the client in use. Where it is the endpoint that fails, the next one is tried, each of them once.
-// Once more it is tried where the login has ended, or where the client was given up meanwhile for another reason.
-func (c *conn) try(ctx context.Context, f func(*client) error) error {
 	again := true
 	for left := len(c.opts.Endpoints); ; {
 		cli, err := c.get(ctx)
 		if err != nil {
 			return err
 		}
-		err = f(cli)
-		givenUp := c.current() != cli
+		limited, cancel := context.WithTimeout(ctx, c.opts.RequestTimeout)
+		err = f(limited, cli)
+		cancel() // ends a stream as well
+		givenUp := c.cli.Load() != cli
 		err = c.failed(cli, err)
 		switch {
 		case err == nil || ctx.Err() != nil:
@@ -344,36 +189,146 @@ func (c *conn) try(ctx context.Context, f func(*client) error) error {
 	}
 }
 
-// failed turns the error of a request into plain words, and gives up what it shows to be of no use: the login, or the
-// endpoint.
+// failed explains the error of a request, and gives up what it shows to be of no use: the login, or the endpoint.
 func (c *conn) failed(cli *client, err error) error {
 	if err == nil {
 		return nil
 	}
 	if loginEnded(err) {
-		c.login.token.Store(nil)
+		c.token.Store(nil)
 	}
 	if faulty(err) && c.drop(cli) {
-		c.mu.Lock()
-		i := slices.Index(c.order, cli.endpoint)
-		c.order = slices.Concat(c.order[i+1:], c.order[:i+1])
-		c.mu.Unlock()
+		c.passOver(cli.endpoint)
 	}
 	return explain(err, c.opts, cli.endpoint)
 }
 
 // drop reports whether the client was the one in use.
 func (c *conn) drop(cli *client) bool {
-	c.mu.Lock()
-	mine := c.cli == cli && cli != nil
-	if mine {
-		c.cli = nil
-	}
-	c.mu.Unlock()
+	mine := cli != nil && c.cli.CompareAndSwap(cli, nil)
 	if mine {
 		cli.close()
 	}
 	return mine
 }
 
-func (c *conn) close() { c.drop(c.current()) }
+func (c *conn) close() { c.drop(c.cli.Load()) }
+
+// client is a connection to one endpoint.
+type client struct {
+	conn     *conn
+	endpoint string
+	cc       *grpc.ClientConn
+	clientv3.KV
+	clientv3.Lease
+
+	loggingIn sync.Mutex
+}
+
+func (c *client) close() {
+	_ = c.Close() // of the embedded Lease
+	_ = c.cc.Close()
+}
+
+// ask has an endpoint say whether it is of use: a member that votes and sees a leader.
+func (c *client) ask(ctx context.Context, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	s, err := pb.NewMaintenanceClient(c.cc).Status(ctx, &pb.StatusRequest{})
+	switch code := status.Code(err); {
+	case err == nil && s.IsLearner:
+		err = rpctypes.ErrGRPCNotSupportedForLearner
+	// It may be of use all the same; and the request that comes next logs in again if that is due.
+	case code == codes.PermissionDenied || code == codes.Unimplemented || loginEnded(err):
+		err = nil
+	}
+	if err != nil {
+		c.close()
+	}
+	return err
+}
+
+// unary counts the request, and adds what goes along with each.
+func (c *client) unary(
+	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker,
+	opts ...grpc.CallOption,
+) error {
+	ctx, err := c.prepare(ctx, method)
+	if err == nil {
+		err = next(ctx, method, req, reply, cc, opts...)
+	}
+	if r, ok := reply.(interface{ GetHeader() *pb.ResponseHeader }); ok && err == nil && r.GetHeader().GetRevision() > 0 {
+		c.conn.newest.Store(r.GetHeader().GetRevision())
+	}
+	return err
+}
+
+func (c *client) stream(
+	ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer,
+	opts ...grpc.CallOption,
+) (grpc.ClientStream, error) {
+	ctx, err := c.prepare(ctx, method)
+	if err != nil {
+		return nil, err
+	}
+	return next(ctx, desc, cc, method, opts...)
+}
+
+// prepare counts a request, and adds who asks, and that a member without a leader is to say so at once: it would let a
+// request wait until its time is up, and a watch for ever.
+func (c *client) prepare(ctx context.Context, method string) (context.Context, error) {
+	c.conn.count.add(method)
+	ctx = clientv3.WithRequireLeader(ctx)
+	// A login that has ended must not go along with the request for a new one.
+	if c.conn.opts.Username == "" || method == pb.Auth_Authenticate_FullMethodName {
+		return ctx, nil
+	}
+	token, err := c.login(ctx)
+	if err != nil || token == "" {
+		return ctx, err
+	}
+	return metadata.AppendToOutgoingContext(ctx, rpctypes.TokenFieldNameGRPC, token), nil
+}
+
+// login logs in if there is no login yet. It outlives the endpoint: a new one costs etcd much, and all nodes move at
+// once.
+func (c *client) login(ctx context.Context) (token string, err error) {
+	c.loggingIn.Lock()
+	defer c.loggingIn.Unlock()
+	if t := c.conn.token.Load(); t != nil {
+		return *t, nil
+	}
+	password, err := c.conn.opts.password()
+	if err != nil {
+		return "", err
+	}
+	req := &pb.AuthenticateRequest{Name: c.conn.opts.Username, Password: password}
+	resp, err := pb.NewAuthClient(c.cc).Authenticate(ctx, req)
+	if err != nil && !errors.Is(rpctypes.Error(err), rpctypes.ErrAuthNotEnabled) {
+		return "", err
+	}
+	token = resp.GetToken()
+	c.conn.token.Store(&token)
+	return token, nil
+}
+
+// counter counts requests by the name of the method.
+type counter struct {
+	mu sync.Mutex
+	n  map[string]int64
+}
+
+func (c *counter) add(method string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n == nil {
+		c.n = map[string]int64{}
+	}
+	c.n[path.Base(method)]++
+}
+
+func (c *counter) snapshot() map[string]int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return maps.Clone(c.n)
+}

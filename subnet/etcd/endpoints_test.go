@@ -3,13 +3,16 @@ package etcd
 import (
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd/etcdtest"
@@ -106,8 +109,8 @@ func TestUselessEndpointAtStart(t *testing.T) {
 			}
 			untilWatching(t, n.m)
 			told(t, c, n, i)
-			if n.said("etcd unreachable; the data plane stays unchanged") != 0 {
-				t.Errorf("%s, at %d: it was taken for a loss of etcd: %v", name, at, n.logs.All())
+			if lost := n.lost(); len(lost) != 0 {
+				t.Errorf("%s, at %d: it was taken for a loss of etcd: %v", name, at, lost)
 			}
 		}
 		o := options(s)
@@ -142,8 +145,52 @@ func TestLoginBesideSilentEndpoint(t *testing.T) {
 	n := run(t, m)
 	n.m.Claim(claim(1))
 	n.untilHeld()
-	if got := m.conn.current().endpoint; got != s.Endpoint() {
+	if got := m.conn.cli.Load().endpoint; got != s.Endpoint() {
 		t.Errorf("it is at %s", got)
+	}
+}
+
+// loggedIn has logged in at the first of two endpoints.
+func loggedIn(t *testing.T, s *etcdtest.Server) (m *Manager, first *relay) {
+	t.Helper()
+	first, second := newRelay(t, s.Addr()), newRelay(t, s.Addr())
+	o := options(s)
+	o.Endpoints = []string{"http://" + first.addr, "http://" + second.addr}
+	o.Username, o.Password = "overlayd", secret
+	m = must[*Manager](t)(New(o, zap.NewNop()))
+	m.conn.order = slices.Clone(o.Endpoints) // as if chance had left it
+	t.Cleanup(m.Close)
+	must[subnet.Table](t)(m.List(ctxFor(t)))
+	return m, first
+}
+
+// A login is good at all endpoints: one that fails does not make all nodes log in again at once.
+func TestLoginOutlivesTheEndpoint(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	s.EnableAuth("overlayd", secret, prefix+"/")
+	m, first := loggedIn(t, s)
+	before := m.Requests()["Authenticate"]
+	first.cut()
+	must[subnet.Table](t)(m.List(ctxFor(t)))
+	if got := m.Requests()["Authenticate"] - before; got != 0 {
+		t.Errorf("%d more logins", got)
+	}
+}
+
+// A login has ended by the time that its endpoint fails: the next endpoint rejects it, and gives a new one.
+func TestLoginEndedAtTheNextEndpoint(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	s.EnableAuth("overlayd", secret, prefix+"/")
+	root := s.Client(etcdtest.As("root", "root"))
+	m, first := loggedIn(t, s)
+	// Ends all logins, as their time would.
+	must[*clientv3.AuthUserChangePasswordResponse](t)(root.UserChangePassword(ctxFor(t), "overlayd", secret))
+	first.cut()
+	must[subnet.Table](t)(m.List(ctxFor(t)))
+	if got := m.Requests()["Authenticate"]; got != 2 {
+		t.Errorf("%d logins, want 2", got)
 	}
 }
 
@@ -161,20 +208,18 @@ func TestMemberCutOff(t *testing.T) {
 		n.m.Claim(claim(i + 1))
 		first := n.untilHeld()
 		untilWatching(t, n.m)
-		if got := m.conn.current().endpoint; got != bad.Endpoint() {
+		if got := m.conn.cli.Load().endpoint; got != bad.Endpoint() {
 			t.Fatalf("it is at %s", got)
 		}
 		c.CutOff(t, bad)
-		began := time.Now()
-		told(t, c, n, i+1)
-		if took := time.Since(began); took > within {
+		if took := told(t, c, n, i+1); took > within {
 			t.Errorf("at %d: it took %s until the watch was elsewhere", at, took)
 		}
 		n.until("a renewal", func(s subnet.Snapshot) bool { return held(s) && s.Expires.After(first.Expires) })
 		changed := claim(i + 1)
 		changed.PublicIPLocal = false
 		n.m.Claim(changed)
-		began = time.Now()
+		began := time.Now()
 		n.until("a write", func(s subnet.Snapshot) bool { return held(s) && s.Claimed == changed })
 		if took := time.Since(began); took > within {
 			t.Errorf("at %d: it took %s to write", at, took)
@@ -184,17 +229,23 @@ func TestMemberCutOff(t *testing.T) {
 	}
 }
 
-// told writes by another member, and waits until the node has been told.
-func told(t *testing.T, c *etcdtest.Cluster, n *node, i int) {
+// told writes by another member, and waits until the node has been told: so long after the write.
+func told(t *testing.T, c *etcdtest.Cluster, n *node, i int) time.Duration {
 	t.Helper()
 	key := fmt.Sprintf("10.244.%d.0-24", 200+i)
 	cli := c.Members[0].Client()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	must[*clientv3.PutResponse](t)(cli.Put(ctx, prefix+"/subnets/"+key, ""))
+	_, err := cli.Put(ctx, prefix+"/subnets/"+key, "")
+	for err != nil && ctx.Err() == nil { // the member that was cut off may have been the leader
+		_, err = cli.Put(ctx, prefix+"/subnets/"+key, "")
+	}
+	must[struct{}](t)(struct{}{}, err)
+	written := time.Now()
 	n.until("what changes", func(s subnet.Snapshot) bool {
 		return slices.ContainsFunc(s.Table.Entries, func(e *subnet.Entry) bool { return e.Key == key })
 	})
+	return time.Since(written)
 }
 
 // A client that is given up while a request is on its way is no fault of etcd: the request goes on with the next
@@ -214,5 +265,61 @@ func TestClientGivenUp(t *testing.T) {
 	})
 	if err != nil || tries != 2 {
 		t.Errorf("%d tries, %v", tries, err)
+	}
+}
+
+// slow is an endpoint that takes its time to say that it is of use.
+type slow struct {
+	pb.UnimplementedMaintenanceServer
+	wait time.Duration
+}
+
+func (s slow) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.StatusResponse, error) {
+	select {
+	case <-time.After(s.wait):
+	case <-ctx.Done():
+	}
+	return &pb.StatusResponse{}, ctx.Err()
+}
+
+// startSlow returns the endpoint.
+func startSlow(t *testing.T, wait time.Duration) string {
+	t.Helper()
+	ln := must[net.Listener](t)(net.Listen("tcp", "127.0.0.1:0"))
+	srv := grpc.NewServer()
+	pb.RegisterMaintenanceServer(srv, slow{wait: wait})
+	go func() { _ = srv.Serve(ln) }()
+	t.Cleanup(srv.Stop)
+	return "http://" + ln.Addr().String()
+}
+
+// All endpoints need longer than the time after which the next one is asked, and less than a request may take.
+func TestSlowEndpoints(t *testing.T) {
+	t.Parallel()
+	o := Options{Endpoints: []string{startSlow(t, 2*askFor), startSlow(t, 2*askFor)}, RequestTimeout: within}
+	c := newConn(must[Options](t)(o.check()))
+	defer c.close()
+	must[*client](t)(c.get(ctxFor(t)))
+}
+
+// No endpoint answers: each call takes a bounded time, says the same, and gives another one more time.
+func TestSilentEndpoints(t *testing.T) {
+	t.Parallel()
+	o := Options{Endpoints: []string{startSlow(t, patience), startSlow(t, patience)}, RequestTimeout: 2 * askFor}
+	c := newConn(must[Options](t)(o.check()))
+	defer c.close()
+	want := fmt.Sprintf("etcd: no answer from %s within 1s; no answer from %s within 1s", o.Endpoints[0], o.Endpoints[1])
+	for range o.Endpoints {
+		first, began := c.first(), time.Now()
+		_, err := c.get(ctxFor(t))
+		if err == nil || err.Error() != want {
+			t.Errorf("it says %v, want %s", err, want)
+		}
+		if took := time.Since(began); took < 4*askFor || took > within {
+			t.Errorf("it took %s", took)
+		}
+		if c.first() == first {
+			t.Errorf("%s is the first again", first)
+		}
 	}
 }

@@ -13,19 +13,22 @@ import (
 
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd/etcdtest"
+	"github.com/overlayd/overlayd/subnet/examine"
 )
 
 // An examination reads all, writes nothing, and finds that the clocks agree.
 func TestExamine(t *testing.T) {
 	t.Parallel()
 	s := store(t)
-	s.Put(prefix+"/subnets/10.244.5.0-24", string(subnet.FormatValue(subnet.Attrs{Identity: subnet.Identity{NodeName: "n"}})))
+	s.Put(prefix+"/subnets/10.244.5.0-24",
+		string(subnet.FormatValue(subnet.Attrs{Identity: subnet.Identity{NodeName: "n"}})))
 	before := s.Revision()
 	o := options(s)
 	o.Endpoints = append(o.Endpoints, "http://127.0.0.1:1")
 	began := time.Now()
 	x := Examine(t.Context(), o)
-	if x.OptionsErr != nil || x.TableErr != nil || x.WriteErr != nil || x.NoConfig || x.Table.ConfigErr != nil || len(x.Table.Entries) != 1 {
+	if x.OptionsErr != nil || x.TableErr != nil || x.WriteErr != nil || x.NoConfig || x.Table.ConfigErr != nil ||
+		len(x.Table.Entries) != 1 {
 		t.Fatalf("%+v", x)
 	}
 	took := time.Since(began)
@@ -55,7 +58,8 @@ func TestExamine(t *testing.T) {
 // A store that does not answer is given up in time.
 func TestExamineSilentStore(t *testing.T) {
 	t.Parallel()
-	o := Options{Endpoints: []string{"http://192.0.2.1:2379"}, RequestTimeout: 300 * time.Millisecond} // RFC 5737: nobody's
+	// reserved for documentation (RFC 5737)
+	o := Options{Endpoints: []string{"http://192.0.2.1:2379"}, RequestTimeout: 300 * time.Millisecond}
 	began := time.Now()
 	x := Examine(t.Context(), o)
 	if x.TableErr == nil || x.Endpoints[0].Err == nil || x.Endpoints[0].ClockErr == nil {
@@ -78,18 +82,20 @@ func TestExamineCertificates(t *testing.T) {
 	if x.TableErr != nil || x.Endpoints[0].Err != nil || x.Endpoints[0].ClockErr != nil {
 		t.Errorf("%+v", x)
 	}
-	found := map[string]Certificate{}
+	found := map[string]examine.Certificate{}
 	for _, c := range x.Certificates {
 		found[c.What] = c
 	}
-	if len(found) != 3 || !found["--etcd-certfile"].NotAfter.Equal(end) || found["the server at "+s.Endpoint()].Subject != "CN=server" || found["--etcd-cafile"].File != certs.CA {
+	if len(found) != 3 || !found["--etcd-certfile"].NotAfter.Equal(end) ||
+		found["the server at "+s.Endpoint()].Subject != "CN=server" || found["--etcd-cafile"].File != certs.CA {
 		t.Errorf("%+v", found)
 	}
 
 	// One that is not trusted is shown all the same.
 	o.CAFile = etcdtest.NewCerts(t).CA
 	x = Examine(t.Context(), o)
-	if x.TableErr == nil || !strings.Contains(x.Endpoints[0].Err.Error(), "unknown authority") || len(x.Certificates) != 3 {
+	if x.TableErr == nil || !strings.Contains(x.Endpoints[0].Err.Error(), "unknown authority") ||
+		len(x.Certificates) != 3 {
 		t.Errorf("%+v", x)
 	}
 }
@@ -131,7 +137,8 @@ func TestExamineWriting(t *testing.T) {
 		t.Errorf("%+v", x)
 	}
 	o.Username = "nobody"
-	if x := Examine(ctx, o); x.TableErr == nil || strings.Contains(x.TableErr.Error(), secret) || x.Endpoints[0].Err == nil {
+	if x := Examine(ctx, o); x.TableErr == nil || strings.Contains(x.TableErr.Error(), secret) ||
+		x.Endpoints[0].Err == nil {
 		t.Errorf("%+v", x)
 	}
 }
@@ -146,12 +153,16 @@ func TestExamineAlarm(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	req := &pb.AlarmRequest{Action: pb.AlarmRequest_ACTIVATE, MemberID: status.Header.MemberId, Alarm: pb.AlarmType_NOSPACE}
+	req := &pb.AlarmRequest{
+		Action: pb.AlarmRequest_ACTIVATE, MemberID: status.Header.MemberId,
+		Alarm: pb.AlarmType_NOSPACE,
+	}
 	if _, err := pb.NewMaintenanceClient(cli.ActiveConnection()).Alarm(ctx, req); err != nil {
 		t.Fatal(err)
 	}
 	x := Examine(ctx, options(s))
-	if x.TableErr != nil || x.WriteErr == nil || !strings.Contains(x.WriteErr.Error(), "space") || len(x.Endpoints[0].Alarms) != 1 || !strings.Contains(x.Endpoints[0].Alarms[0], "NOSPACE") {
+	if x.TableErr != nil || x.WriteErr == nil || !strings.Contains(x.WriteErr.Error(), "space") ||
+		len(x.Endpoints[0].Alarms) != 1 || !strings.Contains(x.Endpoints[0].Alarms[0], "NOSPACE") {
 		t.Errorf("%+v", x)
 	}
 }

@@ -11,32 +11,31 @@ import (
 	"time"
 )
 
-// resolveEvery is how often the endpoints' host names are looked up, beside each time that one is connected to;
+// resolveEvery is how often the endpoints' host names are resolved, beside each time that one is connected to;
 // resolveAgain, after a failure.
 const resolveEvery, resolveAgain = time.Minute, 5 * time.Second
 
-// hosts are the addresses of the endpoints: what is written there, what their names stand for, and what was connected
-// to. They are known before anything is read from the store, so that no route which follows from that can cut this node
-// off from it.
+// hosts are the addresses of the endpoints: in their URLs, of their names, and those that were connected to. They are
+// known before anything is read from the store, so that no route that follows from that can cut this node off from it.
 type hosts struct {
-	learned func() // called after a change; set before use
+	changed func() // called after a change; set before use
 
-	mu     sync.Mutex
-	names  []string
-	looked map[string][]netip.Addr // what a name stood for the last time, or what an endpoint says itself
-	tried  map[string][]netip.Addr // what was tried in the last attempt to connect
+	mu       sync.Mutex
+	names    []string
+	resolved map[string][]netip.Addr // of a name, when it was resolved last; or what an endpoint says itself
+	tried    map[string][]netip.Addr // in the last attempt to connect
 }
 
 func newHosts(endpoints []string) *hosts {
-	h := &hosts{learned: func() {}, looked: map[string][]netip.Addr{}, tried: map[string][]netip.Addr{}}
+	h := &hosts{changed: func() {}, resolved: map[string][]netip.Addr{}, tried: map[string][]netip.Addr{}}
 	for _, e := range endpoints {
 		u, err := url.Parse(e)
 		if err != nil {
-			continue // Options.check has refused it
+			continue // Options.check has rejected it
 		}
 		host := u.Hostname()
 		if a, err := netip.ParseAddr(host); err == nil {
-			h.looked[host] = []netip.Addr{plain(a)}
+			h.resolved[host] = []netip.Addr{plain(a)}
 		} else if !slices.Contains(h.names, host) {
 			h.names = append(h.names, host)
 		}
@@ -44,7 +43,7 @@ func newHosts(endpoints []string) *hosts {
 	return h
 }
 
-// plain is an address as it stands in routes.
+// plain is an address as routes have it.
 func plain(a netip.Addr) netip.Addr { return a.Unmap().WithZone("") }
 
 // addresses lists them all, in order.
@@ -55,7 +54,7 @@ func (h *hosts) addresses() []netip.Addr {
 }
 
 func (h *hosts) list() (out []netip.Addr) {
-	for _, m := range []map[string][]netip.Addr{h.looked, h.tried} {
+	for _, m := range []map[string][]netip.Addr{h.resolved, h.tried} {
 		for _, as := range m {
 			out = append(out, as...)
 		}
@@ -71,7 +70,7 @@ func (h *hosts) change(f func()) {
 	now := h.list()
 	h.mu.Unlock()
 	if !slices.Equal(before, now) {
-		h.learned()
+		h.changed()
 	}
 }
 
@@ -81,27 +80,20 @@ func (h *hosts) dial(ctx context.Context, address string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	var mu sync.Mutex // IPv4 and IPv6 may be tried at the same time
 	var tried []netip.Addr
 	d := net.Dialer{ControlContext: func(_ context.Context, _, at string, _ syscall.RawConn) error {
 		if to, err := netip.ParseAddrPort(at); err == nil {
-			mu.Lock()
-			defer mu.Unlock()
-			tried = append(tried, plain(to.Addr()))
-			h.change(func() { h.tried[host] = append(slices.Clone(h.tried[host]), plain(to.Addr())) })
+			h.change(func() { // IPv4 and IPv6 may be tried at the same time
+				tried = append(tried, plain(to.Addr()))
+				h.tried[host] = slices.Clone(tried)
+			})
 		}
 		return nil
 	}}
-	c, err := d.DialContext(ctx, "tcp", address)
-	mu.Lock()
-	defer mu.Unlock()
-	if len(tried) > 0 {
-		h.change(func() { h.tried[host] = slices.Clone(tried) })
-	}
-	return c, err
+	return d.DialContext(ctx, "tcp", address)
 }
 
-// resolve looks the names up until ctx ends, also those of endpoints that are not in use yet.
+// resolve resolves the names until ctx ends, also those of endpoints that are not in use yet.
 func (h *hosts) resolve(
 	ctx context.Context, lookup func(ctx context.Context, network, host string) ([]netip.Addr, error),
 ) {
@@ -116,8 +108,11 @@ func (h *hosts) resolve(
 			for i, a := range found {
 				found[i] = plain(a)
 			}
-			h.change(func() { h.looked[host] = found })
+			h.change(func() { h.resolved[host] = found })
 		}
-		sleep(ctx, around(wait, chance()), nil)
+		select {
+		case <-time.After(around(wait, chance())):
+		case <-ctx.Done():
+		}
 	}
 }

@@ -84,7 +84,7 @@ func TestNamesAreLookedUpAgain(t *testing.T) {
 		}
 		h := newHosts([]string{"http://etcd.example:2379", "http://192.0.2.1:2379"})
 		changes := 0
-		h.learned = func() { changes++ }
+		h.changed = func() { changes++ }
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { h.resolve(ctx, lookup); close(done) }()

@@ -30,13 +30,17 @@ type node struct {
 	logs *observer.ObservedLogs
 	stop func()
 
-	mu   sync.Mutex
-	last subnet.Snapshot
-	news chan struct{}
+	mu      sync.Mutex
+	last    subnet.Snapshot
+	next    chan struct{} // closed when there is another
+	outages []error       // of the store
 }
 
 func options(s *etcdtest.Server) Options {
-	return Options{Endpoints: []string{s.Endpoint()}, Prefix: prefix, LeaseTTL: time.Minute, RequestTimeout: 15 * time.Second}
+	return Options{
+		Endpoints: []string{s.Endpoint()}, Prefix: prefix, LeaseTTL: time.Minute,
+		RequestTimeout: 15 * time.Second,
+	}
 }
 
 // start runs a manager until the end of the test, or stop.
@@ -49,7 +53,7 @@ func run(t testing.TB, m *Manager) *node {
 	t.Helper()
 	core, logs := observer.New(zap.DebugLevel)
 	m.log = zap.New(core)
-	n := &node{t: t, m: m, logs: logs, news: make(chan struct{})}
+	n := &node{t: t, m: m, logs: logs, next: make(chan struct{})}
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = m.Run(ctx) })
@@ -64,9 +68,12 @@ func (n *node) read(ctx context.Context) {
 		select {
 		case s := <-n.m.Updates():
 			n.mu.Lock()
+			if n.last.Err == nil && s.Err != nil {
+				n.outages = append(n.outages, s.Err)
+			}
 			n.last = s
-			close(n.news)
-			n.news = make(chan struct{})
+			close(n.next)
+			n.next = make(chan struct{})
 			n.mu.Unlock()
 		case <-ctx.Done():
 			return
@@ -77,7 +84,7 @@ func (n *node) read(ctx context.Context) {
 func (n *node) state() (subnet.Snapshot, <-chan struct{}) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.last, n.news
+	return n.last, n.next
 }
 
 // until waits for a snapshot that fits.
@@ -85,12 +92,12 @@ func (n *node) until(what string, fits func(subnet.Snapshot) bool) subnet.Snapsh
 	n.t.Helper()
 	deadline := time.After(patience)
 	for {
-		s, news := n.state()
+		s, next := n.state()
 		if fits(s) {
 			return s
 		}
 		select {
-		case <-news:
+		case <-next:
 		case <-deadline:
 			for _, l := range n.logs.All() {
 				n.t.Logf("log: %s %v", l.Message, l.ContextMap())
@@ -128,14 +135,14 @@ func dual(c subnet.Claim, i int) subnet.Claim {
 	return c
 }
 
-// join starts a manager that claims for node i, and waits until it holds a lease and hears of news.
+// join starts a manager that claims for node i, and waits until it holds a lease and follows the store.
 func join(t testing.TB, s *etcdtest.Server, i int) (*node, subnet.Snapshot) {
 	t.Helper()
 	n := start(t, options(s))
 	n.m.Claim(claim(i))
 	first := n.untilHeld()
 	untilWatching(t, n.m)
-	time.Sleep(50 * time.Millisecond) // for the store's word that the watch is there
+	time.Sleep(50 * time.Millisecond) // until the store has created the watch
 	return n, first
 }
 
@@ -146,17 +153,21 @@ func (n *node) sum() (total int64) {
 	return total
 }
 
-// shortTTL is that of an etcd lease whose renewals a test waits for: the first comes after 3 to 6 seconds, with as much time left.
+// shortTTL is that of an etcd lease whose renewals a test waits for: the first comes after 3 to 6 seconds, with as much
+// time left.
 const shortTTL = 12 * time.Second
 
 // untilKept waits until the etcd lease was renewed at a time when it would have ended otherwise.
 func (n *node) untilKept(first subnet.Snapshot) subnet.Snapshot {
 	n.t.Helper()
 	n.until("a renewal", func(s subnet.Snapshot) bool { return s.Expires.After(first.Expires) })
-	return n.until("a renewal after the first end", func(s subnet.Snapshot) bool { return held(s) && s.Expires.After(first.Expires.Add(shortTTL)) })
+	return n.until("a renewal after the first end", func(s subnet.Snapshot) bool {
+		return held(s) &&
+			s.Expires.After(first.Expires.Add(shortTTL))
+	})
 }
 
-// untilWatching waits until the manager has asked for news of the store.
+// untilWatching waits until the manager has asked for a watch.
 func untilWatching(t testing.TB, m *Manager) {
 	t.Helper()
 	for began := time.Now(); m.Requests()["Watch"] == 0; time.Sleep(5 * time.Millisecond) {
@@ -166,7 +177,12 @@ func untilWatching(t testing.TB, m *Manager) {
 	}
 }
 
-func (n *node) said(message string) int { return n.logs.FilterMessage(message).Len() }
+// lost tells each time that the store could not be reached.
+func (n *node) lost() []error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.outages
+}
 
 func store(t testing.TB, opts ...etcdtest.Option) *etcdtest.Server {
 	t.Helper()

@@ -3,64 +3,53 @@ package etcd
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
 	"net"
-	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 
-	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// Manager is the subnet.Manager on etcd. Four loops share one view of the store: sync brings the table in, claim brings this
-// node's claim out, keep renews its etcd lease, and probe makes sure that the store is still the one that the view is of.
+// Manager is the subnet.Manager on etcd. Run owns the state; each request to etcd has a goroutine of its own, which
+// sends back its answer.
 type Manager struct {
 	opts Options
 	keys keys
 	log  *zap.Logger
 	conn *conn
 
-	running atomic.Bool
-	updates chan subnet.Snapshot
-
-	// Each wakes up one loop.
-	wakeSync, wakeClaim, wakeKeep, wakeProbe chan struct{}
-
-	mu     sync.Mutex // guards what follows
-	view   *view
-	synced bool // the view was found to be right, and no watch has ended since: it is safe to decide by it
-	relist bool // the view has to be read again as a whole
-	claim  claimState
-	health health
+	complete atomic.Int64 // revision up to which the table is known
+	updates  chan subnet.Snapshot
+	claims   chan subnet.Claim
+	answers  chan answer
+	resolved chan struct{} // the addresses of the endpoints have changed
+	ran      atomic.Bool
 }
 
 var _ subnet.Manager = (*Manager)(nil)
 
-// claimState is what this node wants and what it has.
-type claimState struct {
-	wanted  *subnet.Claim // as the caller said it; nil before
-	decided subnet.Claim  // the one that held and err are about
-	held    holding
-	before  addr.Per[netip.Prefix] // the subnets held last, to come back to
-	err     error
-	losses  int       // how often the lease was gone
-	lostAt  time.Time // the last time
-	said    string    // the text of err that was logged
-	wrote   int64     // the revision of the last write
-	behind  bool      // a write failed because something is gone: only the watch tells what
+// request is one thing to ask of etcd. What comes of it is for the owner of the state to apply.
+type request struct {
+	kind kind
+	run  func(ctx context.Context, m *Manager) answer
 }
 
-// holding is this node's lease in the store.
-type holding struct {
-	lease   subnet.Lease
-	key     string
-	leaseID int64
-	expires time.Time // zero where that is not known (yet), or never
-}
+type kind string
+
+const (
+	kindList  kind = "list"  // everything, at one revision
+	kindProbe kind = "probe" // a few keys, to find out whether the view is still of this store
+	kindWatch kind = "watch" // until it breaks
+	kindWrite kind = "write" // the claim, or the initial config
+	kindRenew kind = "renew" // the etcd lease
+
+	kindRevoke kind = "revoke" // an etcd lease without a key
+)
+
+type answer func(s *state, now time.Time)
 
 // New checks the options. It does not talk to the store.
 func New(o Options, log *zap.Logger) (*Manager, error) {
@@ -68,101 +57,104 @@ func New(o Options, log *zap.Logger) (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	one := func() chan struct{} { return make(chan struct{}, 1) }
 	m := &Manager{
 		opts: o, keys: newKeys(o.Prefix), log: log, conn: newConn(o),
-		updates:  make(chan subnet.Snapshot, 1),
-		wakeSync: one(), wakeClaim: one(), wakeKeep: one(), wakeProbe: one(),
-		view: newView(o.Prefix, o.Parse),
+		updates: make(chan subnet.Snapshot, 1), claims: make(chan subnet.Claim, 1),
+		answers: make(chan answer), resolved: make(chan struct{}, 1),
 	}
-	m.conn.hosts.learned = func() {
-		m.update(func() bool { return true })
-		poke(m.wakeClaim)
-	}
+	m.conn.hosts.changed = func() { subnet.Replace(m.resolved, struct{}{}) }
 	return m, nil
 }
 
-// Run does the work until ctx ends; it can be called once. When it returns, all that it started has ended.
+// Run does the work until ctx ends; a second call is an error. When it returns, all that it started has ended.
 func (m *Manager) Run(ctx context.Context) error {
-	if !m.running.CompareAndSwap(false, true) {
-		return errors.New("etcd: the manager runs already")
+	if m.ran.Swap(true) {
+		return errors.New("etcd: Run was called before")
 	}
 	defer m.Close()
-	var wg sync.WaitGroup
-	for _, loop := range []func(context.Context){m.syncLoop, m.claimLoop, m.keepLoop, m.probeLoop} {
-		wg.Go(func() { loop(ctx) })
+	s := newState(m.opts, m.log)
+	var workers sync.WaitGroup
+	workers.Go(func() { m.conn.hosts.resolve(ctx, net.DefaultResolver.LookupNetIP) })
+	for ctx.Err() == nil {
+		now := time.Now()
+		s.settle(now, m.conn.hosts.addresses())
+		if s.changed {
+			subnet.Replace(m.updates, s.snapshot())
+			s.told(time.Now(), time.Since(now))
+		}
+		for _, r := range s.next(now) {
+			m.start(ctx, &workers, s, r)
+		}
+		m.complete.Store(s.view.Revision)
+		if !s.changed {
+			m.wait(ctx, s)
+		}
 	}
-	wg.Go(func() { m.conn.hosts.resolve(ctx, net.DefaultResolver.LookupNetIP) })
-	wg.Wait()
-	return ctx.Err()
+	done := make(chan struct{})
+	go func() { workers.Wait(); close(done) }()
+	for {
+		select {
+		case <-m.answers: // of requests that ctx has ended
+		case <-done:
+			return ctx.Err()
+		}
+	}
 }
 
-// Close ends the connection to the store. Who calls Run needn't.
+func (m *Manager) start(ctx context.Context, workers *sync.WaitGroup, s *state, r request) {
+	ctx, cancel := context.WithCancel(ctx)
+	if r.kind == kindWatch {
+		s.stopWatch = cancel
+	}
+	workers.Go(func() {
+		defer cancel()
+		m.answers <- r.run(ctx, m)
+	})
+}
+
+// wait applies the next thing that happens to the state.
+func (m *Manager) wait(ctx context.Context, s *state) {
+	var timeout <-chan time.Time
+	if !s.wake.IsZero() {
+		timeout = time.After(time.Until(s.wake))
+	}
+	select {
+	case a := <-m.answers:
+		if ctx.Err() == nil { // what fails because Run ends is no failure
+			a(s, time.Now())
+		}
+	case c := <-m.claims:
+		if s.setClaim(c, time.Now()) {
+			// The connection may come from an address that is gone. Its end would only show by a timeout.
+			m.conn.close()
+		}
+	case <-m.resolved:
+	case <-timeout:
+	case <-ctx.Done():
+	}
+}
+
+// Close ends the connection to the store. After Run it is not needed.
 func (m *Manager) Close() { m.conn.close() }
+
+// Name is what to call the store in a sentence.
+func (m *Manager) Name() string { return "etcd" }
+
+// Endpoints are the URLs of the store.
+func (m *Manager) Endpoints() []string { return m.opts.Endpoints }
 
 // Updates delivers the newest snapshot.
 func (m *Manager) Updates() <-chan subnet.Snapshot { return m.updates }
 
 // Claim says what this node's lease is to be.
-func (m *Manager) Claim(c subnet.Claim) {
-	m.mu.Lock()
-	before := m.claim.wanted
-	m.claim.wanted = &c
-	m.mu.Unlock()
-	if before != nil && before.PublicIP != c.PublicIP {
-		// The connections may come from an address that is gone: nothing would tell, and the news would wait for their time-out.
-		m.conn.drop(m.conn.current())
-	}
-	poke(m.wakeClaim)
-	poke(m.wakeSync)
-}
+func (m *Manager) Claim(c subnet.Claim) { subnet.Replace(m.claims, c) }
 
-// Requests counts the requests sent to the store since New, by the name of the RPC (Range, Txn, Watch, LeaseGrant, ...).
+// Requests counts the requests sent to the store since New, by the name of the RPC (Range, Txn, Watch, ...).
 func (m *Manager) Requests() map[string]int64 { return m.conn.count.snapshot() }
 
-// Revisions tells up to which revision the table is known to be complete, which goes on while nothing of ours changes, and which one the
-// store named last: that of any key, also of those who share it with us. 0: not known yet.
+// Revisions tells up to which revision the table is known to be complete, which goes on while nothing of ours changes,
+// and which one the store named last: that of any key, also of other users of the store. 0: not known yet.
 func (m *Manager) Revisions() (complete, newest int64) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.view.complete, max(m.conn.newest.Load(), m.view.complete)
+	complete = m.complete.Load()
+	return complete, max(m.conn.newest.Load(), complete)
 }
-
-// update changes the shared state under the lock, and delivers a snapshot where f asks for it.
-func (m *Manager) update(f func() (deliver bool)) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if f() {
-		m.deliver()
-	}
-}
-
-// deliver replaces the snapshot that waits to be read, if any. m.mu is held: there is no other writer, so that the channel has
-// room once it was emptied.
-func (m *Manager) deliver() {
-	s := subnet.Snapshot{
-		Table:   m.view.table(),
-		Claimed: m.claim.decided, Lease: m.claim.held.lease, Expires: m.claim.held.expires, ClaimErr: m.claim.err,
-		Losses: m.claim.losses, LostAt: m.claim.lostAt, Endpoints: m.conn.hosts.addresses(),
-	}
-	s.Since, s.Err = m.health.state()
-	select {
-	case <-m.updates:
-	default:
-	}
-	m.updates <- s
-}
-
-// distrust has the whole table read again, since the view can't be right.
-func (m *Manager) distrust(why error) {
-	m.mu.Lock()
-	again := m.relist
-	m.relist = true
-	m.mu.Unlock()
-	if !again {
-		m.log.Warn("resyncing the lease table", zap.Error(why))
-	}
-	poke(m.wakeSync)
-}
-
-func chance() float64 { return rand.Float64() }

@@ -1,7 +1,6 @@
 package etcd
 
 import (
-	"errors"
 	"fmt"
 	"sync"
 	"testing"
@@ -91,50 +90,6 @@ func TestBurst(t *testing.T) {
 	t.Logf("%d snapshots, all there %s after the last change", snapshots, time.Since(began))
 	if snapshots > 10 {
 		t.Errorf("%d snapshots", snapshots)
-	}
-}
-
-// The watch waits for what comes of the claim, and for nothing else.
-func TestWatchComesBehindTheClaim(t *testing.T) {
-	t.Parallel()
-	const soon = 100 * time.Millisecond
-	held := holding{key: "10.1.1.0-24"}
-	claimed := func(m *Manager) { m.Claim(claim(1)) }
-	for name, tt := range map[string]struct {
-		before func(*Manager)
-		after  func(*Manager) // soon, with m.mu held
-		least  time.Duration
-		err    error
-	}{
-		"nothing is claimed":        {least: claimSoon},
-		"the lease is held":         {before: func(m *Manager) { claimed(m); m.claim.held = held }},
-		"the claim is refused":      {before: func(m *Manager) { claimed(m); m.claim.err = subnet.ErrNoConfig }},
-		"it is held after a moment": {before: claimed, after: func(m *Manager) { m.claim.held = held }, least: soon},
-		"it is held, in a crowd": {
-			before: claimed, after: func(m *Manager) { m.claim.held, m.claim.wrote = held, m.view.watched+crowd },
-			least: 3 * soon, // twice as long again
-		},
-		"only the watch can help": {before: claimed, after: func(m *Manager) { m.claim.behind = true }, least: soon},
-		"it has to be read again": {before: claimed, after: func(m *Manager) { m.relist = true }, least: soon, err: errRelist},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			m := must[*Manager](t)(New(Options{Endpoints: []string{"127.0.0.1:1"}}, zap.NewNop()))
-			if tt.before != nil {
-				tt.before(m)
-			}
-			began := time.Now()
-			if tt.after != nil {
-				time.AfterFunc(soon, func() {
-					m.update(func() bool { tt.after(m); return false })
-					poke(m.wakeSync)
-				})
-			}
-			err := m.letClaim(ctxFor(t)) // a claim alone would keep it for longer than that
-			if took := time.Since(began); !errors.Is(err, tt.err) || took < tt.least {
-				t.Errorf("%v after %s, want %v after %s", err, took, tt.err, tt.least)
-			}
-		})
 	}
 }
 

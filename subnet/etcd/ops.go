@@ -29,16 +29,8 @@ func (m *Manager) List(ctx context.Context) (subnet.Table, error) {
 	return v.table(), nil
 }
 
-func (m *Manager) readAll(ctx context.Context) (resp *clientv3.GetResponse, err error) {
-	err = m.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
-		resp, err = cli.Get(ctx, m.keys.all, clientv3.WithPrefix())
-		return err
-	})
-	return resp, err
-}
-
-// Expiries asks how long each etcd lease of the table still has, by its id; one that has ended is not in the answer. It is one
-// request for each: for the eyes of an operator, not for the daemon.
+// Expiries asks how long each etcd lease of the table still has, by its id; one that has ended is not in the answer. It
+// is one request for each: for an operator, not for the daemon.
 func (m *Manager) Expiries(ctx context.Context, t subnet.Table) (map[int64]time.Duration, error) {
 	var mu sync.Mutex
 	out := map[int64]time.Duration{}
@@ -80,8 +72,8 @@ func (m *Manager) timeToLive(ctx context.Context, id int64) (left time.Duration,
 	return left, err
 }
 
-// Release deletes the leases that carry exactly this identity, and says which. Reservations stay. It is for taking a node out of
-// service: the node's daemon has to be stopped before, or it registers again.
+// Release deletes the leases that carry exactly this identity, and says which. Reservations stay. It takes a node out
+// of service: the node's daemon has to be stopped before, or it registers again.
 func (m *Manager) Release(ctx context.Context, id subnet.Identity) ([]*subnet.Entry, error) {
 	if id.NodeID == "" {
 		return nil, errors.New("--node-id: expected the id of the node whose lease is to be released")
@@ -102,7 +94,8 @@ func (m *Manager) Release(ctx context.Context, id subnet.Identity) ([]*subnet.En
 			return own, err
 		}
 	}
-	return nil, fmt.Errorf("the lease of node %q changed %d times while it was being released: is its daemon running?", id.NodeName, releaseTries)
+	return nil, fmt.Errorf("the lease of node %q changed %d times while it was being released: is its daemon running?",
+		id.NodeName, releaseTries)
 }
 
 // remove deletes entries in one transaction, if none of them has changed.
@@ -116,12 +109,6 @@ func (m *Manager) remove(ctx context.Context, es []*subnet.Entry) (done bool, er
 		guards = append(guards, clientv3.Compare(clientv3.ModRevision(m.keys.subnets+e.Key), "=", e.Revision))
 		deletes = append(deletes, clientv3.OpDelete(m.keys.subnets+e.Key))
 	}
-	err = m.conn.request(ctx, func(ctx context.Context, cli *client) error {
-		resp, err := cli.Txn(ctx).If(guards...).Then(deletes...).Commit()
-		if err == nil {
-			done = resp.Succeeded
-		}
-		return err
-	})
-	return done, err
+	resp, err := m.txn(ctx, guards, deletes)
+	return err == nil && resp.Succeeded, err
 }

@@ -1,8 +1,9 @@
-// Package etcd is the lease manager on etcd (client v3): it brings the table of all leases in and keeps it current, and it
-// acquires and keeps this node's own lease. Every write is one transaction, guarded on what it was decided under.
+// Package etcd is the lease manager on etcd (client v3): it reads the table of all leases and keeps it current, and it
+// acquires and keeps this node's own lease. Every write is one transaction, guarded on what it was decided by.
 package etcd
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/url"
@@ -26,31 +27,32 @@ const (
 
 // Options say where the store is and who asks. The flags named in the errors are those of the overlayd command.
 type Options struct {
-	Endpoints []string // http:// or https://, all of one kind; without a scheme it is http, or https where there are TLS files
+	// Endpoints begin with http:// or https://, all alike; without a scheme it is http, or https if there are TLS files.
+	Endpoints []string
 	Prefix    string
 
 	CertFile, KeyFile string // the client's certificate and key, PEM
 	CAFile            string // who vouches for the server; the system's CAs where empty
 
 	Username, Password string
-	PasswordFile       string // instead of Password; read again when the store refuses the password
+	PasswordFile       string // instead of Password; read again for each login
 
-	LeaseTTL       time.Duration // of the etcd lease that a new key hangs on
+	LeaseTTL       time.Duration // of the etcd lease that a new key is attached to
 	RequestTimeout time.Duration // of one request to the store
 
 	// InitConfig is put at PREFIX/config when there is nothing.
 	InitConfig []byte
 
-	// Parse makes an entry of a key and its value; subnet.ParseEntry where it is nil. Managers of many nodes in one process can share
+	// Parse makes an entry of a key and its value; nil: subnet.ParseEntry. Managers of many nodes in one process can share
 	// the entries by it: each of them has all.
 	Parse func(key string, value []byte, revision, created, leaseID int64) *subnet.Entry
 }
 
+// CleanPrefix is a prefix as it stands in the store's keys; nothing is the default one.
+func CleanPrefix(prefix string) string { return "/" + strings.Trim(cmp.Or(prefix, DefaultPrefix), "/") }
+
 func (o Options) withDefaults() Options {
-	if o.Prefix == "" {
-		o.Prefix = DefaultPrefix
-	}
-	o.Prefix = "/" + strings.Trim(o.Prefix, "/")
+	o.Prefix = CleanPrefix(o.Prefix)
 	if o.LeaseTTL == 0 {
 		o.LeaseTTL = DefaultLeaseTTL
 	}
@@ -66,9 +68,9 @@ func (o Options) withDefaults() Options {
 // check completes the options and says all that is wrong with them, one line each.
 func (o Options) check() (Options, error) {
 	o = o.withDefaults()
-	endpoints, errEndpoints := o.endpoints()
-	o.Endpoints = endpoints
-	return o, errors.Join(errEndpoints, o.checkTLS(), o.checkUser(), o.checkRest())
+	var err error
+	o.Endpoints, err = o.endpoints()
+	return o, errors.Join(err, o.checkTLS(), o.checkUser(), o.checkRest())
 }
 
 func (o Options) hasTLSFiles() bool { return o.CertFile != "" || o.KeyFile != "" || o.CAFile != "" }
@@ -95,7 +97,8 @@ func (o Options) endpoints() ([]string, error) {
 		return nil, errors.New("--etcd-endpoints: expected all http:// or all https://, found both")
 	}
 	if schemes["http"] && o.hasTLSFiles() {
-		return nil, errors.New("--etcd-endpoints: http:// means no TLS, but TLS files are given (--etcd-cafile, --etcd-certfile, --etcd-keyfile)")
+		return nil, errors.New("--etcd-endpoints: http:// means no TLS, but TLS files are given " +
+			"(--etcd-cafile, --etcd-certfile, --etcd-keyfile)")
 	}
 	return out, nil
 }
@@ -113,15 +116,17 @@ func (o Options) endpoint(e string) (*url.URL, error) {
 	u, err := url.Parse(full)
 	switch {
 	case strings.Contains(scheme, "srv") || scheme == "dns" || strings.HasPrefix(rest, "_"):
-		return nil, fmt.Errorf("--etcd-endpoints: DNS SRV records are not looked up, list the endpoints; found %q", redact(e))
+		return nil, fmt.Errorf("--etcd-endpoints: DNS SRV records are not looked up, list the endpoints; found %q",
+			redact(e))
 	case bareIPv6.MatchString(rest):
 		return nil, fmt.Errorf("--etcd-endpoints: an IPv6 address needs brackets, as in http://[fd00::1]:2379; found %q", e)
 	case err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https":
 		return nil, fmt.Errorf("--etcd-endpoints: expected http://HOST:PORT or https://HOST:PORT, found %q", redact(e))
 	case u.User != nil:
-		return nil, errors.New("--etcd-endpoints: a user and password don't belong there, use --etcd-username and --etcd-password")
+		return nil, errors.New("--etcd-endpoints: a user and password don't belong there, " +
+			"use --etcd-username and --etcd-password")
 	case strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
-		return nil, fmt.Errorf("--etcd-endpoints: expected nothing behind the port, found %q", redact(e))
+		return nil, fmt.Errorf("--etcd-endpoints: expected nothing after the port, found %q", redact(e))
 	case u.Port() == "":
 		u.Host = strings.TrimSuffix(u.Host, ":") + ":2379"
 	}
@@ -143,7 +148,7 @@ func (o Options) checkTLS() error {
 	if (o.CertFile == "") != (o.KeyFile == "") {
 		return errors.New("--etcd-certfile and --etcd-keyfile: expected both or none")
 	}
-	_, err := o.tlsFiles().config()
+	_, err := o.tlsConfig()
 	return err
 }
 
@@ -154,13 +159,14 @@ func (o Options) checkUser() error {
 	case o.Username == "" && (o.Password != "" || o.PasswordFile != ""):
 		return errors.New("--etcd-username: expected a name, since a password is given")
 	case o.Username != "" && o.Password == "" && o.PasswordFile == "":
-		return errors.New("--etcd-password or --etcd-password-file: expected one of the two, since --etcd-username is given")
+		return errors.New("--etcd-password or --etcd-password-file: expected one of the two, " +
+			"since --etcd-username is given")
 	}
 	_, err := o.password()
 	return err
 }
 
-// password reads the password anew each time, so that a replaced file is noticed.
+// password reads the password again each time, so that a replaced file is noticed.
 func (o Options) password() (string, error) {
 	if o.PasswordFile == "" {
 		return o.Password, nil
@@ -183,9 +189,6 @@ func (o Options) checkRest() error {
 	}
 	if o.LeaseTTL < time.Second || o.LeaseTTL/time.Second > clientv3.MaxLeaseTTL {
 		errs = append(errs, fmt.Errorf("--lease-ttl: expected at least 1s, found %s", o.LeaseTTL))
-	}
-	if o.RequestTimeout < 0 {
-		errs = append(errs, fmt.Errorf("the timeout of a request to etcd: expected more than 0, found %s", o.RequestTimeout))
 	}
 	if o.InitConfig != nil {
 		if _, err := subnet.ParseConfig(o.InitConfig); err != nil {

@@ -22,13 +22,19 @@ func header(revision int64) *pb.ResponseHeader {
 }
 
 func keyValue(name, value string, mod int64) *mvccpb.KeyValue {
-	return &mvccpb.KeyValue{Key: []byte(prefix + "/" + name), Value: []byte(value), ModRevision: mod, CreateRevision: mod, Lease: 1}
+	return &mvccpb.KeyValue{
+		Key: []byte(prefix + "/" + name), Value: []byte(value), ModRevision: mod, CreateRevision: mod,
+		Lease: 1,
+	}
 }
 
 func put(kv *mvccpb.KeyValue) *mvccpb.Event { return &mvccpb.Event{Type: mvccpb.Event_PUT, Kv: kv} }
 
 func del(name string, mod int64) *mvccpb.Event {
-	return &mvccpb.Event{Type: mvccpb.Event_DELETE, Kv: &mvccpb.KeyValue{Key: []byte(prefix + "/" + name), ModRevision: mod}}
+	return &mvccpb.Event{Type: mvccpb.Event_DELETE, Kv: &mvccpb.KeyValue{
+		Key:         []byte(prefix + "/" + name),
+		ModRevision: mod,
+	}}
 }
 
 func names(v *view) (out []string) {
@@ -48,13 +54,16 @@ func want(t *testing.T, v *view, entries ...string) {
 func TestView(t *testing.T) {
 	v := newView(prefix, subnet.ParseEntry)
 	a, b, c := "subnets/10.1.1.0-24", "subnets/10.1.2.0-24", "subnets/10.1.3.0-24"
-	v.reset([]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue("other", "", 3), keyValue(a, "x", 4), keyValue(c, "x", 5)}, header(6))
+	v.reset([]*mvccpb.KeyValue{
+		keyValue("config", config, 2), keyValue("other", "", 3), keyValue(a, "x", 4),
+		keyValue(c, "x", 5),
+	}, header(6))
 	want(t, v, "10.1.1.0-24@4", "10.1.3.0-24@5")
 	handed := v.table()
 
 	// The answer to a transaction is ahead of the watch.
-	if !v.merge([]*mvccpb.KeyValue{keyValue(b, "x", 9)}, 10) || v.watched != 6 || v.complete != 10 {
-		t.Errorf("watched %d, complete %d", v.watched, v.complete)
+	if !v.merge([]*mvccpb.KeyValue{keyValue(b, "x", 9)}, 10) || v.watched != 6 || v.Revision != 10 {
+		t.Errorf("watched %d, complete %d", v.watched, v.Revision)
 	}
 	want(t, v, "10.1.1.0-24@4", "10.1.2.0-24@9", "10.1.3.0-24@5")
 
@@ -74,17 +83,18 @@ func TestView(t *testing.T) {
 	want(t, v, "10.1.2.0-24@9", "10.1.3.0-24@5")
 
 	// Its own write, and then the watch's word of it.
-	v.wrote(keyValue(a, "x", 12), []string{"10.1.3.0-24"}, 12)
-	if v.complete != 10 {
-		t.Errorf("complete is %d: a write tells nothing of what others wrote", v.complete)
+	v.wrote(keyValue(a, "x", 12), []*subnet.Entry{{Key: "10.1.3.0-24"}}, 12)
+	if v.Revision != 10 {
+		t.Errorf("complete is %d: a write tells nothing of what others wrote", v.Revision)
 	}
 	if v.events([]*mvccpb.Event{del(c, 12), put(keyValue(a, "x", 12))}) {
 		t.Error("the echo of its own write is no news")
 	}
 	want(t, v, "10.1.1.0-24@12", "10.1.2.0-24@9")
 
-	// The same when the table was handed out in between. Of what is deleted nothing is kept then: that one may pass for news.
-	v.wrote(keyValue(a, "x", 14), []string{"10.1.2.0-24"}, 14)
+	// The same when the table was handed out in between. Of what is deleted nothing is kept then: that one may pass for
+	// news.
+	v.wrote(keyValue(a, "x", 14), []*subnet.Entry{{Key: "10.1.2.0-24"}}, 14)
 	want(t, v, "10.1.1.0-24@14")
 	if v.events([]*mvccpb.Event{put(keyValue(a, "x", 14))}) {
 		t.Error("the echo of its own write is no news")
@@ -120,10 +130,13 @@ func TestViewConfig(t *testing.T) {
 // In another store equal revisions mean nothing: everything is decoded anew.
 func TestViewOfAnotherStore(t *testing.T) {
 	for _, other := range []*pb.ResponseHeader{
-		{ClusterId: 8, RaftTerm: 2, Revision: 20}, {ClusterId: 7, RaftTerm: 1, Revision: 20}, {ClusterId: 7, RaftTerm: 2, Revision: 9},
+		{ClusterId: 8, RaftTerm: 2, Revision: 20},
+		{ClusterId: 7, RaftTerm: 1, Revision: 20},
+		{ClusterId: 7, RaftTerm: 2, Revision: 9},
 	} {
 		v := newView(prefix, subnet.ParseEntry)
-		v.reset([]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue("subnets/10.1.1.0-24", `{"PublicIP":"1.1.1.1"}`, 3)}, header(10))
+		v.reset([]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue("subnets/10.1.1.0-24", `{"PublicIP":"1.1.1.1"}`,
+			3)}, header(10))
 		now := []*mvccpb.KeyValue{
 			keyValue("config", `{"Network":"10.9.0.0/16"}`, 2), keyValue("subnets/10.1.1.0-24", `{"PublicIP":"2.2.2.2"}`, 3),
 		}
@@ -164,7 +177,7 @@ func TestViewAgainstHistory(t *testing.T) {
 			case 0:
 				var kvs []*mvccpb.KeyValue
 				for _, kv := range store[now] {
-					if kv.ModRevision > v.complete {
+					if kv.ModRevision > v.Revision {
 						kvs = append(kvs, kv)
 					}
 				}
@@ -190,7 +203,7 @@ func TestViewAgainstHistory(t *testing.T) {
 }
 
 func TestFacts(t *testing.T) {
-	f := facts{view: view{cluster: 7, term: 2, watched: 10}, revisions: map[string]int64{"a": 4, "config": 0}}
+	f := facts{position{7, 2, 10}, map[string]int64{"a": 4, "config": 0}}
 	for _, tt := range []struct {
 		name  string
 		h     *pb.ResponseHeader
@@ -215,58 +228,42 @@ func TestFacts(t *testing.T) {
 func TestTimes(t *testing.T) {
 	between := func(what string, f func(rnd float64) time.Duration, low, high time.Duration) {
 		t.Helper()
-		if a, b, c := f(0), f(0.5), f(0.999999); a != low || b <= a || c <= b || c > high || c < high-time.Millisecond-high/1000 {
+		if a, b, c := f(0), f(0.5), f(0.999999); a != low || b <= a || c <= b || c > high ||
+			c < high-time.Millisecond-high/1000 {
 			t.Errorf("%s: from %s by %s to %s, want %s to %s", what, a, b, c, low, high)
 		}
 	}
-	for attempt, high := range map[int]time.Duration{0: backoffMin, 1: 2 * backoffMin, 3: 8 * backoffMin, 20: backoffMax, 1000: backoffMax} {
+	for attempt, high := range map[int]time.Duration{
+		0: backoffMin, 1: 2 * backoffMin, 3: 8 * backoffMin, 20: backoffMax,
+		1000: backoffMax,
+	} {
 		between("backoff", func(r float64) time.Duration { return backoff(attempt, r) }, high/2, high)
 	}
 	between("around", func(r float64) time.Duration { return around(time.Minute, r) }, 45*time.Second, 75*time.Second)
-	between("the watch in a crowd", func(r float64) time.Duration { return watchDelay(crowd, time.Second, r) }, 2*time.Second, 8*time.Second)
-	between("the watch in a slow crowd", func(r float64) time.Duration { return watchDelay(5*crowd, time.Hour, r) }, watchPutOff/4, watchPutOff)
+	between("the watch in a crowd", func(r float64) time.Duration { return watchDelay(crowd, time.Second, r) },
+		2*time.Second, 8*time.Second)
+	between("the watch in a slow crowd", func(r float64) time.Duration { return watchDelay(5*crowd, time.Hour, r) },
+		watchPutOff/4, watchPutOff)
 	if d := watchDelay(crowd-1, time.Hour, 0.5); d != 0 {
 		t.Errorf("without a crowd, the watch waits %s", d)
 	}
 	between("renewal", func(r float64) time.Duration { return renewal(24*time.Hour, r) }, 6*time.Hour, 12*time.Hour)
-	between("a long unknown TTL", func(r float64) time.Duration { return unknownRenewal(24*time.Hour, r) }, 0, 30*time.Second)
-	between("a short unknown TTL", func(r float64) time.Duration { return unknownRenewal(20*time.Second, r) }, 0, 5*time.Second)
+	now := time.Unix(1000, 0)
+	first := func(left, ttl time.Duration) func(float64) time.Duration {
+		expires := time.Time{}
+		if left != 0 {
+			expires = now.Add(left)
+		}
+		return func(r float64) time.Duration { return firstRenewal(expires, ttl, now, r).Sub(now) }
+	}
+	between("a long unknown TTL", first(0, 24*time.Hour), 0, 30*time.Second)
+	between("a short unknown TTL", first(0, 20*time.Second), 0, 5*time.Second)
+	between("a fresh lease", first(time.Hour, 2*time.Hour), 15*time.Minute, 30*time.Minute)
+	if d := first(-time.Hour, time.Hour)(0.5); d != 0 {
+		t.Errorf("an expired lease is renewed in %s", d)
+	}
 	between("the first race", func(r float64) time.Duration { return raceDelay(1, r) }, 0, raceDelayUnit)
 	between("many races", func(r float64) time.Duration { return raceDelay(100, r) }, 0, 64*raceDelayUnit)
-}
-
-func TestPace(t *testing.T) {
-	for cost, want := range map[time.Duration]time.Duration{0: paceMin, time.Millisecond: paceMin, 7 * time.Millisecond: 70 * time.Millisecond, time.Second: paceMax} {
-		if got := pace(cost); got != want {
-			t.Errorf("%s: got %s, want %s", cost, got, want)
-		}
-	}
-}
-
-func TestKeeper(t *testing.T) {
-	now := time.Unix(1000, 0)
-	found := startKeeping(holding{leaseID: 5}, time.Hour, now, 0.5)
-	if found.id != 5 || found.due != now.Add(15*time.Second) {
-		t.Errorf("got %+v", found)
-	}
-	fresh := startKeeping(holding{leaseID: 5, expires: now.Add(time.Hour)}, time.Hour, now, 0)
-	if fresh.due != now.Add(15*time.Minute) {
-		t.Errorf("got %+v", fresh)
-	}
-	late := startKeeping(holding{leaseID: 5, expires: now.Add(-time.Hour)}, time.Hour, now, 0.5)
-	if late.due != now {
-		t.Errorf("got %+v", late)
-	}
-	for i := range 3 {
-		fresh.next(0, errors.New("away"), now, 0)
-		if fresh.failures != i+1 || fresh.due != now.Add(backoffMin<<i/2) {
-			t.Errorf("got %+v", fresh)
-		}
-	}
-	fresh.next(time.Hour, nil, now, 0)
-	if fresh.failures != 0 || fresh.due != now.Add(15*time.Minute) {
-		t.Errorf("got %+v", fresh)
-	}
 }
 
 func TestReason(t *testing.T) {
@@ -307,15 +304,27 @@ func TestEpoch(t *testing.T) {
 		at    int64
 		epoch int
 	}{
-		"nothing new":                       {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4), keyValue(b, "x", 5)}, 9, 0},
-		"a key was removed":                 {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4)}, 10, 0},
-		"all was removed":                   {nil, 12, 0},
-		"a key has changed":                 {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 11), keyValue(b, "x", 5)}, 11, 0},
-		"emptied":                           {nil, 1, 1},
-		"emptied, and has grown":            {[]*mvccpb.KeyValue{keyValue("config", config, 3), keyValue(a, "x", 40)}, 40, 1},
-		"emptied, and another has come":     {[]*mvccpb.KeyValue{keyValue("subnets/10.1.9.0-24", "x", 2)}, 40, 1},
-		"restored from before a's change":   {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 3), keyValue(b, "x", 5)}, 40, 1},
-		"restored, and something has grown": {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4), keyValue(b, "x", 8)}, 40, 1},
+		"nothing new": {[]*mvccpb.KeyValue{
+			keyValue("config", config, 2), keyValue(a, "x", 4),
+			keyValue(b, "x", 5),
+		}, 9, 0},
+		"a key was removed": {[]*mvccpb.KeyValue{keyValue("config", config, 2), keyValue(a, "x", 4)}, 10, 0},
+		"all was removed":   {nil, 12, 0},
+		"a key has changed": {[]*mvccpb.KeyValue{
+			keyValue("config", config, 2), keyValue(a, "x", 11),
+			keyValue(b, "x", 5),
+		}, 11, 0},
+		"emptied":                       {nil, 1, 1},
+		"emptied, and has grown":        {[]*mvccpb.KeyValue{keyValue("config", config, 3), keyValue(a, "x", 40)}, 40, 1},
+		"emptied, and another has come": {[]*mvccpb.KeyValue{keyValue("subnets/10.1.9.0-24", "x", 2)}, 40, 1},
+		"restored from before a's change": {[]*mvccpb.KeyValue{
+			keyValue("config", config, 2), keyValue(a, "x", 3),
+			keyValue(b, "x", 5),
+		}, 40, 1},
+		"restored, and something has grown": {[]*mvccpb.KeyValue{
+			keyValue("config", config, 2), keyValue(a, "x", 4),
+			keyValue(b, "x", 8),
+		}, 40, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := newView(prefix, subnet.ParseEntry)

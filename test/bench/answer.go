@@ -10,19 +10,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// answerer stands for the nodes that don't exist: what the one real node sends them through the tunnel leaves it by a tap device, as it
-// would by a network card, and pings are answered. All of that is this process's work, and none of the daemon's.
+// answerer stands for the nodes that don't exist: what the one real node sends them through the tunnel leaves it by a
+// tap device, as it would by a network card, and pings are answered. All of that is this process's work, and none of
+// the daemon's.
 type answerer struct {
 	tap        int
 	stop, done chan struct{}
 }
 
-// lookEvery is how often the device is looked at. Whoever waited for packets there would have to be woken up for each of them, and that
-// is the sender's work; a network card is not woken up.
-const lookEvery = 10 * time.Millisecond
+// pollEvery is how often the device is polled. A process that waited for packets would be woken up for each of them,
+// and that is the sender's work; a network card is not woken up.
+const pollEvery = 10 * time.Millisecond
 
-// Offsets in a packet of the tunnel (RFC 7348 section 5): the outer Ethernet, IPv4, UDP and VXLAN headers, and then the same of the
-// inner one up to ICMP (RFC 792).
+// Offsets in a packet of the tunnel (RFC 7348 section 5): the outer Ethernet, IPv4, UDP and VXLAN headers, and then the
+// same of the inner one up to ICMP (RFC 792).
 const (
 	outerIP   = 14
 	outerUDP  = outerIP + 20
@@ -61,8 +62,11 @@ func newAnswerer(ctx context.Context, s *site) (*answerer, error) {
 		return nil, err
 	}
 	// The answers come from where the node has no route to by this device.
-	_, err = s.node.Run(ctx, "sh", "-c", `sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.tap0.rp_filter=0 && ip link set dev tap0 mtu 1600 up &&
-		nft 'add table netdev bench; add chain netdev bench out { type filter hook egress device "eth0" priority 0; }; add rule netdev bench out udp dport 8472 fwd to "tap0"'`)
+	_, err = s.node.Run(ctx, "sh", "-c", `sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.tap0.rp_filter=0 &&
+		ip link set dev tap0 mtu 1600 up &&
+		nft 'add table netdev bench;
+			add chain netdev bench out { type filter hook egress device "eth0" priority 0; };
+			add rule netdev bench out udp dport 8472 fwd to "tap0"'`)
 	if err != nil {
 		_ = unix.Close(a.tap)
 		return nil, err
@@ -91,7 +95,7 @@ func (a *answerer) run(mac net.HardwareAddr) {
 		select {
 		case <-a.stop:
 			return
-		case <-time.After(lookEvery):
+		case <-time.After(pollEvery):
 		}
 	}
 }
@@ -99,7 +103,8 @@ func (a *answerer) run(mac net.HardwareAddr) {
 // answer turns an echo request inside the tunnel into its reply; false: it is none.
 func answer(p []byte, mac net.HardwareAddr) bool {
 	const icmp, udp, request, reply = 1, 17, 8, 0
-	if len(p) < innerICMP+8 || p[outerIP] != 0x45 || p[outerIP+9] != udp || p[innerIP] != 0x45 || p[innerIP+9] != icmp || p[innerICMP] != request {
+	if len(p) < innerICMP+8 || p[outerIP] != 0x45 || p[outerIP+9] != udp || p[innerIP] != 0x45 || p[innerIP+9] != icmp ||
+		p[innerICMP] != request {
 		return false
 	}
 	copy(p, mac)

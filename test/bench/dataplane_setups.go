@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -15,8 +13,8 @@ import (
 	"github.com/overlayd/overlayd/test/lab"
 )
 
-// The set-ups, as the rows call them. Each is a lab of its own: two nodes at one switch, a pod on each. Only the underlay has none: it
-// is the way between the nodes of the one made by hand, which have no rules.
+// The set-ups, as the rows call them. Each is a lab of its own: two nodes at one switch, a pod on each. Only the
+// underlay has none: it is the way between the nodes of the one made by hand, which have no rules.
 const (
 	rawUnderlay  = "raw underlay"
 	handMade     = "hand-made vxlan"
@@ -31,26 +29,19 @@ const (
 type pathLab struct {
 	name    string
 	options lab.Options
-	byHand  []string // what is done on each node in place of overlayd's work, where it is; see handWork
+	byHand  string // the script that does overlayd's work on each node in its place, if one does; see handWork
 }
 
-// path is a set-up that is ready to carry packets.
-type path struct {
-	name     string
-	from, to lab.Machine
-	at       netip.Addr // of to
-}
-
-// pathLabs lists the labs. The hand-made ones are nodes that overlayd has left again, so that all else is alike. It ran there as host-gw,
-// which makes no routing rule: once there was one in a network namespace, the kernel looks up every route there in a slower way, and
-// goes on to do so when the rule is gone.
+// pathLabs lists the labs. The hand-made ones are nodes that overlayd has left again, so that all else is alike. It ran
+// there as host-gw, which makes no routing rule: once there was one in a network namespace, the kernel looks up every
+// route there in a slower way, and goes on to do so when the rule is gone.
 func pathLabs(e *Env) []pathLab {
 	noRules := []string{"--ip-masq=false", "--iptables-forward-rules=false"}
 	untouched := lab.Options{Backend: lab.HostGW, OverlaydArgs: noRules}
-	masquerade := "iptables -t nat -A POSTROUTING -s SUBNET -o eth0 -j MASQUERADE"
+	masquerade := "iptables -t nat -A POSTROUTING -s $SUBNET -o eth0 -j MASQUERADE"
 	labs := []pathLab{
-		{name: handMade, options: untouched, byHand: handWork()},
-		{name: handMadeMasq, options: untouched, byHand: append(handWork(), masquerade)},
+		{name: handMade, options: untouched, byHand: handWork},
+		{name: handMadeMasq, options: untouched, byHand: handWork + masquerade},
 		{name: oursVXLAN, options: lab.Options{Backend: lab.VXLAN}},
 		{name: oursNoRules, options: lab.Options{Backend: lab.VXLAN, OverlaydArgs: noRules}},
 		{name: oursDirect, options: lab.Options{Backend: lab.VXLAN, Direct: true}},
@@ -64,19 +55,20 @@ func pathLabs(e *Env) []pathLab {
 	return labs
 }
 
-// handWork is what a person types on a node to join it to another one. The words in capitals differ from node to node; see handVars.
-func handWork() []string {
-	return []string{
-		"ip link add vxlan1 address MAC mtu MTU type vxlan id 1 local NODE dev eth0 dstport 8472 nolearning",
-		"ip address add FIRST/32 dev vxlan1",
-		"ip link set vxlan1 up",
-		"ip route add PEER_SUBNET via PEER_FIRST dev vxlan1 onlink",
-		"ip neigh add PEER_FIRST lladdr PEER_MAC dev vxlan1 nud permanent",
-		"bridge fdb add PEER_MAC dst PEER_NODE dev vxlan1 self permanent",
-		"ip link set veth-p1 mtu MTU",
-		"ip link set cni0 mtu MTU",
-	}
-}
+// handWork is what a person types on a node to join it to another one. Its variables are those of handVars.
+const handWork = `
+	ip link add vxlan1 address $MAC mtu $MTU type vxlan id 1 local $NODE dev eth0 dstport 8472 nolearning
+	ip address add $FIRST/32 dev vxlan1
+	ip link set vxlan1 up
+	ip route add $PEER_SUBNET via $PEER_FIRST dev vxlan1 onlink
+	ip neigh add $PEER_FIRST lladdr $PEER_MAC dev vxlan1 nud permanent
+	bridge fdb add $PEER_MAC dst $PEER_NODE dev vxlan1 self permanent
+	ip link set veth-p1 mtu $MTU
+	ip link set cni0 mtu $MTU
+`
+
+// tunnelMTU is what overlayd tells the pods behind its VXLAN device in the lab; it is the same in the hand-made set-ups.
+const tunnelMTU = 1450
 
 // raisePaths brings all labs up and makes the ways through them ready. What is there when it fails, lowerPaths removes.
 func raisePaths(ctx context.Context, labs []pathLab) ([]path, error) {
@@ -91,15 +83,15 @@ func raisePaths(ctx context.Context, labs []pathLab) ([]path, error) {
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	mtu, err := tunnelMTU(labs, ups)
+	core, err := lastCore()
 	if err != nil {
 		return nil, err
 	}
 	var paths []path
 	for i, l := range labs {
-		p, err := l.path(ups[i])
-		if err == nil && l.byHand != nil {
-			err = replaceByHand(ctx, l, ups[i], mtu)
+		p, err := l.path(ups[i], core)
+		if err == nil && l.byHand != "" {
+			err = replaceByHand(ctx, l, ups[i])
 		}
 		if err == nil {
 			err = quiet(ctx, p, ups[i])
@@ -110,7 +102,7 @@ func raisePaths(ctx context.Context, labs []pathLab) ([]path, error) {
 		paths = append(paths, p)
 		if l.name == handMade {
 			n1, n2 := ups[i].Node(1), ups[i].Node(2)
-			paths = append(paths, path{rawUnderlay, n1.Machine, n2.Machine, n2.Addr(addr.IPv4)})
+			paths = append(paths, path{rawUnderlay, n1.Machine, n2.Machine, n2.Addr(addr.IPv4), core})
 		}
 	}
 	return paths, nil
@@ -125,29 +117,18 @@ func lowerPaths(ctx context.Context, labs []pathLab) error {
 	return errors.Join(errs...)
 }
 
-// tunnelMTU is what overlayd tells the pods behind its VXLAN device; it is the same in the hand-made set-ups.
-func tunnelMTU(labs []pathLab, ups []*lab.Lab) (int, error) {
-	for i, l := range labs {
-		if l.name == oursVXLAN {
-			env, err := ups[i].Node(1).SubnetEnv()
-			return env.MTU, err
-		}
-	}
-	return 0, errors.New("there is no lab with VXLAN")
-}
-
 // path leads from the pod of the first node to that of the second.
-func (l pathLab) path(up *lab.Lab) (path, error) {
+func (l pathLab) path(up *lab.Lab, core int) (path, error) {
 	from, err := up.PodEndpoint(1, 1)
 	if err != nil {
 		return path{}, err
 	}
 	to, err := up.PodEndpoint(2, 1)
-	return path{l.name, from.Machine, to.Machine, to.Addr.Get(addr.IPv4)}, err
+	return path{l.name, from.Machine, to.Machine, to.Addr.Get(addr.IPv4), core}, err
 }
 
-// quiet waits until packets come through, and then halts the daemons and etcd: packets pass none of them, and what a dozen of daemons
-// do now and then on a few cores would be measured.
+// quiet waits until packets come through, and then halts the daemons and etcd: packets pass none of them, and what a
+// dozen of daemons do now and then on a few cores would be measured.
 func quiet(ctx context.Context, p path, up *lab.Lab) error {
 	err := patiently(ctx, func() error {
 		_, err := p.from.Ping(ctx, lab.Ping{To: p.at, Wait: time.Second})
@@ -175,7 +156,7 @@ func patiently(ctx context.Context, f func() error) error {
 }
 
 // replaceByHand removes all that overlayd made on the nodes, and has a person do it instead.
-func replaceByHand(ctx context.Context, l pathLab, up *lab.Lab, mtu int) error {
+func replaceByHand(ctx context.Context, l pathLab, up *lab.Lab) error {
 	leases, err := up.Leases() // cleanup removes them, too
 	if err != nil {
 		return err
@@ -191,29 +172,25 @@ func replaceByHand(ctx context.Context, l pathLab, up *lab.Lab, mtu int) error {
 		if rules, err := n.Run(ctx, "nft", "list", "ruleset"); err != nil || rules != "" {
 			return fmt.Errorf("%s should have no firewall rules: %w %s", n.Name, err, rules)
 		}
-		vars := handVars(leases[i], leases[1-i], mtu)
-		for _, line := range l.byHand {
-			words := strings.Fields(vars.Replace(line))
-			if _, err := n.Run(ctx, words[0], words[1:]...); err != nil {
-				return err
-			}
+		if _, err := n.Shell(ctx, l.byHand, handVars(leases[i], leases[1-i])...); err != nil {
+			return err
 		}
-		if _, err := n.Pods()[0].Run(ctx, "ip", "link", "set", "eth0", "mtu", strconv.Itoa(mtu)); err != nil {
+		if _, err := n.Pods()[0].Run(ctx, "ip", "link", "set", "eth0", "mtu", strconv.Itoa(tunnelMTU)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// handVars are the words of handWork for a node with one peer.
-func handVars(own, peer lab.Lease, mtu int) *strings.Replacer {
-	words := []string{"MTU", strconv.Itoa(mtu)}
+// handVars are the variables of handWork for a node with one peer.
+func handVars(own, peer lab.Lease) []string {
+	vars := []string{fmt.Sprintf("MTU=%d", tunnelMTU)}
 	for prefix, l := range map[string]lab.Lease{"PEER_": peer, "": own} {
-		subnet := l.Subnets[0]
 		node := l.Underlay[0].As4()
-		words = append(words,
-			prefix+"SUBNET", subnet.String(), prefix+"FIRST", subnet.Addr().String(), prefix+"NODE", l.Underlay[0].String(),
-			prefix+"MAC", fmt.Sprintf("02:00:%02x:%02x:%02x:%02x", node[0], node[1], node[2], node[3]))
+		vars = append(vars,
+			prefix+"SUBNET="+l.Subnets[0].String(), prefix+"FIRST="+l.Subnets[0].Addr().String(),
+			prefix+"NODE="+l.Underlay[0].String(),
+			prefix+fmt.Sprintf("MAC=02:00:%02x:%02x:%02x:%02x", node[0], node[1], node[2], node[3]))
 	}
-	return strings.NewReplacer(words...)
+	return vars
 }

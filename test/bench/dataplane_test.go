@@ -1,50 +1,74 @@
 package bench
 
 import (
-	"net/netip"
-	"regexp"
-	"strings"
+	"errors"
+	"sync"
 	"testing"
 	"time"
 
-	"github.com/overlayd/overlayd/test/lab"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
 	"github.com/overlayd/overlayd/test/nstest"
 )
 
-// Both kinds of exchange go through a real server, in both families, and a client that finds none says so.
+// Requests go through a real server, over one connection and over many, and a client that finds none says so.
 func TestExchange(t *testing.T) {
 	t.Parallel()
 	ns := nstest.New(t)
-	for _, host := range []string{"127.0.0.1", "::1"} {
-		at := netip.AddrPortFrom(netip.MustParseAddr(host), endPort)
-		run := func(x exchange, times int) (took time.Duration, err error) {
-			ns.Do(func() { took, err = x.run(at, times) })
-			return took, err
+	at := &unix.SockaddrInet4{Port: echoPort, Addr: [4]byte{127, 0, 0, 1}}
+	ns.Do(func() {
+		if exchange(at, 1) == nil {
+			t.Fatal("the port is in use already")
 		}
-		if _, err := run(newConnection, 1); err == nil {
-			t.Fatalf("somebody is at %s already", at)
+		listener, err := listen(at)
+		if err != nil {
+			t.Fatal(err)
 		}
-		go ns.Do(func() { _ = serveEnd(at) })
-		for _, x := range []exchange{newConnection, oneConnection} {
-			err := patiently(t.Context(), func() error {
-				took, err := run(x, 10)
-				if err == nil && took <= 0 {
-					t.Errorf("%s: 10 times at %s took %v", x, at, took)
-				}
-				return err
-			})
-			if err != nil {
-				t.Errorf("%s at %s: %v", x, at, err)
+		var server sync.WaitGroup
+		server.Go(func() { _ = onCore(0, func() error { return echoAll(listener) }) })
+		defer server.Wait()
+		defer func() { _ = unix.Shutdown(listener, unix.SHUT_RDWR) }()
+		if err := exchange(at, 10); err != nil {
+			t.Error(err)
+		}
+		if err := signalled(t, func() error { return exchange(at, 200) }); err != nil {
+			t.Errorf("an end whose goroutine the runtime asks to pause: %v", err)
+		}
+		fd, err := connect(at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		for range 10 {
+			if err := ask(fd); err != nil {
+				t.Error(err)
 			}
 		}
-	}
+	})
 }
 
-func TestEndArguments(t *testing.T) {
-	t.Parallel()
-	for _, args := range [][]string{nil, {endServer, "127.0.0.1:1"}, {endServer, "here", "0"}, {endServer, "127.0.0.1:1", "one"}} {
-		if EndMain(t.Context(), args) == nil {
-			t.Errorf("%q is taken for an end", args)
+// signalled is what f returns at an end to which the runtime's signal is sent all the time.
+func signalled(t *testing.T, f func() error) error {
+	t.Helper()
+	thread, done := make(chan int, 1), make(chan error, 1)
+	ns, err := netns.Get()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	go func() {
+		done <- onCore(0, func() error {
+			thread <- unix.Gettid()
+			return errors.Join(netns.Set(ns), f())
+		})
+	}()
+	for id := <-thread; ; time.Sleep(50 * time.Microsecond) {
+		select {
+		case err := <-done:
+			return err
+		default:
+			_ = unix.Tgkill(unix.Getpid(), id, unix.SIGURG)
 		}
 	}
 }
@@ -60,27 +84,6 @@ func TestParseIperf(t *testing.T) {
 		if got != want || (err == nil) != (want > 0) {
 			t.Errorf("%s: %v, %v", report, got, err)
 		}
-	}
-}
-
-// What is typed by hand has no word left that nobody replaced, and is the mirror image on the other node.
-func TestHandWork(t *testing.T) {
-	t.Parallel()
-	one := lab.Lease{Subnets: []netip.Prefix{netip.MustParsePrefix("10.244.5.0/24")}, Underlay: []netip.Addr{netip.MustParseAddr("172.31.1.11")}}
-	two := lab.Lease{Subnets: []netip.Prefix{netip.MustParsePrefix("10.244.9.0/24")}, Underlay: []netip.Addr{netip.MustParseAddr("172.31.1.12")}}
-	text := func(own, peer lab.Lease) string {
-		return handVars(own, peer, 1450).Replace(strings.Join(handWork(), "\n"))
-	}
-	for _, want := range []string{
-		"address 02:00:ac:1f:01:0b mtu 1450 type vxlan id 1 local 172.31.1.11 dev eth0", "add 10.244.5.0/32 dev",
-		"route add 10.244.9.0/24 via 10.244.9.0 ", "neigh add 10.244.9.0 lladdr 02:00:ac:1f:01:0c ", "fdb add 02:00:ac:1f:01:0c dst 172.31.1.12 ",
-	} {
-		if !strings.Contains(text(one, two), want) {
-			t.Errorf("no %q in\n%s", want, text(one, two))
-		}
-	}
-	if left := regexp.MustCompile(`[A-Z]{3,}`).FindString(text(two, one)); left != "" {
-		t.Errorf("%s is left in\n%s", left, text(two, one))
 	}
 }
 
@@ -102,7 +105,7 @@ func TestPathRows(t *testing.T) {
 	samples, judged := pathSamples{}, 0
 	for _, tr := range traffics() {
 		for _, p := range paths {
-			samples[onPath{tr.name, p}] = []float64{1, 2, 3}
+			samples[[2]string{tr.name, p}] = []float64{1, 2, 3}
 		}
 	}
 	for _, r := range samples.rows() {
@@ -111,8 +114,8 @@ func TestPathRows(t *testing.T) {
 		}
 		if r.Bound != (Bound{}) {
 			judged++
-			if !r.OK() || !strings.Contains(r.Note, "3 samples each; half of them within ±50 %") {
-				t.Errorf("%s: ok %v, %s", r.Name, r.OK(), r.Note)
+			if !r.OK() {
+				t.Errorf("%s is not ok", r.Name)
 			}
 		}
 	}

@@ -5,11 +5,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"runtime"
 	"sync"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/addr"
@@ -19,31 +22,27 @@ import (
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// program measures how long it takes to make a node's device and all entries of its peers, beside a program that only sends bytes
-// which were made before.
+// programAll names the row, for the plot as well.
+const programAll = "a device; for each an FDB entry, a neighbour, two routes"
+
+// program measures how long it takes to make a node's device and all entries of its peers, beside a program that only
+// sends bytes which were made before: it observes nothing, gets no notifications, and only counts errors.
 func program(ctx context.Context, e *Env) error {
 	for _, n := range pick(e, []int{5000, 20000}, []int{500}) {
-		plan, err := planFor(n)
+		in, err := inputFor(n)
 		if err != nil {
 			return err
 		}
 		var ours, floor []float64
-		err = inNewNetns(func() error { return programBoth(ctx, pick(e, 11, 1), plan, &ours, &floor) })
+		err = inNewNetns(func() error {
+			return programBoth(ctx, pick(e, 11, 1), vxlan.Backend{}.Plan(in).State, &ours, &floor)
+		})
 		if err != nil {
 			return fmt.Errorf("%s: %w", peers(n), err)
 		}
-		e.Add(Row{
-			Group: "program", Name: peers(n), Peers: n, Unit: Millis, Ours: ours, Base: floor, BaseName: "floor", Bound: RatioAtMost(1.5),
-			Note: "a device, and for each peer an FDB entry, a neighbour and two routes. The floor sends prepared bytes: it looks at nothing, hears of nothing and knows of no errors but that there was one",
-		})
+		e.Add(row("program", programAll, Millis, ours...).at(n).beside("floor", floor).ratioAtMost(1.5))
 	}
 	return nil
-}
-
-// planFor is what a node must have that has n peers.
-func planFor(n int) (netstate.State, error) {
-	in, err := inputFor(n)
-	return vxlan.Backend{}.Plan(in).State, err
 }
 
 // inputFor is what the plan of a node with n peers is made from.
@@ -54,7 +53,10 @@ func inputFor(n int) (backend.Input, error) {
 	}
 	in := backend.Input{
 		Config: config, Self: peerLease(n + 1), Host: netstate.Host{IPv6: true}.Indexed(),
-		Underlay: addr.Per[backend.Underlay]{V4: backend.Underlay{Device: "lo", Addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}), MTU: 1500}},
+		Underlay: addr.Per[backend.Underlay]{V4: backend.Underlay{
+			Device: "lo", Addr: netip.AddrFrom4([4]byte{127, 0, 0, 1}),
+			MTU: 1500,
+		}},
 	}
 	for i := range n {
 		peer := peerLease(i + 1)
@@ -79,18 +81,17 @@ func inNewNetns(f func() error) error {
 
 // programBoth programs the node in turns, and takes the device away after each.
 func programBoth(ctx context.Context, samples int, want netstate.State, ours, floor *[]float64) error {
-	c, err := dialFloor()
+	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
 	}
-	defer c.close()
-	if err := c.send(loUp()); err != nil {
+	if err := netlink.LinkSetUp(lo); err != nil {
 		return err
 	}
 	for i := range 2 * samples {
 		run, out := programOurs, ours
 		if i%2 == i/2%2 {
-			run, out = c.floorProgram, floor
+			run, out = programFloor, floor
 		}
 		if err := ctx.Err(); err != nil {
 			return err
@@ -105,7 +106,7 @@ func programBoth(ctx context.Context, samples int, want netstate.State, ours, fl
 				return err
 			}
 		}
-		if err := c.send(noDevice(want.Links[0].Name)); err != nil {
+		if err := netlink.LinkDel(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: want.Links[0].Name}}); err != nil {
 			return err
 		}
 		runtime.GC()
@@ -121,7 +122,7 @@ func nothingMissing(want netstate.State) error {
 		return err
 	}
 	defer k.Close()
-	res, err := k.Reconcile(want)
+	res, err := k.Reconcile(netstate.Update{Come: want, All: true, Prune: true})
 	if err != nil {
 		return err
 	}
@@ -134,7 +135,7 @@ func nothingMissing(want netstate.State) error {
 	return nil
 }
 
-// programOurs does it as the daemon does: it looks first, and hears of changes meanwhile.
+// programOurs does it as the daemon does: it observes first, and is notified of changes meanwhile.
 func programOurs(want netstate.State) (time.Duration, error) {
 	k, err := netstate.Open(vxlan.Owns)
 	if err != nil {
@@ -147,7 +148,7 @@ func programOurs(want netstate.State) (time.Duration, error) {
 	defer watch.Wait()
 	defer cancel()
 	begin := time.Now()
-	res, err := k.Reconcile(want)
+	res, err := k.Reconcile(netstate.Update{Come: want, All: true, Prune: true})
 	took := time.Since(begin)
 	if err == nil && len(res.Failed) > 0 {
 		err = res.Failed[0]
@@ -155,41 +156,45 @@ func programOurs(want netstate.State) (time.Duration, error) {
 	return took, err
 }
 
-// floorProgram does it as quickly as can be: it makes the device and sends the entries, all as bytes that were made before.
-func (c *floorConn) floorProgram(want netstate.State) (time.Duration, error) {
+// programFloor does it as quickly as can be: it makes the device and sends the entries, as bytes that were made before.
+func programFloor(want netstate.State) (time.Duration, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
 	const ifindex = 1000
-	sends := append([][]byte{vxlanMessage(want.Links[0], ifindex)}, entryMessages(want, ifindex)...)
+	sends := entryMessages(want, ifindex)
 	begin := time.Now()
+	if err := makeDevice(want.Links[0], ifindex); err != nil {
+		return 0, fmt.Errorf("the floor: %w", err)
+	}
 	for _, s := range sends {
-		if err := c.send(s); err != nil {
+		if err := sendAll(fd, s); err != nil {
 			return 0, fmt.Errorf("the floor: %w", err)
 		}
 	}
 	return time.Since(begin), nil
 }
 
-// floorConn is an rtnetlink socket that asks for no answers.
-type floorConn struct {
-	fd  int
-	buf []byte
+// makeDevice makes a VXLAN device that is up and sends by lo.
+func makeDevice(l netstate.Link, ifindex int) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.Index, attrs.MTU, attrs.HardwareAddr = l.Name, ifindex, l.MTU, l.MAC[:]
+	attrs.Flags |= net.FlagUp
+	return netlink.LinkAdd(&netlink.Vxlan{
+		LinkAttrs: attrs, VxlanId: int(l.VXLAN.VNI), SrcAddr: l.VXLAN.Local.AsSlice(), Port: int(l.VXLAN.Port),
+		VtepDevIndex: 1, // lo
+	})
 }
 
-func dialFloor() (*floorConn, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, err
-	}
-	return &floorConn{fd, make([]byte, 64<<10)}, nil
-}
-
-func (c *floorConn) close() { _ = unix.Close(c.fd) }
-
-// send returns when the kernel has worked through the messages. It answers where there was an error, and only there.
-func (c *floorConn) send(messages []byte) error {
-	if err := unix.Sendto(c.fd, messages, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+// sendAll returns when the kernel has worked through the messages. It answers where there was an error, and only there.
+func sendAll(fd int, messages []byte) error {
+	if err := unix.Sendto(fd, messages, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
-	n, err := unix.Read(c.fd, c.buf)
+	buf := make([]byte, 4096)
+	n, err := unix.Read(fd, buf)
 	switch {
 	case errors.Is(err, unix.EAGAIN):
 		return nil
@@ -198,100 +203,45 @@ func (c *floorConn) send(messages []byte) error {
 	case n < unix.NLMSG_HDRLEN+4:
 		return errors.New("a netlink message is cut off")
 	}
-	return unix.Errno(-int32(binary.NativeEndian.Uint32(c.buf[unix.NLMSG_HDRLEN:])))
+	return unix.Errno(-int32(binary.NativeEndian.Uint32(buf[unix.NLMSG_HDRLEN:])))
 }
 
-// floorSend is how much is sent at once. With four times as much, the hash table of the FDB entries grows too late (it can't during a
-// send), and 20,000 peers take half as long again; with a quarter, the system calls begin to show.
+// floorSend is how much is sent at once. With four times as much, the hash table of the FDB entries grows too late (it
+// can't during a send), and 20,000 peers take half as long again; with a quarter, the system calls begin to show.
 const floorSend = 16 << 10
 
 // entryMessages are the requests for all entries on one device, in as much as is sent at once.
 func entryMessages(want netstate.State, ifindex uint32) [][]byte {
 	var all [][]byte
-	add := func(m []byte) {
+	add := func(typ int, data ...nl.NetlinkRequestData) {
+		req := nl.NewNetlinkRequest(typ, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+		req.Data = data
+		m := req.Serialize()
 		if last := len(all) - 1; last >= 0 && len(all[last])+len(m) <= floorSend {
 			all[last] = append(all[last], m...)
 			return
 		}
 		all = append(all, append(make([]byte, 0, floorSend), m...))
 	}
+	number := func(n uint32) []byte { return binary.NativeEndian.AppendUint32(nil, n) }
+	neighbour := func(family, flags uint8, dst netip.Addr, mac addr.MAC) {
+		add(unix.RTM_NEWNEIGH, &netlink.Ndmsg{Family: family, Index: ifindex, State: unix.NUD_PERMANENT, Flags: flags},
+			nl.NewRtAttr(unix.NDA_DST, dst.AsSlice()), nl.NewRtAttr(unix.NDA_LLADDR, mac[:]))
+	}
 	for _, f := range want.FDB {
-		add(neighbourMessage(unix.NdMsg{Family: unix.AF_BRIDGE, Ifindex: int32(ifindex), Flags: unix.NTF_SELF}, f.Dst, f.MAC))
+		neighbour(unix.AF_BRIDGE, unix.NTF_SELF, f.Dst, f.MAC)
 	}
 	for _, n := range want.Neighbours {
-		add(neighbourMessage(unix.NdMsg{Family: unix.AF_INET, Ifindex: int32(ifindex)}, n.IP, n.MAC))
+		neighbour(unix.AF_INET, 0, n.IP, n.MAC)
 	}
 	for _, r := range want.Routes {
-		add(routeMessage(r, ifindex))
+		add(unix.RTM_NEWROUTE,
+			&nl.RtMsg{RtMsg: unix.RtMsg{
+				Family: unix.AF_INET, Dst_len: uint8(r.Dst.Bits()), Table: uint8(r.Table), Protocol: netstate.Protocol,
+				Type: unix.RTN_UNICAST, Flags: unix.RTNH_F_ONLINK,
+			}},
+			nl.NewRtAttr(unix.RTA_DST, r.Dst.Addr().AsSlice()), nl.NewRtAttr(unix.RTA_GATEWAY, r.Via.AsSlice()),
+			nl.NewRtAttr(unix.RTA_OIF, number(ifindex)), nl.NewRtAttr(unix.RTA_PRIORITY, number(r.Metric)))
 	}
 	return all
-}
-
-func neighbourMessage(h unix.NdMsg, dst netip.Addr, mac addr.MAC) []byte {
-	h.State = unix.NUD_PERMANENT
-	body := binary.NativeEndian.AppendUint32([]byte{h.Family, 0, 0, 0}, uint32(h.Ifindex))
-	body = append(binary.NativeEndian.AppendUint16(body, h.State), h.Flags, 0)
-	body = attr(body, unix.NDA_DST, dst.AsSlice())
-	return create(unix.RTM_NEWNEIGH, attr(body, unix.NDA_LLADDR, mac[:]))
-}
-
-func routeMessage(r netstate.Route, ifindex uint32) []byte {
-	const source, tos = 0, 0
-	body := []byte{unix.AF_INET, uint8(r.Dst.Bits()), source, tos, uint8(r.Table), netstate.Protocol, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST}
-	body = binary.NativeEndian.AppendUint32(body, unix.RTNH_F_ONLINK)
-	body = attr(body, unix.RTA_DST, r.Dst.Addr().AsSlice())
-	body = attr(body, unix.RTA_GATEWAY, r.Via.AsSlice())
-	body = attr(body, unix.RTA_OIF, binary.NativeEndian.AppendUint32(nil, ifindex))
-	return create(unix.RTM_NEWROUTE, attr(body, unix.RTA_PRIORITY, binary.NativeEndian.AppendUint32(nil, r.Metric)))
-}
-
-// vxlanMessage makes a device that is up and sends by lo.
-func vxlanMessage(l netstate.Link, ifindex uint32) []byte {
-	data := attr(nil, unix.IFLA_VXLAN_ID, binary.NativeEndian.AppendUint32(nil, l.VXLAN.VNI))
-	data = attr(data, unix.IFLA_VXLAN_LINK, binary.NativeEndian.AppendUint32(nil, loIndex))
-	data = attr(data, unix.IFLA_VXLAN_LOCAL, l.VXLAN.Local.AsSlice())
-	data = attr(data, unix.IFLA_VXLAN_PORT, binary.BigEndian.AppendUint16(nil, l.VXLAN.Port))
-	data = attr(data, unix.IFLA_VXLAN_LEARNING, []byte{0})
-	info := attr(nil, unix.IFLA_INFO_KIND, []byte("vxlan"))
-	info = attr(info, unix.IFLA_INFO_DATA|unix.NLA_F_NESTED, data)
-	body := linkBody(ifindex, unix.IFF_UP)
-	body = attr(body, unix.IFLA_IFNAME, []byte(l.Name))
-	body = attr(body, unix.IFLA_ADDRESS, l.MAC[:])
-	body = attr(body, unix.IFLA_MTU, binary.NativeEndian.AppendUint32(nil, uint32(l.MTU)))
-	return create(unix.RTM_NEWLINK, attr(body, unix.IFLA_LINKINFO|unix.NLA_F_NESTED, info))
-}
-
-const loIndex = 1 // of lo, in every namespace
-
-// loUp is a request that brings lo up, and noDevice one that takes a device away.
-func loUp() []byte { return message(unix.RTM_NEWLINK, 0, linkBody(loIndex, unix.IFF_UP)) }
-
-func noDevice(name string) []byte {
-	return message(unix.RTM_DELLINK, 0, attr(linkBody(0, 0), unix.IFLA_IFNAME, []byte(name)))
-}
-
-// linkBody is a struct ifinfomsg.
-func linkBody(ifindex, flags uint32) []byte {
-	body := binary.NativeEndian.AppendUint32(make([]byte, 4, 128), ifindex)
-	body = binary.NativeEndian.AppendUint32(body, flags)
-	return binary.NativeEndian.AppendUint32(body, unix.IFF_UP)
-}
-
-func create(typ uint16, body []byte) []byte {
-	return message(typ, unix.NLM_F_CREATE|unix.NLM_F_EXCL, body)
-}
-
-// message is a whole request that asks for no answer: struct nlmsghdr, and what follows.
-func message(typ, flags uint16, body []byte) []byte {
-	m := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(body)))
-	m = binary.NativeEndian.AppendUint16(m, typ)
-	m = binary.NativeEndian.AppendUint16(m, unix.NLM_F_REQUEST|flags)
-	return append(append(m, make([]byte, 8)...), body...)
-}
-
-// attr appends a struct rtattr.
-func attr(b []byte, typ uint16, data []byte) []byte {
-	b = binary.NativeEndian.AppendUint16(b, uint16(unix.SizeofRtAttr+len(data)))
-	b = append(binary.NativeEndian.AppendUint16(b, typ), data...)
-	return append(b, make([]byte, -len(data)&3)...)
 }

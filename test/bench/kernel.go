@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"regexp"
 	"strconv"
 	"time"
@@ -34,23 +33,23 @@ func (s *site) complete(n int) error {
 		if err != nil {
 			return err
 		}
-		for what, list := range map[string]func() (int, error){
-			"routes to pods":  func() (int, error) { return routes(h, netstate.MainTable) },
-			"routes to nodes": func() (int, error) { return routes(h, netstate.OwnTable) },
-			"neighbours": func() (int, error) {
-				l, err := h.NeighList(dev.Attrs().Index, unix.AF_INET)
-				return len(l), err
-			},
-			"FDB entries": func() (int, error) {
-				l, err := h.NeighList(dev.Attrs().Index, unix.AF_BRIDGE)
-				return len(l), err
-			},
-		} {
-			if got, err := list(); err != nil || got != n {
-				return fmt.Errorf("%d %s of %d: %w", got, what, n, errors.Join(err))
+		counts := map[string]int{}
+		var errs []error
+		for what, family := range map[string]int{"neighbours": unix.AF_INET, "FDB entries": unix.AF_BRIDGE} {
+			l, err := h.NeighList(dev.Attrs().Index, family)
+			counts[what], errs = len(l), append(errs, err)
+		}
+		for what, table := range map[string]int{"routes to pods": netstate.MainTable, "routes to nodes": netstate.OwnTable} {
+			l, err := h.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: table, Protocol: netstate.Protocol},
+				netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+			counts[what], errs = len(l), append(errs, err)
+		}
+		for what, got := range counts {
+			if got != n {
+				errs = append(errs, fmt.Errorf("%d %s of %d", got, what, n))
 			}
 		}
-		return nil
+		return errors.Join(errs...)
 	})
 }
 
@@ -61,11 +60,6 @@ func (s *site) untilComplete(n int) error {
 			return err
 		}
 	}
-}
-
-func routes(h *netlink.Handle, table int) (int, error) {
-	l, err := h.RouteListFiltered(unix.AF_INET, &netlink.Route{Table: table, Protocol: netstate.Protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
-	return len(l), err
 }
 
 // requests counts the requests that etcd was sent so far, by its own metrics.
@@ -85,8 +79,8 @@ func (s *site) requests(ctx context.Context) (float64, error) {
 	return total, nil
 }
 
-// revision is etcd's: every write to it makes a new one. Reading the metrics or asking for this is no request of the daemon's, and is
-// done before or after its are counted.
+// revision is etcd's: every write to it makes a new one. Reading the metrics or asking for this is no request of the
+// daemon's, and is done before or after its are counted.
 func (s *site) revision(ctx context.Context) (int64, error) {
 	resp, err := s.cli.Get(ctx, "/bench/none")
 	if err != nil {
@@ -95,113 +89,94 @@ func (s *site) revision(ctx context.Context) (int64, error) {
 	return resp.Header.Revision, nil
 }
 
-// monitor hears what changes in the node's kernel.
-type monitor struct {
-	file *os.File
-	buf  []byte
-}
-
+// monitorBuffer is how much may wait to be read of what the kernel notifies.
 const monitorBuffer = 64 << 20
 
-func (s *site) monitor() (*monitor, error) {
-	return s.monitorOf(unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE)
+// kernelChanges counts what changes in the node's kernel until the returned function is called. A neighbour that the
+// kernel has found itself (not a permanent one) does not count.
+func (s *site) kernelChanges() (count func() (float64, error), err error) {
+	var socket *nl.NetlinkSocket
+	err = s.node.Do(func() (err error) {
+		socket, err = nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR,
+			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = errors.Join(socket.SetReceiveBufferSize(monitorBuffer, true),
+		socket.SetReceiveTimeout(&unix.Timeval{Usec: 10_000}))
+	return func() (float64, error) {
+		defer socket.Close()
+		changes := 0.0
+		for {
+			messages, _, err := socket.Receive()
+			if errors.Is(err, unix.EAGAIN) {
+				return changes, nil
+			}
+			if err != nil {
+				return changes, err
+			}
+			for _, m := range messages {
+				neighbour := m.Header.Type == unix.RTM_NEWNEIGH || m.Header.Type == unix.RTM_DELNEIGH
+				if !neighbour || binary.NativeEndian.Uint16(m.Data[8:])&unix.NUD_PERMANENT != 0 {
+					changes++
+				}
+			}
+		}
+	}, err
 }
 
-func (s *site) monitorOf(groups ...int) (*monitor, error) {
-	m := &monitor{buf: make([]byte, 1<<20)}
+// monitor is notified of the routes that the daemon adds for subnets of pods.
+type monitor struct {
+	routes chan netlink.RouteUpdate
+	done   chan struct{}
+}
+
+func (s *site) monitor() (monitor, error) {
+	m := monitor{make(chan netlink.RouteUpdate), make(chan struct{})}
 	return m, s.node.Do(func() error {
-		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
-		if err != nil {
-			return err
-		}
-		m.file = os.NewFile(uintptr(fd), "rtnetlink")
-		err = errors.Join(
-			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, monitorBuffer),
-			unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}))
-		for _, g := range groups {
-			err = errors.Join(err, unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, g))
-		}
-		return err
+		return netlink.RouteSubscribeWithOptions(m.routes, m.done, netlink.RouteSubscribeOptions{
+			ReceiveBufferSize: monitorBuffer, ReceiveBufferForceSize: true,
+		})
 	})
 }
 
-func (m *monitor) close() { _ = m.file.Close() }
-
-// event is one message of the kernel, good until the next are read.
-type event struct {
-	typ  uint16
-	body []byte
-	at   time.Time
-}
-
-// next waits for messages until the deadline.
-func (m *monitor) next(deadline time.Time) ([]event, error) {
-	if err := m.file.SetReadDeadline(deadline); err != nil {
-		return nil, err
-	}
-	n, err := m.file.Read(m.buf)
-	if err != nil {
-		return nil, err
-	}
-	now := time.Now()
-	var out []event
-	for b := m.buf[:n]; len(b) >= unix.NLMSG_HDRLEN; {
-		size := int(binary.NativeEndian.Uint32(b))
-		if size < unix.NLMSG_HDRLEN || size > len(b) {
-			return nil, errors.New("a netlink message is cut off")
+func (m monitor) close() {
+	close(m.done)
+	go func() {
+		for range m.routes { // the library may be about to send one
 		}
-		out = append(out, event{binary.NativeEndian.Uint16(b[4:]), b[unix.NLMSG_HDRLEN:size], now})
-		b = b[min((size+3)&^3, len(b)):]
-	}
-	return out, nil
+	}()
 }
 
-// count counts the changes that were heard of. A neighbour that the kernel has found itself (not a permanent one) is none.
-func (m *monitor) count() (int, error) {
-	changes := 0
+// await waits for n more routes, or for the one to a subnet if that is given, and tells when the last one came.
+func (m monitor) await(n int, subnet netip.Prefix) (time.Time, error) {
+	timeout := time.After(patience)
 	for {
-		es, err := m.next(time.Now().Add(10 * time.Millisecond))
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return changes, nil
-		}
-		if err != nil {
-			return changes, err
-		}
-		for _, e := range es {
-			neighbour := e.typ == unix.RTM_NEWNEIGH || e.typ == unix.RTM_DELNEIGH
-			if neighbour && len(e.body) >= unix.SizeofNdMsg && binary.NativeEndian.Uint16(e.body[8:])&unix.NUD_PERMANENT == 0 {
+		select {
+		case u, ok := <-m.routes:
+			now := time.Now()
+			if !ok {
+				return now, errors.New("the notifications of routes have ended")
+			}
+			if u.Type != unix.RTM_NEWROUTE || u.Table != netstate.MainTable || u.Protocol != netstate.Protocol {
 				continue
 			}
-			changes++
+			if subnet.IsValid() && u.Dst.String() != subnet.String() {
+				continue
+			}
+			if n--; n == 0 {
+				return now, nil
+			}
+		case <-timeout:
+			return time.Time{}, fmt.Errorf("%d more routes (%s) did not come in %v", n, subnet, patience)
 		}
 	}
 }
 
-// isRouteTo reports whether a message says that the daemon's route to a subnet is there.
-func (e event) isRouteTo(subnet netip.Prefix) bool {
-	if e.typ != unix.RTM_NEWROUTE || len(e.body) < unix.SizeofRtMsg+8 || e.body[5] != netstate.Protocol || int(e.body[1]) != subnet.Bits() {
-		return false
-	}
-	attrs, err := nl.ParseRouteAttr(e.body[unix.SizeofRtMsg:])
-	if err != nil {
-		return false
-	}
-	for _, a := range attrs {
-		if a.Attr.Type == unix.RTA_DST {
-			dst, _ := netip.AddrFromSlice(a.Value)
-			return dst == subnet.Addr()
-		}
-	}
-	return false
-}
-
-// deleteRoute deletes the route to a subnet, as somebody would who knows nothing of the daemon.
+// deleteRoute deletes the route to a subnet, as another program would.
 func deleteRoute(subnet netip.Prefix) error {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer h.Close()
 	dst := &net.IPNet{IP: subnet.Addr().AsSlice(), Mask: net.CIDRMask(subnet.Bits(), subnet.Addr().BitLen())}
-	return h.RouteDel(&netlink.Route{Dst: dst, Table: netstate.MainTable})
+	return netlink.RouteDel(&netlink.Route{Dst: dst, Table: netstate.MainTable})
 }

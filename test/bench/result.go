@@ -5,11 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
-	"runtime/debug"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -38,15 +38,9 @@ func machine() Machine {
 		m.Kernel, _, _ = strings.Cut(strings.TrimSpace(string(b)), "-") // what follows names a build, not a kernel
 	}
 	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
-		for line := range strings.Lines(string(b)) {
-			if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
-				m.CPU = strings.TrimSpace(value)
-				break
-			}
+		if found := regexp.MustCompile(`(?m)^model name\s*: (.*)$`).FindSubmatch(b); found != nil {
+			m.CPU = string(found[1])
 		}
-	}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		m.Go = info.GoVersion
 	}
 	return m
 }
@@ -83,7 +77,10 @@ func (r Result) cells(row Row) []string {
 	if row.Judged(r.Quick) {
 		ok = map[bool]string{true: "yes", false: "NO"}[row.OK()]
 	}
-	return []string{row.Group, row.Name, string(row.Unit), number(row.Value()), spread(row.Ours), row.BaseName, base, ratio, row.Bound.String(), ok}
+	return []string{
+		row.Group, row.Name, string(row.Unit), number(row.Value()), spread(row.Ours), row.BaseName, base,
+		ratio, row.Bound.String(), ok,
+	}
 }
 
 // spread shows the lowest and the highest sample.
@@ -94,39 +91,19 @@ func spread(samples []float64) string {
 	return number(Quantile(samples, 0)) + "–" + number(Quantile(samples, 1))
 }
 
-// Text is the result for a terminal.
-func (r Result) Text() string {
-	var b bytes.Buffer
-	fmt.Fprintln(&b, r.title())
-	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, strings.Join(columns(), "\t"))
-	for _, row := range r.Rows {
-		_, _ = fmt.Fprintln(w, strings.Join(r.cells(row), "\t"))
-	}
-	_ = w.Flush()
-	notes(&b, r.Rows)
-	return b.String()
-}
-
-// Markdown is the result for a page.
-func (r Result) Markdown() string {
+// Table is the result as Markdown with aligned columns, which a terminal shows as well.
+func (r Result) Table() string {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "# Results\n\n%s. Medians; what is beside ours was measured in the same run.\n\n", r.title())
-	fmt.Fprintf(&b, "|%s|\n|%s\n", strings.Join(columns(), "|"), strings.Repeat("---|", len(columns())))
+	w := tabwriter.NewWriter(&b, 0, 0, 1, ' ', 0)
+	line := func(cells []string) { _, _ = fmt.Fprintf(w, "| %s\t|\n", strings.Join(cells, "\t| ")) }
+	line(columns())
+	line(slices.Repeat([]string{"---"}, len(columns())))
 	for _, row := range r.Rows {
-		fmt.Fprintf(&b, "| %s |\n", strings.Join(r.cells(row), " | "))
+		line(r.cells(row))
 	}
-	fmt.Fprintln(&b)
-	notes(&b, r.Rows)
+	_ = w.Flush()
 	return b.String()
-}
-
-func notes(b *bytes.Buffer, rows []Row) {
-	for _, row := range rows {
-		if row.Note != "" {
-			fmt.Fprintf(b, "- %s, %s: %s\n", row.Group, row.Name, row.Note)
-		}
-	}
 }
 
 // Write writes latest.json, latest.md and latest.svg into a directory.
@@ -142,24 +119,6 @@ func (r Result) Write(dir string) error {
 		return err
 	}
 	return errors.Join(
-		os.WriteFile(filepath.Join(dir, "latest.md"), []byte(r.Markdown()), 0o644),
+		os.WriteFile(filepath.Join(dir, "latest.md"), []byte(r.Table()), 0o644),
 		os.WriteFile(filepath.Join(dir, "latest.svg"), []byte(r.Plot()), 0o644))
-}
-
-// MarshalJSON has the figures beside the samples, for who reads the file with another program.
-func (r Row) MarshalJSON() ([]byte, error) {
-	type plain Row
-	out := struct {
-		plain
-		Median float64
-		Ratio  float64 `json:",omitempty"`
-		OK     bool
-	}{plain: plain(r), Median: r.Value(), OK: r.OK()}
-	if ratio := r.Ratio(); !math.IsNaN(ratio) && !math.IsInf(ratio, 0) && r.BaseName != "" {
-		out.Ratio = ratio
-	}
-	if math.IsNaN(out.Median) {
-		return nil, fmt.Errorf("%s, %s has no samples", r.Group, r.Name)
-	}
-	return json.Marshal(out)
 }

@@ -1,5 +1,5 @@
-// Package bench measures overlayd as its users meet it: whole processes on a real kernel and a real etcd, beside a floor or a naive
-// way that is measured in the same run. A figure here is a median; it is judged against a bound.
+// Package bench measures overlayd as its users meet it: whole processes on a real kernel and a real etcd, beside a
+// floor or a naive way that is measured in the same run. A figure here is a median; it is judged against a bound.
 package bench
 
 import (
@@ -21,6 +21,7 @@ const (
 	MB       Unit = "MB" // 10^6 bytes
 	Bytes    Unit = "B"
 	Count    Unit = "" // requests, changes, processes: the same on every machine
+	PerTime  Unit = "at a time"
 	Gbit     Unit = "Gbit/s"
 	PerEvent Unit = "µs CPU/op"
 )
@@ -33,37 +34,49 @@ type Row struct {
 	Unit  Unit
 
 	Ours []float64 // samples, in Unit
-	// Base is what Ours is measured beside in the same run (BaseName: the floor program, a naive way), where there is something.
+	// Base is what Ours is measured beside in the same run (BaseName: the floor program, a naive way), where there is
+	// something.
 	Base     []float64
 	BaseName string
 
-	// Clock says that the figure moves with the machine and its load although its unit is none of time.
-	Clock bool `json:",omitempty"`
-
 	Bound Bound
-	Note  string
+}
+
+// row is a row without a bound; at names the number of peers, and the other methods what it is judged by.
+func row(group, name string, u Unit, ours ...float64) Row {
+	return Row{Group: group, Name: name, Unit: u, Ours: ours}
+}
+
+func (r Row) at(n int) Row {
+	r.Peers, r.Name = n, peers(n)+": "+r.Name
+	return r
+}
+
+func (r Row) beside(name string, base []float64) Row {
+	r.BaseName, r.Base = name, base
+	return r
+}
+
+func (r Row) atMost(limit float64) Row      { return r.judgedBy(Bound{"≤", limit, false}) }
+func (r Row) ratioAtMost(limit float64) Row { return r.judgedBy(Bound{"≤", limit, true}) }
+
+func (r Row) judgedBy(b Bound) Row {
+	r.Bound = b
+	return r
 }
 
 // Bound is what a row is judged by; the zero Bound judges nothing.
 type Bound struct {
 	Sense string // "≤" or "≥"
 	Limit float64
-	Ratio bool // the figure is that of ours to the base
+	Ratio bool // the figure is the median of ours divided by that of the base, else the median of ours
 }
-
-// AtMost bounds the median of ours; RatioAtMost and RatioAtLeast bound that of ours divided by that of the base.
-func AtMost(limit float64) Bound { return Bound{Sense: "≤", Limit: limit} }
-
-// RatioAtMost bounds ours divided by the base from above.
-func RatioAtMost(limit float64) Bound { return Bound{Sense: "≤", Limit: limit, Ratio: true} }
-
-// RatioAtLeast bounds ours divided by the base from below.
-func RatioAtLeast(limit float64) Bound { return Bound{Sense: "≥", Limit: limit, Ratio: true} }
 
 // Median is the middle of some samples; NaN of none.
 func Median(samples []float64) float64 { return Quantile(samples, 0.5) }
 
-// Quantile is the smallest sample that a share q of all does not exceed; for the half, the mean of the two in the middle.
+// Quantile is the smallest sample that a share q of all does not exceed; for the half, the mean of the two in the
+// middle.
 func Quantile(samples []float64, q float64) float64 {
 	if len(samples) == 0 {
 		return math.NaN()
@@ -79,20 +92,13 @@ func Quantile(samples []float64, q float64) float64 {
 func (r Row) Value() float64 { return Median(r.Ours) }
 
 // Ratio is ours divided by the base; NaN where there is no base.
-func (r Row) Ratio() float64 {
-	base := Median(r.Base)
-	if base == 0 && r.Value() == 0 {
-		return 1
-	}
-	return r.Value() / base
+func (r Row) Ratio() float64 { return r.Value() / Median(r.Base) }
+
+// Judged reports whether the row has a bound that counts: in a quick run, on a machine that does other things as well,
+// only those on what does not depend on time.
+func (r Row) Judged(quick bool) bool {
+	return r.Bound != (Bound{}) && (!quick || r.Unit == Count || r.Unit == Bytes)
 }
-
-// timed reports whether a row moves with the machine and its load.
-func (r Row) timed() bool { return r.Clock || r.Unit != Count && r.Unit != Bytes }
-
-// Judged reports whether the row has a bound that counts: in a quick run, on a machine that does other things as well, only those on
-// what does not depend on time.
-func (r Row) Judged(quick bool) bool { return r.Bound != (Bound{}) && (!quick || !r.timed()) }
 
 // OK reports whether the row keeps its bound. A figure that could not be had does not.
 func (r Row) OK() bool {

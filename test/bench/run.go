@@ -49,8 +49,8 @@ func benchmarks() []benchmark {
 	}
 }
 
-// Run runs the benchmarks whose names match, one after the other: they would take each other's time. One that fails ends it; the
-// rows so far are returned.
+// Run runs the benchmarks whose names match, one after the other: they would take each other's time. One that fails
+// ends it; the rows so far are returned.
 func Run(ctx context.Context, e *Env, only *regexp.Regexp) (Result, error) {
 	res := Result{When: time.Now().UTC().Round(time.Second), Quick: e.Quick, Machine: machine()}
 	for _, b := range benchmarks() {

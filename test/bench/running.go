@@ -4,23 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"net/netip"
 	"regexp"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
-
-	"github.com/overlayd/overlayd/netstate"
 )
 
-// running measures a daemon that has all its peers: one that joins, many at once, what is repaired, and what it costs to sit there.
+// running measures a daemon that has all its peers: one that joins, many at once, what is repaired, and what it costs
+// to sit there.
 func running(ctx context.Context, e *Env) error {
 	s, err := newSite(ctx, e)
 	if err != nil {
@@ -39,14 +34,11 @@ func running(ctx context.Context, e *Env) error {
 		joins = append(joins, j)
 	}
 	first, last := joins[0], joins[len(joins)-1]
-	e.Add(Row{
-		Group: "idle", Name: fmt.Sprintf("live heap for each peer, from %s to %s", peers(first.n), peers(last.n)), Unit: Bytes,
-		Ours:  []float64{(last.heap - first.heap) / float64(last.n-first.n)},
-		Bound: pick(e, AtMost(1024), AtMost(1500)), // with few peers, whatever else has grown is a large share
-	}, Row{
-		Group: "join", Name: fmt.Sprintf("CPU of one, %s beside %s", peers(last.n), peers(first.n)), Unit: Micros, Ours: last.cpu, Base: first.cpu,
-		BaseName: peers(first.n),
-	})
+	heap := row("idle", fmt.Sprintf("live heap for each peer, from %s to %s", peers(first.n), peers(last.n)), Bytes,
+		(last.heap-first.heap)/float64(last.n-first.n))
+	e.Add(heap.atMost(pick(e, 1024.0, 1800.0)), // with few peers, whatever else has grown is a large share
+		row("join", fmt.Sprintf("CPU of one, %s beside %s", peers(last.n), peers(first.n)), Micros, last.cpu...).
+			beside(peers(first.n), first.cpu))
 	return nil
 }
 
@@ -74,12 +66,8 @@ func (s *site) runningAt(ctx context.Context, n int) (joinFigures, error) {
 			return j, err
 		}
 	}
-	if err := s.joins(ctx, d, &j); err != nil {
+	if err := s.joins(ctx, d, &j); err != nil || !main {
 		return j, err
-	}
-	s.joinRows(j, main)
-	if !main {
-		return j, nil
 	}
 	for _, step := range []func(context.Context, *daemon) error{s.answers, s.burst, s.drift} {
 		if err := step(ctx, d); err != nil {
@@ -90,10 +78,10 @@ func (s *site) runningAt(ctx context.Context, n int) (joinFigures, error) {
 }
 
 type joinFigures struct {
-	n            int
-	heap         float64   // live, bytes
-	above, watch []float64 // ms: of the route above etcd's watch, and of that above the put
-	cpu          []float64 // µs
+	n     int
+	heap  float64   // live, bytes
+	above []float64 // ms: of the route above etcd's watch
+	cpu   []float64 // µs
 }
 
 // newPeer is the lease of a node that joins: one with a number above all that are there.
@@ -101,7 +89,7 @@ const newPeer = 30000
 
 // joins lets peers join one after another. Each leaves again, and lingers, while the next comes.
 func (s *site) joins(ctx context.Context, d *daemon, j *joinFigures) error {
-	m, err := s.routeMonitor()
+	m, err := s.monitor()
 	if err != nil {
 		return err
 	}
@@ -117,53 +105,47 @@ func (s *site) joins(ctx context.Context, d *daemon, j *joinFigures) error {
 	rounds := pick(s.env, 300, 30)
 	for i := range rounds + 10 { // the first are to warm up
 		l := peerLease(newPeer + i)
-		before, err := d.cpu()
+		var notified, routed time.Time
+		used, err := d.cpuDuring(func() error {
+			var g errgroup.Group
+			g.Go(func() (err error) {
+				routed, err = m.await(1, l.Subnets.V4)
+				return err
+			})
+			g.Go(func() error {
+				for r := range watch {
+					notified = time.Now()
+					return r.Err()
+				}
+				return errors.New("the watch has ended")
+			})
+			_, err := s.cli.Do(ctx, putLease(prefix, l, lease.ID))
+			err = errors.Join(err, g.Wait())
+			time.Sleep(10 * time.Millisecond)
+			return err
+		})
 		if err != nil {
-			return err
-		}
-		put := time.Now()
-		var heard, routed time.Time
-		var g errgroup.Group
-		g.Go(func() error {
-			routed, err = m.await(l.Subnets.V4, put.Add(patience))
-			return err
-		})
-		g.Go(func() error {
-			for r := range watch {
-				heard = time.Now()
-				return r.Err()
-			}
-			return errors.New("the watch has ended")
-		})
-		if _, err := s.cli.Do(ctx, putLease(prefix, l, lease.ID)); err != nil {
-			return err
-		}
-		if err := g.Wait(); err != nil {
 			return fmt.Errorf("join %d: %w", i, err)
 		}
-		time.Sleep(10 * time.Millisecond)
-		after, err := d.cpu()
-		if err != nil {
-			return err
-		}
 		if i >= 10 {
-			j.above = append(j.above, max(0, millis(routed.Sub(heard))))
-			j.watch = append(j.watch, millis(heard.Sub(put)))
-			j.cpu = append(j.cpu, float64((after-before)/time.Microsecond))
+			j.above = append(j.above, max(0, millis(routed.Sub(notified))))
+			j.cpu = append(j.cpu, 1000*used)
 		}
 	}
-	_, err = s.cli.Revoke(ctx, lease.ID)
-	time.Sleep(6 * time.Second) // they linger
-	return errors.Join(err, s.untilComplete(d.n))
+	p50 := row("join", "route after etcd's watch, p50", Millis, j.above...).at(d.n)
+	p99 := row("join", "route after etcd's watch, p99", Millis, Quantile(j.above, 0.99)).at(d.n)
+	if d.n == 5000 {
+		p50, p99 = p50.atMost(1), p99.atMost(5)
+	}
+	s.env.Add(p50, p99, row("join", "CPU of one", Micros, j.cpu...).at(d.n))
+	return s.leave(ctx, d, lease.ID)
 }
 
-func (s *site) joinRows(j joinFigures, judged bool) {
-	p50 := Row{Group: "join", Name: peers(j.n) + ": route after etcd's watch, p50", Unit: Millis, Ours: j.above}
-	p99 := Row{Group: "join", Name: peers(j.n) + ": route after etcd's watch, p99", Unit: Millis, Ours: []float64{Quantile(j.above, 0.99)}}
-	if judged {
-		p50.Bound, p99.Bound = AtMost(1), AtMost(5)
-	}
-	s.env.Add(p50, p99, Row{Group: "join", Name: peers(j.n) + ": CPU of one", Unit: Micros, Ours: j.cpu})
+// leave takes the leases of those that have joined away, and waits until nothing is left of them: they linger.
+func (s *site) leave(ctx context.Context, d *daemon, lease clientv3.LeaseID) error {
+	_, err := s.cli.Revoke(ctx, lease)
+	time.Sleep(6 * time.Second)
+	return errors.Join(err, s.untilComplete(d.n))
 }
 
 // burst lets a thousand peers join at once.
@@ -175,7 +157,7 @@ func (s *site) burst(ctx context.Context, d *daemon) error {
 		if err != nil {
 			return err
 		}
-		m, err := s.routeMonitor()
+		m, err := s.monitor()
 		if err != nil {
 			return err
 		}
@@ -183,36 +165,25 @@ func (s *site) burst(ctx context.Context, d *daemon) error {
 		for i := range many {
 			ops = append(ops, putLease(prefixFor(d.n), peerLease(newPeer+i), lease.ID))
 		}
-		began := time.Now()
-		var written time.Time
+		var written, routed time.Time
 		var g errgroup.Group
 		g.Go(func() error {
 			err := s.write(ctx, ops)
 			written = time.Now()
 			return err
 		})
-		var routed time.Time
 		g.Go(func() error {
-			routed, err = m.awaitMany(many, began.Add(patience))
+			routed, err = m.await(many, netip.Prefix{})
 			return err
 		})
 		err = g.Wait()
 		m.close()
-		if err != nil {
+		if err = errors.Join(err, s.leave(ctx, d, lease.ID)); err != nil {
 			return err
 		}
 		took = append(took, max(0, millis(routed.Sub(written))))
-		if _, err := s.cli.Revoke(ctx, lease.ID); err != nil {
-			return err
-		}
-		time.Sleep(6 * time.Second)
-		if err := s.untilComplete(d.n); err != nil {
-			return err
-		}
 	}
-	s.env.Add(Row{
-		Group: "burst", Name: peers(d.n) + ": 1,000 more, after the last is written", Unit: Millis, Ours: took, Bound: AtMost(100),
-	})
+	s.env.Add(row("burst", "1,000 more, after the last is written", Millis, took...).at(d.n).atMost(100))
 	return nil
 }
 
@@ -221,19 +192,16 @@ func (s *site) drift(ctx context.Context, d *daemon) error {
 	victim := peerLease(d.n / 2).Subnets.V4
 	var one, all []float64
 	for range pick(s.env, 9, 1) {
-		time.Sleep(2500 * time.Millisecond) // after a quiet time it looks at once
-		m, err := s.routeMonitor()
+		time.Sleep(2500 * time.Millisecond) // after a quiet time it observes at once
+		m, err := s.monitor()
 		if err != nil {
 			return err
 		}
 		err = s.node.Do(func() error { return deleteRoute(victim) })
 		began := time.Now()
-		var back time.Time
-		if err == nil {
-			back, err = m.await(victim, began.Add(patience))
-		}
+		back, awaitErr := m.await(1, victim)
 		m.close()
-		if err != nil {
+		if err := errors.Join(err, awaitErr); err != nil {
 			return err
 		}
 		one = append(one, millis(back.Sub(began)))
@@ -254,13 +222,10 @@ func (s *site) drift(ctx context.Context, d *daemon) error {
 			}
 		}
 	}
-	s.env.Add(
-		Row{Group: "drift", Name: peers(d.n) + ": a route deleted, until it is back", Unit: Millis, Ours: one, Bound: AtMost(20)},
-		Row{Group: "drift", Name: peers(d.n) + ": the device deleted, until all is back", Unit: Millis, Ours: all, Bound: AtMost(300)})
+	s.env.Add(row("drift", "a route deleted, until it is back", Millis, one...).at(d.n).atMost(20),
+		row("drift", "the device deleted, until all is back", Millis, all...).at(d.n).atMost(300))
 	return nil
 }
-
-var heapAlloc = regexp.MustCompile(`(?m)^# HeapAlloc = (\d+)$`)
 
 // heap is what is alive on the daemon's heap.
 func (d *daemon) heap() (float64, error) {
@@ -273,16 +238,17 @@ func (d *daemon) heap() (float64, error) {
 	if err != nil {
 		return 0, err
 	}
-	found := heapAlloc.FindSubmatch(text)
+	found := regexp.MustCompile(`(?m)^# HeapAlloc = (\d+)$`).FindSubmatch(text)
 	if found == nil {
 		return 0, errors.New("the heap profile does not say HeapAlloc")
 	}
 	return strconv.ParseFloat(string(found[1]), 64)
 }
 
-// idle looks at a daemon that has nothing to do, for its first two minutes: that it writes down once what it knows is in them.
-func (s *site) idle(_ context.Context, d *daemon) error {
-	const minute = time.Minute
+// idle measures a daemon that has nothing to do, for its first three minutes. It persists its state once in the first.
+// The next resync comes later than that; a minute's share of it is added.
+func (s *site) idle(ctx context.Context, d *daemon) error {
+	const minute, resyncMinutes = time.Minute, 5
 	span := pick(s.env, minute, 5*time.Second)
 	faults, err := d.childFaults()
 	if err != nil {
@@ -290,99 +256,40 @@ func (s *site) idle(_ context.Context, d *daemon) error {
 	}
 	var used []float64
 	for range 3 {
-		before, err := d.cpu()
+		took, err := d.cpuDuring(func() error {
+			time.Sleep(span)
+			return nil
+		})
 		if err != nil {
 			return err
 		}
-		time.Sleep(span)
-		after, err := d.cpu()
-		if err != nil {
-			return err
-		}
-		used = append(used, millis(after-before)*float64(minute)/float64(span))
+		used = append(used, took*float64(minute)/float64(span))
 	}
-	// The next look at the whole kernel comes later than that; it takes its share.
-	audit, err := d.audit()
-	if err != nil {
+	resync, err := d.cpuDuring(func() error {
+		return s.overlayd(ctx, "diff") // compares the whole kernel, as a resync does
+	})
+	faultsAfter, errFaults := d.childFaults()
+	peak, errPeak := peakRSS(d.cmd.Process.Pid)
+	if err := errors.Join(err, errFaults, errPeak); err != nil {
 		return err
-	}
-	for i := range used[1:] {
-		used[i+1] += audit / auditMinutes
-	}
-	now, err := d.childFaults()
-	if err != nil {
-		return err
-	}
-	peak, err := d.peakRSS()
-	if err != nil {
-		return err
-	}
-	started := 0.0
-	if now != faults {
-		started = 1
 	}
 	s.env.Add(
-		Row{Group: "idle", Name: peers(d.n) + ": CPU a minute, with a minute's share of looking at the kernel", Unit: Millis, Ours: used[1:], Bound: AtMost(20)},
-		Row{Group: "idle", Name: peers(d.n) + ": CPU of the first minute, in which the state file is written", Unit: Millis, Ours: used[:1]},
-		Row{Group: "idle", Name: peers(d.n) + ": CPU of a look at the whole kernel, every five minutes", Unit: Millis, Ours: []float64{audit}},
-		Row{Group: "idle", Name: peers(d.n) + ": whether processes were started", Unit: Count, Ours: []float64{started}, Bound: AtMost(0)},
-		Row{Group: "idle", Name: peers(d.n) + ": peak of memory by then (RSS)", Unit: MB, Ours: []float64{peak / 1e6}, Bound: AtMost(40)})
+		row("idle", "CPU a minute, including a fifth of a resync", Millis, used[1]+resync/resyncMinutes,
+			used[2]+resync/resyncMinutes).at(d.n).atMost(20),
+		row("idle", "CPU of the first minute, in which the state file is written", Millis, used[0]).at(d.n),
+		row("idle", "CPU of a resync, every five minutes", Millis, resync).at(d.n),
+		row("idle", "page faults of processes that it started", Count, float64(faultsAfter-faults)).at(d.n).atMost(0),
+		row("idle", "peak of memory by then (RSS)", MB, peak).at(d.n).atMost(40))
 	return nil
 }
 
-// auditMinutes is how often a daemon looks at the whole kernel without any reason to.
-const auditMinutes = 5
-
-// audit has the daemon look at the whole kernel, as it does by itself now and then, and says how much CPU that took, in ms.
-func (d *daemon) audit() (float64, error) {
+// cpuDuring is what the daemon uses while f runs, in ms.
+func (d *daemon) cpuDuring(f func() error) (float64, error) {
 	before, err := d.cpu()
 	if err != nil {
 		return 0, err
 	}
-	resp, err := d.control().Get("http://overlayd/diff")
-	if err != nil {
-		return 0, err
-	}
-	defer resp.Body.Close()
-	if text, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusOK || strings.TrimSpace(string(text)) != "null" {
-		return 0, fmt.Errorf("a look at the kernel: %s: %.200q, %w", resp.Status, text, err)
-	}
-	after, err := d.cpu()
-	return millis(after - before), err
-}
-
-// routeMonitor hears of routes only.
-func (s *site) routeMonitor() (*monitor, error) { return s.monitorOf(unix.RTNLGRP_IPV4_ROUTE) }
-
-// await waits for the route to pods of a subnet.
-func (m *monitor) await(subnet netip.Prefix, deadline time.Time) (time.Time, error) {
-	for {
-		es, err := m.next(deadline)
-		if err != nil {
-			return time.Time{}, fmt.Errorf("waiting for the route to %s: %w", subnet, err)
-		}
-		for _, e := range es {
-			if e.isRouteTo(subnet) {
-				return e.at, nil
-			}
-		}
-	}
-}
-
-// awaitMany waits until so many routes to pods were added.
-func (m *monitor) awaitMany(n int, deadline time.Time) (time.Time, error) {
-	for {
-		es, err := m.next(deadline)
-		if err != nil {
-			return time.Time{}, fmt.Errorf("waiting for %d more routes: %w", n, err)
-		}
-		for _, e := range es {
-			if e.typ == unix.RTM_NEWROUTE && e.body[4] == netstate.MainTable && e.body[5] == netstate.Protocol {
-				n--
-			}
-		}
-		if n <= 0 {
-			return es[len(es)-1].at, nil
-		}
-	}
+	err = f()
+	after, errAfter := d.cpu()
+	return millis(after - before), errors.Join(err, errAfter)
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -25,14 +24,13 @@ import (
 	"github.com/overlayd/overlayd/test/lab"
 )
 
-// site is a node and an etcd that holds the leases of many nodes which do not exist: what the one real node does with them is
-// measured. Each number of peers has a key prefix of its own in that etcd.
+// site is a node and an etcd that holds the leases of many nodes which do not exist: what the one real node does with
+// them is measured. Each number of peers has a key prefix of its own in that etcd.
 type site struct {
 	env  *Env
 	lab  *lab.Lab
 	node *lab.Node
 	cli  *clientv3.Client
-	dir  string
 
 	answerer *answerer
 }
@@ -53,13 +51,13 @@ func newSite(ctx context.Context, e *Env) (*site, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &site{env: e, lab: l, node: l.Node(1), dir: filepath.Join(l.Dir(), "bench")}
+	s := &site{env: e, lab: l, node: l.Node(1)}
 	if s.cli, err = l.EtcdClient(); err == nil {
-		err = errors.Join(s.node.Stop(ctx), os.MkdirAll(s.dir, 0o755))
+		err = s.node.Stop(ctx)
 	}
 	if err == nil {
 		// On a node both are in memory; a disk that is slow to sync would be all that is measured.
-		err = unix.Mount("tmpfs", s.dir, "tmpfs", 0, "size=64m")
+		err = unix.Mount("tmpfs", s.dir(), "tmpfs", 0, "size=64m")
 	}
 	if err == nil {
 		s.answerer, err = newAnswerer(ctx, s)
@@ -78,15 +76,13 @@ func (s *site) close(ctx context.Context) {
 	if s.answerer != nil {
 		s.answerer.close()
 	}
-	_ = unix.Unmount(s.dir, unix.MNT_DETACH)
 	if err := s.lab.Down(context.WithoutCancel(ctx)); err != nil {
 		s.env.Progress(err.Error())
 	}
 }
 
-func (s *site) stateDir() string { return filepath.Join(s.dir, "state") }
-
-func (s *site) socket() string { return filepath.Join(s.dir, "sock") }
+// dir holds the daemon's files.
+func (s *site) dir() string { return filepath.Dir(s.node.SubnetFile()) }
 
 func prefixFor(n int) string { return fmt.Sprintf("/bench/%d", n) }
 
@@ -105,7 +101,8 @@ func peerLease(i int) subnet.Lease {
 }
 
 func putLease(prefix string, l subnet.Lease, id clientv3.LeaseID) clientv3.Op {
-	return clientv3.OpPut(prefix+"/subnets/"+subnet.FormatKey(l.Subnets), string(subnet.FormatValue(l.Attrs)), clientv3.WithLease(id))
+	return clientv3.OpPut(prefix+"/subnets/"+subnet.FormatKey(l.Subnets), string(subnet.FormatValue(l.Attrs)),
+		clientv3.WithLease(id))
 }
 
 // fill puts a network with the leases of n nodes into etcd.
@@ -134,33 +131,24 @@ func (s *site) write(ctx context.Context, ops []clientv3.Op) error {
 
 // clean makes the node one that has never been in the network of n.
 func (s *site) clean(ctx context.Context, n int) error {
-	if _, err := s.node.Run(ctx, s.env.Overlayd, "cleanup"); err != nil {
+	_, err := s.node.Run(ctx, s.env.Overlayd, "cleanup")
+	if err = errors.Join(err, os.RemoveAll(s.node.StateDir())); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(s.stateDir()); err != nil {
-		return err
-	}
-	env, err := os.ReadFile(s.subnetFile())
+	own, err := s.node.Lease()
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	own, err := lab.ParseSubnetEnv(string(env), []addr.Family{addr.IPv4})
-	if err != nil {
-		return err
-	}
-	key := subnet.FormatKey(addr.Per[netip.Prefix]{V4: own.Gateway.V4.Masked()})
+	key := subnet.FormatKey(addr.Per[netip.Prefix]{V4: own.Subnets[0]})
 	_, err = s.cli.Delete(ctx, prefixFor(n)+"/subnets/"+key)
-	return errors.Join(err, os.Remove(s.subnetFile()))
+	return errors.Join(err, os.Remove(s.node.SubnetFile()))
 }
-
-func (s *site) subnetFile() string { return filepath.Join(s.dir, "subnet.env") }
 
 // daemon is one run of overlayd.
 type daemon struct {
-	site  *site
 	n     int
 	cmd   *exec.Cmd
 	began time.Time
@@ -173,31 +161,22 @@ func (s *site) start(n int, etcd string, more ...string) (*daemon, error) {
 	if etcd == "" {
 		etcd = strings.Join(s.lab.Etcd().URLs(), ",")
 	}
-	log, err := os.Create(filepath.Join(s.dir, "log"))
+	log, err := os.Create(filepath.Join(s.dir(), "log"))
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
-	d := &daemon{site: s, n: n, log: log.Name(), http: &http.Client{
+	d := &daemon{n: n, log: log.Name(), http: &http.Client{
 		Timeout: patience, Transport: &http.Transport{DialContext: s.node.DialContext, MaxIdleConns: 1},
 	}}
 	d.cmd = exec.Command(s.env.Overlayd, append([]string{
 		"--etcd-endpoints", etcd, "--etcd-prefix", prefixFor(n), "--node-name", "bench", "--node-id", "bench",
-		"--state-dir", s.stateDir(), "--subnet-file", s.subnetFile(), "--socket", s.socket(), "--healthz-port", strconv.Itoa(sitePort),
+		"--state-dir", s.node.StateDir(), "--subnet-file", s.node.SubnetFile(), "--socket", s.node.Socket(),
+		"--healthz-port", strconv.Itoa(sitePort),
 	}, more...)...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.began = time.Now()
 	return d, s.node.Do(d.cmd.Start)
-}
-
-// control asks the daemon by its socket.
-func (d *daemon) control() *http.Client {
-	return &http.Client{Timeout: patience, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", d.site.socket())
-		},
-	}}
 }
 
 // ready waits for /readyz.
@@ -242,19 +221,16 @@ func (d *daemon) cpu() (time.Duration, error) {
 	return time.Duration(ts.Nano()), nil
 }
 
-// peakRSS is the most memory that the process ever had, in bytes.
-func (d *daemon) peakRSS() (float64, error) {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.cmd.Process.Pid))
+// peakRSS is the most memory that a process ever had, in MB.
+func peakRSS(pid int) (float64, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0, err
 	}
-	for line := range strings.Lines(string(raw)) {
-		if f := strings.Fields(line); len(f) > 1 && f[0] == "VmHWM:" {
-			kb, err := strconv.Atoi(f[1])
-			return float64(kb) * 1024, err
-		}
-	}
-	return 0, errors.New("the kernel does not tell the peak of memory")
+	var kilobytes float64
+	_, rest, _ := strings.Cut(string(raw), "VmHWM:")
+	_, err = fmt.Sscan(rest, &kilobytes)
+	return kilobytes * 1024 / 1e6, err
 }
 
 // childFaults counts the page faults of all ended children, proc_pid_stat(5): any process that was started makes some.
@@ -279,13 +255,4 @@ func (d *daemon) end(sig syscall.Signal) (time.Duration, error) {
 	}
 	_ = d.cmd.Wait() // it was told to end
 	return d.cmd.ProcessState.UserTime() + d.cmd.ProcessState.SystemTime(), nil
-}
-
-// logSize is how much it has written.
-func (d *daemon) logSize() (float64, error) {
-	st, err := os.Stat(d.log)
-	if err != nil {
-		return 0, err
-	}
-	return float64(st.Size()), nil
 }

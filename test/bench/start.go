@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"syscall"
 	"time"
 )
@@ -16,14 +17,22 @@ const (
 	settled = 500 * time.Millisecond
 )
 
+// The names of rows that the plot has as well.
+const (
+	coldStart   = "cold start"
+	warmRestart = "warm restart"
+	execToReady = "exec to ready, all programmed"
+	cpuOfAll    = "CPU of all processes"
+)
+
 // startSamples are what several starts have given.
 type startSamples struct {
-	cold, warm, slow             startFigures
-	coldLog, requests, peak      []float64
-	writes, changes, warmRequest []float64
+	wall, cpu      []float64 // ms
+	requests, peak []float64 // to etcd; MB
+	log            []float64 // bytes
+	writes         []float64 // to etcd
+	changes        []float64 // to the kernel
 }
-
-type startFigures struct{ wall, cpu []float64 }
 
 // start measures starts: of a new node, of one behind a slow etcd, and again of one that has all its state.
 func start(ctx context.Context, e *Env) error {
@@ -40,42 +49,40 @@ func start(ctx context.Context, e *Env) error {
 	slowURL := fmt.Sprintf("http://%s:%d", s.lab.Topology().Etcd.Interfaces[0].Addrs[0].Addr(), relayPort)
 
 	sizes := pick(e, []int{100, 1000, 5000, 20000}, []int{100, 1000})
-	all := map[int]*startSamples{}
+	cold, slow, warm := map[int]*startSamples{}, map[int]*startSamples{}, map[int]*startSamples{}
 	for _, n := range sizes {
 		if err := s.fill(ctx, n); err != nil {
 			return err
 		}
-		all[n] = &startSamples{}
+		cold[n], slow[n], warm[n] = &startSamples{}, &startSamples{}, &startSamples{}
 	}
 	// Round by round, so that what the machine does meanwhile hits all sizes.
 	for range pick(e, 7, 1) {
 		for _, n := range sizes {
-			if err := s.startOnce(ctx, n, slowURL, all[n]); err != nil {
-				return fmt.Errorf("%s: %w", peers(n), err)
+			for _, step := range []func() error{
+				func() error { return s.clean(ctx, n) },
+				func() error { return s.timed(ctx, n, "", cold[n]) },
+				func() error { return s.clean(ctx, n) },
+				func() error { return s.timed(ctx, n, slowURL, slow[n]) },
+				func() error { return s.clean(ctx, n) },
+				func() error { return s.counted(ctx, n, cold[n]) },
+				func() error { return s.timed(ctx, n, "", warm[n]) },
+				func() error { return s.counted(ctx, n, warm[n]) },
+			} {
+				if err := step(); err != nil {
+					return fmt.Errorf("%s: %w", peers(n), err)
+				}
 			}
 		}
 	}
-	s.startRows(all, sizes)
+	for _, n := range sizes {
+		s.startRows(n, cold[n], slow[n], warm[n], cold[5000])
+	}
 	return nil
 }
 
-// startOnce starts the daemon on a new node: to be timed, to be timed behind the slow etcd, and to see what it does; and then again
-// with all that it has made there.
-func (s *site) startOnce(ctx context.Context, n int, slowURL string, out *startSamples) error {
-	for _, cold := range []func() error{
-		func() error { return s.timed(ctx, n, "", &out.cold) },
-		func() error { return s.timed(ctx, n, slowURL, &out.slow) },
-		func() error { return s.coldCounts(ctx, n, out) },
-	} {
-		if err := errors.Join(s.clean(ctx, n), cold()); err != nil {
-			return err
-		}
-	}
-	return errors.Join(s.timed(ctx, n, "", &out.warm), s.warmCounts(ctx, n, out))
-}
-
 // timed runs the daemon until it is ready, and not a moment longer.
-func (s *site) timed(ctx context.Context, n int, etcd string, f *startFigures) error {
+func (s *site) timed(ctx context.Context, n int, etcd string, out *startSamples) error {
 	d, err := s.start(n, etcd)
 	if err != nil {
 		return err
@@ -86,105 +93,67 @@ func (s *site) timed(ctx context.Context, n int, etcd string, f *startFigures) e
 	}
 	wall := time.Since(d.began)
 	cpu, err := d.end(syscall.SIGKILL)
-	f.wall, f.cpu = append(f.wall, millis(wall)), append(f.cpu, millis(cpu))
+	out.wall, out.cpu = append(out.wall, millis(wall)), append(out.cpu, millis(cpu))
 	return errors.Join(err, s.complete(n))
 }
 
-// coldCounts looks at what a new node's start asks of others, and of memory.
-func (s *site) coldCounts(ctx context.Context, n int, out *startSamples) error {
-	requests, err := s.started(ctx, n, func(d *daemon) error {
-		peak, errPeak := d.peakRSS()
-		log, errLog := d.logSize()
-		out.peak, out.coldLog = append(out.peak, peak/1e6), append(out.coldLog, log)
-		return errors.Join(errPeak, errLog)
-	})
-	out.requests = append(out.requests, requests)
-	return err
-}
-
-// warmCounts looks at what is changed by a restart: of what is in the kernel and in etcd, nothing should be.
-func (s *site) warmCounts(ctx context.Context, n int, out *startSamples) error {
-	before, err := s.revision(ctx)
-	if err != nil {
+// counted runs the daemon until a moment after it is ready, and counts what it does to etcd and the kernel, and what it
+// needs. It ends as systemd would end it.
+func (s *site) counted(ctx context.Context, n int, out *startSamples) (err error) {
+	revision, errRevision := s.revision(ctx)
+	requests, errRequests := s.requests(ctx)
+	changes, errChanges := s.kernelChanges()
+	d, errStart := s.start(n, "")
+	if err := errors.Join(errRevision, errRequests, errChanges, errStart); err != nil {
 		return err
-	}
-	m, err := s.monitor()
-	if err != nil {
-		return err
-	}
-	defer m.close()
-	requests, err := s.started(ctx, n, func(*daemon) error {
-		changes, err := m.count()
-		out.changes = append(out.changes, float64(changes))
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	after, err := s.revision(ctx)
-	out.writes, out.warmRequest = append(out.writes, float64(after-before)), append(out.warmRequest, requests)
-	return err
-}
-
-// started runs the daemon until a moment after it is ready, and counts its requests to etcd. It ends as systemd would end it.
-func (s *site) started(ctx context.Context, n int, look func(d *daemon) error) (requests float64, err error) {
-	before, err := s.requests(ctx)
-	if err != nil {
-		return 0, err
-	}
-	d, err := s.start(n, "")
-	if err != nil {
-		return 0, err
 	}
 	defer func() {
 		_, endErr := d.end(syscall.SIGTERM)
 		err = errors.Join(err, endErr)
 	}()
 	if err := d.ready(ctx); err != nil {
-		return 0, err
+		return err
 	}
 	time.Sleep(settled)
-	after, err := s.requests(ctx)
-	return after - before, errors.Join(err, look(d), s.complete(n))
-}
-
-func (s *site) startRows(all map[int]*startSamples, sizes []int) {
-	for _, n := range sizes {
-		x := all[n]
-		row := func(group, what string, u Unit, ours []float64, b Bound) Row {
-			return Row{Group: group, Name: peers(n) + ": " + what, Peers: n, Unit: u, Ours: ours, Bound: b}
-		}
-		beside := func(r Row, name string, base []float64) Row {
-			r.BaseName, r.Base = name, base
-			return r
-		}
-		var wall, cpu, slow, peak, warm Bound
-		if n == 5000 {
-			wall, cpu, peak, slow, warm = AtMost(150), AtMost(180), AtMost(40), AtMost(Median(x.cold.wall)+30), RatioAtMost(0.6)
-		}
-		first := row(coldStart, execToReady, Millis, x.cold.wall, wall)
-		if n == 20000 {
-			first = beside(first, peers(5000), all[5000].cold.wall)
-			first.Bound = RatioAtMost(4.5)
-		}
-		s.env.Add(first,
-			row(coldStart, cpuOfAll, Millis, x.cold.cpu, cpu),
-			beside(row(coldStart, "etcd 2.4 ms away", Millis, x.slow.wall, slow), "etcd near", x.cold.wall),
-			row(coldStart, "peak of memory (RSS)", MB, x.peak, peak),
-			row(coldStart, "requests to etcd", Count, x.requests, AtMost(10)),
-			row(coldStart, "log", Bytes, x.coldLog, AtMost(10000)),
-			beside(row(warmRestart, execToReady, Millis, x.warm.wall, Bound{}), "cold start", x.cold.wall),
-			beside(row(warmRestart, cpuOfAll, Millis, x.warm.cpu, warm), "cold start", x.cold.cpu),
-			row(warmRestart, "requests to etcd", Count, x.warmRequest, AtMost(10)),
-			row(warmRestart, "writes to etcd", Count, x.writes, AtMost(0)),
-			row(warmRestart, "changes to the kernel", Count, x.changes, AtMost(0)))
+	requestsAfter, errRequests := s.requests(ctx)
+	revisionAfter, errRevision := s.revision(ctx)
+	changed, errChanges := changes()
+	peak, errPeak := peakRSS(d.cmd.Process.Pid)
+	log, errLog := os.Stat(d.log)
+	if err := errors.Join(errRequests, errRevision, errChanges, errPeak, errLog); err != nil {
+		return err
 	}
+	out.requests = append(out.requests, requestsAfter-requests)
+	out.writes = append(out.writes, float64(revisionAfter-revision))
+	out.changes = append(out.changes, changed)
+	out.peak, out.log = append(out.peak, peak), append(out.log, float64(log.Size()))
+	return s.complete(n)
 }
 
-// The names of rows that the plot has as well.
-const (
-	coldStart   = "cold start"
-	warmRestart = "warm restart"
-	execToReady = "exec to ready, all programmed"
-	cpuOfAll    = "CPU of all processes"
-)
+func (s *site) startRows(n int, cold, slow, warm, at5000 *startSamples) {
+	rows := []Row{
+		row(coldStart, execToReady, Millis, cold.wall...),
+		row(coldStart, cpuOfAll, Millis, cold.cpu...),
+		row(coldStart, "etcd 2.4 ms away", Millis, slow.wall...).beside("etcd near", cold.wall),
+		row(coldStart, "peak of memory (RSS)", MB, cold.peak...),
+		row(coldStart, "requests to etcd", Count, cold.requests...).atMost(10),
+		row(coldStart, "log", Bytes, cold.log...).atMost(10000),
+		row(warmRestart, execToReady, Millis, warm.wall...).beside(coldStart, cold.wall),
+		row(warmRestart, cpuOfAll, Millis, warm.cpu...).beside(coldStart, cold.cpu),
+		row(warmRestart, "requests to etcd", Count, warm.requests...).atMost(10),
+		row(warmRestart, "writes to etcd", Count, warm.writes...).atMost(0),
+		row(warmRestart, "changes to the kernel", Count, warm.changes...).atMost(0),
+	}
+	switch n {
+	case 5000:
+		rows[0], rows[1] = rows[0].atMost(150), rows[1].atMost(180)
+		rows[2], rows[3] = rows[2].atMost(Median(cold.wall)+30), rows[3].atMost(40)
+		rows[7] = rows[7].ratioAtMost(0.6)
+	case 20000:
+		rows[0] = rows[0].beside(peers(5000), at5000.wall).ratioAtMost(4.5)
+	}
+	for i := range rows {
+		rows[i] = rows[i].at(n)
+	}
+	s.env.Add(rows...)
+}

@@ -2,6 +2,7 @@ package faults
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -36,10 +37,7 @@ func On(script string) Action { return each(victim, script) }
 func Once(script string) Action { return once(victim, script) }
 
 // Sees holds when a shell script on the victim succeeds for each family.
-func Sees(script string) Check { return Check(On(script)) }
-
-// Whole holds when every node has the planned state and its daemon has nothing to complain about.
-func Whole(ctx context.Context, s *Site) error { return s.whole(ctx) }
+func Sees(script string) Check { return On(script) }
 
 // KernelWhole holds when every node has the planned state, whatever the daemons say.
 func KernelWhole(ctx context.Context, s *Site) error { return s.asPlanned(ctx) }
@@ -60,16 +58,7 @@ func Steps(actions ...Action) Action {
 }
 
 // All holds when each of the checks does.
-func All(checks ...Check) Check {
-	return func(ctx context.Context, s *Site) error {
-		for _, c := range checks {
-			if err := c(ctx, s); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-}
+func All(checks ...Check) Check { return Steps(checks...) }
 
 // Wait lets some time pass.
 func Wait(d time.Duration) Action {
@@ -92,25 +81,21 @@ func Afterwards(a Action) Action {
 	}
 }
 
-// keepsDeleting is another program that keeps deleting something for ten seconds; the other script succeeds while the thing is there.
+// keepsDeleting is another program that deletes an object again and again for ten seconds; the other script succeeds
+// while the object exists.
 func keepsDeleting(del, back string) Action {
 	const lasts, within, mostCPU = 10 * time.Second, time.Second, 3 * time.Second
 	return func(ctx context.Context, s *Site) error {
-		before, err := usageOf(s.Victim.PID())
-		if err != nil {
-			return err
-		}
+		before, errBefore := usageOf(s.Victim.PID())
 		for end := time.Now().Add(lasts); time.Now().Before(end); {
 			if err := Steps(On(del+` 2>/dev/null || true`), Until(Sees(back), within))(ctx, s); err != nil {
 				return err
 			}
 		}
-		after, err := usageOf(s.Victim.PID())
-		if err != nil {
-			return err
-		}
+		after, errAfter := usageOf(s.Victim.PID())
 		used := after.CPU - before.CPU
-		return unless(used <= mostCPU, "the daemon used %s of CPU in %s: want %s at most", used, lasts, mostCPU)
+		return errors.Join(errBefore, errAfter,
+			unless(used <= mostCPU, "the daemon used %s of CPU in %s: want %s at most", used, lasts, mostCPU))
 	}
 }
 

@@ -45,12 +45,12 @@ func addresses() []Fault {
 			Inject: Steps(stopDaemon, func(_ context.Context, s *Site) error {
 				s.Victim.With("--etcd-endpoints", "http://"+ghostEndpoint.inside(s).String()+":2379")
 				return nil
-			}, startDaemon, Until(isNamed("etcd-inside: etcd is at "), 5*time.Second), ghostEndpoint.appears),
+			}, startDaemon, Until(isNamed("store-inside: etcd is at "), 5*time.Second), ghostEndpoint.appears),
 			Expect: All(isNamed("covers "), reaches), Hold: time.Second,
 			Keeps:   Sees(`! ip route show proto 118 | grep -F "` + ghostEndpoint.network() + `"`),
 			Restore: Steps(ghostEndpoint.goes, stopDaemon, renamedTo(""), startDaemon),
-			Bound:   Bound{Lost: 0, Repair: letGo}, Log: `condition failed.*"etcd-inside"`,
-			Seen: degrades("etcd-inside", "inside the cluster network"),
+			Bound:   Bound{Lost: 0, Repair: letGo}, Log: `condition failed.*"store-inside"`,
+			Seen: degrades("store-inside", "inside the cluster network"),
 		},
 	})
 }

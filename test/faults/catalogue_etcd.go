@@ -25,7 +25,8 @@ const (
 	ghostEndpoint
 )
 
-// catchUp is how long a node may take to be content again after etcd is back: its attempts, and those of gRPC to connect, are up to 18 s apart.
+// catchUp is how long a node may take to be content again after etcd is back: its attempts, and those of gRPC to
+// connect, are up to 18 s apart.
 const catchUp = 30 * time.Second
 
 // leaseGone is what the log says of a lease that the node had.
@@ -41,27 +42,28 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "stopped for " + away.String(), Short: true,
 			Inject: stopStore, Hold: away, Keeps: KernelWhole, Restore: startStore,
-			Log: `condition failed.*"etcd"`, Seen: storeAway("connection refused by http").diagnosed(`^FAIL etcd .*(refused|answer)`),
+			Log:  `condition failed.*"store"`,
+			Seen: storeAway("connection refused by http").diagnosed(`^FAIL store .*(refused|answer)`),
 		},
 		{
 			Name: "stopped for 5s", On: []string{OnHostGW, OnDual, OnEtcd34, OnEtcd35, OnEtcd36}, Soak: true,
-			Inject: stopStore, Hold: 5 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `condition failed.*"etcd"`,
+			Inject: stopStore, Hold: 5 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `condition failed.*"store"`,
 		},
 		{
 			Name: "hangs (SIGSTOP) for 20s", Soak: true,
-			Inject: pauseStore, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: resumeStore, Log: `condition failed.*"etcd"`,
+			Inject: pauseStore, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: resumeStore,
+			Log:  `condition failed.*"store"`,
 			Seen: storeAway("no answer from http").in(20 * time.Second),
 		},
 		{
 			Name:   "slow: 300 ms in each direction, a peer comes meanwhile",
 			Inject: Steps(slowStore, Until(KernelWhole, 2*time.Second), ghostSlow.appears),
 			Expect: ghostSlow.routed, Hold: 2 * time.Second, Restore: Undo,
-			Seen: &Seen{Doctor: `^warn etcd .*the daemon is connected and sees the changes of other nodes`},
+			Seen: &Seen{Doctor: `^warn store .*the daemon is connected and sees the changes of other nodes`},
 		},
 		{
 			Name: "one of three members lost", On: []string{OnThree}, Short: true,
-			Inject: Steps(func(ctx context.Context, s *Site) error { return s.Lab.EtcdMembers()[0].Kill(ctx) },
-				Until(storeWorks, 10*time.Second), ghostSlow.appears),
+			Inject: Steps(killMember(0), Until(storeWorks, 10*time.Second), ghostSlow.appears),
 			Expect: ghostSlow.routed, Hold: 5 * time.Second,
 			Restore: Steps(ghostSlow.goes, startStore),
 		},
@@ -77,41 +79,34 @@ func etcdFaults(long bool) []Fault {
 		},
 		{
 			Name: "two of three members lost for 10s", On: []string{OnThree},
-			Inject: func(ctx context.Context, s *Site) error {
-				for _, e := range s.Lab.EtcdMembers()[1:] {
-					if err := e.Kill(ctx); err != nil {
-						return err
-					}
-				}
-				return nil
-			},
-			Hold: 10 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `condition failed.*"etcd"`,
+			Inject: Steps(killMember(1), killMember(2)),
+			Hold:   10 * time.Second, Keeps: KernelWhole, Restore: startStore, Log: `condition failed.*"store"`,
 		},
 		{
 			Name:   "compaction while the node is cut off",
 			Inject: Steps(cutOff, Wait(2*time.Second), ghostCompaction.appears, compact),
 			Hold:   18 * time.Second, Keeps: RoutesWholeOnVictim,
 			Restore: Steps(rejoin, Until(ghostCompaction.routedHere, catchUp+2*time.Second), ghostCompaction.goes),
-			Log:     `condition failed.*"etcd"`,
+			Log:     `condition failed.*"store"`,
 		},
 		{
 			Name:   "a connection that leads nowhere (packets dropped) for 20s",
-			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: Undo, Log: `condition failed.*"etcd"`,
+			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole, Restore: Undo, Log: `condition failed.*"store"`,
 		},
 		{
 			// The connection ends after 15 s, the login before that: a token of the lab lasts 5 s.
 			Name: "out of reach for longer than a login lasts", Short: true,
 			On:     []string{OnEtcd34, OnEtcd35, OnEtcd36, OnSecure},
 			Inject: blackHole, Hold: 20 * time.Second, Keeps: KernelWhole,
-			Restore: fewLogins(Steps(Undo, Until(Whole, catchUp))), Log: `condition failed.*"etcd"`,
+			Restore: fewLogins(Steps(Undo, Until(Whole, catchUp))), Log: `condition failed.*"store"`,
 		},
 		{
 			Name: "credentials refused and restored", On: []string{OnSecure, OnEtcd34, OnEtcd35, OnEtcd36}, Short: true,
 			// etcd forgets the tokens that it has given out when it starts anew.
 			Inject: Steps(setPassword("changed"), stopStore, startStore), Hold: 12 * time.Second, Keeps: KernelWhole,
 			Restore: setPassword(lab.EtcdPassword),
-			Log:     `condition failed.*"etcd".*(?i)(password|authenti|credential|user)`,
-			Seen:    storeAway(`wrong user name or password`).diagnosed(`^FAIL etcd .*wrong user name or password`),
+			Log:     `condition failed.*"store".*(?i)(password|authenti|credential|user)`,
+			Seen:    storeAway(`wrong user name or password`).diagnosed(`^FAIL store .*wrong user name or password`),
 		},
 		{
 			Name: "password replaced in etcd and then on disk", On: []string{OnSecure, OnEtcd34, OnEtcd35, OnEtcd36},
@@ -127,14 +122,14 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "data lost: an empty store", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true, Soak: true,
 			Inject: emptyStore, Expect: registered, Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
-			Log: `etcd lost data`, Seen: follows(`^etcd .*lost data`, `overlayd_etcd_data_losses_total +`),
+			Log: `store lost data`, Seen: follows(`^etcd .*lost data`, `overlayd_etcd_data_losses_total +`),
 		},
 		{
 			Name: "data lost while a node is away: its peers keep it", On: []string{OnVXLAN},
 			Inject: Steps(func(ctx context.Context, s *Site) error { return s.Peer.Stop(ctx) }, emptyStore),
 			Hold:   5 * time.Second, Keeps: KernelWhole,
 			Restore: func(_ context.Context, s *Site) error { return s.Peer.Start() },
-			Log:     `etcd lost data`,
+			Log:     `store lost data`,
 		},
 		{
 			Name: "restored from a snapshot that is older than the victim's lease", On: []string{OnVXLAN, OnDual},
@@ -143,11 +138,12 @@ func etcdFaults(long bool) []Fault {
 				ghostRestart.appears, Until(ghostRestart.routed, catchUp), ghostRestart.goes, Until(Whole, catchUp),
 				advance(20), Wait(time.Second), rollBack),
 			Expect: registered, Hold: 2 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
-			Log: `etcd lost data`,
+			Log: `store lost data`,
 		},
 		{
-			Name:   "restored from a snapshot with a node that is gone",
-			Inject: Steps(ghostRestart.appears, Until(ghostRestart.routed, 3*time.Second), copyStore, ghostRestart.goes, Until(Whole, catchUp), rollBack),
+			Name: "restored from a snapshot with a node that is gone",
+			Inject: Steps(ghostRestart.appears, Until(ghostRestart.routed, 3*time.Second), copyStore, ghostRestart.goes,
+				Until(Whole, catchUp), rollBack),
 			Expect: registered, Hold: 2 * time.Second,
 			Restore: Steps(ghostRestart.goes),
 		},
@@ -172,12 +168,14 @@ func etcdFaults(long bool) []Fault {
 			Expect: All(movedAway, LogSays(`\terror\t.*subnet`)), Hold: time.Second,
 			Restore: operatorAgrees, Ruins: true,
 			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `subnet lease lost to another node`,
-			Seen: degrades("subnet-moved", "10.244.*recreate the pods").diagnosed(`^FAIL bridge .* recreate the bridge and the pods`),
+			Seen: degrades("subnet-moved",
+				"10.244.*recreate the pods").diagnosed(`^FAIL bridge .* recreate the bridge and the pods`),
 		},
 		{
 			Name: "network config is no JSON", On: []string{OnDual, OnVXLAN}, Short: true,
 			Inject: changeConfig(func(string) string { return "{" }), Hold: time.Second, Keeps: KernelWhole, Restore: Undo,
-			Bound: lossless(2 * time.Second), Log: `condition failed.*"config"`, Seen: degrades("config", "/overlayd/network/config: "),
+			Bound: lossless(2 * time.Second), Log: `condition failed.*"config"`,
+			Seen: degrades("config", "/overlayd/network/config: "),
 		},
 		{
 			Name: "network config for another network", On: []string{OnDual, OnVXLAN}, Short: true,
@@ -186,10 +184,18 @@ func etcdFaults(long bool) []Fault {
 			Bound: lossless(2 * time.Second), Log: `condition failed.*"config"`, Seen: degrades("config", "10.244.*"),
 		},
 		{
+			Name: "network config that is not the initial one", On: []string{OnDual, OnVXLAN},
+			Inject: changeConfig(func(old string) string { return strings.Replace(old, "{", `{"SubnetMax":"10.244.254.0",`, 1) }),
+			Hold:   time.Second, Keeps: KernelWhole, Restore: Undo,
+			Bound: lossless(2 * time.Second), Log: `condition failed.*"init-config"`,
+			Seen: degrades("init-config", `SubnetMax is 10.244.254.0 in etcd, 10.244.255.0 in --init-config`),
+		},
+		{
 			Name: "network config with a misspelt key", On: []string{OnDual, OnVXLAN}, Short: true,
 			Inject: changeConfig(func(old string) string { return strings.Replace(old, "{", `{"DirectRoutin":true,`, 1) }),
 			Hold:   time.Second, Keeps: KernelWhole, Restore: Undo,
-			Bound: lossless(2 * time.Second), Log: `condition failed.*"config-keys"`, Seen: degrades("config-keys", "DirectRoutin"),
+			Bound: lossless(2 * time.Second), Log: `condition failed.*"config-keys"`,
+			Seen: degrades("config-keys", "DirectRoutin"),
 		},
 	}
 	return in(Etcd, lossless(catchUp), rows)
@@ -201,10 +207,8 @@ func RoutesWholeOnVictim(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	if d := now.differs(s.plan[s.Victim.Name]); d != "" {
-		return fmt.Errorf("%s: %s", s.Victim.Name, d)
-	}
-	return nil
+	d := now.differs(s.plan[s.Victim.Name])
+	return unless(d == "", "%s: %s", s.Victim.Name, d)
 }
 
 // Ports of the relay that slows etcd down.
@@ -251,7 +255,7 @@ func compact(ctx context.Context, s *Site) error {
 	})
 }
 
-// advance writes something that concerns nobody but that every node's watch tells of, so that the revision grows that they know.
+// advance writes what concerns no node but reaches every node's watch, so that the revision that they know grows.
 func advance(n int) Action {
 	return func(ctx context.Context, s *Site) error {
 		for range n {
@@ -293,7 +297,12 @@ func onLeader(f func(ctx context.Context, s *Site, at int, ids []uint64) error) 
 }
 
 func killLeader(ctx context.Context, s *Site, at int, _ []uint64) error {
-	return s.Lab.EtcdMembers()[at].Kill(ctx)
+	return killMember(at)(ctx, s)
+}
+
+// killMember kills a member of etcd, counted from 0.
+func killMember(i int) Action {
+	return func(ctx context.Context, s *Site) error { return s.Lab.EtcdMembers()[i].Kill(ctx) }
 }
 
 func moveLeader(ctx context.Context, s *Site, at int, ids []uint64) error {
@@ -321,18 +330,13 @@ func fewLogins(a Action) Action {
 		return strconv.Atoi(text)
 	}
 	return func(ctx context.Context, s *Site) error {
-		before, err := count(ctx, s.Victim)
-		if err != nil {
-			return err
-		}
+		before, errBefore := count(ctx, s.Victim)
 		if err := a(ctx, s); err != nil {
 			return err
 		}
-		after, err := count(ctx, s.Victim)
-		if err != nil {
-			return err
-		}
-		return unless(after-before <= most, "%s asked for %d logins", s.Victim.Name, after-before)
+		after, errAfter := count(ctx, s.Victim)
+		return errors.Join(errBefore, errAfter,
+			unless(after-before <= most, "%s asked for %d logins", s.Victim.Name, after-before))
 	}
 }
 
@@ -349,7 +353,7 @@ func deleteOwnKey(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	return s.delete(ctx, l.key)
+	return Delete(text(l.key))(ctx, s)
 }
 
 func revoke(ctx context.Context, s *Site) error {
@@ -357,10 +361,10 @@ func revoke(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
+	return Store(func(ctx context.Context, _ *Site, cli *clientv3.Client) error {
 		_, err := cli.Revoke(ctx, l.etcdLease)
 		return err
-	})
+	})(ctx, s)
 }
 
 func overwriteOwnKey(with func(*Site) string) Action {
@@ -374,7 +378,8 @@ func overwriteOwnKey(with func(*Site) string) Action {
 	}
 }
 
-// movedAway holds when the victim has another subnet, in subnet.env and for its peers, is ready, and says that it is degraded.
+// movedAway holds when the victim has another subnet, in subnet.env and for its peers, is ready, and says that it is
+// degraded.
 func movedAway(ctx context.Context, s *Site) error {
 	if subnetKept(ctx, s) == nil {
 		return fmt.Errorf("%s still has the subnet %v", s.Victim.Name, s.own.Gateway)
@@ -393,13 +398,14 @@ func operatorAgrees(ctx context.Context, s *Site) error {
 	if err := s.Victim.SetupPods(); err != nil {
 		return err
 	}
-	_, err := s.await(ctx, All(func(ctx context.Context, s *Site) error { return contentOne(ctx, s.Victim) }, reaches), time.Now(), 90*time.Second)
+	_, err := s.await(ctx, All(func(ctx context.Context, s *Site) error { return contentOne(ctx, s.Victim) }, reaches),
+		time.Now(), 90*time.Second)
 	return err
 }
 
 // storeAway is what is seen while etcd does not do what it should: the node goes on with what it has.
 func storeAway(reason string) *Seen {
-	return degrades("etcd", reason, `overlayd_etcd_reachable 0`).in(10 * time.Second)
+	return degrades("store", reason, `overlayd_etcd_reachable 0`).in(10 * time.Second)
 }
 
 // changeConfig writes another network config; Undo writes the one that was there.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 	"time"
@@ -15,8 +14,8 @@ import (
 	"github.com/overlayd/overlayd/test/lab"
 )
 
-// firewall is what others do to the rules. Each script works on whichever driver the setup has: NFT_TABLE is the daemon's own table
-// where there is one, IPT the iptables of the family otherwise.
+// firewall is what others do to the rules. Each script works on whichever driver the setup has: NFT_TABLE is the
+// daemon's own table where there is one, IPT the iptables of the family otherwise.
 func firewall() []Fault {
 	notified := []string{OnVXLAN, OnDual, OnNFTables} // nf_tables says when it changes
 	every := []string{OnVXLAN, OnDual, OnNFTables, OnLegacy}
@@ -26,7 +25,8 @@ func firewall() []Fault {
 			Inject: On(`if [ -n "$NFT_TABLE" ]; then nft flush table $NFT_TABLE; else $IPT -w -t nat -F OVERLAYD-POSTRTG; $IPT -w -F OVERLAYD-FWD; fi`), Seen: rewritten(),
 		},
 		{
-			Name: "jumps removed", On: []string{OnVXLAN, OnDual, OnLegacy}, Log: `reverted external change.*"firewall: jump missing"`,
+			Name: "jumps removed", On: []string{OnVXLAN, OnDual, OnLegacy},
+			Log:    `reverted external change.*"firewall: jump missing"`,
 			Inject: On(`for t in nat filter; do $IPT -w -t $t -S | grep -e "-j OVERLAYD" | sed "s/^-A/-w -t $t -D/" | xargs -r -L1 $IPT; done`),
 		},
 		{
@@ -64,7 +64,8 @@ func firewall() []Fault {
 		},
 		{
 			// The kernel tells nobody of changes to its address sets: it is found when the rules are looked at, every 10 s.
-			Name: "set of node addresses emptied", On: []string{OnHostGW, OnDirect}, Bound: Bound{Repair: 10*time.Second + withinASecond},
+			Name: "set of node addresses emptied", On: []string{OnHostGW, OnDirect},
+			Bound: Bound{Repair: 10*time.Second + withinASecond},
 			Inject: Once(`if [ -n "$NFT_TABLE" ]; then for s in $(nft list table $NFT_TABLE | sed -n 's/^\tset \([^ ]*\).*/\1/p'); do nft flush set $NFT_TABLE $s; done
 				else ipset flush; fi`), Log: `reverted external change.*"firewall: set changed"`,
 		},
@@ -92,10 +93,12 @@ func firewall() []Fault {
 	return append(rows, containerRules(), Fault{
 		// flannel's nodes are such, and those behind a NAT. The peer's daemon must not be there to put its lease right.
 		Area: Firewall, Name: "a peer that answers nodes without the tunnel, strict rp_filter",
-		On:      []string{OnVXLAN, OnDual, OnNFTables, OnLegacy},
-		Inject:  Steps(strictFilter, func(ctx context.Context, s *Site) error { return s.Peer.Stop(ctx) }, bareAnswers),
-		Expect:  All(seenFrom(true, func(s *Site) *lab.Node { return s.Peer }), seenFrom(false, (*Site).otherThan)),
-		Restore: func(_ context.Context, s *Site) error { return s.Peer.Start() },
+		On: []string{OnVXLAN, OnDual, OnNFTDual, OnLegacy},
+		Inject: Steps(kubeProxy, strictFilter, func(ctx context.Context, s *Site) error { return s.Peer.Stop(ctx) },
+			bareAnswers),
+		Expect: All(seenFrom(true, func(s *Site) *lab.Node { return s.Peer }), seenFrom(false, (*Site).otherThan),
+			seenAs(tunnelsToPeer, ways()...)),
+		Restore: Steps(Undo, func(_ context.Context, s *Site) error { return s.Peer.Start() }),
 		Bound:   lossless(5 * time.Second),
 	})
 }
@@ -143,7 +146,8 @@ func strictFilter(ctx context.Context, s *Site) error {
 	if err != nil {
 		return err
 	}
-	s.Defer(Once(fmt.Sprintf("set -- %s; for v in %s; do echo $v > $1; shift; done", files, strings.Join(strings.Fields(before), " "))))
+	s.Defer(Once(fmt.Sprintf("set -- %s; for v in %s; do echo $v > $1; shift; done", files,
+		strings.Join(strings.Fields(before), " "))))
 	return nil
 }
 
@@ -162,6 +166,14 @@ func bareAnswers(ctx context.Context, s *Site) error {
 	return errors.Join(err, unless(value != own.value, "the lease of %s: %s", s.Peer.Name, own.value))
 }
 
+// tunnelsToPeer is the victim's address in the tunnel for the peer's pods, and its own for others.
+func tunnelsToPeer(s *Site, f addr.Family, to *lab.Node) netip.Addr {
+	if to == s.Peer {
+		return s.own.Gateway.Get(f).Masked().Addr()
+	}
+	return s.Victim.Addr(f)
+}
+
 // seenFrom holds when a pod of a node answers what the victim sends from its own address, and has it from there, or
 // from its address in the tunnel.
 func seenFrom(tunnel bool, node func(*Site) *lab.Node) Check {
@@ -175,43 +187,19 @@ func seenFrom(tunnel bool, node func(*Site) *lab.Node) Check {
 			if tunnel {
 				want = s.own.Gateway.Get(f).Masked().Addr()
 			}
-			got, err := connect(ctx, s.Victim, s.Victim.Addr(f), node(s).Pods()[0], env.PodAddr(f, 0).Addr())
-			wrong := unless(got == want, "a pod of %s sees %s as %s, want %s", node(s).Name, s.Victim.Name, got, want)
-			if err := errors.Join(err, wrong); err != nil {
+			to := netip.AddrPortFrom(env.PodAddr(f, 0).Addr(), backendPort)
+			c, err := connect(ctx, s.Victim.Machine, s.Victim.Addr(f), node(s).Pods()[0], to, to)
+			if err != nil {
+				return err
+			}
+			defer c.close()
+			if err := unless(c.seen() == want, "a pod of %s sees %s as %s, want %s", node(s).Name, s.Victim.Name, c.seen(),
+				want); err != nil {
 				return err
 			}
 		}
 		return nil
 	}
-}
-
-// connect makes a TCP connection from one address to another, and returns whom the server sees.
-func connect(
-	ctx context.Context, from *lab.Node, source netip.Addr, to lab.Machine, target netip.Addr,
-) (seen netip.Addr, err error) {
-	l, err := to.Listen(ctx, netip.AddrPortFrom(target, 0).String())
-	if err != nil {
-		return seen, err
-	}
-	defer func() { _ = l.Close() }()
-	dialer := net.Dialer{
-		Timeout:   500 * time.Millisecond,
-		LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0)),
-	}
-	var client net.Conn
-	if err := from.Do(func() (err error) {
-		client, err = dialer.DialContext(ctx, "tcp", l.Addr().String())
-		return err
-	}); err != nil {
-		return seen, err
-	}
-	defer func() { _ = client.Close() }()
-	server, err := l.Accept()
-	if err != nil {
-		return seen, err
-	}
-	defer func() { _ = server.Close() }()
-	return netip.MustParseAddrPort(server.RemoteAddr().String()).Addr().Unmap(), nil
 }
 
 // containerRules is what Docker Engine 28 and later put into the table raw for each container: its bridge alone may
@@ -220,7 +208,8 @@ func containerRules() Fault {
 	const rule = `PREROUTING -d $POD_IP ! -i cni0 -j DROP`
 	return Fault{
 		Area: Firewall, Name: "Docker keeps its containers from being reached", On: []string{OnVXLAN, OnDual, OnLegacy},
-		Inject: Steps(On(`$IPT -w -t raw -A `+rule), Afterwards(On(`$IPT -w -t raw -D `+rule))), Restore: Undo, Bound: drift(),
+		Inject: Steps(On(`$IPT -w -t raw -A `+rule), Afterwards(On(`$IPT -w -t raw -D `+rule))), Restore: Undo,
+		Bound: drift(),
 		Seen: (&Seen{}).diagnosed(
 			`^FAIL forwarded packets packets from pods of other nodes to [^ ]+ are dropped by .*raw.* chain PREROUTING` +
 				`|^warn iptables-legacy .*-A PREROUTING -d [^ ]+ ! -i cni0 -j DROP`),
@@ -235,12 +224,13 @@ const unforward = `$IPT -w -P FORWARD ACCEPT; $IPT -w -F FORWARD
 // secondary is a second address of the victim's pod.
 func secondary(own lab.SubnetEnv, f addr.Family) netip.Addr { return own.PodAddr(f, 198).Addr() }
 
-// pod is the victim's first one, and secondAddress gives it that address.
+// pod is the victim's first one, and secondAddress gives it that address. It must not become the source of what the pod
+// sends: of several IPv6 addresses, the kernel takes the newest that is not deprecated.
 func pod(s *Site) lab.Machine { return s.Victim.Pods()[0] }
 
 func secondAddress(ctx context.Context, s *Site) error {
 	return Steps(Afterwards(each(pod, `ip address del $DENIED/$BITS dev eth0`)),
-		each(pod, `ip address replace $DENIED/$BITS dev eth0 $([ $F = -4 ] || echo nodad)`))(ctx, s)
+		each(pod, `ip address replace $DENIED/$BITS dev eth0 $([ $F = -4 ] || echo nodad preferred_lft 0)`))(ctx, s)
 }
 
 // passes holds when a peer's pod reaches the second address in every family, dropped when it does in none.
@@ -266,5 +256,8 @@ func reached(ctx context.Context, s *Site) (families int, err error) {
 
 // rewritten is what is seen of rules that were put right.
 func rewritten() *Seen {
-	return &Seen{Status: `firewall: .*: \d+, last`, Metrics: []string{`overlayd_firewall_runs_total +`, `overlayd_drift_reverted_total +`}}
+	return &Seen{Status: `firewall: .*: \d+, last`, Metrics: []string{
+		`overlayd_firewall_runs_total +`,
+		`overlayd_drift_reverted_total +`,
+	}}
 }

@@ -31,12 +31,13 @@ func fields(ip, mac string) string {
 const (
 	strangerIP  = "172.31.1.99"
 	strangerMAC = "02:00:00:00:99:01"
+	nonsenseKey = "10.244.3.0-24"
 )
 
-// nonsenses lists them.
+// nonsenses lists those that are refused as soon as they are read.
 func nonsenses() []nonsense {
 	honest := text(fields(strangerIP, strangerMAC))
-	key := text("10.244.3.0-24")
+	key := text(nonsenseKey)
 	at := func(ip string) func(*Site) string { return text(fields(ip, strangerMAC)) }
 	with := func(mac string) func(*Site) string { return text(fields(strangerIP, mac)) }
 	return []nonsense{
@@ -48,10 +49,11 @@ func nonsenses() []nonsense {
 		{"etcd's network", text("172.31.100.0-24"), honest, `172.31.100.0`, false},
 		{"the whole pod network", text("10.244.0.0-16"), honest, `10.244.0.0`, false},
 		{"a part of a peer's subnet", func(s *Site) string { return inside(s, false) }, honest, `overlap`, false},
-		{"a part of the node's own subnet", func(s *Site) string { return inside(s, true) }, honest, `overlaps this node's own`, true},
+		{
+			"a part of the node's own subnet", func(s *Site) string { return inside(s, true) }, honest,
+			`overlaps this node's own`, true,
+		},
 		{"a subnet around several", text("10.244.0.0-17"), honest, `overlap|10.244.0.0`, false},
-		{"the node's own public IP", key, func(s *Site) string { return fields(s.Victim.Addr(addr.IPv4).String(), strangerMAC) }, `public IP .* is this node's own`, true},
-		{"a peer's public IP", key, func(s *Site) string { return fields(s.Peer.Addr(addr.IPv4).String(), strangerMAC) }, `public IP .* is that of`, true},
 		{"a public IP inside the pod network", key, at("10.244.9.9"), `public IP .* inside the overlay network`, false},
 		{"a multicast public IP", key, at("224.0.0.1"), `224.0.0.1`, false},
 		{"the broadcast address", key, at("255.255.255.255"), `255.255.255.255`, false},
@@ -60,14 +62,51 @@ func nonsenses() []nonsense {
 		{"a zero MAC", key, with("00:00:00:00:00:00"), `no IPv4 VtepMAC`, false},
 		{"the broadcast MAC", key, with("ff:ff:ff:ff:ff:ff"), `group address`, false},
 		{"a MAC that is none", key, with("zz:00"), `zz:00`, false},
-		{"another VNI", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"VNI":1`, `"VNI":2`, 1)), `VNI is 2`, true},
-		{"another backend", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"vxlan"`, `"host-gw"`, 1)), `host-gw`, false},
+		{
+			"another VNI", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"VNI":1`, `"VNI":2`, 1)), `VNI is 2`,
+			true,
+		},
+		{
+			"another backend", key, text(strings.Replace(fields(strangerIP, strangerMAC), `"vxlan"`, `"host-gw"`, 1)), `host-gw`,
+			false,
+		},
 		{"broken JSON", key, text(`{"PublicIP":`), `JSON`, true},
 		{"no backend", key, text(`{"PublicIP":"172.31.1.99"}`), `backend`, false},
 		{"not an object", key, text(`[1, 2]`), `expected a JSON object`, false},
 		{"a value of 1 MB", key, text(`{"PublicIP":"` + strings.Repeat("1", 1<<20) + `"}`), ``, false},
 		{"a key of 4 kB", text("10.244.3.0-24" + strings.Repeat("0", 4096)), honest, ``, false},
 		{"a key with control characters", text("10.244.3.0-24\n\x1b[31m"), honest, ``, false},
+	}
+}
+
+// twins lists those that announce another node's address: they challenge its lease.
+func twins() []nonsense {
+	key := text(nonsenseKey)
+	return []nonsense{
+		{
+			"the node's own public IP", key,
+			func(s *Site) string { return fields(s.Victim.Addr(addr.IPv4).String(), strangerMAC) },
+			`public IP .* is this node's own`, true,
+		},
+		{
+			"a peer's public IP", key, func(s *Site) string { return fields(s.Peer.Addr(addr.IPv4).String(), strangerMAC) },
+			`public IP .* is that of`, true,
+		},
+	}
+}
+
+// fault is the row for it. It has to change nothing for so long.
+func (n nonsense) fault(hold time.Duration) Fault {
+	key := func(s *Site) string { return subnets + n.key(s) }
+	return Fault{
+		Name: "lease: " + n.what, On: []string{OnVXLAN}, Short: n.short,
+		Inject: Steps(
+			Afterwards(Delete(key)),
+			Put(key, n.value),
+		),
+		Expect: All(RoutesWhole, refused), Hold: hold, Keeps: KernelWhole,
+		Restore: Undo, Log: `condition failed.*"rejected-lease"`,
+		Seen: degrades("rejected-lease", n.says, `overlayd_leases_rejected 1`),
 	}
 }
 
@@ -90,17 +129,11 @@ func inside(s *Site, own bool) string {
 func peers() []Fault {
 	var rows []Fault
 	for _, n := range nonsenses() {
-		key := func(s *Site) string { return subnets + n.key(s) }
-		rows = append(rows, Fault{
-			Name: "lease: " + n.what, On: []string{OnVXLAN}, Short: n.short,
-			Inject: Steps(
-				Afterwards(Delete(key)),
-				Put(key, n.value),
-			),
-			Expect: All(RoutesWhole, refused), Hold: 300 * time.Millisecond, Keeps: KernelWhole,
-			Restore: Undo, Log: `condition failed.*"rejected-lease"`,
-			Seen: degrades("rejected-lease", n.says, `overlayd_leases_rejected 1`),
-		})
+		rows = append(rows, n.fault(300*time.Millisecond))
+	}
+	for _, n := range twins() {
+		// A challenge comes to age after a second: only then would a lease that is not answered take the address over.
+		rows = append(rows, n.fault(2*time.Second))
 	}
 	rows = append(rows,
 		Fault{
@@ -122,7 +155,8 @@ func peers() []Fault {
 		Fault{
 			Name: "a node that is no more, whose lease still stands", On: []string{OnVXLAN},
 			Inject: ghostSlow.appears, Restore: ghostSlow.goes, Bound: lossless(letGo),
-			Log: `condition failed.*"silent-peers"`, Seen: pinged("silent-peers", "ghost64: pings are not answered", `overlayd_probe_targets{verdict="silent"} `),
+			Log:  `condition failed.*"silent-peers"`,
+			Seen: pinged("silent-peers", "ghost64: pings are not answered", `overlayd_probe_targets{verdict="silent"} `),
 		},
 		Fault{
 			Name: "two leases for overlapping subnets: the older one holds", On: []string{OnVXLAN, OnHostGW},
@@ -146,7 +180,8 @@ func peers() []Fault {
 			Name: "10,000 keys for no subnet of the network", On: []string{OnVXLAN},
 			Inject: Steps(
 				Afterwards(deleteAll(subnets+"11.")),
-				manyKeys(10000, func(i int) string { return fmt.Sprintf("11.%d.%d.0-24", i/256, i%256) }, fields(strangerIP, strangerMAC))),
+				manyKeys(10000, func(i int) string { return fmt.Sprintf("11.%d.%d.0-24", i/256, i%256) },
+					fields(strangerIP, strangerMAC))),
 			Expect: All(RoutesWhole, refused), Hold: 2 * time.Second, Keeps: RoutesWhole,
 			Restore: Undo, Log: `condition failed.*"rejected-lease"`, Bound: Bound{Repair: 5 * time.Second},
 		},
@@ -196,9 +231,7 @@ func manyKeys(n int, key func(int) string, value string) Action {
 }
 
 // deleteAll deletes the keys that begin so.
-func deleteAll(prefix string) Action {
-	return func(ctx context.Context, s *Site) error { return s.delete(ctx, prefix, clientv3.WithPrefix()) }
-}
+func deleteAll(prefix string) Action { return Delete(text(prefix), clientv3.WithPrefix()) }
 
 // clone writes over the victim's lease as a clone of it does, and again when the victim has put it right.
 func clone(ctx context.Context, s *Site) error {

@@ -17,8 +17,10 @@ func underlayFaults() []Fault {
 	rows := []Fault{
 		{
 			Name: "interface down and up", On: everywhere(), Short: true, Soak: true,
-			Inject: linkDown, Hold: 2 * time.Second, Keeps: keepsState, Restore: linkUp, Log: `condition failed.*"underlay".*eth0`,
-			Seen: unreadies("underlay", "eth0").diagnosed(`^FAIL interface .*eth0, (which leads to the other nodes|used so far), is down`),
+			Inject: linkDown, Hold: 2 * time.Second, Keeps: keepsState, Restore: linkUp,
+			Log: `condition failed.*"underlay".*eth0`,
+			Seen: unreadies("underlay",
+				"eth0").diagnosed(`^FAIL interface .*eth0, (which leads to the other nodes|used so far), is down`),
 		},
 		{
 			Name: "cable out and in", On: everywhere(), Soak: true,
@@ -31,7 +33,7 @@ func underlayFaults() []Fault {
 			Inject:  Steps(moveTo("99"), Afterwards(moveBack)),
 			Expect:  All(announces("99"), subnetKept, reaches),
 			Restore: Undo, Log: `interface chosen.*[.:]99 on `,
-			Seen: follows(`^Public IP .*[.:]99`, `overlayd_interface_changes_total +`),
+			Seen: follows(`^Interface .*public IP .*[.:]99`, `overlayd_interface_changes_total +`),
 		},
 		{
 			Name: "MTU lowered", On: everywhere(), Short: true, Soak: true,
@@ -53,14 +55,16 @@ func underlayFaults() []Fault {
 		},
 		{
 			Name: "default route moved to another interface", On: tunnelled(), Short: true,
-			Inject:  Steps(secondInterface, On(`ip $F route replace default via $GW2 dev eth1`), Afterwards(On(`ip $F route replace default via $GW dev eth0`))),
+			Inject: Steps(secondInterface, On(`ip $F route replace default via $GW2 dev eth1`),
+				Afterwards(On(`ip $F route replace default via $GW dev eth0`))),
 			Expect:  All(leavesBy("eth1"), subnetKept, reaches),
 			Restore: Undo, Log: `(?i)interface chosen.*eth1`,
 			Seen: follows(`^Interface .*eth1.*default route`, `overlayd_interface_changes_total +`),
 		},
 		{
 			Name: "second default route of a better metric", On: tunnelled(),
-			Inject: Steps(secondInterface, On(`ip $F route replace default via $GW dev eth0 metric 200; [ $F = -6 ] && ip $F route del default via $GW dev eth0 metric 1024 || ip $F route del default via $GW dev eth0 metric 0
+			Inject: Steps(secondInterface,
+				On(`ip $F route replace default via $GW dev eth0 metric 200; [ $F = -6 ] && ip $F route del default via $GW dev eth0 metric 1024 || ip $F route del default via $GW dev eth0 metric 0
 				ip $F route add default via $GW2 dev eth1 metric 100`),
 				Afterwards(On(`ip $F route del default metric 100; ip $F route replace default via $GW dev eth0; ip $F route del default metric 200`))),
 			Expect:  All(leavesBy("eth1"), subnetKept, reaches),
@@ -84,7 +88,8 @@ func underlayFaults() []Fault {
 			Inject: onPeer(`nft add table inet host-$NFT_FAMILY; nft add chain inet host-$NFT_FAMILY in '{ type filter hook input priority -10; }'
 				nft add rule inet host-$NFT_FAMILY in $NFT_FAMILY saddr $IP udp dport 8472 drop`, `nft delete table inet host-$NFT_FAMILY`),
 			Restore: Undo, Log: `condition failed.*"silent-peers"`,
-			Seen: pinged("silent-peers", `n1: pings are not answered`, `overlayd_probe_targets{verdict="silent"} `).diagnosed(`^(FAIL|warn) peers answer .*n1 `),
+			Seen: pinged("silent-peers", `n1: pings are not answered`,
+				`overlayd_probe_targets{verdict="silent"} `).diagnosed(`^(FAIL|warn) peers answer .*n1 `),
 		},
 		{
 			Name: "a peer ignores pings", On: []string{OnDual}, Bound: lossless(2 * time.Second),
@@ -102,7 +107,7 @@ func underlayFaults() []Fault {
 					nft add rule inet host in udp dport 8472 drop`),
 				Afterwards(Once(`nft delete table inet host`))),
 			Restore: Undo, Log: `condition failed.*"silent-peers"`,
-			Seen: pinged("silent-peers", `n1, n2: no peer at all answers pings`, `overlayd_probe_targets{verdict="silent"} `).
+			Seen: pinged("silent-peers", `n1, n2: no peer answers pings`, `overlayd_probe_targets{verdict="silent"} `).
 				diagnosed(`^FAIL VXLAN in the firewall VXLAN packets \(UDP port 8472\).* are dropped by table inet host, chain in`),
 		},
 		{
@@ -111,7 +116,8 @@ func underlayFaults() []Fault {
 			Inject: onRouter(`nft add table inet narrow; nft add chain inet narrow way '{ type filter hook forward priority 0; }'
 				nft add rule inet narrow way udp dport 8472 meta length gt 1400 drop`, `nft delete table inet narrow`),
 			Restore: Undo, Log: `condition failed.*"path-mtu"`, Bound: lossless(2 * time.Second),
-			Seen: pinged("path-mtu", `n2: small packets arrive, those of 14\d\d bytes don't`, `overlayd_probe_targets{verdict="small-only"} `).
+			Seen: pinged("path-mtu", `n2: small packets arrive, those of 14\d\d bytes do not`,
+				`overlayd_probe_targets{verdict="small-only"} `).
 				diagnosed(`^FAIL full-size packets .*n2`),
 		},
 	}
@@ -141,13 +147,11 @@ func keepsState(ctx context.Context, s *Site) error {
 // elsewhere is the victim's address with another last part.
 func elsewhere(s *Site, f addr.Family, last string) netip.Prefix {
 	own := s.Victim.Addr(f).String()
-	cut := strings.LastIndexAny(own, ".:")
-	a := netip.MustParseAddr(own[:cut+1] + last)
-	bits := 24
+	a := netip.MustParseAddr(own[:strings.LastIndexAny(own, ".:")+1] + last)
 	if f == addr.IPv6 {
-		bits = 64
+		return netip.PrefixFrom(a, 64)
 	}
-	return netip.PrefixFrom(a, bits)
+	return netip.PrefixFrom(a, 24)
 }
 
 // moveTo replaces the victim's addresses by others of the same network, as a DHCP server may.
@@ -156,14 +160,12 @@ func moveTo(last string) Action {
 }
 
 func (s *Site) readdress(ctx context.Context, n *lab.Node, last string) error {
-	for _, f := range s.families {
+	return s.everyFamily(func(f addr.Family) error {
 		_, err := n.Shell(ctx, fmt.Sprintf(`ip $F address flush dev eth0 scope global
-			ip $F address add %s dev eth0 %s; ip $F route replace default via $GW dev eth0`, elsewhere(s, f, last), nodad(f)), s.vars.Get(f)...)
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+			ip $F address add %s dev eth0 %s; ip $F route replace default via $GW dev eth0`,
+			elsewhere(s, f, last), nodad(f)), s.vars.Get(f)...)
+		return err
+	})
 }
 
 func nodad(f addr.Family) string {
@@ -205,12 +207,7 @@ func announcesAt(at func(*Site, addr.Family) netip.Addr) Check {
 		if err := s.says(ctx, s.Victim, at); err != nil {
 			return err
 		}
-		for _, f := range s.families {
-			if err := s.sendsFrom(ctx, f, at(s, f)); err != nil {
-				return err
-			}
-		}
-		return nil
+		return s.everyFamily(func(f addr.Family) error { return s.sendsFrom(ctx, f, at(s, f)) })
 	}
 }
 
@@ -220,19 +217,19 @@ func (s *Site) says(ctx context.Context, n *lab.Node, at func(*Site, addr.Family
 	if err != nil {
 		return err
 	}
-	for _, f := range s.families {
-		if to := at(s, f); !strings.Contains(lease.value, `"`+to.String()+`"`) {
-			return fmt.Errorf("the lease of %s does not say %s: %s", n.Name, to, lease.value)
-		}
-	}
-	return nil
+	return s.everyFamily(func(f addr.Family) error {
+		to := at(s, f).String()
+		return unless(strings.Contains(lease.value, `"`+to+`"`), "the lease of %s does not say %s: %s", n.Name, to,
+			lease.value)
+	})
 }
 
 // sendsFrom looks at the two ends of a tunnel, or at the peer's route.
 func (s *Site) sendsFrom(ctx context.Context, f addr.Family, from netip.Addr) error {
 	script := fmt.Sprintf(`ip $F route show proto 118 | grep -F "via %s "`, from)
 	if s.Setup == OnVXLAN || s.Setup == OnDual {
-		if _, err := s.Victim.Shell(ctx, fmt.Sprintf(`ip -d link show $DEV | grep -F "local %s "`, from), s.vars.Get(f)...); err != nil {
+		if _, err := s.Victim.Shell(ctx, fmt.Sprintf(`ip -d link show $DEV | grep -F "local %s "`, from),
+			s.vars.Get(f)...); err != nil {
 			return fmt.Errorf("the device does not send from %s", from)
 		}
 		script = fmt.Sprintf(`bridge fdb show dev $DEV | grep -F "dst %s "`, from)
@@ -254,23 +251,27 @@ func subnetKept(_ context.Context, s *Site) error {
 
 // reaches holds when pods of the victim and of the peer reach each other.
 func reaches(ctx context.Context, s *Site) error {
-	for _, pair := range [][2]*lab.Node{{s.Victim, s.Peer}, {s.Peer, s.Victim}} {
-		for _, f := range s.families {
-			if err := s.pingPod(ctx, pair[0], pair[1], f); err != nil {
-				return err
-			}
-		}
+	if err := s.pingPod(ctx, s.Victim.Pods()[0], s.Peer); err != nil {
+		return err
 	}
-	return nil
+	return s.pingPod(ctx, s.Peer.Pods()[0], s.Victim)
 }
 
-func (s *Site) pingPod(ctx context.Context, from, to *lab.Node, f addr.Family) error {
-	env, err := to.SubnetEnv()
+// pingPod pings the first pod of a node in each family.
+func (s *Site) pingPod(ctx context.Context, from lab.Machine, node *lab.Node) error {
+	env, err := node.SubnetEnv()
 	if err != nil {
 		return err
 	}
-	if _, err := from.Pods()[0].Ping(ctx, lab.Ping{To: env.PodAddr(f, 0).Addr(), Wait: 200 * time.Millisecond}); err != nil {
-		return fmt.Errorf("a pod of %s does not reach one of %s: %w", from.Name, to.Name, err)
+	return s.everyFamily(func(f addr.Family) error {
+		return reachesOne(ctx, from, "a pod of "+node.Name, env.PodAddr(f, 0).Addr())
+	})
+}
+
+func reachesOne(ctx context.Context, from lab.Machine, what string, to netip.Addr) error {
+	_, err := from.Ping(ctx, lab.Ping{To: to, Wait: 200 * time.Millisecond})
+	if err != nil {
+		return fmt.Errorf("%s does not reach %s: %w", from.Name, what, err)
 	}
 	return nil
 }
@@ -318,23 +319,6 @@ func secondInterface(_ context.Context, s *Site) error {
 // leavesBy holds when the tunnels use an interface.
 func leavesBy(name string) Check {
 	return Sees(`ip -d link show $DEV | grep "dev ` + name + ` "`)
-}
-
-// LogSays holds when a line of the victim's log matches.
-func LogSays(pattern string) Check {
-	return func(_ context.Context, s *Site) error {
-		if !matchesAny(s.logged(), pattern) {
-			return fmt.Errorf("the daemon did not log /%s/", pattern)
-		}
-		return nil
-	}
-}
-
-// logLacks holds when no line does.
-func logLacks(pattern string) Check {
-	return func(_ context.Context, s *Site) error {
-		return unless(!matchesAny(s.logged(), pattern), "the daemon logged /%s/", pattern)
-	}
 }
 
 // pinged is what is seen of peers that don't answer as they should, which takes a few pings.

@@ -1,8 +1,9 @@
-// Package faults is the catalogue of what can happen to an overlay network, and the runner that makes each of it happen in a lab:
-// while traffic flows, with a bound on what may be lost and on how long the repair may take.
+// Package faults is the catalogue of what can happen to an overlay network, and the runner that makes each of it happen
+// in a lab: while traffic flows, with a bound on what may be lost and on how long the repair may take.
 //
-// The catalogue is data ([Catalogue]): a row says what is done, what is expected, and what the daemon has to say about it: in its log
-// ([Fault].Log), and to an operator who asks it ([Seen]). A row that breaks its bound is a bug of the daemon, or of the row.
+// The catalogue is data ([Catalogue]): a row says what is done, what is expected, and what the daemon has to say about
+// it: in its log ([Fault].Log), and to an operator who asks it ([Seen]). A row that breaks its bound is a bug of the
+// daemon, or of the row.
 package faults
 
 import (
@@ -25,10 +26,10 @@ const (
 )
 
 // Action does something to a site.
-type Action func(context.Context, *Site) error
+type Action = func(context.Context, *Site) error
 
 // Check says what is not (yet) as it should be at a site.
-type Check func(context.Context, *Site) error
+type Check = Action
 
 // Fault is one row of the catalogue.
 type Fault struct {
@@ -38,7 +39,8 @@ type Fault struct {
 	Short bool     // it belongs to the short form
 	Soak  bool     // it may happen at any time in a soak
 
-	// Inject makes the fault. Expect must hold within Bound.Repair after that; without it, and without Restore, it is Whole.
+	// Inject makes the fault. Expect must hold within Bound.Repair after that; without it, and without Restore, it is
+	// Whole.
 	Inject Action
 	Expect Check
 	// Hold is how long the fault then lasts. Keeps must hold all that time.
@@ -54,25 +56,26 @@ type Fault struct {
 	Bound Bound
 	// Log is a regular expression that a line of the daemon's log must match.
 	Log string
-	// Seen is what an operator gets to see, without the log; nil: that is not looked at.
+	// Seen is what an operator gets to see, without the log; nil: that is not checked.
 	Seen *Seen
 }
 
 // Bound is what a fault may cost.
 type Bound struct {
 	Lost   int           // pings; Any: as many as the repair takes
-	Every  bool          // the fault is every node's: what is lost between others counts like the rest
+	Every  bool          // the fault is every node's: packets may be lost between others, too
 	Repair time.Duration // from the fault, or from its end, to the planned state
 	Lines  int           // of the log; 0: mostLines
 }
 
-// Any stands for no bound on the number of lost packets. Between nodes that have nothing to do with the fault none is lost.
+// Any stands for no bound on the number of lost packets. Between nodes that have nothing to do with the fault none is
+// lost.
 const Any = -1
 
 // mostLines is how many lines a daemon may log about one fault.
 const mostLines = 60
 
-// letGo is when a peer that was removed is gone from the others: it lingers for five seconds, in case it was a mistake.
+// letGo is when a removed peer is gone from the others: it stays for five seconds, in case it was a mistake.
 const letGo = 9 * time.Second
 
 // withinASecond is the bound where a second is promised.
@@ -81,8 +84,8 @@ const withinASecond = time.Second
 func drift() Bound    { return Bound{Lost: Any, Repair: withinASecond} }
 func underlay() Bound { return Bound{Lost: Any, Repair: 2 * time.Second} }
 
-// lossless is the bound where no packet may be lost; catching up may take a while, since those who come back must not all do so
-// at once.
+// lossless is the bound where no packet may be lost; catching up may take a while, since nodes that return must not all
+// do so at once.
 func lossless(repair time.Duration) Bound { return Bound{Repair: repair} }
 
 func (b Bound) lines() int {
@@ -99,8 +102,8 @@ func (f Fault) setups() []string {
 	return f.On
 }
 
-// in is the fault as it is judged in a setup: the legacy variant of iptables tells nobody of a change, so that it is found when the
-// rules are looked at.
+// in is the fault as it is judged in a setup: the kernel does not notify of changes to legacy iptables, which are found
+// by the next resync.
 func (f Fault) in(setup string) Fault {
 	if setup == OnLegacy && f.Area == Firewall {
 		f.Bound.Repair = max(f.Bound.Repair, resync*time.Second+withinASecond)

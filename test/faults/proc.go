@@ -9,11 +9,13 @@ import (
 
 // usage is what a process holds, and has used so far.
 type usage struct {
-	PID     int           `json:"pid"`
-	Threads int           `json:"threads"`
-	Files   int           `json:"files"`
-	RSS     int           `json:"rssKB"`
-	CPU     time.Duration `json:"-"`
+	PID, Threads, Files int
+	RSS                 int // KB
+	CPU                 time.Duration
+}
+
+func (u usage) String() string {
+	return fmt.Sprintf("%d threads, %d open files, %d KB of memory", u.Threads, u.Files, u.RSS)
 }
 
 func usageOf(pid int) (usage, error) {
@@ -42,12 +44,8 @@ func (u usage) grown(since usage) error {
 	switch {
 	case u.PID != since.PID:
 		return fmt.Errorf("process %d became %d", since.PID, u.PID)
-	case u.Threads > since.Threads+growThreads:
-		return fmt.Errorf("from %d to %d threads", since.Threads, u.Threads)
-	case u.Files > since.Files+growFiles:
-		return fmt.Errorf("from %d to %d open files", since.Files, u.Files)
-	case u.RSS > since.RSS+growRSS:
-		return fmt.Errorf("from %d to %d KB of memory", since.RSS, u.RSS)
+	case u.Threads > since.Threads+growThreads || u.Files > since.Files+growFiles || u.RSS > since.RSS+growRSS:
+		return fmt.Errorf("it has grown: %s became %s", since, u)
 	}
 	return nil
 }

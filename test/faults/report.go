@@ -2,6 +2,7 @@ package faults
 
 import (
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -24,24 +25,31 @@ type Result struct {
 	Lost     int      `json:"packetsLost"`
 	Repair   seconds  `json:"secondsToRepair"`
 	Logged   string   `json:"logged"`
+	Seen     string   `json:"seen,omitempty"` // what an operator saw
 	Problems []string `json:"problems,omitempty"`
-	// What an operator saw: a line of `overlayd status` or of `overlayd doctor`, what /readyz said from before the fault to its end,
-	// and the metrics that moved.
-	Status  string   `json:"status,omitempty"`
-	Doctor  string   `json:"doctor,omitempty"`
-	Ready   string   `json:"ready,omitempty"`
-	Metrics []string `json:"metrics,omitempty"`
-	// All that the status said, and the end of the daemon's log, where there are problems.
-	StatusText []string `json:"statusText,omitempty"`
-	Log        []string `json:"log,omitempty"`
-}
-
-func newResult(f Fault, setup string) Result {
-	return Result{Area: f.Area, Fault: f.Name, Setup: setup}
+	// Details are the end of the daemon's log and its status, where there are problems.
+	Details []string `json:"details,omitempty"`
 }
 
 func (r *Result) fail(format string, args ...any) {
 	r.Problems = append(r.Problems, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; "))
+}
+
+func (r *Result) check(err error) {
+	if err != nil {
+		r.fail("%v", err)
+	}
+}
+
+// guard calls a function whose panic is a problem of this row alone.
+func (r *Result) guard(f func()) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			r.fail("panic: %v", cause)
+			r.Details = append(r.Details, string(debug.Stack()))
+		}
+	}()
+	f()
 }
 
 func (r Result) verdict() string {
@@ -65,7 +73,10 @@ type Report struct {
 func newReport(rows []Result, took time.Duration) Report {
 	r := Report{Rows: rows, Took: seconds(took)}
 	areas := []Area{Kernel, Firewall, Underlay, Etcd, Boot, Daemon, Peers}
-	slices.SortStableFunc(r.Rows, func(a, b Result) int { return slices.Index(areas, a.Area) - slices.Index(areas, b.Area) })
+	slices.SortStableFunc(r.Rows, func(a, b Result) int {
+		return slices.Index(areas, a.Area) - slices.Index(areas,
+			b.Area)
+	})
 	for _, row := range rows {
 		if len(row.Problems) > 0 {
 			r.Failed++
@@ -74,74 +85,32 @@ func newReport(rows []Result, took time.Duration) Report {
 	return r
 }
 
-// The widest that a column may be.
-const (
-	widestFault   = 60
-	widestLogged  = 70
-	widestSays    = 110
-	widestReady   = 60
-	widestMetrics = 120
-	widestVerdict = 200
-)
-
-// Text renders the report for a terminal.
+// Text renders the report for a terminal: a table, failed rows at length, and their reasons once more in the last
+// lines, which are all that is kept of a long output.
 func (r Report) Text() string {
-	rows := [][]string{{"FAULT", "SETUP", "LOST", "SECONDS", "THE LOG SAYS", "STATUS OR DOCTOR SAYS", "/READYZ", "METRICS", "OK"}}
+	rows := [][]string{{"FAULT", "SETUP", "LOST", "SECONDS", "THE LOG SAYS", "AN OPERATOR SEES", "OK"}}
+	details, failed := "", ""
 	for _, x := range r.Rows {
 		rows = append(rows, []string{
-			cut(string(x.Area)+": "+x.Fault, widestFault), x.Setup, fmt.Sprint(x.Lost), x.Repair.String(),
-			cut(x.Logged, widestLogged), cut(x.says(), widestSays), cut(or(x.Ready), widestReady), cut(or(strings.Join(x.Metrics, ", ")), widestMetrics),
-			cut(x.verdict(), widestVerdict),
+			cut(string(x.Area)+": "+x.Fault, 60), x.Setup, fmt.Sprint(x.Lost), x.Repair.String(),
+			cut(x.Logged, 70), cut(x.Seen, 200), cut(x.verdict(), 200),
 		})
-	}
-	var b strings.Builder
-	b.WriteString(lab.Table(rows, 2))
-	for _, x := range r.Rows {
 		if len(x.Problems) > 0 {
-			b.WriteString(x.details())
+			details += fmt.Sprintf("\n%s\n    | %s\n", x.line(), strings.ReplaceAll(strings.Join(x.Details, "\n"), "\n",
+				"\n    | "))
+			failed += fmt.Sprintf("failed: %s %s: %s: %s\n", x.Setup, x.Area, x.Fault, x.verdict())
 		}
 	}
 	n := len(r.Rows)
-	fmt.Fprintf(&b, "\n%d rows in %s: %d within their bounds, %d not\n", n, time.Duration(r.Took).Round(time.Second), n-r.Failed, r.Failed)
-	return b.String()
-}
-
-// details shows a failed row at length.
-func (r Result) details() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "\n%s: %s (%s)\n", r.Area, r.Fault, r.Setup)
-	for _, p := range r.Problems {
-		fmt.Fprintf(&b, "  - %s\n", p)
-	}
-	for _, l := range r.Log {
-		fmt.Fprintf(&b, "    | %s\n", l)
-	}
-	for _, l := range r.StatusText {
-		fmt.Fprintf(&b, "    status| %s\n", l)
-	}
-	return b.String()
-}
-
-// says is what names the fault.
-func (r Result) says() string {
-	switch {
-	case r.Status != "" && r.Doctor != "":
-		return r.Status + " / doctor: " + r.Doctor
-	case r.Doctor != "":
-		return "doctor: " + r.Doctor
-	}
-	return or(r.Status)
-}
-
-func or(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
+	return lab.Table(rows, 2) + details + fmt.Sprintf("\n%d rows in %s: %d within their bounds, %d not\n",
+		n, time.Duration(r.Took).Round(time.Second), n-r.Failed, r.Failed) + failed
 }
 
 func cut(s string, n int) string {
-	if utf8.RuneCountInString(s) <= n {
+	switch {
+	case s == "":
+		return "-"
+	case utf8.RuneCountInString(s) <= n:
 		return s
 	}
 	return string([]rune(s)[:n-1]) + "…"

@@ -1,17 +1,17 @@
 package faults
 
 import (
-	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"regexp"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/test/lab"
 )
 
@@ -28,11 +28,17 @@ type Options struct {
 // job is rows that share a lab.
 type job struct {
 	setup Setup
+	area  Area
 	rows  []Fault
 }
 
-// patience is how much longer than its bound a repair is waited for, so that the table can say how long it really takes.
-const patience = 10 * time.Second
+const (
+	// patience is how much longer than its bound a repair is waited for, so that the table can say how long it really
+	// takes.
+	patience = 10 * time.Second
+	// mostLogged is how many log lines are shown of a failed row.
+	mostLogged = 12
+)
 
 // ErrNoRow says that the options leave nothing to run.
 var ErrNoRow = errors.New("no row of the catalogue matches")
@@ -44,118 +50,112 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	if len(jobs) == 0 {
 		return Report{}, ErrNoRow
 	}
-	queue, results := make(chan job), make(chan Result)
-	var workers sync.WaitGroup
-	for i := range max(1, o.Parallel) {
-		w := worker{name: fmt.Sprintf("%s-%d", o.Name, i+1), progress: o.Progress}
-		workers.Go(func() {
-			for j := range queue {
-				w.run(ctx, j, results)
-			}
+	names := make(chan string, max(1, o.Parallel))
+	for i := range cap(names) {
+		names <- fmt.Sprintf("%s-%d", o.Name, i+1)
+	}
+	var mu sync.Mutex
+	var rows []Result
+	var wg sync.WaitGroup
+	for _, j := range jobs {
+		name := <-names
+		wg.Go(func() {
+			defer func() { names <- name }()
+			j.run(ctx, name, func(r Result) {
+				mu.Lock()
+				defer mu.Unlock()
+				rows = append(rows, r)
+				o.Progress(r.line())
+			})
 		})
 	}
-	go func() {
-		for _, j := range jobs {
-			queue <- j
-		}
-		close(queue)
-		workers.Wait()
-		close(results)
-	}()
-	var rows []Result
-	for r := range results {
-		rows = append(rows, r)
-		o.Progress(r.line())
-	}
+	wg.Wait()
 	if ctx.Err() != nil {
 		return Report{}, fmt.Errorf("faults: %w", context.Cause(ctx))
 	}
 	return newReport(rows, time.Since(began)), nil
 }
 
-// plan sorts the rows into jobs, the longest first.
-func plan(rows []Fault, all []Setup, o Options) []job {
-	var jobs []job
+// plan sorts the rows into jobs.
+func plan(rows []Fault, all []Setup, o Options) (jobs []job) {
 	for _, s := range all {
-		at := map[Area]int{}
 		for _, f := range rows {
-			if !o.wants(f, s.Name) {
+			if !o.selects(f, s.Name) {
 				continue
 			}
 			area := f.Area
 			if o.Short {
 				area = "" // few rows: bringing labs up would take longer
 			}
-			if _, ok := at[area]; !ok {
-				at[area] = len(jobs)
-				jobs = append(jobs, job{setup: s})
+			i := slices.IndexFunc(jobs, func(j job) bool { return j.setup.Name == s.Name && j.area == area })
+			if i < 0 {
+				i = len(jobs)
+				jobs = append(jobs, job{setup: s, area: area})
 			}
-			jobs[at[area]].rows = append(jobs[at[area]].rows, f)
+			jobs[i].rows = append(jobs[i].rows, f)
 		}
 	}
-	slices.SortStableFunc(jobs, func(a, b job) int { return cmp.Compare(b.length(), a.length()) })
 	return jobs
 }
 
-// wants says which rows run in a setup. The short form runs each of its rows in one setup.
-func (o Options) wants(f Fault, setup string) bool {
+// selects says which rows run in a setup. The short form runs each of its rows in one setup.
+func (o Options) selects(f Fault, setup string) bool {
 	return slices.Contains(f.setups(), setup) && (o.Only == nil || o.Only.MatchString(rowName(f, setup))) &&
 		(!o.Short || f.Short && f.setups()[0] == setup)
 }
 
 func rowName(f Fault, setup string) string { return fmt.Sprintf("%s: %s (%s)", f.Area, f.Name, setup) }
 
-// length is about how long a job takes.
-func (j job) length() (d time.Duration) {
-	for _, f := range j.rows {
-		d += 3*time.Second + f.Hold
+// run runs the rows in a lab that is whole, and leaves none behind.
+func (j job) run(ctx context.Context, name string, done func(Result)) {
+	var s *Site
+	down := func(r *Result) {
+		if s != nil {
+			s.traffic.stop()
+		}
+		s = nil
+		if err := lab.Down(context.WithoutCancel(ctx), name); err != nil {
+			r.fail("remove the lab: %v", err)
+		}
 	}
-	return d
+	for i, f := range j.rows {
+		r := Result{Area: f.Area, Fault: f.Name, Setup: j.setup.Name}
+		if s == nil {
+			var err error
+			if s, err = j.setup.open(ctx, name); err != nil {
+				r.fail("the lab did not come up: %v", err)
+			}
+		}
+		if s != nil {
+			r.guard(func() { s.run(ctx, f.in(j.setup.Name), &r) })
+			r.guard(func() { r.check(Undo(ctx, s)) })
+		}
+		last := i == len(j.rows)-1 || ctx.Err() != nil
+		if s == nil || last || f.Ruins || len(r.Problems) > 0 && !s.sound(ctx) {
+			down(&r)
+		}
+		if ctx.Err() != nil {
+			return // that proves nothing
+		}
+		done(r)
+	}
 }
 
-// worker runs jobs in labs of its own, one after the other.
-type worker struct {
-	name     string
-	progress func(string)
-	site     *Site
-}
-
-func (w *worker) run(ctx context.Context, j job, results chan<- Result) {
-	defer w.down(ctx)
-	for _, f := range j.rows {
-		r := newResult(f, j.setup.Name)
-		if ctx.Err() == nil {
-			w.row(ctx, j.setup, f.in(j.setup.Name), &r)
-		}
-		if ctx.Err() == nil {
-			results <- r
-		}
+// open brings a lab up, with traffic in it.
+func (s Setup) open(ctx context.Context, name string) (*Site, error) {
+	s.Lab.Name = name
+	l, err := lab.Up(ctx, s.Lab)
+	if err != nil {
+		return nil, err
 	}
-}
-
-// row runs one row in a lab that is whole, and leaves none behind that is not.
-func (w *worker) row(ctx context.Context, setup Setup, f Fault, r *Result) {
-	defer func() {
-		if p := recover(); p != nil { // the other rows have something to say
-			r.fail("panic: %v", p)
-			r.Log = strings.Split(string(debug.Stack()), "\n")
-			w.down(ctx)
-		}
-	}()
-	if w.site == nil {
-		if err := w.up(ctx, setup); err != nil {
-			r.fail("the lab did not come up: %v", err)
-			w.down(ctx)
-			return
-		}
+	site, err := openSite(ctx, l, s.Name, 3, 1)
+	if err != nil {
+		return nil, err
 	}
-	w.site.run(ctx, f, r)
-	if err := Undo(ctx, w.site); err != nil {
-		r.fail("undo: %v", err)
+	if site.traffic, err = startTraffic(context.WithoutCancel(ctx), l); err != nil {
+		return nil, err
 	}
-	if f.Ruins || len(r.Problems) > 0 && !w.site.sound(ctx) {
-		w.down(ctx)
-	}
+	return site, sleep(ctx, 200*time.Millisecond)
 }
 
 // sound says whether a lab in which a row has failed is whole for the next one.
@@ -165,136 +165,105 @@ func (s *Site) sound(ctx context.Context) bool {
 	return err == nil && len(s.traffic.between(now, now).Broken) == 0
 }
 
-func (w *worker) up(ctx context.Context, setup Setup) error {
-	o := setup.Lab
-	o.Name = w.name
-	l, err := lab.Up(ctx, o)
-	if err != nil {
-		return err
-	}
-	s, err := openSite(ctx, l, setup.Name, 3, 1)
-	if err != nil {
-		return err
-	}
-	if s.traffic, err = startTraffic(context.WithoutCancel(ctx), l); err != nil {
-		return err
-	}
-	w.site = s
-	return sleep(ctx, 200*time.Millisecond)
-}
-
-func (w *worker) down(ctx context.Context) {
-	if w.site != nil {
-		w.site.traffic.stop()
-		w.site = nil
-	}
-	if err := lab.Down(context.WithoutCancel(ctx), w.name); err != nil {
-		w.progress(fmt.Sprintf("take %s down: %v", w.name, err))
-	}
-}
-
-// run makes one fault and writes down what came of it.
+// run makes one fault and judges what came of it.
 func (s *Site) run(ctx context.Context, f Fault, r *Result) {
-	if err := s.markLog(); err != nil {
-		r.fail("%v", err)
-		return
-	}
 	var w *watch
 	if f.Seen != nil {
 		var err error
-		if w, err = newWatch(s.Victim, *f.Seen); err == nil {
-			_, err = s.await(ctx, w.first, time.Now(), beginWithin)
+		if w, err = newWatch(s, *f.Seen); err == nil {
+			_, err = s.await(ctx, w.begin, time.Now(), beginWithin)
 		}
 		if err != nil {
 			r.fail("observe %s before the fault: %v", s.Victim.Name, err)
 			return
 		}
 	}
-	began := time.Now()
-	ended := s.steps(ctx, f, w, r)
-	if !f.Ruins && len(r.Problems) == 0 { // nobody misses a ping any more when the next row begins
-		if _, err := s.await(ctx, allContent, time.Now(), backWithin); err != nil {
-			r.fail("afterwards: %v", err)
-		}
-	}
-	w.after(ctx, s, r)
+	s.begin()
+	ended := s.provoke(ctx, f, w, r)
 	if ctx.Err() != nil {
 		return
 	}
-	s.judgeTraffic(ctx, f, r, began, ended)
+	s.judgeTraffic(ctx, f, r, ended)
 	s.judgeLog(ctx, f, r)
+	if len(r.Problems) > 0 {
+		lines := s.logged()
+		text, _ := s.asked.Overlayd(ctx, "status")
+		r.Details = slices.Concat(lines[max(0, len(lines)-mostLogged):], []string{text})
+	}
 }
 
-// steps injects, expects and restores. It returns when the fault had been made, or had ended.
-func (s *Site) steps(ctx context.Context, f Fault, w *watch, r *Result) time.Time {
-	if err := f.Inject(ctx, s); err != nil {
-		r.fail("%v", err)
-		if f.Restore != nil && ctx.Err() == nil { // of what was done before it failed
-			if err := f.Restore(ctx, s); err != nil {
-				r.fail("end the fault: %v", err)
-			}
-		}
-		return time.Now()
-	}
-	at := time.Now()
-	if f.Expect != nil {
-		s.repaired(ctx, f.Expect, at, f, r)
-	}
-	if f.Expect == nil && f.Restore == nil {
-		s.repaired(ctx, Whole, at, f, r)
-	}
-	w.during(ctx, s, at, f, r)
-	s.hold(ctx, f, r)
-	if f.Restore == nil {
+// provoke makes the fault, waits for what it leads to, and ends it. It returns when the fault was made, or had ended.
+// What can't be made is not waited for.
+func (s *Site) provoke(ctx context.Context, f Fault, w *watch, r *Result) (at time.Time) {
+	r.check(f.Inject(ctx, s))
+	at = time.Now()
+	if len(r.Problems) > 0 {
 		return at
 	}
-	if err := f.Restore(ctx, s); err != nil {
-		r.fail("end the fault: %v", err)
-		return time.Now()
+	if f.Expect != nil {
+		s.repaired(ctx, f.Expect, at, f, r)
+	} else if f.Restore == nil {
+		s.repaired(ctx, s.whole, at, f, r)
 	}
-	at = time.Now()
-	if !f.Ruins {
-		s.repaired(ctx, Whole, at, f, r)
+	if w != nil {
+		r.check(w.during(ctx, at, f))
+		r.Seen = w.summary()
+	}
+	if len(r.Problems) == 0 {
+		r.check(s.hold(ctx, f))
+	}
+	if f.Restore != nil && ctx.Err() == nil {
+		if err := f.Restore(ctx, s); err != nil {
+			r.fail("end the fault: %v", err)
+		}
+		if at = time.Now(); !f.Ruins {
+			s.repaired(ctx, s.whole, at, f, r)
+		}
+	}
+	if w != nil {
+		_, err := s.await(ctx, w.gone, time.Now(), backWithin)
+		r.check(err)
+	}
+	if !f.Ruins && len(r.Problems) == 0 { // no daemon misses a ping any more when the next row begins
+		_, err := s.await(ctx, allContent, time.Now(), backWithin)
+		r.check(err)
 	}
 	return at
 }
 
+// repaired waits until a check holds, and notes how long that took.
 func (s *Site) repaired(ctx context.Context, c Check, at time.Time, f Fault, r *Result) {
 	took, err := s.await(ctx, c, at, f.Bound.Repair+patience)
-	if err != nil {
-		r.fail("%v", err)
-		return
-	}
 	r.Repair = max(r.Repair, seconds(took))
+	r.check(err)
 }
 
-func (s *Site) hold(ctx context.Context, f Fault, r *Result) {
+// hold lets the fault last.
+func (s *Site) hold(ctx context.Context, f Fault) error {
 	for end := time.Now().Add(f.Hold); time.Now().Before(end) && ctx.Err() == nil; {
-		if f.Keeps == nil {
-			_ = sleep(ctx, time.Until(end))
-			return
-		}
-		if err := f.Keeps(ctx, s); err != nil && ctx.Err() == nil {
-			r.fail("while it lasts: %v", err)
-			return
+		if f.Keeps != nil {
+			if err := f.Keeps(ctx, s); err != nil {
+				return fmt.Errorf("while it lasts: %w", err)
+			}
 		}
 		_ = sleep(ctx, min(500*time.Millisecond, time.Until(end)))
 	}
+	return nil
 }
 
-// judgeTraffic counts what was sent until now. An answer that is there and only was not read yet is not lost: what looks bad is
+// judgeTraffic counts what was sent until now. An answer that has not been read yet is not lost: what looks bad is
 // counted again for a while.
-func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, began, ended time.Time) {
+func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, ended time.Time) {
 	now := time.Now()
-	_ = sleep(ctx, inFlight)
 	hit := []*lab.Node{s.Victim}
 	if f.Peer {
 		hit = append(hit, s.Peer)
 	}
-	l := s.traffic.between(began, now, hit...)
-	for time.Since(now) < lab.LateAnswer && (len(l.problems(f)) > 0 || l.Last.Sub(ended) > f.Bound.Repair) && ctx.Err() == nil {
+	_ = sleep(ctx, inFlight)
+	l := s.traffic.between(s.began, now, hit...)
+	for time.Since(now) < lab.LateAnswer && (len(l.problems(f)) > 0 || l.Last.Sub(ended) > f.Bound.Repair) {
 		_ = sleep(ctx, 50*time.Millisecond)
-		l = s.traffic.between(began, now, hit...)
+		l = s.traffic.between(s.began, now, hit...)
 	}
 	r.Lost = l.Lost
 	if l.Lost > 0 {
@@ -303,51 +272,36 @@ func (s *Site) judgeTraffic(ctx context.Context, f Fault, r *Result, began, ende
 	for _, p := range l.problems(f) {
 		r.fail("%s", p)
 	}
+	if r.Repair > seconds(f.Bound.Repair) {
+		r.fail("repaired after %s s: at most %s", r.Repair, f.Bound.Repair)
+	}
 }
 
 // judgeLog looks for the line that the fault must have, and for a flood of them.
 func (s *Site) judgeLog(ctx context.Context, f Fault, r *Result) {
-	if r.Repair > seconds(f.Bound.Repair) {
-		r.fail("repaired after %s s: at most %s", r.Repair, f.Bound.Repair)
-	}
-	pattern := regexp.MustCompile(f.Log) // TestCatalogue holds that it compiles
-	said := func(context.Context, *Site) error {
-		line, ok := findLine(s.logged(), pattern)
-		if r.Logged = line; !ok {
-			return errors.New("nothing like it")
-		}
-		return nil
-	}
-	if _, err := s.await(ctx, said, time.Now(), 300*time.Millisecond); err != nil && f.Log != "" {
-		line, ok := findLine(s.loggedBefore(), pattern)
-		if r.Logged = "(less than a minute before) " + line; !ok {
-			r.Logged = ""
-			r.fail("the daemon did not log /%s/", f.Log)
-		}
-	}
+	_, err := s.await(ctx, LogSays(f.Log), time.Now(), 300*time.Millisecond)
 	lines := s.logged()
 	if n := len(lines); n > f.Bound.lines() {
 		r.fail("%d log lines: at most %d", n, f.Bound.lines())
 	}
-	if len(r.Problems) > 0 {
-		r.Log = lines[max(0, len(lines)-mostLogged):]
+	if err != nil && findLine(strings.Split(s.log(), "\n"), f.Log) != "" {
+		lines = s.reverted(ctx) // that kind of drift was logged less than a minute ago
+	}
+	if r.Logged = findLine(lines, f.Log); r.Logged == "" {
+		r.check(err)
 	}
 }
 
-// mostLogged is how many log lines are shown of a failed row.
-const mostLogged = 12
-
-// LogNames holds when a line of the victim's log has the value of a variable in it, for each family.
-func LogNames(variable string) Check {
-	return func(_ context.Context, s *Site) error {
-		text := strings.Join(s.logged(), "\n")
-		for _, f := range s.families {
-			for _, v := range s.vars.Get(f) {
-				if value, ok := strings.CutPrefix(v, variable+"="); ok && !strings.Contains(text, value) {
-					return fmt.Errorf("the log does not name %s", value)
-				}
-			}
+// reverted is what the victim reverted since the fault was made, from its status, in the words of its log: there it has
+// a line a minute for each kind of object.
+func (s *Site) reverted(ctx context.Context) (out []string) {
+	text, _ := s.asked.Overlayd(ctx, "status", "-o", "json") // without an answer there is no such line
+	var node struct{ Drift []status.DriftKind }
+	_ = json.Unmarshal([]byte(text), &node)
+	for _, d := range node.Drift {
+		if d.At.After(s.began) {
+			out = append(out, fmt.Sprintf("reverted external change {\"kind\": %q, \"last\": %q}", d.Kind, d.Last))
 		}
-		return nil
 	}
+	return out
 }

@@ -1,10 +1,8 @@
 package faults
 
 import (
-	"errors"
 	"regexp"
 	"slices"
-	"strings"
 	"testing"
 )
 
@@ -27,7 +25,7 @@ func TestSeen(t *testing.T) {
 			}
 		}
 		for _, text := range s.Metrics {
-			if _, err := parseMove(text); err != nil {
+			if _, err := parseMetric(text); err != nil {
 				t.Errorf("%s: %s: %v", f.Area, f.Name, err)
 			}
 		}
@@ -40,22 +38,24 @@ func TestSeen(t *testing.T) {
 		}
 	}
 	if inShort < 18 || unready < 15 || len(areas) < 6 {
-		t.Errorf("%d rows of the short form say what is to be seen, %d of them that /readyz moves, in %d areas", inShort, unready, len(areas))
+		t.Errorf("%d rows of the short form say what is to be seen, %d of them that /readyz moves, in %d areas", inShort,
+			unready, len(areas))
 	}
 }
 
-func TestParseMove(t *testing.T) {
+func TestParseMetric(t *testing.T) {
 	t.Parallel()
 	for _, bad := range []string{
-		"", "overlayd_ready", "overlayd_ready x", "ready 0", "overlayd_ready +", "overlayd_drift_reverted_total 3", "overlayd_drift_reverted_total more",
+		"", "overlayd_ready", "overlayd_ready x", "ready 0", "overlayd_ready +", "overlayd_drift_reverted_total 3",
+		"overlayd_drift_reverted_total more",
 	} {
-		if m, err := parseMove(bad); err == nil {
+		if m, err := parseMetric(bad); err == nil {
 			t.Errorf("%q is %+v", bad, m)
 		}
 	}
 }
 
-func TestMove(t *testing.T) {
+func TestMetric(t *testing.T) {
 	t.Parallel()
 	const before = `# HELP overlayd_ready 1 if all is well.
 # TYPE overlayd_ready gauge
@@ -82,31 +82,15 @@ overlayd_leases_rejected{cause="nonsense"} 1e+04
 		{`overlayd_leases_rejected more`, 10000, 10001, true, false},
 		{`overlayd_leases_rejected more`, 10000, 10000, false, true},
 	} {
-		m, err := parseMove(c.text)
+		m, err := parseMetric(c.text)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if v := m.value(before); v != c.value {
 			t.Errorf("%s: %g, want %g", c.text, v, c.value)
 		}
-		m.before, m.now = c.value, c.then
-		if m.moved() != c.moved || (m.left() == "") != c.back {
-			t.Errorf("%s from %g to %g: moved %v, %q is left", c.text, c.value, c.then, !c.moved, m.left())
-		}
-	}
-}
-
-func TestVerdict(t *testing.T) {
-	t.Parallel()
-	for want, lines := range map[string][]string{
-		NoAnswer:               {NoAnswer},
-		"an empty answer":      nil,
-		"ok":                   {"200 ok"},
-		"degraded: etcd, plan": {"200 ok", "200 degraded: plan: a: b (since x)", "200 degraded: etcd: refused (since x)"},
-		"503: etcd, lease":     {"503 not ready: lease: it is gone (since x)", "503 degraded: etcd: refused: by it (since x)"},
-	} {
-		if got := verdict(lines); got != want {
-			t.Errorf("%q: %q, want %q", lines, got, want)
+		if moved, back := m.moved(c.value, c.then), m.isBack(c.value, c.then); moved != c.moved || back != c.back {
+			t.Errorf("%s from %g to %g: moved %v, back %v", c.text, c.value, c.then, moved, back)
 		}
 	}
 }
@@ -122,60 +106,33 @@ func TestPlainLines(t *testing.T) {
 		"overlayd does not answer within 5s":                                         "overlayd does not answer within 5s",
 		"Device overlay.1, VNI 1, UDP 8472 over eth0, MTU 1450":                      "Device overlay.1, VNI 1, UDP 8472 over eth0, MTU 1450",
 	} {
-		if got := plainLines(line); len(got) != 1 || got[0] != want {
+		if got, _ := plainLines(line, nil); len(got) != 1 || got[0] != want {
 			t.Errorf("%q: %q, want %q", line, got, want)
 		}
 	}
 }
 
-// A row whose signs are not seen fails, and so does one whose signs stay.
-func TestWatchJudges(t *testing.T) {
+// A row whose signs are not seen fails; a line that was there before is no sign.
+func TestWatchMissing(t *testing.T) {
 	t.Parallel()
 	w, err := newWatch(nil, *degrades("etcd", "refused"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if out := w.missing(); len(out) != 3 {
-		t.Errorf("nothing was seen, and it misses only %q", out)
+		t.Errorf("nothing was seen, and only %q is missing", out)
 	}
-	w.said, w.unready, w.verdicts = "etcd: refused", "200 degraded: etcd: refused", []string{"ok", "degraded: etcd"}
-	metrics := func(v string, err error) { w.moves[0].read(`overlayd_problem{name="etcd",fatal="false"} `+v, err) }
-	metrics("1", nil)
-	if out := w.missing(); len(out) != 0 {
-		t.Errorf("all was seen, and it misses %q", out)
+	w.note(w.Status, []string{"etcd: refused"}, []string{"etcd: refused"})
+	w.note(w.Ready, []string{"200 ok", "200 degraded: plan: refused"}, nil)
+	if out := w.missing(); len(out) != 3 {
+		t.Errorf("nothing of it was seen, and only %q is missing", out)
 	}
-	if out := w.left(); len(out) != 2 {
-		t.Errorf("the fault is not over, and that is seen by %q alone", out)
+	w.note(w.Status, []string{"Problems etcd: refused"}, []string{"Problems none"})
+	w.note(w.Ready, []string{"200 ok", "200 degraded: etcd: refused by x"}, nil)
+	if out := w.missing(); !slices.Equal(out, w.Metrics) {
+		t.Errorf("%q is missing", out)
 	}
-	w.verdicts = append(w.verdicts, "ok")
-	metrics("", errors.New("no answer")) // a daemon that answers /readyz may not give its metrics yet
-	if out := w.left(); len(out) != 1 {
-		t.Errorf("the metrics can't be read, and it sees %q", out)
-	}
-	metrics("0", nil)
-	if out := w.left(); len(out) != 0 {
-		t.Errorf("the fault is over, and it sees %q", out)
-	}
-	if p := w.moves[0].path(); p != `problem{name="etcd",fatal="false"} 0→1→0` {
-		t.Error(p)
-	}
-}
-
-func TestReportShowsWhatWasSeen(t *testing.T) {
-	t.Parallel()
-	r := newReport([]Result{
-		{Area: Etcd, Fault: "gone", Setup: OnVXLAN, Status: "etcd: refused", Doctor: "FAIL etcd", Ready: "ok → degraded: etcd → ok", Metrics: []string{"ready 1→0→1"}},
-		{Area: Etcd, Fault: "other", Setup: OnVXLAN},
-	}, 0)
-	lines := slices.Collect(strings.Lines(r.Text()))
-	for _, want := range []string{"STATUS OR DOCTOR SAYS", "/READYZ", "METRICS"} {
-		if !strings.Contains(lines[0], want) {
-			t.Errorf("there is no column %s in %s", want, lines[0])
-		}
-	}
-	for _, want := range []string{"etcd: refused / doctor: FAIL etcd", "ok → degraded: etcd → ok", "ready 1→0→1"} {
-		if !strings.Contains(lines[1], want) {
-			t.Errorf("%q is missing in %s", want, lines[1])
-		}
+	if s := w.summary(); s != "Problems etcd: refused / 200 degraded: etcd: refused by x" {
+		t.Error(s)
 	}
 }

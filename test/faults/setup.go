@@ -11,9 +11,10 @@ const (
 	OnVXLAN    = "vxlan"
 	OnHostGW   = "host-gw"
 	OnDual     = "dual"
-	OnDirect   = "direct"     // VXLAN with DirectRouting
-	OnLegacy   = "legacy"     // iptables of the legacy variant
-	OnNFTables = "nftables"   // the daemon's own table instead of iptables
+	OnDirect   = "direct"   // VXLAN with DirectRouting
+	OnLegacy   = "legacy"   // iptables of the legacy variant
+	OnNFTables = "nftables" // the daemon's own table instead of iptables
+	OnNFTDual  = "nftables-dual"
 	OnThree    = "three-etcd" // three members of etcd
 	OnSecure   = "secure"     // etcd with TLS and passwords
 	OnEtcd34   = "etcd-3.4"   // the same with a server of another version
@@ -33,9 +34,12 @@ type Setup struct {
 	Lab  lab.Options
 }
 
-// resync is --iptables-resync where the kernel does not notify, in seconds. Elsewhere it is left as long as it is, so that what is
-// repaired in time is repaired because of an event.
+// resync is --iptables-resync where the kernel does not notify, in seconds. Elsewhere it is left as long as it is, so
+// that what is repaired in time is repaired because of an event.
 const resync = 2
+
+// nftables reports whether the daemon has a table of its own in a setup.
+func nftables(setup string) bool { return setup == OnNFTables || setup == OnNFTDual }
 
 func setups(overlayd string) []Setup {
 	out := []Setup{
@@ -43,8 +47,12 @@ func setups(overlayd string) []Setup {
 		{OnHostGW, lab.Options{Backend: lab.HostGW}},
 		{OnDual, lab.Options{Stack: lab.StackDual}},
 		{OnDirect, lab.Options{Direct: true}},
-		{OnLegacy, lab.Options{OverlaydArgs: []string{"--iptables-variant", "legacy", "--iptables-resync", fmt.Sprintf("%ds", resync)}}},
+		{OnLegacy, lab.Options{OverlaydArgs: []string{
+			"--iptables-variant", "legacy", "--iptables-resync",
+			fmt.Sprintf("%ds", resync),
+		}}},
 		{OnNFTables, lab.Options{OverlaydArgs: []string{"--firewall", "nftables"}}},
+		{OnNFTDual, lab.Options{Stack: lab.StackDual, OverlaydArgs: []string{"--firewall", "nftables"}}},
 		{OnThree, lab.Options{EtcdMembers: 3}},
 		{OnSecure, lab.Options{Secure: true}},
 		{OnEtcd34, lab.Options{Secure: true, EtcdVersion: "3.4"}},
@@ -54,7 +62,7 @@ func setups(overlayd string) []Setup {
 	for i := range out {
 		o := &out[i].Lab
 		o.Nodes, o.Pods, o.Overlayd = 3, 1, overlayd
-		if out[i].Name != OnNFTables {
+		if !nftables(out[i].Name) {
 			o.OverlaydArgs = append(o.OverlaydArgs, "--firewall", "iptables")
 		}
 	}

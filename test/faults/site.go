@@ -1,7 +1,6 @@
 package faults
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +9,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -32,77 +32,79 @@ type Site struct {
 	iptables string
 	traffic  traffic
 	undo     []Action
-	mark     int64 // where the victim's log stood when the fault began
+	began    time.Time // when the fault was made
+	logFrom  int64     // how long the victim's log was then
 	facts    map[string]string
+	open     []connection
+
+	asked asked // the victim
+	whole Check // Whole
 }
 
-// openSite looks at a lab that is up and well.
-func openSite(ctx context.Context, l *lab.Lab, setup string, victim, peer int) (*Site, error) {
-	s := &Site{
+// asked is a node as an operator sees it; the tests of the runner have one without a lab.
+type asked interface {
+	Readyz(ctx context.Context) (code int, text string, err error)
+	Metrics(ctx context.Context) (string, error)
+	Overlayd(ctx context.Context, command string, args ...string) (string, error)
+	Doctor(ctx context.Context, more ...string) (string, error)
+	Log() string
+}
+
+// openSite takes a lab that is up and well.
+func openSite(ctx context.Context, l *lab.Lab, setup string, victim, peer int) (s *Site, err error) {
+	s = &Site{
 		Lab: l, Setup: setup, Victim: l.Node(victim), Peer: l.Node(peer), iptables: "iptables",
 		families: l.Topology().Options.Stack.Families(), facts: map[string]string{},
+		asked: l.Node(victim), whole: Whole,
 	}
 	if setup == OnLegacy {
 		s.iptables = "iptables-legacy"
 	}
-	if err := s.calm(ctx); err != nil {
-		return nil, err
+	if _, err := s.await(ctx, resting, time.Now(), 20*time.Second); err != nil {
+		return nil, fmt.Errorf("wait for the lab to come to rest: %w", err)
 	}
-	var err error
 	if s.own, err = s.Victim.SubnetEnv(); err != nil {
 		return nil, err
 	}
-	for _, f := range s.families {
+	return s, s.everyFamily(func(f addr.Family) error {
 		v, err := s.variables(ctx, f)
-		if err != nil {
-			return nil, err
-		}
 		s.vars.Set(f, v)
-	}
-	return s, nil
+		return err
+	})
 }
 
-// calm waits until nothing changes any more, and takes that for the plan.
-func (s *Site) calm(ctx context.Context) error {
-	resting := func(ctx context.Context, s *Site) (err error) {
-		if s.plan, err = s.observe(ctx); err != nil {
-			return err
-		}
-		for name, st := range s.plan {
-			if st.settling() {
-				return fmt.Errorf("%s: an address is not in use yet", name)
-			}
-		}
-		return errors.Join(sleep(ctx, 300*time.Millisecond), s.whole(ctx))
+// resting holds when nothing changes any more; what there is then is the plan.
+func resting(ctx context.Context, s *Site) (err error) {
+	if s.plan, err = s.observe(ctx); err != nil {
+		return err
 	}
-	if _, err := s.await(ctx, resting, time.Now(), 20*time.Second); err != nil {
-		return fmt.Errorf("wait for the lab to come to rest: %w", err)
+	for name, st := range s.plan {
+		if st.settling() {
+			return fmt.Errorf("%s: an address is not in use yet", name)
+		}
 	}
-	return nil
+	return errors.Join(sleep(ctx, 300*time.Millisecond), Whole(ctx, s))
 }
 
 func (s *Site) observe(ctx context.Context) (map[string]state, error) {
-	nodes := s.Lab.Nodes()
-	states := make([]state, len(nodes))
+	out := map[string]state{}
+	var mu sync.Mutex
 	g, ctx := errgroup.WithContext(ctx)
-	for i, n := range nodes {
-		g.Go(func() (err error) {
-			states[i], err = observe(ctx, n, s.iptables)
+	for _, n := range s.Lab.Nodes() {
+		g.Go(func() error {
+			st, err := observe(ctx, n, s.iptables)
+			mu.Lock()
+			defer mu.Unlock()
+			out[n.Name] = st
 			return err
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	out := map[string]state{}
-	for i, n := range nodes {
-		out[n.Name] = states[i]
-	}
-	return out, nil
+	return out, g.Wait()
 }
 
-// whole says in what the lab is not as planned: the kernel state, or what the daemons say of themselves.
-func (s *Site) whole(ctx context.Context) error {
+// Whole holds when every node has the planned state and its daemon reports no problem. Pings that were lost during a
+// fault are missed for a while after it, until the peer is pinged again: allContent waits for them, too.
+func Whole(ctx context.Context, s *Site) error {
 	if err := s.asPlanned(ctx); err != nil {
 		return err
 	}
@@ -121,18 +123,15 @@ func (s *Site) asPlanned(ctx context.Context, but ...string) error {
 	})
 }
 
-// content asks every daemon whether it is content, but for the pings: those that were lost during a fault are missed for a while
-// after it, until the peer is asked again.
 func (s *Site) content(ctx context.Context) error {
 	return s.everyNode(func(n *lab.Node) error { return contentOne(ctx, n, "silent-peers", "path-mtu") })
 }
 
-// allContent holds when every daemon is content with the pings, too.
 func allContent(ctx context.Context, s *Site) error {
 	return s.everyNode(func(n *lab.Node) error { return contentOne(ctx, n) })
 }
 
-// everyNode does something with each node, up to the first error.
+// everyNode calls a function for each node, up to the first error.
 func (s *Site) everyNode(f func(*lab.Node) error) error {
 	for _, n := range s.Lab.Nodes() {
 		if err := f(n); err != nil {
@@ -142,7 +141,17 @@ func (s *Site) everyNode(f func(*lab.Node) error) error {
 	return nil
 }
 
-// contentOne asks one daemon; a degraded one is ready, but says more than "ok". Some problems may be passed over.
+// everyFamily calls a function for each family, up to the first error.
+func (s *Site) everyFamily(f func(addr.Family) error) error {
+	for _, family := range s.families {
+		if err := f(family); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// contentOne asks one daemon; a degraded one is ready, but says more than "ok". Some problems may be allowed.
 func contentOne(ctx context.Context, n *lab.Node, but ...string) error {
 	_, text, err := n.Readyz(ctx)
 	if err != nil {
@@ -169,7 +178,7 @@ func isNamed(text string) Check {
 	}
 }
 
-// Defer has something done by Undo, or at the end of the row at the latest.
+// Defer has an action done by Undo, or at the end of the row at the latest.
 func (s *Site) Defer(a Action) { s.undo = append(s.undo, a) }
 
 // Undo is the Action that does what was deferred, the newest first, also where ctx has ended.
@@ -186,56 +195,63 @@ func Undo(ctx context.Context, s *Site) error {
 
 // variables are what a script on the victim may name, for one family.
 func (s *Site) variables(ctx context.Context, f addr.Family) ([]string, error) {
-	own, errOwn := s.Victim.SubnetEnv()
-	peer, errPeer := s.Peer.SubnetEnv()
-	third, errThird := s.otherThan().SubnetEnv()
+	own, errOwn := s.subnet(s.Victim, f)
+	peer, errPeer := s.subnet(s.Peer, f)
+	third, errThird := s.subnet(s.otherThan(), f)
 	if err := errors.Join(errOwn, errPeer, errThird); err != nil {
 		return nil, err
+	}
+	var backends []string
+	for _, n := range s.backends() {
+		env, err := n.SubnetEnv()
+		if err != nil {
+			return nil, err
+		}
+		backends = append(backends, netip.AddrPortFrom(env.PodAddr(f, 0).Addr(), backendPort).String())
 	}
 	six, device := "", "overlay.1"
 	if f == addr.IPv6 {
 		six, device = "6", "overlay-v6.1"
 	}
-	subnet := func(e lab.SubnetEnv) netip.Prefix { return e.Gateway.Get(f).Masked() }
+	ip := s.Victim.Addr(f)
 	vars := []string{
 		fmt.Sprintf("F=-%d", f),
 		"DEV=" + device,
 		"NFT_FAMILY=ip" + six,
 		"IPT=" + strings.Replace(s.iptables, "ip", "ip"+six, 1),
-		"SUBNET=" + subnet(own).String(),
-		"FIRST=" + subnet(own).Addr().String(),
-		"IP=" + s.Victim.Addr(f).String(),
-		fmt.Sprintf("BITS=%d", s.Victim.Addr(f).BitLen()),
-		"PEER_SUBNET=" + subnet(peer).String(),
-		"PEER_FIRST=" + subnet(peer).Addr().String(),
+		"SUBNET=" + own.String(),
+		"FIRST=" + own.Addr().String(),
+		"IP=" + ip.String(),
+		fmt.Sprintf("BITS=%d", ip.BitLen()),
+		"PEER_SUBNET=" + peer.String(),
+		"PEER_FIRST=" + peer.Addr().String(),
 		"PEER_IP=" + s.Peer.Addr(f).String(),
 		"TARGET_IP=" + s.otherThan().Addr(f).String(),
-		"POD_IP=" + own.PodAddr(f, 0).Addr().String(),
-		"DENIED=" + secondary(own, f).String(), // a second address of the pod
-		"WRONG_GW=" + s.wrongGateway(subnet(third), f),
+		"CLUSTER_IP=" + clusterIP().Get(f).String(),
+		"EXTERNAL_IP=" + externalIP(ip).String(),
+		"PEER_BACKEND=" + backends[0],
+		"THIRD_BACKEND=" + backends[1],
+		"POD_IP=" + s.own.PodAddr(f, 0).Addr().String(),
+		"DENIED=" + secondary(s.own, f).String(), // a second address of the pod
+		"WRONG_GW=" + s.wrongGateway(third, f),
 		"SUBNET_FILE=" + s.Victim.SubnetFile(),
 		"LOCK=" + s.Lab.XtablesLock(),
 		"XTABLES_LOCKFILE=" + s.Lab.XtablesLock(),
 		"STATE_DIR=" + s.Victim.StateDir(),
 	}
-	host := s.Victim.Spec().Host
-	for _, r := range host.Routes {
-		if addr.FamilyOf(r.Via) == f {
-			vars = append(vars, "GW="+r.Via.String())
-		}
-	}
-	for _, p := range host.Interfaces[0].Addrs {
-		if addr.FamilyOf(p.Addr()) == f {
-			vars = append(vars, fmt.Sprintf("NET_BITS=%d", p.Bits()))
-		}
-	}
-	// The MAC is looked up, as an operator would; and the name of the daemon's own table, where it has one.
-	out, err := s.Victim.Shell(ctx, `ip $F neigh show $PEER_FIRST dev $DEV 2>/dev/null | sed -n 's/.*lladdr \([^ ]*\).*/PEER_MAC=\1/p'
-		nft list tables 2>/dev/null | sed -En "s/^table ((inet|$NFT_FAMILY) .*overlayd.*)/NFT_TABLE=\1/p" | head -n 1`, vars...)
-	for line := range strings.Lines(out) {
-		vars = append(vars, strings.TrimSpace(line))
-	}
-	return vars, err
+	// An operator would look these up, too: the gateway, the peer's MAC, and the daemon's own table, where it has one.
+	out, err := s.Victim.Shell(ctx, `ip $F route show default | sed -n 's/.* via \([^ ]*\).*/GW=\1/p'
+		ip $F -o address show dev eth0 scope global | sed -n 's/.*inet6* [^ ]*\/\([^ ]*\) .*/NET_BITS=\1/p'
+		ip $F neigh show $PEER_FIRST dev $DEV 2>/dev/null | sed -n 's/.*lladdr \([^ ]*\).*/PEER_MAC=\1/p'
+		nft list tables 2>/dev/null | sed -En "s/^table ((inet|$NFT_FAMILY) .*overlayd.*)/NFT_TABLE=\1/p" | head -n 1`,
+		vars...)
+	return append(vars, strings.Split(strings.TrimSpace(out), "\n")...), err
+}
+
+// subnet is a node's subnet in one family.
+func (s *Site) subnet(n *lab.Node, f addr.Family) (netip.Prefix, error) {
+	env, err := n.SubnetEnv()
+	return env.Gateway.Get(f).Masked(), err
 }
 
 // wrongGateway is a gateway that the kernel takes for a route to a peer, and which is not the peer.
@@ -258,74 +274,59 @@ func (s *Site) otherThan() *lab.Node {
 
 // script runs a shell script on a machine, once for each family, with the site's variables.
 func (s *Site) script(ctx context.Context, on lab.Machine, text string) error {
-	for _, f := range s.families {
-		if _, err := on.Shell(ctx, text, s.vars.Get(f)...); err != nil {
-			return err
+	return s.everyFamily(func(f addr.Family) error {
+		_, err := on.Shell(ctx, text, s.vars.Get(f)...)
+		return err
+	})
+}
+
+// begin has the fault begin now: what was sent and logged before has nothing to do with it.
+func (s *Site) begin() {
+	s.began, s.logFrom = time.Now(), int64(len(s.log()))
+}
+
+// log is all that the victim's daemon has logged.
+func (s *Site) log() string {
+	b, _ := os.ReadFile(s.asked.Log()) // without a log nothing was logged
+	return string(b)
+}
+
+// logged are the lines that the victim's daemon has written since the fault was made.
+func (s *Site) logged() []string {
+	return strings.Split(strings.TrimSpace(s.log()[s.logFrom:]), "\n")
+}
+
+// findLine is the first line that matches, without date and level; "" without one.
+func findLine(lines []string, pattern string) string {
+	i := slices.IndexFunc(lines, regexp.MustCompile(pattern).MatchString)
+	if i < 0 {
+		return ""
+	}
+	fields := strings.Split(lines[i], "\t")
+	return strings.Join(fields[min(2, len(fields)-1):], " ")
+}
+
+// LogSays holds when a line of the victim's log matches.
+func LogSays(pattern string) Check {
+	return func(_ context.Context, s *Site) error {
+		found := slices.ContainsFunc(s.logged(), regexp.MustCompile(pattern).MatchString)
+		return unless(found, "the daemon did not log /%s/", pattern)
+	}
+}
+
+// logNames holds when the victim's log has the value of a variable in it, for each family.
+func logNames(variable string) Check {
+	return func(_ context.Context, s *Site) error {
+		text := strings.Join(s.logged(), "\n")
+		for _, f := range s.families {
+			for _, v := range s.vars.Get(f) {
+				if value, ok := strings.CutPrefix(v, variable+"="); ok && !strings.Contains(text, value) {
+					return fmt.Errorf("the log does not name %s", value)
+				}
+			}
 		}
-	}
-	return nil
-}
-
-// markLog remembers where the victim's log stands.
-func (s *Site) markLog() error {
-	info, err := os.Stat(s.Victim.Log())
-	if err != nil {
-		return fmt.Errorf("the log of %s: %w", s.Victim.Name, err)
-	}
-	s.mark = info.Size()
-	return nil
-}
-
-// logged are the lines that the victim's daemon wrote since the mark.
-func (s *Site) logged() []string { return s.linesFrom(s.mark) }
-
-func (s *Site) linesFrom(offset int64) []string {
-	b, err := os.ReadFile(s.Victim.Log())
-	if err != nil || int64(len(b)) < offset {
 		return nil
 	}
-	text := string(bytes.TrimSpace(b[offset:]))
-	if text == "" {
-		return nil
-	}
-	return strings.Split(text, "\n")
-}
-
-// loggedBefore are the lines from so long ago that the daemon need not say the same again: one line per kind and minute.
-func (s *Site) loggedBefore() []string {
-	var out []string
-	since := time.Now().Add(-75 * time.Second)
-	for _, l := range s.linesFrom(0) {
-		stamp, _, _ := strings.Cut(l, "\t")
-		if at, err := time.Parse("2006-01-02T15:04:05.000Z0700", stamp); err == nil && at.After(since) {
-			out = append(out, l)
-		}
-	}
-	return out
-}
-
-// findLine is the first line that matches, without its date.
-func findLine(lines []string, pattern *regexp.Regexp) (string, bool) {
-	for _, l := range lines {
-		if pattern.MatchString(l) {
-			return message(l), true
-		}
-	}
-	return "", false
-}
-
-func matchesAny(lines []string, pattern string) bool {
-	_, ok := findLine(lines, regexp.MustCompile(pattern))
-	return ok
-}
-
-// message is a log line without date and level.
-func message(line string) string {
-	fields := strings.Split(line, "\t")
-	if len(fields) > 2 {
-		fields = fields[2:]
-	}
-	return strings.Join(fields, " ")
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
@@ -339,16 +340,16 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-const lookEvery = 20 * time.Millisecond
+const pollEvery = 20 * time.Millisecond
 
-// await calls a check until it holds, and gives up after one that began when the patience was over. It says how long after start it
-// held, to within the time of one look.
+// await calls a check until it holds, and gives up after one that began when the patience was over. It says how long
+// after start it held, to within the duration of one call.
 func (s *Site) await(ctx context.Context, c Check, start time.Time, patience time.Duration) (time.Duration, error) {
 	deadline := start.Add(patience)
 	for first := true; ; first = false {
 		began := time.Now()
 		err := c(ctx, s)
-		if err == nil && first { // what it looked at last may have been put right while it looked
+		if err == nil && first { // what it checked last may have been repaired meanwhile
 			began = time.Now()
 		}
 		if err == nil {
@@ -360,7 +361,7 @@ func (s *Site) await(ctx context.Context, c Check, start time.Time, patience tim
 		if began.After(deadline) {
 			return 0, fmt.Errorf("not within %s: %w", patience, err)
 		}
-		if err := sleep(ctx, lookEvery); err != nil {
+		if err := sleep(ctx, pollEvery); err != nil {
 			return 0, err
 		}
 	}

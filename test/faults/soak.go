@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -24,8 +25,8 @@ type SoakOptions struct {
 
 const (
 	soakNodes = 4
-	// Daemons of the first soakKilled nodes are killed and restarted; those of the others live through it all, and what they hold is
-	// measured.
+	// Daemons of the first soakKilled nodes are killed and restarted; those of the others live through it all, and what
+	// they hold is measured.
 	soakKilled = 2
 	// longestPause is the most time between two faults of one node.
 	longestPause = 3 * time.Second
@@ -39,43 +40,29 @@ const (
 type SoakReport struct {
 	Seed     uint64         `json:"seed"`
 	Seconds  float64        `json:"seconds"`
-	Done     map[string]int `json:"done"` // how often each fault was made
-	Before   []usage        `json:"before"`
-	After    []usage        `json:"after"`
+	Done     map[string]int `json:"done"`  // how often each fault was made
+	Usage    []string       `json:"usage"` // of the daemons that live through it: before and after
 	Problems []string       `json:"problems,omitempty"`
 }
 
 // Text renders the report for a terminal.
 func (r SoakReport) Text() string {
-	var b strings.Builder
 	total := 0
-	var names []string
-	for name, n := range r.Done {
-		names = append(names, name)
-		total += n
-	}
-	slices.Sort(names)
 	rows := [][]string{{"FAULT", "TIMES"}}
-	for _, name := range names {
+	for _, name := range slices.Sorted(maps.Keys(r.Done)) {
 		rows = append(rows, []string{name, fmt.Sprint(r.Done[name])})
+		total += r.Done[name]
 	}
-	b.WriteString(lab.Table(rows, 2))
-	for i, before := range r.Before {
-		if i < len(r.After) {
-			after := r.After[i]
-			fmt.Fprintf(&b, "n%d: threads %d -> %d, open files %d -> %d, memory %d -> %d KB\n",
-				soakKilled+i+1, before.Threads, after.Threads, before.Files, after.Files, before.RSS, after.RSS)
-		}
-	}
+	lines := slices.Clone(r.Usage)
 	for _, p := range r.Problems {
-		fmt.Fprintf(&b, "  - %s\n", p)
+		lines = append(lines, "  - "+p)
 	}
 	verdict := "everything is as planned"
 	if len(r.Problems) > 0 {
 		verdict = "NOT as planned"
 	}
-	fmt.Fprintf(&b, "%d faults in %.0f s with the seed %d: %s\n", total, r.Seconds, r.Seed, verdict)
-	return b.String()
+	lines = append(lines, fmt.Sprintf("%d faults in %.0f s with the seed %d: %s\n", total, r.Seconds, r.Seed, verdict))
+	return lab.Table(rows, 2) + strings.Join(lines, "\n")
 }
 
 // soak is a soak that runs.
@@ -89,7 +76,8 @@ type soak struct {
 	done map[string]int
 }
 
-// Soak makes random faults for a while, on all nodes and in etcd at the same time, and looks whether the network ends up as it began.
+// Soak makes random faults for a while, on all nodes and in etcd at the same time, and looks whether the network ends
+// up as it began.
 func Soak(ctx context.Context, o SoakOptions) (report SoakReport, err error) {
 	began := time.Now()
 	defer func() {
@@ -99,7 +87,7 @@ func Soak(ctx context.Context, o SoakOptions) (report SoakReport, err error) {
 	if err := s.up(ctx); err != nil {
 		return report, err
 	}
-	report.Before, err = s.usage()
+	before, err := s.usage()
 	if err != nil {
 		return report, err
 	}
@@ -109,10 +97,9 @@ func Soak(ctx context.Context, o SoakOptions) (report SoakReport, err error) {
 		return report, fmt.Errorf("soak: %w", context.Cause(ctx))
 	}
 	report.Seed, report.Done = o.Seed, s.done
-	report.Problems = s.judge(ctx, report.Before)
-	report.After, err = s.usage()
+	s.judge(ctx, before, &report)
 	report.Seconds = time.Since(began).Seconds()
-	return report, err
+	return report, nil
 }
 
 func (s *soak) up(ctx context.Context) error {
@@ -181,18 +168,20 @@ func (s *soak) stream(ctx context.Context, site *Site, rows []Fault, number uint
 	}
 }
 
-// once makes a fault and ends it. That it can't be made at this moment (what it would delete is gone already) is no failure.
+// once makes a fault and ends it. That it can't be made at this moment (what it would delete is gone already) is no
+// failure.
 func (s *soak) once(ctx context.Context, site *Site, f Fault, hold time.Duration) {
 	s.say(site, f, "")
-	inject, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute) // the end of the soak must not leave etcd or a daemon half stopped
+	// the end of the soak must not leave etcd or a daemon half stopped
+	own := context.WithoutCancel(ctx)
+	inject, cancel := context.WithTimeout(own, time.Minute)
 	defer cancel()
 	made := f.Inject(inject, site)
-	if made == nil && f.Restore != nil {
-		_ = sleep(ctx, hold)
-	}
-	own := context.WithoutCancel(ctx)
 	var ended error
 	if f.Restore != nil {
+		if made == nil {
+			_ = sleep(ctx, hold)
+		}
 		ended = f.Restore(own, site)
 	}
 	ended = errors.Join(ended, Undo(own, site))
@@ -202,9 +191,9 @@ func (s *soak) once(ctx context.Context, site *Site, f Fault, hold time.Duration
 	}
 	switch {
 	case ended != nil:
-		s.say(site, f, "ended badly: "+ended.Error())
+		s.say(site, f, ": ended badly: "+ended.Error())
 	case made != nil:
-		s.say(site, f, "could not be made")
+		s.say(site, f, ": could not be made")
 	default:
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -213,36 +202,34 @@ func (s *soak) once(ctx context.Context, site *Site, f Fault, hold time.Duration
 }
 
 func (s *soak) say(site *Site, f Fault, what string) {
-	where := site.Victim.Name
-	if what != "" {
-		what = ": " + what
-	}
-	s.opts.Progress(fmt.Sprintf("%7.1fs %s %s: %s%s", time.Since(s.start).Seconds(), where, f.Area, f.Name, what))
+	took := time.Since(s.start).Seconds()
+	s.opts.Progress(fmt.Sprintf("%7.1fs %s %s: %s%s", took, site.Victim.Name, f.Area, f.Name, what))
 }
 
-// judge looks at the end.
-func (s *soak) judge(ctx context.Context, before []usage) []string {
-	var problems []string
-	if took, err := s.sites[0].await(ctx, Whole, time.Now(), soakSettle); err != nil {
-		problems = append(problems, err.Error())
-	} else {
+// judge looks at the end: is everything as planned, and has no daemon grown?
+func (s *soak) judge(ctx context.Context, before []usage, report *SoakReport) {
+	problem := func(err error) {
+		if err != nil {
+			report.Problems = append(report.Problems, err.Error())
+		}
+	}
+	took, err := s.sites[0].await(ctx, Whole, time.Now(), soakSettle)
+	if problem(err); err == nil {
 		s.opts.Progress("as planned " + took.Round(10*time.Millisecond).String() + " after the last fault")
 	}
 	for _, site := range s.sites {
-		if _, err := site.await(ctx, reaches, time.Now(), 5*time.Second); err != nil {
-			problems = append(problems, err.Error())
-		}
+		_, err := site.await(ctx, reaches, time.Now(), 5*time.Second)
+		problem(err)
 	}
 	after, err := s.usage()
-	if err != nil {
-		return append(problems, err.Error())
-	}
+	problem(err)
 	for i, u := range after {
+		name := s.sites[soakKilled+i].Victim.Name
+		report.Usage = append(report.Usage, fmt.Sprintf("%s: %s -> %s", name, before[i], u))
 		if err := u.grown(before[i]); err != nil {
-			problems = append(problems, fmt.Sprintf("n%d: %v", soakKilled+i+1, err))
+			problem(fmt.Errorf("%s: %w", name, err))
 		}
 	}
-	return problems
 }
 
 // usage is that of the daemons that are left alive.

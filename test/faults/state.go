@@ -10,15 +10,11 @@ import (
 	"github.com/overlayd/overlayd/test/lab"
 )
 
-// state is what a node has, as the system's own tools say it: sections of sorted lines.
+// state is what a node has, as the system's own tools print it: sections of sorted lines.
 type state map[string][]string
 
-// The sections of a state that are no business of the firewall's driver.
-const (
-	secForwarding = "forwarding"
-	secSubnet     = "subnet.env"
-	secFirewall   = "firewall"
-)
+// secFirewall is the section in which the order of lines matters.
+const secFirewall = "firewall"
 
 // section marks the beginning of one in the output of dumpScript.
 const section = "### "
@@ -32,29 +28,25 @@ echo '%[1]sIPv6';       printf 'address show\nroute show table all\nrule show\nn
 echo '%[1]sfdb';        bridge fdb show | grep ' dst '
 echo '%[1]s%[4]s';      %[3]s-save; %[2]s-save; nft -s list tables | grep -i overlayd | while read -r t; do nft -s list $t; done
 echo '%[1]ssets';       ipset save
-echo '%[1]s%[5]s';      cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
-echo '%[1]s%[6]s';      cat '%[7]s'
-exit 0`, section, iptables, strings.Replace(iptables, "ip", "ip6", 1), secFirewall, secForwarding, secSubnet, subnetFile)
+echo '%[1]sforwarding'; cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
+echo '%[1]ssubnet.env'; cat '%[5]s'
+exit 0`, section, iptables, strings.Replace(iptables, "ip", "ip6", 1), secFirewall, subnetFile)
 }
 
-// observe takes down the state of a node.
+// observe reads the state of a node.
 func observe(ctx context.Context, n *lab.Node, iptables string) (state, error) {
 	out, err := n.Run(ctx, "sh", "-c", dumpScript(n.SubnetFile(), iptables))
 	if err != nil {
-		return nil, fmt.Errorf("look at the kernel of %s: %w", n.Name, err)
+		return nil, fmt.Errorf("observe the kernel of %s: %w", n.Name, err)
 	}
 	return parseState(out), nil
-}
-
-// volatile is what differs between two devices that are the same to their users: indices, and what follows from them.
-func volatile() *regexp.Regexp {
-	return regexp.MustCompile(`^\d+: |@\S+|link-netnsid \d+|\[\d+:\d+\]|\\`)
 }
 
 // parseState puts the output of dumpScript in order.
 func parseState(out string) state {
 	s := state{}
-	noise := volatile()
+	// Indices, and what follows from them, differ between two devices that are the same to their users.
+	noise := regexp.MustCompile(`^\d+: |@\S+|link-netnsid \d+|\[\d+:\d+\]|\\`)
 	name := ""
 	for line := range strings.Lines(out) {
 		line = strings.TrimSpace(line)
@@ -76,10 +68,11 @@ func parseState(out string) state {
 	return s
 }
 
-// podPort is how the names of the pods' ports begin; what is on them is no business of the daemon.
+// podPort is how the names of the pods' ports begin, which the daemon does not touch.
 const podPort = "veth-p"
 
-// firewallMatters leaves out what iptables-save says of chains that nobody filled, whose presence is a matter of chance.
+// firewallMatters leaves out what iptables-save says of built-in chains: they exist where iptables has ever listed
+// them.
 func firewallMatters(line string) bool {
 	return !strings.HasPrefix(line, "#") && !strings.HasPrefix(line, "*") && line != "COMMIT" &&
 		(!strings.HasPrefix(line, ":") || strings.Contains(line, "OVERLAYD"))
@@ -104,19 +97,23 @@ func (s state) without(names ...string) state {
 // mostDifferences bounds how many lines a message names.
 const mostDifferences = 4
 
-// differs says in what a state is not the wanted one; "" if in nothing.
-func (s state) differs(want state) string {
+// differs says in what a state is not the planned one; "" if in nothing.
+func (s state) differs(plan state) string {
 	var out []string
-	for name, lines := range want {
-		missing, extra := difference(s[name], lines)
-		for _, l := range missing {
-			out = append(out, fmt.Sprintf("%s: missing %q", name, l))
+	for name, lines := range plan {
+		before := len(out)
+		for _, l := range lines {
+			if !slices.Contains(s[name], l) {
+				out = append(out, fmt.Sprintf("%s: missing %q", name, l))
+			}
 		}
-		for _, l := range extra {
-			out = append(out, fmt.Sprintf("%s: unwanted %q", name, l))
+		for _, l := range s[name] {
+			if !slices.Contains(lines, l) {
+				out = append(out, fmt.Sprintf("%s: unexpected %q", name, l))
+			}
 		}
-		if len(missing)+len(extra) == 0 && !slices.Equal(s[name], lines) {
-			out = append(out, name+": in another order")
+		if len(out) == before && !slices.Equal(s[name], lines) {
+			out = append(out, name+": in another order or number")
 		}
 	}
 	slices.Sort(out)
@@ -124,26 +121,4 @@ func (s state) differs(want state) string {
 		out = append(out[:mostDifferences], fmt.Sprintf("and %d more", rest))
 	}
 	return strings.Join(out, "; ")
-}
-
-// difference compares two lists in which a line may stand several times.
-func difference(have, want []string) (missing, extra []string) {
-	count := map[string]int{}
-	for _, l := range have {
-		count[l]++
-	}
-	for _, l := range want {
-		if count[l] == 0 {
-			missing = append(missing, l)
-			continue
-		}
-		count[l]--
-	}
-	for _, l := range have {
-		if count[l] > 0 {
-			extra = append(extra, l)
-			count[l]--
-		}
-	}
-	return missing, extra
 }

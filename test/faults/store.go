@@ -6,9 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"os/exec"
-	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -48,23 +45,12 @@ func Store(f func(context.Context, *Site, *clientv3.Client) error) Action {
 func (s *Site) put(ctx context.Context, key, value string, opts ...clientv3.OpOption) (revision int64, err error) {
 	err = s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
 		resp, err := cli.Put(ctx, key, value, opts...)
-		if err != nil {
-			return fmt.Errorf("put %.100s: %w", key, err)
+		if err == nil {
+			revision = resp.Header.Revision
 		}
-		revision = resp.Header.Revision
-		return nil
+		return err
 	})
 	return revision, err
-}
-
-// delete deletes keys.
-func (s *Site) delete(ctx context.Context, key string, opts ...clientv3.OpOption) error {
-	return s.withStore(ctx, func(ctx context.Context, cli *clientv3.Client) error {
-		if _, err := cli.Delete(ctx, key, opts...); err != nil {
-			return fmt.Errorf("delete %.100s: %w", key, err)
-		}
-		return nil
-	})
 }
 
 // Put writes a key.
@@ -75,9 +61,12 @@ func Put(key, value func(*Site) string) Action {
 	}
 }
 
-// Delete deletes a key.
-func Delete(key func(*Site) string) Action {
-	return func(ctx context.Context, s *Site) error { return s.delete(ctx, key(s)) }
+// Delete deletes a key, or others with it.
+func Delete(key func(*Site) string, opts ...clientv3.OpOption) Action {
+	return Store(func(ctx context.Context, s *Site, cli *clientv3.Client) error {
+		_, err := cli.Delete(ctx, key(s), opts...)
+		return err
+	})
 }
 
 // storedLease is a lease as it stands in etcd.
@@ -122,7 +111,8 @@ func registered(ctx context.Context, s *Site) error {
 			own.Set(f, env.Gateway.Get(f).Masked())
 		}
 		return unless(l.key == subnets+subnet.FormatKey(own) && l.etcdLease != 0,
-			"the lease of %s is at %s (etcd lease %x), its subnet.env says %s", n.Name, l.key, int64(l.etcdLease), subnet.FormatKey(own))
+			"the lease of %s is at %s (etcd lease %x), its subnet.env says %s", n.Name, l.key, int64(l.etcdLease),
+			subnet.FormatKey(own))
 	})
 }
 
@@ -182,14 +172,11 @@ func (g ghost) routed(ctx context.Context, s *Site) error {
 func (g ghost) routedHere(ctx context.Context, s *Site) error { return g.routedOn(ctx, s, s.Victim) }
 
 func (g ghost) routedOn(ctx context.Context, s *Site, n *lab.Node) error {
-	own := g.subnets(s)
-	for _, f := range s.families {
-		out, err := n.Run(ctx, "ip", fmt.Sprintf("-%d", uint8(f)), "route", "show", own.Get(f).String())
-		if err != nil || out == "" {
-			return fmt.Errorf("%s has no route to %s", n.Name, own.Get(f))
-		}
-	}
-	return nil
+	return s.everyFamily(func(f addr.Family) error {
+		to := g.subnets(s).Get(f).String()
+		out, err := n.Run(ctx, "ip", fmt.Sprintf("-%d", uint8(f)), "route", "show", to)
+		return errors.Join(err, unless(out != "", "%s has no route to %s", n.Name, to))
+	})
 }
 
 // stopStore, startStore and the like do something to all members of etcd.
@@ -223,47 +210,36 @@ func eachMember(s *Site, f func(*lab.Etcd) error) error {
 	return errors.Join(errs...)
 }
 
-// withData stops etcd, does something to its data, and starts it.
-func withData(change func(ctx context.Context, data string) error) Action {
+// withData stops etcd, runs a shell script with its data in $DATA, and starts it. The copies are made by another
+// process: a program that this one writes can't be run while a child that was forked meanwhile still holds the
+// descriptor.
+func withData(script string) Action {
 	return Steps(stopStore, func(ctx context.Context, s *Site) error {
-		return eachMember(s, func(e *lab.Etcd) error { return change(ctx, e.DataDir()) })
+		return eachMember(s, func(e *lab.Etcd) error {
+			_, err := e.Shell(ctx, script, "DATA="+e.DataDir())
+			return err
+		})
 	}, startStore)
 }
 
 // emptyStore starts etcd with nothing in it.
-func emptyStore(ctx context.Context, s *Site) error {
-	return withData(func(_ context.Context, data string) error { return os.RemoveAll(data) })(ctx, s)
-}
+func emptyStore(ctx context.Context, s *Site) error { return withData(`rm -r $DATA`)(ctx, s) }
 
 // copyStore keeps a copy of etcd's data, and rollBack puts it in their place.
 func copyStore(ctx context.Context, s *Site) error {
-	return withData(func(ctx context.Context, data string) error { return copyTo(ctx, data, data+".backup") })(ctx, s)
+	return withData(`rm -rf $DATA.backup; cp -a $DATA $DATA.backup`)(ctx, s)
 }
 
 func rollBack(ctx context.Context, s *Site) error {
-	return withData(func(ctx context.Context, data string) error { return copyTo(ctx, data+".backup", data) })(ctx, s)
+	return withData(`rm -r $DATA; cp -a $DATA.backup $DATA`)(ctx, s)
 }
 
-// olderStore makes a copy of etcd's data in which the victim has no lease. No node sees anything of it but an interruption.
+// olderStore makes a copy of etcd's data in which the victim has no lease. All that nodes notice is an interruption.
 func olderStore(ctx context.Context, s *Site) error {
 	const cut, join = `iptables -I INPUT -i eth0 -j DROP; iptables -I OUTPUT -o eth0 -j DROP`, `iptables -F`
 	return Steps(
 		Afterwards(once(store, join)), once(store, cut),
-		withData(func(ctx context.Context, data string) error { return copyTo(ctx, data, data+".with") }), deleteOwnKey,
-		withData(func(ctx context.Context, data string) error {
-			return errors.Join(copyTo(ctx, data, data+".backup"), copyTo(ctx, data+".with", data))
-		}), once(store, join),
+		withData(`rm -rf $DATA.with; cp -a $DATA $DATA.with`), deleteOwnKey,
+		withData(`rm -rf $DATA.backup; mv $DATA $DATA.backup; mv $DATA.with $DATA`), once(store, join),
 	)(ctx, s)
-}
-
-// copyTo copies a file or a directory, by a process of its own: a program that this one writes can't be run while a child that was forked
-// meanwhile still holds the descriptor.
-func copyTo(ctx context.Context, from, to string) error {
-	if err := os.RemoveAll(to); err != nil {
-		return fmt.Errorf("make room at %s: %w", to, err)
-	}
-	if out, err := exec.CommandContext(ctx, "cp", "-a", from, to).CombinedOutput(); err != nil {
-		return fmt.Errorf("copy %s: %w: %s", from, err, strings.TrimSpace(string(out)))
-	}
-	return nil
 }

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/ping"
 	"github.com/overlayd/overlayd/test/lab"
 )
@@ -31,46 +30,40 @@ type flow struct {
 type traffic []flow
 
 // startTraffic starts flows from each node's first pod to the next node's.
-func startTraffic(ctx context.Context, l *lab.Lab) (traffic, error) {
-	var t traffic
-	nodes := l.Nodes()
-	for i := range nodes {
-		from, to := i+1, (i+1)%len(nodes)+1
-		a, errA := l.PodEndpoint(from, 1)
-		b, errB := l.PodEndpoint(to, 1)
-		if err := errors.Join(errA, errB); err != nil {
+func startTraffic(ctx context.Context, l *lab.Lab) (t traffic, err error) {
+	defer func() {
+		if err != nil {
 			t.stop()
-			return nil, err
+		}
+	}()
+	for i, n := range l.Nodes() {
+		a, errA := l.PodEndpoint(i+1, 1)
+		b, errB := l.PodEndpoint((i+1)%len(l.Nodes())+1, 1)
+		if err := errors.Join(errA, errB); err != nil {
+			return t, fmt.Errorf("%s: %w", n.Name, err)
 		}
 		for _, f := range l.Topology().Options.Stack.Families() {
-			fl, err := startFlow(ctx, a, b, f)
-			if err != nil {
-				t.stop()
-				return nil, err
-			}
+			fl := flow{from: a.Node, to: b.Node, name: fmt.Sprintf("%s to %s %s", a.Name, b.Name, f)}
+			var errPing, errTCP error
+			fl.ping, errPing = a.StreamPing(ctx, b.Addr.Get(f), pingEvery)
+			fl.tcp, errTCP = a.StreamTCP(ctx, b.Machine, b.Addr.Get(f), tcpEvery)
 			t = append(t, fl)
+			if err := errors.Join(errPing, errTCP); err != nil {
+				return t, fmt.Errorf("%s: %w", fl.name, err)
+			}
 		}
 	}
 	return t, nil
 }
 
-func startFlow(ctx context.Context, a, b lab.Endpoint, f addr.Family) (flow, error) {
-	fl := flow{from: a.Node, to: b.Node, name: fmt.Sprintf("%s to %s %s", a.Name, b.Name, f)}
-	var err error
-	if fl.tcp, err = a.StreamTCP(ctx, b.Machine, b.Addr.Get(f), tcpEvery); err != nil {
-		return fl, fmt.Errorf("%s: %w", fl.name, err)
-	}
-	if fl.ping, err = a.StreamPing(ctx, b.Addr.Get(f), pingEvery); err != nil {
-		fl.tcp.Stop()
-		return fl, fmt.Errorf("%s: %w", fl.name, err)
-	}
-	return fl, nil
-}
-
 func (t traffic) stop() {
 	for _, f := range t {
-		f.ping.Close()
-		f.tcp.Stop()
+		if f.ping != nil {
+			f.ping.Close()
+		}
+		if f.tcp != nil {
+			f.tcp.Stop()
+		}
 	}
 }
 

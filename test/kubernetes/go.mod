@@ -6,7 +6,6 @@ go 1.26.8
 godebug default=go1.26
 
 require (
-	github.com/overlayd/overlayd/dist/image v0.0.0
 	github.com/spf13/cobra v1.10.2
 	go.etcd.io/etcd/server/v3 v3.6.8
 	k8s.io/component-base v0.36.3
@@ -200,7 +199,6 @@ require (
 
 // k8s.io/kubernetes names its own staging modules v0.0.0; its replace lines, which say which ones it means, do not count here.
 replace (
-	github.com/overlayd/overlayd/dist/image => ../../dist/image
 	k8s.io/api => k8s.io/api v0.36.3
 	k8s.io/apiextensions-apiserver => k8s.io/apiextensions-apiserver v0.36.3
 	k8s.io/apimachinery => k8s.io/apimachinery v0.36.3

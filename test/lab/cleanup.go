@@ -20,8 +20,8 @@ const runDir = "/run/overlay-lab"
 func labDir(name string) string { return filepath.Join(runDir, name) }
 
 // Down removes all that the named lab left on this machine, whether it is up, half up, or crashed: the processes in its
-// namespaces, the namespaces, what is mounted in its directory, the directory. Processes elsewhere are never touched. A lab
-// that is not there is no error.
+// namespaces, the namespaces, what is mounted in its directory, the directory. Processes elsewhere are never touched. A
+// lab that is not there is no error.
 func Down(ctx context.Context, name string) error {
 	if !validName.MatchString(name) {
 		return fmt.Errorf("%q is not the name of a lab", name)
@@ -60,15 +60,16 @@ func unmountBelow(dir string) error {
 		if len(fields) <= mountPoint || !strings.HasPrefix(fields[mountPoint], dir+"/") {
 			continue
 		}
-		if err := unix.Unmount(fields[mountPoint], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) { // it went with another
+		// it went with another
+		if err := unix.Unmount(fields[mountPoint], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", fields[mountPoint], err))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// identify gives the identities of named namespaces. A name with no namespace mounted on it has none: the file beneath is
-// on another file system than any process's namespace, so that its identity cannot match one.
+// identify gives the identities of named namespaces. A name with no namespace mounted on it has none: the file beneath
+// is on another file system than any process's namespace, so that its identity cannot match one.
 func identify(namespaces []string) map[nsID]bool {
 	ids := map[nsID]bool{}
 	for _, ns := range namespaces {
@@ -99,8 +100,8 @@ func killInside(ctx context.Context, ids map[nsID]bool) error {
 	})
 }
 
-// processesIn lists the processes in the namespaces, but for this one. Our own children that have ended are collected on
-// the way; they are in no namespace any more.
+// processesIn lists the processes in the namespaces, but for this one. Our own children that have ended are collected
+// on the way; they are in no namespace any more.
 func processesIn(ids map[nsID]bool) ([]int, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/overlayd/overlayd/test/lab"
 	"github.com/overlayd/overlayd/test/labtest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 func TestMain(m *testing.M) {
@@ -49,7 +50,7 @@ func sleeper(t *testing.T, ns string) *exec.Cmd {
 // names a process that is not the lab's.
 func TestDownCleansUpAfterACrash(t *testing.T) {
 	t.Parallel()
-	labtest.RequireRoot(t)
+	nstest.NeedRoot(t)
 	name := labtest.Name()
 	dir := filepath.Join("/run/overlay-lab", name)
 	ip(t, "netns", "add", name+"-n1")

@@ -1,6 +1,6 @@
 // Package lab builds a whole cluster on one machine: nodes, pods, the underlay between them, a router, a host on "the
-// internet" and an etcd, each in a network namespace of its own, with the real overlayd running on every node. The demo,
-// the tests, the fault catalogue and the benchmarks share it.
+// internet" and an etcd, each in a network namespace of its own, with the real overlayd running on every node. The
+// demo, the tests, the fault catalogue and the benchmarks share it.
 //
 // The topology is a value ([Topology]) that follows from [Options] alone; everything a later command needs to find a
 // running lab again is therefore its name and its options, kept in /run/overlay-lab/NAME/lab.json.

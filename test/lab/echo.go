@@ -17,51 +17,54 @@ const (
 	echoSize = 8
 )
 
-// TCPStream is one TCP connection over which something is sent at an interval and comes back, until it is stopped: what a
-// long-lived connection of an application sees of a fault.
+// TCPStream is one TCP connection over which something is sent at an interval and comes back, until it is stopped: what
+// a long-lived connection of an application sees of a fault.
 type TCPStream struct {
-	listener net.Listener
-	conn     net.Conn
-	wg       sync.WaitGroup
-	stop     context.CancelFunc
+	stop func()
 
 	mu     sync.Mutex
 	broken error
 }
 
 // StreamTCP connects the machine to a server that it starts on another one.
-func (m Machine) StreamTCP(ctx context.Context, server Machine, at netip.Addr, interval time.Duration) (*TCPStream, error) {
+func (m Machine) StreamTCP(
+	ctx context.Context, server Machine, at netip.Addr, interval time.Duration,
+) (*TCPStream, error) {
 	where := netip.AddrPortFrom(at, echoPort).String()
 	l, err := server.Listen(ctx, where)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", server.Name, err)
 	}
-	s := &TCPStream{listener: l}
-	ctx, s.stop = context.WithCancel(ctx)
-	s.wg.Go(func() { s.serve(ctx) })
-	s.conn, err = m.DialContext(ctx, "tcp", where)
+	defer l.Close()
+	conn, err := m.DialContext(ctx, "tcp", where)
 	if err != nil {
-		s.stop()
-		_ = l.Close()
-		s.wg.Wait()
 		return nil, fmt.Errorf("connect %s to %s: %w", m.Name, server.Name, err)
 	}
-	s.wg.Go(func() { s.send(ctx, interval) })
-	s.wg.Go(func() {
-		if _, err := io.Copy(io.Discard, s.conn); ctx.Err() == nil {
-			s.breaks(ctx, cmp.Or(err, io.EOF))
-		}
+	peer, err := l.Accept()
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("accept on %s: %w", server.Name, err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	s := &TCPStream{}
+	var wg sync.WaitGroup
+	wg.Go(func() { _, _ = io.Copy(peer, peer) })
+	wg.Go(func() {
+		_, err := io.Copy(io.Discard, conn)
+		s.breaks(ctx, cmp.Or(err, io.EOF))
 	})
+	wg.Go(func() { s.breaks(ctx, send(ctx, conn, interval)) })
+	// Neither end may hear of the other: a fault may have cut the way.
+	context.AfterFunc(ctx, func() { _, _ = conn.Close(), peer.Close() })
+	s.stop = func() {
+		cancel()
+		wg.Wait()
+	}
 	return s, nil
 }
 
 // Stop ends the stream.
-func (s *TCPStream) Stop() {
-	s.stop()
-	_ = s.conn.Close()
-	_ = s.listener.Close()
-	s.wg.Wait()
-}
+func (s *TCPStream) Stop() { s.stop() }
 
 // Broken says why the connection has ended, if it has.
 func (s *TCPStream) Broken() error {
@@ -70,30 +73,15 @@ func (s *TCPStream) Broken() error {
 	return s.broken
 }
 
-func (s *TCPStream) serve(ctx context.Context) {
-	conn, err := s.listener.Accept()
-	if err != nil {
-		return
-	}
-	// The client's end may never be heard of: a fault may have cut the way.
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	defer stop()
-	defer conn.Close()
-	_, _ = io.Copy(conn, conn)
-}
-
-func (s *TCPStream) send(ctx context.Context, interval time.Duration) {
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
-	for {
-		if _, err := s.conn.Write(make([]byte, echoSize)); err != nil {
-			s.breaks(ctx, err)
-			return
+func send(ctx context.Context, conn net.Conn, interval time.Duration) error {
+	for tick := time.Tick(interval); ; {
+		if _, err := conn.Write(make([]byte, echoSize)); err != nil {
+			return err
 		}
 		select {
 		case <-ctx.Done():
-			return
-		case <-tick.C:
+			return ctx.Err()
+		case <-tick:
 		}
 	}
 }

@@ -35,11 +35,15 @@ func newEtcd(t Topology, dir string, i int) *Etcd {
 	}
 	e := &Etcd{Machine: Machine{Name: t.Etcd.Name, NS: t.Etcd.NS}, number: i, urls: t.memberURLs(i)}
 	listen := append(loopbackURLs(t.Options.Stack, clientPort(i)), e.urls...)
-	e.Process = Process{name: name, ns: e.NS, dir: dir, argv: func() []string { return e.command(t.Options, strings.Join(listen, ",")) }}
+	e.Process = Process{name: name, ns: e.NS, dir: dir, argv: func() []string {
+		return e.command(t.Options,
+			strings.Join(listen, ","))
+	}}
 	return e
 }
 
-// command is the command line of a member. What it stores may get lost when the machine crashes: nothing in it outlives the lab.
+// command is the command line of a member. What it stores may get lost when the machine crashes: nothing in it outlives
+// the lab.
 func (e *Etcd) command(o Options, urls string) []string {
 	argv := []string{o.Self, EtcdCommand, "--unsafe-no-fsync"}
 	if o.EtcdVersion != "" {
@@ -126,7 +130,8 @@ func (l *Lab) DialEtcd() []grpc.DialOption {
 	})}
 }
 
-// EtcdMain is what the hidden subcommand does with its arguments, which are those of etcd: it serves until it is ended by a signal.
+// EtcdMain is what the hidden subcommand does with its arguments, which are those of etcd: it serves until it is ended
+// by a signal.
 func EtcdMain(args []string) { etcdmain.Main(append([]string{"etcd"}, args...)) }
 
 func cluster(members int) string {

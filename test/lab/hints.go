@@ -18,7 +18,7 @@ func (l *Lab) Hints(command string) string {
 	first := l.nodes[0]
 	rows := []string{
 		"# the leases, as they stand in etcd",
-		lab(fmt.Sprintf("exec etcd -- etcdctl --endpoints %s get --prefix /overlayd/network/subnets", quote(l.etcd.urls[0]))),
+		lab("exec etcd -- etcdctl get --prefix /overlayd/network/subnets"),
 		"# the first node's routes to the other nodes' subnets",
 	}
 	for _, f := range o.Stack.Families() {
@@ -54,12 +54,4 @@ func vxlanHints(ns string, f addr.Family) []string {
 		fmt.Sprintf("ip -n %s neigh show dev %s", ns, device),
 		fmt.Sprintf("bridge -n %s fdb show dev %s", ns, device),
 	}
-}
-
-// quote keeps the brackets of an IPv6 address from the shell.
-func quote(url string) string {
-	if strings.Contains(url, "[") {
-		return "'" + url + "'"
-	}
-	return url
 }

@@ -25,7 +25,7 @@ func (m Machine) Get(ctx context.Context, url string) (string, error) {
 	return body, nil
 }
 
-// Ask is Get for somebody who wants to know of any answer, with its HTTP status. An error is no answer, within two seconds.
+// Ask is Get, but takes any HTTP status as an answer. An error means that there was none within two seconds.
 func (m Machine) Ask(ctx context.Context, url string) (code int, body string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, getTimeout)
 	defer cancel()

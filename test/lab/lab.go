@@ -43,8 +43,8 @@ func newLab(t Topology) *Lab {
 }
 
 // Up brings a lab up and returns once all nodes are ready and all pods are made. What an earlier lab of this name left
-// behind is removed first. Where Up fails, or its context ends, the logs stay for a look at them, and [Down] removes the
-// rest.
+// behind is removed first. Where Up fails, or its context ends, the logs stay for a look at them, and [Down] removes
+// the rest.
 func Up(ctx context.Context, o Options) (*Lab, error) {
 	o, err := o.Defaults()
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/test/lab"
 	"github.com/overlayd/overlayd/test/labtest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // settle is short in these tests: nothing that a test has broken mends itself.
@@ -55,7 +56,8 @@ func TestCheckFindsFaults(t *testing.T) {
 	}
 	n1, n2 := l.Node(1), l.Node(2)
 
-	// With ports that n1 itself never takes: the kernel remembers these connections for a while, and would move n1's own out of their way.
+	// With ports that n1 itself never takes: the kernel remembers these connections for a while, and would move n1's own
+	// out of their way.
 	run(t, n1.Machine, `nft add table ip bad && nft add chain ip bad p '{ type nat hook postrouting priority 50; }' &&
 		nft add rule ip bad p ip saddr 10.244.0.2 ip daddr 10.244.1.2 meta l4proto tcp masquerade to :1024-2047`)
 	wantOnly(t, check(t, l), "source NAT between pods", func(o lab.Outcome) bool {
@@ -171,7 +173,7 @@ func TestHandles(t *testing.T) {
 
 func TestUpSaysWhyANodeDoesNotStart(t *testing.T) {
 	t.Parallel()
-	labtest.RequireRoot(t)
+	nstest.NeedRoot(t)
 	path := standInPath(t)
 	if err := os.WriteFile(path, []byte("#!/bin/sh\necho no luck today\nexit 2\n"), 0o755); err != nil {
 		t.Fatal(err)

@@ -29,8 +29,8 @@ func (m Machine) Run(ctx context.Context, name string, args ...string) (string, 
 	return m.run(exec.CommandContext(ctx, name, args...))
 }
 
-// Shell runs a script on the machine up to the first command that fails, with more variables ("NAME=value") in its environment. It
-// returns what Run does.
+// Shell runs a script on the machine up to the first command that fails, with more variables ("NAME=value") in its
+// environment. It returns what Run does.
 func (m Machine) Shell(ctx context.Context, script string, env ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, "sh", "-ec", script)
 	cmd.Env = append(os.Environ(), env...)
@@ -44,7 +44,8 @@ func (m Machine) run(cmd *exec.Cmd) (string, error) {
 		return "", fmt.Errorf("on %s: start %s: %w", m.Name, cmd.Path, err)
 	}
 	if err := cmd.Wait(); err != nil {
-		return out.String(), fmt.Errorf("on %s: %s: %w: %s", m.Name, strings.Join(cmd.Args, " "), err, strings.TrimSpace(out.String()))
+		return out.String(), fmt.Errorf("on %s: %s: %w: %s", m.Name, strings.Join(cmd.Args, " "), err,
+			strings.TrimSpace(out.String()))
 	}
 	return out.String(), nil
 }

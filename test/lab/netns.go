@@ -18,8 +18,9 @@ const nsDir = "/run/netns"
 
 func nsPath(ns string) string { return filepath.Join(nsDir, ns) }
 
-// inNS runs f on an OS thread inside the named namespace. Sockets and processes that f makes stay there; goroutines that f starts do not
-// run there. The thread is never the process's first one: that one's namespace is what /proc/PID/ns/net shows, and must stay.
+// inNS runs f on an OS thread inside the named namespace. Sockets and processes that f makes stay there; goroutines
+// that f starts do not run there. The thread is never the process's first one: that one's namespace is what
+// /proc/PID/ns/net shows, and must stay.
 func inNS(ns string, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -68,8 +69,9 @@ func createNS(ns string) error {
 	return nil
 }
 
-// deleteNS removes the name; the kernel frees the namespace once its last process and socket are gone. What is not there
-// is no error, and neither is a name with nothing mounted on it (left by a crash between the two steps of creation).
+// deleteNS removes the name; the kernel frees the namespace once its last process and socket are gone. What is not
+// there is no error, and neither is a name with nothing mounted on it (left by a crash between the two steps of
+// creation).
 func deleteNS(ns string) error {
 	err := unix.Unmount(nsPath(ns), unix.MNT_DETACH)
 	if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
@@ -93,8 +95,8 @@ func idOf(path string) (nsID, error) {
 	return nsID{dev: st.Dev, ino: st.Ino}, nil
 }
 
-// labNamespaces lists the namespaces on this machine that belong to the named lab, whatever its options were. Only names
-// that a lab makes count: "lab" must not lay hands on "lab-2-n1", which is the namespace of a lab called "lab-2".
+// labNamespaces lists the namespaces on this machine that belong to the named lab, whatever its options were. Only
+// names that a lab makes count: "lab" must not lay hands on "lab-2-n1", which is the namespace of a lab called "lab-2".
 func labNamespaces(lab string) ([]string, error) {
 	entries, err := os.ReadDir(nsDir)
 	if errors.Is(err, os.ErrNotExist) {

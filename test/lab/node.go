@@ -103,8 +103,8 @@ func (n *Node) Pods() []Machine {
 	return out
 }
 
-// Overlayd runs a command of the node's overlayd, such as status, on the node, and returns what it printed. That it ends with an exit
-// status other than 0 is no error: it may be what it has to say.
+// Overlayd runs a command of the node's overlayd, such as status, on the node, and returns what it printed. That it
+// ends with an exit status other than 0 is no error: it may be what it has to say.
 func (n *Node) Overlayd(ctx context.Context, command string, args ...string) (string, error) {
 	out, err := n.Run(ctx, n.options.Overlayd, append([]string{command, "--socket", n.Socket()}, args...)...)
 	if errors.As(err, new(*exec.ExitError)) {
@@ -209,36 +209,25 @@ func (n *Node) RecreateLink() (back func() error, err error) {
 	}, n.RemoveLink(underlayLink)
 }
 
-// AddLink gives the node one more interface, in another segment, with the addresses that the node's own number has there.
-// It returns the gateways there. The node takes in what comes to it by the longer way.
+// AddLink gives the node one more interface, in another segment, with the addresses that the node's own number has
+// there. It returns the gateways there. The node takes in what comes to it by the longer way.
 func (n *Node) AddLink(t Topology, name string, segment int) (at, via addr.Per[netip.Prefix], err error) {
 	if segment < 1 || segment > len(t.Switches) {
 		return at, via, fmt.Errorf("%s: there is no segment %d", n.Name, segment)
 	}
 	i := Interface{Name: name}
-	var number int
 	for _, f := range n.options.Stack.Families() {
-		number = lastOctet(n.Addr(f).AsSlice())
-		at.Set(f, hostAddr(segmentNet(segment)(f), number))
+		at.Set(f, hostAddr(segmentNet(segment)(f), n.spec.host))
 		via.Set(f, hostAddr(segmentNet(segment)(f), 1))
 		i.Addrs = append(i.Addrs, at.Get(f))
 	}
 	// the same each time: others remember it for some seconds
-	mac := net.HardwareAddr{2, 0, 0, 0, byte(segment), byte(number)}.String()
+	mac := net.HardwareAddr{2, 0, 0, 0, byte(segment), byte(n.spec.host)}.String()
 	cable := Cable{Port{n.NS, name}, Port{t.Switches[segment-1].NS, n.Name + "-" + name}}
 	if err := plug(cable, underlayMTU, mac, switchBridge); err != nil {
 		return at, via, err
 	}
 	return at, via, script(n.NS, i.script()+"echo 2 > /proc/sys/net/ipv4/conf/"+name+"/rp_filter")
-}
-
-// lastOctet reads the number of a host from its address; see hostAddr.
-func lastOctet(b []byte) int {
-	last := int(b[len(b)-1])
-	if len(b) == net.IPv4len {
-		return last
-	}
-	return int(b[len(b)-2])*100 + last>>4*10 + last&0xf
 }
 
 // RemoveLink takes an interface of the node away. One that is not there is no error.

@@ -66,8 +66,8 @@ type Options struct {
 	OverlaydArgs []string `json:"overlaydArgs,omitempty"`
 	OverlaydEnv  []string `json:"overlaydEnv,omitempty"`
 
-	// EtcdMembers is the number of members of the lab's etcd, 1 or 3. Secure gives it TLS with client certificates, and users
-	// with passwords.
+	// EtcdMembers is the number of members of the lab's etcd, 1 or 3. Secure gives it TLS with client certificates, and
+	// users with passwords.
 	EtcdMembers int  `json:"etcdMembers,omitempty"`
 	Secure      bool `json:"secure,omitempty"`
 	// EtcdVersion is that of a server which stands next to Self as etcd-VERSION ("3.4"); empty: the one that is linked.
@@ -132,12 +132,14 @@ var validName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
 // Validate says all that is wrong with the options at once.
 func (o Options) Validate() error {
 	return errors.Join(
-		unless(validName.MatchString(o.Name), "--name %q: want a lower-case letter, then at most 31 of a-z, 0-9 and -", o.Name),
+		unless(validName.MatchString(o.Name), "--name %q: want a lower-case letter, then at most 31 of a-z, 0-9 and -",
+			o.Name),
 		unless(1 <= o.Nodes && o.Nodes <= maxNodes, "--nodes %d: want 1 to %d", o.Nodes, maxNodes),
 		unless(1 <= o.Pods && o.Pods <= maxPods, "--pods %d: want 1 to %d", o.Pods, maxPods),
 		unless(o.Segments == 1 || o.Segments == 2, "--segments %d: want 1 or 2", o.Segments),
 		unless(o.Backend == VXLAN || o.Backend == HostGW, "--backend %q: want %s or %s", o.Backend, VXLAN, HostGW),
-		unless(o.Backend != HostGW || o.Segments == 1, "--segments %d: the host-gw backend needs all nodes on 1 segment", o.Segments),
+		unless(o.Backend != HostGW || o.Segments == 1, "--segments %d: the host-gw backend needs all nodes on 1 segment",
+			o.Segments),
 		unless(o.Backend != HostGW || !o.Direct, "--direct: belongs to the vxlan backend, host-gw is always direct"),
 		unless(o.Stack == StackIPv4 || o.Stack == StackDual || o.Stack == StackIPv6,
 			"--stack %q: want %s, %s or %s", o.Stack, StackIPv4, StackDual, StackIPv6),

@@ -6,13 +6,14 @@ import (
 
 	"github.com/overlayd/overlayd/test/lab"
 	"github.com/overlayd/overlayd/test/labtest"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
-// The real overlayd gives a flat pod network over every backend and stack: pod to pod on a node and across nodes, node to
-// pod and back, all without NAT, and pod to the internet by masquerade.
+// The real overlayd gives a flat pod network over every backend and stack: pod to pod on a node and across nodes, node
+// to pod and back, all without NAT, and pod to the internet by masquerade.
 func TestOverlayd(t *testing.T) {
 	t.Parallel()
-	labtest.RequireRoot(t)
+	nstest.NeedRoot(t)
 	overlayd := labtest.BuildOverlayd(t)
 	for _, o := range []lab.Options{
 		{Backend: lab.VXLAN},

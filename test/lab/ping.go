@@ -13,7 +13,8 @@ import (
 	"github.com/overlayd/overlayd/internal/ping"
 )
 
-// pingToken marks one echo request, so that its reply and its way through the underlay are recognised. It stands at the start of the data.
+// pingToken marks one echo request, so that its reply and its way through the underlay are recognised. It stands at the
+// start of the data.
 type pingToken [16]byte
 
 func newToken() pingToken {
@@ -31,7 +32,8 @@ type Ping struct {
 	token pingToken
 }
 
-// LateAnswer is how long an answer may take until it is read on a machine that has much to do: what has none by then is lost.
+// LateAnswer is how long an answer may take until it is read on a machine that has much to do: what has none by then is
+// lost.
 const LateAnswer = 5 * time.Second
 
 // Ping sends one echo request from the machine and waits for its reply. It returns the source address that the kernel

@@ -12,9 +12,10 @@ const (
 	underlayLink = "eth0"
 )
 
-// SetupPods makes the node's bridge and pods from its subnet.env, as the CNI plugins bridge and host-local do: the bridge has its addresses
-// when the first pod is on it. Pods that are there already are made again, which is what a changed subnet needs. A bridge with a MAC of its
-// own keeps it when ports come and go; the pods know it as their gateway's.
+// SetupPods makes the node's bridge and pods from its subnet.env, as the CNI plugins bridge and host-local do: the
+// bridge has its addresses when the first pod is on it. Pods that are there already are made again, which is what a
+// changed subnet needs. A bridge with a MAC of its own keeps it when ports come and go; the pods know it as their
+// gateway's.
 func (n *Node) SetupPods() error {
 	env, err := n.SubnetEnv()
 	if err != nil {
@@ -23,7 +24,8 @@ func (n *Node) SetupPods() error {
 	if err := n.removePods(); err != nil {
 		return err
 	}
-	if err := script(n.NS, fmt.Sprintf("ip link add %s address %s mtu %d type bridge", bridgeName, randomMAC(), env.MTU)); err != nil {
+	if err := script(n.NS, fmt.Sprintf("ip link add %s address %s mtu %d type bridge", bridgeName, randomMAC(),
+		env.MTU)); err != nil {
 		return err
 	}
 	for i, p := range n.spec.Pods {

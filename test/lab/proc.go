@@ -17,9 +17,9 @@ import (
 // stopTimeout bounds how long a process may take to end after a signal that ends it.
 const stopTimeout = 15 * time.Second
 
-// Process is a background process of the lab: a daemon on a node, or etcd. It is known by its pid file, so that it can be
-// started by one command and stopped by another, and by its namespace, so that a pid which now belongs to
-// somebody else is never signalled. Its methods are not for several goroutines at once.
+// Process is a background process of the lab: a daemon on a node, or etcd. It is known by its pid file, so that it can
+// be started by one command and stopped by another, and by its namespace, so that a pid which now belongs to
+// another process is never signalled. Its methods are not for several goroutines at once.
 type Process struct {
 	name string // "n1", "etcd"
 	ns   string
@@ -115,8 +115,8 @@ func (p *Process) Signal(sig unix.Signal) error {
 // errNotOurs says that a pid is not, or no longer, of a process of the lab.
 var errNotOurs = errors.New("no such process in the lab")
 
-// signalIf sends a signal to a process that the check says is ours, and does something with its pidfd then. The pidfd is opened before the
-// check, so that the process which was checked is the one that gets the signal.
+// signalIf sends a signal to a process that the check says is ours, and does something with its pidfd then. The pidfd
+// is opened before the check, so that the process which was checked is the one that gets the signal.
 func signalIf(pid int, sig unix.Signal, ours func() bool, then func(pidfd int) error) error {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {

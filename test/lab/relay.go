@@ -56,34 +56,27 @@ func (r *Relay) pass(ctx context.Context, m Machine, client net.Conn, to uint16,
 	stop := context.AfterFunc(ctx, func() { _, _ = client.Close(), server.Close() })
 	defer stop()
 	var wg sync.WaitGroup
-	wg.Go(func() { late(ctx, server, client, delay) })
-	wg.Go(func() { late(ctx, client, server, delay) })
+	wg.Go(func() { late(server, client, delay) })
+	wg.Go(func() { late(client, server, delay) })
 	wg.Wait()
 }
 
-type piece struct {
-	due  time.Time
-	data []byte
-}
-
 // late copies, each piece its delay after it came.
-func late(ctx context.Context, to, from net.Conn, delay time.Duration) {
+func late(to, from net.Conn, delay time.Duration) {
+	type piece struct {
+		due  time.Time
+		data []byte
+	}
 	pieces := make(chan piece, relayDepth)
 	go func() {
 		defer close(pieces)
 		for {
 			buf := make([]byte, 16<<10)
 			n, err := from.Read(buf)
-			if n > 0 {
-				select {
-				case pieces <- piece{time.Now().Add(delay), buf[:n]}:
-				case <-ctx.Done():
-					return
-				}
-			}
 			if err != nil {
 				return
 			}
+			pieces <- piece{time.Now().Add(delay), buf[:n]}
 		}
 	}()
 	for p := range pieces {
@@ -92,7 +85,5 @@ func late(ctx context.Context, to, from net.Conn, delay time.Duration) {
 			_ = from.Close() // ends the reader
 		}
 	}
-	if c, ok := to.(interface{ CloseWrite() error }); ok {
-		_ = c.CloseWrite()
-	}
+	_ = to.(*net.TCPConn).CloseWrite()
 }

@@ -1,8 +1,10 @@
 package lab
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/overlayd/overlayd/addr"
@@ -29,8 +31,7 @@ type Outcome struct {
 	FromAddr netip.Addr  `json:"fromAddr"`
 	ToAddr   netip.Addr  `json:"toAddr"`
 	Path     string      `json:"path,omitempty"`
-	Err      string      `json:"error,omitempty"`   // empty: passed
-	Untried  bool        `json:"untried,omitempty"` // failed because what it builds on did
+	Err      string      `json:"error,omitempty"` // empty: passed
 }
 
 func (o Outcome) String() string {
@@ -92,16 +93,10 @@ func plural(n int, what string) string {
 
 // families lists those that occur, IPv4 first.
 func (r Report) families() []addr.Family {
-	var out []addr.Family
-	for _, f := range addr.Families() {
-		for _, o := range r.Outcomes {
-			if o.Family == f {
-				out = append(out, f)
-				break
-			}
-		}
-	}
-	return out
+	all := addr.Families()
+	return slices.DeleteFunc(all[:], func(f addr.Family) bool {
+		return !slices.ContainsFunc(r.Outcomes, func(o Outcome) bool { return o.Family == f })
+	})
 }
 
 // Text renders the report for a terminal.
@@ -136,14 +131,13 @@ const matrixLegend = `  ✓ = ping; 1 MiB over TCP, each end seeing the other's 
       (to the internet: 1 MiB over TCP, the host there seeing the node's address)
 `
 
-const failureLegend = "  p, t, m = the ping, the TCP transfer, the full-MTU ping failed; ✗ = more than one of them\n"
+const failureLegend = `  p, t, m = the ping (after which no more is tried), the TCP transfer, the full-MTU ping failed; ✗ = several of them
+`
 
 func (r Report) writeMatrices(b *strings.Builder) {
 	marks := r.marks()
 	for _, f := range r.families() {
-		fmt.Fprintf(b, "%s, from row to column\n", f)
-		r.writeMatrix(b, f, marks)
-		b.WriteString("\n")
+		fmt.Fprintf(b, "%s, from row to column\n%s\n", f, Table(r.matrix(f, marks), 1))
 	}
 	b.WriteString(matrixLegend)
 	if r.Failed > 0 {
@@ -152,41 +146,26 @@ func (r Report) writeMatrices(b *strings.Builder) {
 	b.WriteString("\n")
 }
 
-func (r Report) writeMatrix(b *strings.Builder, f addr.Family, marks map[cell]string) {
-	rows := [][]string{{""}}
+func (r Report) matrix(f addr.Family, marks map[cell]string) [][]string {
+	header := []string{""}
+	var rows [][]string
 	for _, l := range r.Leases {
-		rows[0] = append(rows[0], "│", l.Node)
-		rows[0] = append(rows[0], podLabels(l)...)
-	}
-	rows[0] = append(rows[0], "│", "internet")
-	for _, from := range r.endpointNames() {
-		row := []string{from}
-		for _, l := range r.Leases {
-			row = append(row, "│")
-			for _, to := range append([]string{l.Node}, l.Pods...) {
-				row = append(row, mark(marks[cell{from, to, f}]))
-			}
+		header = append(header, "│", l.Node)
+		for _, p := range l.Pods {
+			header = append(header, strings.TrimPrefix(p, l.Node+"-")) // the node stands to their left
 		}
-		rows = append(rows, append(row, "│", mark(marks[cell{from, string(KindInternet), f}])))
+		for _, from := range append([]string{l.Node}, l.Pods...) {
+			row := []string{from}
+			for _, l := range r.Leases {
+				row = append(row, "│")
+				for _, to := range append([]string{l.Node}, l.Pods...) {
+					row = append(row, mark(marks[cell{from, to, f}]))
+				}
+			}
+			rows = append(rows, append(row, "│", mark(marks[cell{from, string(KindInternet), f}])))
+		}
 	}
-	b.WriteString(Table(rows, 1))
-}
-
-// podLabels are the pods' names without the node's, which stands to their left.
-func podLabels(l Lease) []string {
-	var out []string
-	for _, p := range l.Pods {
-		out = append(out, strings.TrimPrefix(p, l.Node+"-"))
-	}
-	return out
-}
-
-func (r Report) endpointNames() []string {
-	var out []string
-	for _, l := range r.Leases {
-		out = append(append(out, l.Node), l.Pods...)
-	}
-	return out
+	return append([][]string{append(header, "│", "internet")}, rows...)
 }
 
 type cell struct {
@@ -194,76 +173,53 @@ type cell struct {
 	family   addr.Family
 }
 
-const (
-	markPassed    = "✓"
-	markSeveral   = "✗"
-	markUnchecked = "·"
-)
-
-func mark(m string) string {
-	if m == "" {
-		return markUnchecked
-	}
-	return m
-}
+// mark shows what was not checked as a dot.
+func mark(m string) string { return cmp.Or(m, "·") }
 
 // marks sums up the outcomes of every cell in one character.
 func (r Report) marks() map[cell]string {
+	const passed, several = "✓", "✗"
 	marks := map[cell]string{}
 	for _, o := range r.Outcomes {
-		if o.Check == CheckPath {
-			continue
-		}
 		c := cell{o.From, o.To, o.Family}
-		marks[c] = combine(marks[c], o)
+		switch before := marks[c]; {
+		case o.Check == CheckPath:
+		case o.Err == "":
+			marks[c] = cmp.Or(before, passed)
+		case before != "" && before != passed || o.Check == CheckInternet:
+			marks[c] = several
+		default:
+			marks[c] = string(o.Check[:1])
+		}
 	}
 	return marks
 }
 
-func combine(before string, o Outcome) string {
-	switch {
-	case o.Err == "" && before == "":
-		return markPassed
-	case o.Err == "":
-		return before
-	case before != "" && before != markPassed:
-		return markSeveral
-	case o.Check == CheckInternet:
-		return markSeveral
-	}
-	return string(o.Check[:1])
-}
-
+// writePaths shows the way between the first pods of each two nodes; the ways from and to the nodes themselves were held
+// against the same options, and are among the failures where they differ.
 func (r Report) writePaths(b *strings.Builder) {
+	paths := map[cell]string{}
+	for _, o := range r.Outcomes {
+		if o.Check == CheckPath {
+			paths[cell{o.From, o.To, o.Family}] = o.Path
+		}
+	}
+	if len(paths) == 0 {
+		return
+	}
 	for _, f := range r.families() {
-		paths := map[cell]string{}
-		for _, o := range r.Outcomes {
-			if o.Check == CheckPath && o.Family == f {
-				paths[cell{o.From, o.To, f}] = o.Path
+		rows := [][]string{{""}}
+		for _, from := range r.Leases {
+			row := []string{fmt.Sprintf("%s (seg%d)", from.Node, from.Segment)}
+			rows[0] = append(rows[0], row[0])
+			for _, to := range r.Leases {
+				row = append(row, mark(paths[cell{from.Pods[0], to.Pods[0], f}]))
 			}
+			rows = append(rows, row)
 		}
-		if len(paths) > 0 {
-			fmt.Fprintf(b, "%s, how a packet from pod to pod leaves the row's node for the column's, seen on the wire\n", f)
-			b.WriteString(Table(r.pathRows(f, paths), 2) + "\n")
-		}
+		fmt.Fprintf(b, "%s, how a packet from pod to pod leaves the row's node for the column's, seen on the wire\n%s\n", f,
+			Table(rows, 2))
 	}
-}
-
-// pathRows shows the way between the first pods of each two nodes; the ways from and to the nodes themselves were held
-// against the same wish, and are among the failures where they differ.
-func (r Report) pathRows(f addr.Family, paths map[cell]string) [][]string {
-	header := []string{""}
-	var rows [][]string
-	for _, from := range r.Leases {
-		label := fmt.Sprintf("%s (seg%d)", from.Node, from.Segment)
-		header = append(header, label)
-		row := []string{label}
-		for _, to := range r.Leases {
-			row = append(row, mark(paths[cell{from.Pods[0], to.Pods[0], f}]))
-		}
-		rows = append(rows, row)
-	}
-	return append([][]string{header}, rows...)
 }
 
 func (r Report) writeFailures(b *strings.Builder) {
@@ -271,16 +227,8 @@ func (r Report) writeFailures(b *strings.Builder) {
 		return
 	}
 	b.WriteString("Failed\n")
-	untried := 0
 	for _, o := range r.Failures {
-		if o.Untried {
-			untried++
-			continue
-		}
 		fmt.Fprintf(b, "  %s\n", o)
-	}
-	if untried > 0 {
-		fmt.Fprintf(b, "  and %s not tried, where the ping had failed\n", plural(untried, "check"))
 	}
 	b.WriteString("\n")
 }

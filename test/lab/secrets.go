@@ -75,7 +75,9 @@ func (s secrets) make(at []netip.Addr) error {
 }
 
 // issue writes a certificate and its key, signed by the CA's key, or by its own where there is none.
-func (s secrets) issue(certFile, keyFile string, cert, ca *x509.Certificate, caKey *ecdsa.PrivateKey) (*ecdsa.PrivateKey, error) {
+func (s secrets) issue(certFile, keyFile string, cert, ca *x509.Certificate,
+	caKey *ecdsa.PrivateKey,
+) (*ecdsa.PrivateKey, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("make the key for %s: %w", certFile, err)

@@ -77,7 +77,8 @@ func standInNetwork(name, config, env string) error {
 			return fmt.Errorf("%s: %w: %s", line, err, out)
 		}
 	}
-	text := fmt.Sprintf("FLANNEL_SUBNET=10.244.%d.1/24\nFLANNEL_IPV6_SUBNET=fd00:10:244:%d::1/64\nFLANNEL_MTU=1430\n", self, self)
+	text := fmt.Sprintf("FLANNEL_SUBNET=10.244.%d.1/24\nFLANNEL_IPV6_SUBNET=fd00:10:244:%d::1/64\nFLANNEL_MTU=1430\n",
+		self, self)
 	return os.WriteFile(env, []byte(text), 0o644)
 }
 

@@ -1,12 +1,14 @@
 package lab
 
 import (
+	"bytes"
+	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -17,31 +19,32 @@ import (
 type sighting struct{ out, back Path }
 
 func (s sighting) String() string {
-	out, back := orUnseen(s.out), orUnseen(s.back)
+	out, back := cmp.Or(s.out, "unseen"), cmp.Or(s.back, "unseen")
 	if out == back {
-		return out
+		return string(out)
 	}
-	return out + ", back " + back
+	return string(out + ", back " + back)
 }
 
-func orUnseen(p Path) string {
-	if p == "" {
-		return "unseen"
-	}
-	return string(p)
-}
-
-// tap watches a node's underlay interface and notes the path of every ping that passes.
+// tap watches a node's underlay interface and keeps the frames that may be pings.
 type tap struct {
 	file *os.File
 	done sync.WaitGroup
 
-	mu   sync.Mutex
-	seen map[pingToken]sighting
+	mu     sync.Mutex
+	frames []frame
 }
 
+type frame struct {
+	data     []byte
+	outgoing bool
+}
+
+// maxPing is more than any frame has with a small ping in it.
+const maxPing = 256
+
 func openTap(m Machine) (*tap, error) {
-	t := &tap{seen: map[pingToken]sighting{}}
+	t := &tap{}
 	err := m.Do(func() error {
 		link, err := net.InterfaceByName(underlayLink)
 		if err != nil {
@@ -52,7 +55,10 @@ func openTap(m Machine) (*tap, error) {
 			return os.NewSyscallError("socket", err)
 		}
 		t.file = os.NewFile(uintptr(fd), "tap")
-		return os.NewSyscallError("bind", unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: link.Index}))
+		return os.NewSyscallError("bind", unix.Bind(fd, &unix.SockaddrLinklayer{
+			Protocol: htons(unix.ETH_P_ALL),
+			Ifindex:  link.Index,
+		}))
 	})
 	if err != nil {
 		t.close()
@@ -76,44 +82,38 @@ func (t *tap) watch() {
 	if err != nil {
 		return
 	}
-	buf := make([]byte, 1<<16)
+	buf := make([]byte, maxPing)
 	for {
 		var n int
 		var from unix.Sockaddr
 		var rerr error
 		err := raw.Read(func(fd uintptr) bool {
-			n, from, rerr = unix.Recvfrom(int(fd), buf, 0)
+			n, from, rerr = unix.Recvfrom(int(fd), buf, unix.MSG_TRUNC)
 			return !errors.Is(rerr, unix.EAGAIN)
 		})
 		if err != nil || rerr != nil && !errors.Is(rerr, unix.EINTR) && !errors.Is(rerr, unix.ENETDOWN) {
 			return
 		}
-		if ll, ok := from.(*unix.SockaddrLinklayer); ok && rerr == nil {
-			t.note(buf[:n], ll.Pkttype == unix.PACKET_OUTGOING)
+		if ll, ok := from.(*unix.SockaddrLinklayer); ok && rerr == nil && n <= maxPing {
+			t.mu.Lock()
+			t.frames = append(t.frames, frame{slices.Clone(buf[:n]), ll.Pkttype == unix.PACKET_OUTGOING})
+			t.mu.Unlock()
 		}
 	}
 }
 
-func (t *tap) note(frame []byte, outgoing bool) {
-	path, token, ok := classify(frame)
-	if !ok {
-		return
-	}
+func (t *tap) sighting(token pingToken) (s sighting) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := t.seen[token]
-	if outgoing {
-		s.out = path
-	} else {
-		s.back = path
+	for _, f := range t.frames {
+		switch p := pathOf(f.data, token); {
+		case p != "" && f.outgoing:
+			s.out = p
+		case p != "":
+			s.back = p
+		}
 	}
-	t.seen[token] = s
-}
-
-func (t *tap) sighting(token pingToken) sighting {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.seen[token]
+	return s
 }
 
 // wait gives the sighting of a ping that was answered; the tap's goroutine may still be a little behind.
@@ -129,54 +129,22 @@ func (t *tap) wait(ctx context.Context, token pingToken) sighting {
 	return t.sighting(token)
 }
 
-const (
-	ethHeader   = 14
-	icmpHeader  = 8
-	udpHeader   = 8
-	vxlanHeader = 8
-)
-
-// classify finds the token of an echo request or reply in an Ethernet frame, and tells whether it came bare or in VXLAN.
-func classify(frame []byte) (Path, pingToken, bool) {
-	proto, payload := network4or6(frame)
-	switch {
-	case proto == unix.IPPROTO_ICMP || proto == unix.IPPROTO_ICMPV6:
-		token, ok := echoToken(payload)
-		return PathDirect, token, ok
-	case proto == unix.IPPROTO_UDP && len(payload) > udpHeader+vxlanHeader && binary.BigEndian.Uint16(payload[2:]) == vxlanPort:
-		_, inner := network4or6(payload[udpHeader+vxlanHeader:])
-		token, ok := echoToken(inner)
-		return PathTunnel, token, ok
-	}
-	return "", pingToken{}, false
-}
-
-// network4or6 gives the transport protocol of an Ethernet frame and what follows the IP header.
-func network4or6(frame []byte) (proto byte, payload []byte) {
-	if len(frame) < ethHeader+20 {
-		return 0, nil
-	}
-	packet := frame[ethHeader:]
-	switch binary.BigEndian.Uint16(frame[12:]) {
-	case unix.ETH_P_IP:
-		if n := int(packet[0]&0xf) * 4; len(packet) >= n {
-			return packet[9], packet[n:]
+// pathOf tells by where the token of a ping stands in an Ethernet frame whether it came bare or in VXLAN; "" if the
+// frame is of something else.
+func pathOf(frame []byte, token pingToken) Path {
+	const ethernet, icmp, udp, vxlan = 14, 8, 8, 8
+	ipHeaders := []int{20, 40}
+	at := bytes.Index(frame, token[:])
+	for _, inner := range ipHeaders {
+		bare := ethernet + inner + icmp
+		if at == bare {
+			return PathDirect
 		}
-	case unix.ETH_P_IPV6:
-		if len(packet) >= 40 {
-			return packet[6], packet[40:]
+		for _, outer := range ipHeaders {
+			if at == ethernet+outer+udp+vxlan+bare {
+				return PathTunnel
+			}
 		}
 	}
-	return 0, nil
-}
-
-func echoToken(message []byte) (pingToken, bool) {
-	if len(message) < icmpHeader+len(pingToken{}) {
-		return pingToken{}, false
-	}
-	switch message[0] {
-	case 0, 8, 128, 129: // echo reply and request, of either family
-		return pingToken(message[icmpHeader:][:len(pingToken{})]), true
-	}
-	return pingToken{}, false
+	return ""
 }

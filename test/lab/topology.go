@@ -59,6 +59,7 @@ type NodeSpec struct {
 	Addr    addr.Per[netip.Addr]
 	ID      string // for --node-id
 	Pods    []PodSpec
+	host    int // its number in the networks of the underlay
 }
 
 // PodSpec names one pod; its address follows from the node's subnet.
@@ -191,10 +192,11 @@ func (t Topology) node(i int) NodeSpec {
 	name := fmt.Sprintf("n%d", i)
 	segment := (i-1)%t.Options.Segments + 1
 	n := NodeSpec{
-		Host:    t.leaf(name, segmentNet(segment), firstNodeHost-1+i, defaultRoutes),
+		host:    firstNodeHost - 1 + i,
 		Segment: segment,
 		ID:      nodeID(t.Options.Name, name),
 	}
+	n.Host = t.leaf(name, segmentNet(segment), n.host, defaultRoutes)
 	for _, p := range n.Interfaces[0].Addrs {
 		n.Addr.Set(addr.FamilyOf(p.Addr()), p.Addr())
 	}

@@ -68,8 +68,8 @@ func prepareHost(h Host) error {
 	return script(h.NS, text)
 }
 
-// prepareSwitch makes the segment's bridge, which has no address: it is a switch, not a host. It does no snooping, since neighbour
-// discovery must not depend on a multicast querier.
+// prepareSwitch makes the segment's bridge, which has no address: it is a switch, not a host. It does no snooping,
+// since neighbour discovery must not depend on a multicast querier.
 func prepareSwitch(s Switch) error {
 	if err := createNS(s.NS); err != nil {
 		return err
@@ -83,7 +83,8 @@ func plug(c Cable, mtu int, mac, bridge string) error {
 	if mac != "" {
 		mac = "address " + mac
 	}
-	err := script(c.A.NS, fmt.Sprintf("ip link add %s %s mtu %d type veth peer name %s mtu %d netns %s", c.A.Name, mac, mtu, c.B.Name, mtu, c.B.NS))
+	err := script(c.A.NS, fmt.Sprintf("ip link add %s %s mtu %d type veth peer name %s mtu %d netns %s", c.A.Name, mac,
+		mtu, c.B.Name, mtu, c.B.NS))
 	if err != nil || bridge == "" {
 		return err
 	}
@@ -120,8 +121,8 @@ func (i Interface) script() string {
 	return text.String()
 }
 
-// guard drops what comes in by an interface of the router with a source from elsewhere. rp_filter does so for IPv4; IPv6 has no such
-// sysctl, so two routing rules before that of the main table do it.
+// guard drops what comes in by an interface of the router with a source from elsewhere. rp_filter does so for IPv4;
+// IPv6 has no such sysctl, so two routing rules before that of the main table do it.
 func (i Interface) guard() string {
 	var text strings.Builder
 	for _, p := range i.Addrs {

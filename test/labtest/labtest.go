@@ -11,7 +11,10 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/overlayd/overlayd/test/lab"
+	"github.com/overlayd/overlayd/test/nstest"
 )
 
 // Main is what TestMain does, and gives the exit status:
@@ -22,35 +25,53 @@ import (
 // one serve etcd.
 func Main(m *testing.M) int {
 	if len(os.Args) < 2 || os.Args[1] != lab.EtcdCommand {
+		_ = os.RemoveAll(builds()) // of a process that had the same number, and was killed
+		defer func() { _ = os.RemoveAll(builds()) }()
 		return m.Run()
 	}
 	lab.EtcdMain(os.Args[2:])
 	return 0
 }
 
-// RequireRoot fails a test that has no root, so that a run without it is never mistaken for a good one; it skips where
-// OVERLAYD_SKIP_ROOT_TESTS=1 says that this is meant.
-func RequireRoot(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if os.Getenv("OVERLAYD_SKIP_ROOT_TESTS") == "1" {
-		t.Skip("needs root; OVERLAYD_SKIP_ROOT_TESTS=1 skips it")
-	}
-	t.Fatal("needs root, for network namespaces; OVERLAYD_SKIP_ROOT_TESTS=1 skips it")
+// builds is where the programs are that this process has built for its tests; Main removes it.
+func builds() string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("overlayd-tests-%d", os.Getpid()))
 }
 
-// BuildOverlayd builds the daemon for one test and returns its path.
+// BuildOverlayd returns the path of the daemon, which the first test that asks builds for all of its package. They only
+// run it: none changes the file.
 func BuildOverlayd(t testing.TB) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "overlayd")
+	path, err := buildOverlayd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func buildOverlayd() (path string, err error) {
+	dir := builds()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	lock, err := os.Open(dir)
+	if err != nil {
+		return "", err
+	}
+	defer lock.Close() // which unlocks it
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return "", fmt.Errorf("lock %s: %w", dir, err)
+	}
+	path = filepath.Join(dir, "overlayd")
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
 	cmd := exec.Command("go", "build", "-o", path, "github.com/overlayd/overlayd/cmd/overlayd")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build overlayd: %v\n%s", err, out)
+		return "", fmt.Errorf("build overlayd: %w\n%s", err, out)
 	}
-	return path
+	return path, nil
 }
 
 // Name makes up the name of a lab that no other test uses.
@@ -64,7 +85,7 @@ func Name() string {
 // own, and an overlayd built from this tree. When the test has failed, the ends of all logs are shown.
 func Up(t testing.TB, o lab.Options) *lab.Lab {
 	t.Helper()
-	RequireRoot(t)
+	nstest.NeedRoot(t)
 	if o.Name == "" {
 		o.Name = Name()
 	}

@@ -22,8 +22,8 @@ import (
 const usage = `Usage:
   netcheck pause                  wait for the end
   netcheck serve [-port N]        HTTP and UDP: answers SERVER CLIENT'S-ADDRESS
-  netcheck get [-wait D] URL      prints the answer and the own address
-  netcheck udp [-wait D] ADDRESS  prints the same
+  netcheck get [-wait D] URL...   prints the answer and the own address, for each
+  netcheck udp [-wait D] ADDRESS...  prints the same
   netcheck dns [-wait D] [-tcp] NAME  prints the addresses of a name
   netcheck mtu                    prints the MTU of the first device
   netcheck ping [-n N] [-every D] [-size BYTES] [-df] ADDRESS
@@ -56,9 +56,9 @@ func run() int {
 	case "serve":
 		err = serve(*port)
 	case "get":
-		err = get(f.Arg(0), *wait)
+		err = each(f.Args(), *wait, get)
 	case "udp":
-		err = askUDP(f.Arg(0), *wait)
+		err = each(f.Args(), *wait, askUDP)
 	case "dns":
 		err = resolve(f.Arg(0), *tcp, *wait)
 	case "mtu":
@@ -105,7 +105,10 @@ func serve(port int) error {
 	if err := answerUDP(port, host); err != nil {
 		return err
 	}
-	answer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = fmt.Fprintln(w, host, ipOf(r.RemoteAddr)) })
+	answer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_,
+			_ = fmt.Fprintln(w, host, ipOf(r.RemoteAddr))
+	})
 	server := &http.Server{Addr: address, Handler: answer}
 	end := make(chan os.Signal, 1)
 	signal.Notify(end, syscall.SIGINT, syscall.SIGTERM)
@@ -119,8 +122,8 @@ func serve(port int) error {
 	return nil
 }
 
-// answerUDP answers from the address that was asked. With several addresses the kernel might choose another one, which the
-// client would not take for an answer.
+// answerUDP answers from the address that was asked. With several addresses the kernel might choose another one, which
+// the client would not take for an answer.
 func answerUDP(port int, host string) error {
 	conn, err := net.ListenUDP("udp", &net.UDPAddr{Port: port}) // an IPv6 socket, which also serves IPv4
 	if err != nil {
@@ -159,6 +162,16 @@ func ipOf(hostPort string) string {
 		return hostPort
 	}
 	return host
+}
+
+// each asks one after the other, until one fails.
+func each(all []string, wait time.Duration, ask func(string, time.Duration) error) error {
+	for _, to := range all {
+		if err := ask(to, wait); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // get prints the answer, and with which address this side asked: where they differ, somebody translated on the way.

@@ -11,8 +11,8 @@ import (
 	"github.com/overlayd/overlayd/internal/ping"
 )
 
-// replyWait is how long the last request may take: what is answered later is lost. A machine that stands still for some seconds loses
-// nothing.
+// replyWait is how long the last request may take: what is answered later is lost. A machine that stands still for some
+// seconds loses nothing.
 const replyWait = 15 * time.Second
 
 // stream pings an address, as often as the options say or until stdin ends, and prints what came of it.

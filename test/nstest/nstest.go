@@ -26,8 +26,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Loopback is an address of this machine that no other test is likely to have, for a server whose port has to be free once more when it
-// comes back. It is of the host's own namespace.
+// Loopback is an address of this machine that no other test is likely to have, for a server whose port has to be free
+// once more when it comes back. It is of the host's own namespace.
 func Loopback() netip.Addr {
 	return netip.AddrFrom4([4]byte{127, byte(1 + rand.IntN(254)), byte(rand.IntN(256)), byte(1 + rand.IntN(254))})
 }
@@ -183,4 +183,22 @@ func Link(a *NS, deviceA string, b *NS, deviceB string) {
 	})
 	a.Exec("ip", "link", "set", deviceA, "up")
 	b.Exec("ip", "link", "set", deviceB, "up")
+}
+
+// Switched is a node and a peer, 192.0.2.1 and .2, 2001:db8::1 and ::2, with a switch (p1, p2 on br0) between them.
+func Switched(t testing.TB) (node, middle, peer *NS) {
+	node, middle, peer = New(t), New(t), New(t)
+	Link(node, "eth0", middle, "p1")
+	Link(peer, "eth0", middle, "p2")
+	middle.Exec("ip", "link", "add", "br0", "type", "bridge")
+	for _, l := range []string{"p1", "p2"} {
+		middle.Exec("ip", "link", "set", "dev", l, "master", "br0")
+		middle.Exec("ip", "link", "set", "dev", l, "up")
+	}
+	middle.Exec("ip", "link", "set", "br0", "up")
+	node.Addr("eth0", "192.0.2.1/24")
+	node.Addr("eth0", "2001:db8::1/64")
+	peer.Addr("eth0", "192.0.2.2/24")
+	peer.Addr("eth0", "2001:db8::2/64")
+	return node, middle, peer
 }

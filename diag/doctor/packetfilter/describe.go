@@ -31,10 +31,7 @@ func describeRule(c Chain, r Rule) string {
 			words = append(words, describe(t, family))
 		}
 	}
-	action := "a map"
-	if r.Map == nil {
-		action = strings.TrimSpace(string(r.Action.Verdict) + " " + r.Action.Chain)
-	}
+	action := strings.TrimSpace(string(r.Action.Verdict) + " " + r.Action.Chain)
 	text := strings.Join(append(words, action), " ")
 	if family != c.Family && !strings.Contains(text, "addr ") { // an address says it
 		text = strings.TrimSpace(family + " " + text)
@@ -128,9 +125,11 @@ func describeValue(k Key, b []byte, family string) string {
 	case (k.Field == Port || k.Field == SourcePort) && len(b) == 2:
 		return fmt.Sprint(binary.BigEndian.Uint16(b))
 	case k.Field == Protocol && len(b) == 1:
-		names := map[byte]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMP: "icmp", unix.IPPROTO_ICMPV6: "ipv6-icmp"}
+		names := map[byte]string{
+			unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMP: "icmp", unix.IPPROTO_ICMPV6: "ipv6-icmp",
+		}
 		return cmp.Or(names[b[0]], fmt.Sprintf("l4proto %d", b[0]))
-	case k.Field.machineOrder() && len(b) == 4:
+	case len(b) == 4: // a number of the kernel, in the order of the machine
 		return fmt.Sprintf("%#x", binary.NativeEndian.Uint32(b))
 	}
 	return fmt.Sprintf("%#x", b)

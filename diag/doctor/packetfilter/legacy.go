@@ -19,13 +19,14 @@ type Legacy struct {
 	Rules  []string // as the program writes them: "-A INPUT -p tcp -j DROP"
 }
 
-// ReadLegacy lists the chains of iptables-legacy in the network namespace of the calling thread. A program is started only
-// where there are tables, of which it makes none. The error of a program that is not there wraps exec.ErrNotFound.
+// ReadLegacy lists the chains of iptables-legacy in the network namespace of the calling thread. A program is started
+// only where there are tables, of which it makes none. The error of a program that is not there wraps exec.ErrNotFound.
 func ReadLegacy(ctx context.Context) ([]Legacy, error) {
 	var out []Legacy
 	var errs []error
-	for names, save := range map[string]string{"ip_tables_names": "iptables-legacy-save", "ip6_tables_names": "ip6tables-legacy-save"} {
-		tables, err := os.ReadFile("/proc/thread-self/net/" + names)
+	for _, ip := range []string{"ip", "ip6"} {
+		save := ip + "tables-legacy-save"
+		tables, err := os.ReadFile("/proc/thread-self/net/" + ip + "_tables_names")
 		if len(tables) == 0 && (err == nil || errors.Is(err, fs.ErrNotExist)) {
 			continue
 		}

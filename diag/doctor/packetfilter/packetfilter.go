@@ -1,12 +1,17 @@
 // Package packetfilter answers what the packet filter of this host does to a packet: Read turns the rules of nf_tables,
-// those of iptables-nft among them, into values, and Filter.Through sends a packet through them. What a rule asks for that is
-// not known here stays in it, as a test that can't be judged. The rules of iptables-legacy are only listed (ReadLegacy).
+// those of iptables-nft among them, into values, and Filter.Through sends a packet through them. What a rule asks for
+// that is not known here stays in it, as a test that can't be judged. The rules of iptables-legacy are only listed
+// (ReadLegacy).
 package packetfilter
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"net/netip"
+	"slices"
+)
 
-// Filter is what nf_tables holds, of whichever program: the base chains that may drop packets, or change the sender of those
-// that leave, and the chains that they call.
+// Filter is what nf_tables holds, of whichever program: the base chains that may drop packets, or change the sender of
+// those that leave, and the chains that they call.
 type Filter []Chain
 
 // Chain is a list of rules.
@@ -14,19 +19,15 @@ type Chain struct {
 	Family      string // of its table: "ip", "ip6", "inet" or "netdev"
 	Table, Name string
 	NAT         bool   // of a base chain: it translates addresses
-	Hook        string // "prerouting", "input", "forward", "output", "postrouting", "ingress" or "egress"; empty for one that only others call
+	Hook        string // as nft names it: "input"; empty for a chain that only others call
 	Priority    int32  // of a base chain: the lower ones come first
 	Policy      string // of a base chain: "accept" or "drop"
 	Rules       []Rule
-	Unclear     string // why its rules are not known; empty where they are
 }
 
-// Rule is all tests together, and what happens then.
+// Rule is all tests together, and what happens then. A rule with a verdict map is one Rule for each element.
 type Rule struct {
-	Tests []Test
-	// Map, where it is set, holds the action instead, by Key.
-	Map    []Case
-	Key    []Key
+	Tests  []Test
 	Action Action
 }
 
@@ -34,12 +35,6 @@ type Rule struct {
 type Action struct {
 	Verdict Verdict
 	Chain   string // of Jump and Goto
-}
-
-// Case is one element of a map from fields to actions. No ranges stand for what is in no other case.
-type Case struct {
-	Ranges []Range
-	Action Action
 }
 
 // Verdict is what a rule says of a packet.
@@ -74,7 +69,6 @@ const (
 	Out           Field = "oifname"   // 16 bytes
 	InIndex       Field = "iif"       // four bytes
 	OutIndex      Field = "oif"       // four bytes
-	InType        Field = "iiftype"   // two bytes
 	State         Field = "ct state"  // four bytes, one bit for each state
 	Status        Field = "ct status" // four bytes
 	Mark          Field = "mark"      // four bytes
@@ -83,14 +77,20 @@ const (
 	Reverse       Field = "fib saddr . iif oif" // not 0 if answers leave by the device that the packet came by
 )
 
-// machineOrder reports whether a field is a number in the machine's byte order. Such a field is never compared by "less" or
-// "between" as it is: the kernel's byteorder, which the library does not decode, comes before.
-func (f Field) machineOrder() bool {
+// longest is the size of an address, of a name, and of a register.
+const longest = 16
+
+// size is how many bytes a field has that is not read from a header; the longest where it is not known which one it is.
+func (f Field) size() int {
 	switch f {
-	case InIndex, OutIndex, InType, State, Status, Mark, TypeOfAddress:
-		return true
+	case Mark, InIndex, OutIndex, State, Status, TypeOfAddress, Reverse:
+		return 4
+	case EtherType:
+		return 2
+	case NFProto, Protocol, PacketType:
+		return 1
 	}
-	return false
+	return longest
 }
 
 // Key is a field as seen through a mask; nil masks nothing.
@@ -101,8 +101,8 @@ type Key struct {
 
 func (k Key) isAddress() bool { return k.Field == Source || k.Field == Destination }
 
-// Test holds if the fields of the key are in one of the ranges; with Not, if they are in none. One without a key can't be
-// judged.
+// Test holds if the fields of the key are in one of the ranges; with Not, if they are in none. One without a key can't
+// be judged.
 type Test struct {
 	Key  []Key
 	Any  [][]Range // for each alternative a range for each field of the key
@@ -110,6 +110,20 @@ type Test struct {
 	What string // of a test that can't be judged: what it asks for
 	// Sets makes it no test, but a change: from here on it is not known what the field holds.
 	Sets Field
+}
+
+// Address is the one address that a test asks for; not valid where it asks for something else.
+func (t Test) Address() netip.Addr {
+	if len(t.Key) != 1 || !t.Key[0].isAddress() || t.Not || len(t.Any) != 1 || len(t.Any[0]) != 1 {
+		return netip.Addr{}
+	}
+	r := t.Any[0][0]
+	part := slices.ContainsFunc(t.Key[0].Mask, func(b byte) bool { return b != 0xff })
+	a, _ := netip.AddrFromSlice(r.From) // not valid where it is the beginning of one
+	if part || !slices.Equal(r.From, r.To) {
+		return netip.Addr{}
+	}
+	return a
 }
 
 // Range is both ends of a range, and what is between them.

@@ -5,75 +5,82 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
 
-// The library leaves out expressions that it has no type for (byteorder, socket, rt, osf, xfrm, tunnel, tproxy, fwd, dup, ...).
-// What they do can't be known, that they are there can, by the registers. Each value that is loaded is read once in what nft and
-// iptables-nft write:
-//   - what is read but was not loaded comes from an expression that was left out,
-//   - what was loaded but is read by none goes to one,
-//   - a number in the machine's order that is compared by "less" or "between" went through a byteorder.
-//
-// Such a rule gets a test that can't be judged. Left out without a trace is "last", which does nothing to a packet. The
-// one case of two readers is a comparison "at least", then "at most", which is how a range is written: an expression between
-// them, whose value has the same length, would not be found.
+// known are the expressions that are understood, by the kernel's names for them.
+func known() map[string]func() expr.Any {
+	return map[string]func() expr.Any{
+		"bitwise": empty[expr.Bitwise], "cmp": empty[expr.Cmp], "ct": empty[expr.Ct], "fib": empty[expr.Fib],
+		"immediate": empty[expr.Immediate], "lookup": empty[expr.Lookup], "masq": empty[expr.Masq],
+		"match": empty[expr.Match], "meta": empty[expr.Meta], "nat": empty[expr.NAT], "notrack": empty[expr.Notrack],
+		"objref": empty[expr.Objref], "payload": empty[expr.Payload], "range": empty[expr.Range],
+		"reject": empty[expr.Reject], "target": empty[expr.Target],
+	}
+}
 
-// notKnown says of a test what it asks for, in place of a name.
-const notKnown = "an expression unknown to this version of overlayd"
+func empty[T any, E interface {
+	*T
+	expr.Any
+}]() expr.Any {
+	return E(new(T))
+}
 
-// part is a field in a register, or the beginning of one.
+// decidesNothing reports whether an expression that is not understood leaves the verdict to those behind it. A new one
+// may be a verdict itself, as fwd and queue are, and synproxy, which answers a SYN in place of its receiver.
+func decidesNothing(name string) bool {
+	return slices.Contains([]string{
+		"byteorder", "connlimit", "dup", "dynset", "exthdr", "flow_offload", "hash", "inner", "limit", "numgen",
+		"objref", "osf", "quota", "rt", "socket", "tunnel", "xfrm",
+	}, name)
+}
+
+// cell is a byte of a register.
+type cell struct {
+	field Field
+	at    int // which byte of the field it is
+	mask  byte
+	what  string // it is instead of a field
+}
+
+// part is a field, or the beginning of one, and where it is in a key.
 type part struct {
 	Key
-	size int // bytes
-}
-
-// loaded is what is in a register: fields that follow each other, or what is not known.
-type loaded struct {
-	parts []part
-	what  string
-}
-
-func (l loaded) size() int {
-	n := 0
-	for _, p := range l.parts {
-		n += p.size
-	}
-	return n
+	from, to int
 }
 
 // parser turns the expressions of a rule into tests.
 type parser struct {
 	reader *reader
 	table  *nftables.Table
-	regs   map[uint32]loaded // what was loaded and not yet read
+	regs   map[int]cell // by the place of the byte
 	rule   Rule
-	hidden bool // an expression has been left out
-
-	least *expr.Cmp // the expression before, where it is a comparison "at least"
-	of    loaded    // what it compares
+	more   []Rule // the elements of a verdict map
 }
 
-func (r *reader) rule(t *nftables.Table, exprs []expr.Any) Rule {
-	p := parser{reader: r, table: t, regs: map[uint32]loaded{}}
+// parse turns a rule into those for each element of its verdict map, or into one.
+func (r *reader) parse(t *nftables.Table, exprs []expression) []Rule {
+	p := parser{reader: r, table: t, regs: map[int]cell{}}
 	for _, e := range exprs {
-		least := p.least
-		p.take(e)
-		if p.least == least {
-			p.least = nil
+		onlyNotes := slices.Contains([]string{"counter", "last", "log"}, e.name)
+		if !onlyNotes && !p.take(e.decoded) {
+			clear(p.regs) // it may have loaded or changed any
+			p.unknown(e.name)
+			if !decidesNothing(e.name) {
+				p.rule.Action.Verdict = Unclear
+			}
 		}
 	}
-	if p.hidden || len(p.regs) > 0 {
-		p.unknown(notKnown)
-		if p.rule.Action == (Action{}) && p.rule.Map == nil { // it may be what decides, as fwd does
-			p.rule.Action.Verdict = Unclear
-		}
+	if p.more == nil {
+		return []Rule{p.rule}
 	}
-	return p.rule
+	for i := range p.more {
+		p.more[i].Tests = append(slices.Clone(p.rule.Tests), p.more[i].Tests...)
+	}
+	return p.more
 }
 
 func (p *parser) test(t ...Test) { p.rule.Tests = append(p.rule.Tests, t...) }
@@ -85,49 +92,72 @@ func (p *parser) unknown(what string) {
 	}
 }
 
-// register gives registers of four and of sixteen bytes the same numbers (enum nft_registers).
-func register(n uint32) uint32 {
+// place is where a register begins. Those of sixteen bytes are four of four bytes each (enum nft_registers).
+func place(register uint32) int {
 	const first32 = 8
-	if n >= unix.NFT_REG_1 && n <= unix.NFT_REG_4 {
-		return first32 + (n-unix.NFT_REG_1)*4
+	if register >= unix.NFT_REG_1 && register <= unix.NFT_REG_4 {
+		return int(register-unix.NFT_REG_1) * 16
 	}
-	return n
+	return (int(register) - first32) * 4
 }
 
-func (p *parser) load(reg uint32, l loaded) {
-	_, unread := p.regs[register(reg)]
-	p.hidden = p.hidden || unread
-	p.regs[register(reg)] = l
-}
-
-// value is that of a register, which is read with it.
-func (p *parser) value(reg uint32) loaded {
-	l, ok := p.regs[register(reg)]
-	delete(p.regs, register(reg))
-	if !ok {
-		p.unknown(notKnown)
+// load puts a field at a place, or what is not known, which has a name.
+func (p *parser) load(at int, f Field, size int, what string) {
+	for i := range size {
+		p.regs[at+i] = cell{f, i, 0xff, what}
 	}
-	return l
-}
-
-// written is a register whose value goes elsewhere. There may be none to load, and then the rule does not hold.
-func (p *parser) written(reg uint32) {
-	if l := p.value(reg); len(l.parts) == 0 && l.what != "" {
-		p.unknown(l.what)
+	for end := at + size; end%4 > 0; end++ { // the kernel pads it
+		delete(p.regs, end)
 	}
 }
 
-func (p *parser) field(reg uint32, f Field, size int, what string) {
-	l := loaded{what: what}
-	if f != "" {
-		l.parts = []part{{Key{Field: f}, size}}
+// key is the fields that n bytes from a register on hold: each begins at a multiple of four, or where the one before it
+// ends. Otherwise it says what else they hold.
+func (p *parser) key(register uint32, n int) (parts []part, what string) {
+	for i := range n {
+		c, loaded := p.regs[place(register)+i]
+		if !loaded && i%4 > 0 { // nothing, up to the next field
+			continue
+		}
+		if c.field != "" && c.at == 0 {
+			parts = append(parts, part{Key{Field: c.field}, i, i})
+		}
+		if len(parts) == 0 {
+			return nil, cmp.Or(c.what, "a value that another expression has loaded")
+		}
+		last := &parts[len(parts)-1]
+		if c.field != last.Field || c.at != i-last.from {
+			return nil, cmp.Or(c.what, string(c.field))
+		}
+		last.to, last.Mask = i+1, append(last.Mask, c.mask)
 	}
-	p.load(reg, l)
+	for i := range parts {
+		if !slices.ContainsFunc(parts[i].Mask, func(b byte) bool { return b != 0xff }) {
+			parts[i].Mask = nil
+		}
+	}
+	return parts, ""
 }
 
-func (p *parser) take(e expr.Any) {
+// keysOf are the fields of a key.
+func keysOf(parts []part) (out []Key) {
+	for _, p := range parts {
+		out = append(out, p.Key)
+	}
+	return out
+}
+
+// cut cuts the range of a key into those of its fields.
+func cut(r Range, parts []part) (out []Range) {
+	for _, p := range parts {
+		out = append(out, Range{r.From[p.from:p.to], r.To[p.from:p.to]})
+	}
+	return out
+}
+
+// take understands an expression, or returns false.
+func (p *parser) take(e expr.Any) bool {
 	switch e := e.(type) {
-	case *expr.Counter, *expr.Log:
 	case *expr.Payload:
 		p.payload(e)
 	case *expr.Meta:
@@ -135,44 +165,24 @@ func (p *parser) take(e expr.Any) {
 	case *expr.Ct:
 		p.ct(e)
 	case *expr.Fib:
-		switch {
-		case e.ResultADDRTYPE && e.FlagDADDR && !e.FlagSADDR && !e.FlagIIF && !e.FlagOIF:
-			p.field(e.Register, TypeOfAddress, 4, "")
-		case e.ResultOIF && e.FlagPRESENT && e.FlagSADDR && e.FlagIIF && !e.FlagDADDR && !e.FlagOIF:
-			p.field(e.Register, Reverse, 4, "")
-		default:
-			p.field(e.Register, "", 0, "fib")
-		}
+		p.fib(e)
 	case *expr.Bitwise:
 		p.bitwise(e)
 	case *expr.Cmp:
 		p.cmp(e)
 	case *expr.Range:
-		p.compare(p.value(e.Register), e.FromData, e.ToData, e.Op == expr.CmpOpNeq)
+		p.compare(e.Register, e.FromData, e.ToData, e.Op == expr.CmpOpNeq)
 	case *expr.Lookup:
 		p.lookup(e)
 	case *expr.Immediate:
-		p.field(e.Register, "", 0, "")
-	case *expr.Exthdr:
-		if e.DestRegister != 0 {
-			p.field(e.DestRegister, "", 0, "an extension header")
-		} else {
-			p.value(e.SourceRegister)
-		}
-	case *expr.Numgen:
-		p.field(e.Register, "", 0, "numgen")
-	case *expr.Hash:
-		clear(p.regs)
-		p.field(e.DestRegister, "", 0, "hash")
-	case *expr.Limit, *expr.Quota, *expr.Connlimit, *expr.FlowOffload:
-		p.unknown(strings.ToLower(strings.TrimPrefix(fmt.Sprintf("%T", e), "*expr.")))
-	case *expr.Dynset: // with a limit of its own, or the set is full
-		clear(p.regs)
-		p.unknown("set " + e.SetName)
+		p.load(place(e.Register), "", len(e.Data), "a constant")
 	case *expr.Notrack:
 		p.sets(State)
 	case *expr.Objref:
-		p.object(e)
+		if nftables.ObjType(e.Type) == nftables.ObjTypeSynProxy {
+			p.rule.Action.Verdict = Unclear
+		}
+		return !limits(nftables.ObjType(e.Type))
 	case *expr.Match:
 		p.test(xtMatch(e)...)
 	case *expr.Target:
@@ -181,46 +191,27 @@ func (p *parser) take(e expr.Any) {
 		if sets != "" {
 			p.sets(sets)
 		}
-	default:
-		p.end(e)
-	}
-}
-
-// end is what an expression says that may decide what becomes of the packet.
-func (p *parser) end(e expr.Any) {
-	action := Action{Verdict: Unclear}
-	switch e := e.(type) {
 	case *expr.Verdict:
-		action = actionOf(e)
+		p.rule.Action = actionOf(e)
 	case *expr.Reject:
-		action.Verdict = Drop
+		p.rule.Action = Action{Verdict: Drop}
 	case *expr.Masq:
-		clear(p.regs)
-		action.Verdict = Translate
+		p.rule.Action = Action{Verdict: Translate}
 	case *expr.NAT:
-		clear(p.regs)
-		if e.Type == expr.NATTypeSourceNAT {
-			action.Verdict = Translate
-		}
-	case *expr.SynProxy: // a verdict may come behind it
-		p.unknown("synproxy")
-	default: // queue, redirect
-		clear(p.regs)
+		p.rule.Action = Action{Verdict: Translate}
+		return e.Type == expr.NATTypeSourceNAT
+	default:
+		return false
 	}
-	p.rule.Action = action
+	return true
 }
 
-// object is one with a name, of the table.
-func (p *parser) object(e *expr.Objref) {
-	switch nftables.ObjType(e.Type) {
-	case nftables.ObjTypeCounter, nftables.ObjTypeCtHelper, nftables.ObjTypeCtTimeout, nftables.ObjTypeCtExpect,
-		nftables.ObjTypeSecMark, nftables.ObjTypeTunnel:
-	case nftables.ObjTypeSynProxy:
-		p.end(&expr.SynProxy{})
-	default: // a limit or a quota, or one that a map chooses
-		clear(p.regs)
-		p.unknown("object " + e.Name)
-	}
+// limits reports whether an object with a name, or one that a map chooses, may stop a packet.
+func limits(t nftables.ObjType) bool {
+	return !slices.Contains([]nftables.ObjType{
+		nftables.ObjTypeCounter, nftables.ObjTypeCtHelper, nftables.ObjTypeCtTimeout, nftables.ObjTypeCtExpect,
+		nftables.ObjTypeSecMark, nftables.ObjTypeTunnel,
+	}, t)
 }
 
 // protocol is the family of the packets that the rule can meet, as far as it is said: NFPROTO_IPV4, NFPROTO_IPV6 or 0.
@@ -262,201 +253,143 @@ func (p *parser) fieldAt(base expr.PayloadBase, at uint32) (Field, uint32) {
 }
 
 func (p *parser) payload(e *expr.Payload) {
-	l := loaded{what: fmt.Sprintf("payload %d,%d", e.Offset, e.Len)}
+	to := place(e.DestRegister)
 	for at, end := e.Offset, e.Offset+e.Len; at < end; {
 		f, size := p.fieldAt(e.Base, at)
 		if f == "" {
-			l.parts = nil
-			break
+			size = end - at
 		}
 		size = min(size, end-at)
-		l.parts = append(l.parts, part{Key{Field: f}, int(size)})
+		switch {
+		case e.OperationType != expr.PayloadWrite:
+			p.load(to+int(at-e.Offset), f, int(size), fmt.Sprintf("payload %d,%d", e.Offset, e.Len))
+		case f != "":
+			p.sets(f)
+		}
 		at += size
-	}
-	if e.OperationType != expr.PayloadWrite {
-		p.load(e.DestRegister, l)
-		return
-	}
-	p.written(e.SourceRegister)
-	for _, part := range l.parts {
-		p.sets(part.Field)
 	}
 }
 
 func (p *parser) meta(e *expr.Meta) {
-	f := map[expr.MetaKey]part{
-		expr.MetaKeyMARK:     {Key{Field: Mark}, 4},
-		expr.MetaKeyIIF:      {Key{Field: InIndex}, 4},
-		expr.MetaKeyOIF:      {Key{Field: OutIndex}, 4},
-		expr.MetaKeyIIFNAME:  {Key{Field: In}, unix.IFNAMSIZ},
-		expr.MetaKeyOIFNAME:  {Key{Field: Out}, unix.IFNAMSIZ},
-		expr.MetaKeyIIFTYPE:  {Key{Field: InType}, 2},
-		expr.MetaKeyPROTOCOL: {Key{Field: EtherType}, 2},
-		expr.MetaKeyNFPROTO:  {Key{Field: NFProto}, 1},
-		expr.MetaKeyL4PROTO:  {Key{Field: Protocol}, 1},
-		expr.MetaKeyPKTTYPE:  {Key{Field: PacketType}, 1},
+	f := map[expr.MetaKey]Field{
+		expr.MetaKeyMARK: Mark, expr.MetaKeyIIF: InIndex, expr.MetaKeyOIF: OutIndex, expr.MetaKeyIIFNAME: In,
+		expr.MetaKeyOIFNAME: Out, expr.MetaKeyPROTOCOL: EtherType, expr.MetaKeyNFPROTO: NFProto,
+		expr.MetaKeyL4PROTO: Protocol, expr.MetaKeyPKTTYPE: PacketType,
 	}[e.Key]
-	if !e.SourceRegister {
-		p.field(e.Register, f.Field, f.size, fmt.Sprintf("meta %d", e.Key))
-		return
-	}
-	p.written(e.Register)
-	if f.Field != "" {
-		p.sets(f.Field)
+	switch {
+	case !e.SourceRegister:
+		p.load(place(e.Register), f, f.size(), fmt.Sprintf("meta %d", e.Key))
+	case f != "":
+		p.sets(f)
 	}
 }
 
+// ct loads what the kernel knows of the connection. What it can set is no field that is known here.
 func (p *parser) ct(e *expr.Ct) {
-	switch {
-	case e.Register == 0: // it sets something; the library does not say by which register
-		if len(p.regs) == 0 {
-			p.unknown(notKnown)
-		}
-		clear(p.regs)
-	case e.Key == expr.CtKeySTATE:
-		p.field(e.Register, State, 4, "")
-	case e.Key == expr.CtKeySTATUS:
-		p.field(e.Register, Status, 4, "")
-	case e.Key == expr.CtKeyMARK:
-		p.field(e.Register, "", 0, "ct mark")
-	default:
-		p.field(e.Register, "", 0, "ct")
+	if e.Register == 0 { // the library leaves out the register that it sets something by
+		return
 	}
+	f := map[expr.CtKey]Field{expr.CtKeySTATE: State, expr.CtKeySTATUS: Status}[e.Key]
+	p.load(place(e.Register), f, f.size(), "ct")
+}
+
+func (p *parser) fib(e *expr.Fib) {
+	var f Field
+	switch {
+	case e.ResultADDRTYPE && e.FlagDADDR && !e.FlagSADDR && !e.FlagIIF && !e.FlagOIF:
+		f = TypeOfAddress
+	case e.ResultOIF && e.FlagPRESENT && e.FlagSADDR && e.FlagIIF && !e.FlagDADDR && !e.FlagOIF:
+		f = Reverse
+	}
+	p.load(place(e.Register), f, f.size(), "fib")
 }
 
 // bitwise puts a mask on what is loaded; shifts, and what takes two registers, have none.
 func (p *parser) bitwise(e *expr.Bitwise) {
-	l := p.value(e.SourceRegister)
-	masked := slices.ContainsFunc(l.parts, func(p part) bool { return p.Mask != nil })
-	if masked || len(e.Mask) == 0 || len(e.Mask) != l.size() || len(bytes.Trim(e.Xor, "\x00")) > 0 {
-		l = loaded{what: "bitwise " + l.what}
+	from, to := place(e.SourceRegister), place(e.DestRegister)
+	if len(e.Mask) == 0 || len(bytes.Trim(e.Xor, "\x00")) > 0 {
+		p.load(to, "", int(e.Len), "bitwise")
+		return
 	}
-	at := 0
-	for i, part := range l.parts {
-		l.parts[i].Mask = e.Mask[at : at+part.size]
-		at += part.size
+	for i, mask := range e.Mask {
+		c := p.regs[from+i]
+		c.mask &= mask
+		p.regs[to+i] = c
 	}
-	p.load(e.DestRegister, l)
 }
 
 func (p *parser) cmp(e *expr.Cmp) {
 	v := e.Data
 	most, zeros := bytes.Repeat([]byte{0xff}, len(v)), make([]byte, len(v))
-	if least := p.least; least != nil && e.Op == expr.CmpOpLte && e.Register == least.Register && len(v) == len(least.Data) {
-		p.rule.Tests = p.rule.Tests[:len(p.rule.Tests)-1]
-		p.compare(p.of, least.Data, v, false)
-		return
-	}
-	l := p.value(e.Register)
 	switch e.Op {
 	case expr.CmpOpEq, expr.CmpOpNeq:
-		p.compare(l, v, v, e.Op == expr.CmpOpNeq)
+		p.compare(e.Register, v, v, e.Op == expr.CmpOpNeq)
 	case expr.CmpOpGte, expr.CmpOpLt:
-		p.compare(l, v, most, e.Op == expr.CmpOpLt)
+		p.compare(e.Register, v, most, e.Op == expr.CmpOpLt)
 	case expr.CmpOpLte, expr.CmpOpGt:
-		p.compare(l, zeros, v, e.Op == expr.CmpOpGt)
-	}
-	if e.Op == expr.CmpOpGte {
-		p.least, p.of = e, l
+		p.compare(e.Register, zeros, v, e.Op == expr.CmpOpGt)
 	}
 }
 
-// compare tests what was in a register against a range.
-func (p *parser) compare(l loaded, from, to []byte, not bool) {
-	between := !bytes.Equal(from, to)
-	if len(l.parts) == 0 || len(from) == 0 || len(from) > l.size() || len(from) != len(to) ||
-		between && (len(l.parts) > 1 || l.parts[0].Field.machineOrder() || bytes.Compare(from, to) > 0) {
-		if len(l.parts) > 0 {
-			l.what = string(l.parts[0].Field)
-		}
-		p.unknown(cmp.Or(l.what, notKnown))
+// compare tests what is in a register against a range.
+func (p *parser) compare(register uint32, from, to []byte, not bool) {
+	parts, what := p.key(register, len(from))
+	if len(parts) == 0 || len(from) != len(to) || len(parts) > 1 && !bytes.Equal(from, to) {
+		p.unknown(cmp.Or(what, "a comparison"))
 		return
 	}
-	t := Test{Not: not, Any: [][]Range{nil}}
-	for at, i := 0, 0; at < len(from); i++ {
-		end := min(at+l.parts[i].size, len(from))
-		t.Key = append(t.Key, l.parts[i].Key)
-		t.Any[0] = append(t.Any[0], Range{from[at:end], to[at:end]})
-		at = end
-	}
-	p.test(t)
+	p.test(Test{Key: keysOf(parts), Any: [][]Range{cut(Range{from, to}, parts)}, Not: not})
 }
 
 // lookup puts the elements of a set in the place of its name.
 func (p *parser) lookup(e *expr.Lookup) {
-	parts, known := p.concatenation(e.SourceRegister)
+	name := "set " + e.SetName
 	if e.IsDestRegSet && e.DestRegister != unix.NFT_REG_VERDICT {
-		p.unknown("map " + e.SetName) // without an element, the rule does not hold
-		p.field(e.DestRegister, "", 0, "map "+e.SetName)
+		p.unknown(name) // without an element, the rule does not hold
+		p.load(place(e.DestRegister), "", longest, name)
 		return
 	}
-	var key []Key
 	s := p.reader.set(p.table, e.SetName)
-	for _, part := range parts {
-		key = append(key, part.Key)
-		if s.interval && part.Field.machineOrder() { // see byteorder above
-			known = false
+	parts, what := p.key(e.SourceRegister, max(s.size, 1))
+	switch {
+	case what != "" || s.unclear:
+		p.unknown(name)
+		if e.IsDestRegSet {
+			p.rule.Action.Verdict = Unclear
 		}
+		return
+	case s.limited && !e.Invert:
+		p.unknown(name)
 	}
-	cases := []Case{}
-	for _, c := range s.cases {
-		if c.Ranges != nil {
-			c.Ranges = split(c.Ranges[0], parts)
-			known = known && c.Ranges != nil
+	in := Test{Key: keysOf(parts), Not: e.Invert} // in any element
+	var elements []Rule
+	for _, x := range s.elements {
+		var ranges []Range
+		if x.keys != nil {
+			ranges = cut(*x.keys, parts)
 		}
-		cases = append(cases, c)
+		in.Any = append(in.Any, ranges)
+		elements = append(elements, Rule{[]Test{{Key: in.Key, Any: [][]Range{ranges}}}, x.action})
 	}
-	if s.limited && !e.Invert {
-		p.unknown("set " + e.SetName)
-	}
-	switch known = known && s.err == nil; {
-	case !known && e.IsDestRegSet:
-		p.rule.Action.Verdict = Unclear
-	case !known:
-		p.unknown("set " + e.SetName)
-	case e.IsDestRegSet:
-		p.rule.Key, p.rule.Map = key, cases
-	default:
-		t := Test{Key: key, Not: e.Invert}
-		for _, c := range cases {
-			t.Any = append(t.Any, c.Ranges)
-		}
-		p.test(t)
+	if e.IsDestRegSet {
+		p.mapped(elements)
+	} else {
+		p.test(in)
 	}
 }
 
-// concatenation is all that was loaded and not yet read: fields that follow each other from a register on, each of which begins
-// a register of four bytes.
-func (p *parser) concatenation(from uint32) (parts []part, known bool) {
-	at := register(from)
-	for ; len(p.regs) > 0; at += uint32(parts[len(parts)-1].size+3) / 4 {
-		l, ok := p.regs[at]
-		if delete(p.regs, at); !ok || len(l.parts) != 1 {
-			clear(p.regs)
-			return nil, false
+// mapped takes the elements of a verdict map: that for what is in no other comes last.
+func (p *parser) mapped(elements []Rule) {
+	isRest := func(r Rule) bool { return r.Tests[0].Any[0] == nil }
+	p.more = slices.DeleteFunc(slices.Clone(elements), isRest)
+	if i := slices.IndexFunc(elements, isRest); i >= 0 {
+		none := Test{Key: elements[i].Tests[0].Key, Not: true}
+		for _, r := range p.more {
+			none.Any = append(none.Any, r.Tests[0].Any...)
 		}
-		parts = append(parts, l.parts[0])
+		p.more = append(p.more, Rule{[]Test{none}, elements[i].Action})
 	}
-	return parts, len(parts) > 0
-}
-
-// split cuts a range of a concatenation into those of its fields; nil where the lengths are others.
-func split(r Range, parts []part) []Range {
-	var out []Range
-	at := 0
-	for i, part := range parts {
-		if i > 0 {
-			at = (at + 3) &^ 3
-		}
-		end := at + part.size
-		if end > len(r.From) || len(r.From) != len(r.To) {
-			return nil
-		}
-		out = append(out, Range{r.From[at:end], r.To[at:end]})
-		at = end
+	if len(elements) == 0 { // no packet is in it
+		p.test(Test{Key: []Key{{Field: Protocol}}})
 	}
-	if at != len(r.From) && (at+3)&^3 != len(r.From) {
-		return nil
-	}
-	return out
 }

@@ -66,7 +66,8 @@ func TestAnyRules(t *testing.T) {
 		In: Device{"eth0", 2}, Port: 8472,
 	}
 	for range 5_000 {
-		family := []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6, nftables.TableFamilyINet}[number(3)]
+		families := []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6, nftables.TableFamilyINet}
+		family := families[number(3)]
 		table := &nftables.Table{Family: family, Name: "t"}
 		r := &reader{sets: map[chainKey]*set{{family, "t", "empty"}: {}}}
 		for _, name := range []string{"set", "map"} {
@@ -76,16 +77,36 @@ func TestAnyRules(t *testing.T) {
 			}
 			elements = append(elements, nftables.SetElement{}) // for what is in no other
 			s := &nftables.Set{Table: table, Interval: number(2) == 0, Concatenation: number(2) == 0}
-			r.sets[chainKey{family, "t", name}] = &set{cases: casesOf(s, elements), interval: s.Interval}
+			read := setOf(s, elements)
+			r.sets[chainKey{family, "t", name}] = &read
 		}
 		c := Chain{Family: familyName(family), Table: "t", Name: "c", Hook: "input", Policy: "accept"}
 		for range number(4) {
-			var exprs []expr.Any
+			var exprs []expression
 			for range number(8) {
-				exprs = append(exprs, one())
+				exprs = append(exprs, expression{"any", one()})
 			}
-			c.Rules = append(c.Rules, r.rule(table, exprs))
+			c.Rules = append(c.Rules, r.parse(table, exprs)...)
 		}
 		Filter{c}.Through(p, "input")
+	}
+}
+
+// synproxy takes the SYN that it answers, as a statement and as an object with a name; a quota decides nothing.
+func TestSynProxyIsUnclear(t *testing.T) {
+	t.Parallel()
+	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: "t"}
+	for name, tt := range map[string]struct {
+		e       expression
+		verdict Verdict
+	}{
+		"statement": {expression{name: "synproxy"}, Unclear},
+		"object":    {expression{"objref", &expr.Objref{Type: int(nftables.ObjTypeSynProxy), Name: "x"}}, Unclear},
+		"quota":     {expression{"objref", &expr.Objref{Type: int(nftables.ObjTypeQuota), Name: "x"}}, ""},
+	} {
+		rules := (&reader{}).parse(table, []expression{tt.e})
+		if len(rules) != 1 || rules[0].Action.Verdict != tt.verdict || len(rules[0].Tests) != 1 {
+			t.Errorf("%s: %+v, want the verdict %q behind a test that is not known", name, rules, tt.verdict)
+		}
 	}
 }

@@ -3,7 +3,6 @@ package packetfilter
 import (
 	"bytes"
 	"cmp"
-	"encoding/binary"
 	"maps"
 	"net/netip"
 	"slices"
@@ -31,8 +30,9 @@ type Device struct {
 // fields is the packet as rules see it: a field that is missing may have any value.
 func (p Packet) fields() map[Field][]byte {
 	out := map[Field][]byte{
-		Protocol: {p.Protocol}, State: native32(StateNew), Status: native32(0), Mark: native32(0), PacketType: {unix.PACKET_HOST},
-		NFProto: {unix.NFPROTO_IPV4}, EtherType: port16(unix.ETH_P_IP), TypeOfAddress: native32(unix.RTN_UNICAST),
+		Protocol: {p.Protocol}, State: native32(StateNew), Status: native32(0), Mark: native32(0),
+		PacketType: {unix.PACKET_HOST}, NFProto: {unix.NFPROTO_IPV4}, EtherType: port16(unix.ETH_P_IP),
+		TypeOfAddress: native32(unix.RTN_UNICAST),
 	}
 	set := func(f Field, known bool, value []byte) {
 		if known {
@@ -50,7 +50,6 @@ func (p Packet) fields() map[Field][]byte {
 	set(SourcePort, p.SourcePort != 0, port16(p.SourcePort))
 	set(Port, p.Port != 0, port16(p.Port))
 	device(p.In, In, InIndex)
-	set(InType, p.In.Name != "", binary.NativeEndian.AppendUint16(nil, unix.ARPHRD_ETHER))
 	device(p.Out, Out, OutIndex)
 	set(TypeOfAddress, p.Local, native32(unix.RTN_LOCAL))
 	set(Reverse, p.Answered, native32(1))
@@ -82,7 +81,8 @@ func (f Filter) Head(c Chain, hook string) Chain {
 	return c
 }
 
-// Through sends a packet through the hooks, in the order in which the kernel does. The first hook that drops it decides.
+// Through sends a packet through the hooks, in the order in which the kernel does. The first hook that drops it
+// decides.
 func (f Filter) Through(p Packet, hooks ...string) Fate { return f.through(p, false, hooks) }
 
 // Translated sends a packet that leaves through the rules that may change its sender; Drops says that they do.
@@ -129,162 +129,113 @@ const (
 	unknown
 )
 
-// walk is the path of one packet through one base chain. Where a test can't be judged, both branches are taken: the walk goes
-// on as if it did not hold, and remembers what would have happened.
+// walk is the path of one packet through one base chain.
 type walk struct {
 	filter Filter
 	packet map[Field][]byte
-
-	canPass, canDrop bool // by what can't be judged
-	dropBy           Fate
-	doubt            string // what can't be judged: the first
-	steps            int
+	steps  int
 }
 
-// Bounds against rules that call each other without end (which the kernel refuses), and against the time that a very long list takes.
+// Bounds against rules that call each other without end (which the kernel refuses), and against the time that a very
+// long list takes.
 const (
 	maxDepth = 20
 	maxSteps = 200_000
 )
 
-type outcome uint8
+// outcomes are what may become of a packet: several, where that depends on what can't be judged.
+type outcomes struct {
+	goesOn  bool
+	returns bool // the chain is left, and the one that called it goes on
+	passes  bool
+	drops   bool
+	dropBy  Fate   // the first that may drop it
+	doubt   string // what can't be judged: the first
+}
 
-const (
-	goesOn  outcome = iota
-	returns         // the chain is left, and the one that called it goes on
-	passes
-	dropped
-)
+func (o outcomes) or(p outcomes) outcomes {
+	if o.drops {
+		p.dropBy = o.dropBy
+	}
+	return outcomes{
+		o.goesOn || p.goesOn, o.returns || p.returns, o.passes || p.passes, o.drops || p.drops, p.dropBy,
+		cmp.Or(o.doubt, p.doubt),
+	}
+}
+
+// unsure is where all may happen.
+func unsure(f Fate, doubt string) outcomes {
+	return outcomes{passes: true, drops: true, dropBy: f, doubt: doubt}
+}
 
 func (w *walk) run(base Chain) Fate {
-	out, f := w.chain(base, 0)
-	if out == goesOn && base.Policy == "drop" {
-		out, f = dropped, Fate{Chain: base, By: "its policy"}
+	o := w.chain(base, 0)
+	switch atEnd := o.goesOn || o.returns; {
+	case atEnd && base.Policy == "drop":
+		o = o.or(outcomes{drops: true, dropBy: Fate{Chain: base, By: "its policy"}})
+	case atEnd:
+		o.passes = true
 	}
 	if base.Hook == "ingress" || base.Hook == "egress" { // the library does not say on which devices such a chain is
-		w.canPass, w.doubt = true, cmp.Or(w.doubt, "the device that the chain is on")
+		o = o.or(outcomes{passes: true, doubt: "the device that the chain is on"})
 	}
-	switch {
-	case out == dropped && !w.canPass:
-		f.Drops = true
-		return f
-	case out == dropped:
-		f.Unsure, f.Unclear = true, w.doubt
-		return f
-	case w.canDrop:
-		w.dropBy.Unsure, w.dropBy.Unclear = true, w.doubt
-		return w.dropBy
+	if !o.drops {
+		return Fate{}
 	}
-	return Fate{}
-}
-
-// forget makes fields unknown.
-func (w *walk) forget(fields ...Field) {
-	w.packet = maps.Clone(w.packet)
-	for _, f := range fields {
-		delete(w.packet, f)
-	}
-}
-
-// unsure ends the walk where all may happen.
-func (w *walk) unsure(f Fate, doubt string) (outcome, Fate) {
-	w.doubt = cmp.Or(w.doubt, doubt)
-	w.may(passes, f)
-	w.may(dropped, f)
-	return passes, f
-}
-
-// may remembers what becomes of the packet if what can't be judged holds.
-func (w *walk) may(out outcome, f Fate) {
-	switch {
-	case out == passes, out == returns: // what called this chain may let it pass, whatever comes behind here
-		w.canPass = true
-	case out == dropped && !w.canDrop:
-		w.canDrop, w.dropBy = true, f
-	}
+	f := o.dropBy
+	f.Drops, f.Unsure, f.Unclear = !o.passes, o.passes, o.doubt
+	return f
 }
 
 // chain walks through one chain.
-func (w *walk) chain(c Chain, depth int) (outcome, Fate) {
-	if c.Unclear != "" {
-		w.forget(Mark, State, PacketType)
-		return w.unsure(Fate{Chain: c}, c.Unclear)
-	}
+func (w *walk) chain(c Chain, depth int) outcomes {
+	all := outcomes{goesOn: true}
 	for _, r := range c.Rules {
 		if w.steps++; w.steps > maxSteps || depth > maxDepth {
-			return w.unsure(Fate{Chain: c}, "more rules than are evaluated")
+			return all.or(unsure(Fate{Chain: c}, "more rules than are evaluated"))
 		}
 		holds, doubt := w.matches(r)
 		if holds == no {
 			continue
 		}
-		actions, sure := w.action(r)
-		if !sure {
-			holds, doubt = unknown, cmp.Or(doubt, "a map")
-		}
+		o := w.act(c, r, depth)
 		if holds == unknown {
-			w.doubt = cmp.Or(w.doubt, doubt)
+			o = outcomes{goesOn: true, doubt: doubt}.or(o)
 		}
-		for _, a := range actions {
-			out, f := w.act(a, c, r, depth)
-			switch {
-			case holds == unknown:
-				w.may(out, f)
-			case out == returns:
-				return goesOn, f
-			case out != goesOn:
-				return out, f
-			}
+		all.goesOn = false
+		if all = all.or(o); !all.goesOn {
+			break
 		}
 	}
-	return goesOn, Fate{}
+	return all
 }
 
 // act does what a rule says.
-func (w *walk) act(a Action, c Chain, r Rule, depth int) (outcome, Fate) {
+func (w *walk) act(c Chain, r Rule, depth int) outcomes {
+	a := r.Action
 	f := Fate{Chain: c, Rule: r, By: describeRule(c, r)}
 	switch a.Verdict {
 	case Accept:
-		return passes, f
+		return outcomes{passes: true}
 	case Drop, Translate: // the one in chains that filter, the other in those that translate
-		return dropped, f
+		return outcomes{drops: true, dropBy: f}
 	case Return:
-		return returns, f
+		return outcomes{returns: true}
 	case Unclear:
-		return w.unsure(f, "what the rule "+f.By+" does")
+		return unsure(f, "what the rule "+f.By+" does")
 	case Jump, Goto:
 		i := slices.IndexFunc(w.filter, func(to Chain) bool {
 			return to.Family == c.Family && to.Table == c.Table && to.Name == a.Chain
 		})
 		if i < 0 {
-			return w.unsure(f, "the chain "+a.Chain+", which was not read,")
+			return unsure(f, "the chain "+a.Chain+", which was not read,")
 		}
-		out, f := w.chain(w.filter[i], depth+1)
-		if out == goesOn && a.Verdict == Goto {
-			out = returns
-		}
-		return out, f
+		o := w.chain(w.filter[i], depth+1)
+		back := o.goesOn || o.returns
+		o.goesOn, o.returns = back && a.Verdict == Jump, back && a.Verdict == Goto
+		return o
 	}
-	return goesOn, f
-}
-
-// action is what a rule does; several where a map can't be judged.
-func (w *walk) action(r Rule) (all []Action, sure bool) {
-	if r.Map == nil {
-		return []Action{r.Action}, true
-	}
-	var rest []Action // of what is in no other case
-	for _, c := range r.Map {
-		switch in := w.inside(r.Key, c.Ranges); {
-		case c.Ranges == nil:
-			rest = append(rest, c.Action)
-		case in == yes:
-			return append(all, c.Action), len(all) == 0
-		case in == unknown:
-			all = append(all, c.Action)
-		}
-	}
-	return append(all, rest...), len(all) == 0
+	return outcomes{goesOn: true}
 }
 
 // matches: all tests together. One that does not hold settles it, whatever the others are.
@@ -292,7 +243,8 @@ func (w *walk) matches(r Rule) (truth, string) {
 	all, doubt := yes, ""
 	for _, t := range r.Tests {
 		if t.Sets != "" {
-			w.forget(t.Sets)
+			w.packet = maps.Clone(w.packet)
+			delete(w.packet, t.Sets)
 			continue
 		}
 		switch w.holds(t) {
@@ -338,7 +290,8 @@ func (w *walk) inside(key []Key, ranges []Range) truth {
 	return all
 }
 
-// within compares as the kernel does: the first bytes of a field where the range is shorter (a prefix, or the beginning of a name).
+// within compares as the kernel does: the first bytes of a field where the range is shorter (a prefix, or the beginning
+// of a name).
 func within(value, mask []byte, r Range) bool {
 	n := len(r.From)
 	if n > len(value) || n != len(r.To) {

@@ -14,18 +14,14 @@ func xtMatch(e *expr.Match) []Test {
 	case *xt.Comment:
 		return nil
 	case *xt.Udp:
-		return xtPorts(info.SrcPorts, info.DstPorts, info.InvFlags&xt.UdpInvSrcPorts != 0, info.InvFlags&xt.UdpInvDestPorts != 0)
+		return xtPorts(info.SrcPorts, info.DstPorts, info.InvFlags, xt.UdpInvSrcPorts, xt.UdpInvDestPorts)
 	case *xt.Tcp:
-		out := xtPorts(info.SrcPorts, info.DstPorts, info.InvFlags&xt.TcpInvSrcPorts != 0, info.InvFlags&xt.TcpInvDestPorts != 0)
+		out := xtPorts(info.SrcPorts, info.DstPorts, info.InvFlags, xt.TcpInvSrcPorts, xt.TcpInvDestPorts)
 		if info.FlagsMask != 0 || info.Option != 0 {
 			out = append(out, unknownTest("--tcp-flags"))
 		}
 		return out
-	case *xt.ConntrackMtinfo1:
-		return xtConntrack(info.ConntrackMtinfoBase, uint16(info.StateMask))
-	case *xt.ConntrackMtinfo2:
-		return xtConntrack(info.ConntrackMtinfoBase, info.StateMask)
-	case *xt.ConntrackMtinfo3:
+	case *xt.ConntrackMtinfo3: // since iptables 1.4.8
 		return xtConntrack(info.ConntrackMtinfoBase, info.StateMask)
 	case *xt.AddrTypeV1:
 		if info.Source == 0 && info.Flags&^invertDest == 0 {
@@ -42,14 +38,15 @@ func xtMatch(e *expr.Match) []Test {
 	return []Test{unknownTest("-m " + e.Name)}
 }
 
-func xtPorts(from, to [2]uint16, notFrom, notTo bool) []Test {
+func xtPorts[F ~uint8](from, to [2]uint16, flags, notFrom, notTo F) []Test {
 	var out []Test
-	if all := [2]uint16{0, 0xffff}; from != all || notFrom {
-		out = append(out, rangesTest(SourcePort, notFrom, Range{port16(from[0]), port16(from[1])}))
+	add := func(f Field, ports [2]uint16, not bool) {
+		if all := [2]uint16{0, 0xffff}; ports != all || not {
+			out = append(out, rangesTest(f, not, Range{port16(ports[0]), port16(ports[1])}))
+		}
 	}
-	if all := [2]uint16{0, 0xffff}; to != all || notTo {
-		out = append(out, rangesTest(Port, notTo, Range{port16(to[0]), port16(to[1])}))
-	}
+	add(SourcePort, from, flags&notFrom != 0)
+	add(Port, to, flags&notTo != 0)
 	return out
 }
 

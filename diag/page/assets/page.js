@@ -296,7 +296,7 @@
     const rows = [
       ["Subnet", p.subnet], ["Public IP", p.ip], ["Path", p.path], ["Tunnel MAC", p.mac], ["Pinged at", p.address],
       ["Small pings", p.small && pingsText(p.small)], ["Full-size pings", p.full && pingsText(p.full)],
-      ["Last answer", p.heard && p.heard + " ago"], ["ID", p.id],
+      ["Last answer", p.lastAnswer && p.lastAnswer + " ago"], ["ID", p.id],
       ["On the node", "overlayd status --peer " + (p.name || p.subnet)],
     ].filter((r) => r[1]);
     sync($("details-facts"), rows, "div", (div, [label, text]) => showFact(div, label, [{ text }]));

@@ -8,6 +8,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -27,7 +28,6 @@ type Certs struct {
 	ip                    netip.Addr // the server's
 	caCert                *x509.Certificate
 	caKey                 *ecdsa.PrivateKey
-	serial                int64
 }
 
 // NewCerts writes the files into a directory of the test.
@@ -76,9 +76,8 @@ func (c *Certs) Issue(t testing.TB, certFile, keyFile, name string, end time.Tim
 }
 
 func (c *Certs) template(name string) *x509.Certificate {
-	c.serial++
 	return &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano() + c.serial),
+		SerialNumber: big.NewInt(mathrand.Int64()),
 		Subject:      pkix.Name{CommonName: name},
 		NotBefore:    time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(2 * time.Hour),
 		KeyUsage:    x509.KeyUsageDigitalSignature,

@@ -1,8 +1,9 @@
-// Package etcdtest runs a real etcd inside a test: one member at a loopback address of its own, with switches for what goes wrong with
-// stores.
+// Package etcdtest runs a real etcd inside a test: one member at a loopback address of its own, with switches for what
+// goes wrong with stores.
 package etcdtest
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -35,7 +36,6 @@ const patience = 20 * time.Second
 // Server is one etcd.
 type Server struct {
 	t    testing.TB
-	opts options
 	dir  string
 	url  url.URL
 	etcd *embed.Etcd
@@ -45,33 +45,27 @@ type Server struct {
 	cluster *Cluster // nil for a member alone
 	name    string   // in the cluster
 	wire    *wire
-}
 
-type options struct {
-	dir        string
-	certs      *Certs
+	certs      *Certs // nil: no TLS
 	clientCert bool
 	tokenTTL   uint
 	strict     bool
 }
 
 // Option changes how a Server is started.
-type Option func(*options)
-
-// Dir keeps the data in a directory of the caller's.
-func Dir(dir string) Option { return func(o *options) { o.dir = dir } }
+type Option func(*Server)
 
 // TLS has the server speak TLS with the certificate of c.
-func TLS(c *Certs) Option { return func(o *options) { o.certs = c } }
+func TLS(c *Certs) Option { return func(s *Server) { s.certs = c } }
 
 // ClientCert has the server ask for a client certificate by the CA of TLS.
-func ClientCert() Option { return func(o *options) { o.clientCert = true } }
+func ClientCert() Option { return func(s *Server) { s.clientCert = true } }
 
 // TokenTTL is how many seconds a login lasts, where EnableAuth is used.
-func TokenTTL(seconds uint) Option { return func(o *options) { o.tokenTTL = seconds } }
+func TokenTTL(seconds uint) Option { return func(s *Server) { s.tokenTTL = seconds } }
 
-// StrictLogin has the server refuse a request for a login that an ended login comes along with, as etcd 3.4 does.
-func StrictLogin() Option { return func(o *options) { o.strict = true } }
+// StrictLogin has the server reject a request for a login that an ended login comes along with, as etcd 3.4 does.
+func StrictLogin() Option { return func(s *Server) { s.strict = true } }
 
 // Start runs a server until the end of the test.
 func Start(t testing.TB, opts ...Option) *Server {
@@ -83,17 +77,15 @@ func Start(t testing.TB, opts ...Option) *Server {
 
 func newServer(t testing.TB, opts ...Option) *Server {
 	t.Helper()
-	s := &Server{t: t}
+	s := &Server{
+		t: t, dir: filepath.Join(t.TempDir(), "etcd"),
+		url: url.URL{Scheme: "http", Host: freePort(t, nstest.Loopback())},
+	}
 	for _, f := range opts {
-		f(&s.opts)
+		f(s)
 	}
-	s.dir = s.opts.dir
-	if s.dir == "" {
-		s.dir = filepath.Join(t.TempDir(), "etcd")
-	}
-	s.url = url.URL{Scheme: "http", Host: freePort(t, nstest.Loopback())}
-	if s.opts.certs != nil {
-		s.url = url.URL{Scheme: "https", Host: freePort(t, s.opts.certs.ip)}
+	if s.certs != nil {
+		s.url = url.URL{Scheme: "https", Host: freePort(t, s.certs.ip)}
 	}
 	t.Cleanup(s.Stop)
 	return s
@@ -154,19 +146,17 @@ func (s *Server) config(streams context.Context) *embed.Config {
 	c.InitialCluster = c.InitialClusterFromName(c.Name)
 	c.BcryptCost = 4
 	c.GRPCAdditionalServerOptions = []grpc.ServerOption{grpc.ChainStreamInterceptor(endStreams(streams))}
-	if s.opts.strict {
+	if s.strict {
 		c.GRPCAdditionalServerOptions = append(c.GRPCAdditionalServerOptions, grpc.ChainUnaryInterceptor(s.strictLogin))
 	}
 	if s.cluster != nil {
 		s.cluster.configure(c, s)
 	}
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
-	if s.opts.tokenTTL != 0 {
-		c.AuthTokenTTL = s.opts.tokenTTL
-	}
-	if k := s.opts.certs; k != nil {
+	c.AuthTokenTTL = cmp.Or(s.tokenTTL, c.AuthTokenTTL)
+	if k := s.certs; k != nil {
 		c.ClientTLSInfo = transport.TLSInfo{CertFile: k.ServerCert, KeyFile: k.ServerKey}
-		if s.opts.clientCert { // a CA alone would already make etcd ask for one
+		if s.clientCert { // a CA alone would already make etcd ask for one
 			c.ClientTLSInfo.TrustedCAFile, c.ClientTLSInfo.ClientCertAuth = k.CA, true
 		}
 	}
@@ -184,7 +174,8 @@ func (s *Server) strictLogin(
 	return next(ctx, req)
 }
 
-// endStreams ends the streams of clients (watches, renewals) along with ctx: a server that stops waits for them for seconds.
+// endStreams ends the streams of clients (watches, renewals) along with ctx: a server that stops waits for them for
+// seconds.
 func endStreams(ctx context.Context) grpc.StreamServerInterceptor {
 	return func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 		own, cancel := context.WithCancel(ss.Context())
@@ -214,20 +205,21 @@ func (s *Server) Stop() {
 func (s *Server) Wipe() {
 	s.t.Helper()
 	s.Stop()
-	s.must(os.RemoveAll(s.dir))
+	must(s.t, os.RemoveAll(s.dir))
 }
 
-// Backup stops the server, copies its data and starts it again. The function returned puts them back, with a stop and a start.
+// Backup stops the server, copies its data and starts it again. The function returned puts them back, with a stop and a
+// start.
 func (s *Server) Backup() (restore func()) {
 	s.t.Helper()
 	s.Stop()
 	copied := filepath.Join(s.t.TempDir(), "backup")
-	s.must(os.CopyFS(copied, os.DirFS(s.dir)))
+	must(s.t, os.CopyFS(copied, os.DirFS(s.dir)))
 	s.Restart()
 	return func() {
 		s.t.Helper()
 		s.Wipe()
-		s.must(os.CopyFS(s.dir, os.DirFS(copied)))
+		must(s.t, os.CopyFS(s.dir, os.DirFS(copied)))
 		s.Restart()
 	}
 }
@@ -236,16 +228,16 @@ func (s *Server) Backup() (restore func()) {
 func (s *Server) Client(opts ...func(*clientv3.Config)) *clientv3.Client {
 	s.t.Helper()
 	c := clientv3.Config{Endpoints: []string{s.Endpoint()}, Logger: zap.NewNop(), DialTimeout: patience}
-	if k := s.opts.certs; k != nil {
+	if k := s.certs; k != nil {
 		pair, err := tls.LoadX509KeyPair(k.ClientCert, k.ClientKey)
-		s.must(err)
+		must(s.t, err)
 		c.TLS = &tls.Config{RootCAs: k.pool(s.t), Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
 	}
 	for _, f := range opts {
 		f(&c)
 	}
 	cli, err := clientv3.New(c)
-	s.must(err)
+	must(s.t, err)
 	s.t.Cleanup(func() { _ = cli.Close() })
 	return cli
 }
@@ -255,32 +247,24 @@ func As(user, password string) func(*clientv3.Config) {
 	return func(c *clientv3.Config) { c.Username, c.Password = user, password }
 }
 
-// EnableAuth turns authentication on, with the user root (password "root") and the given one, who may do all below prefix.
+// EnableAuth turns authentication on, with the user root (password "root") and the given one, who may do all below
+// prefix.
 func (s *Server) EnableAuth(user, password, prefix string) {
 	s.t.Helper()
 	cli := s.Client()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	role := "role-of-" + user
-	end := clientv3.GetPrefixRangeEnd(prefix)
-	steps := []func() error{
-		func() error { _, err := cli.UserAdd(ctx, "root", "root"); return err },
-		func() error { _, err := cli.UserGrantRole(ctx, "root", "root"); return err },
-		func() error { _, err := cli.RoleAdd(ctx, role); return err },
-		func() error {
-			_, err := cli.RoleGrantPermission(ctx, role, prefix, end, clientv3.PermissionType(clientv3.PermReadWrite))
-			return err
-		},
-		func() error { _, err := cli.UserAdd(ctx, user, password); return err },
-		func() error { _, err := cli.UserGrantRole(ctx, user, role); return err },
-		func() error { _, err := cli.AuthEnable(ctx); return err },
+	ok := func(_ any, err error) { s.t.Helper(); must(s.t, err) }
+	for name, password := range map[string]string{"root": "root", user: password} {
+		if _, err := cli.RoleAdd(ctx, name); err != nil && !strings.Contains(err.Error(), "already exists") {
+			s.t.Fatal(err)
+		}
+		ok(cli.UserAdd(ctx, name, password))
+		ok(cli.UserGrantRole(ctx, name, name))
 	}
-	if _, err := cli.RoleAdd(ctx, "root"); err != nil && !strings.Contains(err.Error(), "already exists") {
-		s.t.Fatal(err)
-	}
-	for _, step := range steps {
-		s.must(step())
-	}
+	end, readWrite := clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(clientv3.PermReadWrite)
+	ok(cli.RoleGrantPermission(ctx, user, prefix, end, readWrite))
+	ok(cli.AuthEnable(ctx))
 }
 
 // Put writes a key without an etcd lease, and returns the revision.
@@ -291,21 +275,15 @@ func (s *Server) Put(key, value string) int64 {
 	cli := s.Client()
 	defer cli.Close()
 	resp, err := cli.Put(ctx, key, value)
-	s.must(err)
+	must(s.t, err)
 	return resp.Header.Revision
 }
 
 // Revision is the store's revision.
 func (s *Server) Revision() int64 { return s.etcd.Server.KV().Rev() }
 
-func (s *Server) must(err error) {
-	s.t.Helper()
-	if err != nil {
-		s.t.Fatal(err)
-	}
-}
-
-// freePort finds a port below those that the kernel gives out by itself: one of these, somebody may have at all addresses at once.
+// freePort finds a port below those that the kernel gives out by itself: another process may have one of these at all
+// addresses.
 func freePort(t testing.TB, ip netip.Addr) string {
 	t.Helper()
 	for range 100 {

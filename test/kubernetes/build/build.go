@@ -1,5 +1,5 @@
-// Package build makes the programs and images that the tests need, where they are missing. What takes long to compile is kept in a
-// directory, by a hash of what it is made from.
+// Package build makes the programs and images that the tests need, where they are missing. What takes long to compile
+// is kept in a directory, by a hash of what it is made from.
 package build
 
 import (
@@ -14,8 +14,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/overlayd/overlayd/dist/image"
 )
 
 // Names of the images.
@@ -54,21 +52,27 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 	if err := space(b.Cache, needed); err != nil {
 		return out, err
 	}
-	for _, tool := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "ip", "iptables", "nft", "nsenter", "unshare", "mount", "sysctl", "etcdctl"} {
+	for _, tool := range []string{
+		"containerd", "containerd-shim-runc-v2", "ctr", "runc", "ip", "iptables", "nft",
+		"nsenter", "unshare", "mount", "sysctl", "etcdctl",
+	} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return out, fmt.Errorf("%s is missing: apt-get install --no-install-recommends containerd runc iproute2 iptables nftables util-linux procps etcd-client", tool)
 		}
 	}
 	var err error
-	if out.Kubernetes, err = b.program(ctx, "kubernetes", "test/kubernetes", "./cmd/kubernetes", kubernetesFlags()); err != nil {
+	if out.Kubernetes, err = b.program(ctx, "kubernetes", "test/kubernetes", "./cmd/kubernetes",
+		kubernetesFlags()); err != nil {
 		return out, err
 	}
-	// It is a tool of the module that tests the chart, since it needs newer libraries of Kubernetes than Kubernetes here has.
+	// It is a tool of the module that tests the chart, since it needs newer libraries of Kubernetes than Kubernetes here
+	// has.
 	if out.Helm, err = b.program(ctx, "helm", "dist/test", "helm.sh/helm/v3/cmd/helm", "-s -w"); err != nil {
 		return out, err
 	}
 	const containerd = "github.com/containerd/containerd/v2/cmd/"
-	out.Containerd, err = b.kept(ctx, "containerd", "test/kubernetes/containerd", "-s -w", containerd+"containerd", containerd+"containerd-shim-runc-v2", containerd+"ctr")
+	out.Containerd, err = b.kept(ctx, "containerd", "test/kubernetes/containerd", "-s -w", containerd+"containerd",
+		containerd+"containerd-shim-runc-v2", containerd+"ctr")
 	if err != nil {
 		return out, err
 	}
@@ -80,15 +84,14 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 	if err := b.compile(ctx, "", out.Netcheck, "-s -w", "./test/netcheck"); err != nil {
 		return out, err
 	}
-	for _, x := range []struct {
-		name, program string
-		names         []string
-	}{{"netcheck", out.Netcheck, []string{NetcheckImage, pauseImage}}, {"coredns", dns, []string{CoreDNSImage}}} {
-		path := filepath.Join(b.Cache, x.name+".tar")
-		if _, err := image.Program(path, image.Arch(runtime.GOARCH), x.name, x.program, x.names...); err != nil {
+	for _, x := range []struct{ program, names string }{
+		{out.Netcheck, NetcheckImage + "," + pauseImage}, {dns, CoreDNSImage},
+	} {
+		archive := filepath.Join(b.Cache, filepath.Base(x.program)+".tar")
+		if err := b.image(ctx, "program", "-arch", runtime.GOARCH, "-name", x.names, x.program, archive); err != nil {
 			return out, err
 		}
-		out.Images = append(out.Images, path)
+		out.Images = append(out.Images, archive)
 	}
 	return out, nil
 }
@@ -108,9 +111,14 @@ func space(dir string, needed float64) error {
 // Overlayd makes an image of overlayd with this version in its programs, and returns its archive.
 func (b Builder) Overlayd(ctx context.Context, version, name string) (string, error) {
 	out := filepath.Join(b.Cache, "image", version)
-	err := b.run(ctx, "dist/image", nil, "run", "./cmd/overlay-image", "build", "-root", b.Root, "-out", out, "-go", b.Go,
+	err := b.image(ctx, "build", "-root", b.Root, "-out", out, "-go", b.Go,
 		"-arch", runtime.GOARCH, "-version", version, "-name", name)
 	return filepath.Join(out, "overlayd-image-"+runtime.GOARCH+".tar"), err
+}
+
+// image runs the command that makes images.
+func (b Builder) image(ctx context.Context, args ...string) error {
+	return b.run(ctx, "dist/image", nil, append([]string{"run", "."}, args...)...)
 }
 
 // program is [Builder.kept] for one program, which has the name of its directory.
@@ -194,7 +202,10 @@ func kubernetesFlags() string {
 	major, rest, _ := strings.Cut(kubernetesVersion, ".")
 	minor, _, _ := strings.Cut(rest, ".")
 	flags := "-s -w"
-	for _, v := range []string{"gitVersion=v" + kubernetesVersion, "gitMajor=" + major, "gitMinor=" + minor, "gitTreeState=clean", "gitCommit=" + strings.Repeat("0", 40), "buildDate=2026-01-01T00:00:00Z"} {
+	for _, v := range []string{
+		"gitVersion=v" + kubernetesVersion, "gitMajor=" + major, "gitMinor=" + minor,
+		"gitTreeState=clean", "gitCommit=" + strings.Repeat("0", 40), "buildDate=2026-01-01T00:00:00Z",
+	} {
 		flags += " -X k8s.io/component-base/version." + v
 	}
 	return flags

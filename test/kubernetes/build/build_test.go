@@ -14,7 +14,8 @@ func TestTooLittleDisk(t *testing.T) {
 		t.Error(err)
 	}
 	err := space(dir, 1e18)
-	if err == nil || !strings.HasPrefix(err.Error(), dir+": ") || !strings.HasSuffix(err.Error(), "GB are free, and Kubernetes takes 1000000000 GB to compile and run") {
+	if err == nil || !strings.HasPrefix(err.Error(), dir+": ") ||
+		!strings.HasSuffix(err.Error(), "GB are free, and Kubernetes takes 1000000000 GB to compile and run") {
 		t.Errorf("%v", err)
 	}
 }
@@ -59,7 +60,8 @@ func TestKept(t *testing.T) {
 		t.Errorf("kept are %q", left)
 	}
 	write("main.go", "package main\n")
-	if _, err := b.program(t.Context(), "hello", ".", ".", ""); err == nil || !strings.Contains(err.Error(), "function main is undeclared") {
+	if _, err := b.program(t.Context(), "hello", ".", ".", ""); err == nil ||
+		!strings.Contains(err.Error(), "function main is undeclared") {
 		t.Errorf("what does not compile: %v", err)
 	}
 }

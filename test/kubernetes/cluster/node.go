@@ -8,7 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
+	"sync"
 
 	"github.com/overlayd/overlayd/test/kubernetes/nodes"
 )
@@ -62,8 +62,22 @@ conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeou
 clientConnection: {kubeconfig: %s}
 `
 
-// Add makes the node with this number and starts what belongs on it. It returns without waiting for the node to be known.
-func (k *Cluster) Add(ctx context.Context, number int) (*Node, error) {
+// Add makes nodes with these numbers and starts what belongs on them. It returns without waiting for them to be known.
+func (k *Cluster) Add(ctx context.Context, numbers ...int) error {
+	added, errs := make([]*Node, len(numbers)), make([]error, len(numbers))
+	var wg sync.WaitGroup
+	for i, number := range numbers {
+		wg.Go(func() { added[i], errs[i] = k.add(ctx, number) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	k.Nodes = append(k.Nodes, added...)
+	return nil
+}
+
+func (k *Cluster) add(ctx context.Context, number int) (*Node, error) {
 	machine, err := k.Lab.Node(ctx, number)
 	if err != nil {
 		return nil, err
@@ -76,11 +90,7 @@ func (k *Cluster) Add(ctx context.Context, number int) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := k.Boot(ctx, n, k.Images); err != nil {
-		return nil, err
-	}
-	k.Nodes = append(k.Nodes, n)
-	return n, nil
+	return n, k.Boot(ctx, n, k.Images)
 }
 
 // oldNode is the node with the machine's containerd of version 1, as older nodes have it. The others have version 2.
@@ -105,7 +115,7 @@ func (k *Cluster) Boot(ctx context.Context, n *Node, images []string) error {
 	if n.daemons["containerd"], err = n.Start("containerd", n.withPath("containerd", "--config", config)...); err != nil {
 		return err
 	}
-	err = Poll(ctx, time.Minute, "containerd on "+n.Name, func() error {
+	err = Poll(ctx, "containerd on "+n.Name, func() error {
 		_, err := n.Run(ctx, n.withPath("ctr", "version")...)
 		return err
 	})
@@ -127,11 +137,13 @@ func (k *Cluster) StartKubelet(n *Node) error {
 		old.Stop()
 	}
 	f := k.pki.path
-	config, err := k.write(n, "kubelet.yaml", fmt.Sprintf(kubeletConfig, n.Cgroup(), f("ca.crt"), f(n.Name+"-server.crt"), f(n.Name+"-server.key"), DNSService))
+	config, err := k.write(n, "kubelet.yaml", fmt.Sprintf(kubeletConfig, n.Cgroup(), f("ca.crt"), f(n.Name+"-server.crt"),
+		f(n.Name+"-server.key"), DNSService))
 	if err != nil {
 		return err
 	}
-	n.daemons["kubelet"], err = n.Start("kubelet", k.Kubernetes, "kubelet", "--config="+config, "--kubeconfig="+f(n.Name+".kubeconfig"),
+	n.daemons["kubelet"], err = n.Start("kubelet", k.Kubernetes, "kubelet", "--config="+config,
+		"--kubeconfig="+f(n.Name+".kubeconfig"),
 		"--hostname-override="+n.Name, "--node-ip="+n.IP.String()+","+n.IP6.String(), "--v=2")
 	return err
 }
@@ -140,7 +152,7 @@ func (k *Cluster) StartKubelet(n *Node) error {
 func (k *Cluster) Proxy(ctx context.Context, n *Node, mode string) error {
 	if old := n.daemons["kube-proxy"]; old != nil {
 		old.Stop()
-		err := Poll(ctx, 30*time.Second, "the end of kube-proxy's rules", func() error { // others change the firewall, too
+		err := Poll(ctx, "the end of kube-proxy's rules", func() error { // others change the firewall, too
 			_, err := n.Run(ctx, k.Kubernetes, "kube-proxy", "--cleanup")
 			return err
 		})
@@ -148,7 +160,8 @@ func (k *Cluster) Proxy(ctx context.Context, n *Node, mode string) error {
 			return err
 		}
 	}
-	config, err := k.write(n, "kube-proxy.yaml", fmt.Sprintf(proxyConfig, mode, podNet, podNet6, n.Name, k.pki.path("proxy.kubeconfig")))
+	config, err := k.write(n, "kube-proxy.yaml", fmt.Sprintf(proxyConfig, mode, podNet, podNet6, n.Name,
+		k.pki.path("proxy.kubeconfig")))
 	if err != nil {
 		return err
 	}
@@ -185,17 +198,35 @@ func (k *Cluster) Node(name string) (*Node, error) {
 	return nil, fmt.Errorf("there is no node %s", name)
 }
 
+// nodeList is what is needed of the list of nodes.
+type nodeList struct {
+	Items []struct {
+		Metadata struct{ Name string }
+		Status   struct {
+			Conditions []struct{ Type, Status string }
+			NodeInfo   struct{ ContainerRuntimeVersion string }
+		}
+	}
+}
+
 // WaitReady waits until these nodes are Ready (or, with ready false, known and not Ready).
-func (k *Cluster) WaitReady(ctx context.Context, wait time.Duration, ready bool, names ...string) error {
-	return Poll(ctx, wait, "nodes "+strings.Join(names, " "), func() error {
-		out, err := k.Kubectl(ctx, append([]string{"get", "nodes", "--no-headers"}, names...)...)
-		if err != nil {
+func (k *Cluster) WaitReady(ctx context.Context, ready bool, names ...string) error {
+	return Poll(ctx, "nodes "+strings.Join(names, " "), func() error {
+		var list nodeList
+		if err := k.Get(ctx, &list, "/api/v1/nodes"); err != nil {
 			return err
 		}
-		for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
-			f := strings.Fields(line)
-			if len(f) < 2 || (strings.Split(f[1], ",")[0] == "Ready") != ready {
-				return errors.New(line)
+		is := map[string]bool{}
+		for _, n := range list.Items {
+			for _, c := range n.Status.Conditions {
+				if c.Type == "Ready" {
+					is[n.Metadata.Name] = c.Status == "True"
+				}
+			}
+		}
+		for _, name := range names {
+			if got, known := is[name]; !known || got != ready {
+				return fmt.Errorf("known nodes, and whether they are Ready: %v", is)
 			}
 		}
 		return nil
@@ -204,15 +235,8 @@ func (k *Cluster) WaitReady(ctx context.Context, wait time.Duration, ready bool,
 
 // Runtimes says which container runtime each node has, and fails where it is another one than it should be.
 func (k *Cluster) Runtimes(ctx context.Context) (string, error) {
-	var list struct {
-		Items []struct {
-			Metadata struct{ Name string }
-			Status   struct {
-				NodeInfo struct{ ContainerRuntimeVersion string }
-			}
-		}
-	}
-	if err := k.Get(ctx, &list, "nodes"); err != nil {
+	var list nodeList
+	if err := k.Get(ctx, &list, "/api/v1/nodes"); err != nil {
 		return "", err
 	}
 	var out []string

@@ -1,4 +1,5 @@
-// Command coredns is CoreDNS with the plugins that a cluster's DNS needs, and without those for clouds, which take minutes to compile.
+// Command coredns is CoreDNS with the plugins that a cluster's DNS needs, and without those for clouds, which take
+// minutes to compile.
 package main
 
 import (
@@ -12,6 +13,7 @@ import (
 )
 
 func main() {
-	dnsserver.Directives = []string{"errors", "health", "ready", "cache", "kubernetes"} // in the order in which they see a query
+	// in the order in which they see a query
+	dnsserver.Directives = []string{"errors", "health", "ready", "cache", "kubernetes"}
 	coremain.Run()
 }

@@ -8,12 +8,11 @@ import (
 	"github.com/overlayd/overlayd/test/kubernetes/cluster"
 )
 
-// values are a user's, for the chart.
-const values = `etcd:
-  endpoints: [%q]
-  tls: {secretName: overlayd-etcd-tls}
-network: %s
-`
+// values of a user, for the chart.
+const (
+	etcdValues    = "etcd: {endpoints: [%q], tls: {secretName: overlayd-etcd-tls}}\n"
+	networkValues = "network: %s\n"
+)
 
 // Helm installs with `helm install`.
 type Helm struct {
@@ -34,7 +33,11 @@ func (d Helm) helm(ctx context.Context, args ...string) error {
 
 // Install makes the namespace with the certificates for etcd, and installs the chart.
 func (d Helm) Install(ctx context.Context) error {
-	path, err := d.write("values.yaml", fmt.Sprintf(values, cluster.OverlayEtcd, network))
+	values := fmt.Sprintf(networkValues, Network)
+	if d.k.Etcd {
+		values += fmt.Sprintf(etcdValues, cluster.OverlayEtcd)
+	}
+	path, err := d.write("values.yaml", values)
 	if err != nil {
 		return err
 	}
@@ -49,21 +52,28 @@ func (d Helm) Install(ctx context.Context) error {
 
 // Upgrade takes another image, and waits until every node has it.
 func (d Helm) Upgrade(ctx context.Context) error {
-	if err := d.change(ctx, "image.tag="+second, "etcd.endpoints={"+cluster.OverlayEtcd+"}"); err != nil {
+	settings := "extraEnv=[]"
+	if d.k.Etcd {
+		settings = fmt.Sprintf("etcd.endpoints=[%q]", cluster.OverlayEtcd)
+	}
+	if err := d.change(ctx, fmt.Sprintf("image.tag=%q", second), settings); err != nil {
 		return err
 	}
 	return d.rollout(ctx, "overlayd", "overlayd")
 }
 
-// Misconfigure has the daemons ask an etcd that is not there.
+// Misconfigure has the daemons ask a store that is not there.
 func (d Helm) Misconfigure(ctx context.Context) error {
-	return d.change(ctx, "etcd.endpoints={"+nowhere+"}")
+	if d.k.Etcd {
+		return d.change(ctx, fmt.Sprintf("etcd.endpoints=[%q]", nowhere))
+	}
+	return d.change(ctx, fmt.Sprintf(`extraEnv=[{"name": "KUBERNETES_SERVICE_PORT", "value": %q}]`, closedPort))
 }
 
 func (d Helm) change(ctx context.Context, values ...string) error {
 	args := []string{"upgrade", "overlayd", d.chart, "--reset-then-reuse-values"}
 	for _, v := range values {
-		args = append(args, "--set", v)
+		args = append(args, "--set-json", v)
 	}
 	return d.helm(ctx, args...)
 }
@@ -79,6 +89,6 @@ func (d Helm) Uninstall(ctx context.Context) error {
 	if err := d.helm(ctx, "uninstall", "overlayd", "--wait"); err != nil {
 		return err
 	}
-	_, err := d.k.Kubectl(ctx, "delete", "namespace", "overlayd", "--request-timeout=0", "--timeout=90s")
+	_, err := d.k.Kubectl(ctx, "delete", "namespace", "overlayd", "--request-timeout=0", patience())
 	return err
 }

@@ -13,10 +13,10 @@ import (
 const kustomization = `apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 resources: [dist]
-components: [dist/components/etcd-tls]
+components: [%s]
 configMapGenerator:
-  - {name: overlayd-settings, namespace: overlayd, behavior: merge, literals: ["OVERLAYD_ETCD_ENDPOINTS=%s"]}
-  - {name: overlayd, namespace: overlayd, behavior: merge, files: [net-conf.json]}
+  - {name: overlayd-settings, namespace: overlayd, behavior: merge, literals: [%s]}
+  - {name: overlayd-network, namespace: overlayd, behavior: merge, files: [net-conf.json]}
 images:
   - {name: %s, newTag: %s}
 `
@@ -31,7 +31,8 @@ images:
 // Kustomize installs with `kubectl apply -k`.
 type Kustomize struct{ overlay }
 
-// NewKustomize makes a directory with the user's part beside a copy of dist/kubernetes, which is in the repository at root.
+// NewKustomize makes a directory with the user's part beside a copy of dist/kubernetes, which is in the repository at
+// root.
 func NewKustomize(k *cluster.Cluster, root string) (Kustomize, error) {
 	o, err := newOverlay(k, "kustomize")
 	if err != nil {
@@ -40,7 +41,7 @@ func NewKustomize(k *cluster.Cluster, root string) (Kustomize, error) {
 	if err := os.CopyFS(filepath.Join(o.dir, "dist"), os.DirFS(filepath.Join(root, "dist", "kubernetes"))); err != nil {
 		return Kustomize{}, err
 	}
-	_, err = o.write("net-conf.json", network)
+	_, err = o.write("net-conf.json", Network)
 	return Kustomize{o}, err
 }
 
@@ -53,11 +54,25 @@ func (d Kustomize) apply(ctx context.Context, kustomization string) error {
 }
 
 func (d Kustomize) remove(ctx context.Context) error {
-	_, err := d.k.Kubectl(ctx, "delete", "-k", d.dir, "--request-timeout=0", "--timeout=90s")
+	_, err := d.k.Kubectl(ctx, "delete", "-k", d.dir, "--request-timeout=0", patience())
 	return err
 }
 
-func with(etcd, tag string) string { return fmt.Sprintf(kustomization, etcd, image, tag) }
+// with is the kustomization for the store, with an image, and with settings that are right or wrong.
+func (d Kustomize) with(tag string, right bool) string {
+	components, setting := "", ""
+	switch {
+	case d.k.Etcd && right:
+		components, setting = etcdComponents, "OVERLAYD_ETCD_ENDPOINTS="+cluster.OverlayEtcd
+	case d.k.Etcd:
+		components, setting = etcdComponents, "OVERLAYD_ETCD_ENDPOINTS="+nowhere
+	case !right:
+		setting = "KUBERNETES_SERVICE_PORT=" + closedPort
+	}
+	return fmt.Sprintf(kustomization, components, setting, image, tag)
+}
+
+const etcdComponents = "dist/components/etcd, dist/components/etcd-tls"
 
 // Install makes the namespace with the certificates for etcd, and applies.
 func (d Kustomize) Install(ctx context.Context) error {
@@ -67,20 +82,20 @@ func (d Kustomize) Install(ctx context.Context) error {
 	if err := d.secret(ctx); err != nil {
 		return err
 	}
-	return d.apply(ctx, with(cluster.OverlayEtcd, first))
+	return d.apply(ctx, d.with(first, true))
 }
 
 // Upgrade applies with another image, and waits until every node has it.
 func (d Kustomize) Upgrade(ctx context.Context) error {
-	if err := d.apply(ctx, with(cluster.OverlayEtcd, second)); err != nil {
+	if err := d.apply(ctx, d.with(second, true)); err != nil {
 		return err
 	}
 	return d.rollout(ctx, "overlayd", "overlayd")
 }
 
-// Misconfigure applies with an etcd that is not there.
+// Misconfigure applies with a store that is not there.
 func (d Kustomize) Misconfigure(ctx context.Context) error {
-	return d.apply(ctx, with(nowhere, second))
+	return d.apply(ctx, d.with(second, false))
 }
 
 // Uninstall does what dist/kubernetes/uninstall says.

@@ -18,8 +18,8 @@ const cgroupRoot = "/sys/fs/cgroup"
 // cgroupTop is the cgroup of everything that this package starts.
 const cgroupTop = "overlayd-kubernetes"
 
-// hierarchies are the cgroup trees of this machine: one with cgroup v2; with v1 one for each controller, and "unified" without any, in
-// which runc makes cgroups, too.
+// hierarchies are the cgroup trees of this machine: one with cgroup v2; with v1 one for each controller, and "unified"
+// without any, in which runc makes cgroups, too.
 func hierarchies() ([]string, error) {
 	if _, err := os.Stat(filepath.Join(cgroupRoot, "cgroup.controllers")); err == nil {
 		return []string{cgroupRoot}, nil

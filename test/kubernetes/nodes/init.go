@@ -12,8 +12,8 @@ import (
 // InitCommand is the argument by which the program that uses this package must call [Init].
 const InitCommand = "node-init"
 
-// Init is the first process of a node: it makes the node's file system out of the machine's and then waits for orphans, as
-// the first process of a machine does. It returns only where that fails.
+// Init is the first process of a node: it makes the node's file system out of the machine's and then waits for orphans,
+// as the first process of a machine does. It returns only where that fails.
 func Init(name, dir string) error {
 	if err := syscall.Sethostname([]byte(name)); err != nil {
 		return fmt.Errorf("sethostname: %w", err)
@@ -36,8 +36,8 @@ func Init(name, dir string) error {
 	return nil
 }
 
-// mounts gives the node an own /etc, /opt and /var, which start as the machine's, an empty /run, and a /sys that shows the
-// node's devices. Nothing is written to the machine's own directories.
+// mounts gives the node an own /etc, /opt and /var, which start as the machine's, an empty /run, and a /sys that shows
+// the node's devices. Nothing is written to the machine's own directories.
 func mounts(name, dir string) error {
 	m := &mounter{}
 	m.mount("", "/", "", syscall.MS_PRIVATE|syscall.MS_REC, "")

@@ -33,11 +33,13 @@ func (l *Lab) Node(ctx context.Context, number int) (*Node, error) {
 // Cgroup is the cgroup of the node's pods, as the kubelet is to be told.
 func (n *Node) Cgroup() string { return "/" + cgroupTop + "/" + n.Name + "/pods" }
 
-// On switches the node on: its disk is as it was, all else is new. It forwards nothing that nobody has accepted, like a machine with
-// Docker on it, and iptables does not see what crosses a bridge, as on one with a sysctl.d file of libvirt's.
+// On switches the node on: its disk is as it was, all else is new. It forwards nothing that no rule accepts, like a
+// machine with Docker on it, and iptables does not see what crosses a bridge, as on one with a sysctl.d file of
+// libvirt's.
 func (n *Node) On(ctx context.Context) error {
 	ns := prefix + n.Name
-	err := script(ctx, strings.NewReplacer("NS", ns, "NAME", n.Name, "MAC", n.mac, "IP4", n.IP.String(), "IP6", n.IP6.String()).Replace(`
+	err := script(ctx, strings.NewReplacer("NS", ns, "NAME", n.Name, "MAC", n.mac, "IP4", n.IP.String(), "IP6",
+		n.IP6.String()).Replace(`
 netns add NS
 -n NS link set lo up
 -n okt-router link add NAME type veth peer name eth0 address MAC netns NS
@@ -139,7 +141,8 @@ func (n *Node) InPod(ctx context.Context, uid string, args ...string) (*exec.Cmd
 		return nil, err
 	}
 	for _, pid := range pids {
-		if comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || !strings.HasPrefix(string(comm), args[0]+"\x00serve") {
+		if comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil ||
+			!strings.HasPrefix(string(comm), args[0]+"\x00serve") {
 			continue // the pause container, which has another file system
 		}
 		enter := []string{"--target", strconv.Itoa(pid), "--all", "--"}

@@ -1,5 +1,6 @@
-// Package nodes makes machines out of namespaces: each has a network, a process table, a host name and a file system of its own,
-// starts with an init, and can be switched off. All of them stand in one network with a router, behind which "the internet" is.
+// Package nodes makes machines out of namespaces: each has a network, a process table, a host name and a file system of
+// its own, starts with an init, and can be switched off. All of them stand in one network with a router, behind which
+// "the internet" is.
 //
 //	internet 203.0.113.2 ── 203.0.113.1 router 172.30.0.1 ──┬── control 172.30.0.2
 //	                                                        ├── n1 172.30.0.11
@@ -33,7 +34,8 @@ const (
 	InternetIP6 = "2001:db8:113::2"
 )
 
-// Host is a network namespace in which processes can be run: that of the control plane, the internet, the router, or a node.
+// Host is a network namespace in which processes can be run: that of the control plane, the internet, the router, or a
+// node.
 type Host struct {
 	Name    string
 	IP, IP6 netip.Addr
@@ -112,8 +114,8 @@ func script(ctx context.Context, lines string) error {
 	return nil
 }
 
-// Remove ends every process of the lab in a directory, and removes its namespaces, cgroups and files. It needs nothing but the names, and
-// so also removes what a killed run left.
+// Remove ends every process of the lab in a directory, and removes its namespaces, cgroups and files. It needs nothing
+// but the names, and so also removes what a killed run left.
 func Remove(ctx context.Context, dir string) error {
 	errs := []error{clearCgroup("")}
 	out, err := exec.CommandContext(ctx, "ip", "netns", "list").Output()
@@ -147,7 +149,8 @@ func Output(c *exec.Cmd) (string, error) {
 			command = command[i+1:]
 		}
 		command = append([]string{filepath.Base(command[0])}, command[1:]...)
-		return out.String(), fmt.Errorf("%s: %w: %s", strings.Join(command, " "), err, strings.TrimSpace(problems.String()+" "+out.String()))
+		return out.String(), fmt.Errorf("%s: %w: %s", strings.Join(command, " "), err,
+			strings.TrimSpace(problems.String()+" "+out.String()))
 	}
 	return out.String(), nil
 }
@@ -166,9 +169,13 @@ func (l *Lab) Start(h *Host, cgroup, name string, args ...string) (*Process, err
 	}
 	defer log.Close()
 	// The shell joins the cgroup before it becomes the daemon: whatever that starts is in there, too.
-	join := `for f in ` + cgroupRoot + `/*/` + cgroupTop + "/" + cgroup + `/cgroup.procs ` + cgroupRoot + `/` + cgroupTop + "/" + cgroup +
+	join := `for f in ` + cgroupRoot + `/*/` + cgroupTop + "/" + cgroup + `/cgroup.procs ` + cgroupRoot + `/` + cgroupTop +
+		"/" + cgroup +
 		`/cgroup.procs; do [ ! -e "$f" ] || echo $$ >"$f" || exit 1; done; exec "$@"`
-	p := &Process{h.Command(context.Background(), append([]string{"sh", "-c", join, "sh"}, args...)...), make(chan struct{})}
+	p := &Process{
+		h.Command(context.Background(), append([]string{"sh", "-c", join, "sh"}, args...)...),
+		make(chan struct{}),
+	}
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the test, which then ends all in order
 	if err := p.cmd.Start(); err != nil {
@@ -206,7 +213,8 @@ func (p *Process) Stop() {
 func (p *Process) signal(s syscall.Signal) {
 	pid := p.cmd.Process.Pid
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
-	if name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err == nil && strings.TrimSpace(string(name)) == "nsenter" {
+	if name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err == nil &&
+		strings.TrimSpace(string(name)) == "nsenter" {
 		if child, err := strconv.Atoi(strings.TrimSpace(string(raw))); err == nil {
 			pid = child
 		}

@@ -9,11 +9,12 @@ import (
 	"strings"
 )
 
-// settings are those of the kernel that every kubelet sets (setupKernelTunables in its container manager). They are the machine's: the lab
-// puts them back.
+// settings are those of the kernel that every kubelet sets (setupKernelTunables in its container manager). They are the
+// machine's: the lab puts them back.
 func settings() []string {
 	return []string{
-		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
+		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys",
+		"kernel/keys/root_maxbytes",
 	}
 }
 

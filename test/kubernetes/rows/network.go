@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/overlayd/overlayd/test/kubernetes/cluster"
 )
 
 const (
@@ -19,7 +21,7 @@ const (
 	hostServer   = 8090  // of netcheck on the hosts
 )
 
-// paths are all the ways between pods and hosts, each over IPv4 and IPv6: no address may be translated on them.
+// paths are all paths between pods and hosts, each over IPv4 and IPv6: no address may be translated on them.
 func (s *Suite) paths(ctx context.Context) error {
 	clients, servers, err := s.workload(ctx)
 	if err != nil {
@@ -28,17 +30,17 @@ func (s *Suite) paths(ctx context.Context) error {
 	between := func(name string, from, to []place, toPort uint16, same bool) {
 		s.run(ctx, name, func(ctx context.Context) (int, error) {
 			var errs []error
-			ways := 0
+			paths := 0
 			for _, f := range from {
 				for _, t := range to {
 					if (f.node == t.node) == same {
-						ways++
+						paths++
 						errs = append(errs, untranslated(ctx, f, t, toPort))
 					}
 				}
 			}
-			if ways == 0 {
-				errs = append(errs, errors.New("there is no such way here"))
+			if paths == 0 {
+				errs = append(errs, errors.New("there is no such path here"))
 			}
 			return none, errors.Join(errs...)
 		})
@@ -49,13 +51,19 @@ func (s *Suite) paths(ctx context.Context) error {
 	between("host to pod on another node: TCP, UDP, ping; source kept", s.hosts(), servers, serverPort, false)
 	between("pod to this host: TCP, UDP, ping; source kept", clients, s.hosts(), hostServer, true)
 	between("pod to another host: TCP, UDP, ping; source kept", clients, s.hosts(), hostServer, false)
-	s.run(ctx, "a full MTU with DF passes, one byte more does not", func(ctx context.Context) (int, error) { return none, fullMTU(ctx, clients, servers) })
-	s.run(ctx, "egress: the internet sees the node's address", func(ctx context.Context) (int, error) { return none, s.egress(ctx, clients) })
-	s.run(ctx, "hostPort from another node and from outside; source kept", func(ctx context.Context) (int, error) { return none, s.hostPorts(ctx) })
+	s.run(ctx, "a full MTU with DF passes, one byte more does not",
+		func(ctx context.Context) (int, error) { return none, fullMTU(ctx, clients, servers) })
+	s.run(ctx, "egress: the internet sees the node's address", func(ctx context.Context) (int, error) {
+		return none,
+			s.egress(ctx, clients)
+	})
+	s.run(ctx, "hostPort from another node and from outside; source kept",
+		func(ctx context.Context) (int, error) { return none, s.hostPorts(ctx) })
 	return nil
 }
 
-// podMTU is what the nodes' devices leave: 1500 bytes without what VXLAN takes over IPv6 (70), since pods have one MTU for both families.
+// podMTU is what the nodes' devices leave: 1500 bytes without what VXLAN takes over IPv6 (70), since pods have one MTU
+// for both families.
 const podMTU = 1430
 
 func fullMTU(ctx context.Context, clients, servers []place) error {
@@ -94,12 +102,12 @@ func (s *Suite) egress(ctx context.Context, clients []place) error {
 		if err != nil {
 			return err
 		}
-		for _, way := range []struct{ to, from netip.Addr }{{s.K.Lab.Internet.IP, n.IP}, {s.K.Lab.Internet.IP6, n.IP6}} {
-			a, err := ask(ctx, c, port(way.to, hostServer))
-			if err == nil && a.seen != way.from.String() {
-				err = fmt.Errorf("was seen as %s, not as %s", a.seen, way.from)
+		for _, path := range []struct{ to, from netip.Addr }{{s.K.Lab.Internet.IP, n.IP}, {s.K.Lab.Internet.IP6, n.IP6}} {
+			a, err := askOne(ctx, c, port(path.to, hostServer))
+			if err == nil && a.seen != path.from.String() {
+				err = fmt.Errorf("was seen as %s, not as %s", a.seen, path.from)
 			}
-			errs = append(errs, wrap(err, "%s to %s", c.where(), way.to))
+			errs = append(errs, wrap(err, "%s to %s", c.where(), path.to))
 		}
 	}
 	return errors.Join(errs...)
@@ -121,7 +129,7 @@ func (s *Suite) hostPorts(ctx context.Context) error {
 				continue
 			}
 			for _, ip := range []netip.Addr{to.IP, to.IP6} {
-				a, err := ask(ctx, from, port(ip, hostPort))
+				a, err := askOne(ctx, from, port(ip, hostPort))
 				if err == nil {
 					err = a.from(on[to.Name])
 				}
@@ -149,7 +157,8 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 		var errs []error
 		for _, c := range clients {
 			for _, ip := range ips {
-				errs = append(errs, reachAll(ctx, c, port(ip, 80), ask, servers, true), reachAll(ctx, c, port(ip, 81), askUDP, servers, true))
+				errs = append(errs, reachAll(ctx, c, port(ip, 80), tcp, servers, true),
+					reachAll(ctx, c, port(ip, 81), udp, servers, true))
 			}
 		}
 		return errors.Join(errs...)
@@ -157,7 +166,7 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 	row("ClusterIP from a pod that is behind it itself", func(ctx context.Context) error {
 		var errs []error
 		for _, ip := range ips {
-			errs = append(errs, reachAll(ctx, servers[0], port(ip, 80), ask, servers, false))
+			errs = append(errs, reachAll(ctx, servers[0], port(ip, 80), tcp, servers, false))
 		}
 		return errors.Join(errs...)
 	})
@@ -165,7 +174,17 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 		var errs []error
 		for _, h := range s.hosts() {
 			for _, ip := range ips {
-				errs = append(errs, reachAll(ctx, h, port(ip, 80), ask, servers, false))
+				errs = append(errs, reachAll(ctx, h, port(ip, 80), tcp, servers, false))
+			}
+		}
+		return errors.Join(errs...)
+	})
+	row("ClusterIP with affinity: one server answers a client", func(ctx context.Context) error {
+		sticky, err := s.clusterIPs(ctx, "web-sticky")
+		errs := []error{err}
+		for _, c := range clients {
+			for _, ip := range sticky {
+				errs = append(errs, reachOne(ctx, c, port(ip, 80)))
 			}
 		}
 		return errors.Join(errs...)
@@ -175,7 +194,8 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 		for _, from := range append(append(s.hosts(), clients[0]), s.internet()) {
 			for _, n := range s.K.Nodes {
 				for _, ip := range []netip.Addr{n.IP, n.IP6} {
-					errs = append(errs, reachAll(ctx, from, port(ip, nodePort), ask, servers, false), reachAll(ctx, from, port(ip, nodePortUDP), askUDP, servers, false))
+					errs = append(errs, reachAll(ctx, from, port(ip, nodePort), tcp, servers, false),
+						reachAll(ctx, from, port(ip, nodePortUDP), udp, servers, false))
 				}
 			}
 		}
@@ -191,12 +211,13 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 				}
 			}
 			for _, ip := range []netip.Addr{n.IP, n.IP6} {
-				errs = append(errs, reachAll(ctx, s.internet(), port(ip, nodePortHere), ask, here, true))
+				errs = append(errs, reachAll(ctx, s.internet(), port(ip, nodePortHere), tcp, here, true))
 			}
 		}
 		return errors.Join(errs...)
 	})
-	row("DNS over UDP and TCP; a service and a headless one by name", func(ctx context.Context) error { return dns(ctx, clients, servers, ips) })
+	row("DNS over UDP and TCP; a service and a headless one by name",
+		func(ctx context.Context) error { return dns(ctx, clients, servers, ips) })
 	row("the API server from pods by its service", func(ctx context.Context) error {
 		for _, c := range clients { // it speaks TLS only, and says so in plain text
 			if out, err := c.run(ctx, "get", "http://10.96.0.1:443/"); err != nil || !strings.Contains(out, "HTTPS server") {
@@ -209,7 +230,7 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 }
 
 // reachAll asks until each of the servers has answered.
-func reachAll(ctx context.Context, from place, to string, how func(context.Context, place, string) (answer, error), servers []place, sourceKept bool) error {
+func reachAll(ctx context.Context, from place, to, how string, servers []place, sourceKept bool) error {
 	if len(servers) == 0 {
 		return fmt.Errorf("%s to %s: there is no server that should answer", from.where(), to)
 	}
@@ -218,26 +239,40 @@ func reachAll(ctx context.Context, from place, to string, how func(context.Conte
 		missing[p.name] = true
 	}
 	for tries := 0; len(missing) > 0; tries++ {
-		if tries == 100 {
+		if tries == 20 {
 			return fmt.Errorf("%s to %s: never answered by %v", from.where(), to, missing)
 		}
-		a, err := how(ctx, from, to)
-		if err == nil && sourceKept && a.seen != a.own {
-			err = fmt.Errorf("asked as %s and was seen as %s by %s", a.own, a.seen, a.server)
+		answers, err := ask(ctx, from, how, slices.Repeat([]string{to}, 2*len(servers))...)
+		for _, a := range answers {
+			if sourceKept && a.seen != a.own {
+				err = errors.Join(err, fmt.Errorf("asked as %s and was seen as %s by %s", a.own, a.seen, a.server))
+			}
+			delete(missing, a.server)
 		}
 		if err != nil {
 			return fmt.Errorf("%s to %s: %w", from.where(), to, err)
 		}
-		delete(missing, a.server)
 	}
 	return nil
+}
+
+// reachOne asks as often as would reach every server, and fails where more than one has answered.
+func reachOne(ctx context.Context, from place, to string) error {
+	// With three servers, by chance all answers are from one in 1 of 20,000 cases.
+	answers, err := ask(ctx, from, tcp, slices.Repeat([]string{to}, 10)...)
+	for _, a := range answers {
+		if a.server != answers[0].server {
+			err = fmt.Errorf("answered by %s, then by %s", answers[0].server, a.server)
+		}
+	}
+	return wrap(err, "%s to %s", from.where(), to)
 }
 
 func (s *Suite) clusterIPs(ctx context.Context, service string) ([]netip.Addr, error) {
 	var v struct {
 		Spec struct{ ClusterIPs []netip.Addr }
 	}
-	err := s.K.Get(ctx, &v, "service", service)
+	err := s.K.Get(ctx, &v, cluster.Namespace("default")+"/services/"+service)
 	if err == nil && len(v.Spec.ClusterIPs) != 2 {
 		err = fmt.Errorf("service %s should have an address of each family, and has %v", service, v.Spec.ClusterIPs)
 	}
@@ -253,7 +288,10 @@ func dns(ctx context.Context, clients, servers []place, web []netip.Addr) error 
 	var errs []error
 	for _, c := range clients {
 		for _, protocol := range []string{"-tcp=false", "-tcp=true"} {
-			for name, want := range map[string][]netip.Addr{"web": web, "web-headless": pods, "kubernetes.default.svc.cluster.local": {api}} {
+			for name, want := range map[string][]netip.Addr{
+				"web": web, "web-headless": pods,
+				"kubernetes.default.svc.cluster.local": {api},
+			} {
 				out, err := c.run(ctx, "dns", protocol, name)
 				found := strings.Fields(out)
 				for _, ip := range want {
@@ -265,7 +303,7 @@ func dns(ctx context.Context, clients, servers []place, web []netip.Addr) error 
 			}
 		}
 		for _, name := range []string{"web:80", "web-headless:8080"} {
-			a, err := ask(ctx, c, name)
+			a, err := askOne(ctx, c, name)
 			if err == nil && a.seen != a.own {
 				err = fmt.Errorf("asked as %s and was seen as %s", a.own, a.seen)
 			}

@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"os/exec"
 	"strings"
-	"time"
 
 	"github.com/overlayd/overlayd/test/kubernetes/cluster"
 	"github.com/overlayd/overlayd/test/kubernetes/nodes"
@@ -33,9 +32,13 @@ func (p place) run(ctx context.Context, args ...string) (string, error) {
 }
 
 func (s *Suite) host(h *nodes.Host, node string) place {
-	return place{"host " + h.Name, h.Name, node, []netip.Addr{h.IP, h.IP6}, func(ctx context.Context, args ...string) (*exec.Cmd, error) {
-		return h.Command(ctx, append([]string{s.K.Netcheck}, args...)...), nil
-	}}
+	return place{
+		"host " + h.Name, h.Name, node,
+		[]netip.Addr{h.IP, h.IP6},
+		func(ctx context.Context, args ...string) (*exec.Cmd, error) {
+			return h.Command(ctx, append([]string{s.K.Netcheck}, args...)...), nil
+		},
+	}
 }
 
 func (s *Suite) hosts() []place {
@@ -47,9 +50,6 @@ func (s *Suite) hosts() []place {
 }
 
 func (s *Suite) internet() place { return s.host(s.K.Lab.Internet, "") }
-
-// podsWithin is how long pods may take to be ready. After the API server was away it takes the kubelets a while to say so.
-const podsWithin = 5 * time.Minute
 
 // podList is what is needed of a list of pods.
 type podList struct {
@@ -69,10 +69,10 @@ type podList struct {
 // pods returns the pods of an app, of which there must be so many, all ready.
 func (s *Suite) pods(ctx context.Context, app string, count int) ([]place, error) {
 	var out []place
-	return out, cluster.Poll(ctx, podsWithin, fmt.Sprintf("%d pods of %s", count, app), func() error {
+	return out, cluster.Poll(ctx, fmt.Sprintf("%d pods of %s", count, app), func() error {
 		out = nil
 		var list podList
-		if err := s.K.Get(ctx, &list, "pods", "-l", "app="+app); err != nil {
+		if err := s.K.Get(ctx, &list, cluster.Namespace("default")+"/pods?labelSelector=app%3D"+app); err != nil {
 			return err
 		}
 		var waiting []string
@@ -90,9 +90,12 @@ func (s *Suite) pods(ctx context.Context, app string, count int) ([]place, error
 				return err
 			}
 			uid := p.Metadata.UID
-			there := place{name: p.Metadata.Name, self: p.Metadata.Name, node: n.Name, cmd: func(ctx context.Context, args ...string) (*exec.Cmd, error) {
-				return n.InPod(ctx, uid, append([]string{"/netcheck"}, args...)...)
-			}}
+			there := place{
+				name: p.Metadata.Name, self: p.Metadata.Name, node: n.Name,
+				cmd: func(ctx context.Context, args ...string) (*exec.Cmd, error) {
+					return n.InPod(ctx, uid, append([]string{"/netcheck"}, args...)...)
+				},
+			}
 			for _, ip := range p.Status.PodIPs {
 				there.ips = append(there.ips, ip.IP)
 			}
@@ -131,25 +134,49 @@ func (a answer) from(server string) error {
 	return nil
 }
 
-// ask lets a place ask over TCP; an address has a port.
-func ask(ctx context.Context, from place, to string) (answer, error) {
-	return parse(from.run(ctx, "get", "http://"+to+"/"))
-}
+// The ways to ask, as netcheck calls them.
+const (
+	tcp = "get"
+	udp = "udp"
+)
 
-// askUDP is ask over UDP.
-func askUDP(ctx context.Context, from place, to string) (answer, error) {
-	return parse(from.run(ctx, "udp", to))
-}
-
-func parse(text string, err error) (answer, error) {
-	f := strings.Fields(text)
-	if err == nil && len(f) != 3 {
-		err = fmt.Errorf("expected three words, got %q", text)
+// ask lets a place ask addresses with ports, one after the other.
+func ask(ctx context.Context, from place, how string, to ...string) ([]answer, error) {
+	args := []string{how}
+	for _, a := range to {
+		if how == tcp {
+			a = "http://" + a + "/"
+		}
+		args = append(args, a)
 	}
+	out, err := from.run(ctx, args...)
+	if err != nil {
+		return nil, err
+	}
+	return parse(out, len(to))
+}
+
+// askOne is ask for one address over TCP.
+func askOne(ctx context.Context, from place, to string) (answer, error) {
+	all, err := ask(ctx, from, tcp, to)
 	if err != nil {
 		return answer{}, err
 	}
-	return answer{f[0], f[1], f[2]}, nil
+	return all[0], nil
+}
+
+func parse(text string, count int) (out []answer, err error) {
+	for line := range strings.Lines(text) {
+		f := strings.Fields(line)
+		if len(f) != 3 {
+			return nil, fmt.Errorf("expected three words, got %q", line)
+		}
+		out = append(out, answer{f[0], f[1], f[2]})
+	}
+	if len(out) != count {
+		err = fmt.Errorf("expected %d answers, got %q", count, text)
+	}
+	return out, err
 }
 
 func port(ip netip.Addr, port uint16) string { return netip.AddrPortFrom(ip, port).String() }
@@ -158,10 +185,10 @@ func port(ip netip.Addr, port uint16) string { return netip.AddrPortFrom(ip, por
 func untranslated(ctx context.Context, from, to place, toPort uint16) error {
 	var errs []error
 	for _, ip := range to.ips {
-		for what, f := range map[string]func(context.Context, place, string) (answer, error){"TCP": ask, "UDP": askUDP} {
-			a, err := f(ctx, from, port(ip, toPort))
+		for what, how := range map[string]string{"TCP": tcp, "UDP": udp} {
+			a, err := ask(ctx, from, how, port(ip, toPort))
 			if err == nil {
-				err = a.from(to.self)
+				err = a[0].from(to.self)
 			}
 			errs = append(errs, wrap(err, "%s of %s to %s of %s", what, from.where(), ip, to.where()))
 		}
@@ -240,7 +267,7 @@ func startPings(ctx context.Context, from, to []place) (*pings, error) {
 	return p, nil
 }
 
-// stop ends them and returns how many packets were lost. Where some were, the error says on which ways.
+// stop ends them and returns how many packets were lost. Where some were, the error says on which paths.
 func (p *pings) stop() (int, error) {
 	total := 0
 	var errs []error

@@ -18,6 +18,8 @@ import (
 // Suite is the rows with the cluster that they are about.
 type Suite struct {
 	K       *cluster.Cluster
+	Store   string         // of overlayd: Etcd or Kubernetes
+	Network string         // its network config
 	Only    *regexp.Regexp // names of rows; nil is all
 	Out     io.Writer
 	Overlay Overlay // what the rows begin with
@@ -43,11 +45,18 @@ type Overlay interface {
 	Uninstall(ctx context.Context) error
 }
 
+// Stores of overlayd.
+const (
+	Etcd       = "etcd"
+	Kubernetes = "kubernetes"
+)
+
 type result struct {
-	name    string
-	seconds float64
-	lost    int // packets; below 0: none were counted
-	err     error
+	name     string
+	seconds  float64
+	expected float64 // seconds on an idle machine; 0: no number is known
+	lost     int     // packets; below 0: none were counted
+	err      error
 }
 
 //go:embed manifests
@@ -92,7 +101,16 @@ func (s *Suite) row(ctx context.Context, name string, f func(ctx context.Context
 	if err == nil && lost > 0 {
 		err = fmt.Errorf("%d packets were lost", lost)
 	}
-	r := result{name, time.Since(start).Seconds(), lost, err}
+	s.add(result{name: name, seconds: time.Since(start).Seconds(), lost: lost, err: err})
+}
+
+// timed is a row that records a time. Where it is longer than expected, the table says so; the machine may have been
+// busy, so that the row fails for no time.
+func (s *Suite) timed(name string, took, expected time.Duration) {
+	s.add(result{name: name, seconds: took.Seconds(), expected: expected.Seconds(), lost: none})
+}
+
+func (s *Suite) add(r result) {
 	s.results = append(s.results, r)
 	r.print(s.Out)
 }
@@ -115,6 +133,9 @@ const shown = 6
 
 func (r result) print(w io.Writer) {
 	lost, ok := "-", "ok"
+	if r.expected > 0 && r.seconds > r.expected {
+		ok = fmt.Sprintf("slow: %.0f s expected", r.expected)
+	}
 	if r.lost >= 0 {
 		lost = fmt.Sprint(r.lost)
 	}

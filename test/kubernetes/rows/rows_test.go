@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // A table that can't turn red proves nothing.
@@ -39,6 +40,36 @@ func TestWhatFailsARow(t *testing.T) {
 				t.Errorf("printed %q, which lacks %q", out.String(), c.says)
 			}
 		})
+	}
+}
+
+// A busy machine turns no row red.
+func TestATimeIsRecorded(t *testing.T) {
+	t.Parallel()
+	for took, says := range map[time.Duration]string{
+		14 * time.Second: "14.0     -  ok", 16 * time.Second: "16.0     -  slow: 15 s expected",
+	} {
+		var out strings.Builder
+		s := &Suite{Out: &out}
+		s.timed("to Ready", took, 15*time.Second)
+		if !strings.Contains(out.String(), says) || len(s.Failed()) > 0 {
+			t.Errorf("printed %q, which lacks %q; failed: %q", out.String(), says, s.Failed())
+		}
+	}
+}
+
+func TestRowsOfOneStore(t *testing.T) {
+	t.Parallel()
+	var ran []string
+	s := &Suite{Out: &strings.Builder{}, Store: Kubernetes}
+	for _, store := range []string{"", Etcd, Kubernetes} {
+		s.change(t.Context(), change{name: "about " + store, store: store, quiet: true, do: func(context.Context) error {
+			ran = append(ran, store)
+			return nil
+		}})
+	}
+	if want := []string{"", Kubernetes}; !slices.Equal(ran, want) {
+		t.Errorf("ran those about %q, not %q", ran, want)
 	}
 }
 
@@ -82,21 +113,25 @@ func TestOnlySomeRows(t *testing.T) {
 	}
 	other := &Suite{Out: &strings.Builder{}, Only: regexp.MustCompile("misspelt")}
 	other.run(t.Context(), "egress", row("egress"))
-	if err := other.must(t.Context(), "pods are there", func(context.Context) error { return nil }); err != nil || other.Asked() {
+	if err := other.must(t.Context(), "pods are there", func(context.Context) error { return nil }); err != nil ||
+		other.Asked() {
 		t.Errorf("%v; a row was asked for: %v", err, other.Asked())
 	}
-	if err := s.must(t.Context(), "nodes are there", func(context.Context) error { return errors.New("no") }); err == nil || len(s.Failed()) != 1 {
+	if err := s.must(t.Context(), "nodes are there",
+		func(context.Context) error { return errors.New("no") }); err == nil || len(s.Failed()) != 1 {
 		t.Errorf("must: %v, failed: %q", err, s.Failed())
 	}
 }
 
 func TestParse(t *testing.T) {
 	t.Parallel()
-	if a, err := parse("web-1 10.244.1.2 10.244.1.2", nil); err != nil || a != (answer{"web-1", "10.244.1.2", "10.244.1.2"}) {
-		t.Errorf("%v, %v", a, err)
+	want := []answer{{"web-1", "10.244.1.2", "10.244.1.2"}, {"web-2", "10.244.1.2", "10.244.1.2"}}
+	if got, err := parse("web-1 10.244.1.2 10.244.1.2\nweb-2 10.244.1.2 10.244.1.2", 2); err != nil ||
+		!slices.Equal(got, want) {
+		t.Errorf("%v, %v", got, err)
 	}
-	for _, text := range []string{"", "web-1", "a b c d"} {
-		if a, err := parse(text, nil); err == nil {
+	for _, text := range []string{"", "web-1", "a b c d", "a b c\nd e f"} {
+		if a, err := parse(text, 1); err == nil {
 			t.Errorf("%q: %v", text, a)
 		}
 	}
@@ -112,9 +147,12 @@ func TestParse(t *testing.T) {
 func TestMayStay(t *testing.T) {
 	t.Parallel()
 	for line, want := range map[string]bool{
-		"file /run/overlayd": true, "file /run/overlayd/subnet.env": false, "file /opt/cni/bin": true, "file /opt/cni/bin/bridge": false,
-		"iptables-nft-save :CNI-HOSTPORT-DNAT -": true, "iptables-nft-save -A CNI-DN-0123 -p tcp": false, "iptables-legacy-save :CNI-HOSTPORT-DNAT -": false,
-		"net.ipv4.ip_forward = 1": true, "net.ipv4.conf.all.rp_filter = 0": false, "link cni0": false, "nft table inet overlayd": false,
+		"file /run/overlayd": true, "file /run/overlayd/subnet.env": false, "file /opt/cni/bin": true,
+		"file /opt/cni/bin/bridge":               false,
+		"iptables-nft-save :CNI-HOSTPORT-DNAT -": true, "iptables-nft-save -A CNI-DN-0123 -p tcp": false,
+		"iptables-legacy-save :CNI-HOSTPORT-DNAT -": false,
+		"net.ipv4.ip_forward = 1":                   true, "net.ipv4.conf.all.rp_filter = 0": false, "link cni0": false,
+		"nft table inet overlayd":    false,
 		"file /var/lib/cni/networks": true, "file /var/lib/cni/networks/overlayd": false,
 	} {
 		if got := mayStay().MatchString(line); got != want {
@@ -122,16 +160,21 @@ func TestMayStay(t *testing.T) {
 		}
 	}
 	got := lines("route local 172.30.0.11 dev eth0  \nroute local 172.30.0.110 dev eth0\n\nrule from fe80::1:2 x\niptables-nft-save -A FORWARD -j KUBE-FORWARD\n", "172.30.0.11")
-	want := map[string]bool{"route local OWN dev eth0": true, "route local 172.30.0.110 dev eth0": true, "rule from LINK-LOCAL x": true}
+	want := map[string]bool{
+		"route local OWN dev eth0": true, "route local 172.30.0.110 dev eth0": true,
+		"rule from LINK-LOCAL x": true,
+	}
 	if !maps.Equal(got, want) {
 		t.Errorf("%v", got)
 	}
 }
 
-// A node may differ from its state before in nothing but what the documentation names: neither by what it has, nor by what it lacks.
+// A node may differ from its state before in nothing but what the documentation names: neither by what it has, nor by
+// what it lacks.
 func TestChanged(t *testing.T) {
 	t.Parallel()
-	const n1, n2 = "link lo\nroute default\nlink n1only\nnet.ipv4.ip_forward = 0", "link lo\nroute default\nnet.ipv4.ip_forward = 0"
+	const n1, n2 = "link lo\nroute default\nlink n1only\nnet.ipv4.ip_forward = 0",
+		"link lo\nroute default\nnet.ipv4.ip_forward = 0"
 	var b before
 	b.add(lines(n1))
 	b.add(lines(n2))

@@ -12,8 +12,9 @@ import (
 	"github.com/overlayd/overlayd/test/kubernetes/cluster"
 )
 
-// state prints what a network daemon and a CNI plugin may change on a node, in lines: devices, addresses, routes, rules, the firewall in all
-// its forms, sets, settings of the kernel, files. What Kubernetes has there is left out, and the node's own addresses have one name on all.
+// state prints what a network daemon and a CNI plugin may change on a node, in lines: devices, addresses, routes,
+// rules, the firewall in all its forms, sets, settings of the kernel, files. What Kubernetes has there is left out, and
+// the node's own addresses have one name on all.
 const state = `
 ip -o link | sed 's/^[0-9]*: \([^:@]*\).*/link \1/'
 ip -o addr | awk '{print "addr", $2, $4}'
@@ -36,7 +37,10 @@ func snapshot(ctx context.Context, n *cluster.Node) (map[string]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, kind := range []string{"link lo", "addr lo", "route ", "rule ", "iptables-nft-save ", "ip6tables-nft-save ", "nft ", "net.ipv4.", "net.ipv6.", "net.bridge."} {
+	for _, kind := range []string{
+		"link lo", "addr lo", "route ", "rule ", "iptables-nft-save ", "ip6tables-nft-save ",
+		"nft ", "net.ipv4.", "net.ipv6.", "net.bridge.",
+	} {
 		if !strings.Contains("\n"+out, "\n"+kind) { // a tool that fails must not look like a node without anything
 			return nil, fmt.Errorf("%s: no line begins with %q", n.Name, kind)
 		}
@@ -81,7 +85,8 @@ func lines(state string, own ...string) map[string]bool {
 		for _, ip := range own {
 			line = regexp.MustCompile(regexp.QuoteMeta(ip)+`\b`).ReplaceAllString(line, "OWN")
 		}
-		kubeProxys := strings.Contains(line, "KUBE-") || strings.Contains(line, "kube-proxy") || strings.HasPrefix(line, "net.ipv4.conf.all.route_localnet ")
+		kubeProxys := strings.Contains(line, "KUBE-") || strings.Contains(line, "kube-proxy") ||
+			strings.HasPrefix(line, "net.ipv4.conf.all.route_localnet ")
 		if line != "" && !kubeProxys {
 			out[line] = true
 		}
@@ -89,8 +94,9 @@ func lines(state string, own ...string) map[string]bool {
 	return out
 }
 
-// mayStay is what Documentation/kubernetes.md says that stays on a node. The plugin portmap leaves its chains when the last of its ports is
-// gone. A kernel that begins to forward takes no redirects any more, and answers to the anycast addresses of routers (RFC 4291 section 2.6.1).
+// mayStay is what Documentation/kubernetes.md says that stays on a node. The plugin portmap leaves its chains when the
+// last of its ports is gone. A kernel that begins to forward takes no redirects any more, and answers to the anycast
+// addresses of routers (RFC 4291 section 2.6.1).
 func mayStay() *regexp.Regexp {
 	return regexp.MustCompile(`^(file (/run/overlayd|/var/lib/overlayd|/run/xtables\.lock|/opt/cni|/opt/cni/bin|/etc/cni|/etc/cni/net\.d|/var/lib/cni|/var/lib/cni/(networks|results))` +
 		`|ip6?tables-nft-save .*CNI-HOSTPORT-(DNAT|MASQ|SETMARK).*` +

@@ -1,7 +1,32 @@
+{{- define "overlayd.name" -}}
+{{ .Values.nameOverride | default .Chart.Name }}
+{{- end }}
+
+{{- define "overlayd.fullname" -}}
+{{ .Values.fullnameOverride | default (include "overlayd.name" .) }}
+{{- end }}
+
+{{- /* labels of the pods; only the name selects them, since a selector can't be changed */ -}}
+{{- define "overlayd.podLabels" -}}
+app.kubernetes.io/name: {{ include "overlayd.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/part-of: overlayd
+{{- end }}
+
 {{- define "overlayd.labels" -}}
-app.kubernetes.io/name: overlayd
+{{ include "overlayd.podLabels" . }}
+app.kubernetes.io/version: {{ .Values.image.tag | default .Chart.AppVersion | trunc 63 | trimAll "-_." | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name (.Chart.Version | replace "+" "_") }}
+{{- end }}
+
+{{- /* takes a list of maps as YAML or values: the first that has a key counts, so that none is there twice */ -}}
+{{- define "overlayd.merge" -}}
+{{- $all := dict }}
+{{- range . }}
+{{- $all = merge $all (kindIs "string" . | ternary (. | toString | fromYaml) .) }}
+{{- end }}
+{{- toYaml $all }}
 {{- end }}
 
 {{- define "overlayd.image" -}}
@@ -10,29 +35,54 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name (.Chart.Version | replace "+" "_") 
 {{- end }}
 {{- end }}
 
-{{- /* image and when to pull it, for a container */ -}}
-{{- define "overlayd.imageFields" -}}
+{{- /* image and when to pull it, and resources, for a container */ -}}
+{{- define "overlayd.container" -}}
 image: {{ include "overlayd.image" . | quote }}
 {{- with .Values.image.pullPolicy }}
 imagePullPolicy: {{ . }}
 {{- end }}
+{{- with .Values.resources }}
+resources:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
-{{- /* what all pods of the chart have in common */ -}}
+{{- define "overlayd.imagePullSecrets" -}}
+{{- $names := list }}
+{{- range concat (.Values.imagePullSecrets | default list) ((.Values.global).imagePullSecrets | default list) }}
+{{- $names = append $names (kindIs "map" . | ternary . (dict "name" .)) }}
+{{- end }}
+{{- with $names }}
+imagePullSecrets:
+  {{- uniq . | toYaml | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- /* what the pods of both DaemonSets have in common */ -}}
 {{- define "overlayd.pod" -}}
 hostNetwork: true
 dnsPolicy: Default # the node's resolver: cluster DNS comes after us
-priorityClassName: system-node-critical
-automountServiceAccountToken: false
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
 enableServiceLinks: false
 {{- with .Values.nodeSelector }}
 nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .Values.tolerations }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{ include "overlayd.podSecurityContext" . }}
+{{- include "overlayd.imagePullSecrets" . }}
+{{- end }}
+
+{{- define "overlayd.podSecurityContext" -}}
 securityContext:
   runAsUser: 0 # without root's powers; the files of the host belong to root
   runAsGroup: 0
@@ -40,12 +90,6 @@ securityContext:
     type: spc_t
   seccompProfile:
     type: RuntimeDefault
-{{- with .Values.imagePullSecrets }}
-imagePullSecrets:
-  {{- range . }}
-  - name: {{ . | quote }}
-  {{- end }}
-{{- end }}
 {{- end }}
 
 {{- /* takes the capabilities to add */ -}}
@@ -69,11 +113,38 @@ securityContext:
 {{- .Values.cni.conflist | default (.Files.Get "files/cni.conflist") }}
 {{- end }}
 
-{{- /* the daemon's environment, and its files; when they change, the pods are recreated */ -}}
+{{- define "overlayd.confNameFlag" -}}
+{{ if ne .Values.cni.confName "10-overlayd.conflist" }}, --conf-name, {{ .Values.cni.confName }}{{ end }}
+{{- end }}
+
+{{- /* without its configuration, overlay-install has a directory that ends with the pod */ -}}
+{{- define "overlayd.cniConfVolume" -}}
+- name: cni-conf
+  {{- if .Values.skipCNIConfigInstallation }}
+  emptyDir: {}
+  {{- else }}
+  hostPath:
+    path: {{ .Values.cni.confDir }}
+    type: DirectoryOrCreate
+  {{- end }}
+{{- end }}
+
+{{- /* etcd instead of the Kubernetes API */ -}}
+{{- define "overlayd.etcd" -}}
+{{- if .Values.etcd.endpoints }}true{{ end }}
+{{- end }}
+
+{{- /* the daemon's environment; when it changes, the pods are recreated */ -}}
 {{- define "overlayd.settings" -}}
-OVERLAYD_ETCD_ENDPOINTS: {{ join "," .Values.etcd.endpoints | quote }}
+OVERLAYD_STORE: {{ include "overlayd.etcd" . | eq "true" | ternary "etcd" "kubernetes" }}
+{{- with .Values.etcd.endpoints }}
+OVERLAYD_ETCD_ENDPOINTS: {{ join "," . | quote }}
+{{- end }}
 {{- with .Values.etcd.prefix }}
 OVERLAYD_ETCD_PREFIX: {{ . | quote }}
+{{- end }}
+{{- with .Values.kubeAnnotationPrefix }}
+OVERLAYD_KUBE_ANNOTATION_PREFIX: {{ . | quote }}
 {{- end }}
 {{- with .Values.iface }}
 OVERLAYD_IFACE: {{ join "," . | quote }}
@@ -84,11 +155,4 @@ OVERLAYD_HEALTHZ_PORT: {{ .Values.healthz.port | int | quote }}
 {{- range $flag, $value := .Values.settings }}
 OVERLAYD_{{ $flag | upper | replace "-" "_" }}: {{ if kindIs "slice" $value }}{{ join "," $value | quote }}{{ else if kindIs "float64" $value }}{{ $value | int64 | quote }}{{ else }}{{ $value | quote }}{{ end }}
 {{- end }}
-{{- end }}
-
-{{- define "overlayd.files" -}}
-net-conf.json: |
-  {{- .Values.network | toPrettyJson | nindent 2 }}
-cni.conflist: |
-  {{- include "overlayd.cniConflist" . | trim | nindent 2 }}
 {{- end }}

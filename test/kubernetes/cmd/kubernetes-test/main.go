@@ -1,5 +1,5 @@
-// Command kubernetes-test proves overlayd on a real Kubernetes of three nodes, which it makes of namespaces on this machine. It prints a
-// table, removes all that it made, and ends with 1 if a row failed.
+// Command kubernetes-test proves overlayd on a real Kubernetes of three nodes, which it makes of namespaces on this
+// machine. It prints a table, removes all that it made, and ends with 1 if a row failed.
 package main
 
 import (
@@ -25,10 +25,10 @@ import (
 func main() { os.Exit(run()) }
 
 type options struct {
-	root, cache, goCommand, proxy string
-	only                          *regexp.Regexp
-	keep                          bool
-	start                         time.Time
+	root, cache, goCommand, proxy, store string
+	only                                 *regexp.Regexp
+	keep                                 bool
+	start                                time.Time
 }
 
 func run() int {
@@ -39,7 +39,9 @@ func run() int {
 	o := options{start: time.Now()}
 	flag.StringVar(&o.root, "root", ".", "the repository's `directory`")
 	flag.StringVar(&o.goCommand, "go", "go", "the go `command`")
-	flag.StringVar(&o.proxy, "proxy", "iptables", "`mode` of kube-proxy to begin with: iptables or nftables; the other one follows")
+	flag.StringVar(&o.proxy, "proxy", "iptables",
+		"`mode` of kube-proxy to begin with: iptables or nftables; the other one follows")
+	flag.StringVar(&o.store, "store", rows.Kubernetes, "`store` of overlayd: "+rows.Kubernetes+" or "+rows.Etcd)
 	flag.BoolVar(&o.keep, "keep", false, "leave the cluster running at the end; the next run removes it")
 	only := flag.String("only", "", "`pattern` of rows; what they need is done in any case")
 	flag.Parse()
@@ -59,6 +61,9 @@ func run() int {
 func (o *options) defaults(only string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("it makes namespaces and cgroups, and needs root")
+	}
+	if o.store != rows.Etcd && o.store != rows.Kubernetes {
+		return fmt.Errorf("-store: expected %s or %s, found %q", rows.Kubernetes, rows.Etcd, o.store)
 	}
 	var err error
 	if o.root, err = filepath.Abs(o.root); err != nil {
@@ -111,18 +116,17 @@ func (o *options) test(ctx context.Context) (err error) {
 		return err
 	}
 	k, err := cluster.Up(ctx, lab, cluster.Config{
-		Kubernetes: built.Kubernetes, Helm: built.Helm, Containerd: built.Containerd, Netcheck: built.Netcheck, Images: images, ProxyMode: o.proxy,
+		Kubernetes: built.Kubernetes, Helm: built.Helm, Containerd: built.Containerd, Netcheck: built.Netcheck,
+		Images: images, ProxyMode: o.proxy, Etcd: o.store == rows.Etcd,
 	})
 	if err != nil {
 		return err
 	}
 	o.note("the control plane is there")
-	for i := 1; i <= 3; i++ {
-		if _, err := k.Add(ctx, i); err != nil {
-			return err
-		}
+	if err := k.Add(ctx, 1, 2, 3); err != nil {
+		return err
 	}
-	if err := k.WaitReady(ctx, 3*time.Minute, false, "n1", "n2", "n3"); err != nil {
+	if err := k.WaitReady(ctx, false, "n1", "n2", "n3"); err != nil {
 		return err
 	}
 	runtimes, err := k.Runtimes(ctx)
@@ -138,7 +142,7 @@ func (o *options) test(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	s := &rows.Suite{K: k, Only: o.only, Out: os.Stdout, Overlay: kustomize, Chart: helm}
+	s := &rows.Suite{K: k, Store: o.store, Network: deploy.Network, Only: o.only, Out: os.Stdout, Overlay: kustomize, Chart: helm}
 	o.note("rows are over IPv4 and IPv6; the cluster's DNS and the API server's service are IPv4's alone")
 	s.Head()
 	if err = s.Run(ctx); errors.Is(err, context.Canceled) {

@@ -1,5 +1,6 @@
 // Command kubernetes is all of Kubernetes that a node and its control plane run, and etcd, in one program: the first
-// argument, or the name it is started by, says which. One program is linked once, and is a third of the size of the seven.
+// argument, or the name it is started by, says which. One program is linked once, and is a third of the size of the
+// seven.
 package main
 
 import (
@@ -49,7 +50,8 @@ func run() int {
 	case "kubelet":
 		cmd = kubelet.NewKubeletCommand(context.Background())
 	default:
-		fmt.Fprintf(os.Stderr, "kubernetes: expected etcd, kubectl, kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy or kubelet, found %q\n", name)
+		fmt.Fprintf(os.Stderr,
+			"kubernetes: expected etcd, kubectl, kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy or kubelet, found %q\n", name)
 		return 2
 	}
 	return cli.Run(cmd)
