@@ -27,6 +27,7 @@ import (
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/test/bubble"
 )
 
 // The fakes stand for parts whose faults the real ones can't be made to show at will. The real parts are tested in
@@ -207,7 +208,7 @@ type rig struct {
 func inRig(t *testing.T, test func(r *rig)) {
 	t.Helper()
 	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		r := newAgent(&rig{t: t, dir: dir, kernel: &fakeKernel{host: testHost(), changed: make(chan struct{}, 1)}})
 		r.start()
 		defer r.stop()

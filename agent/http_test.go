@@ -11,16 +11,16 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/overlayd/overlayd/test/bubble"
 )
 
 // A loop that waits is alive however long it waits; one that is at work for minutes is stuck.
 func TestHealthz(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		h := newHealth(zap.NewNop())
 		step := func(d time.Duration, want int) {
 			t.Helper()
@@ -115,7 +115,6 @@ func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipes", Net: "unix
 
 // Whoever is slow, or says nothing, keeps his connection for a while only.
 func TestServeOutlastsSlowClients(t *testing.T) {
-	t.Parallel()
 	const question = "GET / HTTP/1.1\r\nHost: node\r\n"
 	for _, c := range []struct {
 		name   string
@@ -134,8 +133,7 @@ func TestServeOutlastsSlowClients(t *testing.T) {
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) {
+			bubble.Test(t, func(t *testing.T) {
 				ctx, cancel := context.WithCancel(t.Context())
 				l, done, ended := newPipes(), make(chan error), make(chan struct{})
 				go func() {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/overlayd/overlayd/test/bubble"
 )
 
 // told is what systemd was told.
@@ -35,7 +37,7 @@ func (s *told) take() string {
 }
 
 func TestNotifySystemd(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		h := newHealth(zap.NewNop())
 		h.waits()
 		var got told
@@ -79,7 +81,7 @@ func TestNotifySystemd(t *testing.T) {
 
 // A node that does not become ready is declared started before systemd ends the daemon; a long reason is cut.
 func TestSystemdIsNotKeptWaiting(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		h := newHealth(zap.NewNop())
 		h.set(condLease, errors.New(strings.Repeat("x", 5000)))
 		var got told
@@ -102,7 +104,7 @@ func TestSystemdIsNotKeptWaiting(t *testing.T) {
 // Readiness is reported when it changes, with why not; never before it is known, and not at the end. Both who wait for
 // changes have all of them.
 func TestNotifyReady(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		h := newHealth(zap.NewNop())
 		var got, other told
 		ctx, cancel := context.WithCancel(t.Context())

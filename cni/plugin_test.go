@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/invoke"
@@ -22,6 +21,7 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/overlayd/overlayd/cni"
+	"github.com/overlayd/overlayd/test/bubble"
 )
 
 // fakeExec stands for the delegates: it notes what they are told, and answers as the test says.
@@ -317,8 +317,7 @@ func TestWrongAttachment(t *testing.T) {
 }
 
 func TestWaitsForSubnetFile(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		s := newStand(t)
 		s.env("")
 		// Not there at all.

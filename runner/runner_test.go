@@ -9,6 +9,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/overlayd/overlayd/test/bubble"
 )
 
 const ms = time.Millisecond
@@ -64,7 +66,7 @@ func (tr *trace) want(t *testing.T, runs ...time.Duration) {
 }
 
 func virtual(t *testing.T, name string, test func(t *testing.T)) {
-	t.Run(name, func(t *testing.T) { synctest.Test(t, test) })
+	t.Run(name, func(t *testing.T) { bubble.Test(t, test) })
 }
 
 func TestWake(t *testing.T) {

@@ -6,10 +6,10 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/overlayd/overlayd/internal/ping"
+	"github.com/overlayd/overlayd/test/bubble"
 )
 
 // wire is a network that pings go through: each packet takes its time to send, and what passes is answered at once.
@@ -56,13 +56,12 @@ func (w wire) pinged(t *testing.T, peers int) Facts {
 		p.target = p.target.Next()
 		f.Peers = append(f.Peers, p)
 	}
-	synctest.Test(t, func(t *testing.T) { f.Pings = pingPeers(t.Context(), Options{Ping: w.ping}, f) })
+	bubble.Test(t, func(t *testing.T) { f.Pings = pingPeers(t.Context(), Options{Ping: w.ping}, f) })
 	return f
 }
 
 // On a machine that is slow, peers that don't answer are silent all the same.
 func TestPingsOnSlowMachine(t *testing.T) {
-	t.Parallel()
 	none := func(netip.Addr, int) bool { return false }
 	f := wire{each: 20 * time.Millisecond, passes: none}.pinged(t, 40)
 	if x := judgePings(f); x[0].Mark != Fail || !strings.Contains(x[0].Reason, "none of the 32 pinged answers") {
@@ -79,7 +78,6 @@ func TestPingsOnSlowMachine(t *testing.T) {
 
 // Packets that are lost by chance are no black hole, and don't make one look smaller than it is.
 func TestBlackHoleAndLoss(t *testing.T) {
-	t.Parallel()
 	// the first n packets of some sizes are lost, and all above the limit
 	lose := func(n int, size func(int) bool, limit int) wire {
 		return wire{each: time.Millisecond, passes: func(_ netip.Addr, s int) bool {
@@ -118,7 +116,6 @@ func TestBlackHoleAndLoss(t *testing.T) {
 
 // A search that does not end says so.
 func TestSearchDoesNotEnd(t *testing.T) {
-	t.Parallel()
 	slow := wire{passes: func(_ netip.Addr, size int) bool { return size <= 1400 }, rtt: 150 * time.Millisecond}
 	f := slow.pinged(t, 1)
 	x := judgeBlackHole(f)
@@ -130,7 +127,6 @@ func TestSearchDoesNotEnd(t *testing.T) {
 
 // Where full packets can't be tried, it is said why.
 func TestFullPacketsFail(t *testing.T) {
-	t.Parallel()
 	f := healthy(t)
 	f.Pings = PingFacts{}
 	w := wire{passes: func(netip.Addr, int) bool { return true }}
@@ -151,13 +147,12 @@ func TestFullPacketsFail(t *testing.T) {
 
 // A peer that answers no ping is asked by a datagram, before it is called silent.
 func TestPeerIgnoresPings(t *testing.T) {
-	t.Parallel()
 	f := healthy(t)
 	first := f.Peers[0].target
 	f.Pings = PingFacts{}
 	pings := wire{passes: func(to netip.Addr, _ int) bool { return to != first }}
 	var knockedAt []netip.Addr
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		f.Pings = pingPeers(t.Context(), Options{
 			Ping: func(ctx context.Context, to []netip.Addr, size, count int, wait time.Duration, knock bool) (
 				[]ping.Outcome, error,

@@ -10,7 +10,6 @@ import (
 	"reflect"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/overlayd/overlayd/diag/status"
@@ -18,6 +17,7 @@ import (
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd"
+	"github.com/overlayd/overlayd/test/bubble"
 	"github.com/overlayd/overlayd/test/nstest"
 )
 
@@ -345,8 +345,7 @@ func mute(ctx context.Context, _ string, _ any) error {
 
 // An answer that is late is told by how long was waited for it.
 func TestLateAnswer(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		d := askDaemon(t.Context(), Options{Ask: mute, NotRunning: func(error) bool { return false }})
 		if d.Err == nil || !strings.Contains(d.Err.Error(), "no answer within 3s") || strings.Contains(d.Err.Error(), "5s") {
 			t.Error(d.Err)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/subnet"
+	"github.com/overlayd/overlayd/test/bubble"
 )
 
 func ips(texts ...string) (out []netip.Addr) {
@@ -74,7 +75,7 @@ func TestAddressesAreKnownBeforeTheyAreTried(t *testing.T) {
 
 // Names are looked up again and again; one that can't be keeps what it stood for.
 func TestNamesAreLookedUpAgain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		var answer atomic.Pointer[[]netip.Addr]
 		lookup := func(_ context.Context, _, host string) ([]netip.Addr, error) {
 			if a := answer.Load(); a != nil && host == "etcd.example" {

@@ -7,9 +7,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
+	"github.com/overlayd/overlayd/test/bubble"
 	"github.com/overlayd/overlayd/test/lab"
 )
 
@@ -55,7 +55,6 @@ func violated(context.Context, *Site) error { return errors.New("violated") }
 
 // A row that is as good as its bounds passes, and each promise that is broken fails it.
 func TestRow(t *testing.T) {
-	t.Parallel()
 	for name, c := range map[string]struct {
 		spoil func(*Fault, *fakeDaemon)
 		want  string // a part of the problem; "": none
@@ -112,7 +111,6 @@ func TestRow(t *testing.T) {
 		}, "did not log"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
 			d := healthy(t)
 			f := etcdGone(d)
 			c.spoil(&f, d)
@@ -131,7 +129,7 @@ func TestRow(t *testing.T) {
 // problemsOf runs a row on a site without a lab; the clock is not the real one.
 func problemsOf(t *testing.T, f Fault, d *fakeDaemon, whole Check) string {
 	var r Result
-	synctest.Test(t, func(t *testing.T) {
+	bubble.Test(t, func(t *testing.T) {
 		s := &Site{Lab: &lab.Lab{}, Victim: &lab.Node{}, asked: d, whole: whole}
 		r.guard(func() { s.run(t.Context(), f, &r) })
 	})
@@ -160,7 +158,6 @@ func etcdGone(d *fakeDaemon) Fault {
 
 // What is not whole after the end of the fault fails the row.
 func TestRowNotWhole(t *testing.T) {
-	t.Parallel()
 	d := healthy(t)
 	if got := problemsOf(t, etcdGone(d), d, violated); !strings.Contains(got, "not within") {
 		t.Errorf("the row's problems are %q", got)
