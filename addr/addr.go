@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 )
 
 // Family is one of the two IP families. Its value is the protocol's version number, 4 or 6.
@@ -39,6 +40,15 @@ func (f Family) Bits() int {
 
 // Host is the prefix that holds this one address: a /32 or a /128.
 func Host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// ParseHost reads the address of a host, of one of these families; false: it is none.
+func ParseHost(text string, families ...Family) (netip.Addr, bool) {
+	a, err := netip.ParseAddr(text)
+	if err != nil || a.Is4In6() || a.IsUnspecified() || a.Zone() != "" || !slices.Contains(families, FamilyOf(a)) {
+		return netip.Addr{}, false
+	}
+	return a, true
+}
 
 func (f Family) String() string { return fmt.Sprintf("IPv%d", uint8(f)) }
 

@@ -146,7 +146,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	p, err := a.opts.dir().LoadOwn()
 	a.health.set(condStateDir, err) // a node without persisted state still has its lease in the store
 	a.facts.persisted, a.facts.started = p, time.Now()
-	a.facts.claimed.Remembered = p.Own()
+	a.facts.claimed.Remembered, a.facts.settings = p.Own(), p.Settings
 	a.bridges.known = p.Bridges
 	a.rounds.Wake()
 

@@ -1244,6 +1244,67 @@ func TestAddressInUseIsKept(t *testing.T) {
 	})
 }
 
+// What the store has for this node comes before the flags, and is followed while the daemon runs. What can't be used is
+// named and changes nothing, not even over a restart without the store.
+func TestNodeSettings(t *testing.T) {
+	set := func(by, value string) subnet.Setting { return subnet.Setting{Name: "annotation x/" + by, Value: value} }
+	inRig(t, func(r *rig) {
+		settings := func(s *subnet.NodeSettings) {
+			r.t.Helper()
+			r.store.deliver(func(snap *subnet.Snapshot) { snap.Settings = s })
+			r.sleep(time.Second)
+		}
+		look := func(r *rig, local, public string) {
+			r.t.Helper()
+			if got := r.state().Links[0].VXLAN.Local.String(); got != local {
+				r.t.Errorf("the tunnel's address is %s, want %s", got, local)
+			}
+			if c := r.store.claims; len(c) == 0 || c[len(c)-1].PublicIP.V4.String() != public {
+				r.t.Errorf("claims %+v, want the public IP %s", c, public)
+			}
+		}
+		r.table(onlyV4, peer(1))
+		look(r, "192.0.2.10", "192.0.2.10")
+		good := subnet.NodeSettings{Interface: set("interface", "eth7, eth1")}
+		good.PublicIP.V4 = set("public-ip-overwrite", "203.0.113.9")
+		settings(&good)
+		look(r, "198.51.100.10", "203.0.113.9")
+		bad := good
+		bad.Interface, bad.PublicIP.V4.Value = subnet.Setting{}, "2001:db8::1"
+		settings(&bad)
+		look(r, "198.51.100.10", "203.0.113.9")
+		want := `annotation x/public-ip-overwrite: expected an IPv4 address, found "2001:db8::1"`
+		if got := r.problem(condNode); got != want || r.logged(want) != 1 || len(r.agent.health.list()) != 1 {
+			t.Errorf("problem %q, want %q", got, want)
+		}
+		settings(nil) // the Node is gone
+		look(r, "198.51.100.10", "203.0.113.9")
+		r.stop()
+		again := newAgent(r)
+		again.start()
+		defer again.stop()
+		again.sleep(offlineAfter + time.Second)
+		look(again, "198.51.100.10", "203.0.113.9")
+		r = again
+		r.store.snap.Settings = &bad
+		r.table(onlyV4, peer(1))
+		look(r, "198.51.100.10", "203.0.113.9")
+		missing := good
+		missing.Interface.Value = "eth9"
+		settings(&missing)
+		look(r, "198.51.100.10", "203.0.113.9")
+		want = "no network interface for IPv4 yet (annotation x/interface eth9): device eth9 does not exist"
+		if got := r.problem(condUnderlay); !strings.HasPrefix(got, want) || r.problem(condNode) != "" {
+			t.Errorf("problem %q, want %q", got, want)
+		}
+		settings(&subnet.NodeSettings{})
+		look(r, "192.0.2.10", "192.0.2.10")
+		if got := r.agent.health.list(); len(got) > 0 {
+			t.Errorf("problems %v", got)
+		}
+	})
+}
+
 // Who restarts the daemon while peers are kept that the store has lost does not lose them.
 func TestRestartWithinTheGrace(t *testing.T) {
 	inRig(t, func(r *rig) {

@@ -35,6 +35,7 @@ type basis struct {
 	config     *subnet.Config // the last valid one that the subnets fit; nil: none yet
 	configJSON string
 	subnets    addr.Per[netip.Prefix] // this node's own
+	settings   subnet.NodeSettings    // the last valid ones
 	choice     *Choice
 	claimed    subnet.Claim // the claim that the store was given last
 }
@@ -131,6 +132,12 @@ func (d *desired) learn(o Options, f facts) {
 			d.before = own
 		}
 		d.subnets = s
+	}
+	if s := f.snap.Settings; s != nil {
+		_, err := o.Interface.With(*s)
+		if d.conditions[condNode] = err; err == nil {
+			d.settings = *s
+		}
 	}
 	t := d.leases.table
 	switch {
@@ -232,7 +239,8 @@ func (d *desired) endpointsInside(f facts) (inside []netip.Addr) {
 
 // chooseUnderlay chooses the device and the address. While none fits, the node goes on with the last ones.
 func (d *desired) chooseUnderlay(o Options, f facts) {
-	choice, err := Choose(f.host, o.Interface, *d.config, f.addresses(o.Identity))
+	options, _ := o.Interface.With(d.settings) // they are valid
+	choice, err := Choose(f.host, options, *d.config, f.addresses(o.Identity))
 	if none := (noUnderlay{}); errors.As(err, &none) && d.choice != nil {
 		if was := d.choice.Underlay.Get(none.family); was.Addr.IsValid() {
 			err = fmt.Errorf("%w; %s", err, whatBecame(f.host, was))

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -22,6 +23,45 @@ type InterfaceOptions struct {
 	Regexes  []*regexp.Regexp
 	CanReach netip.Addr
 	PublicIP addr.Per[netip.Addr] // what the lease says, if it is not the device's own address
+
+	namesBy    string           // what has set Names, as a message calls it; "": --iface
+	publicIPBy addr.Per[string] // likewise; "": --public-ip
+}
+
+// With are the options with what the store has for this node. That comes before the flags, which mostly are the same on
+// many nodes. An interface takes the place of all that says which one to take.
+func (o InterfaceOptions) With(s subnet.NodeSettings) (InterfaceOptions, error) {
+	var errs []error
+	wrong := func(s subnet.Setting, expected string) {
+		errs = append(errs, fmt.Errorf("%s: expected %s, found %.100q", s.Name, expected, s.Value))
+	}
+	if i := s.Interface; i.Value != "" {
+		names := strings.FieldsFunc(i.Value, func(r rune) bool { return r == ',' || r == ' ' })
+		if len(names) == 0 {
+			wrong(i, "interfaces or their addresses, separated by commas")
+		}
+		o.Names, o.Regexes, o.CanReach, o.namesBy = names, nil, netip.Addr{}, i.Name
+	}
+	for _, f := range addr.Families() {
+		p := s.PublicIP.Get(f)
+		if p.Value == "" {
+			continue
+		}
+		ip, ok := addr.ParseHost(p.Value, f)
+		if !ok {
+			wrong(p, fmt.Sprintf("an %s address", f))
+		}
+		o.PublicIP.Set(f, ip)
+		o.publicIPBy.Set(f, p.Name)
+	}
+	return o, errors.Join(errs...)
+}
+
+// setsNames and setsPublicIP are what a message calls the settings.
+func (o InterfaceOptions) setsNames() string { return cmp.Or(o.namesBy, "--iface") }
+
+func (o InterfaceOptions) setsPublicIP(f addr.Family) string {
+	return cmp.Or(o.publicIPBy.Get(f), "--public-ip")
 }
 
 // Chosen says that an operator chose an interface.
@@ -55,8 +95,8 @@ func Choose(h netstate.Host, o InterfaceOptions, c subnet.Config, current addr.P
 		case h.Has(public):
 			s.asked = public
 		case public == s.current: // whether NAT leads here from now on, or its device comes back in a moment, can't be told
-			return Choice{}, noUnderlay{f, fmt.Errorf("no network interface for %s: --public-ip %s is no longer on any "+
-				"device (restart overlayd if NAT leads from it to this node now)", f, public)}
+			return Choice{}, noUnderlay{f, fmt.Errorf("no network interface for %s: %s %s is no longer on any "+
+				"device (restart overlayd if NAT leads from it to this node now)", f, o.setsPublicIP(f), public)}
 		}
 		u, why, err := s.choose(o)
 		if err != nil {
@@ -139,7 +179,7 @@ func (s search) candidates(o InterfaceOptions) ([]candidate, string) {
 	var list []candidate
 	var wanted []string
 	if len(o.Names) > 0 {
-		list, wanted = s.byName(o.Names), append(wanted, "--iface "+strings.Join(o.Names, ", "))
+		list, wanted = s.byName(o), append(wanted, o.setsNames()+" "+strings.Join(o.Names, ", "))
 	}
 	if len(o.Regexes) > 0 {
 		list = append(list, s.byRegex(o.Regexes)...)
@@ -160,7 +200,8 @@ func (s search) candidates(o InterfaceOptions) ([]candidate, string) {
 	case len(wanted) > 0:
 		return list, strings.Join(wanted, ", ")
 	case s.asked.IsValid():
-		return s.byAddress(s.asked, "--public-ip"), fmt.Sprintf("--public-ip %s", s.asked)
+		by := o.setsPublicIP(s.family)
+		return s.byAddress(s.asked, by), fmt.Sprintf("%s %s", by, s.asked)
 	}
 	for _, hops := range s.defaults() {
 		have := "it has"
@@ -203,11 +244,12 @@ func (s search) uplinks() []netstate.HostRoute {
 }
 
 // byName finds devices by any of their names, or by an address.
-func (s search) byName(names []string) []candidate {
+func (s search) byName(o InterfaceOptions) []candidate {
 	var list []candidate
-	for _, n := range names {
+	for _, n := range o.Names {
+		why := o.setsNames() + " " + n
 		if ip, err := netip.ParseAddr(n); err == nil {
-			list = append(list, s.byAddress(ip, "--iface "+n)...)
+			list = append(list, s.byAddress(ip, why)...)
 			continue
 		}
 		i := slices.IndexFunc(s.host.Links, func(l netstate.HostLink) bool { return l.HasName(n) })
@@ -215,7 +257,7 @@ func (s search) byName(names []string) []candidate {
 			list = append(list, candidate{uplinks: []netstate.HostRoute{{Link: n}}, named: true})
 			continue
 		}
-		list = append(list, s.byDevice(s.host.Links[i], "--iface "+n))
+		list = append(list, s.byDevice(s.host.Links[i], why))
 	}
 	return list
 }

@@ -187,6 +187,41 @@ func TestChoose(t *testing.T) {
 	}
 }
 
+// An interface that the store names takes the place of all flags that choose one.
+func TestWithNodeSettings(t *testing.T) {
+	t.Parallel()
+	flags := InterfaceOptions{
+		Names: []string{"eth0"}, Regexes: []*regexp.Regexp{regexp.MustCompile("eth0")},
+		CanReach: netip.MustParseAddr("192.0.2.1"),
+	}
+	flags.PublicIP.V6 = netip.MustParseAddr("2001:db8::10")
+	for _, tt := range []struct{ device, v4, v6, want, fails string }{
+		{want: "eth0 2001:db8::10"},
+		{device: "eth1,eth0", want: "eth1 2001:db8::10"},
+		{device: "198.51.100.10", v6: "2001:db8::7", want: "eth1 2001:db8::7"},
+		{v4: "203.0.113.1", want: "eth0 2001:db8::10"},
+		{device: ", ", fails: "d: expected interfaces"},
+		{v4: "eth0", fails: "4: expected an IPv4 address"},
+		{v4: "0.0.0.0", fails: "4: expected an IPv4 address"},
+		{v6: "192.0.2.1", fails: "6: expected an IPv6 address"},
+		{v6: "fe80::1%eth0", fails: "6: expected an IPv6 address"},
+	} {
+		s := subnet.NodeSettings{Interface: subnet.Setting{Name: "d", Value: tt.device}}
+		s.PublicIP = addr.Per[subnet.Setting]{V4: subnet.Setting{Name: "4", Value: tt.v4}, V6: subnet.Setting{Name: "6", Value: tt.v6}}
+		o, err := flags.With(s)
+		if tt.fails != "" {
+			if err == nil || !strings.Contains(err.Error(), tt.fails) {
+				t.Errorf("%+v: %v", tt, err)
+			}
+			continue
+		}
+		c, chooseErr := Choose(testHost(), o, config(t, onlyV4), addr.Per[netip.Addr]{})
+		if got := c.Underlay.V4.Device + " " + o.PublicIP.V6.String(); err != nil || chooseErr != nil || got != tt.want {
+			t.Errorf("%+v: %s, %v, %v", tt, got, err, chooseErr)
+		}
+	}
+}
+
 // uplinkHost is a node with two uplinks, an address of its own on the loopback device and one on a dummy device, and
 // our tunnel devices.
 func uplinkHost(routes ...netstate.HostRoute) netstate.Host {

@@ -107,9 +107,9 @@ func (a *Agent) save(last bool) {
 	own := f.subnets
 	lease := state.Persisted{
 		Subnets: subnet.FormatKey(own), Expires: f.expires().UTC(), Config: json.RawMessage(f.configJSON),
-		Addresses: f.addresses(a.opts.Identity), Bridges: a.bridges.known,
+		Addresses: f.addresses(a.opts.Identity), Bridges: a.bridges.known, Settings: f.settings,
 	}
-	gist := fmt.Sprint(own, f.configJSON, lease.Addresses, a.bridges.gist(), lease.Expires.Truncate(leaseProgress))
+	gist := fmt.Sprint(own, f.configJSON, lease.Addresses, f.settings, a.bridges.gist(), lease.Expires.Truncate(leaseProgress))
 	if gist != w.leaseGist || last {
 		w.leaseGist = gist
 		w.lease.put(func() state.Persisted { return lease })

@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/netip"
 	"time"
+
+	"github.com/overlayd/overlayd/addr"
 )
 
 // Manager is a node's side of the store: it brings the table in, and this node's claim out.
@@ -37,11 +39,25 @@ type Snapshot struct {
 	Losses int
 	LostAt time.Time
 
+	Settings *NodeSettings // of this node; nil: not known yet, or the store has no such
+
 	Endpoints []netip.Addr // of the store, so far as they are known, in order
 
 	// Err is why the store can't be reached at the moment; Table is then as old as Since.
 	Err   error
 	Since time.Time
+}
+
+// NodeSettings are what an operator has set in the store for one node, each as it stands there.
+type NodeSettings struct {
+	Interface Setting           // as --iface: devices or addresses, separated by commas
+	PublicIP  addr.Per[Setting] // as --public-ip and --public-ipv6
+}
+
+// Setting is one of them. The zero value: it is not set.
+type Setting struct {
+	Name  string // what to call it in a sentence
+	Value string
 }
 
 // Held reports whether this node holds a lease.

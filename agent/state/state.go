@@ -47,6 +47,7 @@ type Persisted struct {
 	// Addresses are those that the node uses: of several on one device, the one that the peers know.
 	Addresses addr.Per[netip.Addr] `json:",omitzero"`
 	Bridges   []netstate.PodBridge `json:",omitempty"`
+	Settings  subnet.NodeSettings  `json:",omitzero"` // of this node, in the store; valid ones
 	// Revision is the store's. One that is at an earlier one later has lost data.
 	Revision int64  `json:",omitempty"`
 	Peers    []Peer `json:",omitempty"`
@@ -98,7 +99,7 @@ func (d Dir) load(readPeers func(file string) (*Persisted, error)) (Persisted, e
 			d.LeaseFile(), p.Node.NodeName, p.Node.NodeID)
 	}
 	if p.Node != d.Node || p.Prefix != d.Prefix {
-		p.Config, p.Peers, p.Revision, p.Expires = nil, nil, 0, p.Saved
+		p.Config, p.Peers, p.Revision, p.Expires, p.Settings = nil, nil, 0, p.Saved, subnet.NodeSettings{}
 	}
 	if _, missing := os.Stat(d.PeersFile()); missing != nil && len(p.Peers) > 0 {
 		err = errors.Join(err, d.Save(d.PeersFile(), Persisted{Revision: p.Revision, Peers: p.Peers}))

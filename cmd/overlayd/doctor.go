@@ -142,8 +142,12 @@ func holder() error {
 }
 
 // choose finds the interface as the daemon does.
-func (f *flags) choose(h netstate.Host, c subnet.Config) (doctor.Underlay, error) {
-	choice, err := agent.Choose(h, f.agent.Interface, c, addr.Per[netip.Addr]{})
+func (f *flags) choose(h netstate.Host, c subnet.Config, n subnet.NodeSettings) (doctor.Underlay, error) {
+	options, err := f.agent.Interface.With(n)
+	if err != nil {
+		return doctor.Underlay{}, err
+	}
+	choice, err := agent.Choose(h, options, c, addr.Per[netip.Addr]{})
 	if err != nil {
 		return doctor.Underlay{}, err
 	}

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -206,9 +205,8 @@ func duration(into *time.Duration, deflt, least time.Duration) *parsed {
 // address reads the address of a node; nothing is none.
 func address(into *netip.Addr, kind string, families ...addr.Family) func(string) error {
 	return func(text string) error {
-		a, err := netip.ParseAddr(text)
-		if text != "" && (err != nil || !slices.Contains(families, addr.FamilyOf(a)) ||
-			a.Is4In6() || a.IsUnspecified() || a.Zone() != "") {
+		a, ok := addr.ParseHost(text, families...)
+		if text != "" && !ok {
 			return expected("an "+kind+" address", text)
 		}
 		*into = a

@@ -178,7 +178,7 @@ func (f Facts) underlay() (Underlay, error) {
 	if f.Config == nil || f.Choose == nil || f.Errs[readDevices] != nil {
 		return u, nil
 	}
-	chosen, err := f.Choose(f.Survey.Host, *f.Config)
+	chosen, err := f.Choose(f.Survey.Host, *f.Config, f.Persisted.Settings)
 	if err != nil {
 		return u, err
 	}

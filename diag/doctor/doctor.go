@@ -44,7 +44,7 @@ type Ping func(ctx context.Context, to []netip.Addr, size, count int, wait time.
 	[]ping.Outcome, error)
 
 // Choose decides which device leads to the other nodes, as the daemon does. It is pure.
-type Choose func(netstate.Host, subnet.Config) (Underlay, error)
+type Choose func(netstate.Host, subnet.Config, subnet.NodeSettings) (Underlay, error)
 
 // Underlay is the device and address by which the others reach this node, in each family that the network uses.
 type Underlay struct {

@@ -157,10 +157,10 @@ func (s Settings) ofDaemon(d DaemonFacts) Settings {
 	return s
 }
 
-// ofNetwork is what is persisted, without config and peers of another network.
+// ofNetwork is what is persisted, without config, peers and settings of another network.
 func ofNetwork(p state.Persisted, network string) state.Persisted {
 	if p.Prefix != network {
-		p.Config, p.Peers = nil, nil
+		p.Config, p.Peers, p.Settings = nil, nil, subnet.NodeSettings{}
 	}
 	return p
 }

@@ -37,6 +37,7 @@ func TestOnServer(t *testing.T) {
 		"writes and heartbeats":     writesAndHeartbeats,
 		"dual stack":                dualStack,
 		"flannel":                   flannel,
+		"settings of a node":        settingsOfANode,
 		"forbidden":                 forbidden,
 		"two machines for one node": twoMachinesForOneNode,
 		"a copy of a machine":       copyOfAMachine,
@@ -372,6 +373,47 @@ func flannel(t *testing.T, c *cluster) {
 	if left := c.node("node-a").Annotations[flannelPrefix+"/public-ip"]; left != "" {
 		t.Errorf("flannel's annotation is left: %q", left)
 	}
+}
+
+// What an operator has set for this node is read, under the own prefix first, and followed; what is set for others is
+// not. This node's writes leave it alone.
+func settingsOfANode(t *testing.T, c *cluster) {
+	c.allow(true)
+	c.setNetwork(network)
+	c.addNode("node-a", "10.244.0.0/24")
+	c.addNode("node-b", "10.244.1.0/24")
+	c.patch("node-b", "", `{"metadata": {"annotations": {"overlayd.io/interface": "eth9"}}}`)
+	a := c.start("node-a")
+	a.Claim(claimOf("node-a", 1))
+	if s := a.await("a lease", held); *s.Settings != (subnet.NodeSettings{}) {
+		t.Errorf("the settings are %+v", *s.Settings)
+	}
+	set := func(annotations string, want subnet.NodeSettings) {
+		t.Helper()
+		c.patch("node-a", "", `{"metadata": {"annotations": {`+annotations+`}}}`)
+		a.await("the settings", func(s subnet.Snapshot) bool { return *s.Settings == want && held(s) })
+	}
+	var want subnet.NodeSettings
+	want.PublicIP.V4 = subnet.Setting{Name: "annotation flannel.alpha.coreos.com/public-ip-overwrite", Value: "192.0.2.7"}
+	set(`"flannel.alpha.coreos.com/public-ip-overwrite": "192.0.2.7"`, want)
+	want.Interface = subnet.Setting{Name: "annotation overlayd.io/interface", Value: "eth1"}
+	want.PublicIP.V4 = subnet.Setting{Name: "annotation overlayd.io/public-ip-overwrite", Value: "nonsense"}
+	want.PublicIP.V6 = subnet.Setting{Name: "annotation overlayd.io/public-ipv6-overwrite", Value: "2001:db8::7"}
+	set(`"overlayd.io/interface": "eth1", "overlayd.io/public-ip-overwrite": "nonsense",
+		"overlayd.io/public-ipv6-overwrite": "2001:db8::7"`, want)
+	moved := claimOf("node-a", 1)
+	moved.PublicIP.V4 = netip.MustParseAddr("192.0.2.7")
+	a.Claim(moved)
+	a.await("another address", func(s subnet.Snapshot) bool {
+		return held(s) && s.Lease.PublicIP == moved.PublicIP && *s.Settings == want
+	})
+	c.remove("nodes", "", "node-a")
+	s := a.await("the loss of the Node", func(s subnet.Snapshot) bool { return !s.Held() })
+	if *s.Settings != want {
+		t.Errorf("without a Node, the settings are %+v", *s.Settings)
+	}
+	c.addNode("node-a", "10.244.0.0/24")
+	a.await("no settings", func(s subnet.Snapshot) bool { return held(s) && *s.Settings == (subnet.NodeSettings{}) })
 }
 
 // An API server that is away is a loss of contact, not of peers; what is claimed meanwhile is written later. One that

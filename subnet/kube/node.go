@@ -32,6 +32,13 @@ const (
 	keyNodeID        = "node-id"
 )
 
+// The names of those that an operator sets, the addresses as in flannel.
+const (
+	keyInterface           = "interface"
+	keyPublicIPOverwrite   = "public-ip-overwrite"
+	keyPublicIPv6Overwrite = "public-ipv6-overwrite"
+)
+
 // flannelPrefix is the default of flannel's --kube-annotation-prefix.
 const flannelPrefix = "flannel.alpha.coreos.com"
 
@@ -103,6 +110,22 @@ func announced(all map[string]string, prefix string) (a announcement, under stri
 		}
 	}
 	return announcement{}, ""
+}
+
+// settings are what an operator has set for a node, each under the own prefix, or else under flannel's.
+func (o Options) settings(all map[string]string) subnet.NodeSettings {
+	get := func(key string) (s subnet.Setting) {
+		for _, p := range []string{flannelPrefix, o.AnnotationPrefix} {
+			if v := all[p+"/"+key]; v != "" {
+				s = subnet.Setting{Name: "annotation " + p + "/" + key, Value: v}
+			}
+		}
+		return s
+	}
+	return subnet.NodeSettings{
+		Interface: get(keyInterface),
+		PublicIP:  addr.Per[subnet.Setting]{V4: get(keyPublicIPOverwrite), V6: get(keyPublicIPv6Overwrite)},
+	}
 }
 
 // value is the value of a lease in etcd that says the same of a node.

@@ -43,6 +43,7 @@ type state struct {
 	config    configMap
 	valid     subnet.Config         // the last config that was: the entries have subnets in its families
 	network   *corev1.NodeCondition // of the own Node
+	settings  *subnet.NodeSettings  // in its annotations; nil: it was never there
 	claim     *subnet.Claim
 	desired   announcement // what the claim announces
 	announced bool         // the own Node has said that it is this machine's
@@ -102,6 +103,7 @@ func newState(o Options, log *zap.Logger) *state {
 func (s *state) put(n *corev1.Node) {
 	if n.Name == s.opts.Node {
 		s.putCondition(networkUnavailable(n))
+		s.putSettings(s.opts.settings(n.Annotations))
 	}
 	s.revision = max(s.revision, revision(n.ResourceVersion))
 	r, was := s.opts.read(n), s.nodes[n.Name]
@@ -123,6 +125,13 @@ func (s *state) putCondition(c *corev1.NodeCondition) {
 		s.reporting.answered()
 	}
 	s.network = c
+}
+
+// putSettings takes what an operator has set for this node.
+func (s *state) putSettings(is subnet.NodeSettings) {
+	if s.settings == nil || *s.settings != is {
+		s.settings, s.changed = &is, true
+	}
 }
 
 // answered takes note that the Node has changed in what the writes are about.
@@ -322,7 +331,8 @@ func (s *state) snapshot() subnet.Snapshot {
 	own, ownErr := s.own()
 	c, configErr := s.networkConfig(own)
 	s.changed = false
-	s.snap = subnet.Snapshot{Losses: s.losses, LostAt: s.lostAt, Err: s.unreachable(), Endpoints: s.snap.Endpoints}
+	s.snap = subnet.Snapshot{Losses: s.losses, LostAt: s.lostAt, Err: s.unreachable(), Endpoints: s.snap.Endpoints,
+		Settings: s.settings}
 	if s.snap.Err != nil {
 		s.snap.Since = s.since
 	}
