@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -93,18 +94,40 @@ func build(ctx context.Context, o options) (result, error) {
 
 // program makes an image of one static program and nothing else, which is its entrypoint, in the root directory.
 func program(a arch, file, archive string, names []string) (result, error) {
-	if err := a.check(); err != nil {
-		return result{}, err
-	}
 	data, err := os.ReadFile(file)
 	if err != nil {
 		return result{}, err
 	}
 	name, content := filepath.Base(file), tree{}
 	put(content, name, 0o755, data)
+	return whole(a, layer{name, content}, archive, names, []string{"/" + name})
+}
+
+// root makes an image of a tar with a root file system. The first word of the command is the entrypoint.
+func root(a arch, file, archive string, names, command []string) (result, error) {
+	if len(command) == 0 {
+		return result{}, errors.New("-command is empty: expected what the image runs")
+	}
+	in, err := os.Open(file)
+	if err != nil {
+		return result{}, err
+	}
+	defer in.Close()
+	content, err := unpack(in)
+	if err != nil {
+		return result{}, err
+	}
+	return whole(a, layer{filepath.Base(file), content}, archive, names, command)
+}
+
+// whole makes an image of one layer.
+func whole(a arch, l layer, archive string, names, command []string) (result, error) {
+	if err := a.check(); err != nil {
+		return result{}, err
+	}
 	s := spec{
-		arch: a, names: names, created: time.Unix(0, 0).UTC(), layers: []layer{{name, content}},
-		config: v1.Config{User: "0:0", WorkingDir: "/", Entrypoint: []string{"/" + name}},
+		arch: a, names: names, created: time.Unix(0, 0).UTC(), layers: []layer{l},
+		config: v1.Config{User: "0:0", WorkingDir: "/", Entrypoint: command[:1], Cmd: command[1:]},
 	}
 	return s.write(archive)
 }

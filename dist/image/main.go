@@ -20,6 +20,7 @@ import (
 const usage = `Usage:
   image build [flags]                      make overlayd-image-ARCH.tar and overlayd-image-ARCH.spdx.json
   image program [flags] PROGRAM ARCHIVE    make an image of one static program, for the tests on a cluster
+  image root [flags] TAR ARCHIVE           make an image of a root file system, likewise
   image lock [flags]                       take the newest versions of the Debian packages: rewrites packages.lock
 
 flags:
@@ -39,6 +40,7 @@ func run() int {
 	arches := f.String("arch", "amd64,arm64", "`architectures`, separated by commas")
 	names := f.String("name", "ghcr.io/overlayd/overlayd",
 		"`names` of the image, separated by commas; one without a tag has the version as its tag")
+	command := f.String("command", "", "what the image of a root file system runs: a `program` and its arguments")
 	f.Usage = func() {
 		_, _ = fmt.Fprint(f.Output(), usage)
 		f.PrintDefaults()
@@ -52,12 +54,14 @@ func run() int {
 	}
 	o.names = tagged(*names, o.version)
 	var err error
-	switch command := os.Args[1]; {
-	case command == "build" && f.NArg() == 0:
+	switch verb := os.Args[1]; {
+	case verb == "build" && f.NArg() == 0:
 		err = buildAll(ctx, o, *arches)
-	case command == "program" && f.NArg() == 2:
+	case verb == "program" && f.NArg() == 2:
 		_, err = program(arch(*arches), f.Arg(0), f.Arg(1), o.names)
-	case command == "lock" && f.NArg() == 0:
+	case verb == "root" && f.NArg() == 2:
+		_, err = root(arch(*arches), f.Arg(0), f.Arg(1), o.names, strings.Fields(*command))
+	case verb == "lock" && f.NArg() == 0:
 		err = writeLock(ctx, filepath.Join(o.root, "dist/image"), time.Now())
 	default:
 		f.Usage()
