@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -38,7 +39,8 @@ type Builder struct {
 
 // Built are the files that were made.
 type Built struct {
-	Kubernetes, Helm, Netcheck string   // programs
+	Kubernetes, Helm, Netcheck string // programs
+	coreDNS                    string
 	Containerd                 string   // directory with the programs of containerd 2
 	Images                     []string // archives: what pods of the tests need
 }
@@ -49,18 +51,12 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 	if err := os.MkdirAll(b.Cache, 0o755); err != nil {
 		return out, err
 	}
-	if err := space(b.Cache, needed); err != nil {
+	err := errors.Join(space(b.Cache, needed), there("containerd runc iproute2 iptables nftables util-linux procps etcd-client",
+		"containerd", "containerd-shim-runc-v2", "ctr", "runc", "ip", "iptables", "nft",
+		"nsenter", "unshare", "mount", "sysctl", "etcdctl"))
+	if err != nil {
 		return out, err
 	}
-	for _, tool := range []string{
-		"containerd", "containerd-shim-runc-v2", "ctr", "runc", "ip", "iptables", "nft",
-		"nsenter", "unshare", "mount", "sysctl", "etcdctl",
-	} {
-		if _, err := exec.LookPath(tool); err != nil {
-			return out, fmt.Errorf("%s is missing: apt-get install --no-install-recommends containerd runc iproute2 iptables nftables util-linux procps etcd-client", tool)
-		}
-	}
-	var err error
 	if out.Kubernetes, err = b.program(ctx, "kubernetes", "test/kubernetes", "./cmd/kubernetes",
 		kubernetesFlags()); err != nil {
 		return out, err
@@ -76,8 +72,7 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 	if err != nil {
 		return out, err
 	}
-	dns, err := b.program(ctx, "coredns", "test/kubernetes/coredns", ".", "-s -w")
-	if err != nil {
+	if out.coreDNS, err = b.program(ctx, "coredns", "test/kubernetes/coredns", ".", "-s -w"); err != nil {
 		return out, err
 	}
 	out.Netcheck = filepath.Join(b.Cache, "netcheck")
@@ -85,15 +80,25 @@ func (b Builder) All(ctx context.Context) (Built, error) {
 		return out, err
 	}
 	for _, x := range []struct{ program, names string }{
-		{out.Netcheck, NetcheckImage + "," + pauseImage}, {dns, CoreDNSImage},
+		{out.Netcheck, NetcheckImage + "," + pauseImage}, {out.coreDNS, CoreDNSImage},
 	} {
 		archive := filepath.Join(b.Cache, filepath.Base(x.program)+".tar")
-		if err := b.image(ctx, "program", "-arch", runtime.GOARCH, "-name", x.names, x.program, archive); err != nil {
+		if err := b.imageOf(ctx, x.program, x.names, archive); err != nil {
 			return out, err
 		}
 		out.Images = append(out.Images, archive)
 	}
 	return out, nil
+}
+
+// there fails where a tool is missing, and names the packages that have them all.
+func there(packages string, tools ...string) error {
+	for _, tool := range tools {
+		if _, err := exec.LookPath(tool); err != nil {
+			return fmt.Errorf("%s is missing: apt-get install --no-install-recommends %s", tool, packages)
+		}
+	}
+	return nil
 }
 
 // space fails where the disk would run full in the middle.
@@ -116,9 +121,14 @@ func (b Builder) Overlayd(ctx context.Context, version, name string) (string, er
 	return filepath.Join(out, "overlayd-image-"+runtime.GOARCH+".tar"), err
 }
 
+// imageOf makes an image of one static program.
+func (b Builder) imageOf(ctx context.Context, program, names, archive string) error {
+	return b.image(ctx, "program", "-arch", runtime.GOARCH, "-name", names, program, archive)
+}
+
 // image runs the command that makes images.
 func (b Builder) image(ctx context.Context, args ...string) error {
-	return b.run(ctx, "dist/image", nil, append([]string{"run", "."}, args...)...)
+	return b.run(ctx, "dist/image", append([]string{"run", "."}, args...)...)
 }
 
 // program is [Builder.kept] for one program, which has the name of its directory.
@@ -127,7 +137,7 @@ func (b Builder) program(ctx context.Context, name, module, pkg, flags string) (
 	return filepath.Join(dir, name), err
 }
 
-// kept compiles programs into a directory, unless they are there. An older directory of its name is removed.
+// kept compiles programs into a directory, see [Builder.once].
 func (b Builder) kept(ctx context.Context, name, module, flags string, pkgs ...string) (string, error) {
 	files := []string{filepath.Join(module, "go.mod"), filepath.Join(module, "go.sum")}
 	for _, pkg := range pkgs {
@@ -139,6 +149,12 @@ func (b Builder) kept(ctx context.Context, name, module, flags string, pkgs ...s
 	if err != nil {
 		return "", err
 	}
+	return b.once(name, stamp, func(dir string) error { return b.compile(ctx, module, dir+"/", flags, pkgs...) })
+}
+
+// once makes a directory of the cache with what a function puts into it, unless it is there. An older directory of its
+// name is removed.
+func (b Builder) once(name, stamp string, fill func(dir string) error) (string, error) {
 	dir := filepath.Join(b.Cache, name+"-"+stamp)
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
@@ -156,12 +172,12 @@ func (b Builder) kept(ctx context.Context, name, module, flags string, pkgs ...s
 	if err := os.Mkdir(part, 0o755); err != nil {
 		return "", err
 	}
-	b.Note("compiling %s: some minutes the first time", name)
+	b.Note("making %s: some minutes the first time", name)
 	start := time.Now()
-	if err := b.compile(ctx, module, part+"/", flags, pkgs...); err != nil {
+	if err := fill(part); err != nil {
 		return "", err
 	}
-	b.Note("compiled %s in %.0f s", name, time.Since(start).Seconds())
+	b.Note("made %s in %.0f s", name, time.Since(start).Seconds())
 	return dir, os.Rename(part, dir)
 }
 
@@ -183,14 +199,17 @@ func (b Builder) stamp(how []string, files ...string) (string, error) {
 const tags = "no_btrfs,no_zfs,no_devmapper"
 
 func (b Builder) compile(ctx context.Context, module, out, flags string, pkgs ...string) error {
-	args := append([]string{"build", "-buildvcs=false", "-trimpath", "-tags", tags, "-ldflags", flags, "-o", out}, pkgs...)
-	return b.run(ctx, module, []string{"CGO_ENABLED=0"}, args...)
+	return b.run(ctx, module, append(append([]string{"build"}, compileArgs(flags, out)...), pkgs...)...)
 }
 
-func (b Builder) run(ctx context.Context, dir string, env []string, args ...string) error {
+func compileArgs(flags, out string) []string {
+	return []string{"-buildvcs=false", "-trimpath", "-tags", tags, "-ldflags", flags, "-o", out}
+}
+
+func (b Builder) run(ctx context.Context, dir string, args ...string) error {
 	c := exec.CommandContext(ctx, b.Go, args...)
 	c.Dir = filepath.Join(b.Root, dir)
-	c.Env = append(append(os.Environ(), "GOFLAGS=", "GOWORK=off"), env...)
+	c.Env = append(os.Environ(), "GOFLAGS=", "GOWORK=off", "CGO_ENABLED=0")
 	if out, err := c.CombinedOutput(); err != nil {
 		return fmt.Errorf("in %s: go %s: %w\n%s", dir, strings.Join(args, " "), err, out)
 	}
