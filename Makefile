@@ -27,7 +27,7 @@ QUICK   ?=
 ARCHES  ?= amd64,arm64
 IMAGE   ?= ghcr.io/overlayd/overlayd
 
-.PHONY: help build demo test fuzz faults soak bench bench-go image test-image test-dist test-kubernetes lint check clean deps
+.PHONY: help build demo test fuzz faults soak bench bench-go image test-image test-dist test-kubernetes conformance lint check clean deps
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -83,17 +83,25 @@ test-image: deps ## the image, both architectures, built twice, its programs run
 test-dist: ## Kubernetes manifests and chart, strictly against the API types
 	$(GO) vet -C dist/test ./... && $(GO) test -C dist/test -count 1 -timeout 10m ./...
 
-test-kubernetes: deps ## overlayd on a real Kubernetes of three nodes: STORE=kubernetes|etcd ONLY=REGEX PROXY=iptables|nftables KEEP=1
-	$(GO) test -C test/kubernetes ./build ./rows
+KUBERNETES_TEST = bin/kubernetes-test -go '$(GO)' $(if $(STORE),-store $(STORE)) $(if $(PROXY),-proxy $(PROXY)) \
+	-backend $(BACKEND) $(if $(KEEP),-keep)
+
+test-kubernetes: deps ## overlayd on a real Kubernetes of three nodes: STORE=kubernetes|etcd BACKEND=vxlan|host-gw PROXY=iptables|nftables ONLY=REGEX KEEP=1
+	$(GO) test -C test/kubernetes ./build ./conformance ./rows
 	$(GO) build -C test/kubernetes -o ../../bin/kubernetes-test ./cmd/kubernetes-test
-	bin/kubernetes-test -go '$(GO)' $(if $(STORE),-store $(STORE)) $(if $(PROXY),-proxy $(PROXY)) $(if $(ONLY),-only '$(ONLY)') $(if $(KEEP),-keep)
+	$(KUBERNETES_TEST) $(if $(ONLY),-only '$(ONLY)')
+
+conformance: deps ## Kubernetes' own tests of the network on that cluster: STORE, BACKEND, PROXY and KEEP as above, FOCUS=REGEX SKIP=REGEX
+	command -v mmdebstrap >/dev/null || apt-get install -y --no-install-recommends mmdebstrap
+	$(GO) build -C test/kubernetes -o ../../bin/kubernetes-test ./cmd/kubernetes-test
+	$(KUBERNETES_TEST) -conformance $(if $(FOCUS),-focus '$(FOCUS)') $(if $(SKIP),-skip '$(SKIP)')
 
 lint: bin/golangci-lint ## golangci-lint, with the rules on who may import whom
 	bin/golangci-lint run ./...
 	bin/golangci-lint fmt --diff ./...
 	cd dist/image && ../../bin/golangci-lint run -c ../../.golangci.yml ./...
 	cd dist/test && ../../bin/golangci-lint run -c ../../.golangci.yml ./...
-	cd test/kubernetes && ../../bin/golangci-lint run -c ../../.golangci.yml ./build/... ./cluster/... ./deploy/... ./nodes/... ./rows/... ./cmd/kubernetes-test
+	cd test/kubernetes && ../../bin/golangci-lint run -c ../../.golangci.yml ./build/... ./cluster/... ./conformance/... ./deploy/... ./nodes/... ./rows/... ./cmd/kubernetes-test
 
 bin/golangci-lint: hack/lint/go.mod hack/lint/go.sum
 	$(GO) build -C hack/lint -o ../../bin/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint

@@ -12,6 +12,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -150,7 +151,7 @@ func (k *Cluster) controlArgs(name string) []string {
 			"--allow-privileged=true",
 		}
 	case "kubectl":
-		return []string{name, "proxy", "--kubeconfig=" + f("admin.kubeconfig"), "--unix-socket=" + k.proxySocket()}
+		return []string{name, "proxy", "--kubeconfig=" + k.AdminConfig(), "--unix-socket=" + k.proxySocket()}
 	case "kube-controller-manager":
 		config := f("controllers.kubeconfig")
 		return append([]string{
@@ -197,6 +198,40 @@ func (k *Cluster) EtcdClient() (ca, cert, key string) {
 	return k.pki.path("ca.crt"), k.pki.path("overlayd.crt"), k.pki.path("overlayd.key")
 }
 
+// AdminConfig is the kubeconfig of an administrator.
+func (k *Cluster) AdminConfig() string { return k.pki.path("admin.kubeconfig") }
+
+// RoutePods gives the control plane routes to the pods of all nodes: the API server connects to webhooks, and proxies to
+// pods and services. It has no overlayd. The routes are those of the subnets at this time.
+func (k *Cluster) RoutePods(ctx context.Context) error {
+	for _, n := range k.Nodes {
+		env, err := n.Run(ctx, "cat", "/run/overlayd/subnet.env")
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(env) {
+			name, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+			via := n.IP
+			switch name {
+			case "FLANNEL_SUBNET":
+			case "FLANNEL_IPV6_SUBNET":
+				via = n.IP6
+			default:
+				continue
+			}
+			subnet, err := netip.ParsePrefix(value)
+			if err != nil {
+				return fmt.Errorf("%s of %s: %w", name, n.Name, err)
+			}
+			_, err = k.Lab.Control.Run(ctx, "ip", "route", "replace", subnet.Masked().String(), "via", via.String())
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // WaitAPI waits until the API server is ready.
 func (k *Cluster) WaitAPI(ctx context.Context) error {
 	return Poll(ctx, "the API server", func() error {
@@ -226,7 +261,7 @@ func (k *Cluster) RunHelm(ctx context.Context, args ...string) (string, error) {
 func (k *Cluster) administer(ctx context.Context, stdin string, args ...string) (string, error) {
 	c := k.Lab.Control.Command(ctx, args...)
 	c.Stdin = strings.NewReader(stdin)
-	c.Env = append(os.Environ(), "KUBECONFIG="+k.pki.path("admin.kubeconfig"), "HOME="+k.Lab.Dir) // their caches
+	c.Env = append(os.Environ(), "KUBECONFIG="+k.AdminConfig(), "HOME="+k.Lab.Dir) // their caches
 	return nodes.Output(c)
 }
 

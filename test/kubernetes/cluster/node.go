@@ -58,7 +58,7 @@ kind: KubeProxyConfiguration
 mode: %s
 clusterCIDR: %s,%s
 hostnameOverride: %s
-conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 1h0m0s}
 clientConnection: {kubeconfig: %s}
 `
 

@@ -36,17 +36,21 @@ const (
 	nowhere    = "https://" + nodes.ControlIP + ":" + closedPort
 )
 
-// Network is the network config.
-const Network = `{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48", "Backend": {"Type": "vxlan"}}`
+// Network is the network config with a backend.
+func Network(backend string) string {
+	return fmt.Sprintf(`{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48", "Backend": {"Type": %q}}`,
+		backend)
+}
 
 // overlay is what both ways have in common.
 type overlay struct {
-	k   *cluster.Cluster
-	dir string // for the user's own files
+	k       *cluster.Cluster
+	dir     string // for the user's own files
+	network string // the network config
 }
 
-func newOverlay(k *cluster.Cluster, name string) (overlay, error) {
-	o := overlay{k, filepath.Join(k.Lab.Dir, name)}
+func newOverlay(k *cluster.Cluster, name, network string) (overlay, error) {
+	o := overlay{k, filepath.Join(k.Lab.Dir, name), network}
 	return o, os.MkdirAll(o.dir, 0o755)
 }
 

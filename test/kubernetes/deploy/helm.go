@@ -21,8 +21,8 @@ type Helm struct {
 }
 
 // NewHelm is for the chart in the repository at root.
-func NewHelm(k *cluster.Cluster, root string) (Helm, error) {
-	o, err := newOverlay(k, "helm")
+func NewHelm(k *cluster.Cluster, root, network string) (Helm, error) {
+	o, err := newOverlay(k, "helm", network)
 	return Helm{o, filepath.Join(root, "dist", "helm", "overlayd")}, err
 }
 
@@ -33,7 +33,7 @@ func (d Helm) helm(ctx context.Context, args ...string) error {
 
 // Install makes the namespace with the certificates for etcd, and installs the chart.
 func (d Helm) Install(ctx context.Context) error {
-	values := fmt.Sprintf(networkValues, Network)
+	values := fmt.Sprintf(networkValues, d.network)
 	if d.k.Etcd {
 		values += fmt.Sprintf(etcdValues, cluster.OverlayEtcd)
 	}

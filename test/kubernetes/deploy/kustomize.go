@@ -33,15 +33,15 @@ type Kustomize struct{ overlay }
 
 // NewKustomize makes a directory with the user's part beside a copy of dist/kubernetes, which is in the repository at
 // root.
-func NewKustomize(k *cluster.Cluster, root string) (Kustomize, error) {
-	o, err := newOverlay(k, "kustomize")
+func NewKustomize(k *cluster.Cluster, root, network string) (Kustomize, error) {
+	o, err := newOverlay(k, "kustomize", network)
 	if err != nil {
 		return Kustomize{}, err
 	}
 	if err := os.CopyFS(filepath.Join(o.dir, "dist"), os.DirFS(filepath.Join(root, "dist", "kubernetes"))); err != nil {
 		return Kustomize{}, err
 	}
-	_, err = o.write("net-conf.json", Network)
+	_, err = o.write("net-conf.json", network)
 	return Kustomize{o}, err
 }
 

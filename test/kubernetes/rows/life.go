@@ -20,8 +20,8 @@ const readyWithin = 15 * time.Second
 // ready is the end of the names of rows that bring overlayd to the cluster.
 const ready = ": nodes Ready, and overlayd's doctor is content"
 
-// Run does all rows, and returns an error where it can't go on.
-func (s *Suite) Run(ctx context.Context) error {
+// Begin brings overlayd and CoreDNS to the cluster, which all other rows need.
+func (s *Suite) Begin(ctx context.Context) error {
 	for _, n := range s.K.Nodes {
 		if err := s.proxied(ctx, n); err != nil {
 			return err
@@ -37,23 +37,31 @@ func (s *Suite) Run(ctx context.Context) error {
 	if err := s.install(ctx, "kubectl apply"); err != nil {
 		return err
 	}
+	return s.must(ctx, "CoreDNS is there", func(ctx context.Context) error {
+		if err := s.apply(ctx, "coredns.yaml"); err != nil {
+			return err
+		}
+		_, err := s.K.Kubectl(ctx, "-n", "kube-system", "rollout", "status", "deployment/coredns", "--request-timeout=0",
+			"--timeout=300s")
+		return err
+	})
+}
+
+// Run does all rows, and returns an error where it can't go on.
+func (s *Suite) Run(ctx context.Context) error {
+	if err := s.Begin(ctx); err != nil {
+		return err
+	}
 	for _, h := range append(s.nodeHosts(), s.K.Lab.Internet) {
 		if err := s.serve(h); err != nil {
 			return err
 		}
 	}
-	err := s.must(ctx, "pods, services and CoreDNS are there", func(ctx context.Context) error {
-		for _, name := range []string{"coredns.yaml", "workload.yaml"} {
-			if err := s.apply(ctx, name); err != nil {
-				return err
-			}
-		}
-		_, _, err := s.workload(ctx)
-		if err != nil {
+	err := s.must(ctx, "pods and services are there", func(ctx context.Context) error {
+		if err := s.apply(ctx, "workload.yaml"); err != nil {
 			return err
 		}
-		_, err = s.K.Kubectl(ctx, "-n", "kube-system", "rollout", "status", "deployment/coredns", "--request-timeout=0",
-			"--timeout=300s")
+		_, _, err := s.workload(ctx)
 		return err
 	})
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/overlayd/overlayd/test/kubernetes/build"
 	"github.com/overlayd/overlayd/test/kubernetes/cluster"
+	"github.com/overlayd/overlayd/test/kubernetes/conformance"
 	"github.com/overlayd/overlayd/test/kubernetes/deploy"
 	"github.com/overlayd/overlayd/test/kubernetes/nodes"
 	"github.com/overlayd/overlayd/test/kubernetes/rows"
@@ -25,10 +26,12 @@ import (
 func main() { os.Exit(run()) }
 
 type options struct {
-	root, cache, goCommand, proxy, store string
-	only                                 *regexp.Regexp
-	keep                                 bool
-	start                                time.Time
+	root, cache, goCommand, proxy, store, backend string
+	only                                          *regexp.Regexp
+	keep, conformance                             bool
+	focus, skip                                   string
+	parallel                                      int
+	start                                         time.Time
 }
 
 func run() int {
@@ -42,14 +45,24 @@ func run() int {
 	flag.StringVar(&o.proxy, "proxy", "iptables",
 		"`mode` of kube-proxy to begin with: iptables or nftables; the other one follows")
 	flag.StringVar(&o.store, "store", rows.Kubernetes, "`store` of overlayd: "+rows.Kubernetes+" or "+rows.Etcd)
+	flag.StringVar(&o.backend, "backend", "vxlan", "`type` of overlayd's backend: vxlan or host-gw")
 	flag.BoolVar(&o.keep, "keep", false, "leave the cluster running at the end; the next run removes it")
+	down := flag.Bool("down", false, "only remove the cluster that an earlier run left")
+	flag.BoolVar(&o.conformance, "conformance", false, "instead of the rows, run Kubernetes' own tests of the network")
+	flag.StringVar(&o.focus, "focus", conformance.Focus, "`pattern` of Kubernetes' tests")
+	flag.StringVar(&o.skip, "skip", conformance.Skip, "`pattern` of Kubernetes' tests to leave out")
+	flag.IntVar(&o.parallel, "parallel", 4, "how many of Kubernetes' tests to run at a time")
 	only := flag.String("only", "", "`pattern` of rows; what they need is done in any case")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	err := o.defaults(*only)
-	if err == nil {
-		err = o.test(ctx)
+	switch {
+	case err != nil:
+	case *down:
+		err = o.locked(ctx, func(ctx context.Context) error { return nodes.Remove(ctx, o.dir()) })
+	default:
+		err = o.locked(ctx, o.test)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "kubernetes-test:", err)
@@ -84,20 +97,23 @@ func (o *options) note(format string, args ...any) {
 	fmt.Printf("%6.1f s  %s\n", time.Since(o.start).Seconds(), fmt.Sprintf(format, args...))
 }
 
+// dir is where the files of the cluster are.
+func (o *options) dir() string { return filepath.Join(o.cache, "run") }
+
 func (o *options) test(ctx context.Context) (err error) {
-	unlock, err := o.lock(ctx)
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	dir := filepath.Join(o.cache, "run")
-	if err := nodes.Remove(ctx, dir); err != nil { // it may take the space that is needed
+	if err := nodes.Remove(ctx, o.dir()); err != nil { // it may take the space that is needed
 		return fmt.Errorf("remove what an earlier run left: %w", err)
 	}
 	b := build.Builder{Root: o.root, Cache: o.cache, Go: o.goCommand, Note: o.note}
 	built, err := b.All(ctx)
 	if err != nil {
 		return err
+	}
+	var programs build.Conformance
+	if o.conformance {
+		if programs, err = b.Conformance(ctx, built); err != nil {
+			return err
+		}
 	}
 	images := built.Images
 	for version, name := range deploy.Versions() {
@@ -108,7 +124,7 @@ func (o *options) test(ctx context.Context) (err error) {
 		images = append(images, image)
 	}
 	o.note("programs and images are there")
-	lab, err := nodes.New(ctx, dir)
+	lab, err := nodes.New(ctx, o.dir())
 	if lab != nil && !o.keep {
 		defer func() { err = errors.Join(err, o.end(lab, err != nil)) }()
 	}
@@ -134,28 +150,58 @@ func (o *options) test(ctx context.Context) (err error) {
 		return err
 	}
 	o.note("three nodes are there, not Ready: they have no network. %s", runtimes)
-	kustomize, err := deploy.NewKustomize(k, o.root)
+	network := deploy.Network(o.backend)
+	kustomize, err := deploy.NewKustomize(k, o.root, network)
 	if err != nil {
 		return err
 	}
-	helm, err := deploy.NewHelm(k, o.root)
+	helm, err := deploy.NewHelm(k, o.root, network)
 	if err != nil {
 		return err
 	}
-	s := &rows.Suite{K: k, Store: o.store, Network: deploy.Network, Only: o.only, Out: os.Stdout, Overlay: kustomize, Chart: helm}
+	s := &rows.Suite{K: k, Store: o.store, Network: network, Only: o.only, Out: os.Stdout, Overlay: kustomize, Chart: helm}
 	o.note("rows are over IPv4 and IPv6; the cluster's DNS and the API server's service are IPv4's alone")
 	s.Head()
-	if err = s.Run(ctx); errors.Is(err, context.Canceled) {
-		return errors.New("interrupted")
-	}
-	if err == nil && !s.Asked() {
+	if o.conformance {
+		err = o.conform(ctx, s, programs)
+	} else if err = s.Run(ctx); err == nil && !s.Asked() {
 		err = fmt.Errorf("-only %s: no row has such a name", o.only)
+	}
+	if ctx.Err() != nil {
+		return errors.New("interrupted")
 	}
 	if failed := s.Failed(); len(failed) > 0 {
 		err = errors.Join(err, fmt.Errorf("%d rows failed:\n  %s", len(failed), strings.Join(failed, "\n  ")))
 	}
 	o.note("done")
 	return err
+}
+
+// conform runs Kubernetes' own tests.
+func (o *options) conform(ctx context.Context, s *rows.Suite, programs build.Conformance) error {
+	if err := s.Begin(ctx); err != nil {
+		return err
+	}
+	if err := s.K.RoutePods(ctx); err != nil {
+		return err
+	}
+	o.note("Kubernetes' own tests begin: %s shows them", filepath.Join(s.K.Lab.Logs, "control-ginkgo.log"))
+	r := conformance.Run{
+		K: s.K, Programs: programs, Focus: o.focus, Skip: o.skip, Parallel: o.parallel, Out: os.Stdout,
+		Report: filepath.Join(o.cache, fmt.Sprintf("conformance-%s-%s-%s.xml", o.store, o.backend, o.proxy)),
+	}
+	o.note("store %s, backend %s, kube-proxy %s: the report goes to %s", o.store, o.backend, o.proxy, r.Report)
+	return r.Do(ctx)
+}
+
+// locked runs what may not be run twice at a time.
+func (o *options) locked(ctx context.Context, f func(ctx context.Context) error) error {
+	unlock, err := o.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return f(ctx)
 }
 
 // lock keeps a second run on this machine waiting: there is one lab, and one cache.
