@@ -48,6 +48,7 @@ type Lab struct {
 	Dir               string // all files
 	Logs              string // the logs among them
 	Control, Internet *Host
+	Router            *Host // its addresses are those on the internet's side
 }
 
 // New makes the network and the hosts that are not nodes. Nothing is left of an earlier lab: see [Remove].
@@ -65,6 +66,7 @@ func New(ctx context.Context, dir string) (*Lab, error) {
 		return nil, err
 	}
 	l.Control, l.Internet = l.host("control", ControlIP, ControlIP6), l.host("internet", InternetIP, InternetIP6)
+	l.Router = l.host("router", "203.0.113.1", "2001:db8:113::1")
 	return l, script(ctx, `
 netns add okt-router
 netns add okt-control
@@ -92,6 +94,8 @@ netns add okt-internet
 -n okt-internet link set eth0 up
 -n okt-internet route add 172.30.0.0/24 via 203.0.113.1
 -n okt-internet route add fd00:30::/64 via 2001:db8:113::1
+-n okt-internet route add 198.51.100.0/24 via 203.0.113.1
+-n okt-internet route add 2001:db8:51::/64 via 2001:db8:113::1
 netns exec okt-router sysctl -qw net.ipv4.ip_forward=1
 netns exec okt-router sysctl -qw net.ipv6.conf.all.forwarding=1
 `)

@@ -73,6 +73,9 @@ func (s *Suite) Run(ctx context.Context) error {
 	if err := s.services(ctx, s.K.ProxyMode); err != nil {
 		return err
 	}
+	if err := s.dnsNames(ctx); err != nil {
+		return err
+	}
 	if err := s.otherProxy(ctx); err != nil {
 		return err
 	}

@@ -204,14 +204,8 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 	row("NodePort from outside, externalTrafficPolicy Local: source kept", func(ctx context.Context) error {
 		var errs []error
 		for _, n := range s.K.Nodes {
-			var here []place
-			for _, p := range servers {
-				if p.node == n.Name {
-					here = append(here, p)
-				}
-			}
 			for _, ip := range []netip.Addr{n.IP, n.IP6} {
-				errs = append(errs, reachAll(ctx, s.internet(), port(ip, nodePortHere), tcp, here, true))
+				errs = append(errs, reachAll(ctx, s.internet(), port(ip, nodePortHere), tcp, onNode(servers, n.Name), true))
 			}
 		}
 		return errors.Join(errs...)
@@ -226,7 +220,7 @@ func (s *Suite) services(ctx context.Context, mode string) error {
 		}
 		return nil
 	})
-	return nil
+	return s.balanced(ctx, mode)
 }
 
 // reachAll asks until each of the servers has answered.
