@@ -86,10 +86,10 @@ test-dist: ## Kubernetes manifests and chart, strictly against the API types
 KUBERNETES_TEST = bin/kubernetes-test -go '$(GO)' $(if $(STORE),-store $(STORE)) $(if $(PROXY),-proxy $(PROXY)) \
 	-backend $(BACKEND) $(if $(KEEP),-keep)
 
-test-kubernetes: deps ## overlayd on a real Kubernetes of three nodes: STORE=kubernetes|etcd BACKEND=vxlan|host-gw PROXY=iptables|nftables ONLY=REGEX KEEP=1
+test-kubernetes: deps ## overlayd on a real Kubernetes of three nodes: STORE=kubernetes|etcd BACKEND=vxlan|host-gw PROXY=iptables|nftables ONLY=REGEX KEEP=1 INGRESS=1
 	$(GO) test -C test/kubernetes ./build ./conformance ./rows
 	$(GO) build -C test/kubernetes -o ../../bin/kubernetes-test ./cmd/kubernetes-test
-	$(KUBERNETES_TEST) $(if $(ONLY),-only '$(ONLY)')
+	$(KUBERNETES_TEST) $(if $(INGRESS),-ingress) $(if $(ONLY),-only '$(ONLY)')
 
 conformance: deps ## Kubernetes' own tests of the network on that cluster: STORE, BACKEND, PROXY and KEEP as above, FOCUS=REGEX SKIP=REGEX
 	command -v mmdebstrap >/dev/null || apt-get install -y --no-install-recommends mmdebstrap

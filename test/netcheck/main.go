@@ -3,7 +3,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
@@ -21,8 +24,9 @@ import (
 
 const usage = `Usage:
   netcheck pause                  wait for the end
-  netcheck serve [-port N]        HTTP and UDP: answers SERVER CLIENT'S-ADDRESS
-  netcheck get [-wait D] URL...   prints the answer and the own address, for each
+  netcheck serve [-port N]        HTTP and UDP: answers SERVER CLIENT'S-ADDRESS, as a proxy in between names it
+  netcheck get [-wait D] [-to ADDRESS] [-ca FILE] URL...
+                                  prints the answer and the own address, for each; asks another address than the URL's
   netcheck udp [-wait D] ADDRESS...  prints the same
   netcheck dns [-wait D] [-tcp] NAME  prints the addresses of a name
   netcheck mtu                    prints the MTU of the first device
@@ -46,6 +50,9 @@ func run() int {
 	size := f.Int("size", 0, "")
 	tcp := f.Bool("tcp", false, "")
 	df := f.Bool("df", false, "")
+	var via proxy
+	f.StringVar(&via.address, "to", "", "")
+	f.StringVar(&via.ca, "ca", "", "")
 	if err := f.Parse(args); err != nil {
 		return 2
 	}
@@ -56,7 +63,7 @@ func run() int {
 	case "serve":
 		err = serve(*port)
 	case "get":
-		err = each(f.Args(), *wait, get)
+		err = each(f.Args(), *wait, via.get)
 	case "udp":
 		err = each(f.Args(), *wait, askUDP)
 	case "dns":
@@ -106,8 +113,7 @@ func serve(port int) error {
 		return err
 	}
 	answer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_,
-			_ = fmt.Fprintln(w, host, ipOf(r.RemoteAddr))
+		_, _ = fmt.Fprintln(w, host, cmp.Or(r.Header.Get("X-Forwarded-For"), ipOf(r.RemoteAddr)))
 	})
 	server := &http.Server{Addr: address, Handler: answer}
 	end := make(chan os.Signal, 1)
@@ -174,17 +180,29 @@ func each(all []string, wait time.Duration, ask func(string, time.Duration) erro
 	return nil
 }
 
+// proxy is what answers for the host of a URL, where it is not the host itself.
+type proxy struct{ address, ca string }
+
 // get prints the answer, and with which address this side asked: where they differ, somebody translated on the way.
-func get(url string, wait time.Duration) error {
+func (p proxy) get(url string, wait time.Duration) error {
 	var own string
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
-		c, err := (&net.Dialer{}).DialContext(ctx, network, address)
+		c, err := (&net.Dialer{}).DialContext(ctx, network, cmp.Or(p.address, address))
 		if err == nil {
 			own = ipOf(c.LocalAddr().String())
 		}
 		return c, err
 	}
-	client := http.Client{Timeout: wait, Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: dial}
+	if p.ca != "" {
+		raw, err := os.ReadFile(p.ca)
+		if err != nil {
+			return err
+		}
+		transport.TLSClientConfig = &tls.Config{RootCAs: x509.NewCertPool()}
+		transport.TLSClientConfig.RootCAs.AppendCertsFromPEM(raw)
+	}
+	client := http.Client{Timeout: wait, Transport: transport}
 	r, err := client.Get(url)
 	if err != nil {
 		return err

@@ -193,6 +193,12 @@ func (k *Cluster) Subnets(given bool) error {
 	return k.StartControl("kube-controller-manager")
 }
 
+// Certificate issues a certificate for hosts, and returns files: the CA, the certificate and its key.
+func (k *Cluster) Certificate(name string, hosts ...string) (ca, cert, key string, err error) {
+	err = k.pki.issue(name, pkix.Name{CommonName: name}, hosts...)
+	return k.pki.path("ca.crt"), k.pki.path(name + ".crt"), k.pki.path(name + ".key"), err
+}
+
 // EtcdClient returns files with what a client of overlayd's etcd needs: the CA, a certificate and its key.
 func (k *Cluster) EtcdClient() (ca, cert, key string) {
 	return k.pki.path("ca.crt"), k.pki.path("overlayd.crt"), k.pki.path("overlayd.key")

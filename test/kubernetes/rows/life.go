@@ -76,6 +76,9 @@ func (s *Suite) Run(ctx context.Context) error {
 	if err := s.dnsNames(ctx); err != nil {
 		return err
 	}
+	if err := s.ingress(ctx); err != nil {
+		return err
+	}
 	if err := s.otherProxy(ctx); err != nil {
 		return err
 	}

@@ -21,6 +21,7 @@ type Suite struct {
 	Store   string         // of overlayd: Etcd or Kubernetes
 	Network string         // its network config
 	Only    *regexp.Regexp // names of rows; nil is all
+	Ingress bool           // the nodes have the image of the ingress controller
 	Out     io.Writer
 	Overlay Overlay // what the rows begin with
 	Chart   Overlay // what they end with, once the other one is removed
