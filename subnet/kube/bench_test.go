@@ -1,7 +1,9 @@
 package kube
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"runtime"
 	"strings"
@@ -12,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
 )
 
 const benchNodes = 5000
@@ -67,7 +70,7 @@ func benchState(b *testing.B) *state {
 	s := newState(o, zap.NewNop())
 	all := make([]*corev1.Node, benchNodes)
 	for i := range all {
-		all[i] = o.trim(kubeletNode(i, 0))
+		all[i] = leanNode(b, o, kubeletNode(i, 0))
 	}
 	s.listed(all, 1000, time.Time{})
 	s.setConfig(&corev1.ConfigMap{Data: map[string]string{configKey: `{"Network": "10.0.0.0/8"}`}}, 1)
@@ -105,7 +108,7 @@ func BenchmarkList(b *testing.B) {
 	o := DefaultOptions()
 	all := make([]*corev1.Node, benchNodes)
 	for i := range all {
-		all[i] = o.trim(kubeletNode(i, 0))
+		all[i] = leanNode(b, o, kubeletNode(i, 0))
 	}
 	var keep *state
 	before := heap()
@@ -125,22 +128,34 @@ func heap() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// What it costs to decode a Node as it arrives.
-func BenchmarkDecode(b *testing.B) {
-	raw, err := kubeletNode(7, 1).Marshal()
-	if err != nil {
-		b.Fatal(err)
-	}
-	o := DefaultOptions()
-	b.SetBytes(int64(len(raw)))
-	b.ReportAllocs()
-	for b.Loop() {
-		n := &wireNode{}
-		if err := n.Unmarshal(raw); err != nil {
-			b.Fatal(err)
-		}
-		if o.read(&n.Node).NodeID == "" {
-			b.Fatal("nothing is left")
-		}
+// What a watch costs for each event, from its bytes on.
+func BenchmarkWatch(b *testing.B) {
+	for name, id := range map[string]string{"heartbeat": "", "change": "another"} {
+		b.Run(name, func(b *testing.B) {
+			beats := []*corev1.Node{kubeletNode(7, 1), kubeletNode(7, 2)}
+			if id != "" {
+				beats[1].Annotations["overlayd.io/node-id"] = id
+			}
+			frames := append(frame(b, watch.Modified, beats[0]), frame(b, watch.Modified, beats[1])...)
+			b.SetBytes(int64(len(frames)))
+			b.ReportAllocs()
+			var all int
+			body := io.LimitReader(readerFunc(func(p []byte) (int, error) {
+				n := copy(p, frames[all%len(frames):])
+				all += n
+				return n, nil
+			}), int64(len(frames))*int64(b.N))
+			for d := decoder(DefaultOptions(), body, func(int64) {}); ; {
+				if _, _, err := d.Decode(); errors.Is(err, io.EOF) {
+					break
+				} else if err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }

@@ -56,7 +56,7 @@ func New(o Options, log *zap.Logger) (*Manager, error) {
 		events: make(chan event),
 	}
 	var err error
-	m.conn, err = o.connect(m.requests.count)
+	m.conn, err = o.connect(m.requests.count, m.complete.Store)
 	return m, err
 }
 

@@ -67,7 +67,7 @@ func newCluster(t *testing.T, s *apiserver.Server) *cluster {
 	var err error
 	o := DefaultOptions()
 	o.Kubeconfig = c.Kubeconfig(apiserver.Admin)
-	if c.admin, err = o.connect(noCount); err != nil {
+	if c.admin, err = o.connect(noCount, func(int64) {}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.clear)
@@ -121,14 +121,14 @@ func (c *cluster) addNode(name string, podCIDRs ...string) {
 	if len(podCIDRs) > 0 {
 		n.Spec.PodCIDR = podCIDRs[0]
 	}
-	c.create("nodes", "", &wireNode{*n})
+	c.create("nodes", "", n)
 }
 
 func (c *cluster) node(name string) *corev1.Node {
 	c.t.Helper()
-	n := &wireNode{}
+	n := &corev1.Node{}
 	c.do(c.admin.client.Get().Resource("nodes").Name(name).Do(c.ctx()).Into(n))
-	return &n.Node
+	return n
 }
 
 func (c *cluster) setNetwork(config string) {

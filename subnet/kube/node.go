@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -174,8 +173,10 @@ func podCIDRs(n *corev1.Node) []string {
 // managesSubnets reports whether fields of a Node are a subnet manager's: ours, among which the condition is not, or
 // flannel's, which goes by its program's name and writes all as the status.
 func managesSubnets(f metav1.ManagedFieldsEntry) bool {
-	return f.Time != nil && (f.Manager == fieldManager && f.Subresource == "" || f.Manager == "flanneld")
+	return f.Time != nil && isSubnetManager(f.Manager) && (f.Manager != fieldManager || f.Subresource == "")
 }
+
+func isSubnetManager(manager string) bool { return manager == fieldManager || manager == "flanneld" }
 
 // entry is what a lease of this node is in the table. A Node that nothing is announced of is a reservation: its subnets
 // are taken, and nothing leads there yet. All stay without being renewed. The config is that of the network.
@@ -209,30 +210,6 @@ func (r record) subnets() (out addr.Per[netip.Prefix], err error) {
 		out.Set(addr.FamilyOf(p.Addr()), p)
 	}
 	return out, nil
-}
-
-// trim is a Node without what is of no use here: of thousands, a tenth of the memory is left.
-func (o Options) trim(n *corev1.Node) *corev1.Node {
-	out := &corev1.Node{
-		ObjectMeta: metav1.ObjectMeta{
-			Name: n.Name, UID: n.UID, ResourceVersion: n.ResourceVersion, CreationTimestamp: n.CreationTimestamp,
-			Annotations: maps.Clone(n.Annotations),
-		},
-		Spec: corev1.NodeSpec{PodCIDRs: podCIDRs(n)},
-	}
-	maps.DeleteFunc(out.Annotations, func(key, _ string) bool {
-		return !strings.HasPrefix(key, o.AnnotationPrefix+"/") && !strings.HasPrefix(key, flannelPrefix+"/")
-	})
-	for _, f := range n.ManagedFields {
-		if managesSubnets(f) {
-			out.ManagedFields = append(out.ManagedFields,
-				metav1.ManagedFieldsEntry{Manager: f.Manager, Subresource: f.Subresource, Time: f.Time})
-		}
-	}
-	if c := networkUnavailable(n); c != nil && n.Name == o.Node {
-		out.Status.Conditions = []corev1.NodeCondition{*c}
-	}
-	return out
 }
 
 // networkUnavailable is the condition of that name; nil: the Node has none.

@@ -72,18 +72,15 @@ type connection struct {
 	server string // its URL
 }
 
-// connect prepares the client; it connects when it is used. count sees each request.
-func (o Options) connect(count func(*http.Request)) (connection, error) {
+// connect prepares the client; it connects when it is used. count sees each request, and seen the revision of each Node
+// that a watch brings and that says what it did before.
+func (o Options) connect(count func(*http.Request), seen func(revision int64)) (connection, error) {
 	config, err := o.restConfig()
 	if err != nil {
 		return connection{}, err
 	}
-	scheme := runtime.NewScheme()
-	scheme.AddKnownTypeWithName(corev1.SchemeGroupVersion.WithKind("Node"), &wireNode{})
-	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.NodeList{}, &corev1.ConfigMap{}, &corev1.ConfigMapList{})
-	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
 	config.GroupVersion, config.APIPath = &corev1.SchemeGroupVersion, "/api"
-	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	config.NegotiatedSerializer = leanly{serializer.NewCodecFactory(newScheme()).WithoutConversion(), o, seen}
 	config.AcceptContentTypes, config.ContentType = runtime.ContentTypeProtobuf, runtime.ContentTypeProtobuf
 	config.UserAgent = "overlayd"
 	config.WarningHandler = rest.NoWarnings{}
@@ -98,6 +95,15 @@ func (o Options) connect(count func(*http.Request)) (connection, error) {
 		return connection{}, fmt.Errorf("kube: %w", err)
 	}
 	return connection{client, config.Host}, nil
+}
+
+// newScheme has the kinds that are asked for.
+func newScheme() *runtime.Scheme {
+	s := runtime.NewScheme()
+	s.AddKnownTypes(corev1.SchemeGroupVersion,
+		&corev1.Node{}, &corev1.NodeList{}, &corev1.ConfigMap{}, &corev1.ConfigMapList{})
+	metav1.AddToGroupVersion(s, corev1.SchemeGroupVersion)
+	return s
 }
 
 func (o Options) restConfig() (*rest.Config, error) {

@@ -41,23 +41,18 @@ type reflected struct {
 	put  func(s *state, o any)
 	drop func(s *state, name string, now time.Time)
 	all  func(s *state, all []runtime.Object, revision int64, now time.Time)
-	trim cache.TransformFunc  // what is of use of an object that is listed
 	seen func(revision int64) // all up to there has been told
 }
 
 func (m *Manager) nodes(send func(event)) *reflected {
 	return &reflected{
-		conn: m.conn, name: nodesResource, kind: &wireNode{},
+		conn: m.conn, name: nodesResource, kind: &corev1.Node{},
 		newList: func() runtime.Object { return &corev1.NodeList{} }, send: send,
-		put:  func(s *state, o any) { each(o, func(n *wireNode) { s.put(&n.Node) }) },
+		put:  func(s *state, o any) { each(o, s.put) },
 		drop: (*state).drop,
 		all: func(s *state, all []runtime.Object, revision int64, now time.Time) {
 			s.revision = max(s.revision, m.complete.Load()) // bookmarks tell of later ones
 			s.listed(only[*corev1.Node](all), revision, now)
-		},
-		trim: func(o any) (any, error) {
-			each(o, func(n *wireNode) { o = m.opts.trim(&n.Node) })
-			return o, nil
 		},
 		seen: m.complete.Store,
 	}
@@ -176,7 +171,7 @@ func (r *reflected) request(o metav1.ListOptions) *rest.Request {
 		VersionedParams(&o, metav1.ParameterCodec)
 }
 
-// Add, Update, Delete, Replace, Resync, UpdateResourceVersion and Transformer are what the reflector calls.
+// Add, Update, Delete, Replace, Resync and UpdateResourceVersion are what the reflector calls.
 
 func (r *reflected) Add(o any) error {
 	r.send(func(s *state, _ time.Time) { r.put(s, o) })
@@ -210,6 +205,3 @@ func (r *reflected) Resync() error { return nil }
 
 // UpdateResourceVersion takes note that all up to a version was told, by a heartbeat or a bookmark as well.
 func (r *reflected) UpdateResourceVersion(version string) { r.seen(revision(version)) }
-
-// Transformer is for the Nodes of a list that arrives one by one.
-func (r *reflected) Transformer() cache.TransformFunc { return r.trim }

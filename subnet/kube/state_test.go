@@ -484,35 +484,6 @@ func TestCondition(t *testing.T) {
 	}
 }
 
-// What comes over the wire is decoded to the same, whole or lean.
-func TestLean(t *testing.T) {
-	whole := kubeletNode(7, 3)
-	whole.Spec.PodCIDR = whole.Spec.PodCIDRs[0]
-	raw, err := whole.Marshal()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var n wireNode
-	if err := n.Unmarshal(raw); err != nil {
-		t.Fatal(err)
-	}
-	o := DefaultOptions()
-	if got, want := o.read(&n.Node), o.read(whole); got != want {
-		t.Errorf("lean: %+v\nwhole: %+v", got, want)
-	}
-	if n.Name != whole.Name || n.ResourceVersion != whole.ResourceVersion || len(n.Status.Conditions) != 4 {
-		t.Errorf("lean: %+v", n)
-	}
-	if size := len(lean(raw, partOfNode)); size > len(raw)/5 {
-		t.Errorf("%d of %d bytes are left", size, len(raw))
-	}
-	for i := range raw { // cut off anywhere, it is an error or the same as without the rest
-		if n := (wireNode{}); n.Unmarshal(raw[:i]) == nil && (&corev1.Node{}).Unmarshal(raw[:i]) != nil {
-			t.Fatalf("%d of %d bytes are decoded", i, len(raw))
-		}
-	}
-}
-
 // Revisions that go back are those of a store that was restored: what is missing then, neither an operator nor a node
 // has removed.
 func TestEpoch(t *testing.T) {
