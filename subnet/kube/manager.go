@@ -119,7 +119,7 @@ func (c connection) patch(ctx context.Context, node string, p patch) error {
 	if err != nil {
 		return err
 	}
-	r := c.client.Patch(p.kind).Resource(nodesResource).Name(node).Param("fieldManager", fieldManager).Timeout(timeout)
+	r := c.client.Patch(p.kind).Resource(nodesResource).Name(node).Param("fieldManager", fieldManager).Timeout(c.within)
 	if p.kind == types.ApplyPatchType {
 		r = r.Param("force", "true") // the annotations are ours, whoever has written them before
 	}

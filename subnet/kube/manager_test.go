@@ -2,12 +2,17 @@ package kube
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -45,6 +50,7 @@ func TestOnServer(t *testing.T) {
 		"a token that is rotated":   rotatedToken,
 		"an expired watch":          expiredWatch,
 		"a half-open connection":    halfOpenConnection,
+		"a server that is stuck":    stuckServer,
 		"a server away":             serverAway,
 		"a server restored":         serverRestored,
 		"a list":                    list,
@@ -180,6 +186,13 @@ type member struct {
 
 func (c *cluster) start(name string, more ...func(*Options)) *member {
 	c.t.Helper()
+	m := c.new(name, more...)
+	m.run()
+	return m
+}
+
+func (c *cluster) new(name string, more ...func(*Options)) *member {
+	c.t.Helper()
 	o := DefaultOptions()
 	o.Kubeconfig, o.Node = c.Kubeconfig(apiserver.Node), name
 	for _, f := range more {
@@ -189,15 +202,18 @@ func (c *cluster) start(name string, more ...func(*Options)) *member {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	return &member{Manager: m, t: c.t}
+}
+
+func (m *member) run() {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
 		_ = m.Run(ctx)
 	}()
-	n := &member{Manager: m, t: c.t, stop: func() { cancel(); <-ended }}
-	c.t.Cleanup(n.stop)
-	return n
+	m.stop = func() { cancel(); <-ended }
+	m.t.Cleanup(m.stop)
 }
 
 // await waits for a snapshot.
@@ -545,6 +561,69 @@ func halfOpenConnection(t *testing.T, c *cluster) {
 	wire.Hold()
 	c.addNode("node-b", "10.244.1.0/24")
 	a.await("node-b", func(s subnet.Snapshot) bool { return s.Table.Find("10.244.1.0-24") != nil && s.Err == nil })
+}
+
+// A server that is there and does not answer is given up after a while, and asked again: whether it holds all requests,
+// or a watch that has begun goes on without a word for longer than it should.
+func stuckServer(t *testing.T, c *cluster) {
+	c.allow(true)
+	c.setNetwork(network)
+	c.addNode("node-a", "10.244.0.0/24")
+	var mu sync.Mutex
+	held := func(*http.Request) bool { return false }
+	hold := func(f func(*http.Request) bool) { mu.Lock(); defer mu.Unlock(); held = f }
+	server, _ := url.Parse(c.URL)
+	proxy := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(server)
+			r.Out.Header.Set("Authorization", "Bearer "+apiserver.Node) // client-go keeps it to itself without TLS
+		},
+		FlushInterval: -1, ErrorLog: zap.NewStdLog(zap.NewNop()),
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}, //nolint:gosec // a test's
+	}
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		stop := held(r)
+		mu.Unlock()
+		if stop {
+			<-r.Context().Done()
+			return
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	defer front.Close()
+	watches := func(r *http.Request) bool { return r.URL.Query().Has("watch") }
+	for what, f := range map[string]func(*http.Request) bool{
+		"all": func(*http.Request) bool { return true }, "watches": watches,
+	} {
+		hold(f)
+		a := c.new("node-a", func(o *Options) {
+			o.Kubeconfig = c.KubeconfigWith(fmt.Sprintf("server: %q", front.URL), "token: "+apiserver.Node)
+		})
+		a.conn.within = time.Second
+		a.run()
+		s := a.await("an error", func(s subnet.Snapshot) bool { return s.Err != nil })
+		if want := "no answer from " + front.URL; !strings.Contains(s.Err.Error(), want) {
+			t.Errorf("%s held: %v, want %q", what, s.Err, want)
+		}
+		hold(func(*http.Request) bool { return false })
+		a.await("a table", func(s subnet.Snapshot) bool { return s.Err == nil && len(s.Table.Entries) == 1 })
+		a.stop()
+	}
+	r := c.new("node-a").nodes(nil)
+	r.conn.within = 3 * time.Second
+	w, err := r.watch(t.Context(), metav1.ListOptions{TimeoutSeconds: new(int64(0))}) // for the server: for long
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Stop()
+	for open, timeout := true, time.After(patience); open; {
+		select {
+		case _, open = <-w.ResultChan():
+		case <-timeout:
+			t.Fatal("a watch goes on for ever")
+		}
+	}
 }
 
 // Credentials that the server does not accept are named, and the file is read again.

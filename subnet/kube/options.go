@@ -27,8 +27,9 @@ const (
 	fieldManager = "overlayd"
 	// configKey is the key of the ConfigMap that has the network config: that of flannel's manifest.
 	configKey = "net-conf.json"
-	// timeout bounds a request that is not a watch.
-	timeout = 15 * time.Second
+	// answerWithin bounds how long the API server may take to answer a write, or to begin a watch; a whole list may take it
+	// wholeList times as long: a minute, as by its own --request-timeout.
+	answerWithin, wholeList = 15 * time.Second, 4
 )
 
 // Options say where the API is and who asks. The flags named in the errors are those of the overlayd command.
@@ -69,7 +70,8 @@ func (o Options) configMap() (namespace, name string) {
 // connection is how to ask the API server.
 type connection struct {
 	client *rest.RESTClient
-	server string // its URL
+	server string        // its URL
+	within time.Duration // answerWithin, but for tests
 }
 
 // connect prepares the client; it connects when it is used. count sees each request, and seen the revision of each Node
@@ -94,7 +96,7 @@ func (o Options) connect(count func(*http.Request), seen func(revision int64)) (
 	if err != nil {
 		return connection{}, fmt.Errorf("kube: %w", err)
 	}
-	return connection{client, config.Host}, nil
+	return connection{client, config.Host, answerWithin}, nil
 }
 
 // newScheme has the kinds that are asked for.

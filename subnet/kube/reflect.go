@@ -134,8 +134,38 @@ func (r *reflected) run(ctx context.Context) {
 
 // watch goes on from a revision. If the server has not reached it, the store was restored from a backup: a watch would
 // wait until it is there, and tell nothing of what is missing up to then. To ask for it also shows whether there is a
-// server: a watch that gets no answer is no error for client-go.
+// server: a watch that gets no answer is no error for client-go. Nor is one that the server does not end when it should:
+// pings of HTTP/2 may be answered where requests are not.
 func (r *reflected) watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	late := time.AfterFunc(r.conn.within, cancel)
+	w, err := r.begin(ctx, o)
+	if !late.Stop() && err != nil {
+		err = r.conn.explain(context.DeadlineExceeded)
+	}
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	if s := o.TimeoutSeconds; s != nil {
+		late.Reset(time.Duration(*s)*time.Second + r.conn.within)
+	}
+	return bounded{w, func() { late.Stop(); cancel() }}, nil
+}
+
+// bounded is a watch with what bounds it.
+type bounded struct {
+	watch.Interface
+	end func()
+}
+
+// Stop ends it.
+func (b bounded) Stop() {
+	b.Interface.Stop()
+	b.end()
+}
+
+func (r *reflected) begin(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 	newest, err := r.list(ctx, metav1.ListOptions{Limit: 1})
 	if err != nil {
 		return nil, err
@@ -157,7 +187,7 @@ func (r *reflected) report(ctx context.Context, err error) {
 
 func (r *reflected) list(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 	list := r.newList()
-	if err := r.request(o).Do(ctx).Into(list); err != nil {
+	if err := r.request(o).Timeout(wholeList * r.conn.within).Do(ctx).Into(list); err != nil {
 		return nil, r.conn.explain(err)
 	}
 	return list, nil

@@ -331,8 +331,10 @@ func (s *state) snapshot() subnet.Snapshot {
 	own, ownErr := s.own()
 	c, configErr := s.networkConfig(own)
 	s.changed = false
-	s.snap = subnet.Snapshot{Losses: s.losses, LostAt: s.lostAt, Err: s.unreachable(), Endpoints: s.snap.Endpoints,
-		Settings: s.settings}
+	s.snap = subnet.Snapshot{
+		Losses: s.losses, LostAt: s.lostAt, Err: s.unreachable(), Endpoints: s.snap.Endpoints,
+		Settings: s.settings,
+	}
 	if s.snap.Err != nil {
 		s.snap.Since = s.since
 	}
