@@ -9,9 +9,9 @@ import (
 	"github.com/overlayd/overlayd/test/kubernetes/cluster"
 )
 
-// balancer stands in for a load balancer outside the cluster: it gives a service of type LoadBalancer its addresses, and
-// leads them to one node, by routes on the router as an announcer with BGP does. They are on no device: a node that gets
-// such a packet knows what to do with it from kube-proxy alone.
+// balancer stands in for a load balancer outside the cluster: it gives a service of type LoadBalancer its addresses,
+// and leads them to one node, by routes on the router as an announcer with BGP does. They are on no device: kube-proxy
+// alone knows what to do with such a packet.
 type balancer struct {
 	s       *Suite
 	service string

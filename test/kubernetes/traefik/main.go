@@ -1,5 +1,5 @@
-// Command traefik is an ingress controller of traefik's parts: its reader of the Kubernetes API, its rules and its store
-// of certificates. The whole of traefik links clients of two hundred DNS services.
+// Command traefik is an ingress controller of traefik's parts: its reader of the Kubernetes API, its rules and its
+// store of certificates. The whole of traefik links clients of two hundred DNS services.
 package main
 
 import (

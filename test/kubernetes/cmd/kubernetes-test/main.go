@@ -48,7 +48,7 @@ func run() int {
 	flag.StringVar(&o.backend, "backend", "vxlan", "`type` of overlayd's backend: vxlan or host-gw")
 	flag.BoolVar(&o.keep, "keep", false, "leave the cluster running at the end; the next run removes it")
 	down := flag.Bool("down", false, "only remove the cluster that an earlier run left")
-	flag.BoolVar(&o.ingress, "ingress", false, "also run the rows on an ingress controller, which takes minutes to compile")
+	flag.BoolVar(&o.ingress, "ingress", false, "also run the rows on an ingress controller; compiling it takes minutes")
 	flag.BoolVar(&o.conformance, "conformance", false, "instead of the rows, run Kubernetes' own tests of the network")
 	flag.StringVar(&o.focus, "focus", conformance.Focus, "`pattern` of Kubernetes' tests")
 	flag.StringVar(&o.skip, "skip", conformance.Skip, "`pattern` of Kubernetes' tests to leave out")
@@ -168,7 +168,8 @@ func (o *options) test(ctx context.Context) (err error) {
 		return err
 	}
 	s := &rows.Suite{
-		K: k, Store: o.store, Network: network, Only: o.only, Ingress: o.ingress, Out: os.Stdout, Overlay: kustomize, Chart: helm,
+		K: k, Store: o.store, Network: network, Only: o.only, Ingress: o.ingress, Out: os.Stdout,
+		Overlay: kustomize, Chart: helm,
 	}
 	o.note("rows are over IPv4 and IPv6; the cluster's DNS and the API server's service are IPv4's alone")
 	s.Head()
