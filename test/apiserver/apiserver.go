@@ -9,11 +9,7 @@ package apiserver
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"net"
 	"net/http"
@@ -25,12 +21,13 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/subnet/etcd/etcdtest"
+	"github.com/overlayd/overlayd/test/apiserver/command"
 )
 
-// The users. Admin may do everything, Node nothing until a role says so.
+// The users: those of [command.Server].
 const (
-	Admin = "admin"
-	Node  = "node"
+	Admin = command.Admin
+	Node  = command.Node
 )
 
 // startWithin is how long the server may take to be ready: some seconds on a machine that is not busy.
@@ -41,12 +38,13 @@ type Server struct {
 	Etcd *etcdtest.Server
 	URL  string
 
-	t     testing.TB
-	files int
-	dir   string
-	port  string
-	cmd   *exec.Cmd
-	log   bytes.Buffer
+	t       testing.TB
+	files   int
+	dir     string
+	port    string
+	command command.Server
+	cmd     *exec.Cmd
+	log     bytes.Buffer
 }
 
 // New starts one. Its program is bin/kubernetes of the repository, which `make bin/kubernetes` builds.
@@ -60,13 +58,10 @@ func New(t testing.TB) *Server {
 	_, s.port, _ = net.SplitHostPort(l.Addr().String())
 	s.URL = "https://127.0.0.1:" + s.port
 	_ = l.Close()
-	key, err := rsa.GenerateKey(rand.Reader, 2048) // signs the tokens of service accounts
-	if err != nil {
+	s.command = command.Server{Dir: s.dir, Address: "127.0.0.1", Port: s.port, Etcd: s.Etcd.Endpoint()}
+	if err := s.command.WriteFiles(); err != nil {
 		t.Fatal(err)
 	}
-	block := &pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}
-	s.write("sa.key", string(pem.EncodeToMemory(block)))
-	s.write("tokens.csv", fmt.Sprintf("%s,%[1]s,%[1]s,system:masters\n%s,%[2]s,%[2]s\n", Admin, Node))
 	t.Cleanup(s.Stop)
 	s.Start()
 	return s
@@ -105,11 +100,8 @@ func (s *Server) Start() {
 		return
 	}
 	s.log.Reset()
-	s.cmd = exec.Command(s.program(), "kube-apiserver", "--etcd-servers="+s.Etcd.Endpoint(),
-		"--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--secure-port="+s.port, "--cert-dir="+s.dir,
-		"--service-cluster-ip-range=10.96.0.0/16", "--authorization-mode=RBAC", "--token-auth-file="+s.path("tokens.csv"),
-		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+s.path("sa.key"),
-		"--service-account-signing-key-file="+s.path("sa.key"), "--endpoint-reconciler-type=none")
+	argv := s.command.Argv(s.program())
+	s.cmd = exec.Command(argv[0], argv[1:]...)
 	s.cmd.Stdout, s.cmd.Stderr = &s.log, &s.log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := s.cmd.Start(); err != nil {
@@ -171,12 +163,6 @@ func (s *Server) KubeconfigWith(server, credentials string) string {
 	s.t.Helper()
 	s.files++
 	name := fmt.Sprintf("kubeconfig-%d", s.files)
-	s.write(name, fmt.Sprintf(`apiVersion: v1
-kind: Config
-current-context: test
-contexts: [{name: test, context: {cluster: test, user: test}}]
-clusters: [{name: test, cluster: {%s, certificate-authority: %q}}]
-users: [{name: test, user: {%s}}]
-`, server, s.path("apiserver.crt"), credentials))
+	s.write(name, s.command.Kubeconfig(server, credentials))
 	return s.path(name)
 }
