@@ -28,6 +28,7 @@ type Lab struct {
 	nodes    []*Node
 	etcd     *Etcd   // the first member
 	etcds    []*Etcd // all of them
+	api      *APIServer
 }
 
 func newLab(t Topology) *Lab {
@@ -36,8 +37,11 @@ func newLab(t Topology) *Lab {
 		l.etcds = append(l.etcds, newEtcd(t, l.dir, i))
 	}
 	l.etcd = l.etcds[0]
+	if t.Options.Kubernetes {
+		l.api = newAPIServer(t, l.dir)
+	}
 	for _, spec := range t.Nodes {
-		l.nodes = append(l.nodes, newNode(t, spec, l.dir))
+		l.nodes = append(l.nodes, newNode(t, spec, l.dir, l.api))
 	}
 	return l
 }
@@ -122,6 +126,9 @@ func (l *Lab) Etcd() *Etcd { return l.etcd }
 // EtcdMembers are all members of the lab's etcd.
 func (l *Lab) EtcdMembers() []*Etcd { return l.etcds }
 
+// APIServer is the lab's kube-apiserver; nil without Options.Kubernetes.
+func (l *Lab) APIServer() *APIServer { return l.api }
+
 // Router is the machine between the segments.
 func (l *Lab) Router() Machine { return Machine{l.topology.Router.Name, l.topology.Router.NS} }
 
@@ -146,6 +153,7 @@ func (l *Lab) bringUp(ctx context.Context) error {
 		{"", func(context.Context) error { return l.writeFiles() }},
 		{"building the underlay", func(context.Context) error { return buildUnderlay(l.topology) }},
 		{"starting etcd", l.startEtcd},
+		{"", l.startAPIServer},
 		{"starting overlayd on every node", l.startNodes},
 		{"", l.waitReady},
 		{"making the pods", l.setupPods},

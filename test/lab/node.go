@@ -28,17 +28,19 @@ type Node struct {
 	spec    NodeSpec
 	options Options
 	dir     string
-	segment string // the namespace of the segment it is plugged into
+	api     *APIServer // nil: the leases are in etcd itself
+	segment string     // the namespace of the segment it is plugged into
 	where   func() []string
 	more    []string // arguments of the daemon, behind all others
 }
 
-func newNode(t Topology, spec NodeSpec, dir string) *Node {
+func newNode(t Topology, spec NodeSpec, dir string, api *APIServer) *Node {
 	n := &Node{
 		Machine: Machine{Name: spec.Name, NS: spec.NS},
 		spec:    spec,
 		options: t.Options,
 		dir:     filepath.Join(dir, spec.Name),
+		api:     api,
 		segment: t.Switches[spec.Segment-1].NS,
 	}
 	n.where = func() []string { return n.whereArgs(t.EtcdURLs()) }
@@ -50,7 +52,10 @@ func newNode(t Topology, spec NodeSpec, dir string) *Node {
 
 func (n *Node) overlaydArgv(etcd []string, config string) []string {
 	argv := append([]string{n.options.Overlayd}, n.whereArgs(etcd)...)
-	argv = append(argv, "--healthz-port", strconv.Itoa(healthzPort), "--init-config", config)
+	argv = append(argv, "--healthz-port", strconv.Itoa(healthzPort))
+	if n.api == nil {
+		argv = append(argv, "--init-config", config)
+	}
 	return slices.Concat(argv, n.options.OverlaydArgs, n.more)
 }
 
@@ -59,18 +64,13 @@ func (n *Node) With(args ...string) { n.more = args }
 
 // whereArgs say where everything is of this node: the daemon and its commands are told the same.
 func (n *Node) whereArgs(etcd []string) []string {
-	args := []string{
-		"--etcd-endpoints", strings.Join(etcd, ","),
+	return append(n.storeArgs(etcd),
 		"--node-name", n.Name,
 		"--node-id", n.spec.ID,
 		"--state-dir", n.StateDir(),
 		"--subnet-file", n.SubnetFile(),
 		"--socket", n.Socket(),
-	}
-	if n.options.Secure {
-		args = append(args, secrets{filepath.Dir(n.dir)}.overlaydArgs()...)
-	}
-	return args
+	)
 }
 
 // Use makes another file the node's overlayd from its next start on, as an upgrade does.

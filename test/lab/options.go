@@ -73,6 +73,9 @@ type Options struct {
 	// EtcdVersion is that of a server which stands next to Self as etcd-VERSION ("3.4"); empty: the one that is linked.
 	EtcdVersion string `json:"etcdVersion,omitempty"`
 
+	// Kubernetes has the leases kept by a kube-apiserver, whose program stands next to Self as kubernetes.
+	Kubernetes bool `json:"kubernetes,omitempty"`
+
 	// Progress, where set, is told in one line what happens.
 	Progress func(string) `json:"-"`
 }
@@ -143,6 +146,7 @@ func (o Options) Validate() error {
 		unless(o.Backend != HostGW || !o.Direct, "--direct: belongs to the vxlan backend, host-gw is always direct"),
 		unless(o.Stack == StackIPv4 || o.Stack == StackDual || o.Stack == StackIPv6,
 			"--stack %q: want %s, %s or %s", o.Stack, StackIPv4, StackDual, StackIPv6),
+		unless(!o.Kubernetes || !o.Secure, "the kube-apiserver and TLS in etcd exclude each other"),
 		unless(o.EtcdMembers == 1 || o.EtcdMembers == 3, "%d members of etcd: want 1 or 3", o.EtcdMembers),
 	)
 }
@@ -156,17 +160,26 @@ func unless(ok bool, format string, args ...any) error {
 
 // checkBinaries finds a missing binary before anything is built up.
 func (o Options) checkBinaries() error {
-	var etcd error
+	var etcd, kubernetes error
 	if o.EtcdVersion != "" {
 		if etcd = checkBinary("etcd "+o.EtcdVersion, o.etcd()); etcd != nil {
 			etcd = fmt.Errorf("%w (make bin/etcd-%s)", etcd, o.EtcdVersion)
 		}
 	}
-	return errors.Join(checkBinary("--overlayd", o.Overlayd), checkBinary("overlay-lab's own binary", o.Self), etcd)
+	if o.Kubernetes {
+		if kubernetes = checkBinary("kube-apiserver", o.kubernetes()); kubernetes != nil {
+			kubernetes = fmt.Errorf("%w (make bin/kubernetes)", kubernetes)
+		}
+	}
+	return errors.Join(checkBinary("--overlayd", o.Overlayd), checkBinary("overlay-lab's own binary", o.Self), etcd,
+		kubernetes)
 }
 
 // etcd is the server's binary where it is another than the one that is linked.
 func (o Options) etcd() string { return filepath.Join(filepath.Dir(o.Self), "etcd-"+o.EtcdVersion) }
+
+// kubernetes is the program of kube-apiserver.
+func (o Options) kubernetes() string { return filepath.Join(filepath.Dir(o.Self), "kubernetes") }
 
 func checkBinary(what, path string) error {
 	info, err := os.Stat(path)
