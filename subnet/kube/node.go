@@ -38,8 +38,11 @@ const (
 	keyPublicIPv6Overwrite = "public-ipv6-overwrite"
 )
 
-// flannelPrefix is the default of flannel's --kube-annotation-prefix.
-const flannelPrefix = "flannel.alpha.coreos.com"
+// The defaults of --kube-annotation-prefix, here and in flannel.
+const (
+	ownPrefix     = "overlayd.io"
+	flannelPrefix = "flannel.alpha.coreos.com"
+)
 
 // announcement is what the annotations of a Node say of it, each as it stands there. The zero value: nothing.
 type announcement struct {
@@ -96,19 +99,41 @@ func (a announcement) annotations(prefix string) map[string]string {
 	return out
 }
 
-// announced reads the annotations under a prefix, or if there are none, flannel's, and says under which they are.
+// prefixes are those under which other nodes may announce themselves, the own one first: nodes are moved from flannel
+// one by one, and then from its prefix.
+func prefixes(own string) []string {
+	if own == flannelPrefix {
+		return []string{own, ownPrefix}
+	}
+	return []string{own, flannelPrefix}
+}
+
+// announced reads the annotations of a Node, and says under which prefix they are. Complete ones precede the others: a
+// node that writes under another prefix leaves those that flannel had written with the same value.
 func announced(all map[string]string, prefix string) (a announcement, under string) {
-	for _, p := range []string{prefix, flannelPrefix} {
+	for _, p := range prefixes(prefix) {
 		get := func(key string) string { return all[p+"/"+key] }
-		if get(keyManaged) == "true" {
-			return announcement{
-				BackendType: get(keyBackendType), BackendData: get(keyBackendData), BackendV6Data: get(keyBackendV6Data),
-				PublicIP: get(keyPublicIP), PublicIPv6: get(keyPublicIPv6),
-				PublicIPLocal: get(keyPublicIPLocal), NodeID: get(keyNodeID),
-			}, p
+		if get(keyManaged) != "true" {
+			continue
+		}
+		found := announcement{
+			BackendType: get(keyBackendType), BackendData: get(keyBackendData), BackendV6Data: get(keyBackendV6Data),
+			PublicIP: get(keyPublicIP), PublicIPv6: get(keyPublicIPv6),
+			PublicIPLocal: get(keyPublicIPLocal), NodeID: get(keyNodeID),
+		}
+		if found.complete() {
+			return found, p
+		}
+		if under == "" {
+			a, under = found, p
 		}
 	}
-	return announcement{}, ""
+	return a, under
+}
+
+// complete reports whether each address has its data.
+func (a announcement) complete() bool {
+	return (a.PublicIP == "") == (a.BackendData == "") && (a.PublicIPv6 == "") == (a.BackendV6Data == "")
 }
 
 // settings are what an operator has set for a node, each under the own prefix, or else under flannel's.

@@ -42,7 +42,7 @@ type Options struct {
 
 // DefaultOptions are those of a pod of the project's manifests; the node's name has to be added.
 func DefaultOptions() Options {
-	return Options{AnnotationPrefix: "overlayd.io", ConfigMap: "kube-system/overlayd"}
+	return Options{AnnotationPrefix: ownPrefix, ConfigMap: "kube-system/overlayd"}
 }
 
 // check says all that is wrong with the options, one line each.

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
@@ -449,6 +450,43 @@ func TestAnnotations(t *testing.T) {
 		e := Options{AnnotationPrefix: "p"}.read(n).entry(n.Name, subnet.Config{})
 		if back != a || under != "p" || e.Err != nil || e.Attrs != tt.attrs {
 			t.Errorf("read again: %+v, want %+v", e, tt.attrs)
+		}
+	}
+}
+
+// Which of a Node's annotations count: complete ones, first those under the own prefix.
+func TestAnnounced(t *testing.T) {
+	a, err := announce(claimOf("a", 1).Attrs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	older := a
+	older.BackendData, older.NodeID = `{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}`, ""
+	left := older // of flannel's, where they were said by both
+	left.BackendData = ""
+	for name, tt := range map[string]struct {
+		flannels, ours *announcement
+		prefix         string
+		want           announcement
+		under          string
+	}{
+		"none":                             {nil, nil, ownPrefix, announcement{}, ""},
+		"flannel's":                        {&older, nil, ownPrefix, older, flannelPrefix},
+		"the own prefix":                   {&older, &a, ownPrefix, a, ownPrefix},
+		"flannel's prefix as the own":      {&a, &older, flannelPrefix, a, flannelPrefix},
+		"a peer with the default prefix":   {nil, &a, flannelPrefix, a, ownPrefix},
+		"that, and what flannel had there": {&left, &a, flannelPrefix, a, ownPrefix},
+		"a third prefix as the own":        {&older, &a, "example.org", older, flannelPrefix},
+		"incomplete ones alone":            {&left, nil, ownPrefix, left, flannelPrefix},
+	} {
+		all := map[string]string{}
+		for prefix, a := range map[string]*announcement{flannelPrefix: tt.flannels, ownPrefix: tt.ours} {
+			if a != nil {
+				maps.Copy(all, a.annotations(prefix))
+			}
+		}
+		if got, under := announced(all, tt.prefix); got != tt.want || under != tt.under {
+			t.Errorf("%s: %+v under %q, want %+v under %q", name, got, under, tt.want, tt.under)
 		}
 	}
 }

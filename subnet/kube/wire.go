@@ -47,7 +47,7 @@ type leanFramer struct {
 func (f leanFramer) NewFrameReader(r io.ReadCloser) io.ReadCloser {
 	return &leanReader{
 		ReadCloser: r, seen: f.seen, own: f.opts.Node, said: map[uint64]uint64{}, seed: maphash.MakeSeed(),
-		prefixes: []string{f.opts.AnnotationPrefix, flannelPrefix},
+		prefixes: prefixes(f.opts.AnnotationPrefix),
 	}
 }
 
