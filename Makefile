@@ -62,7 +62,7 @@ bin/kubernetes: test/kubernetes/go.mod test/kubernetes/go.sum test/kubernetes/cm
 	CGO_ENABLED=0 GOFLAGS= GOWORK=off $(GO) build -C test/kubernetes -buildvcs=false -trimpath -tags no_btrfs,no_zfs,no_devmapper -ldflags '-s -w' \
 		-o ../../$@ ./cmd/kubernetes
 
-faults: deps build bin/etcd-3.4 $(if $(SHORT),,bin/etcd-3.5 bin/etcd-3.6) ## the catalogue of faults, each with what it may cost: SHORT=1 for a part of it, ONLY=REGEX
+faults: deps build bin/etcd-3.4 $(if $(SHORT),,bin/etcd-3.5 bin/etcd-3.6 bin/kubernetes) ## the catalogue of faults, each with what it may cost: SHORT=1 for a part of it, ONLY=REGEX
 	bin/overlay-lab faults $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)')
 
 soak: deps build ## random faults for MINUTES=10 from SEED, ending in exactly the planned state

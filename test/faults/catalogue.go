@@ -6,5 +6,6 @@ import "slices"
 func Catalogue(short bool) []Fault {
 	return slices.Concat(
 		kernel(), firewall(), sources(), underlayFaults(), addresses(), etcdFaults(!short), boot(), daemon(), peers(),
+		kubernetesFaults(),
 	)
 }

@@ -23,6 +23,8 @@ const (
 	Boot     Area = "boot"
 	Daemon   Area = "daemon"
 	Peers    Area = "peers"
+
+	Kubernetes Area = "kubernetes"
 )
 
 // Action does something to a site.

@@ -72,7 +72,7 @@ type Report struct {
 
 func newReport(rows []Result, took time.Duration) Report {
 	r := Report{Rows: rows, Took: seconds(took)}
-	areas := []Area{Kernel, Firewall, Underlay, Etcd, Boot, Daemon, Peers}
+	areas := []Area{Kernel, Firewall, Underlay, Etcd, Boot, Daemon, Peers, Kubernetes}
 	slices.SortStableFunc(r.Rows, func(a, b Result) int {
 		return slices.Index(areas, a.Area) - slices.Index(areas,
 			b.Area)

@@ -20,6 +20,8 @@ const (
 	OnEtcd34   = "etcd-3.4"   // the same with a server of another version
 	OnEtcd35   = "etcd-3.5"
 	OnEtcd36   = "etcd-3.6"
+	OnKube     = "kubernetes"         // the Kubernetes API is the store
+	OnFlannel  = "kubernetes-flannel" // the same, beside flannel; four nodes, dual stack
 )
 
 // everywhere is where the kernel state differs.
@@ -58,10 +60,15 @@ func setups(overlayd string) []Setup {
 		{OnEtcd34, lab.Options{Secure: true, EtcdVersion: "3.4"}},
 		{OnEtcd35, lab.Options{Secure: true, EtcdVersion: "3.5"}},
 		{OnEtcd36, lab.Options{Secure: true, EtcdVersion: "3.6"}},
+		{OnKube, lab.Options{Kubernetes: true}},
+		{OnFlannel, lab.Options{
+			Kubernetes: true, Nodes: 4, Stack: lab.StackDual,
+			OverlaydArgs: []string{"--kube-annotation-prefix", flannelPrefix},
+		}},
 	}
 	for i := range out {
 		o := &out[i].Lab
-		o.Nodes, o.Pods, o.Overlayd = 3, 1, overlayd
+		o.Nodes, o.Pods, o.Overlayd = max(3, o.Nodes), 1, overlayd
 		if !nftables(out[i].Name) {
 			o.OverlaydArgs = append(o.OverlaydArgs, "--firewall", "iptables")
 		}

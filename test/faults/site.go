@@ -36,6 +36,7 @@ type Site struct {
 	logFrom  int64     // how long the victim's log was then
 	facts    map[string]string
 	open     []connection
+	flannel  []*flanneld // that run, in the order of the nodes
 
 	asked asked // the victim
 	whole Check // Whole

@@ -26,31 +26,45 @@ type flow struct {
 	tcp      *lab.TCPStream
 }
 
-// traffic are flows in a ring through all nodes.
+// traffic are flows between every two nodes.
 type traffic []flow
 
-// startTraffic starts flows from each node's first pod to the next node's.
+// startTraffic starts flows between the first pods of every two nodes.
 func startTraffic(ctx context.Context, l *lab.Lab) (t traffic, err error) {
 	defer func() {
 		if err != nil {
 			t.stop()
 		}
 	}()
-	for i, n := range l.Nodes() {
-		a, errA := l.PodEndpoint(i+1, 1)
-		b, errB := l.PodEndpoint((i+1)%len(l.Nodes())+1, 1)
-		if err := errors.Join(errA, errB); err != nil {
-			return t, fmt.Errorf("%s: %w", n.Name, err)
-		}
-		for _, f := range l.Topology().Options.Stack.Families() {
-			fl := flow{from: a.Node, to: b.Node, name: fmt.Sprintf("%s to %s %s", a.Name, b.Name, f)}
-			var errPing, errTCP error
-			fl.ping, errPing = a.StreamPing(ctx, b.Addr.Get(f), pingEvery)
-			fl.tcp, errTCP = a.StreamTCP(ctx, b.Machine, b.Addr.Get(f), tcpEvery)
-			t = append(t, fl)
-			if err := errors.Join(errPing, errTCP); err != nil {
-				return t, fmt.Errorf("%s: %w", fl.name, err)
+	for j := range l.Nodes() {
+		for i := range j {
+			from, to := i+1, j+1
+			if (i+j)%2 == 0 { // so that each node pings others, and is pinged
+				from, to = to, from
 			}
+			if t, err = t.start(ctx, l, from, to); err != nil {
+				return t, err
+			}
+		}
+	}
+	return t, nil
+}
+
+// start adds the flows from the first pod of one node to that of another.
+func (t traffic) start(ctx context.Context, l *lab.Lab, from, to int) (traffic, error) {
+	a, errA := l.PodEndpoint(from, 1)
+	b, errB := l.PodEndpoint(to, 1)
+	if err := errors.Join(errA, errB); err != nil {
+		return t, err
+	}
+	for _, f := range l.Topology().Options.Stack.Families() {
+		fl := flow{from: a.Node, to: b.Node, name: fmt.Sprintf("%s to %s %s", a.Name, b.Name, f)}
+		var errPing, errTCP error
+		fl.ping, errPing = a.StreamPing(ctx, b.Addr.Get(f), pingEvery)
+		fl.tcp, errTCP = a.StreamTCP(ctx, b.Machine, b.Addr.Get(f), tcpEvery)
+		t = append(t, fl)
+		if err := errors.Join(errPing, errTCP); err != nil {
+			return t, fmt.Errorf("%s: %w", fl.name, err)
 		}
 	}
 	return t, nil
