@@ -68,7 +68,7 @@ faults: deps build bin/etcd-3.4 $(if $(SHORT),,bin/etcd-3.5 bin/etcd-3.6 bin/kub
 soak: deps build ## random faults for MINUTES=10 from SEED, ending in exactly the planned state
 	bin/overlay-lab soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-bench: deps build ## how fast and how small: one table, and test/bench/results/latest.*: QUICK=1 for the counts alone, ONLY=REGEX
+bench: deps build $(if $(QUICK)$(filter-out kube,$(ONLY)),,bin/kubernetes) ## how fast and how small: one table, and test/bench/results/latest.*: QUICK=1 for the counts alone, ONLY=REGEX
 	bin/overlay-bench $(if $(QUICK),--quick,--out test/bench/results) $(if $(ONLY),--only '$(ONLY)')
 
 bench-go: deps ## the Go benchmarks, in the form that benchstat reads

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
@@ -118,5 +119,24 @@ func TestResultFiles(t *testing.T) {
 	}
 	if failed := r.Failed(); len(failed) != 1 || failed[0].Group != coldStart {
 		t.Errorf("failed: %+v", failed)
+	}
+}
+
+func TestPayload(t *testing.T) {
+	t.Parallel()
+	p := make([]byte, 120)
+	p[0], p[9], p[24+12] = 4<<4|6, 6, 8<<4 // IPv4 with an option, TCP with options
+	binary.BigEndian.PutUint16(p[2:], 1500)
+	binary.BigEndian.PutUint16(p[24:], 6443)
+	if got := payload(6443, p); got != 1500-24-32 {
+		t.Errorf("%d bytes", got)
+	}
+	for _, other := range [][]byte{nil, p[:30], p[:19]} {
+		if got := payload(6443, other); got != 0 {
+			t.Errorf("%d bytes of %d", got, len(other))
+		}
+	}
+	if payload(2379, p) != 0 {
+		t.Error("another port")
 	}
 }

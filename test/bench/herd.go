@@ -44,7 +44,7 @@ type herdOptions struct {
 // herd measures the store's side of many nodes that start together, and of some of them that start again. The managers
 // of all of them run in one process beside etcd, in its namespace.
 func herd(ctx context.Context, e *Env) error {
-	s, err := newSite(ctx, e)
+	s, err := newSite(ctx, e, false)
 	if err != nil {
 		return err
 	}

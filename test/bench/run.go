@@ -46,6 +46,7 @@ func benchmarks() []benchmark {
 		{"program", program},
 		{"dataplane", dataplane},
 		{"herd", herd},
+		{"kube", kube},
 	}
 }
 

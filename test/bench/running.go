@@ -17,7 +17,7 @@ import (
 // running measures a daemon that has all its peers: one that joins, many at once, what is repaired, and what it costs
 // to sit there.
 func running(ctx context.Context, e *Env) error {
-	s, err := newSite(ctx, e)
+	s, err := newSite(ctx, e, false)
 	if err != nil {
 		return err
 	}
@@ -62,11 +62,14 @@ func (s *site) runningAt(ctx context.Context, n int) (joinFigures, error) {
 		return j, err
 	}
 	if main { // before anything else happens to it
-		if err := s.idle(ctx, d); err != nil {
+		if err := s.idle(ctx, d, 40); err != nil {
 			return j, err
 		}
 	}
-	if err := s.joins(ctx, d, &j); err != nil || !main {
+	if err := s.joins(ctx, d, &j, 1); err != nil {
+		return j, err
+	}
+	if err := s.leave(ctx, d, j.joined...); err != nil || !main {
 		return j, err
 	}
 	for _, step := range []func(context.Context, *daemon) error{s.answers, s.burst, s.drift} {
@@ -80,72 +83,71 @@ func (s *site) runningAt(ctx context.Context, n int) (joinFigures, error) {
 type joinFigures struct {
 	n     int
 	heap  float64   // live, bytes
-	above []float64 // ms: of the route above etcd's watch
+	above []float64 // ms: of the route, after the lease has arrived
 	cpu   []float64 // µs
+
+	joined []clientv3.LeaseID // those of etcd that the new leases are attached to
 }
 
 // newPeer is the lease of a node that joins: one with a number above all that are there.
 const newPeer = 30000
 
-// joins lets peers join one after another. Each leaves again, and lingers, while the next comes.
-func (s *site) joins(ctx context.Context, d *daemon, j *joinFigures) error {
+// joins lets peers join one after another; most bounds the median, in ms.
+func (s *site) joins(ctx context.Context, d *daemon, j *joinFigures, most float64) error {
 	m, err := s.monitor()
 	if err != nil {
 		return err
 	}
 	defer m.close()
-	prefix := prefixFor(d.n)
-	lease, err := s.cli.Grant(ctx, 3600)
+	news, err := s.arrivals()
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	watch := s.cli.Watch(ctx, prefix+"/subnets/", clientv3.WithPrefix())
+	defer news.close()
 	rounds := pick(s.env, 300, 30)
 	for i := range rounds + 10 { // the first are to warm up
-		l := peerLease(newPeer + i)
-		var notified, routed time.Time
+		var routed time.Time
+		began := time.Now()
 		used, err := d.cpuDuring(func() error {
 			var g errgroup.Group
 			g.Go(func() (err error) {
-				routed, err = m.await(1, l.Subnets.V4)
+				routed, err = m.await(1, peerLease(newPeer+i).Subnets.V4)
 				return err
 			})
-			g.Go(func() error {
-				for r := range watch {
-					notified = time.Now()
-					return r.Err()
-				}
-				return errors.New("the watch has ended")
-			})
-			_, err := s.cli.Do(ctx, putLease(prefix, l, lease.ID))
+			lease, err := s.join(ctx, d.n, newPeer+i, 1)
+			j.joined = append(j.joined, lease)
 			err = errors.Join(err, g.Wait())
 			time.Sleep(10 * time.Millisecond)
 			return err
 		})
-		if err != nil {
+		arrived, errArrived := news.first(began)
+		if err = errors.Join(err, errArrived); err != nil {
 			return fmt.Errorf("join %d: %w", i, err)
 		}
 		if i >= 10 {
-			j.above = append(j.above, max(0, millis(routed.Sub(notified))))
+			j.above = append(j.above, millis(routed.Sub(arrived)))
 			j.cpu = append(j.cpu, 1000*used)
 		}
 	}
-	p50 := row("join", "route after etcd's watch, p50", Millis, j.above...).at(d.n)
-	p99 := row("join", "route after etcd's watch, p99", Millis, Quantile(j.above, 0.99)).at(d.n)
+	group := "join" + s.leases.suffix()
+	p50 := row(group, "route after the lease's arrival, p50", Millis, j.above...).at(d.n)
+	p99 := row(group, "route after the lease's arrival, p99", Millis, Quantile(j.above, 0.99)).at(d.n)
 	if d.n == 5000 {
-		p50, p99 = p50.atMost(1), p99.atMost(5)
+		p50, p99 = p50.atMost(most), p99.atMost(5)
 	}
-	s.env.Add(p50, p99, row("join", "CPU of one", Micros, j.cpu...).at(d.n))
-	return s.leave(ctx, d, lease.ID)
+	s.env.Add(p50, p99, row(group, "CPU of one", Micros, j.cpu...).at(d.n))
+	return nil
 }
 
 // leave takes the leases of those that have joined away, and waits until nothing is left of them: they linger.
-func (s *site) leave(ctx context.Context, d *daemon, lease clientv3.LeaseID) error {
-	_, err := s.cli.Revoke(ctx, lease)
+func (s *site) leave(ctx context.Context, d *daemon, leases ...clientv3.LeaseID) error {
+	var errs []error
+	for _, id := range leases {
+		_, err := s.cli.Revoke(ctx, id)
+		errs = append(errs, err)
+	}
 	time.Sleep(6 * time.Second)
-	return errors.Join(err, s.untilComplete(d.n))
+	return errors.Join(append(errs, s.untilComplete(d.n))...)
 }
 
 // burst lets a thousand peers join at once.
@@ -153,32 +155,25 @@ func (s *site) burst(ctx context.Context, d *daemon) error {
 	const many = 1000
 	var took []float64
 	for range pick(s.env, 5, 1) {
-		lease, err := s.cli.Grant(ctx, 3600)
-		if err != nil {
-			return err
-		}
 		m, err := s.monitor()
 		if err != nil {
 			return err
 		}
-		var ops []clientv3.Op
-		for i := range many {
-			ops = append(ops, putLease(prefixFor(d.n), peerLease(newPeer+i), lease.ID))
-		}
+		var lease clientv3.LeaseID
 		var written, routed time.Time
 		var g errgroup.Group
-		g.Go(func() error {
-			err := s.write(ctx, ops)
+		g.Go(func() (err error) {
+			lease, err = s.join(ctx, d.n, newPeer, many)
 			written = time.Now()
 			return err
 		})
-		g.Go(func() error {
+		g.Go(func() (err error) {
 			routed, err = m.await(many, netip.Prefix{})
 			return err
 		})
 		err = g.Wait()
 		m.close()
-		if err = errors.Join(err, s.leave(ctx, d, lease.ID)); err != nil {
+		if err = errors.Join(err, s.leave(ctx, d, lease)); err != nil {
 			return err
 		}
 		took = append(took, max(0, millis(routed.Sub(written))))
@@ -246,10 +241,10 @@ func (d *daemon) heap() (float64, error) {
 }
 
 // idle measures a daemon that has nothing to do, for its first three minutes. It persists its state once in the first.
-// The next resync comes later than that; a minute's share of it is added.
-func (s *site) idle(ctx context.Context, d *daemon) error {
+// The next resync comes later than that; a minute's share of it is added. most bounds its memory, in MB.
+func (s *site) idle(ctx context.Context, d *daemon, most float64) error {
 	const minute, resyncMinutes = time.Minute, 5
-	span := pick(s.env, minute, 5*time.Second)
+	span := pick(s.env, minute, 2*time.Second)
 	faults, err := d.childFaults()
 	if err != nil {
 		return err
@@ -270,16 +265,19 @@ func (s *site) idle(ctx context.Context, d *daemon) error {
 	})
 	faultsAfter, errFaults := d.childFaults()
 	peak, errPeak := peakRSS(d.cmd.Process.Pid)
-	if err := errors.Join(err, errFaults, errPeak); err != nil {
+	now, errNow := memory(d.cmd.Process.Pid, "VmRSS")
+	if err := errors.Join(err, errFaults, errPeak, errNow); err != nil {
 		return err
 	}
+	group := "idle" + s.leases.suffix()
 	s.env.Add(
-		row("idle", "CPU a minute, including a fifth of a resync", Millis, used[1]+resync/resyncMinutes,
+		row(group, "CPU a minute, including a fifth of a resync", Millis, used[1]+resync/resyncMinutes,
 			used[2]+resync/resyncMinutes).at(d.n).atMost(20),
-		row("idle", "CPU of the first minute, in which the state file is written", Millis, used[0]).at(d.n),
-		row("idle", "CPU of a resync, every five minutes", Millis, resync).at(d.n),
-		row("idle", "page faults of processes that it started", Count, float64(faultsAfter-faults)).at(d.n).atMost(0),
-		row("idle", "peak of memory by then (RSS)", MB, peak).at(d.n).atMost(40))
+		row(group, "CPU of the first minute, in which the state file is written", Millis, used[0]).at(d.n),
+		row(group, "CPU of a resync, every five minutes", Millis, resync).at(d.n),
+		row(group, "page faults of processes that it started", Count, float64(faultsAfter-faults)).at(d.n).atMost(0),
+		row(group, "peak of memory by then (RSS)", MB, peak).at(d.n).atMost(most),
+		row(group, "memory at the end (RSS)", MB, now).at(d.n))
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -24,36 +26,59 @@ import (
 	"github.com/overlayd/overlayd/test/lab"
 )
 
-// site is a node and an etcd that holds the leases of many nodes which do not exist: what the one real node does with
-// them is measured. Each number of peers has a key prefix of its own in that etcd.
+// site is a node and a store that holds the leases of many nodes which do not exist: what the one real node does with
+// them is measured.
 type site struct {
-	env  *Env
-	lab  *lab.Lab
-	node *lab.Node
-	cli  *clientv3.Client
+	env    *Env
+	lab    *lab.Lab
+	node   *lab.Node
+	cli    *clientv3.Client
+	leases leases
 
 	answerer *answerer
 }
 
+// leases say how the leases of nodes that do not exist are kept in one of the stores. Either has all in the lab's etcd.
+type leases interface {
+	// suffix is what the groups of rows end with.
+	suffix() string
+	// args tell the daemon where the leases are; etcd: the URL, if it is another one.
+	args(n int, etcd string) []string
+	// network makes a network for n nodes, without any.
+	network(ctx context.Context, n int) error
+	// batch is how many leases may be written in one transaction.
+	batch() int
+	// put writes a lease, attached to one of etcd.
+	put(n int, l subnet.Lease, id clientv3.LeaseID) clientv3.Op
+	// forget takes the lease of the real node away.
+	forget(n int, own netip.Prefix) clientv3.Op
+	// port is from where they come.
+	port() uint16
+}
+
 const (
 	siteNetwork = `{"Network": "10.128.0.0/9", "SubnetLen": 24, "Backend": {"Type": "vxlan"}}`
+	siteNode    = "bench" // the real one
 	sitePort    = 8471
 	pprofPort   = 8470
 	// patience is how long to wait for what comes at once on most machines.
 	patience = 30 * time.Second
-	// batch is how many writes go into one transaction; etcd takes 128.
-	batch = 100
 )
 
 // newSite makes a lab of one node, and ends the daemon there: the benchmark starts its own.
-func newSite(ctx context.Context, e *Env) (*site, error) {
-	l, err := lab.Up(ctx, lab.Options{Name: "bench", Nodes: 1, Pods: 1, Segments: 1, Overlayd: e.Overlayd})
+func newSite(ctx context.Context, e *Env, kubernetes bool) (*site, error) {
+	l, err := lab.Up(ctx, lab.Options{
+		Name: "bench", Nodes: 1, Pods: 1, Segments: 1, Overlayd: e.Overlayd, Kubernetes: kubernetes,
+	})
 	if err != nil {
 		return nil, err
 	}
 	s := &site{env: e, lab: l, node: l.Node(1)}
 	if s.cli, err = l.EtcdClient(); err == nil {
 		err = s.node.Stop(ctx)
+	}
+	if s.leases = (inEtcd{s}); kubernetes {
+		s.leases = &inKubernetes{site: s}
 	}
 	if err == nil {
 		// On a node both are in memory; a disk that is slow to sync would be all that is measured.
@@ -100,33 +125,60 @@ func peerLease(i int) subnet.Lease {
 	return l
 }
 
-func putLease(prefix string, l subnet.Lease, id clientv3.LeaseID) clientv3.Op {
-	return clientv3.OpPut(prefix+"/subnets/"+subnet.FormatKey(l.Subnets), string(subnet.FormatValue(l.Attrs)),
+// inEtcd are leases in etcd itself. Each number of peers has a key prefix of its own.
+type inEtcd struct{ site *site }
+
+func (inEtcd) suffix() string { return "" }
+
+func (inEtcd) port() uint16 { return etcdPort }
+
+func (inEtcd) batch() int { return 100 } // etcd takes 128
+
+func (k inEtcd) args(n int, etcd string) []string {
+	return []string{
+		"--etcd-endpoints", cmp.Or(etcd, strings.Join(k.site.lab.Etcd().URLs(), ",")), "--etcd-prefix", prefixFor(n),
+	}
+}
+
+func (k inEtcd) network(ctx context.Context, n int) error {
+	_, err := k.site.cli.Put(ctx, prefixFor(n)+"/config", siteNetwork)
+	return err
+}
+
+func (inEtcd) put(n int, l subnet.Lease, id clientv3.LeaseID) clientv3.Op {
+	return clientv3.OpPut(prefixFor(n)+"/subnets/"+subnet.FormatKey(l.Subnets), string(subnet.FormatValue(l.Attrs)),
 		clientv3.WithLease(id))
 }
 
-// fill puts a network with the leases of n nodes into etcd.
-func (s *site) fill(ctx context.Context, n int) error {
-	prefix := prefixFor(n)
-	lease, err := s.cli.Grant(ctx, 86400)
-	if err != nil {
-		return err
-	}
-	ops := []clientv3.Op{clientv3.OpPut(prefix+"/config", siteNetwork)}
-	for i := 1; i <= n; i++ {
-		ops = append(ops, putLease(prefix, peerLease(i), lease.ID))
-	}
-	return s.write(ctx, ops)
+func (inEtcd) forget(n int, own netip.Prefix) clientv3.Op {
+	return clientv3.OpDelete(prefixFor(n) + "/subnets/" + subnet.FormatKey(addr.Per[netip.Prefix]{V4: own}))
 }
 
-// write writes in as few transactions as etcd allows.
-func (s *site) write(ctx context.Context, ops []clientv3.Op) error {
-	for at := 0; at < len(ops); at += batch {
-		if _, err := s.cli.Txn(ctx).Then(ops[at:min(at+batch, len(ops))]...).Commit(); err != nil {
-			return err
+// fill makes a network with the leases of n nodes.
+func (s *site) fill(ctx context.Context, n int) error {
+	if err := s.leases.network(ctx, n); err != nil {
+		return err
+	}
+	_, err := s.join(ctx, n, 1, n)
+	return err
+}
+
+// join writes the leases of nodes of a network, from the given number on. They leave with the etcd lease.
+func (s *site) join(ctx context.Context, n, first, count int) (clientv3.LeaseID, error) {
+	lease, err := s.cli.Grant(ctx, 86400)
+	if err != nil {
+		return 0, err
+	}
+	var ops []clientv3.Op
+	for i := range count {
+		ops = append(ops, s.leases.put(n, peerLease(first+i), lease.ID))
+	}
+	for part := range slices.Chunk(ops, s.leases.batch()) {
+		if _, err = s.cli.Txn(ctx).Then(part...).Commit(); err != nil {
+			break
 		}
 	}
-	return nil
+	return lease.ID, err
 }
 
 // clean makes the node one that has never been in the network of n.
@@ -142,8 +194,7 @@ func (s *site) clean(ctx context.Context, n int) error {
 	if err != nil {
 		return err
 	}
-	key := subnet.FormatKey(addr.Per[netip.Prefix]{V4: own.Subnets[0]})
-	_, err = s.cli.Delete(ctx, prefixFor(n)+"/subnets/"+key)
+	_, err = s.cli.Do(ctx, s.leases.forget(n, own.Subnets[0]))
 	return errors.Join(err, os.Remove(s.node.SubnetFile()))
 }
 
@@ -158,9 +209,6 @@ type daemon struct {
 
 // start runs overlayd in the network of n. Where etcd is "", it is the lab's own.
 func (s *site) start(n int, etcd string, more ...string) (*daemon, error) {
-	if etcd == "" {
-		etcd = strings.Join(s.lab.Etcd().URLs(), ",")
-	}
 	log, err := os.Create(filepath.Join(s.dir(), "log"))
 	if err != nil {
 		return nil, err
@@ -169,11 +217,11 @@ func (s *site) start(n int, etcd string, more ...string) (*daemon, error) {
 	d := &daemon{n: n, log: log.Name(), http: &http.Client{
 		Timeout: patience, Transport: &http.Transport{DialContext: s.node.DialContext, MaxIdleConns: 1},
 	}}
-	d.cmd = exec.Command(s.env.Overlayd, append([]string{
-		"--etcd-endpoints", etcd, "--etcd-prefix", prefixFor(n), "--node-name", "bench", "--node-id", "bench",
+	d.cmd = exec.Command(s.env.Overlayd, slices.Concat(s.leases.args(n, etcd), []string{
+		"--node-name", siteNode, "--node-id", siteNode,
 		"--state-dir", s.node.StateDir(), "--subnet-file", s.node.SubnetFile(), "--socket", s.node.Socket(),
 		"--healthz-port", strconv.Itoa(sitePort),
-	}, more...)...)
+	}, more)...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.began = time.Now()
 	return d, s.node.Do(d.cmd.Start)
@@ -222,13 +270,16 @@ func (d *daemon) cpu() (time.Duration, error) {
 }
 
 // peakRSS is the most memory that a process ever had, in MB.
-func peakRSS(pid int) (float64, error) {
+func peakRSS(pid int) (float64, error) { return memory(pid, "VmHWM") }
+
+// memory is one of the figures in /proc/PID/status, in MB.
+func memory(pid int, name string) (float64, error) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0, err
 	}
 	var kilobytes float64
-	_, rest, _ := strings.Cut(string(raw), "VmHWM:")
+	_, rest, _ := strings.Cut(string(raw), name+":")
 	_, err = fmt.Sscan(rest, &kilobytes)
 	return kilobytes * 1024 / 1e6, err
 }

@@ -36,7 +36,7 @@ type startSamples struct {
 
 // start measures starts: of a new node, of one behind a slow etcd, and again of one that has all its state.
 func start(ctx context.Context, e *Env) error {
-	s, err := newSite(ctx, e)
+	s, err := newSite(ctx, e, false)
 	if err != nil {
 		return err
 	}

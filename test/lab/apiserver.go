@@ -50,13 +50,13 @@ func (a *APIServer) url() string {
 	return "https://" + netip.AddrPortFrom(netip.MustParseAddr(a.command.Address), apiPort).String()
 }
 
-// kubeconfig is the path of the file by which the daemons reach the server.
-func (a *APIServer) kubeconfig() string { return filepath.Join(a.command.Dir, "kubeconfig") }
+// Kubeconfig is the path of the file by which the daemons reach the server.
+func (a *APIServer) Kubeconfig() string { return filepath.Join(a.command.Dir, "kubeconfig") }
 
 func (a *APIServer) writeFiles() error {
 	config := a.command.Kubeconfig(fmt.Sprintf("server: %q", a.url()), "token: "+command.Admin)
 	return errors.Join(os.MkdirAll(a.command.Dir, 0o700), a.command.WriteFiles(),
-		os.WriteFile(a.kubeconfig(), []byte(config), 0o600))
+		os.WriteFile(a.Kubeconfig(), []byte(config), 0o600))
 }
 
 // WaitReady waits until it answers that it is ready.
@@ -177,7 +177,7 @@ func (l *Lab) startAPIServer(ctx context.Context) error {
 // storeArgs tell the daemon and its commands where the lease store is.
 func (n *Node) storeArgs(etcd []string) []string {
 	if n.api != nil {
-		return []string{"--store", "kubernetes", "--kubeconfig", n.api.kubeconfig()}
+		return []string{"--store", "kubernetes", "--kubeconfig", n.api.Kubeconfig()}
 	}
 	args := []string{"--etcd-endpoints", strings.Join(etcd, ",")}
 	if n.options.Secure {
