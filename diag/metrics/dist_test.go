@@ -13,9 +13,9 @@ import (
 )
 
 const (
-	rulesDir  = "../../dist/prometheus"
-	rulesFile = rulesDir + "/alerts.yaml"
-	dashboard = "../../dist/grafana/overlayd.json"
+	rulesTest = "../../dist/prometheus/alerts_test.yaml"
+	rulesFile = "../../dist/helm/overlayd/files/alerts.yaml"
+	dashboard = "../../dist/helm/overlayd/files/dashboard.json"
 	document  = "../../Documentation/metrics.md"
 )
 
@@ -99,20 +99,11 @@ func alerts(t *testing.T) map[string]string {
 
 func TestRules(t *testing.T) {
 	t.Parallel()
-	files, err := filepath.Glob(rulesDir + "/*.yaml")
-	if err != nil || len(files) < 2 {
-		t.Fatalf("%v, %v", files, err)
-	}
-	var tests string
-	for _, f := range files {
-		if strings.HasSuffix(f, "_test.yaml") {
-			promtool(t, "", "test", "rules", f)
-			tests += read(t, f)
-		} else {
-			promtool(t, "", "check", "rules", f)
-		}
-		mentions(t, f, read(t, f))
-	}
+	promtool(t, "", "check", "rules", rulesFile)
+	promtool(t, "", "test", "rules", rulesTest)
+	tests := read(t, rulesTest)
+	mentions(t, rulesFile, read(t, rulesFile))
+	mentions(t, rulesTest, tests)
 	for a := range alerts(t) {
 		if !regexp.MustCompile(`(?:exp_samples: .*|- )[{']*labels: '[^']*alertname="` + a + `"`).MatchString(tests) {
 			t.Errorf("no test has %s fire", a)

@@ -331,11 +331,11 @@ func TestHelmTest(t *testing.T) {
 	}
 }
 
-// Alerts and dashboard are those of dist/prometheus and dist/grafana, with nothing of them taken for a template.
+// Alerts and dashboard are the files of the chart, with nothing of them taken for a template.
 func TestMonitoring(t *testing.T) {
 	objs, _ := helm(t, everything)
 	rules := get[monitoring.PrometheusRule](t, objs, "PrometheusRule overlayd")
-	raw, err := os.ReadFile("../prometheus/alerts.yaml")
+	raw, err := os.ReadFile("../helm/overlayd/files/alerts.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -344,14 +344,14 @@ func TestMonitoring(t *testing.T) {
 		t.Fatal(err)
 	}
 	if d := cmp.Diff(want, rules.Spec); d != "" || len(want.Groups) == 0 {
-		t.Errorf("dist/prometheus - + chart:\n%s", d)
+		t.Errorf("file - + chart:\n%s", d)
 	}
 	dashboard := get[core.ConfigMap](t, objs, "ConfigMap overlayd-dashboard")
-	if raw, err = os.ReadFile("../grafana/overlayd.json"); err != nil {
+	if raw, err = os.ReadFile("../helm/overlayd/files/dashboard.json"); err != nil {
 		t.Fatal(err)
 	}
 	if compact(t, dashboard.Data["overlayd.json"]) != compact(t, string(raw)) {
-		t.Error("the dashboard is not that of dist/grafana")
+		t.Error("the dashboard is not that of the file")
 	}
 	if rules.Labels["release"] != "prometheus" || dashboard.Labels["grafana_dashboard"] != "1" ||
 		dashboard.Annotations["grafana_folder"] != "Network" {
