@@ -317,9 +317,9 @@ func TestHostileNames(t *testing.T) {
 	if got := fs["overlayd_ready"].samples; !slices.Equal(got, []string{"overlayd_ready 0"}) {
 		t.Errorf("ready: %q", got)
 	}
-	requests := fs["overlayd_etcd_requests_total"].samples
+	requests := fs["overlayd_store_requests_total"].samples
 	if len(requests) != mostValues+1 ||
-		!slices.Contains(requests, fmt.Sprintf(`overlayd_etcd_requests_total{method="other"} %d`, 1000-mostValues)) {
+		!slices.Contains(requests, fmt.Sprintf(`overlayd_store_requests_total{method="other"} %d`, 1000-mostValues)) {
 		t.Errorf("requests: %q", requests)
 	}
 	for line := range strings.Lines(text) {

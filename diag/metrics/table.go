@@ -40,7 +40,7 @@ func define(name string, kind prometheus.ValueType, labels []string, help string
 
 // table lists every metric that is derived from the status. A test compares it with Documentation/metrics.md.
 func table() []metric {
-	return slices.Concat(aliveMetrics(), nodeMetrics(), leaseMetrics(), etcdMetrics(), networkMetrics(), peerMetrics(),
+	return slices.Concat(aliveMetrics(), nodeMetrics(), leaseMetrics(), storeMetrics(), networkMetrics(), peerMetrics(),
 		kernelMetrics(), probeMetrics(), worstMetrics())
 }
 
@@ -96,22 +96,22 @@ func leaseMetrics() []metric {
 	}
 }
 
-func etcdMetrics() []metric {
+func storeMetrics() []metric {
 	return []metric{
-		define("overlayd_etcd_reachable", gauge, nil, "1 if the store (etcd or the Kubernetes API) is reachable, and the watch works.",
+		define("overlayd_store_reachable", gauge, nil, "1 if the store (etcd or the Kubernetes API) is reachable, and the watch works.",
 			func(n reading, give emit) { give(oneIf(n.Store.Error == "")) }),
-		define("overlayd_etcd_data_losses_total", counter, nil,
+		define("overlayd_store_data_losses_total", counter, nil,
 			"Times that the store lost data or was restored from a backup.",
 			func(n reading, give emit) { give(float64(n.Store.Losses)) }),
-		define("overlayd_etcd_requests_total", counter, []string{"method"},
+		define("overlayd_store_requests_total", counter, []string{"method"},
 			"Requests to the store by method; a stream counts once.",
 			func(n reading, give emit) { each(n.Store.Requests, give) }),
-		define("overlayd_etcd_table_revision", gauge, nil,
+		define("overlayd_store_table_revision", gauge, nil,
 			"Revision of the lease table in use; 0 before the first one is read.",
 			func(n reading, give emit) { give(float64(n.Store.Revision)) }),
-		define("overlayd_etcd_newest_revision", gauge, nil, "Newest revision reported by the store, for any key.",
+		define("overlayd_store_newest_revision", gauge, nil, "Newest revision reported by the store, for any key.",
 			func(n reading, give emit) { give(float64(n.Store.Newest)) }),
-		define("overlayd_etcd_revision_lag", gauge, nil,
+		define("overlayd_store_revision_lag", gauge, nil,
 			"Revisions by which the lease table is behind the newest one. Harmless while the table's revision moves.",
 			func(n reading, give emit) { give(float64(max(0, n.Store.Newest-n.Store.Revision))) }),
 		define("overlayd_leases", gauge, nil, "Leases in the table, including this node's.",

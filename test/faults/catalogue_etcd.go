@@ -122,7 +122,7 @@ func etcdFaults(long bool) []Fault {
 		{
 			Name: "data lost: an empty store", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true, Soak: true,
 			Inject: emptyStore, Expect: registered, Hold: 3 * time.Second, Keeps: KernelWhole, Restore: Wait(0),
-			Log: `store lost data`, Seen: follows(`^etcd .*lost data`, `overlayd_etcd_data_losses_total +`),
+			Log: `store lost data`, Seen: follows(`^etcd .*lost data`, `overlayd_store_data_losses_total +`),
 		},
 		{
 			Name: "data lost while a node is away: its peers keep it", On: []string{OnVXLAN},
@@ -325,7 +325,7 @@ func fewLogins(a Action) Action {
 		if err != nil {
 			return 0, err
 		}
-		_, text, _ = strings.Cut(text, `overlayd_etcd_requests_total{method="Authenticate"} `)
+		_, text, _ = strings.Cut(text, `overlayd_store_requests_total{method="Authenticate"} `)
 		text, _, _ = strings.Cut(text, "\n")
 		return strconv.Atoi(text)
 	}
@@ -405,7 +405,7 @@ func operatorAgrees(ctx context.Context, s *Site) error {
 
 // storeAway is what is seen while etcd does not do what it should: the node goes on with what it has.
 func storeAway(reason string) *Seen {
-	return degrades("store", reason, `overlayd_etcd_reachable 0`).in(10 * time.Second)
+	return degrades("store", reason, `overlayd_store_reachable 0`).in(10 * time.Second)
 }
 
 // changeConfig writes another network config; Undo writes the one that was there.
