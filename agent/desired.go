@@ -123,7 +123,7 @@ func desire(o Options, f facts) desired {
 func (d *desired) learn(o Options, f facts) {
 	d.conditions[condOffline] = nil
 	d.conditions[condMoved] = f.moved
-	d.conditions[condInitConfig] = f.snap.InitConfigErr
+	d.conditions[condInitConfig], d.conditions[condReported] = f.snap.InitConfigErr, f.snap.ReadyErr
 	if s := f.snap.Lease.Subnets; f.snap.Held() && s != d.subnets {
 		d.acquired, d.before = true, d.subnets
 		// It may have been lost while the daemon was not running.

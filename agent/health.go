@@ -32,6 +32,7 @@ const (
 	condInitConfig  condition = "init-config"    // the network config in the store is the one that this node was given
 	condClaim       condition = "claim"          // the lease says what it should
 	condUnreachable condition = "unreachable"    // there is a path to every peer
+	condReported    condition = "node-condition" // the store is told whether the node is ready
 	condNode        condition = "node-settings"  // what the store has for this node alone is valid
 	condSettings    condition = "settings"       // the lesser settings of the kernel are as they should be
 	condOffline     condition = "offline"        // the leases are those of the store, not the persisted ones

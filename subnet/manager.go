@@ -34,6 +34,9 @@ type Snapshot struct {
 	// there if there were none. The one in the store is in use.
 	InitConfigErr error
 
+	// ReadyErr is why the store can't be told whether this node is ready, though it can be reached.
+	ReadyErr error
+
 	// Losses counts how often, since the start, the lease that this node held was gone from the store; LostAt is the last
 	// time.
 	Losses int

@@ -711,6 +711,19 @@ func forbidden(_ *testing.T, c *cluster) {
 	})
 	c.allow(true)
 	a.await("a lease", held)
+	role := func(resource string) {
+		c.do(c.admin.client.Patch(types.JSONPatchType).AbsPath("/apis/rbac.authorization.k8s.io/v1/clusterroles/node").
+			Body(fmt.Appendf(nil, `[{"op": "replace", "path": "/rules/1/resources/0", "value": %q}]`, resource)).Do(c.ctx()).Error())
+	}
+	role("nodes/other")
+	defer role("nodes/status")
+	a.SetReady(true, "ready for pods")
+	a.await("a refused condition", func(s subnet.Snapshot) bool {
+		return s.ReadyErr != nil && strings.Contains(s.ReadyErr.Error(), "permission denied") &&
+			strings.Contains(s.ReadyErr.Error(), "nodes/status") && s.Err == nil
+	})
+	role("nodes/status")
+	a.await("an accepted condition", func(s subnet.Snapshot) bool { return s.ReadyErr == nil })
 }
 
 // Of two machines that run for one Node, the one that started last announces itself, and both say what is wrong.

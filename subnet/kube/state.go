@@ -124,7 +124,7 @@ func (s *state) putCondition(c *corev1.NodeCondition) {
 	if (c == nil) != (s.network == nil) || c != nil && !says(s.network, *c) {
 		s.reporting.answered()
 	}
-	s.network = c
+	s.network, s.changed = c, s.changed || s.reporting.err != nil
 }
 
 // putSettings takes what an operator has set for this node.
@@ -337,6 +337,8 @@ func (s *state) snapshot() subnet.Snapshot {
 	}
 	if s.snap.Err != nil {
 		s.snap.Since = s.since
+	} else if s.reporting.err != nil && s.condition(time.Time{}) != nil {
+		s.snap.ReadyErr = s.reporting.err
 	}
 	if !s.known || !s.config.listed {
 		return s.snap
