@@ -124,7 +124,8 @@ func (d *desired) learn(o Options, f facts) {
 	d.conditions[condOffline] = nil
 	d.conditions[condMoved] = f.moved
 	d.conditions[condInitConfig], d.conditions[condReported] = f.snap.InitConfigErr, f.snap.ReadyErr
-	if s := f.snap.Lease.Subnets; f.snap.Held() && s != d.subnets {
+	// A lease without subnets is of a network whose config can't be read: which of them are used is not known.
+	if s := f.snap.Lease.Subnets; s != (addr.Per[netip.Prefix]{}) && s != d.subnets {
 		d.acquired, d.before = true, d.subnets
 		// It may have been lost while the daemon was not running.
 		if own := f.persisted.Own(); d.subnets == (addr.Per[netip.Prefix]{}) && own != s && inUse(f.host, own) &&

@@ -82,6 +82,13 @@ func TestDesire(t *testing.T) {
 			},
 			is: fresh, subnets: "10.244.107.0-24", claims: true, failed: map[condition]string{condConfig: "JSON"},
 		},
+		"the config is invalid, and the lease does not say which subnets are used": {
+			change: func(f *facts) {
+				read(f, `{`)
+				f.subnets, f.snap.Lease = own, subnet.Lease{Attrs: peer(7).Attrs}
+			},
+			is: fresh, subnets: "10.244.107.0-24", failed: map[condition]string{condConfig: "JSON", condClaim: ""},
+		},
 		"the subnets don't fit the config": {
 			change: func(f *facts) { read(f, `{"Network":"10.99.0.0/16"}`); f.subnets = own },
 			is:     fresh, subnets: "10.244.107.0-24", failed: map[condition]string{condConfig: "10.244.107.0-24"},

@@ -41,7 +41,7 @@ type state struct {
 	lists    map[string]error // why a list or watch fails at the moment, by what is listed
 
 	config    configMap
-	valid     subnet.Config         // the last config that was: the entries have subnets in its families
+	valid     subnet.Config         // the last config that this node can use: the entries have subnets in its families
 	network   *corev1.NodeCondition // of the own Node
 	settings  *subnet.NodeSettings  // in its annotations; nil: it was never there
 	claim     *subnet.Claim
@@ -113,6 +113,9 @@ func (s *state) put(n *corev1.Node) {
 	s.remove(was)
 	s.nodes[n.Name], s.changed = s.add(n.Name, r), true
 	s.noteAnnounced()
+	if n.Name == s.opts.Node && r.podCIDRs != was.podCIDRs {
+		s.adopt()
+	}
 	if n.Name == s.opts.Node && (r.announcement != was.announcement || r.prefix != was.prefix) {
 		s.noteOusted(was.record, r)
 		s.announcing.answered()
@@ -232,6 +235,7 @@ func (s *state) listed(all []*corev1.Node, revision int64, now time.Time) {
 	}
 	s.changed = s.changed || restored || !s.known
 	s.revision, s.known = revision, true
+	s.adopt()
 }
 
 // setConfig takes the ConfigMap as it is now; nil: there is none.
@@ -246,8 +250,17 @@ func (s *state) setConfig(m *corev1.ConfigMap, revision int64) {
 	}
 	s.changed = s.changed || !s.config.listed || s.config.text != next.text || text(s.config.err) != text(next.err)
 	s.config = next
-	if next.err == nil {
-		s.use(next.parsed)
+	s.adopt()
+}
+
+// adopt goes by the config from now on, unless this node can't use it: what it goes by stays whole then. Whether it can
+// is known once the Nodes are.
+func (s *state) adopt() {
+	if !s.known || !s.config.listed {
+		return
+	}
+	if _, err := s.networkConfig(s.nodes[s.opts.Node]); err == nil {
+		s.use(s.config.parsed)
 	}
 }
 
@@ -309,8 +322,9 @@ func (s *state) networkConfig(own node) (subnet.Config, error) {
 	if err != nil || own.entry == nil {
 		return c, err
 	}
+	all, _ := own.subnets() // those that make no sense are the entry's to name
 	for _, f := range addr.Families() {
-		p, sn := c.Pools.Get(f), own.entry.Subnets.Get(f)
+		p, sn := c.Pools.Get(f), all.Get(f)
 		switch {
 		case !p.On():
 			continue
@@ -323,7 +337,7 @@ func (s *state) networkConfig(own node) (subnet.Config, error) {
 				s.opts.Node, own.podCIDRs, p.Network, s.opts.ConfigMap)
 		}
 	}
-	return c.FittedTo(own.entry.Subnets), nil
+	return c.FittedTo(all), nil
 }
 
 // snapshot is what has become known.
@@ -350,14 +364,15 @@ func (s *state) snapshot() subnet.Snapshot {
 	}
 	if s.claim != nil {
 		s.snap.Claimed = *s.claim
-		s.snap.Lease, s.snap.ClaimErr = s.lease(own, c)
+		s.snap.Lease, s.snap.ClaimErr = s.lease(own)
 		s.snap.ClaimErr = cmp.Or(ownErr, configErr, s.snap.ClaimErr)
 	}
 	return s.snap
 }
 
-// lease is what the own Node says, so far as it says it of this machine.
-func (s *state) lease(own node, c subnet.Config) (subnet.Lease, error) {
+// lease is what the own Node says, so far as it says it of this machine. It has no subnets before there is a config that
+// says which are used.
+func (s *state) lease(own node) (subnet.Lease, error) {
 	e := own.entry
 	switch {
 	case e == nil:
@@ -371,7 +386,7 @@ func (s *state) lease(own node, c subnet.Config) (subnet.Lease, error) {
 	case own.announcement == (announcement{}) || own.NodeID != s.claim.NodeID:
 		return subnet.Lease{}, s.announcing.err
 	}
-	held := subnet.Lease{Subnets: c.Used(e.Subnets), Attrs: e.Attrs}
+	held := subnet.Lease{Subnets: s.valid.Used(e.Subnets), Attrs: e.Attrs}
 	if conflict := s.snap.Table.Overlap(e); conflict != nil {
 		conflict.Advice = "delete the Node that is not to have it, restart its kubelet, and recreate its pods"
 		return held, conflict

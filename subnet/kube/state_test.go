@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -176,6 +177,49 @@ func TestFamilies(t *testing.T) {
 	s.drop("node-f", time.Time{})
 	s.setConfig(one, 4)
 	look(cut)
+}
+
+// A config that this node can't use changes neither its lease nor the peers' entries, whatever families it has.
+func TestConfigThatCannotBeUsed(t *testing.T) {
+	config := func(text string) *corev1.ConfigMap {
+		return &corev1.ConfigMap{Data: map[string]string{configKey: text}}
+	}
+	const both = `{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48"}`
+	const others = `{"Network": "10.250.0.0/16"}`
+	own := nodeOf("node-a", 1, "10.244.0.0/24", "fd00:10:244::/64")
+	peer := nodeOf("node-b", 2, "10.244.1.0/24", "fd00:10:244:1::/64")
+	s := testState(claimOf("node-a", 1), own, peer)
+	s.setConfig(config(both), 2)
+	first := s.snapshot()
+	if !held(first) || !first.Lease.Subnets.V6.IsValid() {
+		t.Fatalf("this node holds %+v, %v", first.Lease, first.ClaimErr)
+	}
+	for _, c := range []*corev1.ConfigMap{
+		config(`{`), config(others), config(`{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd01::/48"}`), nil,
+	} {
+		s.setConfig(c, 3)
+		snap := s.snapshot()
+		if snap.Table.ConfigErr == nil || snap.Lease != first.Lease || !slices.Equal(snap.Table.Entries, first.Table.Entries) {
+			t.Errorf("%+v: %v; this node holds %+v; entries %+v", c, snap.Table.ConfigErr, snap.Lease, snap.Table.Entries)
+		}
+	}
+	s.setConfig(config(others), 4)
+	moved := bareNode("node-a", "10.250.0.0/24")
+	moved.Annotations = own.Annotations
+	s.put(moved) // a Node that was made again, with subnets that the config is for
+	if snap := s.snapshot(); !held(snap) || snap.Lease.Subnets.V4.String() != "10.250.0.0/24" ||
+		snap.Table.Find("10.244.1.0-24") == nil {
+		t.Errorf("this node holds %+v, %v; entries %+v", snap.Lease, snap.ClaimErr, snap.Table.Entries)
+	}
+
+	s = newState(s.opts, zap.NewNop())
+	s.setConfig(config(others), 1)
+	s.setClaim(claimOf("node-a", 1))
+	s.listed([]*corev1.Node{own, peer}, 101, time.Time{})
+	if snap := s.snapshot(); snap.Lease.Subnets != (addr.Per[netip.Prefix]{}) || !snap.Held() ||
+		snap.Table.Find("10.244.1.0-24&fd00:10:244:1::-64") == nil {
+		t.Errorf("after a start: this node holds %+v; entries %+v", snap.Lease, snap.Table.Entries)
+	}
 }
 
 // Two Nodes with one podCIDR are two entries: which counts is not decided here.
