@@ -11,8 +11,10 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,6 +24,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 
 	"github.com/overlayd/overlayd/addr"
@@ -623,6 +626,78 @@ func stuckServer(t *testing.T, c *cluster) {
 		case <-timeout:
 			t.Fatal("a watch goes on for ever")
 		}
+	}
+}
+
+// A watch that gets no answer is begun again where the one before has ended, and the Nodes are not listed for that.
+func TestNoListAfterNoAnswer(t *testing.T) {
+	var lists, mute atomic.Int64
+	encoded := func(kind string, raw []byte, err error) []byte {
+		if err != nil {
+			t.Error(err)
+		}
+		types := slices.Concat(message(1, []byte("v1")), message(2, []byte(kind)))
+		return slices.Concat([]byte(magic), message(1, types), message(2, raw))
+	}
+	all := &corev1.NodeList{ListMeta: metav1.ListMeta{ResourceVersion: "5"}}
+	mute.Store(1)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		q := r.URL.Query()
+		w.Header().Set("Content-Type", runtime.ContentTypeProtobuf)
+		switch raw, err := all.Marshal(); {
+		case q.Has("sendInitialEvents"):
+			w.WriteHeader(http.StatusBadRequest)
+		case !q.Has("watch"):
+			if q.Get("limit") != "1" {
+				lists.Add(1)
+			}
+			_, _ = w.Write(encoded("NodeList", raw, err))
+		case mute.Add(-1) >= 0:
+			<-r.Context().Done()
+		default:
+			w.Header().Set("Content-Type", runtime.ContentTypeProtobuf+";stream=watch")
+			_, _ = w.Write(frame(t, watch.Added, bareNode("node-b", "10.244.1.0/24")))
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		}
+	}))
+	defer server.Close()
+	file := filepath.Join(t.TempDir(), "kubeconfig")
+	config := fmt.Sprintf("{clusters: [{name: a, cluster: {server: %q}}], contexts: [{name: a, context: {cluster: a}}], "+
+		"current-context: a}", server.URL)
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o := DefaultOptions()
+	o.Kubeconfig, o.Node = file, "node-a"
+	m, err := New(o, zap.NewNop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.conn.within = 100 * time.Millisecond
+	events := make(chan event)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	r := m.nodes(func(e event) {
+		select {
+		case events <- e:
+		case <-ctx.Done():
+		}
+	})
+	ended := make(chan struct{})
+	go func() { defer close(ended); r.run(ctx) }()
+	defer func() { cancel(); <-ended }()
+	s, failed := newState(o, zap.NewNop()), false
+	for len(s.nodes) == 0 {
+		select {
+		case e := <-events:
+			e(s, time.Now())
+			failed = failed || s.unreachable() != nil && strings.Contains(s.unreachable().Error(), "no answer")
+		case <-ctx.Done():
+			t.Fatal("no Node")
+		}
+	}
+	if n := lists.Load(); n != 1 || !failed {
+		t.Errorf("%d lists, failed %t", n, failed)
 	}
 }
 

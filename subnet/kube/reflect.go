@@ -119,8 +119,14 @@ func (r *reflected) run(ctx context.Context) {
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			w, err := r.watch(ctx, o)
 			r.report(ctx, r.conn.explain(err))
-			if o.SendInitialEvents != nil && utilnet.IsConnectionRefused(err) {
+			var answer apierrors.APIStatus
+			switch initial := o.SendInitialEvents != nil; {
+			case initial && utilnet.IsConnectionRefused(err):
 				err = errors.New(err.Error()) // for this one the reflector would wait on after the end of ctx
+			case !initial && err != nil && !errors.As(err, &answer):
+				// The reflector goes on from where it was after this one, instead of listing all: a server that is too busy to
+				// answer would be asked for 5,000 Nodes by each of 5,000 nodes.
+				err = apierrors.NewTooManyRequestsError(err.Error())
 			}
 			return w, err
 		},
