@@ -34,12 +34,8 @@ func (s *Suite) dnsNames(ctx context.Context) error {
 		return errors.Join(resolved(ctx, c, "web-alias", web...), reachAll(ctx, c, "web-alias:80", tcp, servers, true))
 	})
 	row("ExternalName of a host outside: resolved and reached", func(ctx context.Context, c place) error {
-		there := s.internet()
-		a, err := askOne(ctx, c, fmt.Sprintf("outside:%d", hostServer))
-		if err == nil && a.server != there.self {
-			err = fmt.Errorf("%s answered, not %s", a.server, there.self)
-		}
-		return errors.Join(resolved(ctx, c, "outside", there.ips...), wrap(err, "%s to outside", c.where()))
+		_, err := askOne(ctx, c, fmt.Sprintf("outside:%d", hostServer))
+		return errors.Join(resolved(ctx, c, "outside", s.internet().ips...), wrap(err, "%s to outside", c.where()))
 	})
 	row("DNS records of pods by their first addresses, none where no pod is", func(ctx context.Context, c place) error {
 		var errs []error

@@ -196,6 +196,11 @@ func (o *options) conform(ctx context.Context, s *rows.Suite, programs build.Con
 	if err := s.K.RoutePods(ctx); err != nil {
 		return err
 	}
+	for i, n := range s.K.Nodes { // some tests need three zones
+		if _, err := s.K.Kubectl(ctx, "label", "node", n.Name, fmt.Sprintf("topology.kubernetes.io/zone=zone-%d", i+1)); err != nil {
+			return err
+		}
+	}
 	o.note("Kubernetes' own tests begin: %s shows them", filepath.Join(s.K.Lab.Logs, "control-ginkgo.log"))
 	r := conformance.Run{
 		K: s.K, Programs: programs, Focus: o.focus, Skip: o.skip, Parallel: o.parallel, Out: os.Stdout,
