@@ -214,7 +214,9 @@ func TestPolicy(t *testing.T) {
 	objs, _ := helm(t, onKubernetes)
 	v := compile(t, get[admissionv1.ValidatingAdmissionPolicy](t, objs, "ValidatingAdmissionPolicy overlayd"))
 	own := by(daemonUser, map[string][]string{"authentication.kubernetes.io/node-name": {"n1"}})
-	for key, denied := range map[string]bool{"net.example.com/a": false, "overlayd.io/a": true} {
+	for key, denied := range map[string]bool{
+		"net.example.com/a": false, "overlayd.io/a": false, "example.com/a": true, // those of before are removed
+	} {
 		c := change{key, own, func(n *core.Node) { n.Annotations[key] = "x" }, ""}
 		if got := evaluate(t, v, c, false); (got != "") != denied {
 			t.Errorf("with a prefix of its own, %s: %q", key, got)
