@@ -802,7 +802,7 @@ func forbidden(_ *testing.T, c *cluster) {
 }
 
 // Of two machines that run for one Node, the one that started last announces itself, and both say what is wrong.
-func twoMachinesForOneNode(t *testing.T, c *cluster) {
+func twoMachinesForOneNode(_ *testing.T, c *cluster) {
 	c.allow(true)
 	c.setNetwork(network)
 	c.addNode("node-a", "10.244.0.0/24")
@@ -816,15 +816,21 @@ func twoMachinesForOneNode(t *testing.T, c *cluster) {
 	a.SetReady(false, "lease: conflict")
 	b.SetReady(true, "ready for pods")
 	c.condition("node-a", corev1.ConditionFalse, "OverlaydIsReady")
-	written := c.node("node-a").ResourceVersion
+	c.unwritten("node-a")
+}
+
+// unwritten checks that no machine goes on writing a Node.
+func (c *cluster) unwritten(name string) {
+	c.t.Helper()
+	written := c.node(name).ResourceVersion
 	time.Sleep(2 * writeAgain)
-	if now := c.node("node-a").ResourceVersion; now != written {
-		t.Errorf("they go on writing: revision %s, was %s", now, written)
+	if now := c.node(name).ResourceVersion; now != written {
+		c.t.Errorf("they go on writing: revision %s, was %s", now, written)
 	}
 }
 
 // A copy that has the machine's name and ID takes the Node, and neither goes on writing.
-func copyOfAMachine(t *testing.T, c *cluster) {
+func copyOfAMachine(_ *testing.T, c *cluster) {
 	c.allow(true)
 	c.setNetwork(network)
 	c.addNode("node-a", "10.244.0.0/24")
@@ -837,11 +843,7 @@ func copyOfAMachine(t *testing.T, c *cluster) {
 	b.Claim(copied)
 	b.await("a lease", held)
 	a.awaitError("the Node node-a is also that of")
-	written := c.node("node-a").ResourceVersion
-	time.Sleep(2 * writeAgain)
-	if now := c.node("node-a").ResourceVersion; now != written {
-		t.Errorf("they go on writing: revision %s, was %s", now, written)
-	}
+	c.unwritten("node-a")
 }
 
 // Two nodes with one address know of each other.
