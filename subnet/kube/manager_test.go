@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -94,6 +95,27 @@ func (c *cluster) clear() {
 			c.t.Error(err)
 		}
 	}
+	c.permitted(context.Background(), false, "")
+}
+
+// permitted waits until the API server lets the user of the daemon patch Nodes, or does not: it learns of a changed role
+// after the change was answered.
+func (c *cluster) permitted(ctx context.Context, allowed bool, subresource string) {
+	c.t.Helper()
+	review := fmt.Appendf(nil, `{"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec":
+		{"user": "node", "resourceAttributes": {"verb": "patch", "resource": "nodes", "subresource": %q}}}`, subresource)
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		answer := &authorizationv1.SubjectAccessReview{}
+		err := c.admin.client.Post().AbsPath("/apis/authorization.k8s.io/v1/subjectaccessreviews").
+			SetHeader("Content-Type", "application/json").Body(review).Do(ctx).Into(answer)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		if answer.Status.Allowed == allowed {
+			return
+		}
+	}
+	c.t.Fatalf("the user of the daemon may patch nodes/%s: still not %t", subresource, allowed)
 }
 
 func (c *cluster) ctx() context.Context { return c.t.Context() }
@@ -155,6 +177,7 @@ func (c *cluster) setNetwork(config string) {
 func (c *cluster) allow(allowed bool) {
 	c.t.Helper()
 	ctx, path := c.ctx(), bindings
+	defer c.permitted(ctx, allowed, "")
 	if !allowed {
 		c.do(c.admin.client.Delete().AbsPath(path, "node").Do(ctx).Error())
 		return
@@ -789,6 +812,7 @@ func forbidden(_ *testing.T, c *cluster) {
 	role := func(resource string) {
 		c.do(c.admin.client.Patch(types.JSONPatchType).AbsPath("/apis/rbac.authorization.k8s.io/v1/clusterroles/node").
 			Body(fmt.Appendf(nil, `[{"op": "replace", "path": "/rules/1/resources/0", "value": %q}]`, resource)).Do(c.ctx()).Error())
+		c.permitted(c.ctx(), resource == "nodes/status", "status")
 	}
 	role("nodes/other")
 	defer role("nodes/status")
