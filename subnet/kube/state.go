@@ -35,6 +35,8 @@ type state struct {
 	nodes    map[string]node // by name
 	entries  []*subnet.Entry // in the order of their keys, two of one key in that of their names
 	shared   bool            // the list was handed out
+	compared comparison      // for what no other Node was found to conflict with the own one; zero: for nothing
+	fresh    []*subnet.Entry // made since then
 	revision int64           // of the last change of a Node that is known
 	epoch    int
 	known    bool             // the Nodes were listed
@@ -60,6 +62,13 @@ type state struct {
 type node struct {
 	record
 	entry *subnet.Entry
+}
+
+// comparison is what it depends on whether another Node conflicts with the own one, but for that other Node.
+type comparison struct {
+	own    *subnet.Entry
+	claim  subnet.Claim
+	config subnet.Config
 }
 
 // configMap is what the ConfigMap says.
@@ -156,6 +165,9 @@ func (s *state) add(name string, r record) node {
 		return node{record: r}
 	}
 	e := r.entry(name, s.valid)
+	if s.compared != (comparison{}) {
+		s.fresh = append(s.fresh, e)
+	}
 	i, _ := s.find(e)
 	s.entries = slices.Insert(s.writable(), i, e)
 	return node{r, e}
@@ -374,9 +386,11 @@ func (s *state) snapshot() subnet.Snapshot {
 // says which are used.
 func (s *state) lease(own node) (subnet.Lease, error) {
 	e := own.entry
-	switch {
-	case e == nil:
+	if e == nil {
 		return subnet.Lease{}, nil
+	}
+	conflict := s.conflict(e)
+	switch {
 	case s.conceded(own):
 		return subnet.Lease{}, &subnet.ConflictError{
 			Holder: e, What: "the Node " + s.opts.Node, Refused: true,
@@ -387,15 +401,37 @@ func (s *state) lease(own node) (subnet.Lease, error) {
 		return subnet.Lease{}, s.announcing.err
 	}
 	held := subnet.Lease{Subnets: s.valid.Used(e.Subnets), Attrs: e.Attrs}
-	if conflict := s.snap.Table.Overlap(e); conflict != nil {
-		conflict.Advice = "delete the Node that is not to have it, restart its kubelet, and recreate its pods"
-		return held, conflict
-	}
-	if conflict := s.snap.Table.Conflict(*s.claim, e); conflict != nil {
-		conflict.Advice = "give one of the two another address or --public-ip; if that machine is gone, delete its Node"
+	if conflict != nil {
 		return held, conflict
 	}
 	return held, s.announcing.err
+}
+
+// conflict says which other node has a part of this one's subnets, or its address; nil: none has. While none had before,
+// only what was made since then is looked at first.
+func (s *state) conflict(own *subnet.Entry) (found *subnet.ConflictError) {
+	all := s.snap.Table
+	c, fresh := comparison{own, *s.claim, all.Config}, all
+	fresh.Entries, s.fresh = s.fresh, nil
+	if s.compared != c || conflictIn(fresh, c) != nil { // what is fresh may be gone again
+		found = conflictIn(all, c)
+	}
+	if s.compared = c; found != nil {
+		s.compared = comparison{}
+	}
+	return found
+}
+
+func conflictIn(t subnet.Table, c comparison) *subnet.ConflictError {
+	found, advice := t.Overlap(c.own), "delete the Node that is not to have it, restart its kubelet, and recreate its pods"
+	if found == nil {
+		found = t.Conflict(c.claim, c.own)
+		advice = "give one of the two another address or --public-ip; if that machine is gone, delete its Node"
+	}
+	if found != nil {
+		found.Advice = advice
+	}
+	return found
 }
 
 // conceded reports whether another machine has announced itself on the own Node since this one did. It is left to the

@@ -265,6 +265,42 @@ func TestOwnSubnetTwice(t *testing.T) {
 	}
 }
 
+// A Node that conflicts with the own one is found when it appears, and when this node claims what it has; it is forgotten
+// once it is gone, or says something else.
+func TestConflictsComeAndGo(t *testing.T) {
+	s := testState(claimOf("node-a", 1), nodeOf("node-a", 1, "10.244.0.0/24"), nodeOf("node-b", 2, "10.244.1.0/24"))
+	b, twin := nodeOf("node-b", 2, "10.244.1.0/24"), nodeOf("node-b", 2, "10.244.1.0/24")
+	twin.Annotations["overlayd.io/public-ip"] = "192.0.2.1"
+	moved := claimOf("node-a", 1)
+	moved.PublicIP.V4 = netip.MustParseAddr("192.0.2.2")
+	own := nodeOf("node-a", 1, "10.244.0.0/24")
+	own.Annotations["overlayd.io/public-ip"] = "192.0.2.2"
+	overlaps := nodeOf("node-b", 2, "10.244.0.0/25")
+	for i, step := range []struct {
+		change func()
+		want   string
+	}{
+		{func() { s.put(twin) }, "192.0.2.1"},
+		{func() { s.put(b) }, ""},
+		{func() { s.put(overlaps) }, "10.244.0.0-24"},
+		{func() { s.drop("node-b", time.Time{}) }, ""},
+		{func() { s.put(twin); s.put(b) }, ""},
+		{func() { s.put(nodeOf("node-c", 3, "10.244.3.0/24")) }, ""},
+		{func() { s.put(overlaps); s.drop("node-b", time.Time{}) }, ""},
+		{func() { s.put(b); s.setClaim(moved); s.put(own) }, "192.0.2.2"},
+		{func() { s.setClaim(claimOf("node-a", 1)); s.put(nodeOf("node-a", 1, "10.244.0.0/24")) }, ""},
+	} {
+		step.change()
+		snap := s.snapshot()
+		if want := step.want; (snap.ClaimErr == nil) != (want == "") || !strings.Contains(text(snap.ClaimErr), want) {
+			t.Errorf("step %d: %v, want %q", i, snap.ClaimErr, want)
+		}
+	}
+	if len(s.fresh) > 1 {
+		t.Errorf("%d entries are kept", len(s.fresh))
+	}
+}
+
 // What is written is what differs, once at a time, later after each failure, and not against another machine.
 func TestWrites(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
