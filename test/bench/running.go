@@ -62,7 +62,7 @@ func (s *site) runningAt(ctx context.Context, n int) (joinFigures, error) {
 		return j, err
 	}
 	if main { // before anything else happens to it
-		if err := s.idle(ctx, d, 40); err != nil {
+		if err := s.idle(ctx, d, 40, func(r Row) Row { return r.atMost(20) }); err != nil {
 			return j, err
 		}
 	}
@@ -246,8 +246,9 @@ func (d *daemon) heap() (float64, error) {
 }
 
 // idle measures a daemon that has nothing to do, for its first three minutes. It persists its state once in the first.
-// The next resync comes later than that; a minute's share of it is added. most bounds its memory, in MB.
-func (s *site) idle(ctx context.Context, d *daemon, most float64) error {
+// The next resync comes later than that; a minute's share of it is added. most bounds its memory, in MB,
+// and judge its CPU.
+func (s *site) idle(ctx context.Context, d *daemon, most float64, judge func(cpu Row) Row) error {
 	const minute, resyncMinutes = time.Minute, 5
 	span := pick(s.env, minute, 2*time.Second)
 	faults, err := d.childFaults()
@@ -276,8 +277,8 @@ func (s *site) idle(ctx context.Context, d *daemon, most float64) error {
 	}
 	group := "idle" + s.leases.suffix()
 	s.env.Add(
-		row(group, "CPU a minute, including a fifth of a resync", Millis, used[1]+resync/resyncMinutes,
-			used[2]+resync/resyncMinutes).at(d.n).atMost(20),
+		judge(row(group, "CPU a minute, including a fifth of a resync", Millis, used[1]+resync/resyncMinutes,
+			used[2]+resync/resyncMinutes).at(d.n)),
 		row(group, "CPU of the first minute, in which the state file is written", Millis, used[0]).at(d.n),
 		row(group, "CPU of a resync, every five minutes", Millis, resync).at(d.n),
 		row(group, "page faults of processes that it started", Count, float64(faultsAfter-faults)).at(d.n).atMost(0),
