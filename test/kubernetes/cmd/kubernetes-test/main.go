@@ -200,6 +200,11 @@ func (o *options) conform(ctx context.Context, s *rows.Suite, programs build.Con
 		if _, err := s.K.Kubectl(ctx, "label", "node", n.Name, fmt.Sprintf("topology.kubernetes.io/zone=zone-%d", i+1)); err != nil {
 			return err
 		}
+		if o.proxy == "nftables" { // else kube-proxy accepts what it forwards from one host to another
+			if _, err := n.Run(ctx, "sh", "-c", "iptables -P FORWARD ACCEPT && ip6tables -P FORWARD ACCEPT"); err != nil {
+				return err
+			}
+		}
 	}
 	o.note("Kubernetes' own tests begin: %s shows them", filepath.Join(s.K.Lab.Logs, "control-ginkgo.log"))
 	r := conformance.Run{
