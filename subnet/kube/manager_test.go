@@ -517,11 +517,11 @@ func serverRestored(t *testing.T, c *cluster) {
 	a := c.start("node-a")
 	a.Claim(claimOf("node-a", 1))
 	a.await("a lease", held)
-	c.addNode("node-b", "10.244.1.0/24")
 	for i := range 50 { // so that the backup is older by some revisions
 		c.patch("node-a", "", fmt.Sprintf(`{"metadata": {"labels": {"x": "%d"}}}`, i))
 	}
 	c.setNetwork(`{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan", "VNI": 7}}`)
+	c.addNode("node-b", "10.244.1.0/24") // the last, so that who knows it knows the revisions of all the others
 	before := a.await("node-b and the config", func(s subnet.Snapshot) bool {
 		return s.Table.Find("10.244.1.0-24") != nil && s.Table.Config.Backend.VNI == 7
 	})
