@@ -14,6 +14,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/invoke"
 	"golang.org/x/sys/unix"
+
+	"github.com/overlayd/overlayd/internal/ownfile"
 )
 
 // A reboot ends every pod, and not every runtime says so with DEL or GC. What ADD keeps names the boot in which it
@@ -44,9 +46,6 @@ func (p *Plugin) keep(ctx context.Context, j job, d Delegate, path string) error
 		return err
 	}
 	s := j.conf.store()
-	if err := os.MkdirAll(s.path(""), 0o700); err != nil {
-		return err
-	}
 	if swept, err := s.read(bootFile); p.BootID == "" || err == nil && string(swept) == p.BootID {
 		return s.save(j.at.file(), conf)
 	}
@@ -82,11 +81,17 @@ func (p *Plugin) sweep(ctx context.Context, j job, d Delegate, path string) erro
 	}
 	err = p.removeAll(ctx, j.conf, path, func(_ attachment, k kept) bool { return old(k) })
 	// One attachment that can't be removed keeps no other addresses taken.
-	if err = errors.Join(err, p.freeAddresses(j.conf, d)); err != nil {
+	if err = errors.Join(err, p.freeAddresses(j.conf, d)); errors.Is(err, errNothingHeld) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	return os.WriteFile(j.conf.store().path(bootFile), []byte(p.BootID), 0o600)
 }
+
+// errNothingHeld says that host-local has no directory yet. It makes one in this ADD; the next one marks it.
+var errNothingHeld = errors.New("host-local holds nothing")
 
 // freeAddresses frees what host-local holds for attachments of which nothing is kept, as where dataDir does not
 // outlive a reboot. What this plugin made in this boot is kept, or is not made yet. But pods may have got addresses
@@ -103,16 +108,16 @@ func (p *Plugin) freeAddresses(c Config, d Delegate) error {
 		conf.IPAM.DataDir = "/var/lib/cni/networks"
 	}
 	dir := filepath.Join(conf.IPAM.DataDir, c.Name)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
 	unlock, err := lockFile(filepath.Join(dir, "lock")) // host-local's own
+	if errors.Is(err, fs.ErrNotExist) {
+		return errNothingHeld
+	}
 	if err != nil {
 		return err
 	}
 	defer unlock()
 	marker := filepath.Join(dir, bootFile)
-	if before, err := os.ReadFile(marker); err == nil && len(before) > 0 && string(before) != p.BootID {
+	if before, err := ownfile.Read(marker, maxKeptSize); err == nil && len(before) > 0 && string(before) != p.BootID {
 		if err := p.freeUnknown(c, dir); err != nil {
 			return err
 		}
@@ -143,7 +148,7 @@ func (p *Plugin) freeUnknown(c Config, dir string) error {
 			continue
 		}
 		path := filepath.Join(dir, e.Name())
-		raw, readErr := os.ReadFile(path)
+		raw, readErr := ownfile.Read(path, maxKeptSize)
 		if readErr != nil {
 			continue
 		}

@@ -2,6 +2,7 @@ package cni
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -160,16 +161,16 @@ func givenRoutes(ipam jsonobject.Object) ([]json.RawMessage, []netip.Prefix, err
 }
 
 // withKept is the configuration that was kept at ADD, with what the runtime says at CHECK and DEL: the result of ADD,
-// in the form of the version that it now speaks, and the values for this container.
+// in the form of the version that it now speaks, and the values for this container. Errors have nothing of the content.
 func (c Config) withKept(kept []byte) (Delegate, error) {
 	var d jsonobject.Object
-	if err := json.Unmarshal(kept, &d); err != nil {
-		return Delegate{}, err
+	if json.Unmarshal(kept, &d) != nil {
+		return Delegate{}, errors.New("not a JSON object")
 	}
 	d.Delete(bootKey)
 	kind, err := pluginType(d, "", "")
 	if err != nil {
-		return Delegate{}, err
+		return Delegate{}, errors.New("type is not the name of a plugin")
 	}
 	now := map[string]any{}
 	if c.CNIVersion != "" {

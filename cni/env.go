@@ -3,10 +3,8 @@ package cni
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/netip"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -14,7 +12,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/overlayd/overlayd/addr"
-	"github.com/overlayd/overlayd/internal/jsonobject"
+	"github.com/overlayd/overlayd/internal/ownfile"
 )
 
 // SubnetEnv is what the daemon says of this node in subnet.env. A family that is not in use has no subnet.
@@ -44,7 +42,8 @@ const (
 )
 
 // ParseSubnetEnv reads subnet.env as overlayd writes it, with each variable under OVERLAYD_ and FLANNEL_ (the former
-// wins), or as flannel does, under FLANNEL_ alone. Other variables are passed over. Errors name the line.
+// wins), or as flannel does, under FLANNEL_ alone. Other variables are passed over. Errors name the line and have nothing
+// of its content: the path is the configuration's to choose, and it may be that of a secret.
 func ParseSubnetEnv(text string) (SubnetEnv, error) {
 	vars, err := readVars(text)
 	if err != nil {
@@ -86,10 +85,10 @@ func ParseSubnetEnv(text string) (SubnetEnv, error) {
 		return SubnetEnv{}, errors.New("FLANNEL_IPMASQ is not set")
 	}
 	if env.MTU, err = strconv.Atoi(mtu.value); err != nil || env.MTU < minMTU || env.MTU > maxMTU {
-		return SubnetEnv{}, mtu.expected(fmt.Sprintf("a number from %d to %d", minMTU, maxMTU), mtu.value)
+		return SubnetEnv{}, mtu.expected(fmt.Sprintf("a number from %d to %d", minMTU, maxMTU))
 	}
 	if env.IPMasq = masq.value == "true"; !env.IPMasq && masq.value != "false" {
-		return SubnetEnv{}, masq.expected("true or false", masq.value)
+		return SubnetEnv{}, masq.expected("true or false")
 	}
 	return env, nil
 }
@@ -100,14 +99,14 @@ type variable struct {
 	line        int
 }
 
-func (v variable) expected(what, found string) error {
-	return fmt.Errorf("line %d: %s: expected %s, found %q", v.line, v.name, what, found)
+func (v variable) expected(what string) error {
+	return fmt.Errorf("line %d: %s: expected %s", v.line, v.name, what)
 }
 
 func (v variable) prefix(f addr.Family, s string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(strings.TrimSpace(s))
 	if err != nil || addr.FamilyOf(p.Addr()) != f || p.Addr().Is4In6() {
-		return netip.Prefix{}, v.expected(fmt.Sprintf("an %s network", f), s)
+		return netip.Prefix{}, v.expected(fmt.Sprintf("an %s network", f))
 	}
 	return p.Masked(), nil
 }
@@ -132,7 +131,7 @@ func readVars(text string) (variables, error) {
 		}
 		name, value, ok := strings.Cut(line, "=")
 		if !ok {
-			return nil, fmt.Errorf("line %d: expected NAME=VALUE, found %s", n, jsonobject.Excerpt([]byte(line)))
+			return nil, fmt.Errorf("line %d: expected NAME=VALUE", n)
 		}
 		vars[name] = variable{name: name, value: value, line: n}
 	}
@@ -152,19 +151,11 @@ func waitForSubnetEnv(path string, wait time.Duration) (SubnetEnv, error) {
 }
 
 func readSubnetEnv(path string) (SubnetEnv, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return SubnetEnv{}, err
-	}
-	defer func() { _ = f.Close() }()
-	text, err := io.ReadAll(io.LimitReader(f, maxEnvSize+1))
+	text, err := ownfile.ReadLinked(path, maxEnvSize)
 	if err != nil {
 		return SubnetEnv{}, err
 	}
 	env, err := ParseSubnetEnv(string(text))
-	if len(text) > maxEnvSize {
-		err = fmt.Errorf("more than %d bytes", maxEnvSize)
-	}
 	if err != nil {
 		return SubnetEnv{}, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("%s: %v", path, err), "")
 	}

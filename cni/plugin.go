@@ -86,6 +86,9 @@ func (p *Plugin) Add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	if err := j.conf.store().makeDir(filepath.Dir(p.Home)); err != nil {
+		return ioError(err)
+	}
 	// Kept first: where the delegate fails half way, the runtime calls DEL, which must know what to take back.
 	if err := p.noteDir(j.conf.DataDir); err != nil {
 		_, _ = fmt.Fprintf(p.Stderr, "DEL will not find what is kept in %s if dataDir is changed: %v\n",

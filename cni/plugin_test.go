@@ -19,6 +19,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
+	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/cni"
 	"github.com/overlayd/overlayd/test/bubble"
@@ -190,6 +191,44 @@ func TestLife(t *testing.T) {
 	s.fails(s.Check(s.args()), types.ErrUnknownContainer, s.data("pods", "c1:eth0")+" is missing: ")
 }
 
+// A configuration may name any file and directory, as of a user who may write one for Multus.
+func TestForeignPaths(t *testing.T) {
+	t.Parallel()
+	s := newStand(t)
+	secret, pipe := filepath.Join(s.dir, "shadow"), filepath.Join(s.dir, "pipe")
+	s.must(unix.Mkfifo(pipe, 0o644))
+	for path, text := range map[string]string{
+		secret:       "root:$y$hash:19000::::::\n",
+		secret + "2": "FLANNEL_SUBNET=hash\nFLANNEL_NETWORK=hash\nFLANNEL_MTU=hash\nFLANNEL_IPMASQ=hash\n",
+		secret + "3": "FLANNEL_SUBNET=10.0.0.1/24\nFLANNEL_NETWORK=hash\n",
+		secret + "4": "FLANNEL_SUBNET=10.0.0.1/24\nFLANNEL_NETWORK=10.0.0.0/8\nFLANNEL_MTU=hash\nFLANNEL_IPMASQ=hash\n",
+		secret + "5": "FLANNEL_SUBNET=10.0.0.1/24\nFLANNEL_NETWORK=10.0.0.0/8\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=hash\n",
+		pipe:         "",
+	} {
+		if text != "" {
+			s.must(os.WriteFile(path, []byte(text), 0o600))
+		}
+		args := s.args()
+		args.StdinData = bytes.ReplaceAll(args.StdinData, []byte(filepath.Join(s.dir, "subnet.env")), []byte(path))
+		for what, do := range map[string]func(*skel.CmdArgs) error{"ADD": s.Add, "STATUS": s.Status} {
+			err := do(args)
+			if err == nil || !strings.Contains(err.Error(), path) || strings.Contains(err.Error(), "hash") {
+				t.Errorf("%s with %s: %v", what, path, err)
+			}
+		}
+	}
+	outside := filepath.Join(t.TempDir(), "new")
+	args := s.args()
+	args.StdinData = bytes.ReplaceAll(args.StdinData, []byte(s.data()), []byte(outside))
+	s.fails(s.Add(args), types.ErrIOFailure, "dataDir: "+outside+": does not exist")
+	if _, err := os.Lstat(outside); err == nil {
+		t.Error("made a directory")
+	}
+	if got := s.exec.commands(); got != nil {
+		t.Errorf("the delegate was told %v", got)
+	}
+}
+
 // What is left of an earlier boot is taken back by the first ADD that can; where that fails, ADD goes on.
 func TestEarlierBoot(t *testing.T) {
 	t.Parallel()
@@ -200,7 +239,9 @@ func TestEarlierBoot(t *testing.T) {
 		args.ContainerID = container
 		s.must(s.Add(args))
 	}
-	for _, c := range []string{"c1", "c2", "c3"} {
+	add("c1")
+	s.must(os.MkdirAll(s.data("ips", "pods"), 0o755)) // as host-local does
+	for _, c := range []string{"c2", "c3"} {
 		add(c)
 	}
 	s.must(os.WriteFile(s.data("pods", "of-no-known-boot:eth0"), []byte(`{"type":"bridge"}`), 0o600))

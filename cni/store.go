@@ -13,6 +13,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
+
+	"github.com/overlayd/overlayd/internal/ownfile"
 )
 
 // store is a directory DIR/NETWORK of files. Access goes through os.Root, so that no name, and no symbolic link, leads
@@ -26,6 +28,8 @@ type store struct {
 type attachment struct {
 	container, ifname string
 }
+
+const maxKeptSize = 1 << 20 // of a delegate's configuration, in bytes: a list that operators write has some kB
 
 const maxContainerID = 200 // leaves room for the interface in a file name of at most 255 bytes
 
@@ -46,12 +50,50 @@ func (a attachment) file() string { return a.container + ":" + a.ifname }
 
 func (s store) path(file string) string { return filepath.Join(s.dir, s.network, file) }
 
+// makeDir makes the directory of a network, where that may be: the path is the configuration's to choose, and whoever
+// may write a configuration, such as one for Multus, is not to create directories all over the node. That is below home,
+// where the plugin's own are, or in a directory that an operator made for it: root's alone, with nothing but directories.
+func (s store) makeDir(home string) error {
+	refused := func(cause string) error {
+		return fmt.Errorf("dataDir: %s: %s; expected a path below %s, or an empty directory of root's with mode 0700",
+			s.dir, cause, home)
+	}
+	if strings.HasPrefix(filepath.Clean(s.dir), filepath.Clean(home)+"/") {
+		return os.MkdirAll(s.path(""), 0o700)
+	}
+	info, err := os.Lstat(s.dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return refused("does not exist")
+	case err != nil:
+		return err
+	case !info.IsDir():
+		return refused("not a directory")
+	}
+	if uid, foreign := ownfile.Owner(info); foreign {
+		return refused(fmt.Sprintf("belongs to user %d", uid))
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return refused(fmt.Sprintf("open to others (mode %#o)", info.Mode().Perm()))
+	}
+	if _, err := os.Lstat(s.path("")); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries { // those of other networks
+		if !e.IsDir() {
+			return refused("holds other files")
+		}
+	}
+	return os.Mkdir(s.path(""), 0o700)
+}
+
 // save puts a file in place in one step. It is not flushed to the disk, which would take longer than all the rest of
 // ADD: what a power failure breaks is recreated where it is needed.
 func (s store) save(file string, content []byte) error {
-	if err := os.MkdirAll(s.path(""), 0o700); err != nil {
-		return err
-	}
 	root, err := s.open()
 	if err != nil {
 		return err
@@ -83,7 +125,11 @@ func (s store) read(file string) ([]byte, error) {
 		return nil, err
 	}
 	defer func() { _ = root.Close() }()
-	return root.ReadFile(file)
+	content, err := ownfile.ReadIn(root, file, maxKeptSize)
+	if refused := (*ownfile.Error)(nil); errors.As(err, &refused) {
+		refused.Path = s.path(file)
+	}
+	return content, err
 }
 
 // remove removes a file; that there is none is fine.

@@ -45,7 +45,8 @@ func FuzzAttachment(f *testing.F) {
 
 func TestStore(t *testing.T) {
 	t.Parallel()
-	s := store{dir: filepath.Join(t.TempDir(), "not", "there"), network: "pods"}
+	home := t.TempDir()
+	s := store{dir: filepath.Join(home, "not", "there"), network: "pods"}
 	at, other := attachment{"c1", "eth0"}, attachment{"c1", "eth1"}
 	if _, err := s.read(at.file()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("load from nowhere: %v", err)
@@ -55,6 +56,10 @@ func TestStore(t *testing.T) {
 	}
 	if all, err := s.list(); err != nil || len(all) != 0 {
 		t.Errorf("list of nowhere: %v, %v", all, err)
+	}
+	another := store{dir: s.dir, network: "net2"}
+	if err := errors.Join(s.makeDir(home), another.makeDir(home)); err != nil {
+		t.Fatal(err)
 	}
 	for _, text := range []string{"first, and long", "second"} {
 		if err := s.save(at.file(), []byte(text)); err != nil {
@@ -67,7 +72,7 @@ func TestStore(t *testing.T) {
 	if err := s.save(other.file(), []byte("other")); err != nil {
 		t.Fatal(err)
 	}
-	if err := (store{dir: s.dir, network: "net2"}).save(at.file(), []byte("another network's")); err != nil {
+	if err := another.save(at.file(), []byte("another network's")); err != nil {
 		t.Fatal(err)
 	}
 	if all, err := s.list(); err != nil || len(all) != 2 || all[0] != at || all[1] != other {
@@ -118,5 +123,54 @@ func TestStoreFollowsNoLinkOut(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(outside, at.file())); err != nil {
 		t.Error(err)
+	}
+}
+
+// No directory is made but below home, and in one that is root's alone and has nothing else in it.
+func TestMakesNoOtherDirectories(t *testing.T) {
+	t.Parallel()
+	home, elsewhere := t.TempDir(), t.TempDir()
+	at := func(name string) string { return filepath.Join(elsewhere, name) }
+	for name, mode := range map[string]os.FileMode{"own": 0o700, "open": 0o755, "in use": 0o700, "foreign": 0o700} {
+		if err := errors.Join(os.Mkdir(at(name), mode), os.Chmod(at(name), mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.WriteFile(at("in use/file"), nil, 0o600), os.WriteFile(at("file"), nil, 0o600),
+		os.Symlink("own", at("link")), os.Chown(at("foreign"), 65534, -1)); err != nil {
+		t.Fatal(err)
+	}
+	for dir, want := range map[string]string{
+		at("none"): "does not exist", at("open"): "open to others (mode 0755)", at("in use"): "holds other files",
+		at("file"): "not a directory", at("link"): "not a directory", at("foreign"): "belongs to user 65534",
+		home + "/../none": "does not exist", home: "open to others",
+	} {
+		err := store{dir, "pods"}.makeDir(home)
+		if err == nil || !strings.Contains(err.Error(), dir+": "+want) {
+			t.Errorf("%s: %v, want %q", dir, err, want)
+		}
+		if _, err := os.Lstat(filepath.Join(dir, "pods")); err == nil {
+			t.Errorf("%s: made", dir)
+		}
+	}
+	for _, network := range []string{"pods", "pods", "others"} {
+		if err := (store{at("own"), network}).makeDir(home); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// What was kept is read only where none but root can have written it.
+func TestKeptFileIsJudged(t *testing.T) {
+	t.Parallel()
+	home := t.TempDir()
+	s := store{filepath.Join(home, "overlay"), "pods"}
+	at := attachment{"c1", "eth0"}
+	if err := errors.Join(s.makeDir(home), s.save(at.file(), []byte("{}")), os.Chown(s.path(at.file()), 65534, -1)); err != nil {
+		t.Fatal(err)
+	}
+	want := s.path(at.file()) + ": belongs to user 65534"
+	if _, err := s.read(at.file()); err == nil || !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("%v, want %q", err, want)
 	}
 }
