@@ -17,13 +17,14 @@ import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/atomicfile"
 	"github.com/overlayd/overlayd/internal/cniconf"
+	"github.com/overlayd/overlayd/internal/ownfile"
 	"github.com/overlayd/overlayd/runner"
 	"github.com/overlayd/overlayd/subnet"
 )
 
-// writeIfChanged replaces a file in one step; a file that has the content already is left alone.
+// writeIfChanged replaces a file in one step; a file of ours that has the content already is left alone.
 func writeIfChanged(path string, content []byte) (changed bool, err error) {
-	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, content) {
+	if have, err := ownfile.Read(path, int64(len(content))); err == nil && bytes.Equal(have, content) {
 		return false, nil
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {

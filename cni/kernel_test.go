@@ -889,8 +889,10 @@ func TestWhatIsLinked(t *testing.T) {
 	}
 	const own = "github.com/overlayd/overlayd/"
 	for pkg := range strings.FieldsSeq(string(out)) {
-		if strings.HasPrefix(pkg, own) && !slices.Contains([]string{own + "addr", own + "cni", own + "cmd/overlay-cni",
-			own + "internal/jsonobject", own + "internal/ownfile"}, pkg) {
+		if strings.HasPrefix(pkg, own) && !slices.Contains([]string{
+			own + "addr", own + "cni", own + "cmd/overlay-cni",
+			own + "internal/jsonobject", own + "internal/ownfile",
+		}, pkg) {
 			t.Errorf("overlay-cni links %s", pkg)
 		}
 		for _, heavy := range []string{

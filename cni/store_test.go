@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"os"
@@ -173,4 +174,29 @@ func TestKeptFileIsJudged(t *testing.T) {
 	if _, err := s.read(at.file()); err == nil || !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("%v, want %q", err, want)
 	}
+}
+
+// FuzzKept: whatever a power failure or another program left of a kept configuration, there is an error of one line
+// that shows none of it, or a configuration for a delegate.
+func FuzzKept(f *testing.F) {
+	f.Add([]byte(`{"type":"bridge","name":"pods","overlayd.io/boot-id":"b"}`), []byte(`{"cniVersion":"1.1.0"}`))
+	f.Add([]byte(`{"type":"s3cret/x"}`), []byte("null"))
+	f.Add([]byte("\x00\x00"), []byte("{}"))
+	f.Fuzz(func(t *testing.T, kept, result []byte) {
+		c := Config{Name: "pods", CNIVersion: "1.1.0"}
+		if json.Valid(result) {
+			c.prevResult = result
+		}
+		d, err := c.withKept(kept)
+		if err != nil {
+			if msg := err.Error(); msg != "not a JSON object" && msg != "type is not the name of a plugin" {
+				t.Fatal(msg)
+			}
+			return
+		}
+		var o map[string]json.RawMessage
+		if err := json.Unmarshal(d.Conf, &o); err != nil || d.Type == "" || strings.ContainsAny(d.Type, `/\`) || o[bootKey] != nil {
+			t.Fatalf("%q becomes %q of %s, %v", kept, d.Type, d.Conf, err)
+		}
+	})
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/atomicfile"
 	"github.com/overlayd/overlayd/internal/owner"
+	"github.com/overlayd/overlayd/internal/ownfile"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -52,6 +53,9 @@ type Persisted struct {
 	Revision int64  `json:",omitempty"`
 	Peers    []Peer `json:",omitempty"`
 }
+
+// maxSize bounds a file, in bytes: a peer takes 300.
+const maxSize = 64 << 20
 
 // Peer is a lease of another node.
 type Peer struct {
@@ -140,7 +144,7 @@ func readHead(file string) (*Persisted, error) {
 }
 
 func decode(file string, part func(raw []byte) []byte) (*Persisted, error) {
-	raw, err := os.ReadFile(file)
+	raw, err := ownfile.Read(file, maxSize)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -249,9 +253,12 @@ func (d Dir) NoteMove(before, now string) error {
 
 // MovedProblem is that note as a problem.
 func (d Dir) MovedProblem() error {
-	raw, err := os.ReadFile(d.MovedFile())
+	raw, err := ownfile.Read(d.MovedFile(), maxSize)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
-		return nil //nolint:nilerr // no note, no problem
+		return err
 	}
 	first, _, _ := strings.Cut(string(raw), "\n")
 	return fmt.Errorf("%s: recreate the pods created before, then remove %s", first, d.MovedFile())

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -131,4 +133,80 @@ func TestPeersOfAnEarlierVersion(t *testing.T) {
 	if p, err := d.Load(); err != nil || len(p.Peers) != 1 || p.Revision != 7 {
 		t.Errorf("loaded %+v, %v", p, err)
 	}
+}
+
+// A file that others can have written, or that a reader would wait at for ever, is refused at once, and named; the next
+// write puts a file of our own in its place.
+func TestForeignFiles(t *testing.T) {
+	t.Parallel()
+	for what, put := range map[string]func(file string) error{
+		"found a named pipe":                      func(file string) error { return unix.Mkfifo(file, 0o600) },
+		"found a symbolic link":                   func(file string) error { return os.Symlink("/dev/zero", file) },
+		"belongs to user 65534":                   func(file string) error { return os.Chown(file, 65534, -1) },
+		"others than its owner may write it":      func(file string) error { return os.Chmod(file, 0o666) },
+		fmt.Sprintf("more than %d bytes", 64<<20): func(file string) error { return os.Truncate(file, 64<<20+1) },
+	} {
+		d := Dir{Path: t.TempDir(), Prefix: "/net", Node: subnet.Identity{NodeName: "n", NodeID: "id"}}
+		lease := Persisted{Subnets: "10.244.1.0-24", Config: json.RawMessage("{}")}
+		for _, file := range []string{d.LeaseFile(), d.PeersFile(), d.MovedFile()} {
+			if err := errors.Join(d.Save(d.LeaseFile(), lease), d.Save(d.PeersFile(), Persisted{}), d.NoteMove("a", "b")); err != nil {
+				t.Fatal(err)
+			}
+			if strings.Contains(what, "found") {
+				_ = os.Remove(file)
+			}
+			if err := put(file); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			_, err := d.Load()
+			if file == d.MovedFile() {
+				err = d.MovedProblem()
+			}
+			if err == nil || !strings.HasPrefix(err.Error(), file+": ") || !strings.Contains(err.Error(), what) ||
+				time.Since(start) > time.Second {
+				t.Errorf("%s: %v after %v, want %q", file, err, time.Since(start), what)
+			}
+		}
+		if err := errors.Join(d.Save(d.LeaseFile(), lease), d.Save(d.PeersFile(), Persisted{})); err != nil {
+			t.Fatal(err)
+		}
+		if p, err := d.Load(); err != nil || p.Subnets != lease.Subnets {
+			t.Errorf("after a write: %+v, %v", p, err)
+		}
+	}
+}
+
+// FuzzLoad: whatever the files hold, there is an error, or what a start can work with and the next one reads again.
+func FuzzLoad(f *testing.F) {
+	const node = `"Node":{"NodeName":"n","NodeID":"id"},"Prefix":"/net",`
+	f.Add([]byte(`{`+node+`"Subnets":"10.244.1.0-24","Config":{"Network":"10.244.0.0/16"},"Addresses":{"V4":"192.0.2.1"},"Bridges":[{}]}`),
+		[]byte(`{`+node+`"Revision":7,"Peers":[{"Key":"10.244.2.0-24","Value":{"PublicIP":"192.0.2.2"},"Created":1}]}`))
+	f.Add([]byte(`{`+node+`"Subnets":"10.244.1.0-24&fd00::-64","Config":7,"Peers":[{"Key":"","Value":null}]}`), []byte(`{"Peers":[`))
+	f.Add([]byte(`null`), []byte(`[]`))
+	dir, err := os.MkdirTemp("/dev/shm", "fuzz") // each write is flushed, to the disk elsewhere
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = os.RemoveAll(dir) })
+	d := Dir{Path: dir, Prefix: "/net", Node: subnet.Identity{NodeName: "n", NodeID: "id"}}
+	f.Fuzz(func(t *testing.T, lease, peers []byte) {
+		for file, raw := range map[string][]byte{d.LeaseFile(): lease, d.PeersFile(): peers} {
+			if err := os.WriteFile(file, raw, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, _ = d.LoadOwn()
+		p, err := d.Load()
+		if err != nil {
+			return
+		}
+		_, _ = p.Table()
+		if err := errors.Join(d.Save(d.LeaseFile(), p), d.Save(d.PeersFile(), p)); err != nil {
+			t.Fatal(err)
+		}
+		if again, err := d.Load(); err != nil || again.Own() != p.Own() || len(again.Peers) != len(p.Peers) {
+			t.Fatalf("%+v was read again as %+v, %v", p, again, err)
+		}
+	})
 }

@@ -664,3 +664,29 @@ func TestShippedList(t *testing.T) {
 		t.Errorf("%+v, %v", old, err)
 	}
 }
+
+// FuzzConf: a configuration that is installed, and a record of what was, lead nowhere out of their directories.
+func FuzzConf(f *testing.F) {
+	f.Add([]byte(conflist), []byte(`{"plugins":{"bridge":["00"],"../x":[]},"conf":"10-overlayd.conflist"}`))
+	f.Add([]byte(`{"name":"a","cniVersion":"1.1.0","plugins":[{"type":"overlay-cni","dataDir":"/x"}]}`), []byte(`{"conf":"/etc/passwd"}`))
+	n := node{stateDir: f.TempDir(), out: new(bytes.Buffer)}
+	f.Fuzz(func(t *testing.T, raw, installed []byte) {
+		if c, err := parseConf(raw); err == nil && checkConf(raw) == nil {
+			if !filepath.IsLocal(c.Name) || strings.Contains(c.Name, "/") || len(c.plugins()) == 0 {
+				t.Fatalf("accepted %+v", c)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(n.stateDir, recordName), installed, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r, err := n.readRecord()
+		for name := range r.Plugins {
+			if err == nil && strings.Contains(name, "/") {
+				t.Fatalf("read %+v", r)
+			}
+		}
+		if err == nil && strings.Contains(r.Conf, "/") {
+			t.Fatalf("read %+v", r)
+		}
+	})
+}

@@ -21,10 +21,12 @@ import (
 	"github.com/overlayd/overlayd/internal/atomicfile"
 	"github.com/overlayd/overlayd/internal/cniconf"
 	"github.com/overlayd/overlayd/internal/owner"
+	"github.com/overlayd/overlayd/internal/ownfile"
 )
 
 const (
 	recordName  = "installed.json"
+	maxRecord   = 1 << 20 // in bytes
 	leavingName = "uninstall.conflist"
 )
 
@@ -273,7 +275,7 @@ func (n node) remove(path string) error {
 func (n node) readRecord() (record, error) {
 	none := record{Plugins: map[string][]string{}}
 	at := filepath.Join(n.stateDir, recordName)
-	raw, err := os.ReadFile(at)
+	raw, err := ownfile.Read(at, maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
 		return none, nil
 	}

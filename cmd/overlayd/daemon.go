@@ -67,6 +67,9 @@ func daemon(ctx context.Context, f *flags) (err error) {
 		return usageError{err}
 	}
 	defer store.Close()
+	for _, e := range f.store.Exposed() {
+		f.log.Warn("credentials exposed", zap.String("reason", e.Text))
+	}
 	if err := needPrivileges(); err != nil {
 		return err
 	}

@@ -146,6 +146,7 @@ func checks() []check {
 		to("CNI configuration", judgeCNI),
 		to("store", judgeStore),
 		to("certificates", judgeCertificates),
+		to("credentials", judgeCredentials),
 		to("clock", judgeClock),
 		to("network config", judgeConfig, needsStore),
 		to("leases", judgeLeases, needsStore),

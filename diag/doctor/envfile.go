@@ -6,12 +6,23 @@ import (
 	"os"
 	"regexp"
 	"strings"
+
+	"github.com/overlayd/overlayd/internal/ownfile"
 )
 
 // ReadEnvFile reads a file as systemd's EnvironmentFile= does: NAME=value, comments with # or ;, quotes, and
 // backslashes. A file that does not exist has nothing in it. Errors name the line, and never show a value.
 func ReadEnvFile(path string) (map[string]string, error) {
-	raw, err := os.ReadFile(path)
+	return readEnv(path, os.ReadFile)
+}
+
+// readSubnetEnv reads subnet.env, if overlay-cni would.
+func readSubnetEnv(path string) (map[string]string, error) {
+	return readEnv(path, func(path string) ([]byte, error) { return ownfile.ReadLinked(path, 64<<10) })
+}
+
+func readEnv(path string, read func(string) ([]byte, error)) (map[string]string, error) {
+	raw, err := read(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}

@@ -56,7 +56,8 @@ type Facts struct {
 	Store        *examine.Store  // nil: it was not asked
 	Persisted    state.Persisted // in the state directory
 	PersistedErr error
-	CNIErr       error // why the container runtime does not use overlayd's CNI configuration
+	Exposed      []Exposure // of the secrets of the store
+	CNIErr       error      // why the container runtime does not use overlayd's CNI configuration
 
 	Derived
 	Probes
@@ -104,9 +105,10 @@ func gather(ctx context.Context, o Options) Facts {
 	if f.PersistedErr = err; persisted != nil {
 		f.Persisted = ofNetwork(*persisted, f.storeOptions().Network())
 	}
+	f.Exposed = f.storeOptions().Exposed()
 	f.System = readSystem(root(o.Root), f.Survey, f.Persisted.Bridges)
 	f.System.Dirs = []dirFacts{readDir(f.StateDir), readDir(filepath.Dir(f.SubnetFile))}
-	if f.System.SubnetEnv, err = ReadEnvFile(f.SubnetFile); f.System.SubnetEnv == nil {
+	if f.System.SubnetEnv, err = readSubnetEnv(f.SubnetFile); f.System.SubnetEnv == nil {
 		f.System.SubnetEnvErr = cmp.Or(err, fs.ErrNotExist)
 	}
 	if f.CNIConf == "" && root(o.Root).exists(defaultCNIConf) {

@@ -125,6 +125,17 @@ func judgeCertificates(f Facts) (out findings) {
 	return out.orOK("the first one expires at %s", first.Format(time.DateOnly))
 }
 
+func judgeCredentials(f Facts) (out findings) {
+	for _, e := range f.Exposed {
+		found := warn("%s", e.Text)
+		if e.File != "" {
+			found.fix("chmod go= %s", e.File)
+		}
+		out.add(found)
+	}
+	return out.orOK("no other user can read those of %s", f.storeName())
+}
+
 func judgeClock(f Facts) findings {
 	const odd, wrong = 5 * time.Second, 5 * time.Minute
 	sync := []string{"timedatectl set-ntp true", "timedatectl status"}

@@ -745,6 +745,14 @@ func TestJudges(t *testing.T) {
 			}}
 		}},
 		{
+			"key open to others", "credentials", Warn, "--etcd-keyfile /k.pem is open", "chmod go= /k.pem",
+			func(f *Facts) { f.Exposed = []Exposure{{"--etcd-keyfile /k.pem is open to other users", "/k.pem"}} },
+		},
+		{
+			"password in plain text", "credentials", Warn, "plain text", "",
+			func(f *Facts) { f.Exposed = []Exposure{{Text: "http://x:2379 gets the password in plain text"}} },
+		},
+		{
 			"clock ahead", "clock", Warn, "it is 30s ahead of", "timedatectl set-ntp",
 			func(f *Facts) { f.Store.Endpoints[0].Clock = 30 * time.Second },
 		},

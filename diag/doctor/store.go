@@ -6,12 +6,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/overlayd/overlayd/agent/state"
 	"github.com/overlayd/overlayd/diag/status"
+	"github.com/overlayd/overlayd/internal/ownfile"
 	"github.com/overlayd/overlayd/subnet"
 	"github.com/overlayd/overlayd/subnet/etcd"
 	"github.com/overlayd/overlayd/subnet/examine"
@@ -40,6 +43,33 @@ func (o Store) Status() status.Store {
 	}
 	return status.Store{Kind: o.Kind, Endpoints: o.Etcd.Endpoints, Prefix: etcd.CleanPrefix(o.Etcd.Prefix)}
 }
+
+// Exposed says which of the secrets that the store is reached with others can read.
+func (o Store) Exposed() (out []Exposure) {
+	type file struct{ flag, path string }
+	files := []file{{"--kubeconfig", o.Kube.Kubeconfig}}
+	if o.Kind != status.Kubernetes {
+		files = []file{{"--etcd-keyfile", o.Etcd.KeyFile}, {"--etcd-password-file", o.Etcd.PasswordFile}}
+	}
+	for _, f := range files {
+		if mode, exposed := ownfile.Exposed(f.path); exposed {
+			out = append(out, Exposure{fmt.Sprintf("%s %s is open to other users (mode %#o)", f.flag, f.path, mode), f.path})
+		}
+	}
+	for _, e := range o.Etcd.Endpoints {
+		u, err := url.Parse(e)
+		if o.Kind == status.Kubernetes || err != nil || o.Etcd.Username == "" || u.Scheme == "https" {
+			continue
+		}
+		if ip, err := netip.ParseAddr(u.Hostname()); u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {
+			out = append(out, Exposure{Text: e + " gets the password in plain text: any host on the way can read it"})
+		}
+	}
+	return out
+}
+
+// Exposure is a secret that others can read, and the file that it is in, if any.
+type Exposure struct{ Text, File string }
 
 // StoreOptions say where the store is: as the daemon does where one runs, but for what the command line gives. Every
 // command that needs the store finds it so.

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/overlayd/overlayd/internal/ownfile"
 )
 
 // ownPlugin is the CNI plugin of overlayd.
@@ -62,7 +64,7 @@ type value struct{ any }
 
 // read returns the content of a file; nothing if it can't be read.
 func read(file string) (v value) {
-	raw, err := os.ReadFile(file)
+	raw, err := ownfile.ReadLinked(file, 1<<20)
 	if err == nil {
 		_ = json.Unmarshal(raw, &v.any) // a broken one is nothing
 	}

@@ -70,3 +70,21 @@ func write(t *testing.T, path, text string) {
 		t.Fatal(err)
 	}
 }
+
+// FuzzForeign: whatever stands in the files of other programs is judged.
+func FuzzForeign(f *testing.F) {
+	f.Add([]byte(`{"name":"a","delegates":[{"type":"overlay-cni"}]}`), []byte(`{"name":"cbr0","plugins":[{"type":"overlay-cni"}]}`))
+	f.Add([]byte(`{"type":7,"plugins":{"a":[null]}}`), []byte(`[[[`))
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, first, own []byte) {
+		for name, raw := range map[string][]byte{"05-first.conf": first, "10-overlayd.conflist": own} {
+			if err := os.WriteFile(filepath.Join(dir, name), raw, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		err := Check(filepath.Join(dir, "10-overlayd.conflist"))
+		if foreign := (*Foreign)(nil); err != nil && !errors.As(err, &foreign) {
+			t.Fatal(err)
+		}
+	})
+}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/overlayd/overlayd/internal/atomicfile"
+	"github.com/overlayd/overlayd/internal/ownfile"
 )
 
 const (
@@ -39,7 +40,7 @@ func File(stateDir string) string { return filepath.Join(stateDir, "owner") }
 
 // Read returns whose the node is, and when that was last seen; empty: no installation's.
 func Read(stateDir string, now time.Time) (name string, seen time.Time, err error) {
-	raw, err := os.ReadFile(File(stateDir))
+	raw, err := ownfile.Read(File(stateDir), 4096) // NAMESPACE/NAME
 	if errors.Is(err, os.ErrNotExist) {
 		return "", time.Time{}, nil
 	}

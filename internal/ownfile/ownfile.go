@@ -80,6 +80,17 @@ func Owner(info fs.FileInfo) (uid uint32, foreign bool) {
 	return st.Uid, !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid()
 }
 
+// Exposed reports whether others than the owner and its group can read a file of secrets, or others than the owner write
+// it, and its mode.
+func Exposed(path string) (mode fs.FileMode, exposed bool) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0, false
+	}
+	mode = info.Mode().Perm()
+	return mode, mode&0o026 != 0
+}
+
 const writableByOthers = 0o022
 
 func check(path string, info fs.FileInfo, limit int64) error {

@@ -89,3 +89,24 @@ func TestRead(t *testing.T) {
 		t.Errorf("a link in a directory: %v", err)
 	}
 }
+
+func TestExposed(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for mode, want := range map[fs.FileMode]bool{
+		0o600: false, 0o400: false, 0o640: false, 0o644: true, 0o660: true, 0o602: true, 0o711: false,
+	} {
+		if err := os.Chmod(file, mode); err != nil {
+			t.Fatal(err)
+		}
+		if got, exposed := ownfile.Exposed(file); got != mode || exposed != want {
+			t.Errorf("%#o: %#o, %v", mode, got, exposed)
+		}
+	}
+	if _, exposed := ownfile.Exposed(file + ".none"); exposed {
+		t.Error("a file that is not there is exposed")
+	}
+}
