@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/overlayd/overlayd/diag/metrics"
@@ -32,13 +33,15 @@ const (
 	idleFor = 2 * time.Minute
 	// largestHeader has room for the cookies that a browser brings from whatever else is at the same address.
 	largestHeader = 32 << 10
+	// mostConnections bounds what connections take: some 25 kB each. A node has a few clients.
+	mostConnections = 256
 )
 
 // serve answers until ctx ends.
 func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	srv := &http.Server{
 		Handler: h, ReadHeaderTimeout: headerWithin, ReadTimeout: questionWithin, WriteTimeout: readWithin,
-		IdleTimeout: idleFor, MaxHeaderBytes: largestHeader,
+		IdleTimeout: idleFor, MaxHeaderBytes: largestHeader, ConnState: new(connections).changed,
 	}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
@@ -46,6 +49,37 @@ func serve(ctx context.Context, l net.Listener, h http.Handler) error {
 		return fmt.Errorf("http: %w", err)
 	}
 	return ctx.Err()
+}
+
+// connections closes the one of which nothing was heard for longest when there are too many. To let new ones wait instead
+// would let whoever holds the old ones keep the kubelet's questions out, and have a healthy daemon restarted.
+type connections struct {
+	mu    sync.Mutex
+	since map[net.Conn]time.Time // of the last change: opened, a request begins, a request was answered
+}
+
+func (c *connections) changed(conn net.Conn, to http.ConnState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if to == http.StateClosed || to == http.StateHijacked {
+		delete(c.since, conn)
+		return
+	}
+	if c.since == nil {
+		c.since = map[net.Conn]time.Time{}
+	}
+	if to == http.StateNew && len(c.since) >= mostConnections {
+		oldest := conn
+		at := time.Now()
+		for other, since := range c.since {
+			if since.Before(at) {
+				oldest, at = other, since
+			}
+		}
+		delete(c.since, oldest)
+		_ = oldest.Close()
+	}
+	c.since[conn] = time.Now()
 }
 
 // public is what any client that reaches the port may ask: /healthz (the loop runs), /readyz (all that pods need is in

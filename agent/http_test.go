@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -180,3 +182,72 @@ func TestServeOutlastsSlowClients(t *testing.T) {
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// Thousands of clients that hold connections cost a bounded number of them, and keep out neither the kubelet's question
+// nor the operator at the socket.
+func TestManyConnections(t *testing.T) {
+	t.Parallel()
+	h := newHealth(zap.NewNop())
+	h.waits()
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", h.serveHealthz)
+	socket := filepath.Join(t.TempDir(), "sock")
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	listen := func(network, address string) string {
+		l, err := net.Listen(network, address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() { _ = serve(ctx, l, mux) })
+		return l.Addr().String()
+	}
+	tcp := listen("tcp", "127.0.0.1:0")
+	listen("unix", socket)
+	defer wg.Wait()
+	defer cancel()
+	ask := func(network, address string) error {
+		client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, network, address)
+			},
+		}}
+		resp, err := client.Get("http://node/healthz")
+		if err == nil {
+			_ = resp.Body.Close()
+		}
+		return err
+	}
+	const clients = 2000
+	var held []net.Conn
+	for i := range clients {
+		c, err := net.Dial("tcp", tcp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		switch i % 3 { // silent; half a question; answered once
+		case 1:
+			_, _ = io.WriteString(c, "GET /healthz HT")
+		case 2:
+			_, _ = io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n")
+		}
+		if held = append(held, c); i%100 == 99 {
+			if err := errors.Join(ask("tcp", tcp), ask("unix", socket)); err != nil {
+				t.Fatalf("with %d connections: %v", i+1, err)
+			}
+		}
+	}
+	open := 0
+	for _, c := range held {
+		_ = c.SetReadDeadline(time.Now().Add(time.Millisecond))
+		_, err := io.Copy(io.Discard, c)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			open++
+		}
+	}
+	if open > mostConnections || open < mostConnections/2 {
+		t.Errorf("%d of %d connections are open, at most %d may be", open, clients, mostConnections)
+	}
+}
