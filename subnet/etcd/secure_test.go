@@ -2,6 +2,7 @@ package etcd
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -200,6 +201,65 @@ func TestReadOnlyUser(t *testing.T) {
 	must[*clientv3.AuthRoleGrantPermissionResponse](t)(root.RoleGrantPermission(ctxFor(t), "overlayd", prefix+"/",
 		clientv3.GetPrefixRangeEnd(prefix+"/"), clientv3.PermissionType(clientv3.PermReadWrite)))
 	n.untilHeld()
+}
+
+// The least role, as Documentation/security.md has it: with a reserved key of its own, a node needs no other, and can
+// change neither the network config nor the leases of others.
+func TestLeastRole(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	own, other := prefix+"/subnets/10.244.9.0-24", prefix+"/subnets/10.244.10.0-24"
+	s.Put(own, `{"NodeName":"node-1"}`)
+	s.EnableAuth("overlayd", secret, own)
+	root := s.Client(etcdtest.As("root", "root"))
+	must[*clientv3.AuthRoleRevokePermissionResponse](t)(root.RoleRevokePermission(ctxFor(t), "overlayd", own,
+		clientv3.GetPrefixRangeEnd(own)))
+	must[*clientv3.AuthRoleGrantPermissionResponse](t)(root.RoleGrantPermission(ctxFor(t), "overlayd", own, "",
+		clientv3.PermissionType(clientv3.PermReadWrite)))
+	must[*clientv3.AuthRoleGrantPermissionResponse](t)(root.RoleGrantPermission(ctxFor(t), "overlayd", prefix+"/",
+		clientv3.GetPrefixRangeEnd(prefix+"/"), clientv3.PermissionType(clientv3.PermRead)))
+	o := options(s)
+	o.Username, o.Password = "overlayd", secret
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	if got := n.untilHeld().Lease.Subnets; got != prefixes("10.244.9.0/24", "") {
+		t.Errorf("got %v", got)
+	}
+	c := claim(1)
+	c.PublicIP.V4 = netip.MustParseAddr("172.16.0.9")
+	n.m.Claim(c)
+	n.until("the new address", func(s subnet.Snapshot) bool { return s.Lease.PublicIP == c.PublicIP })
+	cli := s.Client(etcdtest.As("overlayd", secret))
+	for _, key := range []string{prefix + "/config", prefix + "/unpaired", other, own + "&fd00::-64"} {
+		if _, err := cli.Put(ctxFor(t), key, "{}"); err == nil || !strings.Contains(err.Error(), "permission denied") {
+			t.Errorf("put %s: %v", key, err)
+		}
+		if _, err := cli.Delete(ctxFor(t), key); err == nil || !strings.Contains(err.Error(), "permission denied") {
+			t.Errorf("delete %s: %v", key, err)
+		}
+	}
+}
+
+// The role that all nodes may share: they take and drop leases, and none can change the network config.
+func TestSharedRole(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	s.EnableAuth("overlayd", secret, prefix+"/subnets/")
+	root := s.Client(etcdtest.As("root", "root"))
+	must[*clientv3.AuthRoleGrantPermissionResponse](t)(root.RoleGrantPermission(ctxFor(t), "overlayd", prefix+"/",
+		clientv3.GetPrefixRangeEnd(prefix+"/"), clientv3.PermissionType(clientv3.PermRead)))
+	o := options(s)
+	o.Username, o.Password = "overlayd", secret
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	n.untilHeld()
+	if x := Examine(ctxFor(t), o); x.TableErr != nil || x.WriteErr != nil {
+		t.Errorf("doctor is told %v, %v", x.TableErr, x.WriteErr)
+	}
+	cli := s.Client(etcdtest.As("overlayd", secret))
+	if _, err := cli.Put(ctxFor(t), prefix+"/config", config); err == nil || !strings.Contains(err.Error(), "permission denied") {
+		t.Errorf("put config: %v", err)
+	}
 }
 
 func TestOptions(t *testing.T) {
