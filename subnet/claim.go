@@ -252,9 +252,10 @@ func adoptable(t Table, c *Claim) *Entry {
 	return nil
 }
 
+// conflict passes over what no node accepts: it takes nothing from this one.
 func conflict(t Table, c *Claim) error {
 	for _, e := range t.Entries {
-		if e.belongsTo(c) || e.Identity == (Identity{}) {
+		if e.belongsTo(c) || e.Identity == (Identity{}) || !t.acceptable(e) {
 			continue
 		}
 		if e.NodeName == c.NodeName && e.NodeID != "" {

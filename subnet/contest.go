@@ -107,7 +107,7 @@ func rival(t Table, c *Claim, d *Decision) (newest *Entry) {
 	claimed := Lease{addr.Per[netip.Prefix]{V4: pools.V4.Network, V6: pools.V6.Network}, c.Attrs}
 	for _, e := range t.Entries {
 		mine := e.Key == d.Key || e.belongsTo(c) || slices.Contains(d.Drop, e)
-		if mine || e.Err != nil || e.Backend != c.Backend || !claimed.sharedIP(&e.Lease).IsValid() {
+		if mine || !claimed.sharedIP(&e.Lease).IsValid() || !t.acceptable(e) {
 			continue
 		}
 		if e.newerThan(newest) {

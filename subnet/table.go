@@ -127,6 +127,12 @@ func (j *judge) alone(e *Entry) (*Lease, objection) {
 	return j.fits(&e.Lease)
 }
 
+// acceptable reports whether nothing speaks against an entry by itself: nodes accept it if no other lease does.
+func (t Table) acceptable(e *Entry) bool {
+	l, _ := (&judge{config: t.Config}).alone(e)
+	return l != nil
+}
+
 func (j *judge) fits(l *Lease) (*Lease, objection) {
 	if l.Backend != j.config.Backend.Type {
 		return nil, objectTo(CauseBackend, "its backend is %q, but this network uses %q", l.Backend, j.config.Backend.Type)

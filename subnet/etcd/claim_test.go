@@ -153,6 +153,29 @@ func TestConflict(t *testing.T) {
 	}
 }
 
+// What no node accepts keeps none from starting, whatever name and address it carries.
+func TestNoConflictWithUnacceptableLease(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	a := claim(1).Attrs
+	a.NodeID = "another"
+	s.Put(prefix+"/subnets/10.244.7.3-24", string(subnet.FormatValue(a))) // no subnet
+	s.Put(prefix+"/subnets/10.99.7.0-24", string(subnet.FormatValue(a)))  // of another network
+	a.VTEP = addr.Per[subnet.VTEP]{}
+	s.Put(prefix+"/subnets/10.244.8.0-24", string(subnet.FormatValue(a))) // not to be reached
+	a.NodeName, a.Backend = "other", subnet.HostGW
+	s.Put(prefix+"/subnets/10.244.9.0-24", string(subnet.FormatValue(a)))
+	c := claim(1)
+	c.PublicIPLocal = false // weighs less than the others' address
+	n := start(t, options(s))
+	n.m.Claim(c)
+	if snap := n.until("a lease or a conflict", func(s subnet.Snapshot) bool {
+		return s.Held() || s.ClaimErr != nil
+	}); snap.ClaimErr != nil {
+		t.Error(snap.ClaimErr)
+	}
+}
+
 // reportsConflict is a node that has its lease, and says of another one that it has the same address.
 func reportsConflict(refused bool) func(subnet.Snapshot) bool {
 	return func(s subnet.Snapshot) bool {
