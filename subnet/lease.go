@@ -66,7 +66,7 @@ type Entry struct {
 	Revision int64 // of the store, at the key's last change
 	Created  int64 // of the store, when the key came to be: of two that overlap, the older one holds
 	LeaseID  int64 // the etcd lease that the key is attached to; 0: none, the key is a reservation
-	NotJSON  bool  // the value is empty, or nonsense
+	NotJSON  bool  // the value is empty, nonsense, or too large to look at
 
 	// Err says why no lease can be read from the key and its value. Subnets is then still what the key takes up, as far
 	// as that could be told, so that no node is given the same addresses.
@@ -85,10 +85,10 @@ func (e *Entry) Blank() bool {
 // ErrBlank is why a lease with an empty value is rejected; a reservation may be empty.
 var ErrBlank = errors.New("the value is empty")
 
-const (
-	maxValueSize = 16 << 10
-	maxNameLen   = 253 // RFC 1035 §2.3.4; machine-id(5) has 32
-)
+// MaxValueSize is how many bytes the value of a lease may have: far more than one needs.
+const MaxValueSize = 16 << 10
+
+const maxNameLen = 253 // RFC 1035 §2.3.4; machine-id(5) has 32
 
 // FormatKey is the name of the key under PREFIX/subnets/ that holds these subnets.
 func FormatKey(s addr.Per[netip.Prefix]) string {
@@ -200,8 +200,8 @@ func mustJSON(v any) []byte {
 
 // ParseValue reads a lease's value. A value without content gives ErrBlank.
 func ParseValue(data []byte) (Attrs, error) {
-	if len(data) > maxValueSize {
-		return Attrs{}, fmt.Errorf("the value has %d bytes, more than %d", len(data), maxValueSize)
+	if len(data) > MaxValueSize {
+		return Attrs{}, fmt.Errorf("the value has more than %d bytes", MaxValueSize)
 	}
 	if s := bytes.TrimSpace(data); len(s) == 0 || string(s) == "{}" || string(s) == "null" {
 		return Attrs{}, ErrBlank
@@ -316,7 +316,7 @@ func ParseEntry(key string, value []byte, revision, created, leaseID int64) *Ent
 	e := &Entry{Key: key, Revision: revision, Created: created, LeaseID: leaseID}
 	e.Subnets, e.Err = ParseKey(key)
 	a, err := ParseValue(value)
-	e.NotJSON = err != nil && !json.Valid(value)
+	e.NotJSON = err != nil && (len(value) > MaxValueSize || !json.Valid(value))
 	if errors.Is(err, ErrBlank) && e.Reserved() {
 		return e
 	}

@@ -69,7 +69,7 @@ func BenchmarkEvent(b *testing.B) {
 	for b.Loop() {
 		revision++
 		kv.ModRevision = revision
-		if !v.events([]*mvccpb.Event{put(kv)}) {
+		if !v.events([]*mvccpb.Event{put(kv)}, false) {
 			b.Fatal("it is news")
 		}
 		v.table()

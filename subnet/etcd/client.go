@@ -37,9 +37,9 @@ const (
 	// thousands of leases takes many round trips; all of it is kept in memory in any case, until its end is there.
 	window = 4 << 20
 
-	// maxAnswer bounds the size of one answer: a table of 100,000 nodes fits, and a client that fills the prefix with
-	// junk can't make every node read gigabytes.
-	maxAnswer = 128 << 20
+	// maxAnswer bounds the size of one answer, and with it what another client can make every node keep in memory.
+	// Listings and watches come in parts; what changed during a lost race does not, and has room for 40,000 leases.
+	maxAnswer = 16 << 20
 )
 
 // conn holds the one client in use: made when first needed, and given up for one of the next endpoint when its endpoint

@@ -37,6 +37,11 @@ func explain(err error, o Options, where string) error {
 	return &storeError{reason(err, o, where), rpctypes.Error(err)}
 }
 
+// noProgress is the error where a watch breaks before it has told anything.
+func noProgress(err error) error {
+	return &storeError{"the watch of the leases makes no progress: " + strings.TrimPrefix(err.Error(), "etcd: "), err}
+}
+
 // noneOf is the error where no endpoint is of use: what each of them said, in the order of the list, so that the same
 // fault reads the same.
 func noneOf(endpoints []string, failed map[string]error) error {

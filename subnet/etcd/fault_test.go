@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"fmt"
 	"net"
 	"runtime"
 	"strings"
@@ -71,6 +72,54 @@ func TestCompactionWhileAway(t *testing.T) {
 	n.until("the other's lease", entries(2))
 	join(t, s, 3)
 	n.until("one more", entries(3))
+}
+
+// What gathers while a node is away may be more than fits into one answer: the watch brings it in parts, without a list.
+func TestMuchWhileAway(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	relay := newRelay(t, s.Addr())
+	o := options(s)
+	o.Endpoints = []string{"http://" + relay.addr}
+	n := start(t, o)
+	n.m.Claim(claim(1))
+	n.untilHeld()
+	untilWatching(t, n.m)
+	relay.cut()
+	n.until("a fault", away)
+	junk := strings.Repeat("x", 1400<<10)
+	for range 30 {
+		s.Put(prefix+"/subnets/junk", junk)
+	}
+	lists := n.m.Requests()["Range"]
+	join(t, s, 2)
+	relay.mend()
+	n.until("the other's lease", entries(3))
+	if now := n.m.Requests()["Range"]; now != lists {
+		t.Errorf("%d lists", now-lists)
+	}
+}
+
+// Whatever stands under the prefix, a node can start.
+func TestListOfJunk(t *testing.T) {
+	t.Parallel()
+	s := store(t)
+	junk := strings.Repeat("x", 1400<<10)
+	for i := range 30 {
+		s.Put(fmt.Sprintf("%s/junk-%d", prefix, i), junk)
+		s.Put(fmt.Sprintf("%s/subnets/10.244.%d.0-24", prefix, i), junk)
+	}
+	for i := range 3000 {
+		s.Put(fmt.Sprintf("%s/subnets/%d", prefix, i), "")
+	}
+	n, first := join(t, s, 1)
+	n.until("everything", entries(30+3000+1))
+	if e := n.until("", held).Table.Find("10.244.7.0-24"); e == nil || e.Err == nil {
+		t.Errorf("the lease with a large value is %+v", e)
+	}
+	if first.Lease.Subnets.V4.Addr().As4()[2] < 30 {
+		t.Errorf("it got %s, which is taken up", first.Lease.Subnets.V4)
+	}
 }
 
 func TestEmptied(t *testing.T) {

@@ -9,6 +9,8 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -27,13 +29,72 @@ func listRequest() request {
 	}}
 }
 
-// readAll reads everything at one revision.
-func (m *Manager) readAll(ctx context.Context) (resp *clientv3.GetResponse, err error) {
+// A page of a listing has firstPage keys at first, then as many as may fill pageBytes: four times as many as the one
+// before at most, and at most mostKeys.
+const (
+	firstPage = 1000
+	mostKeys  = 10_000
+	pageBytes = 4 << 20
+)
+
+// readAll reads everything at one revision, page by page. A page that is too large for one answer is asked for again
+// with half as many keys; of a key that is too large even alone, only the name is read. What can be no lease stays
+// without its value: whatever stands under the prefix, a node can read it in little memory.
+func (m *Manager) readAll(ctx context.Context) (*clientv3.GetResponse, error) {
+	all, from, n := (*clientv3.GetResponse)(nil), m.keys.all, int64(firstPage)
+	for {
+		page, err := m.readPage(ctx, from, n, all)
+		switch {
+		case status.Code(err) == codes.ResourceExhausted && n > 1:
+			n /= 2
+			continue
+		case status.Code(err) == codes.ResourceExhausted:
+			page, err = m.readPage(ctx, from, n, all, clientv3.WithKeysOnly())
+		}
+		if err != nil {
+			return nil, err
+		}
+		if all == nil {
+			all = &clientv3.GetResponse{Header: page.Header}
+		}
+		bytes := 1
+		for _, kv := range page.Kvs {
+			bytes += len(kv.Key) + len(kv.Value)
+			m.keys.trim(kv)
+		}
+		all.Kvs = append(all.Kvs, page.Kvs...)
+		if !page.More {
+			return all, nil
+		}
+		got := int64(len(page.Kvs))
+		from = string(page.Kvs[got-1].Key) + "\x00"
+		n = min(max(got*pageBytes/int64(bytes), 1), 4*n, mostKeys)
+	}
+}
+
+// readPage reads at the revision of the first page. Its error is as the client gives it where the answer is too large.
+func (m *Manager) readPage(
+	ctx context.Context, from string, n int64, first *clientv3.GetResponse, opts ...clientv3.OpOption,
+) (page *clientv3.GetResponse, err error) {
+	opts = append(opts, clientv3.WithRange(clientv3.GetPrefixRangeEnd(m.keys.all)), clientv3.WithLimit(n))
+	if first != nil {
+		opts = append(opts, clientv3.WithRev(first.Header.GetRevision()))
+	}
+	var tooLarge error
 	err = m.conn.request(ctx, func(ctx context.Context, cli *client) (err error) {
-		resp, err = cli.Get(ctx, m.keys.all, clientv3.WithPrefix())
+		page, err = cli.Get(ctx, from, opts...)
+		if tooLarge = nil; status.Code(err) == codes.ResourceExhausted {
+			tooLarge = err
+		}
 		return err
 	})
-	return resp, err
+	switch {
+	case tooLarge != nil:
+		return nil, tooLarge
+	case err == nil && first != nil && page.Header.GetClusterId() != first.Header.GetClusterId():
+		return nil, errOtherCluster
+	}
+	return page, err
 }
 
 func probeRequest(f facts) request {
@@ -216,5 +277,7 @@ func (m *Manager) watchFrom(from position) *pb.WatchRequest {
 		// Now and then the store tells its revision while nothing changes, so that an interrupted watch can go on from
 		// there although the store has compacted what was long ago.
 		ProgressNotify: true,
+		// What has gathered while the node was away may be more than fits into one answer.
+		Fragment: true,
 	}}}
 }

@@ -38,6 +38,8 @@ type state struct {
 	read, watch, write, renew task // of each kind, one request at a time
 
 	stopWatch func()
+	works     bool      // the watch that runs has told something, or had nothing to tell
+	proven    time.Time // when it counts as working although it has told nothing: it may be about others' keys; zero: never
 	free      time.Time // since when a watch could run, but for the claim
 	watchFrom time.Time // when it may; zero: nothing came of the claim yet
 	wake      time.Time // the earliest time that next waits for; zero: none
@@ -121,6 +123,9 @@ func (s *state) settle(now time.Time, endpoints []netip.Addr) {
 	if !s.tell.IsZero() && !now.Before(s.tell) {
 		s.tableChanged(now)
 	}
+	if !s.proven.IsZero() && !now.Before(s.proven) {
+		s.watchWorks(now)
+	}
 	if !slices.Equal(s.snap.Endpoints, endpoints) {
 		s.snap.Endpoints, s.changed = endpoints, true
 		s.write.again(now) // no subnet that covers one of them is free
@@ -132,6 +137,7 @@ func (s *state) settle(now time.Time, endpoints []netip.Addr) {
 func (s *state) next(now time.Time) (out []request) {
 	s.wake = time.Time{}
 	s.due(s.tell, now)
+	s.due(s.proven, now)
 	// While the view is not trusted, the old watch has to end first: what it still tells may be of another store.
 	if (s.trust == trustNow || !s.watch.busy) && !s.read.busy && s.due(s.read.due, now) {
 		s.read.busy, s.read.due = true, time.Time{}
@@ -265,24 +271,39 @@ func (s *state) verify(now time.Time) {
 }
 
 // watchCreated takes the store's confirmation of a watch. A revision below ours means that the member lags behind, or
-// that the store is another one now, whose revision may take long to reach ours.
+// that the store is another one now, whose revision may take long to reach ours. With one above ours, what the watch
+// has to tell first may be more than can be taken in.
 func (s *state) watchCreated(r *pb.WatchResponse, now time.Time) {
+	revision := r.GetHeader().GetRevision()
+	if revision < s.view.watched {
+		s.verify(now)
+	}
+	if revision <= s.view.watched {
+		s.watchWorks(now)
+		return
+	}
+	s.proven = now.Add(s.opts.RequestTimeout)
+}
+
+// watchWorks takes note that the watch makes progress.
+func (s *state) watchWorks(now time.Time) {
+	s.works, s.proven = true, time.Time{}
 	if s.watch.failures > 0 {
 		s.recovered(now)
 	}
 	s.watch.err, s.watch.failures = nil, 0
-	if r.GetHeader().GetRevision() < s.view.watched {
-		s.verify(now)
-	}
 }
 
 // watched takes one message of the watch. The first change is acted on at once, a burst after it in few steps.
 func (s *state) watched(r *pb.WatchResponse, now time.Time) {
+	if !s.works {
+		s.watchWorks(now)
+	}
 	if len(r.Events) == 0 {
 		s.view.progress(r.GetHeader().GetRevision())
 		return
 	}
-	if s.view.events(r.Events) && s.tell.IsZero() {
+	if s.view.events(r.Events, r.Fragment) && s.tell.IsZero() {
 		s.tell = now
 		if s.noTell.After(now) {
 			s.tell = s.noTell
@@ -292,22 +313,28 @@ func (s *state) watched(r *pb.WatchResponse, now time.Time) {
 
 // watchEnded says why a watch ended. It is tried once more before that is called a failure, perhaps at another endpoint.
 // If another cluster answered, the store may have been replaced since the list. If it was not, a proxy takes the two to
-// different stores, and to list again helps no more than to wait.
+// different stores, and to list again helps no more than to wait. A watch that breaks again and again before it has told
+// anything would do so for ever: what it can't bring over is read by a list, and the next one begins behind that.
 func (s *state) watchEnded(created bool, err error, now time.Time) {
 	s.watch.busy = false
 	s.stopWatch()
+	worked := created && (s.works || errors.Is(err, errRelist))
+	s.works, s.proven = false, time.Time{}
 	switch {
-	case errors.Is(err, errRelist):
+	case errors.Is(err, errRelist) || created && !worked && s.watch.failures > 0:
 		s.trust = trustNone
 	case s.trust == trustNow:
 		s.trust = trustBefore
 	}
 	s.read.again(now.Add(backoff(s.watch.failures, s.random())))
-	if created {
+	if worked {
 		return
 	}
 	if s.watch.failures > 0 {
 		s.watch.err = err
+		if created {
+			s.watch.err = noProgress(err)
+		}
 	}
 	s.watch.failures++
 }

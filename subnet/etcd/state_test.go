@@ -408,6 +408,42 @@ func TestRecovery(t *testing.T) {
 	}
 }
 
+// A watch that breaks each time before it has told anything is a loss, leads to a list, and is retried ever more rarely.
+func TestWatchWithoutProgress(t *testing.T) {
+	s := watching(t)
+	broken := status.Error(codes.ResourceExhausted, "received message larger than max")
+	s.watchEnded(true, gone, s.now)
+	s.asks(0)
+	s.passes(backoffMin/2, backoffMin, kindProbe)
+	s.probe(header(12))
+	s.asks(0, kindWatch)
+	s.watchCreated(&pb.WatchResponse{Header: header(12)}, s.now)
+	s.watchEnded(true, broken, s.now)
+	s.asks(0)
+	s.passes(backoffMin/2, backoffMin, kindProbe)
+	s.probe(header(12))
+	s.asks(0, kindWatch)
+	s.watchCreated(&pb.WatchResponse{Header: header(12)}, s.now)
+	s.watchEnded(true, broken, s.now)
+	if s.asks(0); s.snap.Err == nil || s.watch.failures != 2 {
+		t.Fatalf("after %d failures the loss is %v", s.watch.failures, s.snap.Err)
+	}
+	s.passes(backoffMin, 2*backoffMin, kindList)
+	s.list(12, own(5))
+	s.asks(0, kindWatch)
+	s.watchCreated(&pb.WatchResponse{Header: header(12)}, s.now)
+	if s.asks(0); s.snap.Err != nil || s.watch.failures != 0 {
+		t.Errorf("after a list %d failures, the loss is %v", s.watch.failures, s.snap.Err)
+	}
+	// What is new may be others' keys, of which the watch tells nothing.
+	s.watch.failures = 2
+	s.works = false
+	s.watchCreated(&pb.WatchResponse{Header: header(20)}, s.now)
+	if s.settle(s.now.Add(s.opts.RequestTimeout), nil); s.watch.failures != 0 {
+		t.Errorf("a watch that stands counts as failed")
+	}
+}
+
 // A watch that is stopped while it waits for a connection is no loss of the store.
 func TestStoppedWatch(t *testing.T) {
 	s := watching(t)

@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 	"strings"
@@ -34,6 +35,17 @@ func (k keys) subnet(key []byte) (name []byte, ok bool) {
 		return nil, false
 	}
 	return key[n:], true
+}
+
+// trim forgets of a value what no lease has, so that it takes up no memory.
+func (k keys) trim(kv *mvccpb.KeyValue) {
+	_, ok := k.subnet(kv.Key)
+	switch n := subnet.MaxValueSize + 1; {
+	case ok && len(kv.Value) > n:
+		kv.Value = bytes.Clone(kv.Value[:n])
+	case !ok && string(kv.Key) != k.config:
+		kv.Value = nil
+	}
 }
 
 // view is what this node knows of the store. It does no I/O.
@@ -136,11 +148,15 @@ func (v *view) decode(name string, kv *mvccpb.KeyValue) *subnet.Entry {
 	return v.parse(name, kv.Value, kv.ModRevision, kv.CreateRevision, kv.Lease)
 }
 
-// events takes what the watch tells, and reports whether anything is new in it.
-func (v *view) events(evs []*mvccpb.Event) (changed bool) {
+// events takes what the watch tells, and reports whether anything is new in it. Where more is to come in another
+// message, that may still be of the last revision.
+func (v *view) events(evs []*mvccpb.Event, more bool) (changed bool) {
 	for _, ev := range evs {
 		changed = v.set(ev.Kv, ev.Type == mvccpb.Event_DELETE) || changed
-		v.progress(ev.Kv.ModRevision)
+		v.progress(ev.Kv.ModRevision - 1)
+	}
+	if n := len(evs); n > 0 && !more {
+		v.progress(evs[n-1].Kv.ModRevision)
 	}
 	return changed
 }

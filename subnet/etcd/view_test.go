@@ -68,10 +68,10 @@ func TestView(t *testing.T) {
 	want(t, v, "10.1.1.0-24@4", "10.1.2.0-24@9", "10.1.3.0-24@5")
 
 	// The watch comes behind: of b it tells nothing new, a it deletes.
-	if v.events([]*mvccpb.Event{put(keyValue(b, "old", 7)), del(b, 8), put(keyValue(b, "x", 9))}) {
+	if v.events([]*mvccpb.Event{put(keyValue(b, "old", 7)), del(b, 8), put(keyValue(b, "x", 9))}, false) {
 		t.Error("old news are no change")
 	}
-	if !v.events([]*mvccpb.Event{del(a, 10)}) || v.watched != 10 {
+	if !v.events([]*mvccpb.Event{del(a, 10)}, false) || v.watched != 10 {
 		t.Error("the deletion is news")
 	}
 	want(t, v, "10.1.2.0-24@9", "10.1.3.0-24@5")
@@ -87,7 +87,7 @@ func TestView(t *testing.T) {
 	if v.Revision != 10 {
 		t.Errorf("complete is %d: a write tells nothing of what others wrote", v.Revision)
 	}
-	if v.events([]*mvccpb.Event{del(c, 12), put(keyValue(a, "x", 12))}) {
+	if v.events([]*mvccpb.Event{del(c, 12), put(keyValue(a, "x", 12))}, false) {
 		t.Error("the echo of its own write is no news")
 	}
 	want(t, v, "10.1.1.0-24@12", "10.1.2.0-24@9")
@@ -96,10 +96,10 @@ func TestView(t *testing.T) {
 	// news.
 	v.wrote(keyValue(a, "x", 14), []*subnet.Entry{{Key: "10.1.2.0-24"}}, 14)
 	want(t, v, "10.1.1.0-24@14")
-	if v.events([]*mvccpb.Event{put(keyValue(a, "x", 14))}) {
+	if v.events([]*mvccpb.Event{put(keyValue(a, "x", 14))}, false) {
 		t.Error("the echo of its own write is no news")
 	}
-	v.events([]*mvccpb.Event{del(b, 14)})
+	v.events([]*mvccpb.Event{del(b, 14)}, false)
 	want(t, v, "10.1.1.0-24@14")
 
 	if handed.Revision != 6 || len(handed.Entries) != 2 || handed.Entries[0].Revision != 4 {
@@ -113,15 +113,15 @@ func TestViewConfig(t *testing.T) {
 	if !errors.Is(v.table().ConfigErr, subnet.ErrNoConfig) {
 		t.Errorf("got %v", v.table().ConfigErr)
 	}
-	v.events([]*mvccpb.Event{put(keyValue("config", config, 2))})
+	v.events([]*mvccpb.Event{put(keyValue("config", config, 2))}, false)
 	if tb := v.table(); tb.ConfigErr != nil || tb.ConfigRevision != 2 || tb.Config == (subnet.Config{}) {
 		t.Errorf("got %+v", tb)
 	}
-	v.events([]*mvccpb.Event{put(keyValue("config", "{", 3))})
+	v.events([]*mvccpb.Event{put(keyValue("config", "{", 3))}, false)
 	if tb := v.table(); tb.ConfigErr == nil || tb.ConfigRevision != 3 || tb.Config != (subnet.Config{}) {
 		t.Errorf("got %+v", tb)
 	}
-	v.events([]*mvccpb.Event{del("config", 4)})
+	v.events([]*mvccpb.Event{del("config", 4)}, false)
 	if tb := v.table(); !errors.Is(tb.ConfigErr, subnet.ErrNoConfig) || tb.ConfigRevision != 0 {
 		t.Errorf("got %+v", tb)
 	}
@@ -186,7 +186,7 @@ func TestViewAgainstHistory(t *testing.T) {
 				v.table()
 			default:
 				n := min(1+r.IntN(4), len(history)-at)
-				v.events(history[at : at+n])
+				v.events(history[at:at+n], false)
 				at += n
 			}
 		}
