@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/subnet"
@@ -59,7 +60,8 @@ type health struct {
 	mu       sync.Mutex
 	log      *zap.Logger
 	problems map[condition]status.Problem
-	logged   map[condition]time.Time   // when a problem was logged last
+	logged   map[condition]time.Time // when a problem was logged last
+	recent   map[condition]lines
 	changed  chan struct{}             // closed when there is another problem, or one less; then there is a new one
 	busy     atomic.Pointer[time.Time] // since when the loop has been at work without a pause; nil while it waits
 }
@@ -70,7 +72,7 @@ var errStarting = errors.New("overlayd is starting")
 // newHealth starts with everything that is needed missing, until it was found to hold.
 func newHealth(log *zap.Logger) *health {
 	h := &health{
-		log: log, problems: map[condition]status.Problem{}, logged: map[condition]time.Time{}, changed: make(chan struct{}),
+		log: log, problems: map[condition]status.Problem{}, logged: map[condition]time.Time{}, recent: map[condition]lines{}, changed: make(chan struct{}),
 	}
 	h.works()
 	for _, c := range needed() {
@@ -102,7 +104,7 @@ func (h *health) set(c condition, err error) {
 			delete(h.problems, c)
 			h.tell()
 			if _, failed := h.logged[c]; failed { // else it was not there yet
-				h.log.Info("condition recovered", zap.String("condition", string(c)),
+				h.write(c, zap.InfoLevel, "condition recovered",
 					zap.Duration("after", time.Since(old.Since).Round(time.Millisecond)))
 			}
 			delete(h.logged, c)
@@ -123,7 +125,36 @@ func (h *health) set(c condition, err error) {
 		return
 	}
 	h.logged[c] = now
-	h.log.Warn("condition failed", zap.String("condition", string(c)), zap.Error(err))
+	h.write(c, zap.WarnLevel, "condition failed", zap.Error(err))
+}
+
+// lines are those about one condition since a time.
+type lines struct {
+	since          time.Time
+	count, omitted int
+}
+
+// mostLines bounds the lines about one condition in a minute: one that comes and goes with a lease that another program
+// keeps rewriting would fill the disk.
+const mostLines = 20
+
+// write logs, or counts what it omits; the next line has the count. The mutex is held.
+func (h *health) write(c condition, level zapcore.Level, message string, field zap.Field) {
+	l := h.recent[c]
+	if now := time.Now(); now.Sub(l.since) >= time.Minute {
+		l.since, l.count = now, 0
+	}
+	if l.count++; l.count > mostLines {
+		l.omitted++
+	} else {
+		omitted := zap.Skip()
+		if l.omitted > 0 {
+			omitted = zap.Int("omitted", l.omitted)
+		}
+		h.log.Log(level, message, zap.String("condition", string(c)), field, omitted)
+		l.omitted = 0
+	}
+	h.recent[c] = l
 }
 
 // tell wakes all who wait for a change. The mutex is held.
