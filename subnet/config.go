@@ -12,6 +12,7 @@ import (
 	"math"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/overlayd/overlayd/addr"
@@ -23,8 +24,9 @@ type BackendType string
 
 // The backends that a network config may ask for.
 const (
-	VXLAN  BackendType = "vxlan"
-	HostGW BackendType = "host-gw"
+	VXLAN     BackendType = "vxlan"
+	HostGW    BackendType = "host-gw"
+	WireGuard BackendType = "wireguard"
 )
 
 const (
@@ -34,6 +36,10 @@ const (
 	minMTU4     = 576  // RFC 791: what every IPv4 host must take
 	minMTU6     = 1280 // RFC 8200 §5: what pods with IPv6 must be able to send
 	maxMTU      = 65535
+
+	// WireGuard has no port of its own. These are flannel's.
+	defaultListenPort4 = 51820
+	defaultListenPort6 = 51821
 
 	maxConfigSize = 64 << 10
 )
@@ -47,12 +53,18 @@ type Backend struct {
 	Learning      bool   // let the device learn where MACs are
 	DirectRouting bool   // plain routes to the peers that need no gateway
 	MTU           int    // of the packets between the nodes; 0: that of the underlay
+
+	ListenPort addr.Per[uint16] // WireGuard's UDP ports on the underlay, one for each family
+	Keepalive  int              // seconds after which WireGuard sends something if there is nothing to send; 0: nothing
 }
 
 // Overhead is what the backend adds to a packet of a pod: with vxlan the inner Ethernet header (14 bytes), VXLAN (8),
-// UDP (8), and the outer IPv4 (20) or IPv6 (40) header (RFC 7348 §5).
+// UDP (8), and the outer IPv4 (20) or IPv6 (40) header (RFC 7348 §5); with wireguard the message header (16), its
+// authentication tag (16), UDP (8) and the largest outer header, which wg-quick and flannel subtract for both families.
 func (b Backend) Overhead(f addr.Family) int {
 	switch {
+	case b.Type == WireGuard:
+		return 80
 	case b.Type != VXLAN:
 		return 0
 	case f == addr.IPv4:
@@ -159,6 +171,11 @@ func (c Config) Differences(other Config) []Difference {
 		add("Backend.Learning", b.Learning, d.Learning)
 		add("Backend.DirectRouting", b.DirectRouting, d.DirectRouting)
 	}
+	if b.Type == WireGuard && d.Type == WireGuard {
+		add("Backend.ListenPort", b.ListenPort.V4, d.ListenPort.V4)
+		add("Backend.ListenPortV6", b.ListenPort.V6, d.ListenPort.V6)
+		add("Backend.PersistentKeepaliveInterval", b.Keepalive, d.Keepalive)
+	}
 	return out
 }
 
@@ -217,7 +234,10 @@ func UnknownKeys(data []byte) []string {
 	}
 	out := o.unknown(known)
 	return append(out, o.object("Backend").
-		unknown([]string{"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU", "MacPrefix", "Name"})...)
+		unknown([]string{
+			"Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU", "MacPrefix", "Name",
+			"ListenPort", "ListenPortV6", "PersistentKeepaliveInterval", "Mode", "PSK",
+		})...)
 }
 
 // NewPool is a pool of all subnets of a network, from the first to the last.
@@ -261,7 +281,7 @@ func parsePool(o object, k familyKeys) Pool {
 
 func parseBackend(o object, ipv6 bool) Backend {
 	b := o.object("Backend")
-	types := fmt.Sprintf("%q or %q", VXLAN, HostGW)
+	types := fmt.Sprintf("%q, %q or %q", VXLAN, HostGW, WireGuard)
 	out := Backend{
 		Type:          BackendType(strings.ToLower(b.string("Type", string(VXLAN), types))), // in any case, as in flannel
 		VNI:           uint32(b.int("VNI", defaultVNI, 1, maxVNI)),
@@ -269,6 +289,11 @@ func parseBackend(o object, ipv6 bool) Backend {
 		GBP:           b.bool("GBP", false),
 		Learning:      b.bool("Learning", false),
 		DirectRouting: b.bool("DirectRouting", false),
+		ListenPort: addr.Per[uint16]{
+			V4: uint16(b.int("ListenPort", defaultListenPort4, 1, math.MaxUint16)),
+			V6: uint16(b.int("ListenPortV6", defaultListenPort6, 1, math.MaxUint16)),
+		},
+		Keepalive: b.int("PersistentKeepaliveInterval", 0, 0, math.MaxUint16),
 	}
 	out.MTU = b.int("MTU", 0, out.LeastMTU(ipv6), maxMTU)
 	if out.Port == 0 {
@@ -277,7 +302,20 @@ func parseBackend(o object, ipv6 bool) Backend {
 	if out.VNI == 0 {
 		b.fail("VNI", fmt.Sprintf("a number from 1 to %d", maxVNI))
 	}
-	if out.Type != VXLAN && out.Type != HostGW {
+	switch out.Type {
+	case VXLAN, HostGW:
+	case WireGuard:
+		if out.ListenPort.V4 == out.ListenPort.V6 {
+			b.fail("ListenPortV6", "another port than ListenPort")
+		}
+		const separate = "separate" // of flannel's modes
+		if b.string("Mode", separate, strconv.Quote(separate)) != separate {
+			b.fail("Mode", strconv.Quote(separate)+", a device for each family")
+		}
+		if len(b.Get("PSK")) > 0 {
+			b.fail("PSK", "no key that all who read the store can read")
+		}
+	default:
 		b.fail("Type", types)
 	}
 	return out

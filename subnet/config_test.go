@@ -17,7 +17,7 @@ func pool(network string, length int, first, last string) Pool {
 }
 
 func TestParseConfig(t *testing.T) {
-	vxlan := Backend{Type: VXLAN, VNI: 1, Port: 8472}
+	vxlan := Backend{Type: VXLAN, VNI: 1, Port: 8472, ListenPort: addr.Per[uint16]{V4: 51820, V6: 51821}}
 	v4 := pool("10.3.0.0/16", 24, "10.3.1.0", "10.3.255.0")
 	v6 := pool("fc00::/48", 64, "fc00:0:0:1::", "fc00:0:0:ffff::")
 	with := func(change func(*Backend)) Backend {
@@ -117,11 +117,20 @@ func TestParseConfig(t *testing.T) {
 			"host-gw", `{"Network":"10.3.0.0/16","Backend":{"Type":"host-gw"}}`,
 			Config{addr.Per[Pool]{V4: v4}, with(func(b *Backend) { b.Type = HostGW })},
 		},
+		{
+			"every option of wireguard",
+			`{"Network":"10.3.0.0/16","Backend":{"Type":"wireguard","ListenPort":51,"ListenPortV6":52,"PersistentKeepaliveInterval":25,"Mode":"separate"}}`,
+			Config{addr.Per[Pool]{V4: v4}, with(func(b *Backend) {
+				b.Type, b.ListenPort, b.Keepalive = WireGuard, addr.Per[uint16]{V4: 51, V6: 52}, 25
+			})},
+		},
 		{"type in other letter case", `{"Network":"10.3.0.0/16","Backend":{"Type":"VXLAN"}}`, only4(v4)},
 		{
 			"every backend option",
 			`{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","VNI":16777215,"Port":65535,"GBP":true,"Learning":true,"DirectRouting":true,"MTU":1400}}`,
-			Config{addr.Per[Pool]{V4: v4}, Backend{VXLAN, 16777215, 65535, true, true, true, 1400}},
+			Config{addr.Per[Pool]{V4: v4}, with(func(b *Backend) {
+				b.VNI, b.Port, b.GBP, b.Learning, b.DirectRouting, b.MTU = 16777215, 65535, true, true, true, 1400
+			})},
 		},
 		{
 			"smallest MTU", `{"Network":"10.3.0.0/16","Backend":{"MTU":576}}`,
@@ -263,13 +272,21 @@ func TestParseConfigErrors(t *testing.T) {
 		{`{"Network":"10.3.0.0/16","Backend":[]}`, []string{"Backend: expected a JSON object, found []"}},
 		{
 			`{"Network":"10.3.0.0/16","Backend":{"Type":"udp"}}`,
-			[]string{`Backend.Type: expected "vxlan" or "host-gw", found "udp"`},
+			[]string{`Backend.Type: expected "vxlan", "host-gw" or "wireguard", found "udp"`},
 		},
 		{
 			`{"Network":"10.3.0.0/16","Backend":{"Type":""}}`,
-			[]string{`Backend.Type: expected "vxlan" or "host-gw", found ""`},
+			[]string{`Backend.Type: expected "vxlan", "host-gw" or "wireguard", found ""`},
 		},
-		{`{"Network":"10.3.0.0/16","Backend":{"Type":1}}`, []string{`Backend.Type: expected "vxlan" or "host-gw", found 1`}},
+		{`{"Network":"10.3.0.0/16","Backend":{"Type":1}}`, []string{`Backend.Type: expected "vxlan", "host-gw" or "wireguard", found 1`}},
+		{
+			`{"Network":"10.3.0.0/16","Backend":{"Type":"wireguard","ListenPort":51821}}`,
+			[]string{"Backend.ListenPortV6: expected another port than ListenPort"},
+		},
+		{
+			`{"Network":"10.3.0.0/16","Backend":{"Type":"wireguard","PSK":"secret","Mode":"auto"}}`,
+			[]string{`Backend.PSK: expected no key that all who read the store can read`, `Backend.Mode: expected "separate"`},
+		},
 		{
 			`{"Network":"10.3.0.0/16","Backend":{"VNI":0}}`,
 			[]string{"Backend.VNI: expected a number from 1 to 16777215, found 0"},

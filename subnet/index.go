@@ -15,13 +15,14 @@ type candidate struct {
 	accepted bool
 }
 
-// leaseIndex finds leases that have in common what only one node can have: a part of a subnet, a public IP, or a MAC.
+// leaseIndex finds leases that have in common what only one node can have: a part of a subnet, a public IP, or a
+// tunnel end.
 type leaseIndex struct {
 	subnets addr.Per[[]*candidate] // those with a subnet of the family, in its order
 	lengths addr.Per[[]int]        // how many of these have a prefix of this length; nil: there was none yet
 	room    int                    // for so many leases
 	ips     holders[[16]byte]
-	macs    holders[uint64]
+	ends    holders[tunnelEnd]
 }
 
 // holders are the leases with a key: only one, most often.
@@ -80,25 +81,35 @@ func (l *Lease) overlaps(o *Lease) bool {
 	return overlap(l.Subnets.V4, o.Subnets.V4) || overlap(l.Subnets.V6, o.Subnets.V6)
 }
 
-// macs are those of the families that the lease is in; zero: none.
-func (l *Lease) macs() (out [2]addr.MAC) {
-	for i, f := range addr.Families() {
-		if l.Subnets.Get(f).IsValid() {
-			out[i] = l.VTEP.Get(f).MAC
-		}
-	}
-	return out
+// tunnelEnd is what one node alone can have: the MAC of its device, or its public key. The zero value: neither.
+type tunnelEnd struct {
+	mac addr.MAC
+	key PublicKey
 }
 
-// sharedMAC is a MAC that both leases have; zero: none.
-func (l *Lease) sharedMAC(o *Lease) addr.MAC {
-	others := o.macs()
-	for _, mac := range l.macs() {
-		if !mac.IsZero() && slices.Contains(others[:], mac) {
-			return mac
+func (e tunnelEnd) String() string {
+	if e.key != "" {
+		return "PublicKey " + string(e.key)
+	}
+	return "VtepMAC " + e.mac.String()
+}
+
+// end is that of a family which the lease is in.
+func (l *Lease) end(f addr.Family) tunnelEnd {
+	if !l.Subnets.Get(f).IsValid() {
+		return tunnelEnd{}
+	}
+	return tunnelEnd{l.VTEP.Get(f).MAC, l.PublicKey}
+}
+
+// sharedEnd is an end that both leases have; the zero one: none.
+func (l *Lease) sharedEnd(o *Lease) tunnelEnd {
+	for _, f := range addr.Families() {
+		if e := l.end(f); e != (tunnelEnd{}) && (e == o.end(addr.IPv4) || e == o.end(addr.IPv6)) {
+			return e
 		}
 	}
-	return addr.MAC{}
+	return tunnelEnd{}
 }
 
 // search finds where something is in a sorted list, or has to be: at its end, if much comes in order.
@@ -122,7 +133,7 @@ func newIndex(n int) leaseIndex {
 	return leaseIndex{
 		room: n,
 		ips:  holders[[16]byte]{first: make(map[[16]byte]*candidate, n)},
-		macs: holders[uint64]{first: make(map[uint64]*candidate, n)},
+		ends: holders[tunnelEnd]{first: make(map[tunnelEnd]*candidate, n)},
 	}
 }
 
@@ -143,8 +154,8 @@ func (x *leaseIndex) add(c *candidate) (met bool) {
 		x.subnets.Set(f, slices.Insert(list, at(list, f, sn), c))
 		x.lengths.Get(f)[sn.Bits()]++
 		met = x.ips.add(c.lease.PublicIP.Get(f).As16(), c) || met
-		if mac := c.lease.VTEP.Get(f).MAC; !mac.IsZero() {
-			met = x.macs.add(mac.Uint64(), c) || met
+		if e := c.lease.end(f); e != (tunnelEnd{}) {
+			met = x.ends.add(e, c) || met
 		}
 	}
 	return met
@@ -162,7 +173,7 @@ func (x *leaseIndex) remove(c *candidate) {
 		x.subnets.Set(f, slices.Delete(list, i, i+1))
 		x.lengths.Get(f)[sn.Bits()]--
 		x.ips.remove(c.lease.PublicIP.Get(f).As16(), c)
-		x.macs.remove(c.lease.VTEP.Get(f).MAC.Uint64(), c)
+		x.ends.remove(c.lease.end(f), c)
 	}
 }
 
@@ -173,7 +184,7 @@ func (x *leaseIndex) linked(c *candidate) iter.Seq[*candidate] {
 		for _, f := range addr.Families() {
 			more := !c.lease.Subnets.Get(f).IsValid() || x.overlapping(c, f, yield) &&
 				x.ips.linked(c.lease.PublicIP.Get(f).As16(), c, yield) &&
-				x.macs.linked(c.lease.VTEP.Get(f).MAC.Uint64(), c, yield)
+				x.ends.linked(c.lease.end(f), c, yield)
 			if !more {
 				return
 			}

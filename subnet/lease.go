@@ -2,6 +2,7 @@ package subnet
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ type Attrs struct {
 	PublicIPLocal bool                 // PublicIP is configured on the node itself, not on a NAT before it
 	Backend       BackendType
 	VTEP          addr.Per[VTEP] // where Backend is vxlan
+	PublicKey     PublicKey      // where Backend is wireguard
 	Identity
 }
 
@@ -46,6 +48,23 @@ type VTEP struct {
 	VNI uint32
 	MAC addr.MAC
 }
+
+// PublicKey is a public key of WireGuard as wg(8) prints it, in base64; empty: none.
+type PublicKey string
+
+// ParsePublicKey checks that a text is 32 bytes in base64.
+func ParsePublicKey(s string) (PublicKey, error) {
+	b, err := base64.StdEncoding.Strict().DecodeString(s)
+	if err != nil || len(b) != publicKeySize || base64.StdEncoding.EncodeToString(b) != s {
+		return "", fmt.Errorf("%.60q is not a public key of WireGuard", s)
+	}
+	return PublicKey(s), nil
+}
+
+const publicKeySize = 32 // of Curve25519 (RFC 7748 §6.1)
+
+// SameEnds reports whether peers reach both by the same tunnels.
+func (a Attrs) SameEnds(o Attrs) bool { return a.VTEP == o.VTEP && a.PublicKey == o.PublicKey }
 
 // Gateway is the first address of the lease's subnet: that of its VXLAN device, through which routes to it go.
 func (l Lease) Gateway(f addr.Family) netip.Addr { return l.Subnets.Get(f).Addr() }
@@ -155,8 +174,9 @@ type wireLease struct {
 }
 
 type wireVTEP struct {
-	VNI     uint32
-	VtepMAC string
+	VNI       uint32 `json:",omitempty"`
+	VtepMAC   string `json:",omitempty"`
+	PublicKey string `json:",omitempty"`
 }
 
 // FormatValue is the value that says a; equal attributes give equal bytes.
@@ -172,7 +192,7 @@ func FormatValue(a Attrs) []byte {
 		PublicIPLocal bool        `json:",omitempty"`
 	}{
 		BackendType: a.Backend, NodeName: a.NodeName, NodeID: a.NodeID, PublicIPLocal: a.PublicIPLocal,
-		BackendData: formatVTEP(a.VTEP.V4), BackendV6Data: formatVTEP(a.VTEP.V6),
+		BackendData: a.formatEnd(addr.IPv4), BackendV6Data: a.formatEnd(addr.IPv6),
 	}
 	if a.PublicIP.V4.IsValid() {
 		w.PublicIP = a.PublicIP.V4.String()
@@ -183,11 +203,16 @@ func FormatValue(a Attrs) []byte {
 	return mustJSON(w)
 }
 
-func formatVTEP(v VTEP) *wireVTEP {
-	if v == (VTEP{}) {
+// formatEnd says where tunnels of one family end. A key is said in each family of the node, as flannel does.
+func (a Attrs) formatEnd(f addr.Family) *wireVTEP {
+	v := a.VTEP.Get(f)
+	switch {
+	case a.PublicKey != "" && a.PublicIP.Get(f).IsValid():
+		return &wireVTEP{PublicKey: string(a.PublicKey)}
+	case v == VTEP{}:
 		return nil
 	}
-	return &wireVTEP{v.VNI, v.MAC.String()}
+	return &wireVTEP{VNI: v.VNI, VtepMAC: v.MAC.String()}
 }
 
 func mustJSON(v any) []byte {
@@ -255,10 +280,9 @@ func (w wireLease) attrs() (Attrs, error) {
 		parsePublicIP(&a.PublicIP, addr.IPv4, "PublicIP", w.PublicIP),
 		parsePublicIP(&a.PublicIP, addr.IPv6, "PublicIPv6", w.PublicIPv6),
 	)
-	if w.BackendType == VXLAN { // another backend's data are its own affair
+	if w.BackendType == VXLAN || w.BackendType == WireGuard { // another backend's data are its own affair
 		err = joined(err,
-			parseVTEP(&a.VTEP, addr.IPv4, "BackendData", w.BackendData),
-			parseVTEP(&a.VTEP, addr.IPv6, "BackendV6Data", w.BackendV6Data))
+			a.parseEnd(addr.IPv4, "BackendData", w.BackendData), a.parseEnd(addr.IPv6, "BackendV6Data", w.BackendV6Data))
 	}
 	return a, err
 }
@@ -291,22 +315,33 @@ func parsePublicIP(out *addr.Per[netip.Addr], f addr.Family, field, s string) er
 	return nil
 }
 
-func parseVTEP(out *addr.Per[VTEP], f addr.Family, field string, raw json.RawMessage) error {
+func (a *Attrs) parseEnd(f addr.Family, field string, raw json.RawMessage) error {
 	if len(raw) == 0 || string(raw) == "null" {
 		return nil
 	}
 	w, err := read(raw, scanVTEP)
 	if err != nil {
-		return fmt.Errorf("%s: not the data of a VXLAN lease: %s", field, inWords(err, raw))
+		return fmt.Errorf("%s: not the data of a %s lease: %s", field, a.Backend, inWords(err, raw))
 	}
-	if w.VtepMAC == "" && w.VNI == 0 {
+	switch {
+	case a.Backend == WireGuard && w.PublicKey == "", a.Backend == VXLAN && w.VtepMAC == "" && w.VNI == 0:
+		return nil
+	case a.Backend == WireGuard:
+		k, err := ParsePublicKey(w.PublicKey)
+		if err != nil {
+			return fmt.Errorf("%s.PublicKey: %w", field, err)
+		}
+		if a.PublicKey != "" && a.PublicKey != k {
+			return fmt.Errorf("%s.PublicKey: %q is another key than %q of the other family", field, k, a.PublicKey)
+		}
+		a.PublicKey = k
 		return nil
 	}
 	m, err := addr.ParseMAC(w.VtepMAC)
 	if err != nil {
 		return fmt.Errorf("%s.VtepMAC: %w", field, err)
 	}
-	out.Set(f, VTEP{w.VNI, m})
+	a.VTEP.Set(f, VTEP{VNI: w.VNI, MAC: m})
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package subnet
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"math/rand/v2"
@@ -120,13 +121,21 @@ func TestParseValue(t *testing.T) {
 		},
 		{
 			"another backend's data are not read",
-			`{"PublicIP":"192.168.1.10","BackendType":"wireguard","BackendData":{"PublicKey":"x","VtepMAC":7}}`,
-			Attrs{PublicIP: ips("192.168.1.10"), Backend: "wireguard"},
+			`{"PublicIP":"192.168.1.10","BackendType":"ipsec","BackendData":{"PublicKey":"x","VtepMAC":7}}`,
+			Attrs{PublicIP: ips("192.168.1.10"), Backend: "ipsec"},
+		},
+		{
+			"wireguard, as flannel writes it",
+			`{"PublicIP":"192.168.1.10","PublicIPv6":null,"BackendType":"wireguard","BackendData":{"PublicKey":"4VBpFM0bu/DhD0cAjrVYdZhjAvImJtKA4rgVSx6rcGE="}}`,
+			Attrs{
+				PublicIP: ips("192.168.1.10"), Backend: WireGuard,
+				PublicKey: "4VBpFM0bu/DhD0cAjrVYdZhjAvImJtKA4rgVSx6rcGE=",
+			},
 		},
 		{
 			"ours",
 			`{"PublicIP":"192.168.1.10","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:fd:0c:11:22:33"},"NodeName":"a","NodeID":"0123","PublicIPLocal":true}`,
-			Attrs{ips("192.168.1.10"), true, VXLAN, addr.Per[VTEP]{V4: vtep("5e:fd:0c:11:22:33")}, Identity{"a", "0123"}},
+			Attrs{ips("192.168.1.10"), true, VXLAN, addr.Per[VTEP]{V4: vtep("5e:fd:0c:11:22:33")}, "", Identity{"a", "0123"}},
 		},
 		{"a reservation for a node", `{"NodeName":"a"}`, Attrs{Identity: Identity{NodeName: "a"}}},
 		{"a reservation for an address", `{"PublicIP":"192.168.1.10"}`, Attrs{PublicIP: ips("192.168.1.10")}},
@@ -181,6 +190,10 @@ func TestParseValueErrors(t *testing.T) {
 		{`{"BackendType":"vxlan","BackendData":{"VNI":-1,"VtepMAC":"5e:fd:0c:11:22:33"}}`, "BackendData: "},
 		{`{"BackendType":"vxlan","BackendData":{"VNI":4294967296,"VtepMAC":"5e:fd:0c:11:22:33"}}`, "BackendData: "},
 		{`{"BackendType":"vxlan","BackendData":{"VNI":1}}`, "BackendData.VtepMAC: "},
+		{`{"BackendType":"wireguard","BackendData":{"PublicKey":"x"}}`, "BackendData.PublicKey: "},
+		{`{"BackendType":"wireguard","BackendV6Data":{"PublicKey":"4VBpFM0bu/DhD0cAjrVYdZhjAvImJtKA4rgVSx6rcGE=\n"}}`, "BackendV6Data.PublicKey: "},
+		{`{"BackendType":"wireguard","BackendData":{"PublicKey":"4VBpFM0bu/DhD0cAjrVYdZhjAvImJtKA4rgVSx6rcGF="}}`, "BackendData.PublicKey: "},
+		{`{"BackendType":"wireguard","BackendData":{"PublicKey":7}}`, "BackendData: "},
 		{`{"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"5e:fd:0c:11:22"}}`, "BackendData.VtepMAC: "},
 		{
 			`{"BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"00:00:00:00:fe:80:00:00:00:00:00:00"}}`,
@@ -219,11 +232,18 @@ func randomAttrs(r *rand.Rand) Attrs {
 		return b.String()
 	}
 	a := Attrs{PublicIPLocal: r.IntN(2) == 0, Identity: Identity{word(), word()}}
-	a.Backend = []BackendType{VXLAN, HostGW, "", "wireguard"}[r.IntN(4)]
+	a.Backend = []BackendType{VXLAN, HostGW, "", WireGuard}[r.IntN(4)]
 	nets := addr.Per[netip.Prefix]{V4: netip.MustParsePrefix("10.0.0.0/8"), V6: netip.MustParsePrefix("2001:db8::/32")}
 	for _, f := range addr.Families() {
 		if r.IntN(2) == 0 {
 			a.PublicIP.Set(f, randomAddr(r, nets.Get(f)))
+		}
+		if a.Backend == WireGuard && a.PublicIP.Get(f).IsValid() {
+			var key [publicKeySize]byte
+			for i := range key {
+				key[i] = byte(r.UintN(256))
+			}
+			a.PublicKey = PublicKey(base64.StdEncoding.EncodeToString(key[:]))
 		}
 		if a.Backend == VXLAN && r.IntN(2) == 0 {
 			v := VTEP{VNI: r.Uint32()}
@@ -256,6 +276,7 @@ func TestFormatValue(t *testing.T) {
 	a := Attrs{
 		ips("192.168.1.10", "2001:db8::a"), true, VXLAN,
 		addr.Per[VTEP]{V4: VTEP{1, mac(t, "5e:fd:0c:11:22:33")}, V6: VTEP{1, mac(t, "5e:fd:0c:11:22:34")}},
+		"",
 		Identity{"a", "0123"},
 	}
 	want := `{"PublicIP":"192.168.1.10","PublicIPv6":"2001:db8::a","BackendType":"vxlan",` +

@@ -340,8 +340,8 @@ func (r *Roster) settle(left []*candidate) map[*candidate]objection {
 		if c.lease.overlaps(o.lease) {
 			return objectTo(CauseOverlap, "its subnet overlaps %s of %s, which holds it", o.Key, o.Name())
 		}
-		if mac := c.lease.sharedMAC(o.lease); !mac.IsZero() {
-			return objectTo(CauseVTEP, "its VtepMAC %s is that of %s, which holds it", mac, o.Name())
+		if e := c.lease.sharedEnd(o.lease); e != (tunnelEnd{}) {
+			return objectTo(CauseVTEP, "its %s is that of %s, which holds it", e, o.Name())
 		}
 		return objection{}
 	})

@@ -189,7 +189,7 @@ func TestRosterAgainstTheWholeTable(t *testing.T) {
 		roster.Update(Table{}, c, self, now, 0)
 		roster.Update(Table{}, c, self, now.Add(time.Hour), 0)
 		x := &roster.index
-		left := len(roster.candidates) + len(x.ips.first) + len(x.ips.more) + len(x.macs.first) + len(x.macs.more) +
+		left := len(roster.candidates) + len(x.ips.first) + len(x.ips.more) + len(x.ends.first) + len(x.ends.more) +
 			len(x.subnets.V4) + len(x.subnets.V6) + len(roster.rejected) + len(roster.young) +
 			len(roster.leaving) + len(roster.peers)
 		if left > 0 || slices.Max(append(slices.Concat(x.lengths.V4, x.lengths.V6), 0)) > 0 {

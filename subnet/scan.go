@@ -25,10 +25,10 @@ func scanLease(value []byte) (w wireLease, ok bool) {
 	return w, s.end() && len(s.rest) == 0
 }
 
-// scanVTEP reads the data of a VXLAN lease in the same layout.
+// scanVTEP reads the data of a lease's tunnel end in the same layout.
 func scanVTEP(raw []byte) (wireVTEP, bool) {
 	s := newScanner(raw)
-	v := wireVTEP{s.number("VNI"), string(s.text("VtepMAC"))}
+	v := wireVTEP{s.number("VNI"), string(s.text("VtepMAC")), string(s.text("PublicKey"))}
 	return v, s.end() && len(s.rest) == 0
 }
 
@@ -39,6 +39,8 @@ func backendType(b []byte) BackendType {
 		return VXLAN
 	case HostGW:
 		return HostGW
+	case WireGuard:
+		return WireGuard
 	}
 	return BackendType(b)
 }
@@ -136,6 +138,7 @@ func (s *scanner) vtep(name string) json.RawMessage {
 	in := newScanner(s.rest)
 	in.number("VNI")
 	in.text("VtepMAC")
+	in.text("PublicKey")
 	if !in.end() {
 		s.rest = nil
 		return nil

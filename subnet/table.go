@@ -174,9 +174,26 @@ func (j *judge) family(l *Lease, f addr.Family, p Pool) objection {
 	case !ip.IsGlobalUnicast() || reserved4(ip):
 		return objectTo(CausePublicIP, "its public IP %s is not a usable unicast address", ip)
 	}
-	if j.config.Backend.Type != VXLAN {
-		return objection{}
+	switch j.config.Backend.Type {
+	case WireGuard:
+		return j.key(l)
+	case VXLAN:
+		return j.vtep(l, f)
 	}
+	return objection{}
+}
+
+func (j *judge) key(l *Lease) objection {
+	switch l.PublicKey {
+	case "":
+		return objectTo(CauseVTEP, "it has no PublicKey")
+	case j.self.PublicKey:
+		return objectTo(CauseVTEP, "its PublicKey %s is this node's own", l.PublicKey)
+	}
+	return objection{}
+}
+
+func (j *judge) vtep(l *Lease, f addr.Family) objection {
 	switch v := l.VTEP.Get(f); {
 	case v.MAC.IsZero():
 		return objectTo(CauseVTEP, "it has no %s VtepMAC", f)

@@ -2,6 +2,7 @@ package subnet
 
 import (
 	"cmp"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -205,7 +206,9 @@ func TestPeersAccepts(t *testing.T) {
 		},
 		{
 			"the family that is not in use may be nonsense", net4, self4, "10.244.7.0-24&ff00::-8",
-			with(peer(7), func(a *Attrs) { a.PublicIP.V6, a.VTEP.V6 = netip.MustParseAddr("ff02::1"), VTEP{9, addr.MAC{1}} }),
+			with(peer(7), func(a *Attrs) {
+				a.PublicIP.V6, a.VTEP.V6 = netip.MustParseAddr("ff02::1"), VTEP{9, addr.MAC{1}}
+			}),
 			70, per("10.244.7.0/24"),
 		},
 		{
@@ -447,5 +450,44 @@ func TestPeersPreferWhatFits(t *testing.T) {
 	peers, rejected := Table{Entries: []*Entry{old, now}}.Peers(c, Lease{Subnets: per("10.244.255.0/24"), Attrs: peer(1)})
 	if len(peers) != 1 || peers[0].Subnets != now.Subnets || len(rejected) != 1 || rejected[0].Key != old.Key {
 		t.Errorf("peers %+v\nrejected %+v", peers, rejected)
+	}
+}
+
+// In a network of WireGuard, the public key is what only one node can have, and the older lease has it.
+func TestPublicKeys(t *testing.T) {
+	t.Parallel()
+	c := mustConfig(t, `{"Network":"10.244.0.0/16","Backend":{"Type":"wireguard"}}`)
+	key := func(n byte) PublicKey {
+		return PublicKey(base64.StdEncoding.EncodeToString(append(make([]byte, publicKeySize-1), n)))
+	}
+	lease := func(i int, k PublicKey, revision int64) *Entry {
+		a := peer(i)
+		a.Backend, a.VTEP, a.PublicKey = WireGuard, addr.Per[VTEP]{}, k
+		return leaseAt(fmt.Sprintf("10.244.%d.0-24", i), a, revision, 70)
+	}
+	self := Lease{Subnets: per("10.244.1.0/24"), Attrs: Attrs{
+		PublicIP: ips("172.16.0.1"), Backend: WireGuard, PublicKey: key(1),
+	}}
+	table := Table{Config: c, Entries: []*Entry{
+		lease(2, key(2), 20), lease(3, key(3), 12), lease(4, key(3), 11), lease(5, key(1), 13), lease(6, "", 14),
+		leaseAt("10.244.7.0-24", peer(7), 15, 70),
+	}}
+	accepted, rejected := table.Peers(c, self)
+	var got []string
+	for _, l := range accepted {
+		got = append(got, l.Subnets.V4.String()+" accepted")
+	}
+	for _, r := range rejected {
+		got = append(got, r.Key+" "+r.Reason)
+	}
+	want := []string{
+		"10.244.2.0/24 accepted", "10.244.4.0/24 accepted",
+		"10.244.3.0-24 its PublicKey " + string(key(3)) + " is that of node-4, which holds it",
+		"10.244.5.0-24 its PublicKey " + string(key(1)) + " is this node's own",
+		"10.244.6.0-24 it has no PublicKey",
+		`10.244.7.0-24 its backend is "vxlan", but this network uses "wireguard"`,
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got  %q\nwant %q", got, want)
 	}
 }
