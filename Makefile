@@ -35,10 +35,10 @@ help: ## show this
 build: ## bin/overlayd, bin/overlay-cni, bin/overlay-install, bin/overlay-lab and bin/overlay-bench, static
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
-demo: deps build ## a whole network on this machine: NODES=3 PODS=2 BACKEND=vxlan|host-gw DIRECT=1 STACK=ipv4|dual|ipv6 KEEP=1
+demo: deps build $(if $(filter wireguard,$(BACKEND)),bin/wireguard-go) ## a whole network on this machine: NODES=3 PODS=2 BACKEND=vxlan|host-gw|wireguard DIRECT=1 STACK=ipv4|dual|ipv6 KEEP=1
 	bin/overlay-lab demo --nodes $(NODES) --pods $(PODS) --backend $(BACKEND) --stack $(STACK) $(if $(DIRECT),--direct) $(if $(KEEP),--keep)
 
-test: deps bin/kubernetes ## everything, with the race detector, on the real kernel, etcd, kube-apiserver and iptables
+test: deps bin/kubernetes bin/wireguard-go ## everything, with the race detector, on the real kernel, etcd, kube-apiserver and iptables
 	$(GO) vet ./...
 	$(GO) test -race -count 1 -timeout 15m ./...
 	$(MAKE) --no-print-directory fuzz
@@ -56,13 +56,17 @@ bin/etcd-3.5:
 bin/etcd-3.6: test/etcd/go.mod test/etcd/go.sum
 	CGO_ENABLED=0 $(GO) build -C test/etcd -trimpath -o ../../$@ go.etcd.io/etcd/server/v3
 
+# WireGuard in user space, for kernels that have none.
+bin/wireguard-go: test/wireguard/go.mod test/wireguard/go.sum
+	CGO_ENABLED=0 $(GO) build -C test/wireguard -trimpath -ldflags '-s -w' -o ../../$@ golang.zx2c4.com/wireguard
+
 # kube-apiserver and others in one: minutes to compile the first time. The flags are those of test/kubernetes/build, which shares
 # the cache of the compiler.
 bin/kubernetes: test/kubernetes/go.mod test/kubernetes/go.sum test/kubernetes/cmd/kubernetes/main.go
 	CGO_ENABLED=0 GOFLAGS= GOWORK=off $(GO) build -C test/kubernetes -buildvcs=false -trimpath -tags no_btrfs,no_zfs,no_devmapper -ldflags '-s -w' \
 		-o ../../$@ ./cmd/kubernetes
 
-faults: deps build bin/etcd-3.4 $(if $(SHORT),,bin/etcd-3.5 bin/etcd-3.6 bin/kubernetes) ## the catalogue of faults, each with what it may cost: SHORT=1 for a part of it, ONLY=REGEX
+faults: deps build bin/etcd-3.4 bin/wireguard-go $(if $(SHORT),,bin/etcd-3.5 bin/etcd-3.6 bin/kubernetes) ## the catalogue of faults, each with what it may cost: SHORT=1 for a part of it, ONLY=REGEX
 	bin/overlay-lab faults $(if $(SHORT),--short) $(if $(ONLY),--only '$(ONLY)')
 
 soak: deps build ## random faults for MINUTES=10 from SEED, ending in exactly the planned state

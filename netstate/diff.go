@@ -48,7 +48,7 @@ func withoutPruning(all []Change) []Change {
 	return reject(all, func(c Change) bool {
 		l, ok := c.Obj.(Link)
 		switch c.Obj.(type) {
-		case Neighbour, FDBEntry, Route:
+		case Neighbour, FDBEntry, TunnelPeer, Route:
 			if c.Old != nil { // what is there may be newer than what is desired
 				return true
 			}
@@ -63,22 +63,24 @@ func (c Change) Kind() string { return string(c.Obj.kind()) }
 type kind string
 
 const (
-	kindLink      kind = "device"
-	kindSysctl    kind = "sysctl"
-	kindAddress   kind = "address"
-	kindNeighbour kind = "neighbour"
-	kindFDB       kind = "fdb"
-	kindRoute     kind = "route"
-	kindRule      kind = "rule"
+	kindLink       kind = "device"
+	kindSysctl     kind = "sysctl"
+	kindAddress    kind = "address"
+	kindNeighbour  kind = "neighbour"
+	kindFDB        kind = "fdb"
+	kindTunnelPeer kind = "peer"
+	kindRoute      kind = "route"
+	kindRule       kind = "rule"
 )
 
-func (Link) kind() kind      { return kindLink }
-func (Sysctl) kind() kind    { return kindSysctl }
-func (Address) kind() kind   { return kindAddress }
-func (Neighbour) kind() kind { return kindNeighbour }
-func (FDBEntry) kind() kind  { return kindFDB }
-func (Route) kind() kind     { return kindRoute }
-func (Rule) kind() kind      { return kindRule }
+func (Link) kind() kind       { return kindLink }
+func (Sysctl) kind() kind     { return kindSysctl }
+func (Address) kind() kind    { return kindAddress }
+func (Neighbour) kind() kind  { return kindNeighbour }
+func (FDBEntry) kind() kind   { return kindFDB }
+func (TunnelPeer) kind() kind { return kindTunnelPeer }
+func (Route) kind() kind      { return kindRoute }
+func (Rule) kind() kind       { return kindRule }
 
 type object[T any] interface {
 	sorted.Element[T]
@@ -99,14 +101,15 @@ func Diff(actual, desired State) []Change {
 			actual = actual.withoutLink(c.Old.(Link).Name)
 		}
 	}
-	entries := func(s State) int { return len(s.Neighbours) + len(s.FDB) + len(s.Routes) }
+	entries := func(s State) int { return len(s.Neighbours) + len(s.FDB) + len(s.TunnelPeers) + len(s.Routes) }
 	out := slices.Grow(doomed, len(links)+max(0, entries(desired)-entries(actual))) // so many are new at least
 	out = append(out, links...)
-	var obsolete [5][]Change
+	var obsolete [6][]Change
 	diff(actual.Sysctls, desired.Sysctls, &out, new([]Change)) // a setting that is no longer desired stays as it is
 	diff(actual.Addresses, desired.Addresses, &out, &obsolete[4])
 	diff(actual.FDB, desired.FDB, &out, &obsolete[2])
 	diff(actual.Neighbours, desired.Neighbours, &out, &obsolete[3])
+	diff(actual.TunnelPeers, desired.TunnelPeers, &out, &obsolete[5])
 	routes := len(out)
 	diff(actual.Routes, desired.Routes, &out, &obsolete[1])
 	if i := slices.IndexFunc(out[routes:], hidesGateway); i >= 0 {
@@ -197,6 +200,7 @@ func (s State) withoutLink(name string) State {
 	s.Addresses = reject(s.Addresses, func(a Address) bool { return a.Link == name })
 	s.Neighbours = reject(s.Neighbours, func(n Neighbour) bool { return n.Link == name })
 	s.FDB = reject(s.FDB, func(e FDBEntry) bool { return e.Link == name })
+	s.TunnelPeers = reject(s.TunnelPeers, func(p TunnelPeer) bool { return p.Link == name })
 	s.Routes = reject(s.Routes, func(r Route) bool { return r.Link == name })
 	return s
 }

@@ -24,6 +24,8 @@ func keyOf(o Object) string {
 		return fmt.Sprint("neighbour ", o.Link, o.IP)
 	case FDBEntry:
 		return fmt.Sprint("fdb ", o.Link, o.MAC)
+	case TunnelPeer:
+		return fmt.Sprint("peer ", o.Link, o.Key)
 	case Route:
 		return fmt.Sprint("route ", o.Table, o.Dst, o.Metric)
 	default: // all of an address or a rule is its key
@@ -40,6 +42,8 @@ func linkOf(o Object) (string, bool) {
 		return o.Link, true
 	case FDBEntry:
 		return o.Link, true
+	case TunnelPeer:
+		return o.Link, true
 	case Route:
 		return o.Link, true
 	}
@@ -53,6 +57,7 @@ func objects(s State) []Object {
 	out = appendObjects(out, s.Addresses)
 	out = appendObjects(out, s.Neighbours)
 	out = appendObjects(out, s.FDB)
+	out = appendObjects(out, s.TunnelPeers)
 	out = appendObjects(out, s.Routes)
 	return appendObjects(out, s.Rules)
 }
@@ -79,6 +84,8 @@ func stateOf(os []Object) State {
 			s.Neighbours = append(s.Neighbours, o)
 		case FDBEntry:
 			s.FDB = append(s.FDB, o)
+		case TunnelPeer:
+			s.TunnelPeers = append(s.TunnelPeers, o)
 		case Route:
 			s.Routes = append(s.Routes, o)
 		case Rule:

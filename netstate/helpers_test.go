@@ -362,7 +362,7 @@ func table(t testing.TB, s string) uint32 {
 func (s *State) clone() State {
 	return State{
 		Links: slices.Clone(s.Links), Sysctls: slices.Clone(s.Sysctls), Addresses: slices.Clone(s.Addresses),
-		Neighbours: slices.Clone(s.Neighbours), FDB: slices.Clone(s.FDB),
+		Neighbours: slices.Clone(s.Neighbours), FDB: slices.Clone(s.FDB), TunnelPeers: slices.Clone(s.TunnelPeers),
 		Routes: slices.Clone(s.Routes), Rules: slices.Clone(s.Rules),
 	}
 }
@@ -376,6 +376,7 @@ func merge(states ...State) State {
 		out.Addresses = append(out.Addresses, s.Addresses...)
 		out.Neighbours = append(out.Neighbours, s.Neighbours...)
 		out.FDB = append(out.FDB, s.FDB...)
+		out.TunnelPeers = append(out.TunnelPeers, s.TunnelPeers...)
 		out.Routes = append(out.Routes, s.Routes...)
 		out.Rules = append(out.Rules, s.Rules...)
 	}

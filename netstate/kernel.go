@@ -14,6 +14,8 @@ import (
 // one goroutine.
 type Kernel struct {
 	SysctlDir string // where settings are written, /proc/sys if empty: in a container that one may be read-only
+	// WireGuardProgram makes a WireGuard device, whose name is its argument, where the kernel has none; empty: no program.
+	WireGuardProgram string
 
 	conn    *conn
 	links   *netlink.Handle
@@ -29,7 +31,7 @@ type Kernel struct {
 	applied  bool         // what is desired was applied before
 }
 
-// Open opens the kernel's state. owned tells by its name whether a VXLAN device is ours; what is on such a device is
+// Open opens the kernel's state. owned tells by its name whether a tunnel device is ours; what is on such a device is
 // ours too.
 func Open(owned func(name string) bool) (*Kernel, error) {
 	c, err := dial()

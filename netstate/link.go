@@ -35,6 +35,9 @@ const addrGenModeNone = 1 // IN6_ADDR_GEN_MODE_NONE, uapi/linux/if_link.h
 // addLink makes a device and brings it up. It goes up last, so that nothing is sent from it before it is what it should
 // be.
 func (k *Kernel) addLink(l Link) error {
+	if l.wireGuard() {
+		return k.addWireGuard(l)
+	}
 	underlay := uint32(0) // bound to no device
 	if l.VXLAN.Underlay != "" {
 		var err error
@@ -59,16 +62,23 @@ func (k *Kernel) addLink(l Link) error {
 		}
 		v.Index, k.index[l.Name] = made.Attrs().Index, made.Attrs().Index
 	}
-	// Neither a router advertisement nor an address of its own making may change how the device routes.
-	err := k.links.LinkSetIP6AddrGenMode(v, addrGenModeNone)
-	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) {
-		return fmt.Errorf("addrgenmode none: %w", err)
+	if err := k.quiet(v); err != nil {
+		return err
 	}
-	_ = k.writeSysctl(AcceptRA(l.Name)) // as early as can be; where it is desired, a failure is reported
 	if l.VXLAN.Local.Is6() {
 		_ = k.writeSysctl(IPv6On(l.Name))
 	}
 	return k.setUp(v, l)
+}
+
+// quiet sees to it that neither a router advertisement nor an address of its own making changes how a device routes.
+func (k *Kernel) quiet(dev netlink.Link) error {
+	err := k.links.LinkSetIP6AddrGenMode(dev, addrGenModeNone)
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) {
+		return fmt.Errorf("addrgenmode none: %w", err)
+	}
+	_ = k.writeSysctl(AcceptRA(dev.Attrs().Name)) // as early as can be; where it is desired, a failure is reported
+	return nil
 }
 
 func (k *Kernel) setUp(dev netlink.Link, l Link) error {
@@ -99,7 +109,10 @@ func (k *Kernel) changeLink(want, have Link) error {
 	if want.MTU != have.MTU {
 		err = errors.Join(err, k.links.LinkSetMTU(dev, want.MTU))
 	}
-	if have.Down {
+	switch {
+	case want.WireGuard != have.WireGuard || want.wireGuard() && have.Down:
+		err = errors.Join(err, k.configureWireGuard(want, dev))
+	case have.Down:
 		err = errors.Join(err, k.setUp(dev, want))
 	}
 	return err

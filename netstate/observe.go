@@ -55,6 +55,7 @@ func (k *Kernel) observe() (*observation, error) {
 		{"routes", o.readRoutes},
 		{"rules", o.readRules},
 		{"neighbours", o.readNeighbours},
+		{"WireGuard devices", o.readWireGuard},
 	} {
 		if err := step.read(); err != nil {
 			return nil, fmt.Errorf("reading the %s: %w", step.what, err)
@@ -99,6 +100,11 @@ func (o *observation) isOurs(name string) bool {
 	return slices.ContainsFunc(o.ours.Links, func(l Link) bool { return l.Name == name })
 }
 
+// isVXLAN reports whether a device is one of our VXLAN devices.
+func (o *observation) isVXLAN(name string) bool {
+	return slices.ContainsFunc(o.ours.Links, func(l Link) bool { return l.Name == name && !l.wireGuard() })
+}
+
 func (o *observation) readLinks() error {
 	var all []netlink.Link
 	var failed error
@@ -129,6 +135,12 @@ func (o *observation) readLinks() error {
 			hl.VXLAN = vxlanOf(v, o.devices[uint32(v.VtepDevIndex)].name)
 			if hl.Tunnel = o.owned(a.Name); hl.Tunnel {
 				o.ours.Links = append(o.ours.Links, Link{Name: a.Name, VXLAN: hl.VXLAN, MAC: mac, MTU: a.MTU, Down: !hl.Up})
+			}
+		}
+		switch l.(type) {
+		case *netlink.Wireguard, *netlink.Tuntap: // the kernel's, or that of a program in user space
+			if hl.Tunnel = o.owned(a.Name); hl.Tunnel {
+				o.ours.Links = append(o.ours.Links, Link{Name: a.Name, MTU: a.MTU, Down: !hl.Up})
 			}
 		}
 		o.host.Links = append(o.host.Links, hl)
@@ -241,7 +253,7 @@ func (o *observation) readRules() error {
 
 func (o *observation) readNeighbours() error {
 	for ifindex, d := range o.devices {
-		if !o.isOurs(d.name) {
+		if !o.isVXLAN(d.name) {
 			continue
 		}
 		neighbours, entries := len(o.ours.Neighbours), len(o.ours.FDB)

@@ -10,6 +10,7 @@ func (s *State) patch(gone, come State) (was, is State) {
 	s.Addresses, was.Addresses, is.Addresses = sorted.Patch(s.Addresses, gone.Addresses, come.Addresses)
 	s.Neighbours, was.Neighbours, is.Neighbours = sorted.Patch(s.Neighbours, gone.Neighbours, come.Neighbours)
 	s.FDB, was.FDB, is.FDB = sorted.Patch(s.FDB, gone.FDB, come.FDB)
+	s.TunnelPeers, was.TunnelPeers, is.TunnelPeers = sorted.Patch(s.TunnelPeers, gone.TunnelPeers, come.TunnelPeers)
 	s.Routes, was.Routes, is.Routes = sorted.Patch(s.Routes, gone.Routes, come.Routes)
 	s.Rules, was.Rules, is.Rules = sorted.Patch(s.Rules, gone.Rules, come.Rules)
 	return was, is

@@ -98,6 +98,7 @@ func (k *Kernel) pending() ([]Change, error) {
 	}
 	actual := *k.observed
 	actual.Sysctls = readSysctls(k.desired.Sysctls)
+	settle(actual.TunnelPeers, k.desired.TunnelPeers)
 	changes := Diff(actual, k.desired)
 	if !k.prune {
 		changes = withoutPruning(changes)
@@ -119,8 +120,17 @@ func (k *Kernel) carryOut(all []Change) (done []Change, failed []Failure) {
 			err = k.writeSysctl(obj)
 		default:
 			end := i + 1
-			for end < len(all) && !single(all[end]) {
+			for end < len(all) && sendsWith(all[i], all[end]) {
 				end++
+			}
+			if all[i].Obj.kind() == kindTunnelPeer {
+				if err := k.putPeers(all[i:end]); err != nil {
+					for n := i; n < end; n++ {
+						refused[n] = err
+					}
+				}
+				i = end - 1
+				break
 			}
 			for n, err := range k.conn.each(end-i, func(n int, out *messages) error { return k.put(out, all[i+n]) }) {
 				refused[i+n] = err
@@ -136,6 +146,13 @@ func (k *Kernel) carryOut(all []Change) (done []Change, failed []Failure) {
 
 // single reports whether a change is no netlink message that can be sent with others.
 func single(c Change) bool { return aboutDevice(c) || c.Obj.kind() == kindSysctl }
+
+// sendsWith reports whether two changes, of which the first is no single one, can be sent together.
+func sendsWith(first, next Change) bool {
+	p, is := first.Obj.(TunnelPeer)
+	q, too := next.Obj.(TunnelPeer)
+	return is == too && p.Link == q.Link && !single(next)
+}
 
 // outcome tells what was done from what was refused.
 func outcome(all []Change, refused map[int]error) (done []Change, failed []Failure) {

@@ -20,17 +20,20 @@ type State struct {
 	Addresses  []Address
 	Neighbours []Neighbour
 	FDB        []FDBEntry
-	Routes     []Route
-	Rules      []Rule
+	// TunnelPeers are those of WireGuard devices.
+	TunnelPeers []TunnelPeer
+	Routes      []Route
+	Rules       []Rule
 }
 
-// Link is a VXLAN device that is up. Name is its key.
+// Link is a VXLAN or WireGuard device that is up. Name is its key.
 type Link struct {
-	Name  string
-	VXLAN VXLAN
-	MAC   addr.MAC
-	MTU   int
-	Down  bool // only observed, never desired
+	Name      string
+	VXLAN     VXLAN     // zero for WireGuard
+	WireGuard WireGuard // zero for VXLAN
+	MAC       addr.MAC  // zero for WireGuard
+	MTU       int
+	Down      bool // only observed, never desired
 }
 
 // VXLAN is what makes a device the one it is: where any of it is wrong, the device is recreated.
@@ -151,6 +154,13 @@ func (r Route) Compare(o Route) int {
 }
 
 func (l Link) String() string {
+	if l.wireGuard() {
+		s := fmt.Sprintf("device %s wireguard port %d key %s", l.Name, l.WireGuard.Port, l.WireGuard.Key.Public())
+		if l.Down {
+			s += " down"
+		}
+		return fmt.Sprintf("%s mtu %d", s, l.MTU)
+	}
 	s := fmt.Sprintf("device %s vxlan id %d dstport %d local %s", l.Name, l.VXLAN.VNI, l.VXLAN.Port, l.VXLAN.Local)
 	if l.VXLAN.Underlay != "" {
 		s += " dev " + l.VXLAN.Underlay
@@ -213,6 +223,7 @@ func (s *State) Sort() {
 	sorted.Sort(s.Addresses)
 	sorted.Sort(s.Neighbours)
 	sorted.Sort(s.FDB)
+	sorted.Sort(s.TunnelPeers)
 	sorted.Sort(s.Routes)
 	sorted.Sort(s.Rules)
 }
@@ -222,6 +233,7 @@ func (s State) Counts() map[string]int {
 	return map[string]int{
 		string(kindLink): len(s.Links), string(kindSysctl): len(s.Sysctls), string(kindAddress): len(s.Addresses),
 		string(kindNeighbour): len(s.Neighbours), string(kindFDB): len(s.FDB), string(kindRoute): len(s.Routes),
-		string(kindRule): len(s.Rules),
+		string(kindTunnelPeer): len(s.TunnelPeers),
+		string(kindRule):       len(s.Rules),
 	}
 }
