@@ -14,7 +14,7 @@ import (
 
 // Backend plans how packets get from node to node.
 type Backend interface {
-	// VTEPs is what the node's lease must say of its tunnel ends, before anything exists.
+	// VTEPs is what the node's lease must say of its VXLAN tunnel ends, before anything exists.
 	VTEPs(c subnet.Config, id subnet.Identity) addr.Per[subnet.VTEP]
 	// Plan is the kernel state for a lease and its peers, in the order that netstate wants. The neighbours, FDB entries
 	// and routes that a peer adds to it depend on no other peer: the plan for a few of them is what they add to the plan
@@ -48,6 +48,7 @@ type Input struct {
 	// Endpoints are the addresses of the store that are inside the network: no route may cover one of them, or this node
 	// is cut off.
 	Endpoints []netip.Addr
+	Key       netstate.PrivateKey // of WireGuard
 }
 
 // Plan is the desired state of the node.

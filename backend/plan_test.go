@@ -16,6 +16,7 @@ import (
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/hostgw"
 	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/backend/wireguard"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
 )
@@ -52,6 +53,8 @@ var plans = []struct {
 	}},
 	{"vxlan-dual-beside-a-vpn", dual, `"Type": "vxlan"`, besideAVPN},
 	{"hostgw-dual-beside-a-vpn", dual, `"Type": "host-gw"`, besideAVPN},
+	{"wireguard-v4", only4, `"Type": "wireguard"`, nil},
+	{"wireguard-dual", dual, `"Type": "wireguard", "ListenPort": 51000, "PersistentKeepaliveInterval": 25`, nil},
 	{"hostgw-v4", only4, `"Type": "host-gw"`, nil},
 	{"hostgw-v6", only6, `"Type": "host-gw"`, nil},
 	{"hostgw-dual", dual, `"Type": "host-gw"`, nil},
@@ -90,11 +93,17 @@ func config(t testing.TB, network, be string) subnet.Config {
 }
 
 func backendOf(c subnet.Config) backend.Backend {
-	if c.Backend.Type == subnet.HostGW {
+	switch c.Backend.Type {
+	case subnet.HostGW:
 		return hostgw.Backend{}
+	case subnet.WireGuard:
+		return wireguard.Backend{}
 	}
 	return vxlan.Backend{}
 }
+
+// keyOf is the private key of node n.
+func keyOf(n int) netstate.PrivateKey { return netstate.PrivateKey{1: byte(n)} }
 
 // lease is that of node n, with an address on the underlay that ends in host; in the families that the network uses.
 func lease(c subnet.Config, name string, n int, v4, v6 string) *subnet.Lease {
@@ -112,6 +121,7 @@ func lease(c subnet.Config, name string, n int, v4, v6 string) *subnet.Lease {
 		}
 	}
 	l.VTEP = backendOf(c).VTEPs(c, l.Identity)
+	l.PublicKey = subnet.PublicKey(keyOf(n).Public().String())
 	return l
 }
 
@@ -120,6 +130,7 @@ func input(c subnet.Config) backend.Input {
 	in := backend.Input{
 		Config: c,
 		Self:   *lease(c, "self", 1, "192.0.2.1", "2001:db8::1"),
+		Key:    keyOf(1),
 		Peers: []*subnet.Lease{
 			lease(c, "same-segment", 2, "192.0.2.2", "2001:db8::2"),
 			lease(c, "same-segment-behind-nat", 3, "192.0.2.3", "2001:db8::3"),
@@ -213,7 +224,7 @@ func TestPlans(t *testing.T) {
 func randomInput(t *testing.T, g *rand.Rand) backend.Input {
 	of := func(s ...string) string { return s[g.IntN(len(s))] }
 	c := config(t, of(only4, only6, dual), of(`"Type": "host-gw"`, `"Type": "vxlan"`,
-		`"Type": "vxlan", "DirectRouting": true`, `"Type": "vxlan", "VNI": 123456, "MTU": 1400`))
+		`"Type": "vxlan", "DirectRouting": true`, `"Type": "vxlan", "VNI": 123456, "MTU": 1400`, `"Type": "wireguard"`))
 	in := input(c)
 	in.Peers = nil
 	for _, n := range g.Perm(254)[:g.IntN(40)] {
@@ -233,7 +244,9 @@ func randomInput(t *testing.T, g *rand.Rand) backend.Input {
 func TestNoRouteCoversAnEndpoint(t *testing.T) {
 	t.Parallel()
 	for _, network := range []string{only4, only6, dual} {
-		for _, be := range []string{`"Type": "vxlan"`, `"Type": "vxlan", "DirectRouting": true`, `"Type": "host-gw"`} {
+		for _, be := range []string{
+			`"Type": "vxlan"`, `"Type": "vxlan", "DirectRouting": true`, `"Type": "host-gw"`, `"Type": "wireguard"`,
+		} {
 			in := input(config(t, network, be))
 			for _, f := range in.Config.Families() {
 				in.Endpoints = append(in.Endpoints, in.Peers[0].Subnets.Get(f).Addr().Next())
@@ -272,7 +285,8 @@ func TestPlanLaws(t *testing.T) {
 		p := backendOf(in.Config).Plan(in)
 		s := p.State
 		if !strictlySorted(s.Links) || !strictlySorted(s.Sysctls) || !strictlySorted(s.Addresses) ||
-			!strictlySorted(s.Neighbours) || !strictlySorted(s.FDB) || !strictlySorted(s.Routes) || !strictlySorted(s.Rules) {
+			!strictlySorted(s.Neighbours) || !strictlySorted(s.FDB) || !strictlySorted(s.Routes) || !strictlySorted(s.Rules) ||
+			!strictlySorted(s.TunnelPeers) {
 			t.Fatalf("seed %d: not in order, or two of one key:\n%s", seed, render(p))
 		}
 		checkPaths(t, in, p)
@@ -301,6 +315,7 @@ func checkParts(t *testing.T, in backend.Input, all backend.Plan, at int) {
 	both := a.State
 	both.Neighbours = append(both.Neighbours, b.State.Neighbours...)
 	both.FDB = append(both.FDB, b.State.FDB...)
+	both.TunnelPeers = append(both.TunnelPeers, b.State.TunnelPeers...)
 	both.Routes = append(both.Routes, b.State.Routes...)
 	both.Rules = append(both.Rules, b.State.Rules...)
 	both.Sort()
@@ -343,17 +358,19 @@ func checkPaths(t *testing.T, in backend.Input, p backend.Plan) {
 // own.
 func checkRoutes(t *testing.T, in backend.Input, routes []netstate.Route) {
 	t.Helper()
+	wg := in.Config.Backend.Type == subnet.WireGuard // which needs no gateway
 	for _, r := range routes {
 		owner := slices.IndexFunc(in.Peers, func(l *subnet.Lease) bool {
 			f := addr.FamilyOf(r.Dst.Addr())
 			if r.Table == netstate.OwnTable {
-				return l.PublicIPLocal && r.Dst == addr.Host(l.PublicIP.Get(f)) && r.Via == l.Gateway(f)
+				return l.PublicIPLocal && r.Dst == addr.Host(l.PublicIP.Get(f)) &&
+					(r.Via == l.Gateway(f) || wg && !r.Via.IsValid())
 			}
 			return r.Table == netstate.MainTable && r.Dst == l.Subnets.Get(f) &&
-				(r.Via == l.PublicIP.Get(f) || r.Via == l.Gateway(f))
+				(r.Via == l.PublicIP.Get(f) || r.Via == l.Gateway(f) || wg && !r.Via.IsValid())
 		})
 		var src netip.Addr // into the tunnel, where the answer comes back
-		if f := addr.FamilyOf(r.Dst.Addr()); owner >= 0 && r.OnLink && r.Table == netstate.MainTable &&
+		if f := addr.FamilyOf(r.Dst.Addr()); owner >= 0 && (r.OnLink || wg) && r.Table == netstate.MainTable &&
 			in.Peers[owner].PublicIPLocal {
 			src = in.Self.PublicIP.Get(f)
 		}
