@@ -278,6 +278,14 @@ func (a *Agent) reconcile() error {
 	}
 	a.uncover()
 	d := desire(a.opts, a.facts)
+	if d.lacksKey(a.facts) {
+		key, err := a.opts.dir().WireGuardKey()
+		if a.health.set(condStateDir, err); err != nil {
+			return err
+		}
+		a.facts.key = key
+		d = desire(a.opts, a.facts)
+	}
 	a.adopt(d)
 	var waiting error
 	if d.conditions[condUnderlay] != nil {
@@ -378,7 +386,7 @@ func (a *Agent) adopt(d desired) {
 
 // announce claims the desired lease, once there is what it announces.
 func (a *Agent) announce(d desired) error {
-	if d.claim.VTEP != d.claimed.VTEP && !announced(a.facts.snap.Table, d.claim) {
+	if !d.claim.SameEnds(d.claimed.Attrs) && !announced(a.facts.snap.Table, d.claim) {
 		if err := a.makeDevices(d); err != nil {
 			return err
 		}
@@ -395,7 +403,7 @@ func (a *Agent) announce(d desired) error {
 func announced(t subnet.Table, c subnet.Claim) bool {
 	d, err := subnet.Decide(t, c, 0)
 	e := t.Find(d.Key)
-	return err == nil && e != nil && e.Identity == c.Identity && e.VTEP == c.VTEP
+	return err == nil && e != nil && e.Identity == c.Identity && e.SameEnds(c.Attrs)
 }
 
 // makeDevices makes the tunnel's devices before a lease announces them: from then on peers send there, and if a device
@@ -403,6 +411,7 @@ func announced(t subnet.Table, c subnet.Claim) bool {
 func (a *Agent) makeDevices(d desired) error {
 	in := backend.Input{
 		Config: *d.config, Self: subnet.Lease{Attrs: d.claim.Attrs}, Underlay: d.choice.Underlay, Host: a.facts.host,
+		Key: a.facts.key,
 	}
 	missing := slices.DeleteFunc(d.backend().Plan(in).State.Links, func(l netstate.Link) bool {
 		h, ok := a.facts.host.Link(l.Name)

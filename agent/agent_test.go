@@ -118,6 +118,7 @@ func (k *fakeKernel) updated(u netstate.Update) netstate.State {
 	want := netstate.State{Links: k.want.Links, Sysctls: k.want.Sysctls, Addresses: k.want.Addresses, Rules: k.want.Rules}
 	want.Neighbours = append(without(k.want.Neighbours, gone.Neighbours, come.Neighbours), come.Neighbours...)
 	want.FDB = append(without(k.want.FDB, gone.FDB, come.FDB), come.FDB...)
+	want.TunnelPeers = append(without(k.want.TunnelPeers, gone.TunnelPeers, come.TunnelPeers), come.TunnelPeers...)
 	want.Routes = append(without(k.want.Routes, gone.Routes, come.Routes), come.Routes...)
 	want.Sort()
 	k.adjusted++

@@ -12,6 +12,7 @@ import (
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/hostgw"
 	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/backend/wireguard"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
@@ -24,8 +25,9 @@ type facts struct {
 	snap         subnet.Snapshot
 	persisted    state.Persisted // read at the start; its peers are dropped once the store has been read
 	host         netstate.Host
-	observed     bool  // no reason is known why host should be observed again
-	moved        error // the note for the operator that the subnet has changed
+	observed     bool                // no reason is known why host should be observed again
+	key          netstate.PrivateKey // zero until WireGuard needs it
+	moved        error               // the note for the operator that the subnet has changed
 	basis
 }
 
@@ -110,8 +112,8 @@ func desire(o Options, f facts) desired {
 		d.conditions[condEndpoints] = inside(f.store, d.endpointsInside(f), *d.config, d.subnets)
 		d.chooseUnderlay(o, f)
 	}
-	if d.config != nil && d.choice != nil {
-		d.announce(o)
+	if d.config != nil && d.choice != nil && !d.lacksKey(f) {
+		d.announce(o, f)
 	}
 	if d.leases.online() {
 		d.conditions[condLease], d.conditions[condClaim] = leaseProblems(o, f, d)
@@ -275,8 +277,13 @@ func (f facts) addresses(id subnet.Identity) addr.Per[netip.Addr] {
 	return out
 }
 
+// lacksKey reports whether the node can't announce its lease before its key of WireGuard has been read.
+func (d *desired) lacksKey(f facts) bool {
+	return d.config != nil && d.config.Backend.Type == subnet.WireGuard && f.key == (netstate.PrivateKey{})
+}
+
 // announce derives the claim: the lease that says what the peers need to know.
-func (d *desired) announce(o Options) {
+func (d *desired) announce(o Options, f facts) {
 	d.claim = subnet.Claim{
 		Attrs: subnet.Attrs{
 			PublicIP: d.choice.PublicIP, PublicIPLocal: d.choice.PublicIPLocal, Backend: d.config.Backend.Type,
@@ -284,16 +291,25 @@ func (d *desired) announce(o Options) {
 		},
 		Remembered: d.claimed.Remembered,
 	}
+	if d.config.Backend.Type == subnet.WireGuard {
+		d.claim.PublicKey = subnet.PublicKey(f.key.Public().String())
+	}
 	if d.subnets != (addr.Per[netip.Prefix]{}) {
 		d.claim.Remembered, d.claim.Keep = d.subnets, true
 	}
 }
 
+// OwnsDevice reports whether a tunnel device of this name is one of ours, of whatever backend.
+func OwnsDevice(name string) bool { return vxlan.Owns(name) || wireguard.Owns(name) }
+
 func (b basis) backend() backend.Backend { return backendOf(b.config.Backend.Type) }
 
 func backendOf(t subnet.BackendType) backend.Backend {
-	if t == subnet.HostGW {
+	switch t {
+	case subnet.HostGW:
 		return hostgw.Backend{}
+	case subnet.WireGuard:
+		return wireguard.Backend{}
 	}
 	return vxlan.Backend{}
 }
@@ -303,7 +319,7 @@ func backendOf(t subnet.BackendType) backend.Backend {
 func (d *desired) input(f facts) backend.Input {
 	return backend.Input{
 		Config: *d.config, Self: subnet.Lease{Subnets: d.subnets, Attrs: d.claim.Attrs}, Underlay: d.choice.Underlay,
-		Host: f.host, Endpoints: d.endpointsInside(f),
+		Host: f.host, Endpoints: d.endpointsInside(f), Key: f.key,
 	}
 }
 

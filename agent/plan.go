@@ -114,7 +114,7 @@ func (p *peers) sameRules(in backend.Input, st step) bool {
 
 // ofPeers is what of a plan's state is for single peers.
 func ofPeers(s netstate.State) netstate.State {
-	return netstate.State{Neighbours: s.Neighbours, FDB: s.FDB, Routes: s.Routes}
+	return netstate.State{Neighbours: s.Neighbours, FDB: s.FDB, TunnelPeers: s.TunnelPeers, Routes: s.Routes}
 }
 
 // paths is how each subnet of a peer is reached, in the order of the subnets.

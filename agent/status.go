@@ -120,7 +120,7 @@ func (a *Agent) status() status.Node {
 		}
 	}
 	if p := a.peers.planned; p != nil {
-		s.Devices = a.deviceStatus(p.node.State.Links)
+		s.Devices = a.deviceStatus(p)
 	}
 	for kind, n := range a.parts.Kernel.Desired() {
 		s.Entries = append(s.Entries, status.KindCount{Kind: kind, Count: n})
@@ -201,17 +201,24 @@ func texts[T interface {
 	return out
 }
 
-func (a *Agent) deviceStatus(links []netstate.Link) []status.Device {
+func (a *Agent) deviceStatus(p *planned) []status.Device {
 	out := []status.Device{}
-	for _, l := range links {
+	for _, l := range p.node.State.Links {
 		offloads := map[string]bool{}
 		for _, o := range a.parts.Kernel.Offloads(l.Name) {
 			offloads[o.Name] = o.On
 		}
-		out = append(out, status.Device{
+		d := status.Device{
 			Offloads: offloads, Name: l.Name, MAC: l.MAC.String(), MTU: l.MTU, VNI: l.VXLAN.VNI, Port: l.VXLAN.Port,
 			Local: l.VXLAN.Local.String(), Underlay: l.VXLAN.Underlay,
-		})
+		}
+		for _, f := range addr.Families() {
+			if key := p.input.Self.PublicKey; key != "" && p.node.Tunnel.Get(f) == l.Name {
+				d.MAC, d.PublicKey, d.Port = "", string(key), l.WireGuard.Port
+				d.Local = p.input.Underlay.Get(f).Addr.String()
+			}
+		}
+		out = append(out, d)
 	}
 	return out
 }
@@ -253,6 +260,7 @@ func (a *Agent) listPeers() []status.Peer {
 				Name: l.NodeName, ID: l.NodeID, Subnet: sn.String(), PublicIP: l.PublicIP.Get(f).String(),
 				Path: path.Kind.String(), Reason: path.Reason, Leaving: roster.Lingers(l), Probe: a.mesh.Peer(sn),
 			}
+			p.PublicKey = string(l.PublicKey)
 			if mac := l.VTEP.Get(f).MAC; !mac.IsZero() {
 				p.MAC = mac.String()
 			}

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/internal/atomicfile"
 	"github.com/overlayd/overlayd/internal/owner"
@@ -71,13 +73,16 @@ func (d Dir) LeaseFile() string { return filepath.Join(d.Path, "lease.json") }
 // PeersFile is what it knows of the others.
 func (d Dir) PeersFile() string { return filepath.Join(d.Path, "peers.json") }
 
+// keyFile has the node's private key of WireGuard, in base64 and a line of its own as wg(8) has it.
+func (d Dir) keyFile() string { return filepath.Join(d.Path, "wireguard.key") }
+
 // MovedFile is there once the subnet has changed.
 func (d Dir) MovedFile() string { return filepath.Join(d.Path, "subnet-changed") }
 
 // Files lists all that a daemon may leave in its state directory.
 func Files(dir string) []string {
 	d := Dir{Path: dir}
-	return []string{d.LeaseFile(), d.PeersFile(), d.MovedFile(), owner.File(dir)}
+	return []string{d.LeaseFile(), d.PeersFile(), d.MovedFile(), d.keyFile(), owner.File(dir)}
 }
 
 // Load returns the persisted state of this node; that of a new node is zero. Of a network under another prefix, or of a
@@ -202,6 +207,35 @@ func (d Dir) write(file string, content []byte) error {
 		return err
 	}
 	return atomicfile.Write(file, content, 0o644)
+}
+
+// WireGuardKey reads the node's private key, and makes one where there is none.
+func (d Dir) WireGuardKey() (netstate.PrivateKey, error) {
+	raw, err := ownfile.Read(d.keyFile(), 1<<10)
+	if errors.Is(err, os.ErrNotExist) {
+		return d.NewWireGuardKey()
+	}
+	if err != nil {
+		return netstate.PrivateKey{}, err
+	}
+	key, err := wgtypes.ParseKey(strings.TrimSpace(string(raw)))
+	if err != nil { // whose text may have a part of it
+		return netstate.PrivateKey{}, fmt.Errorf("%s is not a private key of WireGuard: delete it, and a new one is made",
+			d.keyFile())
+	}
+	return netstate.PrivateKey(key), nil
+}
+
+// NewWireGuardKey makes another private key, in the place of the one that there was.
+func (d Dir) NewWireGuardKey() (netstate.PrivateKey, error) {
+	key, err := wgtypes.GeneratePrivateKey()
+	if err != nil {
+		return netstate.PrivateKey{}, err
+	}
+	if err := os.MkdirAll(d.Path, 0o755); err != nil {
+		return netstate.PrivateKey{}, err
+	}
+	return netstate.PrivateKey(key), atomicfile.Write(d.keyFile(), []byte(key.String()+"\n"), 0o600)
 }
 
 // Own are this node's subnets.

@@ -10,7 +10,6 @@ import (
 
 	"github.com/overlayd/overlayd/agent"
 	"github.com/overlayd/overlayd/agent/state"
-	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/internal/atomicfile"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/masquerade/ipset"
@@ -51,7 +50,7 @@ expires, in Kubernetes as annotations of the Node. Sysctls such as ip_forward st
 
 // cleanKernel makes the empty state the kernel's.
 func cleanKernel(out io.Writer) error {
-	k, err := netstate.Open(vxlan.Owns)
+	k, err := netstate.Open(agent.OwnsDevice)
 	if err != nil {
 		return err
 	}

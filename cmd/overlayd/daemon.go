@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/overlayd/overlayd/agent"
-	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/internal/owner"
 	"github.com/overlayd/overlayd/masquerade"
 	"github.com/overlayd/overlayd/masquerade/ipset"
@@ -78,12 +77,12 @@ func daemon(ctx context.Context, f *flags) (err error) {
 		return err
 	}
 	defer unlock()
-	kernel, err := netstate.Open(vxlan.Owns)
+	kernel, err := netstate.Open(agent.OwnsDevice)
 	if err != nil {
 		return err
 	}
 	defer kernel.Close()
-	kernel.SysctlDir = f.sysctlDir
+	kernel.SysctlDir, kernel.WireGuardProgram = f.sysctlDir, f.wireGuardProgram
 	parts := agent.Parts{
 		Store: store, Kernel: kernel, Log: f.log, LogLevel: f.logLevel,
 		About: agent.About{

@@ -14,7 +14,6 @@ import (
 
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/agent"
-	"github.com/overlayd/overlayd/backend/vxlan"
 	"github.com/overlayd/overlayd/diag/doctor"
 	"github.com/overlayd/overlayd/internal/ping"
 	"github.com/overlayd/overlayd/netstate"
@@ -87,7 +86,7 @@ func (d *doctorFlags) run(ctx context.Context, f *flags, out io.Writer) error {
 		Ask:        client{f.socket}.get,
 		Ping:       ping.Once,
 		Choose:     f.choose,
-		Owned:      vxlan.Owns,
+		Owned:      agent.OwnsDevice,
 		Holder:     holder,
 		NotRunning: func(err error) bool { return errors.Is(err, errNotRunning) },
 		Privileges: needPrivileges(),

@@ -42,17 +42,18 @@ type flags struct {
 	file    envFile  // of commands; the daemon has its environment
 	unknown []string // variables of the environment that are named like settings
 
-	agent     agent.Options
-	firewall  masquerade.Options
-	takeOver  string // an installation whose node this one may take
-	sysctlDir string
-	healthIP  string
-	health    uint16 // its port; 0: off
-	pprof     uint16 // 0: off
-	socket    string
-	logLevel  zap.AtomicLevel
-	logFormat string
-	log       *zap.Logger
+	agent            agent.Options
+	firewall         masquerade.Options
+	takeOver         string // an installation whose node this one may take
+	sysctlDir        string
+	wireGuardProgram string
+	healthIP         string
+	health           uint16 // its port; 0: off
+	pprof            uint16 // 0: off
+	socket           string
+	logLevel         zap.AtomicLevel
+	logFormat        string
+	log              *zap.Logger
 }
 
 func (f *flags) addNode(s *pflag.FlagSet) {
@@ -151,6 +152,8 @@ func (f *flags) addPackets(s *pflag.FlagSet, o *agent.Options) {
 		"Enable net.bridge.bridge-nf-call-iptables and -ip6tables, which kube-proxy needs; the host must load br_netfilter")
 	s.StringVar(&f.sysctlDir, "sysctl-dir", "/proc/sys",
 		"Write sysctls below this `directory`; in a container, a mount of the host's")
+	s.StringVar(&f.wireGuardProgram, "wireguard-program", "",
+		"Where the kernel has no WireGuard, start this `program` (wireguard-go) with the name of the device")
 	s.Var(duration(&o.IPTablesResync, 10*time.Second, time.Second), "iptables-resync",
 		"Resync interval of firewall rules for which the kernel sends no notifications; a plain number is in seconds")
 	s.Var(parse(string(masquerade.KindAuto), func(text string) (err error) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -23,7 +24,8 @@ type leaseRow struct {
 	PublicIPs   []netip.Addr   `json:"publicIPs,omitempty"`
 	Backend     string         `json:"backend,omitempty"`
 	VtepMACs    []string       `json:"vtepMACs,omitempty"`
-	Expires     *time.Time     `json:"expires,omitempty"` // absent: a reservation, or as long as there is the Node
+	PublicKey   string         `json:"publicKey,omitempty"` // of WireGuard
+	Expires     *time.Time     `json:"expires,omitempty"`   // absent: a reservation, or as long as there is the Node
 	Reservation bool           `json:"reservation"`
 	Mine        bool           `json:"mine"`
 	Key         string         `json:"key"`
@@ -95,7 +97,8 @@ func (f *flags) listLeases(ctx context.Context) (rows []leaseRow, harmful []stri
 
 func rowOf(e *subnet.Entry, ofNode bool) leaseRow {
 	r := leaseRow{
-		Node: e.NodeName, NodeID: e.NodeID, Backend: string(e.Backend), Reservation: e.Reserved() && !ofNode, Key: e.Key,
+		PublicKey: string(e.PublicKey),
+		Node:      e.NodeName, NodeID: e.NodeID, Backend: string(e.Backend), Reservation: e.Reserved() && !ofNode, Key: e.Key,
 		ofNode: ofNode,
 	}
 	for _, f := range addr.Families() {
@@ -117,14 +120,15 @@ func rowOf(e *subnet.Entry, ofNode bool) leaseRow {
 
 func printLeases(out io.Writer, rows []leaseRow, now time.Time) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, "SUBNET\tNODE\tPUBLIC IP\tBACKEND\tVTEP MAC\tEXPIRES IN\tOWNER")
+	_, _ = fmt.Fprintln(w, "SUBNET\tNODE\tPUBLIC IP\tBACKEND\tVTEP MAC OR KEY\tEXPIRES IN\tOWNER")
 	for _, r := range rows {
 		name := fmt.Sprintf("%.64q", r.Key) // a key that can't be read is shown as it is, but harmless to a terminal
 		if r.Error == "" {
 			name = join(r.Subnets)
 		}
 		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
-			name, dash(r.Node), dash(join(r.PublicIPs)), dash(r.Backend), dash(join(r.VtepMACs)), r.expiry(now), r.whose())
+			name, dash(r.Node), dash(join(r.PublicIPs)), dash(r.Backend),
+			dash(cmp.Or(r.PublicKey, join(r.VtepMACs))), r.expiry(now), r.whose())
 	}
 	return w.Flush()
 }

@@ -86,7 +86,10 @@ Every flag can also be set from the environment: --etcd-endpoints is OVERLAYD_ET
 	// Cobra's own would have the short form -v, which is another thing in flannel.
 	cmd.Flags().Bool("version", false, "Print the version and exit")
 	cmd.SetVersionTemplate("overlayd {{.Version}}\n")
-	for _, c := range []*cobra.Command{statusCommand(&f), diffCommand(&f), logLevelCommand(&f), cleanupCommand(&f)} {
+	for _, c := range []*cobra.Command{
+		statusCommand(&f), diffCommand(&f), logLevelCommand(&f), cleanupCommand(&f),
+		wireGuardKeyCommand(&f),
+	} {
 		cmd.AddCommand(f.addEnvFile(c)) // it may say where the socket and the files are
 	}
 	cmd.AddCommand(leasesCommand(&f), doctorCommand(&f), versionCommand())

@@ -10,6 +10,7 @@ import (
 	"github.com/overlayd/overlayd/addr"
 	"github.com/overlayd/overlayd/backend"
 	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/backend/wireguard"
 	"github.com/overlayd/overlayd/diag/status"
 	"github.com/overlayd/overlayd/netstate"
 	"github.com/overlayd/overlayd/subnet"
@@ -317,6 +318,7 @@ type tunnel struct {
 	local    netip.Addr
 	mtu      int // that it should have; 0: not known
 	mac      string
+	wg       bool // of WireGuard, which has no VNI and no MAC
 	link     netstate.SurveyLink
 	exists   bool
 }
@@ -329,15 +331,18 @@ func (f Facts) tunnels() []tunnel {
 			local, _ := netip.ParseAddr(d.Local)
 			out = append(out, tunnel{
 				family: addr.FamilyOf(local), name: d.Name, vni: d.VNI, port: d.Port, underlay: d.Underlay, local: local,
-				mtu: d.MTU, mac: d.MAC,
+				mtu: d.MTU, mac: d.MAC, wg: d.PublicKey != "",
 			})
 		}
-	} else if f.Config != nil && f.Config.Backend.Type == subnet.VXLAN {
+	} else if f.Config != nil && f.Config.Backend.Type != subnet.HostGW {
 		b := f.Config.Backend
 		for _, fam := range f.Config.Families() {
 			u := f.Underlay.By.Get(fam)
 			t := tunnel{
 				family: fam, name: vxlan.DeviceName(fam, b.VNI), vni: b.VNI, port: b.Port, underlay: u.Device, local: u.Addr,
+			}
+			if b.Type == subnet.WireGuard {
+				t.name, t.vni, t.port, t.underlay, t.wg = wireguard.DeviceName(fam), 0, b.ListenPort.Get(fam), "", true
 			}
 			for _, l := range f.uplinks(fam) {
 				u.MTU = min(u.MTU, l.MTU)

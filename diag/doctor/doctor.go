@@ -162,7 +162,7 @@ func checks() []check {
 		to("routes", judgeRoutes, needs(readDevices)),
 		to("policy routing", judgePolicyRouting, needsRouting),
 		to("tunnel device", judgeTunnel, needs(readDevices)),
-		to("VXLAN port", judgePort, needs(readDevices)),
+		to("tunnel port", judgePort, needs(readDevices)),
 		to("MTU", judgeMTU, needs(readDevices)),
 		to("bridge", judgeBridge, needs(readDevices), needsOwnSubnet),
 		to("offloads", judgeOffloads),
@@ -170,7 +170,7 @@ func checks() []check {
 		to("other overlays", judgeLeftovers, needs(readDevices)),
 		to("iptables variants", judgeVariants, needs(readNFTables), needs(readLegacy)),
 		to("iptables-legacy", judgeLegacy, needs(readLegacy)),
-		to("VXLAN in the firewall", judgeTunnelFilter, needs(readNFTables)),
+		to("tunnel in the firewall", judgeTunnelFilter, needs(readNFTables)),
 		to("forwarded packets", judgeForwardFilter, needs(readNFTables)),
 		to("masqueraded packets", judgeMasquerade, needs(readNFTables)),
 	}

@@ -44,16 +44,17 @@ func (f Facts) judgeDevice(d tunnel) (out findings) {
 	switch {
 	case !d.exists:
 		return fail("%s does not exist", d.name).steps(again)
-	case d.link.Kind != "vxlan":
+	case d.wg != (d.link.Kind == "wireguard" || d.link.Kind == "tuntap"), !d.wg && d.link.Kind != "vxlan":
 		return fail("%s is a %s device: overlayd needs the name for its tunnel device", d.name, d.link.Kind).
 			fix("ip link delete %s", d.name)
 	case !d.link.Up:
 		if taken := f.portHolder(d); taken != nil {
-			out.add(fail("%s is down, and cannot be set up while another program has its UDP port: see VXLAN port", d.name).
+			out.add(fail("%s is down, and cannot be set up while another program has its UDP port: see tunnel port", d.name).
 				steps(taken[0].Fix...))
 		} else {
 			out.add(fail("%s is down", d.name).fix("ip link set %s up", d.name))
 		}
+	case d.wg: // its port and its key are part of the drift
 	case v.VNI != d.vni || v.Port != d.port:
 		out.add(fail("%s has VNI %d and UDP port %d, but the network uses %d and %d",
 			d.name, v.VNI, v.Port, d.vni, d.port).steps(again))
@@ -97,6 +98,9 @@ func judgePort(f Facts) (out findings) {
 		}
 		out.add(taken)
 	}
+	if ds[0].wg {
+		return out.orOK("no other program uses UDP port %d", ds[0].port)
+	}
 	return out.orOK("no other program uses UDP port %d or VNI %d", ds[0].port, ds[0].vni)
 }
 
@@ -120,7 +124,7 @@ func judgeMTU(f Facts) (out findings) {
 			continue
 		}
 		under := slices.MinFunc(links, func(a, b netstate.SurveyLink) int { return a.MTU - b.MTU })
-		room := backend.PodMTU(subnet.Backend{Type: subnet.VXLAN}, d.family, under.MTU)
+		room := backend.PodMTU(subnet.Backend{Type: f.backend()}, d.family, under.MTU)
 		well = append(well, fmt.Sprintf("%s %d over %s %d", d.name, d.link.MTU, under.Name, under.MTU))
 		switch {
 		case d.link.MTU > room:

@@ -49,7 +49,7 @@ type direction struct {
 	verb, hook, nft, iptables, ufw string
 }
 
-// judgeTunnelFilter sends the VXLAN packets of a peer through the rules, in and out.
+// judgeTunnelFilter sends the tunnel packets of a peer through the rules, in and out.
 func judgeTunnelFilter(f Facts) (out findings) {
 	if f.backend() == subnet.HostGW {
 		return ok("host-gw sends none")
@@ -59,6 +59,9 @@ func judgeTunnelFilter(f Facts) (out findings) {
 	var names []string
 	for _, d := range f.tunnels() {
 		here, there := d.link.VXLAN.Local, netip.Addr{}
+		if d.wg {
+			here = d.local
+		}
 		for _, p := range f.Peers {
 			if p.publicIP.IsValid() && addr.FamilyOf(p.publicIP) == d.family {
 				there = p.publicIP
@@ -101,7 +104,7 @@ func (f Facts) sayTunnel(d tunnel, device string, dir direction, t packetfilter.
 	if !t.Drops && !t.Unsure {
 		return nil
 	}
-	packets := fmt.Sprintf("VXLAN packets (UDP port %d) that %s by %s", d.port, dir.verb, device)
+	packets := fmt.Sprintf("tunnel packets (UDP port %d) that %s by %s", d.port, dir.verb, device)
 	return dropped(Fail, packets, t).steps(f.openPort(t.Chain, d, device, dir)...)
 }
 

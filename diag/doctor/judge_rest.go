@@ -221,7 +221,7 @@ func (f Facts) hole(reason string) findings {
 	largest := f.Pings.Largest
 	outer := largest.Size // with what the tunnel adds
 	if largest.Peer.path == pathTunnel {
-		outer += subnet.Backend{Type: subnet.VXLAN}.Overhead(largest.Peer.family())
+		outer += subnet.Backend{Type: f.backend()}.Overhead(largest.Peer.family())
 	}
 	least := subnet.Backend{Type: f.backend()}.LeastMTU(slices.Contains(f.families(), addr.IPv6))
 	switch {

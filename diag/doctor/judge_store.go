@@ -191,8 +191,11 @@ func judgeConfig(f Facts) (out findings) {
 		well, sep = well+sep+c.Pools.Get(fam).Network.String(), " and "
 	}
 	well += ", " + string(c.Backend.Type)
-	if c.Backend.Type == subnet.VXLAN {
+	switch c.Backend.Type {
+	case subnet.VXLAN:
 		well += fmt.Sprintf(", VNI %d, UDP port %d", c.Backend.VNI, c.Backend.Port)
+	case subnet.WireGuard:
+		well += fmt.Sprintf(", UDP port %d", c.Backend.ListenPort.Get(c.Families()[0]))
 	}
 	return out.orOK("%s", well)
 }

@@ -494,7 +494,7 @@ func TestJudges(t *testing.T) {
 		"nothing under the prefix":                 {"own lease"},
 		"port of an IPv6 address":                  {"tunnel device"},
 		"port taken while the device is down":      {"tunnel device"},
-		"device down and its port taken":           {"VXLAN port"},
+		"device down and its port taken":           {"tunnel port"},
 		"port taken":                               {"tunnel device"},
 		"silent to all sizes":                      {"peers answer"},
 		"strict tunnel":                            {"peers answer"},
@@ -1247,7 +1247,7 @@ func TestJudges(t *testing.T) {
 			},
 		},
 		{
-			"VNI taken", "VXLAN port", Fail, "flannel.x has VNI 1 on UDP port 8472, so that the kernel refuses overlay.1",
+			"VNI taken", "tunnel port", Fail, "flannel.x has VNI 1 on UDP port 8472, so that the kernel refuses overlay.1",
 			"ip link delete flannel.x",
 			func(f *Facts) {
 				f.Survey.Links = append(f.Survey.Links,
@@ -1257,11 +1257,11 @@ func TestJudges(t *testing.T) {
 					}})
 			},
 		},
-		{"port taken", "VXLAN port", Fail, "taken by another program", "ss -ulnp", func(f *Facts) {
+		{"port taken", "tunnel port", Fail, "taken by another program", "ss -ulnp", func(f *Facts) {
 			f.Survey.Links = append(slices.Clone(f.Survey.Links[:1]), f.Survey.Links[2:]...)
 			f.System.Sockets = []udpSocket{{port: 8472, inode: "12"}}
 		}},
-		{"port taken while the device is down", "VXLAN port", Fail, "taken by another program", "ss -ulnp", func(f *Facts) {
+		{"port taken while the device is down", "tunnel port", Fail, "taken by another program", "ss -ulnp", func(f *Facts) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false })
 			f.System.Sockets = []udpSocket{{port: 8472, inode: "12", v6: true, any: true}}
 		}},
@@ -1274,7 +1274,7 @@ func TestJudges(t *testing.T) {
 				f.System.Sockets = []udpSocket{{port: 8472, inode: "12"}}
 			},
 		},
-		{"port of an IPv6 address", "VXLAN port", OK, "no other program uses", "", func(f *Facts) {
+		{"port of an IPv6 address", "tunnel port", OK, "no other program uses", "", func(f *Facts) {
 			f.link("overlay.1", func(l *netstate.SurveyLink) { l.Up = false })
 			f.System.Sockets = []udpSocket{{port: 8472, inode: "12", v6: true}}
 		}},
@@ -1381,41 +1381,41 @@ func TestJudges(t *testing.T) {
 			},
 		},
 		{
-			"firewalld", "VXLAN in the firewall", Fail, "dropped by table inet firewalld, chain filter_INPUT",
+			"firewalld", "tunnel in the firewall", Fail, "dropped by table inet firewalld, chain filter_INPUT",
 			"firewall-cmd --zone=",
 			func(f *Facts) {
 				f.Filter = packetfilter.Filter{base("inet", "firewalld", "filter_INPUT", "input", "accept", dropPort)}
 			},
 		},
 		{
-			"ufw", "VXLAN in the firewall", Fail, "its policy", "ufw allow in on eth0 to any port 8472 proto udp",
+			"ufw", "tunnel in the firewall", Fail, "its policy", "ufw allow in on eth0 to any port 8472 proto udp",
 			func(f *Facts) {
 				f.Filter, f.System.UFW = packetfilter.Filter{base("ip", "filter", "INPUT", "input", "drop")}, true
 			},
 		},
 		{
-			"iptables", "VXLAN in the firewall", Fail, `"udp dport 8472 drop"`,
+			"iptables", "tunnel in the firewall", Fail, `"udp dport 8472 drop"`,
 			"iptables -I INPUT -i eth0 -p udp --dport 8472 -j ACCEPT",
 			func(f *Facts) {
 				f.Filter = packetfilter.Filter{base("ip", "filter", "INPUT", "input", "accept", dropPort)}
 			},
 		},
 		{
-			"nft", "VXLAN in the firewall", Fail, "table inet site, chain in",
+			"nft", "tunnel in the firewall", Fail, "table inet site, chain in",
 			"nft insert rule inet site in iifname eth0 udp dport 8472 accept",
 			func(f *Facts) {
 				f.Filter = packetfilter.Filter{base("inet", "site", "in", "input", "accept", dropPort)}
 			},
 		},
 		{
-			"nft, out", "VXLAN in the firewall", Fail, "that leave by eth0 are dropped",
+			"nft, out", "tunnel in the firewall", Fail, "that leave by eth0 are dropped",
 			"nft insert rule inet site out oifname eth0",
 			func(f *Facts) {
 				f.Filter = packetfilter.Filter{base("inet", "site", "out", "output", "accept", dropPort)}
 			},
 		},
 		{
-			"rate", "VXLAN in the firewall", Warn, "not sure whether", "nft insert",
+			"rate", "tunnel in the firewall", Warn, "not sure whether", "nft insert",
 			func(f *Facts) { f.Filter = packetfilter.Filter{base("inet", "site", "in", "input", "accept", rate)} },
 		},
 		{

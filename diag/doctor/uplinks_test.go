@@ -106,11 +106,11 @@ func TestUplinks(t *testing.T) {
 			f.Underlay.PublicIP.V4 = addrOf("203.0.113.1")
 		}, strict("eth1"), "rp_filter", Fail, "strict on eth1", "sysctl -w net/ipv4/conf/eth1/rp_filter=2"},
 		"public IP of a second device, firewall": {
-			publicOnSecond, drops("input"), "VXLAN in the firewall", Fail,
+			publicOnSecond, drops("input"), "tunnel in the firewall", Fail,
 			"that arrive by eth1 are dropped", "iifname eth1",
 		},
 		"public IP of a second device, firewall out": {
-			publicOnSecond, drops("output"), "VXLAN in the firewall", Fail,
+			publicOnSecond, drops("output"), "tunnel in the firewall", Fail,
 			"that leave by eth0 are dropped", "oifname eth0",
 		},
 		"public IP of a second device, MTU": {
@@ -124,11 +124,11 @@ func TestUplinks(t *testing.T) {
 			"rp_filter", OK, "", "",
 		},
 		"two uplinks, firewall": {
-			multipath, drops("input"), "VXLAN in the firewall", Fail,
+			multipath, drops("input"), "tunnel in the firewall", Fail,
 			"that arrive by eth0 are dropped", "",
 		},
 		"two uplinks, firewall out": {
-			multipath, drops("output"), "VXLAN in the firewall", Fail,
+			multipath, drops("output"), "tunnel in the firewall", Fail,
 			"that leave by eth1 are dropped", "",
 		},
 		"two uplinks, the tunnel is bound": {
@@ -185,7 +185,7 @@ func TestUplinks(t *testing.T) {
 			"sysctl -w net/ipv4/conf/eth1/rp_filter=2",
 		},
 		"address on lo, firewall": {
-			routed, drops("input"), "VXLAN in the firewall", Fail, "that arrive by eth1 are dropped",
+			routed, drops("input"), "tunnel in the firewall", Fail, "that arrive by eth1 are dropped",
 			"",
 		},
 		"default route by the tunnel": {

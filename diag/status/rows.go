@@ -128,9 +128,15 @@ func (n Node) interfaceRow() Row {
 func (d Device) row() Row {
 	r := Row{Label: "Device"}
 	r.add("%s", d.Name)
-	r.add("VNI %d", d.VNI)
+	if d.PublicKey == "" {
+		r.add("VNI %d", d.VNI)
+	}
 	r.add("UDP %d from %s over %s", d.Port, d.Local, cmp.Or(d.Underlay, "any device"))
-	r.add("MAC %s", d.MAC)
+	if d.PublicKey == "" {
+		r.add("MAC %s", d.MAC)
+	} else {
+		r.add("public key %s", d.PublicKey)
+	}
 	r.add("MTU %d", d.MTU)
 	var on, off []string
 	for _, name := range slices.Sorted(maps.Keys(d.Offloads)) {

@@ -119,13 +119,14 @@ type Device struct {
 	// Offloads are the device's features that affect tunnels, by ethtool name, and whether they are on.
 	Offloads map[string]bool `json:"offloads,omitempty"`
 
-	Name     string `json:"name"`
-	MAC      string `json:"mac"`
-	MTU      int    `json:"mtu"`
-	VNI      uint32 `json:"vni"`
-	Port     uint16 `json:"port"`
-	Local    string `json:"local"`
-	Underlay string `json:"underlay"` // the device it is bound to; "": none
+	Name      string `json:"name"`
+	MAC       string `json:"mac"`
+	PublicKey string `json:"publicKey,omitempty"` // of WireGuard, which has no MAC and no VNI
+	MTU       int    `json:"mtu"`
+	VNI       uint32 `json:"vni"`
+	Port      uint16 `json:"port"`
+	Local     string `json:"local"`
+	Underlay  string `json:"underlay"` // the device it is bound to; "": none
 }
 
 // PeerCounts counts the other nodes.
@@ -233,15 +234,16 @@ type DriftKind struct {
 
 // Peer is another node, in one family.
 type Peer struct {
-	Name     string `json:"name"`
-	ID       string `json:"id,omitempty"`
-	Subnet   string `json:"subnet"`
-	PublicIP string `json:"publicIP"`
-	Path     string `json:"path"` // tunnel, direct, unreachable, rejected
-	Reason   string `json:"reason,omitempty"`
-	Cause    string `json:"cause,omitempty"` // of a rejection, in one word
-	MAC      string `json:"mac,omitempty"`   // of its VXLAN device
-	Leaving  bool   `json:"leaving,omitempty"`
+	Name      string `json:"name"`
+	ID        string `json:"id,omitempty"`
+	Subnet    string `json:"subnet"`
+	PublicIP  string `json:"publicIP"`
+	Path      string `json:"path"` // tunnel, direct, unreachable, rejected
+	Reason    string `json:"reason,omitempty"`
+	Cause     string `json:"cause,omitempty"`     // of a rejection, in one word
+	MAC       string `json:"mac,omitempty"`       // of its VXLAN device
+	PublicKey string `json:"publicKey,omitempty"` // of WireGuard
+	Leaving   bool   `json:"leaving,omitempty"`
 	// Probe is nil if the peer is not pinged.
 	Probe *PeerProbe `json:"probe,omitempty"`
 	// Entries are the kernel objects for this peer.

@@ -165,6 +165,7 @@ func PrintPeer(w io.Writer, p Peer, s Style) error {
 		{"Subnet", p.Subnet},
 		{"Public IP", p.PublicIP},
 		{"MAC", p.MAC},
+		{"Public key", p.PublicKey},
 		{"Path", p.Path},
 		{"Reason", s.paint(yellow, p.Reason)},
 	} {

@@ -227,7 +227,7 @@ func TestSettingsAreFlags(t *testing.T) {
 		"help", "version", "store", "kubeconfig", "kube-annotation-prefix", "kube-config-map", "owner", "cni-conf",
 		"etcd-endpoints", "etcd-prefix", "etcd-cafile", "etcd-certfile", "etcd-keyfile",
 		"etcd-username", "etcd-password", "etcd-password-file", "init-config", "node-name", "node-id", "state-dir",
-		"socket", "subnet-file", "sysctl-dir", "iface", "healthz-ip", "healthz-port",
+		"socket", "subnet-file", "sysctl-dir", "wireguard-program", "iface", "healthz-ip", "healthz-port",
 	}
 	for _, m := range regexp.MustCompile(`(?m)^ +(?:-\w, )?--([a-z0-9-]+)`).FindAllStringSubmatch(string(help), -1) {
 		if !slices.Contains(elsewhere, m[1]) {

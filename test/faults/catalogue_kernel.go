@@ -17,7 +17,7 @@ func kernel() []Fault {
 			Seen: repairs("route", "add route"),
 		},
 		{
-			Name: "route through another gateway", On: everywhere(), Short: true,
+			Name: "route through another gateway", On: withGateways(), Short: true,
 			Inject: On(`ip $F route show $PEER_SUBNET | sed 's/via [^ ]*/via '"$WRONG_GW"'/' | while read -r r; do ip $F route replace $r; done`),
 			Log:    `reverted external change.*"route"`, Seen: repairs("route", "found route"),
 		},
@@ -101,7 +101,7 @@ func kernel() []Fault {
 				Afterwards(On(`ip link del thief`)), resumeDaemon),
 			Hold: time.Second, Restore: Undo, Bound: Bound{Lost: Any, Repair: 2 * time.Second},
 			Log:  `condition failed.*"kernel".*thief`,
-			Seen: unreadies("kernel", "thief").diagnosed(`^FAIL VXLAN port the VXLAN device thief has VNI 1`),
+			Seen: unreadies("kernel", "thief").diagnosed(`^FAIL tunnel port the VXLAN device thief has VNI 1`),
 		},
 		{
 			Name: "forwarding switched off", On: everywhere(), Short: true, Soak: true,
