@@ -72,7 +72,7 @@ func (f *flags) addLabFlags(cmd *cobra.Command) {
 	fs.IntVar(&f.lab.Nodes, "nodes", 3, "number of nodes")
 	fs.IntVar(&f.lab.Pods, "pods", 2, "number of pods on each node")
 	fs.IntVar(&f.lab.Segments, "segments", 0, "underlay segments, 1 or 2 behind a router (default 2; 1 for host-gw)")
-	fs.StringVar((*string)(&f.lab.Backend), "backend", string(lab.VXLAN), "vxlan or host-gw")
+	fs.StringVar((*string)(&f.lab.Backend), "backend", string(lab.VXLAN), "vxlan, host-gw or wireguard")
 	fs.BoolVar(&f.lab.Direct, "direct", false, "vxlan with DirectRouting")
 	fs.StringVar((*string)(&f.lab.Stack), "stack", string(lab.StackIPv4), "ipv4, dual or ipv6")
 	fs.StringVar(&f.lab.Overlayd, "overlayd", "", "path of overlayd (default: next to overlay-lab)")

@@ -21,7 +21,7 @@ func addresses() []Fault {
 			Inject: Steps(Afterwards(unswap), swap), Expect: All(swapped, subnetKept, reaches), Restore: Undo,
 		},
 		{
-			Name: "the address of a node that is no more is taken over", On: everywhere(), Short: true,
+			Name: "the address of a node that is no more is taken over", On: withGateways(), Short: true,
 			Inject: Steps(ghostAddress.appears, Until(ghostAddress.routed, 3*time.Second),
 				Afterwards(moveBack), moveTo(ghostAddress.host())),
 			Expect: All(announces(ghostAddress.host()), subnetKept, reaches, isReady), Restore: Undo,

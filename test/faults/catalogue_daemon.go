@@ -26,7 +26,7 @@ const comeBack = 5 * time.Second
 func boot() []Fault {
 	rows := []Fault{
 		{
-			Name: "reboot with etcd away", On: []string{OnVXLAN, OnHostGW, OnDual}, Short: true,
+			Name: "reboot with etcd away", On: []string{OnVXLAN, OnHostGW, OnDual, OnWireGuard}, Short: true,
 			Inject: Steps(stopDaemon, wipe, stopStore, startDaemon), Expect: All(KernelWhole, reaches),
 			Hold: 3 * time.Second, Keeps: KernelWhole, Restore: storeBack,
 			Bound: Bound{Lost: Any, Repair: catchUp}, Log: `starting from persisted state`,
@@ -98,7 +98,7 @@ func daemon() []Fault {
 			Inject: killOften(20), Bound: Bound{Repair: letGo, Lines: 20 * mostLines}, Log: `overlayd starting`,
 		},
 		{
-			Name: "SIGKILL", Short: true, Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
+			Name: "SIGKILL", Short: true, Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy, OnWireGuard},
 			Inject: killDaemon, Hold: 2 * time.Second, Restore: startDaemon, Log: `overlayd starting`,
 			Seen: &Seen{Status: `does not run on this node`, Ready: NoAnswer},
 		},
@@ -108,7 +108,7 @@ func daemon() []Fault {
 			Bound: Bound{Repair: comeBack, Lines: 20 * mostLines}, // the trace has a line for each frame
 		},
 		{
-			Name: "restart", Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy},
+			Name: "restart", Soak: true, On: []string{OnVXLAN, OnHostGW, OnDual, OnDirect, OnNFTables, OnLegacy, OnWireGuard},
 			Inject: Steps(stopDaemon, startDaemon), Log: `overlayd stopping`,
 		},
 		{

@@ -8,24 +8,28 @@ import (
 
 // The kinds of labs that faults are made in.
 const (
-	OnVXLAN    = "vxlan"
-	OnHostGW   = "host-gw"
-	OnDual     = "dual"
-	OnDirect   = "direct"   // VXLAN with DirectRouting
-	OnLegacy   = "legacy"   // iptables of the legacy variant
-	OnNFTables = "nftables" // the daemon's own table instead of iptables
-	OnNFTDual  = "nftables-dual"
-	OnThree    = "three-etcd" // three members of etcd
-	OnSecure   = "secure"     // etcd with TLS and passwords
-	OnEtcd34   = "etcd-3.4"   // the same with a server of another version
-	OnEtcd35   = "etcd-3.5"
-	OnEtcd36   = "etcd-3.6"
-	OnKube     = "kubernetes"         // the Kubernetes API is the store
-	OnFlannel  = "kubernetes-flannel" // the same, beside flannel; four nodes, dual stack
+	OnVXLAN     = "vxlan"
+	OnHostGW    = "host-gw"
+	OnDual      = "dual"
+	OnWireGuard = "wireguard"
+	OnDirect    = "direct"   // VXLAN with DirectRouting
+	OnLegacy    = "legacy"   // iptables of the legacy variant
+	OnNFTables  = "nftables" // the daemon's own table instead of iptables
+	OnNFTDual   = "nftables-dual"
+	OnThree     = "three-etcd" // three members of etcd
+	OnSecure    = "secure"     // etcd with TLS and passwords
+	OnEtcd34    = "etcd-3.4"   // the same with a server of another version
+	OnEtcd35    = "etcd-3.5"
+	OnEtcd36    = "etcd-3.6"
+	OnKube      = "kubernetes"         // the Kubernetes API is the store
+	OnFlannel   = "kubernetes-flannel" // the same, beside flannel; four nodes, dual stack
 )
 
 // everywhere is where the kernel state differs.
-func everywhere() []string { return []string{OnVXLAN, OnHostGW, OnDual, OnDirect} }
+func everywhere() []string { return append(withGateways(), OnWireGuard) }
+
+// withGateways is where routes to peers have a gateway.
+func withGateways() []string { return []string{OnVXLAN, OnHostGW, OnDual, OnDirect} }
 
 // tunnelled is where there is a device.
 func tunnelled() []string { return []string{OnVXLAN, OnDual} }
@@ -48,6 +52,7 @@ func setups(overlayd string) []Setup {
 		{OnVXLAN, lab.Options{}},
 		{OnHostGW, lab.Options{Backend: lab.HostGW}},
 		{OnDual, lab.Options{Stack: lab.StackDual}},
+		{OnWireGuard, lab.Options{Backend: lab.WireGuard, Stack: lab.StackDual}},
 		{OnDirect, lab.Options{Direct: true}},
 		{OnLegacy, lab.Options{OverlaydArgs: []string{
 			"--iptables-variant", "legacy", "--iptables-resync",

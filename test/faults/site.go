@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/overlayd/overlayd/addr"
+	"github.com/overlayd/overlayd/backend/vxlan"
+	"github.com/overlayd/overlayd/backend/wireguard"
 	"github.com/overlayd/overlayd/test/lab"
 )
 
@@ -210,14 +212,14 @@ func (s *Site) variables(ctx context.Context, f addr.Family) ([]string, error) {
 		}
 		backends = append(backends, netip.AddrPortFrom(env.PodAddr(f, 0).Addr(), backendPort).String())
 	}
-	six, device := "", "overlay.1"
+	six := ""
 	if f == addr.IPv6 {
-		six, device = "6", "overlay-v6.1"
+		six = "6"
 	}
 	ip := s.Victim.Addr(f)
 	vars := []string{
 		fmt.Sprintf("F=-%d", f),
-		"DEV=" + device,
+		"DEV=" + s.device(f),
 		"NFT_FAMILY=ip" + six,
 		"IPT=" + strings.Replace(s.iptables, "ip", "ip"+six, 1),
 		"SUBNET=" + own.String(),
@@ -247,6 +249,14 @@ func (s *Site) variables(ctx context.Context, f addr.Family) ([]string, error) {
 		nft list tables 2>/dev/null | sed -En "s/^table ((inet|$NFT_FAMILY) .*overlayd.*)/NFT_TABLE=\1/p" | head -n 1`,
 		vars...)
 	return append(vars, strings.Split(strings.TrimSpace(out), "\n")...), err
+}
+
+// device is the tunnel's.
+func (s *Site) device(f addr.Family) string {
+	if s.Setup == OnWireGuard {
+		return wireguard.DeviceName(f)
+	}
+	return vxlan.DeviceName(f, 1)
 }
 
 // subnet is a node's subnet in one family.

@@ -51,12 +51,25 @@ func newNode(t Topology, spec NodeSpec, dir string, api *APIServer) *Node {
 }
 
 func (n *Node) overlaydArgv(etcd []string, config string) []string {
-	argv := append([]string{n.options.Overlayd}, n.whereArgs(etcd)...)
+	argv := append(n.inside(n.options.Overlayd), n.whereArgs(etcd)...)
+	if n.options.Backend == WireGuard {
+		argv = append(argv, "--wireguard-program", n.options.wireGuard())
+	}
 	argv = append(argv, "--healthz-port", strconv.Itoa(healthzPort))
 	if n.api == nil {
 		argv = append(argv, "--init-config", config)
 	}
 	return slices.Concat(argv, n.options.OverlaydArgs, n.more)
+}
+
+// inside is how a program begins that is to find the node's WireGuard devices. Programs in user space have a socket for
+// each in /run/wireguard, under its name, which is the same on all nodes.
+func (n *Node) inside(program string) []string {
+	if n.options.Backend != WireGuard {
+		return []string{program}
+	}
+	const script = `mkdir -p "$0" /run/wireguard && mount --bind "$0" /run/wireguard && exec "$@"`
+	return []string{"unshare", "-m", "sh", "-ec", script, filepath.Join(n.dir, "wireguard"), program}
 }
 
 // With gives the daemon more arguments from its next start on, instead of those that were given before.
@@ -106,7 +119,8 @@ func (n *Node) Pods() []Machine {
 // Overlayd runs a command of the node's overlayd, such as status, on the node, and returns what it printed. That it
 // ends with an exit status other than 0 is no error: it may be what it has to say.
 func (n *Node) Overlayd(ctx context.Context, command string, args ...string) (string, error) {
-	out, err := n.Run(ctx, n.options.Overlayd, append([]string{command, "--socket", n.Socket()}, args...)...)
+	argv := slices.Concat(n.inside(n.options.Overlayd), []string{command, "--socket", n.Socket()}, args)
+	out, err := n.Run(ctx, argv[0], argv[1:]...)
 	if errors.As(err, new(*exec.ExitError)) {
 		err = nil
 	}

@@ -13,10 +13,11 @@ import (
 // Backend is how the nodes carry pods' packets to each other.
 type Backend string
 
-// The two backends of overlayd.
+// The backends of overlayd.
 const (
-	VXLAN  Backend = "vxlan"
-	HostGW Backend = "host-gw"
+	VXLAN     Backend = "vxlan"
+	HostGW    Backend = "host-gw"
+	WireGuard Backend = "wireguard"
 )
 
 // Stack says which IP families the lab uses, in the pod network and in the underlay alike.
@@ -140,10 +141,11 @@ func (o Options) Validate() error {
 		unless(1 <= o.Nodes && o.Nodes <= maxNodes, "--nodes %d: want 1 to %d", o.Nodes, maxNodes),
 		unless(1 <= o.Pods && o.Pods <= maxPods, "--pods %d: want 1 to %d", o.Pods, maxPods),
 		unless(o.Segments == 1 || o.Segments == 2, "--segments %d: want 1 or 2", o.Segments),
-		unless(o.Backend == VXLAN || o.Backend == HostGW, "--backend %q: want %s or %s", o.Backend, VXLAN, HostGW),
+		unless(o.Backend == VXLAN || o.Backend == HostGW || o.Backend == WireGuard,
+			"--backend %q: want %s, %s or %s", o.Backend, VXLAN, HostGW, WireGuard),
 		unless(o.Backend != HostGW || o.Segments == 1, "--segments %d: the host-gw backend needs all nodes on 1 segment",
 			o.Segments),
-		unless(o.Backend != HostGW || !o.Direct, "--direct: belongs to the vxlan backend, host-gw is always direct"),
+		unless(o.Backend == VXLAN || !o.Direct, "--direct: belongs to the vxlan backend; host-gw is always direct, wireguard never"),
 		unless(o.Stack == StackIPv4 || o.Stack == StackDual || o.Stack == StackIPv6,
 			"--stack %q: want %s, %s or %s", o.Stack, StackIPv4, StackDual, StackIPv6),
 		unless(!o.Kubernetes || !o.Secure, "the kube-apiserver and TLS in etcd exclude each other"),
@@ -160,7 +162,12 @@ func unless(ok bool, format string, args ...any) error {
 
 // checkBinaries finds a missing binary before anything is built up.
 func (o Options) checkBinaries() error {
-	var etcd, kubernetes error
+	var etcd, kubernetes, wireguard error
+	if o.Backend == WireGuard {
+		if wireguard = checkBinary("wireguard-go", o.wireGuard()); wireguard != nil {
+			wireguard = fmt.Errorf("%w (make bin/wireguard-go)", wireguard)
+		}
+	}
 	if o.EtcdVersion != "" {
 		if etcd = checkBinary("etcd "+o.EtcdVersion, o.etcd()); etcd != nil {
 			etcd = fmt.Errorf("%w (make bin/etcd-%s)", etcd, o.EtcdVersion)
@@ -172,7 +179,7 @@ func (o Options) checkBinaries() error {
 		}
 	}
 	return errors.Join(checkBinary("--overlayd", o.Overlayd), checkBinary("overlay-lab's own binary", o.Self), etcd,
-		kubernetes)
+		kubernetes, wireguard)
 }
 
 // etcd is the server's binary where it is another than the one that is linked.
@@ -180,6 +187,9 @@ func (o Options) etcd() string { return filepath.Join(filepath.Dir(o.Self), "etc
 
 // kubernetes is the program of kube-apiserver.
 func (o Options) kubernetes() string { return filepath.Join(filepath.Dir(o.Self), "kubernetes") }
+
+// wireGuard is the program of WireGuard in user space.
+func (o Options) wireGuard() string { return filepath.Join(filepath.Dir(o.Self), "wireguard-go") }
 
 func checkBinary(what, path string) error {
 	info, err := os.Stat(path)

@@ -264,14 +264,18 @@ type Path string
 
 // The paths that a packet can be seen on.
 const (
-	PathTunnel Path = "tunnel" // inside VXLAN
-	PathDirect Path = "direct" // as the pod sent it
+	PathTunnel    Path = "tunnel"    // inside VXLAN
+	PathDirect    Path = "direct"    // as the pod sent it
+	PathEncrypted Path = "encrypted" // nothing of it can be seen, but WireGuard sends something
 )
 
 // ExpectedPath is the path that the options ask for between two nodes.
 func (t Topology) ExpectedPath(a, b NodeSpec) Path {
 	if t.Options.Backend == HostGW || t.Options.Direct && a.Segment == b.Segment {
 		return PathDirect
+	}
+	if t.Options.Backend == WireGuard {
+		return PathEncrypted
 	}
 	return PathTunnel
 }
