@@ -205,7 +205,7 @@ func TestDoctor(t *testing.T) {
 			`nft add table inet site; nft add chain inet site in '{ type filter hook input priority 0; policy accept; }'; ` +
 				`nft add rule inet site in udp dport 8472 drop`,
 		)
-		f := p.finds("VXLAN in the firewall", "fail", "udp dport 8472 drop")
+		f := p.finds("tunnel in the firewall", "fail", "udp dport 8472 drop")
 		p.sh(f.Fix[0])
 		p.well()
 		p.sh(`nft delete table inet site`)
@@ -224,7 +224,7 @@ table inet site {
 	}
 }
 EOF`)
-		f := p.finds("VXLAN in the firewall", "fail", "its policy")
+		f := p.finds("tunnel in the firewall", "fail", "its policy")
 		p.sh(f.Fix[0])
 		p.well()
 		p.sh(`nft delete table inet site`)
@@ -276,7 +276,7 @@ EOF`)
 	t.Run("config", func(t *testing.T) {
 		p := p.in(t)
 		p.etcdctl("put", "/overlayd/network/config", `{"Network":"10.244.0.0/16","Backend":{"Type":"pigeon"}}`)
-		f := p.finds("network config", "fail", `expected "vxlan" or "host-gw", found "pigeon"`)
+		f := p.finds("network config", "fail", `expected "vxlan", "host-gw" or "wireguard", found "pigeon"`)
 		if out, err := p.etcd.Run(t.Context(), "sh", "-ec", f.Fix[0]); err != nil || !strings.Contains(f.Fix[0], "put") {
 			t.Errorf("%s: %v\n%s", f.Fix[0], err, out)
 		}
@@ -455,7 +455,7 @@ EOF
 			"-A INPUT -p udp -m udp --dport 8472 -j DROP (iptables-legacy-save -t filter)",
 		)
 		p.sh(f.Fix[0] + " | grep -e '--dport 8472 -j DROP'")
-		p.finds("VXLAN in the firewall", "ok", "is open by nf_tables; see iptables-legacy")
+		p.finds("tunnel in the firewall", "ok", "is open by nf_tables; see iptables-legacy")
 		p.sh("iptables-legacy -w 20 -F; iptables-nft -D INPUT -p tcp --dport 25 -j DROP")
 		p.well()
 	})
@@ -607,7 +607,7 @@ EOF
 			"ip link delete overlay.1; ip link add thief type vxlan id 1 dstport 8472 local 172.31.1.11 dev eth0; " +
 				"ip link set thief up",
 		)
-		p.finds("VXLAN port", "fail", "thief has VNI 1 on UDP port 8472")
+		p.finds("tunnel port", "fail", "thief has VNI 1 on UDP port 8472")
 		p.finds("tunnel device", "fail", "overlay.1 does not exist")
 		p.finds("routes", "fail", "the routes to 2 peers are missing")
 		p.sh("ip link delete thief")
@@ -618,9 +618,9 @@ EOF
 		}); err != nil {
 			t.Fatal(err)
 		}
-		p.finds("VXLAN port", "fail", "UDP port 8472 is taken by another program")
+		p.finds("tunnel port", "fail", "UDP port 8472 is taken by another program")
 		p.sh("ip link add overlay.1 type vxlan id 1 dstport 8472 local 172.31.1.11 dev eth0")
-		p.finds("VXLAN port", "fail", "UDP port 8472 is taken by another program")
+		p.finds("tunnel port", "fail", "UDP port 8472 is taken by another program")
 		p.finds("tunnel device", "fail", "cannot be set up while another program has its UDP port")
 		_ = socket.Close()
 		if err := p.node.Start(); err != nil {
@@ -727,7 +727,7 @@ func TestDoctorFindsNothing(t *testing.T) {
 				t.Errorf("no %q: %v\n%s", want, err, out)
 			}
 			prints("\n0 fail, 0 warn")
-			if o.Secure && !strings.Contains(out, "certificates           the first one expires at") {
+			if o.Secure && !strings.Contains(out, "certificates            the first one expires at") {
 				t.Errorf("nothing of certificates:\n%s", out)
 			}
 			stop(t, n)

@@ -464,7 +464,7 @@ func TestWrongOptions(t *testing.T) {
 		{
 			[]string{"--init-config", file("type.json", `{"Network": "10.0.0.0/16", "Backend": {"Type": "ipip"}}`)},
 			"",
-			`Backend.Type: expected "vxlan" or "host-gw", found "ipip"`,
+			`Backend.Type: expected "vxlan", "host-gw" or "wireguard", found "ipip"`,
 		},
 		{nil, "OVERLAYD_IP_MASQ=perhaps", "OVERLAYD_IP_MASQ"},
 		{[]string{"--log-level", "loud"}, "OVERLAYD_VERSION=v1", "--log-level"}, // no flag is set by it
@@ -513,7 +513,7 @@ func TestWaitsForWhatCanHeal(t *testing.T) {
 	good := `{"Network":"10.244.0.0/16"}`
 
 	put(`{"Network":"10.244.0.0/16","Backend":{"Type":"carrier-pigeon"}}`)
-	waitLog(t, n1, `Backend.Type: expected \"vxlan\" or \"host-gw\", found \"carrier-pigeon\"`)
+	waitLog(t, n1, `Backend.Type: expected \"vxlan\", \"host-gw\" or \"wireguard\", found \"carrier-pigeon\"`)
 	labtest.Check(t, l) // a config that can't be used changes nothing
 	put(`{"Network":`)
 	waitLog(t, n1, "expected a JSON object")
