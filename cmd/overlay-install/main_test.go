@@ -669,6 +669,7 @@ func TestShippedList(t *testing.T) {
 func FuzzConf(f *testing.F) {
 	f.Add([]byte(conflist), []byte(`{"plugins":{"bridge":["00"],"../x":[]},"conf":"10-overlayd.conflist"}`))
 	f.Add([]byte(`{"name":"a","cniVersion":"1.1.0","plugins":[{"type":"overlay-cni","dataDir":"/x"}]}`), []byte(`{"conf":"/etc/passwd"}`))
+	f.Add([]byte(conflist), []byte(`{"plugins":{"":[]},"conf":"/"}`))
 	n := node{stateDir: f.TempDir(), out: new(bytes.Buffer)}
 	f.Fuzz(func(t *testing.T, raw, installed []byte) {
 		if c, err := parseConf(raw); err == nil && checkConf(raw) == nil {

@@ -291,7 +291,7 @@ func (n node) readRecord() (record, error) {
 		r.Plugins = none.Plugins
 	}
 	// Nothing leads out of a directory.
-	outside := func(name string) bool { return name != filepath.Base(name) || strings.HasPrefix(name, ".") }
+	outside := func(name string) bool { return name == "" || name[0] == '.' || strings.Contains(name, "/") }
 	maps.DeleteFunc(r.Plugins, func(name string, _ []string) bool { return outside(name) })
 	if outside(r.Conf) {
 		r.Conf = ""
